@@ -1,0 +1,1 @@
+"""Who is at the other end of a connection: processes, each with the evidence for it. Knows no protocol."""

@@ -1,0 +1,76 @@
+"""Which processes there are, and which sockets one of them has open: ``/proc`` and ``/proc/PID/fd``."""
+# ruff: noqa: PTH115, PTH208 - a Path object for each descriptor would double the time that a walk takes
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from pgguard.attribution.processes import read_stat
+
+
+def list_processes() -> dict[int, int]:
+    """List the pids of all processes, each with the inode of its directory in ``/proc``.
+
+    The kernel makes that up when it first lists the process, and drops it with the process, so that another inode
+    means that the pid has been reused: ``proc_fill_cache`` and ``proc_flush_pid`` in ``fs/proc/base.c``. (It may also
+    change under memory pressure.) It costs no system call, as reading the start time would.
+
+    Empty where ``/proc`` can't be read.
+    """
+    try:
+        with os.scandir("/proc") as entries:
+            return {int(entry.name): entry.inode() for entry in entries if entry.name.isdigit()}
+    except OSError:
+        return {}
+
+
+def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
+    """Look for sockets among the descriptors of a process.
+
+    Args:
+        pid: the process; one that is gone, or has no files by its nature, has none of the sockets.
+        inodes: the inodes to look for, each under the name that :func:`link_to` gives it.
+
+    Returns:
+        By inode, one descriptor for each of the sockets that the process has open.
+
+    Raises:
+        PermissionError: the process may have sockets open, but it can't be looked at.
+    """
+    found = {}
+    directory = f"/proc/{pid}/fd"
+    try:
+        fds = os.listdir(directory)
+        # A connection that is asked about is most often the latest, and descriptors are listed in ascending order.
+        for fd in reversed(fds):
+            try:
+                link = os.readlink(f"{directory}/{fd}")
+            except FileNotFoundError:
+                continue
+            if link in inodes:
+                found[inodes[link]] = fd
+            # With nothing to look for one link is read all the same: root without CAP_SYS_PTRACE may list, not read.
+            if len(found) == len(inodes):
+                break
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    except PermissionError:
+        stat = read_stat(pid)
+        if stat is None or stat.holds_no_files:
+            return {}
+        raise
+    return found
+
+
+def has_socket(pid: int, fd: str, inode: int) -> bool:
+    """See whether a descriptor is the socket, at this very moment; False too if that can't be seen."""
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{fd}") == link_to(inode)
+    except OSError:
+        return False
+
+
+def link_to(inode: int) -> str:
+    """Return what the link of a descriptor says that is this socket: proc_pid_fd(5)."""
+    return f"socket:[{inode}]"

@@ -1,0 +1,92 @@
+"""What a client process speaks PostgreSQL's protocol with, told by the files that it has mapped.
+
+It matters because a client that is allowed to pipeline looks like one that is confused: with libpq, overlapping
+requests of one process are certainly wrong, with others they need not be.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+from pgguard.attribution.evidence import Driver
+
+
+class _Place(Enum):
+    MAPPED = "the files in /proc/PID/maps"
+    PROGRAM = "/proc/PID/exe"
+
+
+class _Sign(NamedTuple):
+    place: _Place
+    path: re.Pattern[str]
+    """To be found in one of the paths."""
+    driver: Driver
+    reason: str
+
+
+def _library(name: str) -> re.Pattern[str]:
+    return re.compile(rf"/{name}\.so[\d.]*$", re.MULTILINE)
+
+
+def _program(name: str) -> re.Pattern[str]:
+    return re.compile(rf"/(?:{name})$")
+
+
+SIGNS = (
+    _Sign(
+        _Place.MAPPED,
+        _library(r"libpq(-[\w-]+)?"),
+        Driver.LIBPQ,
+        "libpq itself, or the copy that a wheel or gem brings along: libpq-e8a033dd.so.5.16, libpq-ruby-pg.so.1",
+    ),
+    _Sign(
+        _Place.PROGRAM,
+        _program(
+            "psql|pgbench|pg_dump|pg_dumpall|pg_restore|pg_basebackup|pg_receivewal|pg_recvlogical|pg_isready|pg_amcheck"
+            "|pg_rewind|createdb|createuser|dropdb|dropuser|clusterdb|reindexdb|vacuumdb|vacuumlo|oid2name"
+        ),
+        Driver.LIBPQ,
+        "PostgreSQL's own client programs use libpq, even where it is linked statically and so can't be seen",
+    ),
+    # A process can show several of the signs below; the driver that may pipeline comes first, so that doubt acquits.
+    _Sign(
+        _Place.MAPPED,
+        re.compile(r"/(psqlpy|connectorx)/[^/\n]+\.so$", re.MULTILINE),
+        Driver.UNKNOWN,
+        "Python packages around rust-postgres, which pipelines",
+    ),
+    _Sign(_Place.PROGRAM, _program("node|nodejs"), Driver.NODE, "node's program, which holds all of node"),
+    _Sign(_Place.MAPPED, _library("libnode"), Driver.NODE, "node as a shared library, as Fedora builds it"),
+    _Sign(_Place.MAPPED, _library("libcoreclr"), Driver.DOTNET, "the .NET runtime"),
+    _Sign(_Place.MAPPED, _library("libjvm"), Driver.JAVA, "the Java virtual machine"),
+    _Sign(_Place.PROGRAM, _program(r"python\d*(\.\d+)?[a-z]*"), Driver.PYTHON, "CPython's program"),
+    _Sign(_Place.MAPPED, _library(r"libpython\d[\d.]*[a-z]*"), Driver.PYTHON, "Python within uWSGI, mod_wsgi…"),
+)
+"""What tells which driver; the first sign that is there decides.
+
+There is none for Go: its programs are told from others only by notes within the file, and they are judged like
+unknown ones anyway.
+"""
+
+_DELETED = " (deleted)"
+"""What the kernel appends to the path of a file that an upgrade has replaced: proc_pid_exe(5)."""
+
+
+def driver_of(pid: int) -> Driver:
+    """Tell what ``pid`` speaks to PostgreSQL with; ``UNKNOWN`` if it is gone or can't be looked at.
+
+    Takes from 0.1 ms to a few milliseconds, depending on how many files are mapped. Not to be remembered for long: a
+    process may load libpq at any time.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+        program = str(Path(f"/proc/{pid}/exe").readlink()).removesuffix(_DELETED)
+    except OSError:
+        return Driver.UNKNOWN
+    # address, permissions, offset, device, inode, path: proc_pid_maps(5)
+    mapped = {fields[5].removesuffix(_DELETED) for line in lines if len(fields := line.split(None, 5)) == 6}
+    paths = {_Place.MAPPED: "\n".join(mapped), _Place.PROGRAM: program}
+    return next((sign.driver for sign in SIGNS if sign.path.search(paths[sign.place])), Driver.UNKNOWN)

@@ -1,0 +1,69 @@
+"""The values that attribution hands out: who, and how that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Evidence(StrEnum):
+    """How a process was tied to a connection, strongest first."""
+
+    KERNEL_SENDER = "kernel-sender"
+    """The kernel named the sender of exactly these bytes."""
+    SOLE_HOLDER = "sole-holder"
+    """Only this process has the socket open."""
+    THREAD_SAMPLE = "thread-sample"
+    """This thread was seen waiting on the socket at that moment."""
+    SOCKET_HOLDER = "socket-holder"
+    """One of several processes that have the socket open."""
+    DECLARED = "declared"
+    """The client said so: ``application_name`` or an SQL comment."""
+    UNKNOWN = "unknown"
+
+
+class Driver(StrEnum):
+    """What a client process speaks PostgreSQL's protocol with, as far as its mapped files tell."""
+
+    LIBPQ = "libpq"
+    PYTHON = "python"
+    """A Python interpreter without libpq: asyncpg, pg8000."""
+    JAVA = "java"
+    NODE = "node"
+    DOTNET = "dotnet"
+    GO = "go"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process as it was when it was last looked at; ``(pid, started)`` identifies it, as pids are reused."""
+
+    pid: int
+    """In the guard's own pid namespace."""
+    started: int
+    """Clock ticks between boot and its start: field 22 of ``/proc/PID/stat``, proc_pid_stat(5)."""
+    started_at: float
+    """The same in seconds since the epoch."""
+    name: str
+    """``/proc/PID/comm``."""
+    cmdline: tuple[str, ...]
+    """Empty for a kernel thread or a zombie."""
+    ppid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What attribution knows about one session's client at one moment; what it does not know is ``None``."""
+
+    opener: Process | None = None
+    """The process that opened the connection, remembered even when it is gone."""
+    opener_evidence: Evidence = Evidence.UNKNOWN
+    holders: tuple[Process, ...] | None = None
+    """The processes that have the client's socket open: a single one only if there is certainly no other. ``None``
+    when that could not be found out."""
+    senders: Mapping[int, Process] = field(default_factory=dict)
+    """The processes that the kernel named as senders, by pid, as far as they could still be looked at."""
+    driver: Driver = Driver.UNKNOWN
+    """The driver of the process whose request is being judged; of all that it may be, if they have the same."""

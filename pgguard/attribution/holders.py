@@ -1,0 +1,401 @@
+"""Which processes have a socket open, and how surely it is all of them.
+
+``/proc/PID/fd`` tells it for one process; reading it for every process takes longer with each process on the
+machine. What keeps that rare is how a process comes to have somebody else's connection open at all: it is forked,
+after the connection was opened, from a process that has it. Every heir is therefore a process that is *new*,
+and a new process has its whole inheritance from the moment on at which it becomes visible. So:
+
+- Whatever is asked, processes that have appeared in the last seconds are looked at.
+- The process that opened a connection is searched for once, first among those that opened others.
+- From then on, what has been seen is only seen again: one readlink(2) for each holder and connection.
+
+A descriptor can also be handed to an old process, through ``SCM_RIGHTS`` or pidfd_getfd(2). No database driver does
+that; :meth:`HolderWatch.walk`, which looks at every process, sees it all the same.
+
+**When are the known holders all of them?** Other users' processes can't be looked at without privileges, and some
+are always there. Were each of them taken for a possible holder, an ordinary user could never be told that a process is
+alone with its connection. By the rule above one of them matters only
+
+- if it is a descendant of a holder, and younger than the connection (a child that has changed its user); or
+- if every visible holder is younger than the connection, or as old as it, for then they may be heirs: if it is the
+  ancestor that they can have inherited from, or a descendant of that one, younger than the connection.
+
+What escapes this is a descendant that has changed its user *and* whose parent has died, so that it is nobody's
+descendant any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pgguard.attribution.descriptors import find_sockets, has_socket, link_to, list_processes
+from pgguard.attribution.evidence import Process
+from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook, read_stat
+
+_NEW = 5.0
+"""Seconds for which a process counts as new. It must cover the time from when a connection is opened to when it is
+first asked about, and that from a process's start to its first connection makes searches short."""
+
+_KEPT = 15.0
+"""Seconds for which a connection is remembered that nobody asks about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A process that has the socket open."""
+
+    process: Process
+    since: float
+    """When it was first seen to have it open, never to be seen without it since: seconds of time.monotonic()."""
+    seen: float
+    """When it was last seen to have it open.
+
+    A child between its fork and its exec has every socket of its parent open for a moment, close-on-exec or not.
+    Only who has been seen twice, some time apart, is there to stay.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """The processes that have a socket open, the first seen first."""
+
+    holdings: tuple[Holding, ...] = ()
+    complete: bool = False
+    """No other process has it open; see the head of this module for what that rests on. Never true of none."""
+
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        """Who has it open, passing children included."""
+        return tuple(holding.process for holding in self.holdings)
+
+    def lasting(self, seconds: float) -> tuple[Process, ...]:
+        """Who was seen to have it open at two moments at least ``seconds`` apart."""
+        return tuple(holding.process for holding in self.holdings if holding.seen - holding.since >= seconds)
+
+
+def is_older(started: int, opened: float) -> bool:
+    """True if a process is certainly older than a connection, so that it can't have inherited it.
+
+    Start times are known to the tick, 10 ms; of a process that started in the same one it isn't certain.
+
+    Args:
+        started: as in :class:`Process`.
+        opened: when the connection was opened, in seconds of CLOCK_BOOTTIME.
+    """
+    return started < int(opened * TICKS_PER_SECOND)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A process in the list of processes."""
+
+    entry: int
+    """The inode of ``/proc/PID``: another one when the pid has been reused."""
+    at: float
+    """When it was first listed, seconds of time.monotonic(); long ago for those that were there at the start."""
+
+
+class _Unreadable(NamedTuple):
+    """A process whose descriptors can't be looked at."""
+
+    started: int | None
+    """As in :class:`Process`; ``None`` if even that is hidden."""
+    lineage: frozenset[int]
+    """Its pid and those of its ancestors, as they were when it was first seen."""
+
+    def may_be_heir(self, holders: Collection[int], opened: float) -> bool:
+        """True if it may have inherited, from one of ``holders``, a connection opened at ``opened``."""
+        if self.started is None:
+            return True
+        return not is_older(self.started, opened) and not self.lineage.isdisjoint(holders)
+
+
+class _Hold(NamedTuple):
+    """One descriptor of one process."""
+
+    process: Process
+    entry: int
+    """As in :class:`_Seen`."""
+    fd: str
+    since: float
+
+
+@dataclass(slots=True)
+class _Connection:
+    """What is known about one socket."""
+
+    opened: float
+    asked: float
+    searched: bool = False
+    """Its opener has been searched for: until then, heirs may be all that is known."""
+    holds: dict[int, _Hold] = field(default_factory=dict)
+    """By pid."""
+
+
+class HolderWatch:
+    """Finds, and keeps an eye on, the processes that have sockets open.
+
+    One for a guard, made before it accepts its first connection: processes that are there already when it is made
+    can't have inherited one. Thread-safe; threads wait for each other only while one lists the
+    processes. The calling process itself is never a holder.
+    """
+
+    def __init__(self, book: ProcessBook) -> None:
+        self._book = book
+        self._lock = threading.Lock()
+        self._seen: dict[int, _Seen] = {}
+        self._unreadable: dict[int, _Unreadable] = {}
+        self._clients: dict[int, None] = {}
+        """Processes that have had a connection of ours open, the latest last."""
+        self._connections: dict[int, _Connection] = {}
+        self._hidden = False
+        """Other users' processes aren't even listed: ``hidepid``, see proc(5)."""
+        for pid in self._list(time.monotonic() - _NEW):
+            self._read(pid, {})
+
+    def find(self, opened: Mapping[int, float], likely: Iterable[int] = ()) -> dict[int, Holders]:
+        """Find the holders of sockets that have just been connected, in one walk for all.
+
+        Args:
+            opened: by each socket's inode, when its connection was opened, in seconds of CLOCK_BOOTTIME.
+            likely: pids to look at first.
+
+        Takes about a millisecond when new processes or known clients opened them all, a walk through all processes
+        when not. Returns an entry for each inode, empty when no holder could be found. Asked again about a socket
+        that it hasn't forgotten, it looks where :meth:`watch` does, and further only if nobody has it any more.
+        """
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        new = self._begin(opened)
+        unsearched = self._unsearched(opened)
+        if any(now - opened[inode] > _NEW for inode in unsearched):
+            return self.walk(opened)
+        self._look(opened, [*likely, *new])
+        held = {inode for inode, _ in self._holds(opened)}
+        self._search({inode: opened[inode] for inode in unsearched | (opened.keys() - held)}, skip=new)
+        return self._report(opened)
+
+    def watch(self, inodes: Iterable[int]) -> dict[int, Holders]:
+        """Look again at who holds sockets that :meth:`find` was asked for; to be called every few seconds.
+
+        Takes a time that depends on how many processes are new and how many holders are known, and very little on
+        how many processes there are. A socket that nobody asks about for 15 seconds is forgotten; one that isn't
+        known has an empty entry.
+        """
+        asked = list(inodes)
+        with self._lock:
+            known = {inode: c.opened for inode in asked if (c := self._connections.get(inode))}
+        new = self._begin(known)
+        self._look(known, new)
+        return self._report(asked)
+
+    def walk(self, opened: Mapping[int, float]) -> dict[int, Holders]:
+        """Find the holders of sockets by looking at every process; arguments and answer are those of :meth:`find`."""
+        self._begin(opened)
+        with self._lock:
+            everybody = list(self._seen)
+        self._look(opened, everybody)
+        self._set_searched(opened)
+        return self._report(opened)
+
+    def _begin(self, opened: Mapping[int, float]) -> list[int]:
+        """Take note of what is asked, and of who has come and gone; return the pids that are new."""
+        now = time.monotonic()
+        new = self._list(now)
+        with self._lock:
+            for inode, at in opened.items():
+                self._connections.setdefault(inode, _Connection(at, now)).asked = now
+            for inode in [inode for inode, known in self._connections.items() if now - known.asked > _KEPT]:
+                del self._connections[inode]
+        return new
+
+    def _list(self, now: float) -> list[int]:
+        # Locked while listing: an older list that is compared after a newer one would undo it.
+        with self._lock:
+            listed = list_processes()
+            self._hidden = 1 not in listed
+            listed.pop(os.getpid(), None)
+            for pid in self._seen.keys() - listed.keys():
+                self._drop(pid)
+            for pid, entry in listed.items():
+                seen = self._seen.get(pid)
+                if seen is None or seen.entry != entry:
+                    self._drop(pid)
+                    self._seen[pid] = _Seen(entry, now)
+            return [pid for pid, seen in self._seen.items() if now - seen.at < _NEW]
+
+    def _drop(self, pid: int) -> None:
+        self._seen.pop(pid, None)
+        self._unreadable.pop(pid, None)
+        self._clients.pop(pid, None)
+
+    def _look(self, inodes: Iterable[int], pids: Iterable[int]) -> None:
+        """Look for the sockets in ``pids``, and see their known holders again."""
+        wanted = {link_to(inode): inode for inode in inodes}
+        todo = dict.fromkeys(pids)
+        for inode, hold in self._holds(wanted.values()):
+            if hold.process.pid not in todo and not self._confirm(inode, hold):
+                todo[hold.process.pid] = None
+        for pid in todo:
+            self._read(pid, wanted)
+
+    def _search(self, opened: Mapping[int, float], skip: Collection[int]) -> None:
+        """Look at one process after the other until the opener of each connection has turned up.
+
+        Whoever is older than a connection and has it open has opened it. There is no need to go on then: others
+        are heirs, and so they are new and have been looked at.
+        """
+        found = {inode for inode, hold in self._holds(opened) if is_older(hold.process.started, opened[inode])}
+        wanted = {link_to(inode): inode for inode in opened if inode not in found}
+        with self._lock:
+            order = dict.fromkeys([*reversed(self._clients), *reversed(self._seen)])
+        for pid in order:
+            if not wanted:
+                break
+            if pid in skip:
+                continue
+            for inode, process in self._read(pid, wanted).items():
+                if is_older(process.started, opened[inode]):
+                    del wanted[link_to(inode)]
+        self._set_searched(opened)
+
+    def _unsearched(self, inodes: Iterable[int]) -> set[int]:
+        with self._lock:
+            return {inode for inode in inodes if not ((known := self._connections.get(inode)) and known.searched)}
+
+    def _set_searched(self, inodes: Iterable[int]) -> None:
+        with self._lock:
+            for inode in inodes:
+                if known := self._connections.get(inode):
+                    known.searched = True
+
+    def _read(self, pid: int, wanted: Mapping[str, int]) -> dict[int, Process]:
+        """Look for sockets among one process's descriptors, note which it holds and return those."""
+        try:
+            found = find_sockets(pid, wanted)
+        except PermissionError:
+            found = {}
+            self._note_unreadable(pid)
+        else:
+            with self._lock:
+                self._unreadable.pop(pid, None)
+        process = self._book.look(pid) if found else None
+        return self._note(pid, process, wanted.values(), found)
+
+    def _note(
+        self, pid: int, process: Process | None, wanted: Iterable[int], found: Mapping[int, str]
+    ) -> dict[int, Process]:
+        now = time.monotonic()
+        noted: dict[int, Process] = {}
+        with self._lock:
+            seen = self._seen.get(pid)
+            for inode in wanted:
+                connection = self._connections.get(inode)
+                if connection is None:
+                    continue
+                before = connection.holds.pop(pid, None)
+                if process is not None and seen is not None and inode in found:
+                    same = before is not None and before.process.started == process.started
+                    since = before.since if before is not None and same else now
+                    connection.holds[pid] = _Hold(process, seen.entry, found[inode], since)
+                    noted[inode] = process
+            if noted:
+                self._clients.pop(pid, None)
+                self._clients[pid] = None
+        return noted
+
+    def _note_unreadable(self, pid: int) -> None:
+        try:
+            stat = read_stat(pid)
+            unreadable = _Unreadable(None if stat is None else stat.started, _lineage(pid))
+        except PermissionError:
+            unreadable = _Unreadable(None, frozenset())
+        with self._lock:
+            # What it descends from is best known when it is first seen: later on its parent may be gone.
+            if pid in self._seen:
+                self._unreadable.setdefault(pid, unreadable)
+
+    def _holds(self, inodes: Iterable[int]) -> list[tuple[int, _Hold]]:
+        with self._lock:
+            return [
+                (inode, hold)
+                for inode in inodes
+                if (connection := self._connections.get(inode))
+                for hold in connection.holds.values()
+            ]
+
+    def _confirm(self, inode: int, hold: _Hold) -> bool:
+        """See whether a process has the socket open at this very moment, by the descriptor it is known to have."""
+        pid = hold.process.pid
+        with self._lock:
+            seen = self._seen.get(pid)
+        return seen is not None and seen.entry == hold.entry and has_socket(pid, hold.fd, inode)
+
+    def _report(self, inodes: Iterable[int]) -> dict[int, Holders]:
+        holds: dict[int, list[_Hold]] = {inode: [] for inode in inodes}
+        for inode, hold in self._holds(holds):
+            holds[inode].append(hold)
+        for inode, several in holds.items():
+            # Looking took a while, in which the first may have closed what the last has just been seen with.
+            if len(several) > 1:
+                holds[inode] = [hold for hold in several if self._confirm(inode, hold)]
+        now = time.monotonic()
+        with self._lock:
+            opened = {
+                inode: known.opened for inode in holds if (known := self._connections.get(inode)) and known.searched
+            }
+            unreadable = None if self._hidden else dict(self._unreadable)
+        return {
+            inode: Holders(
+                tuple(
+                    Holding(hold.process, hold.since, now)
+                    for hold in sorted(some, key=lambda hold: (hold.since, hold.process.started))
+                ),
+                complete=bool(some)
+                and inode in opened
+                and unreadable is not None
+                and _are_all([hold.process for hold in some], opened[inode], unreadable),
+            )
+            for inode, some in holds.items()
+        }
+
+
+def _are_all(holders: Collection[Process], opened: float, unreadable: Mapping[int, _Unreadable]) -> bool:
+    """True if none of the unreadable processes can hold what these do: see the head of this module."""
+    if not unreadable:
+        return True
+    family = {process.pid for process in holders}
+    if not any(is_older(process.started, opened) for process in holders):
+        elders = {_elder(process.pid, opened) for process in holders}
+        # Process 1 adopts orphans, so whom these have inherited from can't be told.
+        if not elders.isdisjoint(unreadable) or not elders.isdisjoint((None, 1)):
+            return False
+        family.update(elder for elder in elders if elder is not None)
+    return not any(process.may_be_heir(family, opened) for process in unreadable.values())
+
+
+def _elder(pid: int, opened: float) -> int | None:
+    """Return the nearest ancestor that is older than the connection; ``None`` if that can't be told."""
+    with contextlib.suppress(PermissionError):
+        stat = read_stat(pid)
+        while stat is not None and stat.ppid:
+            pid = stat.ppid
+            stat = read_stat(pid)
+            if stat is not None and is_older(stat.started, opened):
+                return pid
+    return None
+
+
+def _lineage(pid: int) -> frozenset[int]:
+    """Return a process's pid and those of its ancestors."""
+    lineage: set[int] = set()
+    while pid and pid not in lineage:
+        lineage.add(pid)
+        stat = read_stat(pid)
+        pid = 0 if stat is None else stat.ppid
+    return frozenset(lineage)

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import array
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+
+from pgguard.attribution.evidence import Process
+from pgguard.attribution.holders import Holders, HolderWatch
+from pgguard.attribution.processes import ProcessBook
+from tests.attribution.puppets import Puppet, outlive_a_tick
+
+Puppets = Callable[[], Puppet]
+
+INODE = "os.fstat({}.fileno()).st_ino"
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+def _now() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _pids(holders: Holders) -> set[int]:
+    return {process.pid for process in holders.processes}
+
+
+def test_the_only_holder_is_found_among_all_processes_and_again_as_a_known_client(
+    listener: socket.socket, puppet: Puppets
+) -> None:
+    client = puppet()
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    for name in "c", "d":
+        with client.connect(listener, name):
+            inode = client.do(INODE.format(name))
+            holders = watch.find({inode: _now()})[inode]
+            assert _pids(holders) == {client.pid}
+            assert holders.complete
+
+
+def test_one_walk_tells_the_connections_of_many_clients_apart(listener: socket.socket, puppet: Puppets) -> None:
+    clients = [puppet() for _ in range(3)]
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    with ExitStack() as accepted:
+        for client in clients:
+            accepted.enter_context(client.connect(listener))
+        inodes = [client.do(INODE.format("c")) for client in clients]
+        found = watch.find(dict.fromkeys(inodes, _now()))
+        assert [_pids(found[inode]) for inode in inodes] == [{client.pid} for client in clients]
+
+
+def test_a_fork_is_seen_by_the_watch_and_its_closing_too(listener: socket.socket, puppet: Puppets) -> None:
+    client = puppet()
+    watch = HolderWatch(ProcessBook())
+    with client.connect(listener):
+        inode = client.do(INODE.format("c"))
+        watch.find({inode: _now()})
+        child = client.do("fork()")
+        assert _pids(watch.watch([inode])[inode]) == {client.pid, child}
+        client.do(f"release({child})")
+        assert _pids(watch.watch([inode])[inode]) == {client.pid}
+        client.do("c.close()")
+        assert watch.watch([inode])[inode] == Holders()
+
+
+def test_a_grandchild_whose_parent_is_gone_is_seen(listener: socket.socket, puppet: Puppets) -> None:
+    client = puppet()
+    watch = HolderWatch(ProcessBook())
+    with client.connect(listener):
+        inode = client.do(INODE.format("c"))
+        watch.find({inode: _now()})
+        # The daemon's double fork: it is nobody's child any more, and ends with the pipe that its origin holds.
+        client.do(
+            "report, hold = os.pipe(), os.pipe()\n"
+            "pid = os.fork()\n"
+            "if pid == 0:\n"
+            "    os.close(hold[1])\n"
+            "    if os.fork() == 0:\n"
+            "        os.write(report[1], b'%d' % os.getpid()); os.read(hold[0], 1)\n"
+            "    os._exit(0)\n"
+            "os.waitpid(pid, 0)\n"
+            "os.close(hold[0])\n"
+            "orphan = int(os.read(report[0], 20))"
+        )
+        orphan = client.do("orphan")
+        assert _pids(watch.watch([inode])[inode]) == {client.pid, orphan}
+
+
+def test_a_child_forked_before_its_connection_was_asked_about_is_seen(listener: socket.socket, puppet: Puppets) -> None:
+    """Another session's question may list the child as a process while this connection isn't known yet."""
+    client = puppet()
+    watch = HolderWatch(ProcessBook())
+    with client.connect(listener):
+        opened = _now()
+        outlive_a_tick()
+        child = client.do("fork()")
+        watch.watch([])
+        inode = client.do(INODE.format("c"))
+        assert _pids(watch.find({inode: opened})[inode]) == {client.pid, child}
+
+
+def test_a_child_that_has_closed_the_connection_is_no_holder(listener: socket.socket, puppet: Puppets) -> None:
+    client = puppet()
+    watch = HolderWatch(ProcessBook())
+    with client.connect(listener):
+        inode = client.do(INODE.format("c"))
+        watch.find({inode: _now()})
+        client.do("fork(c.close)")
+        assert _pids(watch.watch([inode])[inode]) == {client.pid}
+
+
+def test_a_program_started_with_close_on_exec_is_no_holder_and_one_without_is(
+    listener: socket.socket, puppet: Puppets
+) -> None:
+    client = puppet()
+    watch = HolderWatch(ProcessBook())
+    run = "subprocess.Popen(['cat'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, pass_fds={})"
+    echo = "{0}.stdin.write(b'x'); {0}.stdout.read(1)"
+    with client.connect(listener):
+        inode = client.do(INODE.format("c"))
+        watch.find({inode: _now()})
+        client.do(f"p = {run.format('()')}; {echo.format('p')}")
+        assert _pids(watch.watch([inode])[inode]) == {client.pid}
+        client.do(f"q = {run.format('[c.fileno()]')}; {echo.format('q')}")
+        assert _pids(watch.watch([inode])[inode]) == {client.pid, client.do("q.pid")}
+        client.do("p.communicate(); q.communicate()")
+
+
+def test_a_lasting_holder_is_told_from_a_passing_one(listener: socket.socket, puppet: Puppets) -> None:
+    client = puppet()
+    watch = HolderWatch(ProcessBook())
+    with client.connect(listener):
+        inode = client.do(INODE.format("c"))
+        watch.find({inode: _now()})
+        child = client.do("fork()")
+        first = watch.watch([inode])[inode]
+        holding = first.holdings[-1]
+        assert holding.process.pid == child
+        outlive_a_tick()
+        again = watch.watch([inode])[inode]
+        assert again.holdings[-1].since == holding.since
+        assert child in {process.pid for process in again.lasting(0.01)}
+        assert child not in {process.pid for process in first.lasting(0.01)}
+
+
+class InterruptedBook(ProcessBook):
+    """Lets something happen at the moment when a certain process has just been seen to hold a socket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.interrupt: dict[int, Callable[[], object]] = {}
+
+    def look(self, pid: int) -> Process | None:
+        process = super().look(pid)
+        if pid in self.interrupt:
+            self.interrupt.pop(pid)()
+        return process
+
+
+def test_holders_that_are_reported_together_hold_it_together(listener: socket.socket, puppet: Puppets) -> None:
+    """A child that closes the connection while its parent is still being searched for is no holder any more."""
+    client, book = puppet(), InterruptedBook()
+    outlive_a_tick()
+    watch = HolderWatch(book)
+    with client.connect(listener):
+        opened = _now()
+        inode = client.do(INODE.format("c"))
+        outlive_a_tick()
+        child = client.do("fork()")
+        book.interrupt[client.pid] = lambda: client.do(f"release({child})")
+        assert _pids(watch.find({inode: opened})[inode]) == {client.pid}
+
+
+def test_an_heir_is_not_taken_for_the_only_holder_while_the_opener_is_searched_for(
+    listener: socket.socket, puppet: Puppets
+) -> None:
+    client, book = puppet(), InterruptedBook()
+    outlive_a_tick()
+    watch = HolderWatch(book)
+    meanwhile: dict[int, Holders] = {}
+    with client.connect(listener):
+        opened = _now()
+        inode = client.do(INODE.format("c"))
+        outlive_a_tick()
+        child = client.do("fork()")
+        book.interrupt[client.pid] = lambda: meanwhile.update(watch.watch([inode]))
+        assert watch.find({inode: opened})[inode].complete
+    assert _pids(meanwhile[inode]) == {child}
+    assert not meanwhile[inode].complete
+
+
+def test_a_zombie_of_another_user_is_not_taken_for_a_process_that_hides_its_files(puppet: Puppets) -> None:
+    guard, parent = puppet(), puppet()
+    zombie = parent.do("fork()")
+    parent.do(f"os.close(holds.pop({zombie})); os.waitid(os.P_PID, {zombie}, os.WEXITED | os.WNOWAIT)")
+    guard.do("from pgguard.attribution.descriptors import find_sockets; become_nobody()")
+    assert guard.do(f"find_sockets({zombie}, {{}})") == {}
+
+
+def test_a_socket_that_was_handed_over_is_found_by_a_walk(puppet: Puppets) -> None:
+    """SCM_RIGHTS gives a connection to a process that is older than it."""
+    ours, theirs = socket.socketpair()
+    keeper = puppet()
+    watch = HolderWatch(ProcessBook())
+    with ours, theirs, socket.socket(socket.AF_UNIX) as channel:
+        channel.bind("")
+        channel.listen()
+        address = channel.getsockname()
+        keeper.do(f"k = socket.socket(socket.AF_UNIX); k.connect({address!r})")
+        with channel.accept()[0] as link:
+            link.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))])
+            keeper.do("data, fds, _, _ = socket.recv_fds(k, 1, 1)")
+        inode = os.fstat(theirs.fileno()).st_ino
+        assert _pids(watch.walk({inode: _now()})[inode]) == {keeper.pid}
+
+
+def test_the_guard_itself_is_never_a_holder() -> None:
+    watch = HolderWatch(ProcessBook())
+    with socket.socket() as own:
+        inode = os.fstat(own.fileno()).st_ino
+        assert watch.walk({inode: _now()})[inode] == Holders()
+
+
+def test_threads_that_ask_at_once_all_get_the_whole_answer(listener: socket.socket, puppet: Puppets) -> None:
+    client = puppet()
+    watch = HolderWatch(ProcessBook())
+    names = [f"c{n}" for n in range(20)]
+    with ExitStack() as accepted:
+        for name in names:
+            accepted.enter_context(client.connect(listener, name))
+        inodes = [client.do(INODE.format(name)) for name in names]
+        opened = _now()
+        outlive_a_tick()
+        child = client.do("fork()")
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda inode: watch.find({inode: opened})[inode], inodes * 5))
+            answers += [found for watched in pool.map(watch.watch, [inodes] * 5) for found in watched.values()]
+    assert {frozenset(_pids(answer)) for answer in answers} == {frozenset({client.pid, child})}
+
+
+GUARD = """
+import time
+from pgguard.attribution.holders import HolderWatch
+from pgguard.attribution.processes import ProcessBook
+become_nobody()
+watch = HolderWatch(ProcessBook())
+def state(found):
+    return [sorted(p.pid for p in found.processes), found.complete]
+def find(inode):
+    return state(watch.find({inode: time.clock_gettime(time.CLOCK_BOOTTIME)})[inode])
+"""
+
+
+def test_processes_of_other_users_put_only_the_connections_in_doubt_that_they_can_hold(
+    listener: socket.socket, puppet: Puppets
+) -> None:
+    """An ordinary user can't look at root's processes, and yet is told that a process is alone with its connection."""
+    guard, client, stranger = puppet(), puppet(), puppet()
+    stranger.do("set_dumpable(0)")
+    client.do("become_nobody()")
+    guard.do(GUARD)
+    outlive_a_tick()
+    with client.connect(listener):
+        inode = client.do(INODE.format("c"))
+        assert guard.do(f"find({inode})") == [[client.pid], True]
+        outlive_a_tick()
+        stranger.do("fork()")
+        assert guard.do(f"state(watch.watch([{inode}])[{inode}])") == [[client.pid], True]
+        child = client.do("fork(lambda: set_dumpable(0))")
+        assert guard.do(f"state(watch.watch([{inode}])[{inode}])") == [[client.pid], False]
+        client.do(f"release({child})")
+        assert guard.do(f"state(watch.watch([{inode}])[{inode}])") == [[client.pid], True]
+
+
+def test_an_heir_is_not_taken_for_the_only_holder_while_its_parent_can_not_be_looked_at(
+    listener: socket.socket, puppet: Puppets
+) -> None:
+    guard, client = puppet(), puppet()
+    client.do("become_nobody(); set_dumpable(0)")
+    guard.do(GUARD)
+    outlive_a_tick()
+    with client.connect(listener):
+        inode = client.do(INODE.format("c"))
+        assert guard.do(f"find({inode})") == [[], False]
+        outlive_a_tick()
+        child = client.do("fork(lambda: set_dumpable(1))")
+        assert guard.do(f"state(watch.watch([{inode}])[{inode}])") == [[child], False]
+
+
+def test_a_lone_heir_is_the_only_holder_when_its_parent_is_seen_to_have_closed(
+    listener: socket.socket, puppet: Puppets
+) -> None:
+    guard, client = puppet(), puppet()
+    client.do("become_nobody()")
+    guard.do(GUARD)
+    outlive_a_tick()
+    with client.connect(listener):
+        inode = client.do(INODE.format("c"))
+        assert guard.do(f"find({inode})") == [[client.pid], True]
+        outlive_a_tick()
+        child = client.do("fork()")
+        client.do("c.close()")
+        assert guard.do(f"state(watch.watch([{inode}])[{inode}])") == [[child], True]

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pgguard.attribution.evidence import Driver, Evidence
+from pgguard.attribution.sockets import TcpClient, UnixClient, client_socket
+from pgguard.attribution.witness import Opening, Witness
+from tests.attribution.puppets import Puppet, outlive_a_tick
+
+Puppets = Callable[[], Puppet]
+
+
+@pytest.fixture
+def tcp() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+@pytest.fixture
+def unix(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        yield listener
+
+
+def _opener(opening: Opening) -> tuple[int | None, Evidence]:
+    return (None if opening.opener is None else opening.opener.pid), opening.evidence
+
+
+def test_over_tcp_the_only_holder_is_the_opener(tcp: socket.socket, puppet: Puppets) -> None:
+    witness, client = Witness(), puppet()
+    outlive_a_tick()
+    with client.connect(tcp) as accepted:
+        assert _opener(witness.opened(client_socket(accepted))) == (client.pid, Evidence.SOLE_HOLDER)
+
+
+def test_over_a_unix_socket_the_kernel_names_the_opener_whoever_holds_it(unix: socket.socket, puppet: Puppets) -> None:
+    witness, client = Witness(), puppet()
+    with client.connect(unix) as accepted:
+        child = client.do("fork()")
+        opening = witness.opened(client_socket(accepted))
+        assert _opener(opening) == (client.pid, Evidence.KERNEL_SENDER)
+        assert {process.pid for process in opening.holders.processes} == {client.pid, child}
+
+
+def test_of_several_holders_the_one_that_is_older_than_the_connection_is_the_opener(
+    tcp: socket.socket, puppet: Puppets
+) -> None:
+    witness, client = Witness(), puppet()
+    outlive_a_tick()
+    with client.connect(tcp) as accepted:
+        described = client_socket(accepted)
+        outlive_a_tick()
+        client.do("fork()")
+        assert _opener(witness.opened(described)) == (client.pid, Evidence.SOCKET_HOLDER)
+
+
+def test_a_child_forked_before_the_connection_was_accepted_is_not_taken_for_the_opener(
+    tcp: socket.socket, puppet: Puppets
+) -> None:
+    """The child is older than the accepted socket, but not older than the connection."""
+    witness, client = Witness(), puppet()
+    outlive_a_tick()
+    client.do(f"c = socket.create_connection({tcp.getsockname()!r})")
+    outlive_a_tick()
+    child = client.do("fork()")
+    outlive_a_tick()
+    with tcp.accept()[0] as accepted:
+        opening = witness.opened(client_socket(accepted))
+        assert _opener(opening) == (client.pid, Evidence.SOCKET_HOLDER)
+        assert {process.pid for process in opening.holders.processes} == {client.pid, child}
+
+
+def test_of_several_heirs_none_is_called_the_opener(tcp: socket.socket, puppet: Puppets) -> None:
+    witness, client = Witness(), puppet()
+    with client.connect(tcp) as accepted:
+        described = client_socket(accepted)
+        outlive_a_tick()
+        heirs = {client.do("fork()"), client.do("fork()")}
+        client.do("c.close()")
+        opening = witness.opened(described)
+        assert {process.pid for process in opening.holders.processes} == heirs
+        assert _opener(opening) == (None, Evidence.UNKNOWN)
+
+
+def test_of_two_processes_older_than_the_connection_none_is_called_the_opener(
+    tcp: socket.socket, unix: socket.socket, puppet: Puppets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them was handed the connection by the other, which only a walk through all processes shows."""
+    monkeypatch.setattr("pgguard.attribution.holders._NEW", 0.0)
+    client, other = puppet(), puppet()
+    witness = Witness()
+    outlive_a_tick()
+    with client.connect(tcp) as accepted, client.connect(unix, "ours") as one, other.connect(unix, "ours") as two:
+        client.do("socket.send_fds(ours, [b'x'], [c.fileno()])")
+        _, fds, _, _ = socket.recv_fds(one, 1, 1)
+        socket.send_fds(two, [b"x"], fds)
+        os.close(fds[0])
+        other.do("received = socket.recv_fds(ours, 1, 1)")
+        opening = witness.opened(client_socket(accepted))
+        assert {process.pid for process in opening.holders.processes} == {client.pid, other.pid}
+        assert _opener(opening) == (None, Evidence.UNKNOWN)
+
+
+def test_a_process_younger_than_the_connection_did_not_connect_it(unix: socket.socket, puppet: Puppets) -> None:
+    """Who did is gone, and its pid was given to another process."""
+    witness = Witness()
+    with socket.socket(socket.AF_UNIX) as own:
+        own.connect(unix.getsockname())
+        with unix.accept()[0] as accepted:
+            described = client_socket(accepted)
+            assert isinstance(described, UnixClient)
+            outlive_a_tick()
+            reused = replace(described, connected_by=puppet().pid)
+            assert _opener(witness.opened(reused)) == (None, Evidence.UNKNOWN)
+
+
+def test_a_connection_from_elsewhere_is_nobodys(tcp: socket.socket, puppet: Puppets) -> None:
+    elsewhere = TcpClient(bytes([192, 0, 2, 1]), 50000, bytes([192, 0, 2, 2]), 5432, 0, 0.0)
+    witness, client = Witness(), puppet()
+    with client.connect(tcp) as accepted:
+        nowhere, here = witness.opened_many([elsewhere, client_socket(accepted)])
+    assert (nowhere.inode, nowhere.opener, nowhere.evidence) == (None, None, Evidence.UNKNOWN)
+    assert here.inode is not None
+    assert witness.findings(nowhere).holders is None
+    assert witness.holders(nowhere).holdings == ()
+
+
+def test_findings_name_everybody_even_who_is_gone(tcp: socket.socket, puppet: Puppets) -> None:
+    witness, client = Witness(), puppet()
+    outlive_a_tick()
+    with client.connect(tcp) as accepted:
+        opening = witness.opened(client_socket(accepted))
+        assert opening.inode is not None
+        child = client.do("fork()")
+        sender = witness.sender(child)
+        assert sender is not None
+        findings = witness.findings(opening, [sender], judged=sender)
+        assert findings.holders is not None
+        assert [process.pid for process in findings.holders] == [client.pid, child]
+        assert findings.driver is Driver.PYTHON
+        # Not knowing which of them sent, one knows its driver all the same, as both have the same.
+        assert witness.findings(opening, [sender]).driver is Driver.PYTHON
+        assert {process.pid for process in witness.holders(opening).processes} == {client.pid, child}
+        assert set(witness.watch([opening.inode])) == {opening.inode}
+
+        predecessor = replace(sender, started=sender.started - 1)
+        assert witness.findings(opening, judged=predecessor).driver is Driver.UNKNOWN
+
+        client.do("open('/proc/self/comm', 'w').write('renamed')")
+        client.do(f"release({child})")
+        findings = witness.findings(opening, [sender], judged=sender)
+        assert findings.senders == {child: sender}
+        assert findings.driver is Driver.UNKNOWN
+        assert findings.opener is not None
+        assert findings.opener.name == "renamed"
+        assert findings.opener_evidence is Evidence.SOLE_HOLDER
+        assert findings.holders == (findings.opener,)
+
+        client.end()
+        findings = witness.findings(opening)
+        assert findings.opener is not None
+        assert (findings.opener.pid, findings.opener.name) == (client.pid, "renamed")
+        assert findings.holders is None
