@@ -1,0 +1,167 @@
+"""Repeats: a fault is recorded in full once, and after that briefly, not too often, and counted always.
+
+A fault that its application commits at all, it commits thousands of times. What makes two faults the same is their
+kind, their session and the processes that the kernel named, in whichever roles: two workers fighting over a connection
+are one fault, whoever interrupts whom. All of that is known before any evidence is taken, so a session doesn't have to
+be parked to learn that there is nothing new.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pgguard.faults.fault import Fault
+
+if TYPE_CHECKING:
+    from pgguard.faults.catalogue import Severity
+    from pgguard.faults.policy import Action
+    from pgguard.session.verdicts import Kind, MessageSeen, Verdict
+
+RECORD_INTERVAL: Final = 1.0
+"""Seconds between two records of one fault, at least."""
+FAULTS_PER_SESSION: Final = 64
+"""Faults of one session that repeats are told by. A job runner whose connection every child uses makes a new one
+with each child: beyond this many, the one that has been quiet for longest is forgotten, and recorded in full again
+if it comes back."""
+
+
+class Count(NamedTuple):
+    """How often something happened: recorded or not, every time counts."""
+
+    kind: Kind
+    severity: Severity
+    action: Action
+    faults: int
+    """First times: records in full."""
+    repeats: int
+
+
+class _Key(NamedTuple):
+    kind: Kind
+    pids: frozenset[int]
+
+
+@dataclass(slots=True)
+class _Case:
+    first: Fault
+    """Without its requests, which no repeat needs."""
+    message: MessageSeen | None
+    """Of the last time."""
+    recorded_at: float
+    suppressed: int = 0
+
+    def repeat(self, fault_id: int, at: float) -> Fault:
+        """The record of a repeat that happened just now."""
+        fault = replace(
+            self.first,
+            id=fault_id,
+            at=at,
+            repeat_of=self.first.id,
+            suppressed=self.suppressed,
+            message=self.message,
+        )
+        self.recorded_at = at
+        self.suppressed = 0
+        return fault
+
+
+class Docket:
+    """Numbers the records, knows what has been recorded, and counts.
+
+    Memory is bounded by the sessions that have had a fault and are still open: :meth:`close` forgets one.
+
+    Args:
+        interval: Seconds between two records of one fault, at least.
+    """
+
+    def __init__(self, *, interval: float = RECORD_INTERVAL) -> None:
+        self._interval = interval
+        self._last_id = 0
+        self._sessions: dict[int, OrderedDict[_Key, _Case]] = {}
+        self._counts: dict[tuple[Kind, Severity, Action], tuple[int, int]] = {}
+
+    def next_id(self) -> int:
+        """The number of the next record, from 1."""
+        self._last_id += 1
+        return self._last_id
+
+    def known(self, session_id: int, verdict: Verdict) -> Fault | None:
+        """The first record of this fault, if it has been recorded; what was done then is to be done now."""
+        cases = self._sessions.get(session_id)
+        case = None if cases is None else cases.get(_key(verdict))
+        return None if case is None else case.first
+
+    def enter(self, verdict: Verdict, fault: Fault) -> Fault | None:
+        """Take note of a fault that is not :meth:`known` and is being recorded in full.
+
+        Returns:
+            A last repeat of the fault that is forgotten in its stead, to be recorded too, if there is one and some
+            of it was suppressed.
+        """
+        cases = self._sessions.setdefault(fault.session.id, OrderedDict())
+        cases[_key(verdict)] = _Case(replace(fault, requests=()), verdict.message, fault.at)
+        self._count(fault, faults=1)
+        if len(cases) <= FAULTS_PER_SESSION:
+            return None
+        _, forgotten = cases.popitem(last=False)
+        return self._settle(forgotten, fault.at)
+
+    def repeat(self, session_id: int, verdict: Verdict, *, at: float) -> Fault | None:
+        """Count a fault that is :meth:`known` once more.
+
+        Args:
+            session_id: The session.
+            verdict: The fault.
+            at: Seconds since the epoch.
+
+        Returns:
+            The record to be made of it, or ``None`` if the last one is too recent.
+
+        Raises:
+            KeyError: The fault is not known.
+        """
+        key = _key(verdict)
+        cases = self._sessions[session_id]
+        case = cases[key]
+        cases.move_to_end(key)
+        case.message = verdict.message
+        self._count(case.first, repeats=1)
+        if 0 <= at - case.recorded_at < self._interval:
+            case.suppressed += 1
+            return None
+        return case.repeat(self.next_id(), at)
+
+    def close(self, session_id: int, *, at: float) -> list[Fault]:
+        """Forget a session that has ended; returns the records that account for what was suppressed."""
+        cases: OrderedDict[_Key, _Case] = self._sessions.pop(session_id, OrderedDict())
+        return [fault for case in cases.values() if (fault := self._settle(case, at)) is not None]
+
+    def close_all(self, *, at: float) -> list[Fault]:
+        """:meth:`close` every session, as the guard ends."""
+        return [fault for session_id in list(self._sessions) for fault in self.close(session_id, at=at)]
+
+    def counts(self) -> list[Count]:
+        """What has happened since the guard started, the gravest first."""
+        counts = [Count(*key, *value) for key, value in self._counts.items()]
+        return sorted(counts, key=lambda count: -count.severity.rank)
+
+    def _settle(self, case: _Case, at: float) -> Fault | None:
+        """Account for what was suppressed: the last of it becomes a record and stands for itself."""
+        if not case.suppressed:
+            return None
+        case.suppressed -= 1
+        return case.repeat(self.next_id(), at)
+
+    def _count(self, fault: Fault, *, faults: int = 0, repeats: int = 0) -> None:
+        key = (fault.kind, fault.severity, fault.action)
+        before = self._counts.get(key, (0, 0))
+        self._counts[key] = (before[0] + faults, before[1] + repeats)
+
+
+def _key(verdict: Verdict) -> _Key:
+    pids = {sender.pid for sender in verdict.requesters}
+    if verdict.intruder is not None:
+        pids.add(verdict.intruder.pid)
+    return _Key(verdict.kind, frozenset(pids))

@@ -1,0 +1,1 @@
+"""Where faults go: JSON Lines, the terminal, and the closing summary."""

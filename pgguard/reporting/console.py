@@ -1,0 +1,327 @@
+"""The report for people: each fault on the terminal as it happens, in the manner of a ThreadSanitizer report.
+
+Both sides of it, how the socket came to be shared, what went on before, what to change; and a line beginning with
+``SUMMARY: pgguard:`` that is always in one piece and plain, to be found with grep.
+
+What processes call themselves, and what they send, is other people's text: everything passes through
+:func:`~pgguard.faults.text.printable`, so that no escape sequence reaches the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import queue
+import re
+import select
+import threading
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from pgguard.attribution.evidence import Evidence
+from pgguard.faults.build import OUTSTANDING
+from pgguard.faults.catalogue import CATALOGUE, Severity
+from pgguard.faults.fault import Culprit, Fault, Role, rfc3339
+from pgguard.faults.policy import Action
+from pgguard.faults.text import listed, named, printable, redact_command, shorten
+from pgguard.reporting.sinks import SinkError
+from pgguard.session.verdicts import Direction, RequestState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pgguard.faults.fault import SessionFacts
+
+BACKLOG: Final = 256
+"""Reports that wait to be printed, at most."""
+CLOSE_DEADLINE: Final = 2.0
+"""Seconds that closing waits for standard error to take what is left."""
+PLAIN_WIDTH: Final = 120
+"""Columns where standard error is not a terminal."""
+
+_TRAILING_SPACE: Final = re.compile(r" +$", re.MULTILINE)
+_SQL_LENGTH: Final = 200
+_COMMAND_LENGTH: Final = 160
+
+_STYLES: Final = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "bold cyan"}
+
+_ROLES: Final = {
+    Role.INTRUDER: "Intruder",
+    Role.CLOSER: "Closed by",
+    Role.REQUESTER: "Used by",
+    Role.OWNER: "Opened by",
+    Role.HOLDER: "Also open in",
+}
+
+_EVIDENCE: Final = {
+    Evidence.KERNEL_SENDER: "the kernel named it as the sender",
+    Evidence.SOLE_HOLDER: "the only process with the socket open",
+    Evidence.THREAD_SAMPLE: "seen waiting on the socket",
+    Evidence.SOCKET_HOLDER: "has, or had, the socket open",
+    Evidence.DECLARED: "by its own account",
+    Evidence.UNKNOWN: "not known for certain",
+}
+
+_ACTIONS: Final = {
+    Action.LOGGED: "logged, the session goes on",
+    Action.REJECTED: "session rejected",
+    Action.DROPPED: "message dropped, the session goes on",
+}
+
+
+def summary_line(fault: Fault) -> str:
+    """The line for grep: ``SUMMARY: pgguard: KIND: …``, with the fault's number and, for a repeat, of which."""
+    number = f"fault {fault.id}" if fault.repeat_of is None else f"fault {fault.id}, again {fault.repeat_of}"
+    if fault.suppressed:
+        number += f", {fault.suppressed} more not printed"
+    return printable(f"SUMMARY: pgguard: {fault.kind}: {fault.summary} ({number}, session {fault.session.id})")
+
+
+def render(fault: Fault) -> RenderableType:
+    """The report of a fault that is not a repeat, without its summary line."""
+    style = _STYLES[fault.severity]
+    title = CATALOGUE[fault.kind].title
+    head = Text.assemble((f"pgguard: {fault.severity.upper()}: {fault.kind}", style), f": {title}")
+    what = f"{fault.summary} ({rfc3339(fault.at)}; {_ACTIONS[fault.action]})"
+    parts: list[RenderableType] = [head, _indented(_text(what))]
+    parts.extend(_section("Who", _sides(fault)))
+    parts.extend(_section(f"Session {fault.session.id}", [_text(_session(fault.session))]))
+    if sum(1 for culprit in fault.culprits if culprit.process is not None) > 1:
+        parts.extend(_section("How the socket came to be shared", _lineage(fault)))
+    if fault.requests:
+        parts.extend(_section("Recent requests", [_timeline(fault)]))
+    if fault.libpq is not None:
+        parts.extend(_section("What libpq prints for this, to search logs for", [_text(fault.libpq)]))
+    parts.extend(_section("What to change", [_text(f"{fault.advice.title}. {fault.advice.text}")]))
+    return Group(*parts)
+
+
+def print_fault(console: Console, fault: Fault) -> None:
+    """Print a fault: a report and its summary line, or for a repeat the summary line alone."""
+    if fault.repeat_of is None:
+        console.rule(style="dim", characters="=")
+        console.print(render(fault), highlight=False)
+        console.print()
+    # Neither wrapped nor cropped nor coloured, whatever the width.
+    console.out(summary_line(fault), highlight=False)
+
+
+def _section(title: str, body: list[RenderableType]) -> Iterator[RenderableType]:
+    yield Text("")
+    yield _indented(Text(f"{printable(title)}:", style="bold"))
+    yield from (_indented(part, 4) for part in body)
+
+
+def _indented(part: RenderableType, by: int = 2) -> RenderableType:
+    return Padding(part, (0, 0, 0, by))
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(printable(text), style=style, overflow="fold")
+
+
+def _sides(fault: Fault) -> list[RenderableType]:
+    """Who did what, one after the other, each with how that is known."""
+    sides: list[RenderableType] = []
+    for culprit in fault.culprits:
+        if culprit.role is Role.HOLDER:
+            continue
+        sides.append(_text(f"{_ROLES[culprit.role]}: {_culprit(culprit)}"))
+        sides.extend(_indented(_text(deed)) for deed in _deeds(fault, culprit))
+    holders = [_who(culprit) for culprit in fault.culprits if culprit.role is Role.HOLDER]
+    if holders:
+        sides.append(_text(f"{_ROLES[Role.HOLDER]}: {listed(holders)}"))
+    if not sides:
+        sides.append(_text("not known: the kernel named no sender, and no process was found to have the socket open"))
+    return sides
+
+
+def _deeds(fault: Fault, culprit: Culprit) -> Iterator[str]:
+    message = fault.message
+    if culprit.role is Role.INTRUDER and message is not None and message.direction is Direction.FRONTEND:
+        yield f"sent {message.name}, {message.size} bytes, at {_clock(fault.at)}"
+    if culprit.role is Role.REQUESTER:
+        for request in fault.requests:
+            if request.pid == culprit.pid and request.state in OUTSTANDING:
+                yield f"its request {request.n}, sent at {_clock(request.at)}, was {_STATES[request.state]}"
+    process = culprit.process
+    if process is not None and culprit.role is not Role.OWNER:
+        command = " ".join(redact_command(process.cmdline)).strip() or process.name
+        yield f"command: {shorten(command, _COMMAND_LENGTH)}"
+
+
+_STATES: Final = {
+    RequestState.WAITING: "waiting for its answer",
+    RequestState.ANSWERING: "being answered",
+    RequestState.ANSWERED: "answered",
+    RequestState.FAILED: "failed",
+    RequestState.SKIPPED: "skipped",
+}
+
+
+def _culprit(culprit: Culprit) -> str:
+    if culprit.pid is None:
+        return "not known which process"
+    then = "at that time, " if culprit.role is Role.OWNER else ""
+    return f"{_who(culprit)}: {then}{_EVIDENCE[culprit.evidence]}"
+
+
+def _who(culprit: Culprit) -> str:
+    if culprit.pid is None:
+        return "a process not known"
+    who = named(culprit.pid, culprit.process)
+    return who if culprit.tid in {None, culprit.pid} else f"{who}, thread {culprit.tid}"
+
+
+def _session(session: SessionFacts) -> str:
+    user = "not logged in" if session.user is None else f"user {session.user}"
+    database = "" if session.database is None else f", database {session.database}"
+    application = "" if not session.application_name else f', application_name "{session.application_name}"'
+    transport = "a Unix socket" if session.transport == "unix" else "TCP"
+    client = "" if session.client is None else f" from {session.client}"
+    backend = "" if session.backend_pid is None else f", backend pid {session.backend_pid}"
+    tls = " with TLS" if session.tls else ""
+    return f"{user}{database}{application}, over {transport}{tls}{client}{backend}, opened {rfc3339(session.opened_at)}"
+
+
+def _lineage(fault: Fault) -> list[RenderableType]:
+    """The processes as a forest of parents and children."""
+    processes = {c.process.pid: c.process for c in fault.culprits if c.process is not None}
+    owner = next((c.pid for c in fault.culprits if c.role is Role.OWNER), None)
+    holding = {c.pid for c in fault.culprits if c.role is Role.HOLDER}
+    trees: dict[int, Tree] = {}
+    roots: list[RenderableType] = []
+    for process in sorted(processes.values(), key=lambda p: (p.started, p.pid)):
+        parent = None if process.ppid is None else trees.get(process.ppid)
+        facts = [f"started {_clock(process.started_at)}"]
+        if process.pid == owner:
+            facts.append(f"opened the connection {_clock(fault.session.opened_at)}")
+        elif parent is not None:
+            facts.append("got the socket with the fork")
+        if process.pid in holding:
+            facts.append("has it open")
+        child = "" if process.ppid is None else f", child of {process.ppid}"
+        label = _text(f"{named(process.pid, process)}{child}: {', '.join(facts)}")
+        if parent is None:
+            trees[process.pid] = Tree(label, guide_style="dim")
+            roots.append(trees[process.pid])
+        else:
+            trees[process.pid] = parent.add(label)
+    return roots
+
+
+def _timeline(fault: Fault) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", no_wrap=True)
+    for _ in range(4):
+        table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for request in fault.requests:
+        table.add_row(
+            _text(f"#{request.n}"),
+            _text(_clock(request.at)),
+            _text("" if request.pid is None else f"pid {request.pid}"),
+            _text(shorten(request.messages, 12)),
+            _text(request.state, style="bold" if request.state in OUTSTANDING else ""),
+            _text("" if request.sql is None else shorten(" ".join(request.sql.split()), _SQL_LENGTH)),
+        )
+    return table
+
+
+def _clock(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S.%f")
+
+
+class ConsoleSink:
+    """Prints faults to a file descriptor, from a thread of its own.
+
+    A terminal or a pipe that nobody reads thus holds up no session. Faults for which there is no room in the backlog
+    are counted, and how many they were is printed as soon as it can be.
+
+    Args:
+        fd: Where to print; it is not closed.
+        width: Columns; by default those of the terminal, or 120 where there is none.
+    """
+
+    def __init__(self, fd: int, *, width: int | None = None) -> None:
+        self._fd = fd
+        self._terminal = os.isatty(fd)
+        self._buffer = io.StringIO()
+        self._console = Console(
+            file=self._buffer,
+            force_terminal=self._terminal,
+            width=width or (None if self._terminal else PLAIN_WIDTH),
+            legacy_windows=False,
+        )
+        self._queue: queue.Queue[Fault | str | None] = queue.Queue(BACKLOG)
+        self._dropped = 0
+        self._dropped_said = 0
+        self._thread = threading.Thread(target=self._run, name="pgguard console", daemon=True)
+        self._thread.start()
+
+    def record(self, fault: Fault) -> None:
+        """Have a fault printed; returns at once.
+
+        Raises:
+            SinkError: Printing has failed for good: the terminal was hung up, or nobody can read the pipe any more.
+        """
+        if not self._thread.is_alive():
+            raise SinkError("reports can't be printed any more")
+        self._put(fault)
+
+    def say(self, text: str) -> None:
+        """Have a line printed as it is, between the reports; returns at once, and never raises."""
+        self._put(text)
+
+    def _put(self, what: Fault | str) -> None:
+        try:
+            self._queue.put_nowait(what)
+        except queue.Full:
+            self._dropped += 1
+
+    def close(self, *, deadline: float = CLOSE_DEADLINE) -> None:
+        """Wait until everything is printed, ``deadline`` seconds at most; what is left then is not printed."""
+        until = time.monotonic() + deadline
+        try:
+            self._queue.put(None, timeout=deadline if self._thread.is_alive() else 0)
+        except queue.Full:
+            return
+        self._thread.join(max(0.0, until - time.monotonic()))
+
+    def _run(self) -> None:
+        # EPIPE, EIO after a hangup, EBADF: there is nobody left to print for.
+        with contextlib.suppress(OSError):
+            while (what := self._queue.get()) is not None:
+                if isinstance(what, str):
+                    self._console.out(what, highlight=False)
+                else:
+                    print_fault(self._console, what)
+                self._flush()
+            self._flush()
+
+    def _flush(self) -> None:
+        if unsaid := self._dropped - self._dropped_said:
+            self._console.out(f"pgguard: {unsaid} reports were left out, as nobody read those before", highlight=False)
+            self._dropped_said += unsaid
+        text = self._buffer.getvalue()
+        self._buffer.seek(0)
+        self._buffer.truncate()
+        if not self._terminal:
+            text = _TRAILING_SPACE.sub("", text)
+        data = text.encode("utf-8", "replace")
+        while data:
+            try:
+                data = data[os.write(self._fd, data) :]
+            except BlockingIOError:
+                # Whoever shares the descriptor has made it non-blocking.
+                ready = select.poll()
+                ready.register(self._fd, select.POLLOUT)
+                ready.poll()

@@ -1,0 +1,337 @@
+"""Who is named in which role, and what the record looks like."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from pgguard.attribution.evidence import Driver, Evidence, Findings
+from pgguard.faults.catalogue import Severity
+from pgguard.faults.fault import Role, rfc3339
+from pgguard.faults.policy import Action
+from pgguard.faults.sql import SqlMode
+from pgguard.session.verdicts import Direction, Kind, MessageSeen, RequestState, Sender, Verdict
+from tests.faults.samples import (
+    DATA_ROW,
+    FACTS,
+    KERNEL,
+    MASTER,
+    NOW,
+    OUTSTANDING,
+    OVERLAP,
+    QUERY,
+    WORKER_0,
+    WORKER_1,
+    fault,
+    process,
+    verdict,
+)
+
+KERNEL_SENDER, SOLE, HOLDS, UNKNOWN = (
+    Evidence.KERNEL_SENDER,
+    Evidence.SOLE_HOLDER,
+    Evidence.SOCKET_HOLDER,
+    Evidence.UNKNOWN,
+)
+INTRUDER, REQUESTER, OWNER, HOLDER, CLOSER = Role.INTRUDER, Role.REQUESTER, Role.OWNER, Role.HOLDER, Role.CLOSER
+
+NOTHING = Findings()
+ALONE = Findings(opener=MASTER, opener_evidence=SOLE, holders=(MASTER,), driver=Driver.LIBPQ)
+SHARED_UNSEEN = Findings(opener=MASTER, opener_evidence=SOLE, holders=(MASTER, WORKER_0))
+KNOWN_SENDER = Findings(senders={4866: WORKER_0})
+
+BUSY = verdict(Kind.REQUEST_WHILE_BUSY, message=QUERY, requests=(OUTSTANDING,), open_request=True)
+BUSY_SEEN = replace(BUSY, intruder=Sender(4866, 4871))
+CLOSED = verdict(Kind.UNCLEAN_CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("what", "findings", "roles"),
+    [
+        pytest.param(
+            OVERLAP,
+            KERNEL,
+            [
+                (INTRUDER, 4867, 4880, KERNEL_SENDER),
+                (REQUESTER, 4866, 4871, KERNEL_SENDER),
+                (OWNER, 4864, None, SOLE),
+                (HOLDER, 4864, None, HOLDS),
+            ],
+            id="the kernel names both sides; only the owner is a holder besides",
+        ),
+        pytest.param(
+            OVERLAP,
+            NOTHING,
+            [(INTRUDER, 4867, 4880, KERNEL_SENDER), (REQUESTER, 4866, 4871, KERNEL_SENDER)],
+            id="nothing but the kernel's word",
+        ),
+        pytest.param(
+            BUSY, ALONE, [(INTRUDER, 4864, None, SOLE), (OWNER, 4864, None, SOLE)], id="unseen: the only holder sent it"
+        ),
+        pytest.param(
+            BUSY,
+            SHARED_UNSEEN,
+            [
+                (INTRUDER, None, None, UNKNOWN),
+                (OWNER, 4864, None, SOLE),
+                (HOLDER, 4864, None, HOLDS),
+                (HOLDER, 4866, None, HOLDS),
+            ],
+            id="unseen, two holders: nobody is picked",
+        ),
+        pytest.param(BUSY, NOTHING, [(INTRUDER, None, None, UNKNOWN)], id="unseen, holders not known"),
+        pytest.param(
+            verdict(Kind.MESSAGE_WHILE_IDLE, message=DATA_ROW),
+            ALONE,
+            [(OWNER, 4864, None, SOLE), (HOLDER, 4864, None, SOLE)],
+            id="the server did it: no client is an intruder",
+        ),
+        pytest.param(
+            verdict(Kind.INHERITED_CONNECTION),
+            SHARED_UNSEEN,
+            [(OWNER, 4864, None, SOLE), (HOLDER, 4864, None, HOLDS), (HOLDER, 4866, None, HOLDS)],
+            id="inherited and unused: no intruder",
+        ),
+        pytest.param(
+            CLOSED, ALONE, [(CLOSER, 4864, None, SOLE), (OWNER, 4864, None, SOLE)], id="closed by the only holder"
+        ),
+        pytest.param(
+            replace(CLOSED, intruder=Sender(4866)),
+            KNOWN_SENDER,
+            [(CLOSER, 4866, None, HOLDS)],
+            id="closed, and one process is all that was ever seen",
+        ),
+        pytest.param(
+            replace(CLOSED, intruder=Sender(4866), requesters=(Sender(4867),)),
+            KNOWN_SENDER,
+            [(REQUESTER, 4866, None, KERNEL_SENDER), (REQUESTER, 4867, None, KERNEL_SENDER)],
+            id="closed after two used it: the last to send need not be the last to close",
+        ),
+        pytest.param(
+            replace(CLOSED, requests=(OUTSTANDING,)),
+            ALONE,
+            [(OWNER, 4864, None, SOLE), (HOLDER, 4864, None, SOLE)],
+            id="closed, and an earlier request came from another process than the holder",
+        ),
+        pytest.param(CLOSED, NOTHING, [], id="closed by nobody knows whom"),
+    ],
+)
+def test_roles(what: Verdict, findings: Findings, roles: list[tuple[Role, int | None, int | None, Evidence]]) -> None:
+    """Attribution never guesses: a pid stands only where its evidence does."""
+    culprits = fault(what, findings).culprits
+    assert [(c.role, c.pid, c.tid, c.evidence) for c in culprits] == roles
+
+
+def test_a_sender_that_could_not_be_looked_at_is_named_by_its_pid_alone() -> None:
+    built = fault(OVERLAP, replace(KERNEL, senders={}, holders=None))
+    assert built.culprits[0].process is None
+    assert built.summary.startswith("pid 4867 sent Query")
+
+
+SUMMARIES = [
+    (OVERLAP, KERNEL, "pid 4867 (puma: cluster worker 1) sent Query while the answer to pid 4866 was outstanding"),
+    (
+        replace(OVERLAP, reason="after another process had used the connection in between"),
+        KERNEL,
+        "pid 4867 (puma: cluster worker 1) sent Query after pid 4866 had used the connection in between",
+    ),
+    (
+        replace(OVERLAP, reason="in the middle of another process's Query"),
+        KERNEL,
+        "pid 4867 (puma: cluster worker 1) sent Query in the middle of pid 4866's Query",
+    ),
+    (
+        replace(OVERLAP, kind=Kind.INHERITED_CONNECTION, reason="on a connection that another process had used"),
+        KERNEL,
+        "pid 4867 (puma: cluster worker 1) sent Query on a connection that pid 4866 had used",
+    ),
+    (
+        verdict(Kind.INHERITED_CONNECTION),
+        KERNEL,
+        (
+            "pid 4866 (puma: cluster worker 0) and pid 4867 (puma: cluster worker 1) have the connection open"
+            " that pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) opened"
+        ),
+    ),
+    (
+        verdict(Kind.INHERITED_CONNECTION),
+        Findings(holders=(WORKER_0, WORKER_1)),
+        ("pid 4866 (puma: cluster worker 0) and pid 4867 (puma: cluster worker 1) have one connection's socket open"),
+    ),
+    (verdict(Kind.INHERITED_CONNECTION), NOTHING, "more than one process has the connection's socket open"),
+    (
+        BUSY_SEEN,
+        KERNEL,
+        "pid 4866 (puma: cluster worker 0) sent Query before the answer to request 41 was complete",
+    ),
+    (BUSY, NOTHING, "the client sent Query before the answer to request 41 was complete"),
+    (
+        verdict(Kind.MESSAGE_WHILE_IDLE, "the server sent DataRow while no request was outstanding", message=DATA_ROW),
+        KERNEL,
+        "the server sent DataRow while no request was outstanding",
+    ),
+    (
+        verdict(Kind.PROTOCOL_VIOLATION, "the client sent Bind with a length word of 2", intruder=Sender(4867)),
+        KERNEL,
+        "pid 4867 (puma: cluster worker 1): the client sent Bind with a length word of 2",
+    ),
+    (
+        replace(CLOSED, open_request=True),
+        ALONE,
+        (
+            "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app])"
+            " closed its connection without Terminate, in the middle of a request"
+        ),
+    ),
+    (
+        replace(CLOSED, open_transaction=True),
+        SHARED_UNSEEN,
+        (
+            "the connection that pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) opened ended without Terminate,"
+            " with a transaction open"
+        ),
+    ),
+    (CLOSED, NOTHING, "the client's side ended without Terminate, between two requests"),
+    (verdict(Kind.UNTRACKED, "the session is encrypted with GSS"), KERNEL, "the session is encrypted with GSS"),
+]
+
+
+@pytest.mark.parametrize(("what", "findings", "summary"), SUMMARIES)
+def test_summaries_say_who_did_what_to_whom(what: Verdict, findings: Findings, summary: str) -> None:
+    assert fault(what, findings).summary == summary
+
+
+def test_a_summary_is_one_printable_line_whatever_a_process_calls_itself() -> None:
+    nasty = process(4867, 4864, "evil\n\x1b[2J worker")
+    built = fault(OVERLAP, replace(KERNEL, senders={4867: nasty}))
+    assert built.summary.startswith("pid 4867 (evil\\n\\x1b[2J worker) sent")
+
+
+def test_severity_depends_on_the_driver() -> None:
+    assert fault(BUSY, replace(ALONE, driver=Driver.NODE)).severity is Severity.WARNING
+    assert fault(BUSY, ALONE).severity is Severity.ERROR
+
+
+def test_the_record_is_the_one_of_the_contract() -> None:
+    """Key by key, in the contract's order; dashboards read this."""
+    built = fault(OVERLAP, replace(KERNEL, holders=(WORKER_0, WORKER_1), opener=None))
+    record = built.to_record()
+    assert json.loads(json.dumps(record)) == record
+    assert record == {
+        "id": 7,
+        "at": "2026-11-22T11:52:07.120402Z",
+        "kind": "shared-by-processes",
+        "severity": "error",
+        "action": "logged",
+        "repeat_of": None,
+        "suppressed": 0,
+        "summary": "pid 4867 (puma: cluster worker 1) sent Query while the answer to pid 4866 was outstanding",
+        "reason": "while the answer to another process was outstanding",
+        "session": {
+            "id": 3,
+            "user": "app",
+            "database": "app",
+            "application_name": "puma",
+            "transport": "tcp",
+            "client": "127.0.0.1:53984",
+            "backend_pid": 4865,
+            "opened_at": "2026-11-22T11:51:54.620402Z",
+            "tls": False,
+        },
+        "message": {"direction": "frontend", "type": "Q", "code": "0x51", "name": "Query", "size": 61},
+        "libpq": "message type 0x54 arrived from server while idle",
+        "culprits": [
+            {
+                "role": "intruder",
+                "pid": 4867,
+                "tid": 4880,
+                "evidence": "kernel-sender",
+                "process": {
+                    "name": "ruby",
+                    "cmdline": ["puma: cluster worker 1: 4864 [app]"],
+                    "ppid": 4864,
+                    "started_at": "2026-11-22T11:51:59.120402Z",
+                },
+                "thread_name": None,
+                "stack": None,
+            },
+            {
+                "role": "requester",
+                "pid": 4866,
+                "tid": 4871,
+                "evidence": "kernel-sender",
+                "process": {
+                    "name": "ruby",
+                    "cmdline": ["puma: cluster worker 0: 4864 [app]"],
+                    "ppid": 4864,
+                    "started_at": "2026-11-22T11:51:58.120402Z",
+                },
+                "thread_name": None,
+                "stack": None,
+            },
+        ],
+        "requests": [
+            {
+                "n": 41,
+                "at": "2026-11-22T11:52:07.119402Z",
+                "messages": "Q",
+                "sql": "SELECT $1 AS pid",
+                "pid": 4866,
+                "tid": 4871,
+                "state": "answering",
+            }
+        ],
+        "advice": {"title": built.advice.title, "text": built.advice.text},
+    }
+    assert list(record) == [
+        *("id", "at", "kind", "severity", "action", "repeat_of", "suppressed", "summary", "reason", "session"),
+        *("message", "libpq", "culprits", "requests", "advice"),
+    ]
+
+
+def test_what_is_not_known_is_null() -> None:
+    facts = replace(FACTS, user=None, database=None, application_name=None, client=None, backend_pid=None)
+    seen = replace(OUTSTANDING, sql=None, sender=None, state=RequestState.WAITING)
+    startup = MessageSeen(Direction.FRONTEND, None, "StartupMessage", 84)
+    record = fault(replace(BUSY, message=startup, requests=(seen,)), NOTHING, facts=facts).to_record()
+    assert record["message"] == {
+        "direction": "frontend",
+        "type": None,
+        "code": None,
+        "name": "StartupMessage",
+        "size": 84,
+    }
+    assert record["session"]["user"] is None
+    assert record["culprits"] == [
+        {
+            "role": "intruder",
+            "pid": None,
+            "tid": None,
+            "evidence": "unknown",
+            "process": None,
+            "thread_name": None,
+            "stack": None,
+        }
+    ]
+    assert record["requests"][0]["sql"] is None
+    assert record["requests"][0]["pid"] is None
+    assert fault(CLOSED, NOTHING).to_record()["message"] is None
+
+
+def test_no_password_of_a_command_line_is_recorded() -> None:
+    psql = process(4867, 4864, "psql", "postgresql://app:s3cret@db/app", name="psql")
+    for mode in SqlMode:
+        record = fault(
+            OVERLAP, replace(KERNEL, senders={4867: psql}), sql_mode=mode, action=Action.REJECTED
+        ).to_record()
+        assert "s3cret" not in json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    ("at", "text"),
+    [(NOW, "2026-11-22T11:52:07.120402Z"), (0.0, "1970-01-01T00:00:00.000000Z")],
+)
+def test_times_have_microseconds_and_z(at: float, text: str) -> None:
+    assert rfc3339(at) == text

@@ -1,0 +1,87 @@
+"""Severities, and what is said about each kind, as the contract's table has them."""
+
+from __future__ import annotations
+
+import pytest
+
+from pgguard.attribution.evidence import Driver
+from pgguard.faults.catalogue import CATALOGUE, OVERLAP, Severity, severity_of
+from pgguard.faults.text import printable
+from pgguard.session.verdicts import Kind
+from tests.faults.samples import verdict
+
+SEVERITIES = {
+    Kind.MESSAGE_WHILE_IDLE: Severity.ERROR,
+    Kind.UNEXPECTED_RESPONSE: Severity.ERROR,
+    Kind.SHARED_BY_PROCESSES: Severity.ERROR,
+    Kind.REQUEST_WHILE_BUSY: Severity.ERROR,
+    Kind.INHERITED_CONNECTION: Severity.WARNING,
+    Kind.UNCLEAN_CLOSE: Severity.WARNING,
+    Kind.PROTOCOL_VIOLATION: Severity.ERROR,
+    Kind.UNTRACKED: Severity.INFO,
+}
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_every_kind_has_the_severity_that_the_contract_says(kind: Kind) -> None:
+    assert CATALOGUE[kind].kind is kind
+    assert CATALOGUE[kind].severity is SEVERITIES[kind]
+    assert severity_of(verdict(kind), Driver.LIBPQ) is SEVERITIES[kind]
+
+
+@pytest.mark.parametrize(
+    ("driver", "severity"),
+    [
+        (Driver.LIBPQ, Severity.ERROR),
+        (Driver.PYTHON, Severity.ERROR),
+        (Driver.JAVA, Severity.WARNING),
+        (Driver.NODE, Severity.WARNING),
+        (Driver.DOTNET, Severity.WARNING),
+        (Driver.GO, Severity.WARNING),
+        (Driver.UNKNOWN, Severity.WARNING),
+    ],
+)
+def test_overlap_is_an_error_only_for_drivers_that_never_pipeline(driver: Driver, severity: Severity) -> None:
+    """Otherwise ``reject`` would kill a correct application."""
+    assert severity_of(verdict(Kind.REQUEST_WHILE_BUSY), driver) is severity
+
+
+@pytest.mark.parametrize("driver", Driver)
+def test_overlap_between_processes_is_an_error_whatever_the_driver(driver: Driver) -> None:
+    assert OVERLAP[driver].reason
+    assert severity_of(verdict(Kind.SHARED_BY_PROCESSES), driver) is Severity.ERROR
+
+
+@pytest.mark.parametrize(
+    ("request_open", "transaction", "severity"),
+    [
+        (False, False, Severity.WARNING),
+        (True, False, Severity.ERROR),
+        (False, True, Severity.ERROR),
+        (True, True, Severity.ERROR),
+    ],
+)
+def test_a_close_is_grave_when_work_is_lost(request_open: bool, transaction: bool, severity: Severity) -> None:
+    closed = verdict(Kind.UNCLEAN_CLOSE, open_request=request_open, open_transaction=transaction)
+    assert severity_of(closed, Driver.UNKNOWN) is severity
+
+
+def test_only_a_message_while_idle_can_be_dropped() -> None:
+    """Swallowing any other message would leave an answer owed that never comes, or a request unanswered."""
+    assert [kind for kind in Kind if CATALOGUE[kind].can_drop] == [Kind.MESSAGE_WHILE_IDLE]
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_texts_are_single_lines_and_complete(kind: Kind) -> None:
+    """They go into one line of an ErrorResponse and are wrapped by whoever shows them: no stray line breaks or gaps."""
+    entry = CATALOGUE[kind]
+    sentences = (entry.meaning, entry.cause, entry.advice.text, *entry.fixes)
+    for text in (entry.title, entry.severity_rule, entry.advice.title, *sentences):
+        assert text
+        assert text == " ".join(text.split())
+        assert text == printable(text)
+    assert all(text.endswith(".") for text in sentences)
+
+
+def test_severities_are_ordered() -> None:
+    assert Severity.ERROR.rank > Severity.WARNING.rank > Severity.INFO.rank

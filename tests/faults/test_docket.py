@@ -1,0 +1,179 @@
+"""Repeats: in full once, rate-limited after that, counted always."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgguard.attribution.evidence import Driver
+from pgguard.faults.catalogue import Severity
+from pgguard.faults.docket import FAULTS_PER_SESSION, Docket
+from pgguard.faults.fault import Fault
+from pgguard.faults.policy import Action
+from pgguard.session.verdicts import Kind, Sender, Verdict
+from tests.faults.samples import FACTS, KERNEL, NOW, OVERLAP, QUERY, fault, verdict
+
+
+def enter(docket: Docket, what: Verdict = OVERLAP, *, session: int = 3, at: float = NOW) -> Fault:
+    first = fault(what, facts=replace(FACTS, id=session), id=docket.next_id(), at=at)
+    docket.enter(what, first)
+    return first
+
+
+SWAPPED = replace(OVERLAP, intruder=OVERLAP.requesters[0], requesters=(Sender(4867, 4880),))
+OTHER_THREAD = replace(OVERLAP, intruder=Sender(4867, 4999))
+
+
+@pytest.mark.parametrize("again", [OVERLAP, SWAPPED, OTHER_THREAD, replace(OVERLAP, message=None, requests=())])
+def test_the_same_kind_session_and_processes_are_a_repeat(again: Verdict) -> None:
+    docket = Docket()
+    first = enter(docket)
+    known = docket.known(3, again)
+    assert known is not None
+    assert known.id == first.id
+    assert known.action is first.action
+
+
+@pytest.mark.parametrize(
+    ("session", "other"),
+    [
+        (4, OVERLAP),
+        (3, replace(OVERLAP, kind=Kind.INHERITED_CONNECTION)),
+        (3, replace(OVERLAP, intruder=Sender(4868, 4868))),
+        (3, replace(OVERLAP, requesters=(*OVERLAP.requesters, Sender(4868)))),
+        (3, replace(OVERLAP, intruder=None)),
+    ],
+)
+def test_anything_else_is_news(session: int, other: Verdict) -> None:
+    docket = Docket()
+    enter(docket)
+    assert docket.known(session, other) is None
+
+
+def test_a_repeat_points_to_the_first_and_leaves_out_its_requests() -> None:
+    docket = Docket()
+    first = enter(docket)
+    again = docket.repeat(3, replace(OVERLAP, message=replace(QUERY, size=99)), at=NOW + 1)
+    assert again is not None
+    assert (again.id, again.repeat_of, again.suppressed, again.at) == (2, 1, 0, NOW + 1)
+    assert again.requests == ()
+    assert again.message == replace(QUERY, size=99)
+    assert (again.summary, again.culprits, again.advice) == (first.summary, first.culprits, first.advice)
+
+
+def test_repeats_are_rate_limited_and_the_next_record_says_how_many_there_were() -> None:
+    docket = Docket(interval=1.0)
+    enter(docket)
+    times = [0.1, 0.2, 0.99, 1.0, 1.5, 1.9, 3.0]
+    records = [docket.repeat(3, OVERLAP, at=NOW + time) for time in times]
+    assert [record and (record.id, record.suppressed) for record in records] == [
+        None,
+        None,
+        None,
+        (2, 3),
+        None,
+        None,
+        (3, 2),
+    ]
+
+
+def test_a_clock_that_is_set_back_suppresses_nothing_for_ever() -> None:
+    docket = Docket()
+    enter(docket)
+    assert docket.repeat(3, OVERLAP, at=NOW - 3600) is not None
+
+
+def test_closing_a_session_accounts_for_what_was_suppressed_and_forgets_it() -> None:
+    docket = Docket()
+    enter(docket)
+    for _ in range(5):
+        assert docket.repeat(3, OVERLAP, at=NOW + 0.5) is None
+    (last,) = docket.close(3, at=NOW + 0.6)
+    # One of the five became this record, four stand behind it.
+    assert (last.id, last.repeat_of, last.suppressed) == (2, 1, 4)
+    assert docket.known(3, OVERLAP) is None
+    assert docket.close(3, at=NOW + 0.7) == []
+
+
+def test_a_session_without_suppressed_repeats_closes_without_a_word() -> None:
+    docket = Docket()
+    enter(docket)
+    assert docket.close(3, at=NOW) == []
+    assert docket.close(99, at=NOW) == []
+
+
+def test_the_end_of_the_guard_closes_every_session() -> None:
+    docket = Docket()
+    for session in (3, 4):
+        enter(docket, session=session)
+        docket.repeat(session, OVERLAP, at=NOW)
+    assert [record.session.id for record in docket.close_all(at=NOW)] == [3, 4]
+    assert docket.close_all(at=NOW) == []
+
+
+def test_a_fault_that_is_not_known_can_not_repeat() -> None:
+    with pytest.raises(KeyError):
+        Docket().repeat(3, OVERLAP, at=NOW)
+
+
+def test_memory_is_bounded_though_every_child_makes_a_new_fault() -> None:
+    """A job runner forks for each job, for weeks, and each child uses the one connection."""
+    docket = Docket()
+    enter(docket)
+    docket.repeat(3, OVERLAP, at=NOW)
+    settled = []
+    for pid in range(10_000, 10_000 + FAULTS_PER_SESSION):
+        what = replace(OVERLAP, intruder=Sender(pid))
+        settled.append(docket.enter(what, fault(what, KERNEL, id=docket.next_id())))
+    # The oldest went, and its suppressed repeat was not lost with it.
+    assert [record.repeat_of for record in settled if record is not None] == [1]
+    assert settled[-1] is not None
+    assert docket.known(3, OVERLAP) is None
+    assert docket.known(3, replace(OVERLAP, intruder=Sender(10_000))) is not None
+
+
+def test_a_fault_that_keeps_repeating_is_not_the_one_that_is_forgotten() -> None:
+    docket = Docket()
+    enter(docket)
+    for pid in range(10_000, 10_000 + FAULTS_PER_SESSION):
+        docket.repeat(3, OVERLAP, at=NOW)
+        enter(docket, replace(OVERLAP, intruder=Sender(pid)))
+    assert docket.known(3, OVERLAP) is not None
+
+
+def test_every_time_is_counted_and_the_gravest_come_first() -> None:
+    docket = Docket()
+    busy = verdict(Kind.REQUEST_WHILE_BUSY)
+    docket.enter(busy, fault(busy, replace(KERNEL, driver=Driver.NODE), id=docket.next_id()))
+    enter(docket)
+    enter(docket, session=4)
+    for _ in range(10):
+        docket.repeat(3, OVERLAP, at=NOW)
+    docket.close_all(at=NOW)
+    assert docket.counts() == [
+        (Kind.SHARED_BY_PROCESSES, Severity.ERROR, Action.LOGGED, 2, 10),
+        (Kind.REQUEST_WHILE_BUSY, Severity.WARNING, Action.LOGGED, 1, 0),
+    ]
+
+
+@given(st.lists(st.floats(0, 2, allow_nan=False), max_size=60), st.integers(0, 60))
+def test_nothing_is_ever_lost(gaps: list[float], closed_after: int) -> None:
+    """Records and what they say was suppressed add up to what happened, wherever the session ends."""
+    docket = Docket()
+    records: list[Fault] = []
+    now = NOW
+    for number, gap in enumerate(gaps):
+        now += gap
+        if number == closed_after:
+            records += docket.close(3, at=now)
+        if docket.known(3, OVERLAP) is None:
+            records.append(enter(docket, at=now))
+        elif (record := docket.repeat(3, OVERLAP, at=now)) is not None:
+            records.append(record)
+    records += docket.close_all(at=now)
+    assert sum(1 + record.suppressed for record in records) == len(gaps)
+    assert sorted(record.id for record in records) == list(range(1, len(records) + 1))
+    assert sum(count.faults + count.repeats for count in docket.counts()) == len(gaps)

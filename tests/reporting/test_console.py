@@ -1,0 +1,271 @@
+"""The report on the terminal: complete, safe to look at, greppable, and never in a session's way."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import select
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from rich.console import Console
+
+from pgguard.attribution.evidence import Evidence, Findings
+from pgguard.faults.policy import Action
+from pgguard.faults.sql import SqlMode
+from pgguard.reporting.console import BACKLOG, ConsoleSink, print_fault, summary_line
+from pgguard.reporting.sinks import SinkError
+from pgguard.session.verdicts import Kind
+from tests.faults.samples import DATA_ROW, KERNEL, OUTSTANDING, OVERLAP, fault, process, verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pgguard.faults.fault import Fault
+
+SUMMARY = (
+    "SUMMARY: pgguard: shared-by-processes: pid 4867 (puma: cluster worker 1) sent Query while the answer to pid 4866"
+    " was outstanding (fault 7, session 3)"
+)
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
+
+def printed(what: Fault, *, width: int = 120, terminal: bool = False) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, legacy_windows=False)
+    print_fault(console, what)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+REPORT = f"""\
+{"=" * 100}
+pgguard: ERROR: shared-by-processes: two processes use one connection
+  pid 4867 (puma: cluster worker 1) sent Query while the answer to pid 4866 was outstanding
+  (2026-11-22T11:52:07.120402Z; logged, the session goes on)
+
+  Who:
+    Intruder: pid 4867 (puma: cluster worker 1), thread 4880: the kernel named it as the sender
+      sent Query, 61 bytes, at 11:52:07.120402
+      command: puma: cluster worker 1: 4864 [app]
+    Used by: pid 4866 (puma: cluster worker 0), thread 4871: the kernel named it as the sender
+      its request 41, sent at 11:52:07.119402, was being answered
+      command: puma: cluster worker 0: 4864 [app]
+    Opened by: pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]): at that time, the only process with
+    the socket open
+    Also open in: pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app])
+
+  Session 3:
+    user app, database app, application_name "puma", over TCP from 127.0.0.1:53984, backend pid
+    4865, opened 2026-11-22T11:51:54.620402Z
+
+  How the socket came to be shared:
+    pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), child of 1: started 11:51:47.120402, opened
+    the connection 11:51:54.620402, has it open
+    ├── pid 4866 (puma: cluster worker 0), child of 4864: started 11:51:58.120402, got the socket
+    │   with the fork
+    └── pid 4867 (puma: cluster worker 1), child of 4864: started 11:51:59.120402, got the socket
+        with the fork
+
+  Recent requests:
+    #41  11:52:07.119402  pid 4866  Q  answering  SELECT $1 AS pid
+
+  What libpq prints for this, to search logs for:
+    message type 0x54 arrived from server while idle
+
+  What to change:
+    Close the pool before forking. In before_fork.
+
+{SUMMARY}"""
+
+
+def test_a_report_shows_both_sides_and_how_the_socket_came_to_be_shared() -> None:
+    brief = fault(advice=fault().advice._replace(text="In before_fork."))
+    assert printed(brief, width=100) == REPORT
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 120, 400])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_summary_is_one_plain_line_at_any_width(width: int, terminal: bool) -> None:
+    assert printed(fault(), width=width, terminal=terminal).splitlines()[-1] == SUMMARY
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_nothing_is_cut_off_at_the_margin(width: int) -> None:
+    text = printed(fault(), width=width)
+    assert all(len(line) <= width for line in text.splitlines()[:-1])
+    advice = fault().advice.text
+    assert "".join(advice.split()) in "".join(text.split())
+
+
+def test_a_repeat_is_its_summary_alone() -> None:
+    again = fault(id=9, repeat_of=7, suppressed=12)
+    assert printed(again) == SUMMARY.replace("(fault 7,", "(fault 9, again 7, 12 more not printed,")
+
+
+def test_colour_is_for_terminals() -> None:
+    assert CONTROL.search(printed(fault())) is None
+    assert "\x1b[" in printed(fault(), terminal=True)
+
+
+def test_no_escape_sequence_of_a_process_or_of_its_sql_reaches_the_terminal() -> None:
+    """A command line or a comment in SQL could clear the screen, rename the window, or fake a report."""
+    evil = "\x1b]0;owned\x07\x1b[2J\r\u202e\x9b[red]x[/red]\nSUMMARY: pgguard: fake"
+    worker = process(4867, 4864, evil, name=evil)
+    request = replace(OUTSTANDING, sql=f'SELECT "{evil}"'.encode(), messages=evil)
+    what = replace(OVERLAP, requests=(request,), libpq=evil, reason=evil)
+    findings = replace(KERNEL, opener=worker, holders=(worker,), senders={4866: worker, 4867: worker})
+    facts = replace(fault().session, user=evil, database=evil, application_name=evil, client=evil)
+    for mode in (SqlMode.FULL, SqlMode.NORMALIZED):
+        text = printed(fault(what, findings, facts=facts, sql_mode=mode))
+        assert CONTROL.search(text) is None
+        assert "\u202e" not in text
+        # Nor is rich's markup interpreted.
+        assert "[red]x[/red]" in text.replace("\n    ", "")
+        assert [line for line in text.splitlines() if line.startswith("SUMMARY:")] == [text.splitlines()[-1]]
+
+
+def test_what_is_not_known_is_said_to_be_unknown() -> None:
+    busy = verdict(Kind.REQUEST_WHILE_BUSY, message=OVERLAP.message, requests=(replace(OUTSTANDING, sender=None),))
+    facts = replace(fault().session, user=None, transport="unix", client=None, application_name=None, tls=True)
+    text = printed(fault(busy, Findings(), facts=facts))
+    assert "Intruder: not known which process" in text
+    assert "not logged in, database app, over a Unix socket with TLS, backend pid 4865" in text
+    assert "How the socket came" not in text
+    text = printed(fault(verdict(Kind.UNCLEAN_CLOSE), Findings()))
+    assert "not known: the kernel named no sender" in text
+    assert "Recent requests" not in text
+    assert "libpq" not in text
+
+
+def test_a_process_of_other_parents_is_not_said_to_have_got_the_socket_by_a_fork() -> None:
+    stranger = process(7, 1, "nc", "-U", name="nc")
+    text = printed(fault(verdict(Kind.INHERITED_CONNECTION), replace(KERNEL, holders=(stranger,))))
+    assert "pid 7 (nc), child of 1: started 11:51:58.120402, has it open" in text
+
+
+@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("evidence", Evidence)
+@pytest.mark.parametrize("action", Action)
+def test_everything_can_be_printed(kind: Kind, evidence: Evidence, action: Action) -> None:
+    findings = replace(KERNEL, opener_evidence=evidence)
+    text = printed(fault(verdict(kind, message=DATA_ROW), findings, action=action))
+    assert f": {kind}: " in text
+
+
+# The sink
+
+
+class Pipe:
+    """A pipe whose reading end can be drained until what is awaited has come."""
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe()
+        self.received = ""
+
+    def read_until(self, end: str) -> str:
+        while end not in self.received:
+            self.received += os.read(self.reader, 1 << 20).decode()
+        return self.received
+
+    def read_all(self) -> None:
+        while data := os.read(self.reader, 1 << 20):
+            self.received += data.decode()
+
+    def close_reader(self) -> None:
+        os.close(self.reader)
+        self.reader = -1
+
+    def close_writer(self) -> None:
+        os.close(self.writer)
+        self.writer = -1
+
+    def close(self) -> None:
+        for fd in (self.reader, self.writer):
+            if fd != -1:
+                os.close(fd)
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    pipe = Pipe()
+    yield pipe
+    pipe.close()
+
+
+def test_reports_are_printed_as_faults_happen(pipe: Pipe) -> None:
+    sink = ConsoleSink(pipe.writer)
+    sink.record(fault())
+    text = pipe.read_until(SUMMARY + "\n")
+    assert "Close the pool before forking" in text
+    assert re.search(" $", text, re.MULTILINE) is None
+    sink.close()
+
+
+def test_a_pipe_that_nobody_reads_holds_up_nothing_and_what_was_left_out_is_said(pipe: Pipe) -> None:
+    sink = ConsoleSink(pipe.writer)
+    begun = time.monotonic()
+    # 64 KiB fill the pipe, the backlog fills up behind it.
+    for n in range(BACKLOG * 2):
+        sink.record(fault(id=n))
+    sink.close(deadline=0.1)
+    assert time.monotonic() - begun < 5
+    # Somebody begins to read, and gets the backlog.
+    reader = threading.Thread(target=pipe.read_all)
+    reader.start()
+    sink.close(deadline=60)
+    pipe.close_writer()
+    reader.join()
+    left_out = re.findall(r"^pgguard: (\d+) reports were left out", pipe.received, re.MULTILINE)
+    assert left_out
+    assert pipe.received.count("SUMMARY: ") + sum(map(int, left_out)) == BACKLOG * 2
+
+
+def test_close_waits_for_what_is_left(pipe: Pipe) -> None:
+    sink = ConsoleSink(pipe.writer)
+    for n in range(5):
+        sink.record(replace(fault(id=n), repeat_of=1))
+    sink.close()
+    assert os.read(pipe.reader, 1 << 20).count(b"SUMMARY: ") == 5
+
+
+def test_a_pipe_without_a_reader_ends_printing_and_is_said(pipe: Pipe) -> None:
+    pipe.close_reader()
+    sink = ConsoleSink(pipe.writer)
+    sink.record(fault())
+    sink._thread.join(10)
+    with pytest.raises(SinkError, match="can't be printed any more"):
+        sink.record(fault())
+    sink.close()
+
+
+def test_a_descriptor_that_others_made_non_blocking_loses_nothing(pipe: Pipe) -> None:
+    """Node.js does that to a standard error that it shares."""
+    os.set_blocking(pipe.writer, False)
+    sink = ConsoleSink(pipe.writer)
+    for n in range(60):
+        sink.record(fault(id=n))
+    while select.select([], [pipe.writer], [], 0)[1]:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert sink._thread.is_alive()
+    text = pipe.read_until("(fault 59, session 3)\n")
+    assert text.count("SUMMARY: ") == 60
+    sink.close()
+
+
+def test_a_terminal_gets_colour_and_its_own_width() -> None:
+    controller, terminal = os.openpty()
+    sink = ConsoleSink(terminal, width=60)
+    sink.record(fault())
+    received = ""
+    while "session 3)" not in received:
+        received += os.read(controller, 1 << 16).decode()
+    sink.close()
+    os.close(controller)
+    os.close(terminal)
+    assert "\x1b[1;31m" in received
+    assert "\n" + summary_line(fault()) in received.replace("\r", "")
