@@ -1,0 +1,252 @@
+"""The server's stream: each message is paid against the ledger, or there is a verdict on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from pgguard.session import libpq
+from pgguard.session.ledger import NOTHING
+from pgguard.session.session import ill_formed, seen, torn_end
+from pgguard.session.states import ANSWERS, ASYNCHRONOUS, COPY_IN, Owes
+from pgguard.session.verdicts import Direction, Kind, MessageSeen, RequestState
+from pgguard.wire.fields import parse_parameter_status, parse_severity
+from pgguard.wire.messages import BACKEND, HEADER_SIZE, SHORT, UNKNOWN, by_code, parse_header
+from pgguard.wire.startup import parse_backend_key_data
+
+if TYPE_CHECKING:
+    from pgguard.session.session import Session
+    from pgguard.session.verdicts import Verdict
+
+# The tables, compiled for the loop: lists indexed by state and type byte instead of dictionaries of characters.
+
+_MESSAGES: Final = by_code(BACKEND)
+
+_PAID: Final = int(Owes.PAID)
+_SKIP: Final = int(Owes.SKIP)
+_UNDUE: Final = -1
+_SPECIAL: Final = -2
+
+_FOLLOWS: Final = [
+    [
+        int(state) if chr(code) in ASYNCHRONOUS else int(ANSWERS.get(state, {}).get(chr(code), _UNDUE))
+        for code in range(256)
+    ]
+    for state in Owes
+]
+"""The state that follows, ``_PAID``, ``_SKIP`` or ``_UNDUE``."""
+
+
+def _plain(state: Owes, code: int) -> int:
+    """What follows, or ``_SPECIAL``: the message is looked into, isn't due, or begins or ends a COPY FROM STDIN."""
+    follows = _FOLLOWS[state][code]
+    if follows == _UNDUE or chr(code) in "EKSZ":
+        return _SPECIAL
+    if follows != state and (state in COPY_IN or follows in COPY_IN):
+        return _SPECIAL
+    return follows
+
+
+_ROWS: Final = [
+    [(message.least, message.most, _plain(state, code)) for code, message in enumerate(_MESSAGES)] for state in Owes
+]
+"""The limits of the length word, and what follows; ``_SPECIAL`` if it takes more than that to tell."""
+
+_COPYING_IN: Final = [state in COPY_IN for state in Owes]
+_LOGIN: Final = int(Owes.LOGIN)
+_FUNCTION_CALL: Final = int(Owes.FUNCTION_CALL)
+_ERROR_RESPONSE: Final = ord("E")
+_BACKEND_KEY_DATA: Final = ord("K")
+_PARAMETER_STATUS: Final = ord("S")
+_READY_FOR_QUERY: Final = ord("Z")
+
+
+class BackendStream:
+    """Follows the server's messages of one session; see :class:`pgguard.session.tracker.Tracker`."""
+
+    __slots__ = ("_ledger", "_partial", "_session", "rest")
+
+    def __init__(self, session: Session) -> None:
+        self.rest = 0
+        """Bytes still to come of a message that has been judged."""
+        self._partial: MessageSeen | None = None
+        self._session = session
+        self._ledger = session.ledger
+
+    def follow(self, buffer: bytearray, start: int, end: int) -> int:
+        """Follow ``buffer[start:end]``; the position returned is how far it is in order."""
+        pos = start + self.rest
+        ledger = self._ledger
+        state = ledger.state
+        row = _ROWS[state]
+        last = end - HEADER_SIZE
+        code = length = 0
+        while pos <= last:
+            code, length = parse_header(buffer, pos)
+            least, most, follows = row[code]
+            if follows == _SPECIAL or not least <= length <= most:
+                if not self._special(buffer, pos, end, code, length):
+                    break
+                state = ledger.state
+                row = _ROWS[state]
+            elif follows != state:
+                if follows == _PAID:
+                    state = ledger.pay()
+                else:
+                    ledger.state = state = follows
+                row = _ROWS[state]
+            pos += 1 + length
+        if pos <= end:
+            self.rest = 0
+            return pos
+        self.rest = pos - end
+        if code:
+            self._partial = seen(Direction.BACKEND, _MESSAGES[code], code, length)
+        return end
+
+    def end(self, held_back: int) -> Verdict | None:
+        """The stream has ended: a verdict if that was in the middle of a message."""
+        self._session.over = True
+        if not self.rest and not held_back:
+            return None
+        reason, message = torn_end("server", self.rest, self._partial, held_back)
+        return self._session.judge(Kind.PROTOCOL_VIOLATION, reason, message, 0)
+
+    def _special(self, buffer: bytearray, pos: int, end: int, code: int, length: int) -> bool:
+        """Take a message that takes more than its row.
+
+        Returns False when it can't be taken: there is a verdict on it, the session is lost, or more of it is needed.
+        """
+        session = self._session
+        message = _MESSAGES[code]
+        well_formed = message.least <= length <= message.most
+        if not well_formed and not self._accept_frame(pos, code, length):
+            return False
+        size = min(1 + length, message.look)
+        if end - pos < size:
+            return False
+        ledger = self._ledger
+        follows = _FOLLOWS[ledger.state][code]
+        while follows == _UNDUE and ledger.step_aside():
+            follows = _FOLLOWS[ledger.state][code]
+        body = buffer[pos + HEADER_SIZE : pos + size] if well_formed else bytearray()
+        if code == _READY_FOR_QUERY:
+            taken = self._ready_for_query(body, pos, follows)
+        elif code == _ERROR_RESPONSE:
+            taken = self._error_response(body, pos, length, follows)
+        elif code == _PARAMETER_STATUS:
+            taken = True
+            name, value = parse_parameter_status(body)
+            if name == "application_name":
+                session.application_name = value or None
+        elif follows == _UNDUE:
+            taken = self._accept_undue(pos, code, length)
+        else:
+            taken = True
+            if code == _BACKEND_KEY_DATA and body:
+                session.cancel_key = parse_backend_key_data(body)
+            self._move_head(follows)
+        if taken:
+            session.overruled = False
+        return taken
+
+    def _move_head(self, follows: int) -> None:
+        ledger = self._ledger
+        state = ledger.state
+        if _COPYING_IN[follows] and follows != state:
+            ledger.enter_copy_in(follows)
+            return
+        if _COPYING_IN[state] and follows != state:
+            ledger.leave_copy_in()
+        if follows == _PAID:
+            ledger.pay()
+        else:
+            ledger.state = follows
+
+    def _ready_for_query(self, status: bytearray, pos: int, follows: int) -> bool:
+        ledger = self._ledger
+        session = self._session
+        if follows == _PAID:
+            if not ledger.ready():
+                session.lost = "a COPY failed, and whether the server executed what was sent behind it can't be told"
+                return False
+        elif not self._accept_undue(pos, _READY_FOR_QUERY, 5):
+            return False
+        elif ledger.entries:
+            # It came too early: take it for the end of the request at the head.
+            request = ledger.entries[0][1]
+            while ledger.entries and ledger.entries[0][1] is request:
+                ledger.pay()
+        if status:
+            session.transaction_status = chr(status[0])
+        return True
+
+    def _error_response(self, body: bytearray, pos: int, length: int, follows: int) -> bool:
+        ledger = self._ledger
+        session = self._session
+        if ledger.state == _LOGIN or parse_severity(body).ends_session:
+            session.goodbye = session.over = True
+            ledger.clear()
+            return True
+        if follows != _UNDUE:
+            ledger.entries[0][1].ended = RequestState.FAILED
+        elif ledger.state == NOTHING and session.unsynced is not None:
+            follows = _SKIP  # the error that is reported when a Flush is read
+        else:
+            return self._accept_undue(pos, _ERROR_RESPONSE, length)
+        session.copy_given_up = True
+        if follows == _SKIP:
+            ledger.skip_to_sync()
+        else:
+            ledger.state = follows
+        return True
+
+    def _accept_undue(self, pos: int, code: int, length: int) -> bool:
+        """Judge a message that the head's row doesn't have: True to pass it over."""
+        session = self._session
+        if session.overruled or session.goodbye:
+            return True
+        ledger = self._ledger
+        message = seen(Direction.BACKEND, _MESSAGES[code], code, length)
+        if ledger.state == NOTHING:
+            session.verdict = session.judge(
+                Kind.MESSAGE_WHILE_IDLE,
+                f"the server sent {message.name} while no request was outstanding",
+                message,
+                pos,
+                libpq=libpq.while_idle(message.type),
+            )
+            return False
+        head = ledger.entries[0][1]
+        text: str | None = None
+        owner = "the login"
+        if ledger.state != _LOGIN:
+            owner = f"request {head.n} ({head.messages})"
+            text = libpq.while_busy(chr(code), function_call=ledger.state == _FUNCTION_CALL)
+        session.verdict = session.judge(
+            Kind.UNEXPECTED_RESPONSE,
+            f"the server sent {message.name}, which can't belong to the answer to {owner}",
+            message,
+            pos,
+            libpq=text,
+        )
+        return False
+
+    def _accept_frame(self, pos: int, code: int, length: int) -> bool:
+        """Judge a message of unknown type or impossible length: True to go on with it all the same."""
+        session = self._session
+        known = _MESSAGES[code] is not UNKNOWN
+        framed = HEADER_SIZE - 1 <= length <= max(_MESSAGES[code].most, SHORT)
+        message = seen(Direction.BACKEND, _MESSAGES[code], code, length)
+        what = ill_formed(message, length, known=known)
+        if session.overruled or session.goodbye:
+            if not framed:
+                session.lost = f"the server sent {what}, behind which nothing can be told apart"
+            return framed
+        if known or not framed:
+            text: str | None = libpq.lost_synchronization(chr(code), length)
+        elif self._ledger.state == NOTHING:
+            text = libpq.while_idle(chr(code))
+        else:
+            text = libpq.while_busy(chr(code), function_call=False)
+        session.verdict = session.judge(Kind.PROTOCOL_VIOLATION, f"the server sent {what}", message, pos, libpq=text)
+        return False

@@ -1,0 +1,318 @@
+"""The client's stream: each message that has an answer is entered into the ledger, or there is a verdict on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from pgguard.session import libpq
+from pgguard.session.ledger import MAYBE_SYNC, NOTHING
+from pgguard.session.requests import Statements, sql_text
+from pgguard.session.session import ill_formed, seen, torn_end
+from pgguard.session.states import COPY_IN, IN_COPY_IN, NO_REQUEST, OWED, Owes
+from pgguard.session.verdicts import Direction, Kind, MessageSeen, RequestState, Sender
+from pgguard.wire.messages import FRONTEND, HEADER_SIZE, SMALL, UNKNOWN, by_code, parse_header
+
+if TYPE_CHECKING:
+    from pgguard.session.requests import Request
+    from pgguard.session.session import Session
+    from pgguard.session.verdicts import Verdict
+
+# The tables, compiled for the loop: lists indexed by type byte instead of dictionaries of characters.
+
+_MESSAGES: Final = by_code(FRONTEND)
+_SHAPES: Final = [(message.least, message.most, message.look) for message in _MESSAGES]
+_OWED: Final = [int(OWED.get(chr(code), Owes.NOTHING)) for code in range(256)]
+_SIMPLE: Final = [chr(code) in "QF" for code in range(256)]
+_EXTENDED: Final = [chr(code) in "PBCDES" for code in range(256)]
+_TARGETED: Final = [chr(code) in "CD" for code in range(256)]
+_COPYING_IN: Final = [state in COPY_IN for state in Owes]
+_IN_COPY_IN: Final = [chr(code) in IN_COPY_IN for code in range(256)]
+
+_LOGIN: Final = int(Owes.LOGIN)
+_DESCRIBE_STATEMENT: Final = int(Owes.DESCRIBE_STATEMENT)
+
+_BIND: Final = ord("B")
+_COPY_DATA: Final = ord("d")
+_DESCRIBE: Final = ord("D")
+_PARSE: Final = ord("P")
+_QUERY: Final = ord("Q")
+_SYNC: Final = ord("S")
+_STATEMENT: Final = ord("S")
+_TERMINATE: Final = b"X\0\0\0\x04"
+
+
+class FrontendStream:
+    """Follows the client's messages of one session; see :class:`pgguard.session.tracker.Tracker`.
+
+    Args:
+        session: what it shares with the other direction.
+        sender: who sent the StartupMessage, if the kernel said so.
+    """
+
+    __slots__ = ("_held_by", "_ledger", "_partial", "_sender", "_session", "_simple", "_statements", "rest")
+
+    def __init__(self, session: Session, sender: Sender | None) -> None:
+        self.rest = 0
+        """Bytes still to come of a message that has been judged."""
+        self._partial: MessageSeen | None = None
+        self._session = session
+        self._ledger = session.ledger
+        self._sender = sender
+        """Who sent the chunk that is being followed; ``None`` if the kernel didn't say."""
+        self._held_by: Sender | None = None
+        """Who sent the bytes that were left with the caller."""
+        self._simple: Request | None = None
+        """The last simple Query or FunctionCall."""
+        self._statements = Statements()
+
+    def follow(self, buffer: bytearray, start: int, end: int, sender: Sender | None, at: float) -> int:
+        """Follow ``buffer[start:end]``; the position returned is how far it is in order."""
+        session = self._session
+        if sender is not self._sender and not self._accept_sender(buffer, start, end, sender):
+            return start
+        if session.over:
+            return end
+        pos = start + self.rest
+        last = end - HEADER_SIZE
+        code = length = 0
+        while pos <= last:
+            code, length = parse_header(buffer, pos)
+            least, most, look = _SHAPES[code]
+            if not least <= length <= most and not self._accept_frame(pos, code, length):
+                break
+            stop = pos + (look if length >= look else 1 + length)
+            if stop > end or not self._message(buffer, pos, stop, code, length, at):
+                break
+            session.overruled = False
+            pos += 1 + length
+        if pos <= end:
+            self.rest = 0
+            self._held_by = sender if pos < end else None
+            return pos
+        self.rest = pos - end
+        if code:
+            self._partial = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+        return end
+
+    def end(self, held_back: int) -> list[Verdict]:
+        """The stream has ended: what was wrong with that."""
+        session = self._session
+        if session.over or not session.logged_in:
+            return []
+        verdicts: list[Verdict] = []
+        open_request = not session.idle
+        if self.rest or held_back:
+            open_request = True
+            reason, message = torn_end("client", self.rest, self._partial, held_back)
+            verdicts.append(session.judge(Kind.PROTOCOL_VIOLATION, reason, message, 0))
+        if open_request:
+            when = "in the middle of a request"
+        elif session.in_transaction:
+            when = "with a transaction open"
+        else:
+            when = "between two requests"
+        reason = f"the client's side ended without Terminate, {when}"
+        sender = self._sender
+        verdicts.append(session.judge(Kind.UNCLEAN_CLOSE, reason, None, 0, intruder=sender, open_request=open_request))
+        return verdicts
+
+    # Messages
+
+    def _message(self, buffer: bytearray, pos: int, stop: int, code: int, length: int, at: float) -> bool:
+        """Take a message, of which ``buffer[pos:stop]`` is looked at; False when there is a verdict on it instead."""
+        ledger = self._ledger
+        if _COPYING_IN[ledger.state] and not _IN_COPY_IN[code] and ledger.copying_in:
+            text = libpq.invalid_type(code, copy_in=True)
+            return self._out_of_place(pos, code, length, "while the server expects copy data", text)
+        if _EXTENDED[code]:
+            return self._extended_message(buffer, pos, stop, code, length, at)
+        if _SIMPLE[code]:
+            return self._simple_request(buffer, pos, stop, code, length, at)
+        if code in b"dcf":
+            return self._copy_message(pos, code, length)
+        if code == ord("p"):
+            if ledger.state != _LOGIN:
+                text = libpq.invalid_type(code, copy_in=False)
+                return self._out_of_place(pos, code, length, "although no authentication is going on", text)
+        elif code == ord("X"):
+            self._session.terminated = self._session.over = True
+        return True
+
+    def _simple_request(self, buffer: bytearray, pos: int, stop: int, code: int, length: int, at: float) -> bool:
+        ledger = self._ledger
+        session = self._session
+        if ledger.state != NOTHING:
+            busy = next(ledger.outstanding(), None)
+            if busy is not None and self._overlaps(busy, buffer, pos, stop, length):
+                return False
+        request = self._simple = session.new_request(code, at, self._sender)
+        if code == _QUERY:
+            request.sql, request.sql_cut = sql_text(buffer, pos + HEADER_SIZE, stop)
+        session.unsynced = None
+        session.copy_given_up = False
+        ledger.enter(_OWED[code], request)
+        return True
+
+    def _extended_message(self, buffer: bytearray, pos: int, stop: int, code: int, length: int, at: float) -> bool:
+        owes = _OWED[code]
+        if _TARGETED[code]:
+            target = buffer[pos + HEADER_SIZE] if stop - pos > HEADER_SIZE else 0
+            if target == _STATEMENT and code == _DESCRIBE:
+                owes = _DESCRIBE_STATEMENT
+            elif target not in b"SP":
+                why = "with neither a statement nor a portal to act on"
+                if not self._out_of_place(pos, code, length, why, None):
+                    return False
+        ledger = self._ledger
+        session = self._session
+        request = session.unsynced
+        if request is not None and (request.sender is self._sender or not self._another(request.sender)):
+            request.add(code)
+        else:
+            busy = self._busy_with_simple()
+            if busy is not None and self._overlaps(busy, buffer, pos, stop, length):
+                return False
+            request = session.unsynced = session.new_request(code, at, self._sender)
+            if code != _SYNC:
+                session.copy_given_up = False
+        if code == _SYNC:
+            session.unsynced = None
+            ledger.skipping = False
+            if _COPYING_IN[ledger.state] and ledger.copying_in:
+                owes = MAYBE_SYNC
+        elif code == _BIND:
+            if request.sql is None:
+                self._statements.bind(request, buffer, pos + HEADER_SIZE, stop)
+        elif code == _PARSE and not ledger.skipping:
+            self._statements.parse(request, buffer, pos + HEADER_SIZE, stop)
+        ledger.enter(owes, request)
+        return True
+
+    def _copy_message(self, pos: int, code: int, length: int) -> bool:
+        """CopyData, CopyDone or CopyFail: in place while a COPY is, or may be, or has just been, going on."""
+        ledger = self._ledger
+        if ledger.may_copy_in:
+            if code != _COPY_DATA:
+                ledger.end_copy_data()
+            return True
+        if self._session.copy_given_up or ledger.skipping:
+            return True
+        return self._out_of_place(pos, code, length, "although no COPY is going on", None)
+
+    def _busy_with_simple(self) -> Request | None:
+        """The last simple Query or FunctionCall, if the server is still to answer it and not reading its copy data."""
+        simple = self._simple
+        if simple is None or simple.begun or simple.ended is RequestState.SKIPPED or self._ledger.copying_in:
+            return None
+        return simple
+
+    def _overlaps(self, busy: Request, buffer: bytearray, pos: int, stop: int, length: int) -> bool:
+        """Whether a request sent before ``busy`` has been answered is a fault: a verdict, then."""
+        session = self._session
+        sender = self._sender
+        if session.overruled:
+            return False
+        if sender is not None and busy.sender is not None and sender.pid != busy.sender.pid:
+            return False  # another process: judged when its bytes arrived
+        code = buffer[pos]
+        message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+        session.verdict = session.judge(
+            Kind.REQUEST_WHILE_BUSY,
+            f"{message.name} was sent before the answer to request {busy.n} ({busy.messages}) was complete",
+            message,
+            pos,
+            intruder=sender,
+            requesters=session.senders.others(sender, first=busy.sender),
+            libpq=libpq.while_idle(libpq.first_answer(chr(code), buffer[pos + HEADER_SIZE : stop])),
+        )
+        return True
+
+    def _out_of_place(self, pos: int, code: int, length: int, why: str, text: str | None) -> bool:
+        """A message that is not allowed here: a verdict, unless that has been overruled."""
+        session = self._session
+        if session.overruled:
+            return True
+        message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+        reason = f"the client sent {message.name} {why}"
+        session.verdict = session.judge(
+            Kind.PROTOCOL_VIOLATION, reason, message, pos, intruder=self._sender, libpq=text
+        )
+        return False
+
+    def _accept_frame(self, pos: int, code: int, length: int) -> bool:
+        """Judge a message of unknown type or impossible length: True to go on with it all the same."""
+        session = self._session
+        known = _MESSAGES[code] is not UNKNOWN
+        message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+        what = ill_formed(message, length, known=known)
+        if session.overruled:
+            framed = known and HEADER_SIZE - 1 <= length <= max(_MESSAGES[code].most, SMALL)
+            if not framed:
+                session.lost = f"the client sent {what}, behind which nothing can be told apart"
+            return framed
+        text = None if known else libpq.invalid_type(code, copy_in=self._ledger.copying_in)
+        session.verdict = session.judge(
+            Kind.PROTOCOL_VIOLATION, f"the client sent {what}", message, pos, intruder=self._sender, libpq=text
+        )
+        return False
+
+    # Who sends
+
+    def _another(self, other: Sender | None) -> bool:
+        """Whether the current sender is another than that one, as far as both are known."""
+        return self._sender is not None and other is not None and self._sender != other
+
+    def _accept_sender(self, buffer: bytearray, start: int, end: int, sender: Sender | None) -> bool:
+        """Take note that these bytes have another sender than the last: False when that is a verdict."""
+        session = self._session
+        held_by = self._held_by
+        split = sender is not None and held_by is not None and held_by.pid != sender.pid
+        if sender is None or not (session.senders.changes(sender) or split):
+            self._sender = sender
+            return True
+        torn = None
+        if session.over and buffer[start:end] == _TERMINATE:
+            # Both say goodbye, as pg_basebackup and its child do when they exit: the second does no harm any more.
+            self._sender = sender
+            return True
+        if session.over:
+            message = MessageSeen(Direction.FRONTEND, None, "bytes after the end", end - start)
+        elif self.rest and self._partial is not None:
+            message = self._partial
+            torn = message.name
+        elif split:
+            code, length = parse_header(buffer, start) if end - start >= HEADER_SIZE else (buffer[start], end - start - 1)
+            message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+            torn = message.name
+        elif end - start < HEADER_SIZE:
+            return True  # too little to say what is sent: judged when more is there
+        else:
+            code, length = parse_header(buffer, start)
+            least, most, look = _SHAPES[code]
+            if least <= length <= most and end - start < min(1 + length, look):
+                return True
+            message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+        change = session.senders.change(sender, waiting=self._waiting(sender), torn=torn)
+        self._sender = self._held_by = sender
+        answer = None
+        if torn is None and change.kind is Kind.SHARED_BY_PROCESSES and message.type is not None:
+            answer = libpq.first_answer(message.type, buffer[start + HEADER_SIZE : min(start + message.size, end)])
+        session.verdict = session.judge(
+            change.kind,
+            change.reason,
+            message,
+            start,
+            intruder=sender,
+            requesters=change.requesters,
+            libpq=libpq.while_idle(answer),
+        )
+        return False
+
+    def _waiting(self, sender: Sender) -> Sender | None:
+        """The first other process that an answer is due to."""
+        for owes, request in self._ledger.entries:
+            if owes == _LOGIN or owes not in NO_REQUEST:
+                other = request.sender
+                if other is not None and other.pid != sender.pid:
+                    return other
+        return None

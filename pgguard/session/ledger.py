@@ -1,0 +1,165 @@
+"""The ledger: what the server still owes, who is waiting for it, and what becomes of it.
+
+The theory is in :mod:`pgguard.session.states`; here is what happens to the queue when an answer is complete, when
+one fails, and when a COPY begins and ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from pgguard.session.states import CAN_BECOME_COPY, COPY_IN, NO_REQUEST, Owes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pgguard.session.requests import Request
+
+NOTHING: Final = int(Owes.NOTHING)
+PARSE: Final = int(Owes.PARSE)
+SYNC: Final = int(Owes.SYNC)
+MAYBE_SYNC: Final = int(Owes.MAYBE_SYNC)
+COPY_END: Final = int(Owes.COPY_END)
+
+_SYNCS: Final = (SYNC, MAYBE_SYNC)
+_NO_DEBTS: Final = (MAYBE_SYNC, COPY_END)
+
+
+class Ledger:
+    """A queue of what the server owes, and how far it has come with the entry at the head.
+
+    Args:
+        login: stands for the StartupMessage, whose answer is owed first.
+    """
+
+    __slots__ = ("discarding", "entries", "skipping", "state")
+
+    def __init__(self, login: Request) -> None:
+        self.entries: deque[tuple[int, Request]] = deque([(int(Owes.LOGIN), login)])
+        """A debt, :attr:`Owes.COPY_END` being none, and whose it is. One that has begun to be paid stands unchanged."""
+        self.state = int(Owes.LOGIN)
+        """What is owed for the head, as far as it has come; ``NOTHING`` if there is none."""
+        self.skipping = False
+        """The server discards messages, and the Sync that will end that has not been sent yet."""
+        self.discarding = False
+        """The server discards messages unless the head, a Sync that it may have discarded, has ended that."""
+
+    # What there is
+
+    @property
+    def copying_in(self) -> bool:
+        """Whether the server reads copy data, and the client has not said yet that this is all."""
+        return self.state in COPY_IN and not self._marked()
+
+    @property
+    def may_copy_in(self) -> bool:
+        """Whether copy data has a place here, or may turn out to have."""
+        if self.state in CAN_BECOME_COPY:
+            return True
+        return any(index and owes in CAN_BECOME_COPY for index, (owes, _) in enumerate(self.entries))
+
+    def outstanding(self) -> Iterator[Request]:
+        """The requests that wait for an answer, one for each entry, in order."""
+        return (request for owes, request in self.entries if owes not in NO_REQUEST)
+
+    def answering(self) -> Request | None:
+        """The request at the head, if the answer to the very message that the head stands for has begun."""
+        return self.entries[0][1] if self.entries and self.state != self.entries[0][0] else None
+
+    def _marked(self) -> bool:
+        return any(owes == COPY_END for owes, _ in self.entries)
+
+    # What happens to it
+
+    def enter(self, owes: int, request: Request) -> None:
+        """A message has been sent that has an answer."""
+        if self.skipping:
+            request.skip(parse=False)
+            return
+        if self.state == NOTHING:
+            self.state = owes
+        self.entries.append((owes, request))
+
+    def end_copy_data(self) -> None:
+        """CopyDone or CopyFail has been sent behind what stands in the ledger, which is something."""
+        self.entries.append((COPY_END, self.entries[-1][1]))
+
+    def pay(self) -> int:
+        """The head is complete: the next entry that owes something is the head. Returns the new state."""
+        entries = self.entries
+        entries.popleft()[1].begun = True
+        while entries:
+            state = entries[0][0]
+            if state != COPY_END:
+                self.state = state
+                return state
+            entries.popleft()
+        self.state = NOTHING
+        return NOTHING
+
+    def ready(self) -> bool:
+        """A ReadyForQuery has come that the head owes.
+
+        Returns False if nobody can tell any more what is owed: it came from a Sync that may have been discarded, and so
+        may all have been that stands behind it.
+        """
+        in_doubt = self.state == MAYBE_SYNC
+        discarding, self.discarding = self.discarding, False
+        self.pay()
+        if in_doubt:
+            for index, (owes, request) in enumerate(self.entries):
+                if owes == SYNC:
+                    self.entries[index] = (MAYBE_SYNC, request)
+                    if index == 0:
+                        self.state = MAYBE_SYNC
+                if owes not in _NO_DEBTS:
+                    return owes == SYNC or not discarding
+        return True
+
+    def skip_to_sync(self) -> None:
+        """An error in the extended query protocol: drop what the server discards, up to the next Sync."""
+        entries = self.entries
+        while entries:
+            owes, request = entries[0]
+            if owes in _SYNCS:
+                self.state = owes
+                self.discarding = owes == MAYBE_SYNC
+                return
+            if owes != COPY_END:
+                request.skip(parse=owes == PARSE)
+            entries.popleft()
+        self.state = NOTHING
+        self.skipping = True
+
+    def step_aside(self) -> bool:
+        """Something came that the head doesn't owe: True if that is a Sync which must have been discarded, then."""
+        if self.state != MAYBE_SYNC:
+            return False
+        self.pay()
+        return True
+
+    def enter_copy_in(self, state: int) -> None:
+        """The head has begun to read copy data: it discards each Sync in front of the CopyDone."""
+        self.state = state
+        entries = self.entries
+        for index in range(1, len(entries)):
+            owes, request = entries[index]
+            if owes == COPY_END:
+                return
+            if owes == SYNC:
+                entries[index] = (MAYBE_SYNC, request)
+
+    def leave_copy_in(self) -> None:
+        """The head's COPY has been completed: each Sync in front of its CopyDone has been discarded for certain."""
+        entries = self.entries
+        if self._marked():
+            while entries[1][0] == MAYBE_SYNC:
+                del entries[1]
+            if entries[1][0] == COPY_END:
+                del entries[1]
+
+    def clear(self) -> None:
+        """Nothing more will come."""
+        self.entries.clear()
+        self.state = NOTHING

@@ -1,0 +1,82 @@
+"""Who sends: whether a process that is not the one that sent last has a right to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from pgguard.session.verdicts import Kind
+
+if TYPE_CHECKING:
+    from pgguard.session.verdicts import Sender
+
+
+class Change(NamedTuple):
+    """What another process's bytes amount to."""
+
+    kind: Kind
+    reason: str
+    requesters: tuple[Sender, ...]
+    """The other processes that have sent: the one that is waiting for an answer, if one is, then the latest first."""
+
+
+class Senders:
+    """The processes that have sent on a connection.
+
+    One process alone may; another may take over from it once and for all, as a child does that a launcher forks.
+    Whatever else happens between two processes is sharing.
+
+    Args:
+        opener: who sent the StartupMessage, if the kernel said so.
+    """
+
+    __slots__ = ("_seen", "latest")
+
+    def __init__(self, opener: Sender | None) -> None:
+        self._seen: list[Sender] = [] if opener is None else [opener]
+        self.latest = opener
+        """The last that the kernel named."""
+
+    def changes(self, sender: Sender) -> bool:
+        """Whether ``sender`` is another process than the last that sent; if it isn't, it is the latest now."""
+        latest = self.latest
+        if latest is not None and latest.pid != sender.pid:
+            return True
+        if latest is None:
+            self._seen.append(sender)
+        else:
+            self._seen[-1] = sender
+        self.latest = sender
+        return False
+
+    def change(self, sender: Sender, *, waiting: Sender | None, torn: str | None) -> Change:
+        """Another process has sent.
+
+        Args:
+            sender: which.
+            waiting: the first other process that the server owes an answer, if it does.
+            torn: the name of the message of another process's that these bytes stand in the middle of, if they do.
+        """
+        known = any(other.pid == sender.pid for other in self._seen)
+        requesters = self.others(sender, first=waiting)
+        self._seen = [other for other in self._seen if other.pid != sender.pid]
+        self._seen.append(sender)
+        self.latest = sender
+        kind = Kind.SHARED_BY_PROCESSES
+        if torn is not None:
+            reason = f"in the middle of another process's {torn}"
+        elif waiting is not None:
+            reason = "while the answer to another process was outstanding"
+        elif known:
+            reason = "after another process had used the connection in between"
+        elif len(requesters) > 1:
+            reason = "as the third process to use the connection"
+        else:
+            kind, reason = Kind.INHERITED_CONNECTION, "on a connection that another process had used"
+        return Change(kind, reason, requesters)
+
+    def others(self, sender: Sender | None, *, first: Sender | None = None) -> tuple[Sender, ...]:
+        """Who else has sent, the latest first, but ``first`` in front of all."""
+        others = [other for other in reversed(self._seen) if sender is None or other.pid != sender.pid]
+        if first is not None and first != sender:
+            others = [first, *(other for other in others if other.pid != first.pid)]
+        return tuple(others)

@@ -1,0 +1,139 @@
+"""What both directions of a session share, and what a verdict on either is made from."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from pgguard.session.ledger import NOTHING, Ledger
+from pgguard.session.requests import Request
+from pgguard.session.senders import Senders
+from pgguard.session.verdicts import Direction, Kind, MessageSeen, RequestSeen, Sender, Verdict
+
+if TYPE_CHECKING:
+    from pgguard.wire.messages import Message
+    from pgguard.wire.startup import CancelKey
+
+_RECENT: Final = 8
+"""Requests that are remembered beyond their answer, for the timeline of a record."""
+_OUTSTANDING: Final = 16
+"""Unanswered requests that a verdict shows."""
+_NO_TRANSACTION: Final = ("I", "")
+
+
+class Session:
+    """The state of one session that its two streams read and change.
+
+    Args:
+        parameters: the StartupMessage's parameters.
+        sender: who sent the StartupMessage, if the kernel said so.
+    """
+
+    def __init__(self, parameters: dict[str, str], sender: Sender | None) -> None:
+        self.user: str | None = parameters.get("user")
+        self.database: str | None = parameters.get("database") or self.user
+        self.application_name: str | None = parameters.get("application_name") or None
+        self.cancel_key: CancelKey | None = None
+        """The content of BackendKeyData, once it has come."""
+        self.transaction_status = ""
+        """``I``, ``T`` or ``E`` as the last ReadyForQuery said; empty before the first."""
+        self.terminated = False
+        """The client has sent Terminate."""
+        self.goodbye = False
+        """The server has said that it ends the session."""
+        self.over = False
+        """Nothing that the client still sends can have an effect."""
+        self.verdict: Verdict | None = None
+        self.lost: str | None = None
+        """Why the session can't be followed any further, once that is so; nothing may be fed after it."""
+        self.overruled = False
+        """The next message is to be taken whatever is wrong with it."""
+
+        self.ledger = Ledger(Request(0, 0.0, sender, ""))
+        self.senders = Senders(sender)
+        self.unsynced: Request | None = None
+        """The extended query that more messages may be added to, until its Sync."""
+        self.copy_given_up = False
+        """A request has failed, and what the client sends of its COPY is still to be ignored."""
+        self._requests = 0
+        self._recent: deque[Request] = deque(maxlen=_RECENT)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is outstanding."""
+        return self.ledger.state == NOTHING or next(self.ledger.outstanding(), None) is None
+
+    @property
+    def logged_in(self) -> bool:
+        """Whether the first ReadyForQuery has come."""
+        return bool(self.transaction_status)
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether the last ReadyForQuery said that a transaction block was open."""
+        return self.transaction_status not in _NO_TRANSACTION
+
+    def new_request(self, code: int, at: float, sender: Sender | None) -> Request:
+        """A message has been sent that begins a request."""
+        self._requests += 1
+        request = Request(self._requests, at, sender, chr(code))
+        self._recent.append(request)
+        return request
+
+    def requests_seen(self) -> tuple[RequestSeen, ...]:
+        """The outstanding requests and a few before them, oldest first."""
+        outstanding = {request.n: request for request in self.ledger.outstanding()}
+        requests = {request.n: request for request in self._recent}
+        for n in list(outstanding)[:_OUTSTANDING]:
+            requests[n] = outstanding[n]
+        answering = self.ledger.answering()
+        return tuple(
+            requests[n].seen(outstanding=n in outstanding, begun=requests[n].begun or requests[n] is answering)
+            for n in sorted(requests)
+        )
+
+    def judge(
+        self,
+        kind: Kind,
+        reason: str,
+        message: MessageSeen | None,
+        start: int,
+        *,
+        intruder: Sender | None = None,
+        requesters: tuple[Sender, ...] | None = None,
+        libpq: str | None = None,
+        open_request: bool | None = None,
+    ) -> Verdict:
+        """Put what is wrong together with all that is known of the session; the arguments are the verdict's fields."""
+        return Verdict(
+            kind=kind,
+            reason=reason,
+            message=message,
+            requests=self.requests_seen(),
+            intruder=intruder,
+            requesters=self.senders.others(intruder) if requesters is None else requesters,
+            libpq=libpq,
+            open_request=not self.idle if open_request is None else open_request,
+            open_transaction=self.in_transaction,
+            start=start,
+        )
+
+
+def seen(direction: Direction, message: Message, code: int, length: int) -> MessageSeen:
+    """A message for a verdict, of which its header is known."""
+    return MessageSeen(direction, chr(code), message.name, 1 + length)
+
+
+def ill_formed(message: MessageSeen, length: int, *, known: bool) -> str:
+    """What is wrong with a message's header."""
+    if not known:
+        return f"a message of unknown type {message.type!r}"
+    signed = length - (1 << 32) if length >= 1 << 31 else length
+    return f"{message.name} with a length word of {signed}"
+
+
+def torn_end(side: str, rest: int, partial: MessageSeen | None, held_back: int) -> tuple[str, MessageSeen | None]:
+    """How a stream ended in the middle of a message, and the message where that is known."""
+    if rest and partial is not None:
+        return f"the {side}'s stream ended {rest} bytes before the end of a {partial.name} message", partial
+    return f"the {side}'s stream ended {held_back} bytes into a message", None

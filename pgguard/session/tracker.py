@@ -1,0 +1,105 @@
+"""Following one session: its two streams of messages, checked against the ledger, and who sends.
+
+:class:`Tracker` is fed the chunks of both directions as they arrive. It keeps no bytes: a message that can't be
+judged yet, because its first few bytes are not all there, is left with the caller, who presents those bytes again
+with the next ones. So at most :data:`pgguard.wire.messages.LOOK_LIMIT` bytes are ever held back, and a message of
+a gigabyte passes in chunks.
+
+Where to look: the state machine, and the theory of it, is :mod:`pgguard.session.states`; what happens to the queue
+of what the server owes is :mod:`pgguard.session.ledger`; a server's message is judged in
+:mod:`pgguard.session.backend`, a client's in :mod:`pgguard.session.frontend`, and what two processes may do on one
+connection in :mod:`pgguard.session.senders`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pgguard.session.backend import BackendStream
+from pgguard.session.frontend import FrontendStream
+from pgguard.session.session import Session
+from pgguard.session.verdicts import Direction, Kind
+
+if TYPE_CHECKING:
+    from pgguard.session.verdicts import Sender, Verdict
+
+
+class Tracker(Session):
+    """The protocol state of one session, from its StartupMessage on.
+
+    ``frontend`` and ``backend`` take a chunk and return a position in it: the bytes before it are in order and may be
+    forwarded. When that is not the chunk's end, either :attr:`verdict` is set, and the message at that position is
+    what is wrong, or :attr:`lost` is, or the bytes from there on are not enough to be judged and are to be presented
+    again, in front of the next ones.
+
+    After a verdict the caller says what becomes of the message: :meth:`overrule` (it is forwarded) or
+    :meth:`swallow` (it is not), and presents the chunk again from that position. Nothing is forwarded twice.
+
+    Args:
+        parameters: the StartupMessage's parameters.
+        sender: who sent the StartupMessage, if the kernel said so.
+    """
+
+    def __init__(self, parameters: dict[str, str], sender: Sender | None = None) -> None:
+        super().__init__(parameters, sender)
+        self._frontend = FrontendStream(self, sender)
+        self._backend = BackendStream(self)
+
+    def frontend(self, buffer: bytearray, start: int, end: int, sender: Sender | None, at: float) -> int:
+        """Follow a chunk of the client's, ``buffer[start:end]``; see the class for what is returned.
+
+        Args:
+            buffer: where the chunk is.
+            start: its beginning, in front of which nothing is looked at.
+            end: its end.
+            sender: who sent it, ``None`` if the kernel didn't say. The same sender is best given as the same object.
+            at: now, in seconds since the epoch.
+        """
+        return self._frontend.follow(buffer, start, end, sender, at)
+
+    def backend(self, buffer: bytearray, start: int, end: int) -> int:
+        """Follow a chunk of the server's, ``buffer[start:end]``; see the class for what is returned."""
+        return self._backend.follow(buffer, start, end)
+
+    def frontend_eof(self, held_back: int) -> list[Verdict]:
+        """The client's stream has ended, with ``held_back`` bytes left over that were too few to be judged."""
+        return self._frontend.end(held_back)
+
+    def backend_eof(self, held_back: int) -> list[Verdict]:
+        """The server's stream has ended, with ``held_back`` bytes left over that were too few to be judged."""
+        verdict = self._backend.end(held_back)
+        return [] if verdict is None else [verdict]
+
+    def overrule(self) -> None:
+        """The message that :attr:`verdict` is about is forwarded all the same, and takes its effect."""
+        # A change of sender is judged once, when it happens; the message itself is still to be judged.
+        self.overruled = self.verdict is not None and self.verdict.kind not in (
+            Kind.SHARED_BY_PROCESSES,
+            Kind.INHERITED_CONNECTION,
+        )
+        self.verdict = None
+
+    def swallow(self) -> None:
+        """The message that :attr:`verdict` is about is kept from the other side, and has no effect.
+
+        Raises:
+            ValueError: there is no such message, or its beginning has been forwarded already.
+        """
+        verdict = self.verdict
+        if verdict is None or verdict.message is None:
+            raise ValueError("there is no message to swallow")
+        stream = self._frontend if verdict.message.direction is Direction.FRONTEND else self._backend
+        if stream.rest:
+            raise ValueError("the message has been forwarded in part")
+        self.verdict = None
+        stream.rest = verdict.message.size
+
+    @property
+    def backend_rest(self) -> int:
+        """Bytes still to come of a message of the server's that has been judged."""
+        return self._backend.rest
+
+    @property
+    def between_backend_messages(self) -> bool:
+        """Whether a message could be put into the backend's stream here, all held-back bytes being left out."""
+        return self._backend.rest == 0

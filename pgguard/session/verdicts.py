@@ -1,0 +1,108 @@
+"""What the session core says when something is wrong: values alone, no behaviour.
+
+A :class:`Verdict` is a statement about the protocol and about who sent what. Who those processes are, how
+they came by the socket and what is done about it is decided by the rooms above.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Kind(StrEnum):
+    """The kinds of fault, by the names under which they are recorded."""
+
+    MESSAGE_WHILE_IDLE = "message-while-idle"
+    UNEXPECTED_RESPONSE = "unexpected-response"
+    SHARED_BY_PROCESSES = "shared-by-processes"
+    REQUEST_WHILE_BUSY = "request-while-busy"
+    INHERITED_CONNECTION = "inherited-connection"
+    UNCLEAN_CLOSE = "unclean-close"
+    PROTOCOL_VIOLATION = "protocol-violation"
+    UNTRACKED = "untracked"
+
+
+class Direction(StrEnum):
+    """Which side a message came from, in PostgreSQL's words."""
+
+    FRONTEND = "frontend"
+    BACKEND = "backend"
+
+
+class RequestState(StrEnum):
+    """How far the server has come with a request."""
+
+    WAITING = "waiting"
+    """Nothing of the answer has been seen."""
+    ANSWERING = "answering"
+    """The answer has begun and is not complete."""
+    ANSWERED = "answered"
+    FAILED = "failed"
+    """Answered, with an ErrorResponse."""
+    SKIPPED = "skipped"
+    """The server discarded it, on its way to the Sync after an error."""
+
+
+class Sender(NamedTuple):
+    """The process, and where it is known the thread, that the kernel named for a chunk of bytes."""
+
+    pid: int
+    tid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MessageSeen:
+    """One message as it stood on the wire."""
+
+    direction: Direction
+    type: str | None
+    """The type byte as a character; ``None`` for the untyped packets of the start-up phase."""
+    name: str
+    """The message's name in the PostgreSQL documentation."""
+    size: int
+    """Bytes on the wire, type byte and length word included."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSeen:
+    """One request of the session's recent past, as it stood when the verdict fell."""
+
+    n: int
+    """Counts the session's requests, from 1."""
+    at: float
+    """When its first message arrived, in seconds since the epoch."""
+    messages: str
+    """The types of its messages in order, cut off with ``…`` when there are many."""
+    sql: bytes | None
+    """The text of its Query or Parse as sent, or of the prepared statement that it binds; ``None`` if unseen."""
+    sql_cut: bool
+    """True when ``sql`` is only the beginning of the text."""
+    sender: Sender | None
+    state: RequestState
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Something is wrong with the session; everything that the session core knows about it."""
+
+    kind: Kind
+    reason: str
+    """What was seen, in the protocol's words, without names of processes: a clause that can end a sentence."""
+    message: MessageSeen | None
+    """The message that broke the rule; ``None`` where the end of a stream did."""
+    requests: tuple[RequestSeen, ...]
+    """The outstanding requests and a few before them, oldest first."""
+    intruder: Sender | None = None
+    """Who sent the offending message, where the kernel said so."""
+    requesters: tuple[Sender, ...] = ()
+    """Who else has sent on this connection, the one whose turn it was first."""
+    libpq: str | None = None
+    """The text that libpq prints for the symptom, where it has one."""
+    open_request: bool = False
+    """A request was still unanswered."""
+    open_transaction: bool = False
+    """The last ReadyForQuery said that a transaction block was open."""
+    start: int = 0
+    """Where the offending message begins in the chunk that was being examined."""

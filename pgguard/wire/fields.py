@@ -1,0 +1,72 @@
+"""The bodies of ErrorResponse and ParameterStatus, read and, where needed, built.
+
+Source: "Error and Notice Message Fields" (protocol-error-fields) in the PostgreSQL documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from struct import Struct
+from typing import Final, NamedTuple
+
+_INT32: Final = Struct("!I")
+
+
+class Severity(NamedTuple):
+    """How bad an ErrorResponse is."""
+
+    severity: str
+    """``ERROR``, ``FATAL`` or ``PANIC``, never localized; empty when the message has none."""
+    sqlstate: str
+
+    @property
+    def ends_session(self) -> bool:
+        """Whether the server closes the connection behind this message."""
+        return self.severity in {"FATAL", "PANIC"}
+
+
+def _fields(body: bytes | bytearray) -> Iterator[tuple[str, str]]:
+    for field in body.split(b"\0"):
+        if not field:
+            return
+        yield chr(field[0]), field[1:].decode("utf-8", "replace")
+
+
+def parse_severity(body: bytes | bytearray) -> Severity:
+    """Read severity and SQLSTATE from an ErrorResponse's body, of which the beginning is enough.
+
+    Field ``V`` is the severity in English since PostgreSQL 9.6; before that, and from servers that imitate it, only
+    the possibly localized ``S`` is there.
+    """
+    fields = dict(_fields(body))
+    return Severity(fields.get("V") or fields.get("S", ""), fields.get("C", ""))
+
+
+def parse_parameter_status(body: bytes | bytearray) -> tuple[str, str]:
+    """Read a ParameterStatus body: the parameter's name and its value."""
+    name, _, rest = body.partition(b"\0")
+    return name.decode("utf-8", "replace"), rest.partition(b"\0")[0].decode("utf-8", "replace")
+
+
+def build_error_response(
+    message: str,
+    *,
+    sqlstate: str,
+    severity: str = "FATAL",
+    detail: str | None = None,
+    hint: str | None = None,
+) -> bytes:
+    """Build an ErrorResponse message, type byte and length word included.
+
+    Texts are encoded as UTF-8: the client's encoding is the server's affair, and its errors before authentication
+    are sent unconverted as well. NUL bytes, which end a field, are replaced.
+    """
+    fields = [("S", severity), ("V", severity), ("C", sqlstate), ("M", message)]
+    if detail:
+        fields.append(("D", detail))
+    if hint:
+        fields.append(("H", hint))
+    body = b"".join(
+        code.encode() + text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode() + b"\0" for code, text in fields
+    )
+    return b"E" + _INT32.pack(len(body) + 5) + body + b"\0"

@@ -1,0 +1,113 @@
+"""The message catalogue: every message that carries a type byte, by its name in the documentation.
+
+Sources: "Message Formats" (protocol-message-formats) in the PostgreSQL documentation, ``libpq/protocol.h``, and for
+what each side refuses ``SocketBackend()`` in ``postgres.c`` and ``pqParseInput3()`` in ``fe-protocol3.c``.
+
+A message is a type byte, a length word (big-endian, counting itself but not the type byte) and a body. A message
+is *judged* when its first :attr:`Message.look` bytes are there; nothing behind them is ever looked at, so that a
+DataRow of a gigabyte costs as much as one of a byte.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final, NamedTuple
+
+HEADER_SIZE: Final = 5
+"""Bytes of the type byte and the length word."""
+
+TEXT_LIMIT: Final = 1024
+"""Bytes of an SQL text that are kept for records."""
+
+_NAMES_LIMIT: Final = 128  # two identifiers of at most NAMEDATALEN - 1 = 63 bytes, each with its terminator
+_FIELDS_LIMIT: Final = 128  # severity, its non-localized twin and SQLSTATE stand at the front of an ErrorResponse
+_PARAMETER_LIMIT: Final = 128  # "application_name" and its value, which is an identifier too
+
+SMALL: Final = 10_000
+"""What the server takes for a message that should not be long: ``PQ_SMALL_MESSAGE_LIMIT``, ``libpq/libpq.h``."""
+LARGE: Final = 0x3FFFFFFE
+"""And for one that may be: ``PQ_LARGE_MESSAGE_LIMIT``, which is ``MaxAllocSize - 1``."""
+SHORT: Final = 30_000
+"""What libpq takes for most messages: ``pqParseInput3()``."""
+LONG: Final = 0x7FFFFFFF
+"""And for the types of ``VALID_LONG_MESSAGE_TYPE``."""
+
+_TOKEN: Final = 65_535  # PG_MAX_AUTH_TOKEN_LENGTH, libpq/auth.h
+_CANCEL_KEY: Final = 256  # the longest secret of protocol 3.2
+
+parse_header = Struct("!BI").unpack_from
+"""``parse_header(buffer, offset)`` is the type byte and the length word."""
+
+
+class Message(NamedTuple):
+    """One type of message in one direction."""
+
+    type: str
+    name: str
+    least: int
+    """The smallest length word that the message can have."""
+    most: int
+    """The largest that its receiver takes."""
+    look: int = HEADER_SIZE
+    """How many of its bytes, type byte included, are looked at."""
+
+
+FRONTEND: Final = (
+    Message("B", "Bind", 12, LARGE, HEADER_SIZE + _NAMES_LIMIT),
+    Message("C", "Close", 6, SMALL, HEADER_SIZE + 1),
+    Message("d", "CopyData", 4, LARGE),
+    Message("c", "CopyDone", 4, SMALL),
+    Message("f", "CopyFail", 5, SMALL),
+    Message("D", "Describe", 6, SMALL, HEADER_SIZE + 1),
+    Message("E", "Execute", 9, SMALL),
+    Message("H", "Flush", 4, 4),
+    Message("F", "FunctionCall", 14, LARGE),
+    Message("P", "Parse", 8, LARGE, HEADER_SIZE + _NAMES_LIMIT + TEXT_LIMIT),
+    Message("p", "PasswordMessage", 4, _TOKEN),  # SASLInitialResponse, SASLResponse and GSSResponse too
+    Message("Q", "Query", 5, LARGE, HEADER_SIZE + TEXT_LIMIT),
+    Message("S", "Sync", 4, 4),
+    Message("X", "Terminate", 4, SMALL),
+)
+
+BACKEND: Final = (
+    Message("R", "Authentication", 8, _TOKEN),
+    Message("K", "BackendKeyData", 12, 8 + _CANCEL_KEY, 9 + _CANCEL_KEY),
+    Message("2", "BindComplete", 4, 4),
+    Message("3", "CloseComplete", 4, 4),
+    Message("C", "CommandComplete", 5, SHORT),
+    Message("d", "CopyData", 4, LONG),
+    Message("c", "CopyDone", 4, 4),
+    Message("G", "CopyInResponse", 7, SHORT),
+    Message("H", "CopyOutResponse", 7, SHORT),
+    Message("W", "CopyBothResponse", 7, SHORT),
+    Message("D", "DataRow", 6, LONG),
+    Message("I", "EmptyQueryResponse", 4, 4),
+    Message("E", "ErrorResponse", 5, LONG, HEADER_SIZE + _FIELDS_LIMIT),
+    Message("V", "FunctionCallResponse", 8, LONG),
+    Message("v", "NegotiateProtocolVersion", 12, SHORT),
+    Message("n", "NoData", 4, 4),
+    Message("N", "NoticeResponse", 5, LONG),
+    Message("A", "NotificationResponse", 10, LONG),
+    # Two bytes a parameter type and 65,535 parameters at most, which is more than libpq's limit for short messages.
+    Message("t", "ParameterDescription", 6, 4 + 2 + 4 * 65_535),
+    Message("S", "ParameterStatus", 6, SHORT, HEADER_SIZE + _PARAMETER_LIMIT),
+    Message("1", "ParseComplete", 4, 4),
+    Message("s", "PortalSuspended", 4, 4),
+    Message("Z", "ReadyForQuery", 5, 5, 6),
+    Message("T", "RowDescription", 6, LONG),
+)
+
+LOOK_LIMIT: Final = max(message.look for message in FRONTEND + BACKEND)
+"""The most bytes of a message that are ever held back before it is judged."""
+
+
+UNKNOWN: Final = Message("", "a message of unknown type", 1, 0)
+"""Stands for all other types; no length word fits it."""
+
+
+def by_code(catalogue: tuple[Message, ...]) -> list[Message]:
+    """Index a catalogue by type byte, 0 to 255."""
+    index = [UNKNOWN] * 256
+    for message in catalogue:
+        index[ord(message.type)] = message
+    return index

@@ -1,0 +1,116 @@
+"""The untyped packets of the start-up phase.
+
+Source: "Start-up" in "Message Flow" (protocol-flow) and ``ProcessStartupPacket()`` in ``backend_startup.c``.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from struct import Struct
+from typing import Final, NamedTuple
+
+MAX_STARTUP_PACKET_LENGTH: Final = 10_000  # libpq/pqcomm.h
+
+TLS_HANDSHAKE: Final = 0x16
+"""The first byte of a TLS ClientHello: TLS without SSLRequest, ``sslnegotiation=direct``."""
+
+_CANCEL_REQUEST_CODE: Final = 80877102
+_SSL_REQUEST_CODE: Final = 80877103
+_GSSENC_REQUEST_CODE: Final = 80877104
+
+_HEAD: Final = Struct("!II")
+_INT32: Final = Struct("!I")
+
+
+class InvalidStartupPacket(ValueError):
+    """The bytes are no start-up packet that PostgreSQL would take; the text is PostgreSQL's own."""
+
+
+class PacketKind(Enum):
+    """What a start-up packet asks for, by its name in the documentation."""
+
+    STARTUP_MESSAGE = "StartupMessage"
+    CANCEL_REQUEST = "CancelRequest"
+    SSL_REQUEST = "SSLRequest"
+    GSSENC_REQUEST = "GSSENCRequest"
+
+
+_KINDS: Final = {
+    _CANCEL_REQUEST_CODE: PacketKind.CANCEL_REQUEST,
+    _SSL_REQUEST_CODE: PacketKind.SSL_REQUEST,
+    _GSSENC_REQUEST_CODE: PacketKind.GSSENC_REQUEST,
+}
+
+
+class StartupPacket(NamedTuple):
+    """A complete packet of the start-up phase."""
+
+    kind: PacketKind
+    packet: bytes
+    """All of its bytes, to be passed on untouched."""
+    code: int
+    """The request code, or the protocol version as ``major << 16 | minor``."""
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """The protocol version, major and minor."""
+        return self.code >> 16, self.code & 0xFFFF
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """The parameters of a StartupMessage; what is malformed is left for the server to refuse."""
+        fields = self.packet[_HEAD.size :].split(b"\0")
+        names, values = fields[::2], fields[1::2]
+        return {
+            name.decode("utf-8", "replace"): value.decode("utf-8", "replace")
+            for name, value in zip(names, values, strict=False)
+            if name
+        }
+
+
+def parse_startup(data: bytes | bytearray) -> StartupPacket | None:
+    """Take a start-up packet from the front of ``data``; ``None`` while it is incomplete.
+
+    Raises:
+        InvalidStartupPacket: the length word is not one that PostgreSQL would go on reading behind.
+    """
+    if len(data) < 4:
+        return None
+    length = int.from_bytes(data[:4], "big")
+    if not _HEAD.size <= length <= MAX_STARTUP_PACKET_LENGTH:
+        raise InvalidStartupPacket("invalid length of startup packet")
+    if len(data) < length:
+        return None
+    packet = bytes(data[:length])
+    code = _HEAD.unpack_from(packet)[1]
+    return StartupPacket(_KINDS.get(code, PacketKind.STARTUP_MESSAGE), packet, code)
+
+
+def startup_bytes_missing(data: bytes | bytearray) -> int:
+    """How many bytes to read for an incomplete start-up packet, so that nothing behind it is read."""
+    length = int.from_bytes(data[:4], "big") if len(data) >= 4 else 4
+    return length - len(data)
+
+
+class CancelKey(NamedTuple):
+    """What a CancelRequest must quote: the content of BackendKeyData."""
+
+    backend_pid: int
+    secret: bytes
+    """4 bytes; since protocol 3.2 up to 256."""
+
+    @property
+    def packet(self) -> bytes:
+        """The CancelRequest packet for this key."""
+        return b"".join(
+            (
+                _HEAD.pack(12 + len(self.secret), _CANCEL_REQUEST_CODE),
+                _INT32.pack(self.backend_pid),
+                self.secret,
+            )
+        )
+
+
+def parse_backend_key_data(body: bytes | bytearray) -> CancelKey:
+    """Read a BackendKeyData body, which must be whole."""
+    return CancelKey(_INT32.unpack_from(body)[0], bytes(body[4:]))
