@@ -1,0 +1,128 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from pgguard.cli.serve import serve
+from pgguard.proxy.errors import ConfigurationError
+
+_CONFIGURATION_ERROR: Final = 2
+
+app = typer.Typer(
+    name="pgguard",
+    help="A transparent guard in front of PostgreSQL that catches misused connections and names who did it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command("serve")
+def serve_command(
+    upstream: Annotated[
+        str,
+        typer.Option(
+            envvar="PGGUARD_UPSTREAM",
+            metavar="URL",
+            help="Where PostgreSQL is: a libpq connection string or URI. Default: libpq's PG* variables.",
+            show_default=False,
+        ),
+    ] = "",
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="PGGUARD_LISTEN",
+            metavar="ADDR",
+            help="HOST:PORT or unix:DIR[:PORT]; repeatable, and separated by spaces in the environment. "
+            "Default: 127.0.0.1:6544.",
+            show_default=False,
+        ),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            envvar="PGGUARD_MODE",
+            metavar="log|reject",
+            help="What an error does to its session. Default: log.",
+            show_default=False,
+        ),
+    ] = "",
+    faults: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PGGUARD_FAULTS",
+            metavar="PATH",
+            help="Append every fault to PATH as JSON Lines.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PGGUARD_CONFIG",
+            metavar="PATH",
+            help="A configuration file in TOML. Default: pgguard.toml if there is one.",
+            show_default=False,
+        ),
+    ] = None,
+    attribution: Annotated[
+        str,
+        typer.Option(
+            envvar="PGGUARD_ATTRIBUTION",
+            metavar="auto|proc|off",
+            help="Whether processes are named: as far as this host allows, on pain of an error, or not. Default: auto.",
+            show_default=False,
+        ),
+    ] = "",
+    sql: Annotated[
+        str,
+        typer.Option(
+            envvar="PGGUARD_SQL",
+            metavar="normalized|full|none",
+            help="How SQL text appears in records. Default: normalized.",
+            show_default=False,
+        ),
+    ] = "",
+) -> None:
+    """Run the guard in front of one PostgreSQL until SIGINT or SIGTERM; a second signal ends it at once."""
+    given = {
+        "upstream": upstream,
+        "listen": listen,
+        "mode": mode,
+        "faults": faults,
+        "attribution": attribution,
+        "sql": sql,
+    }
+    raise typer.Exit(serve(given, config))
+
+
+@app.command("demo")
+def demo_command() -> None:
+    """Show in less than a minute what pgguard is for: a real PostgreSQL, a real misuse, and who did it."""
+    from pgguard.demo.demonstration import run_demo  # noqa: PLC0415 - its extra need not be installed for the other commands
+
+    raise typer.Exit(run_demo())
+
+
+def main() -> None:
+    """Run the command line: exit status 2 and one line on standard error for what can't be understood."""
+    try:
+        status = app(standalone_mode=False)
+    except ConfigurationError as error:
+        _complain(str(error))
+        sys.exit(_CONFIGURATION_ERROR)
+    except typer.TyperException as error:
+        if str(error):  # it is empty when the help has been printed for want of a command
+            _complain(f"{str(error).rstrip('.')}: see pgguard --help")
+        sys.exit(_CONFIGURATION_ERROR)
+    sys.exit(status)
+
+
+def _complain(text: str) -> None:
+    line = " ".join(text.split())
+    print(f"pgguard: {line}", file=sys.stderr)  # noqa: T201 - the one line that a user gets

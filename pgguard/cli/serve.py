@@ -1,0 +1,117 @@
+"""``pgguard serve``: the guard put together and run."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from pgguard.attribution.capabilities import check
+from pgguard.attribution.witness import Witness
+from pgguard.faults.docket import Docket
+from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.guard import Guard
+from pgguard.proxy.settings import Settings, load_settings
+from pgguard.reporting.console import ConsoleSink
+from pgguard.reporting.jsonl import JsonLines
+from pgguard.reporting.sinks import Fanout, Sink, SinkError
+from pgguard.reporting.summary import summary_lines
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
+
+    from pgguard.attribution.capabilities import Capability
+
+logger = logging.getLogger(__name__)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Hands the log to the one who writes to standard error without holding anybody up."""
+
+    def __init__(self, console: ConsoleSink) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.say(self.format(record))
+
+
+def serve(given: dict[str, Any], config: Path | None) -> int:
+    """Run a guard until it is told to stop; returns the exit status.
+
+    Args:
+        given: settings from options and environment.
+        config: the configuration file, if one was named.
+
+    Raises:
+        ConfigurationError: the guard can't run like that.
+    """
+    settings = load_settings(given, config)
+    docket = Docket()
+    console = ConsoleSink(sys.stderr.fileno())
+    logging.basicConfig(level=logging.INFO, format="pgguard: %(message)s", handlers=[_ConsoleHandler(console)])
+    sinks = Fanout([*_recorders(settings), console], complain=logger.error)
+    try:
+        missing = _missing_capabilities(settings)
+        witness = None if settings.attribution == "off" else Witness()
+        guard = Guard(settings, sinks=sinks, docket=docket, witness=witness)
+        trio.run(_until_signalled, guard, missing)
+        for fault in docket.close_all(at=time.time()):
+            sinks.record(fault)
+        for line in summary_lines(guard.sessions, docket.counts()):
+            console.say(line)
+    finally:
+        sinks.close()
+    return 0
+
+
+def _recorders(settings: Settings) -> list[Sink]:
+    if settings.faults is None:
+        return []
+    try:
+        return [JsonLines(settings.faults)]
+    except SinkError as error:
+        raise ConfigurationError(f"--faults: {error}") from error
+
+
+def _missing_capabilities(settings: Settings) -> list[Capability]:
+    """What attribution, where it is wanted, must do without on this host.
+
+    Raises:
+        ConfigurationError: it must not.
+    """
+    if settings.attribution == "off":
+        return []
+    missing = [capability for capability in check() if not capability.available]
+    if settings.attribution == "proc":
+        for capability in missing:
+            if capability.essential:
+                raise ConfigurationError(
+                    f"--attribution proc: {capability.name}: {capability.explanation}; or use --attribution auto"
+                )
+    return missing
+
+
+async def _until_signalled(guard: Guard, missing: Sequence[Capability]) -> None:
+    """Serve; the first SIGINT or SIGTERM lets sessions finish, the second doesn't."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        addresses = await guard.listen()
+        for capability in missing:
+            logger.warning("attribution does without %s: %s", capability.name, capability.explanation)
+        logger.info("ready on %s", ", ".join(map(str, addresses)))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_obey, signals, guard, nursery.cancel_scope)
+            await guard.serve()
+            nursery.cancel_scope.cancel()
+
+
+async def _obey(signals: AsyncIterator[int], guard: Guard, everything: trio.CancelScope) -> None:
+    await anext(signals)
+    guard.stop()
+    await anext(signals)
+    everything.cancel()

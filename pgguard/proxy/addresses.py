@@ -1,0 +1,199 @@
+"""Where the guard listens and where PostgreSQL is, read from what users write."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import psycopg
+from psycopg import pq
+from psycopg.conninfo import conninfo_to_dict
+
+from pgguard.proxy.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEFAULT_PORT: Final = 5432
+_SOCKET_DIRECTORIES: Final = ("/var/run/postgresql", "/tmp")  # noqa: S108 - where Debian's and PostgreSQL's own libpq look
+_SUN_PATH_LIMIT: Final = 107  # unix(7): sun_path, less its terminator
+
+
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """A host name or address and a port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """A directory and the port that names the socket in it; an abstract name begins with ``@``."""
+
+    directory: str
+    port: int
+
+    @property
+    def path(self) -> str:
+        """The socket's path, or its abstract name with the leading NUL."""
+        path = f"{self.directory}/.s.PGSQL.{self.port}"
+        return "\0" + path[1:] if path.startswith("@") else path
+
+    def __str__(self) -> str:
+        return f"unix:{self.directory}:{self.port}"
+
+
+Address = TcpAddress | UnixAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Where PostgreSQL is: addresses to try in order."""
+
+    addresses: tuple[Address, ...]
+    connect_timeout: float
+    """Seconds for each address."""
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.addresses))
+
+
+def parse_listen(text: str) -> Address:
+    """Read ``HOST:PORT``, ``[IPV6]:PORT``, ``unix:DIR`` or ``unix:DIR:PORT``.
+
+    Raises:
+        ConfigurationError: it is none of these.
+    """
+    if text.startswith("unix:"):
+        directory, colon, port = text.removeprefix("unix:").rpartition(":")
+        if not colon:
+            directory, port = port, str(DEFAULT_PORT)
+        if not directory:
+            raise ConfigurationError(f"--listen {text}: name the socket's directory, as in unix:/run/pgguard:5432")
+        unix = UnixAddress(directory, _port(port, f"--listen {text}"))
+        if len(os.fsencode(unix.path)) > _SUN_PATH_LIMIT:
+            raise ConfigurationError(f"--listen {text}: the socket's path is too long for the system, use another DIR")
+        return unix
+    host, colon, port = text.rpartition(":")
+    if not colon or not host:
+        raise ConfigurationError(f"--listen {text}: write HOST:PORT or unix:DIR[:PORT], as in 127.0.0.1:6544")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ConfigurationError(f"--listen {text}: put the IPv6 address in brackets, as in [::1]:6544")
+    return TcpAddress(host.strip("[]"), _port(port, f"--listen {text}"))
+
+
+def _port(text: str, where: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise ConfigurationError(f"{where}: {text!r} is no port number, write one from 0 to 65535")
+    return int(text)
+
+
+def parse_upstream(conninfo: str) -> Upstream:
+    """Read a libpq connection string or URI, with libpq's own environment variables and defaults behind it.
+
+    Only where the server is matters; user, database and password are each client's own.
+
+    Raises:
+        ConfigurationError: libpq can't read it, or it asks for encryption, which the guard doesn't speak to the server.
+    """
+    try:
+        given = {name: str(value) for name, value in conninfo_to_dict(conninfo).items() if value is not None}
+    except psycopg.ProgrammingError as error:
+        raise ConfigurationError(f"--upstream: {str(error).strip()}") from error
+    with _service(given.pop("service", None)):
+        defaults = _defaults()
+    settings = defaults | given
+    _refuse_encryption(settings)
+    return Upstream(tuple(_addresses(settings)), _connect_timeout(settings))
+
+
+def _defaults() -> dict[str, str]:
+    """What libpq would fill in from its ``PG*`` variables and, where one is named, a service file."""
+    if "PGSERVICE" in os.environ:
+        _check_service()
+    options = pq.Conninfo.get_defaults()
+    return {option.keyword.decode(): os.fsdecode(option.val) for option in options if option.val}
+
+
+@contextmanager
+def _service(name: str | None) -> Iterator[None]:
+    """Let libpq look a service up: it does so for its defaults alone, and takes the name from the environment."""
+    if name is None:
+        yield
+        return
+    before = os.environ.get("PGSERVICE")
+    os.environ["PGSERVICE"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PGSERVICE"]
+        else:
+            os.environ["PGSERVICE"] = before
+
+
+def _check_service() -> None:
+    """See to it that there is such a service: asked for defaults alone, libpq passes over one that it can't find."""
+    # Of a connection string that it can read libpq takes over all settings before it refuses this one.
+    attempt = pq.PGconn.connect_start(b"sslmode=''")
+    try:
+        if all(option.val is None for option in attempt.info if option.keyword == b"sslmode"):
+            raise ConfigurationError(f"--upstream: {attempt.get_error_message().strip()}")
+    finally:
+        attempt.finish()
+
+
+def _refuse_encryption(settings: dict[str, str]) -> None:
+    sslmode = settings.get("sslmode", "")
+    if sslmode in {"require", "verify-ca", "verify-full"}:
+        raise ConfigurationError(
+            f"--upstream: sslmode={sslmode} asks for TLS, which pgguard can't speak to the server yet: "
+            "use sslmode=prefer or disable, over a network that you trust or a Unix socket"
+        )
+    if settings.get("sslnegotiation") == "direct":
+        raise ConfigurationError("--upstream: sslnegotiation=direct asks for TLS: leave it out, with sslmode=disable")
+    if settings.get("gssencmode") == "require":
+        raise ConfigurationError("--upstream: gssencmode=require asks for GSSAPI encryption: use gssencmode=disable")
+
+
+def _addresses(settings: dict[str, str]) -> Iterator[Address]:
+    hosts = (settings.get("hostaddr") or settings.get("host") or "").split(",")
+    ports = (settings.get("port") or str(DEFAULT_PORT)).split(",")
+    if len(ports) == 1:
+        ports *= len(hosts)
+    if len(ports) != len(hosts):
+        raise ConfigurationError(f"--upstream: {len(ports)} ports for {len(hosts)} hosts: give one port, or one a host")
+    for host, text in zip(hosts, ports, strict=True):
+        port = _port(text or str(DEFAULT_PORT), "--upstream")
+        if host.startswith(("/", "@")):
+            yield UnixAddress(host, port)
+        elif host:
+            yield TcpAddress(host, port)
+        else:
+            yield _default_address(port)
+
+
+def _default_address(port: int) -> Address:
+    """The socket that libpq would use for want of a host, or TCP to this machine where there is none."""
+    for directory in _SOCKET_DIRECTORIES:
+        address = UnixAddress(directory, port)
+        if Path(address.path).exists():
+            return address
+    return TcpAddress("localhost", port)
+
+
+def _connect_timeout(settings: dict[str, str]) -> float:
+    """Seconds as ``connect_timeout`` says; 0, negative or nothing, libpq's waiting without end, is 10 here."""
+    text = settings.get("connect_timeout", "0")
+    try:
+        seconds = int(text)
+    except ValueError:
+        raise ConfigurationError(f"--upstream: connect_timeout={text} is no number of seconds") from None
+    return float(seconds) if seconds > 0 else 10.0

@@ -1,0 +1,336 @@
+"""The guard: listeners, one task for each client that is just arriving, and the sweep for all that have arrived.
+
+The tasks, all children of :meth:`Guard.serve`:
+
+- one for each listener, accepting;
+- one for each new client, until it has been introduced to the server (:mod:`pgguard.proxy.greeting`);
+- the sweep (:mod:`pgguard.proxy.sweep`), with a task for each session that is being judged;
+- the registrar, which finds out who opened new connections, and the watch, which finds out who inherited them.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import resource
+import socket
+import time
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from pgguard.attribution.sockets import client_socket
+from pgguard.proxy.addresses import TcpAddress
+from pgguard.proxy.greeting import Refused, greet, send_last
+from pgguard.proxy.judge import Judge
+from pgguard.proxy.listeners import Listener, open_listeners, refuse_loop
+from pgguard.proxy.session import ProxiedSession
+from pgguard.proxy.sweep import Sweep
+from pgguard.proxy.upstream import UpstreamUnavailable, cancel_query, connect_upstream, relay_cancel
+from pgguard.session.tracker import Tracker
+from pgguard.wire.fields import build_error_response
+from pgguard.wire.startup import PacketKind
+
+if TYPE_CHECKING:
+    from pgguard.attribution.sockets import ClientSocket
+    from pgguard.attribution.witness import Witness
+    from pgguard.faults.docket import Docket
+    from pgguard.proxy.addresses import Address
+    from pgguard.proxy.greeting import Greeting
+    from pgguard.proxy.settings import Settings
+    from pgguard.reporting.sinks import Fanout
+
+_TRACKED_MAJOR: Final = 3
+_OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_ACCEPT_PAUSE: Final = 0.1
+"""Seconds to wait for descriptors to become free."""
+_ACCEPT_COMPLAINTS: Final = 60.0
+"""Seconds between two complaints that there are none."""
+_WATCH_INTERVAL: Final = 0.75
+_LASTING: Final = 0.7
+"""Seconds for which a process must have a socket open to count as its heir: a child on its way to exec() has it open
+for less."""
+
+logger = logging.getLogger(__name__)
+
+
+class Guard:
+    """A guard in front of one PostgreSQL.
+
+    Args:
+        settings: what to guard, where to listen, what to do about faults.
+        sinks: where the faults go; not closed by the guard.
+        docket: numbers and counts the faults.
+        witness: attribution, ``None`` for none.
+
+    Raises:
+        ConfigurationError: the settings contradict themselves or can't be understood.
+    """
+
+    def __init__(self, settings: Settings, *, sinks: Fanout, docket: Docket, witness: Witness | None) -> None:
+        self._settings = settings
+        self._upstream = settings.server()
+        self._addresses = settings.addresses()
+        self._listeners: list[Listener] = []
+        self._witness = witness
+        self._judge = Judge(
+            policy=settings.policy(), sql_mode=settings.sql, docket=docket, sinks=sinks, witness=witness
+        )
+        self._sweep = Sweep(self._judge, cancel=self._cancel, closed=self._forget)
+        self._sessions: dict[int, ProxiedSession] = {}
+        """Those in the sweep, by their numbers."""
+        self._last_number = 0
+        self._all_gone = trio.Event()
+        self._stopping = trio.Event()
+        self._openings_send, self._openings = trio.open_memory_channel[ProxiedSession](1024)
+        self._nursery: trio.Nursery
+
+    @property
+    def sessions(self) -> int:
+        """How many clients have connected so far."""
+        return self._last_number
+
+    async def listen(self) -> list[Address]:
+        """Open the listeners: from now on the system takes connections, and :meth:`serve` answers them.
+
+        Returns:
+            Where it listens, with the ports that the system has chosen.
+
+        Raises:
+            ConfigurationError: it can't listen where it is told to.
+        """
+        try:
+            for address in self._addresses:
+                self._listeners += await open_listeners(address, pass_credentials=self._witness is not None)
+            await refuse_loop(self._listeners, self._upstream)
+        except BaseException:
+            self._close_listeners()
+            raise
+        return [listener.address for listener in self._listeners]
+
+    async def serve(self) -> None:
+        """Relay until :meth:`stop`, then until the sessions are done or time is up.
+
+        Cancelling it closes everything at once.
+        """
+        _raise_descriptor_limit()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._sweep.run)
+                if self._witness is not None:
+                    nursery.start_soon(self._register, self._witness)
+                    nursery.start_soon(self._watch, self._witness)
+                async with trio.open_nursery() as accepting:
+                    for listener in self._listeners:
+                        accepting.start_soon(self._accept, listener)
+                    await self._stopping.wait()
+                    accepting.cancel_scope.cancel()
+                self._close_listeners()
+                await self._finish_sessions()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._close_listeners()
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+
+    def stop(self) -> None:
+        """Accept nobody any more, and end when the sessions are done, or after the settings' ``shutdown_timeout``."""
+        self._stopping.set()
+
+    async def _finish_sessions(self) -> None:
+        if self._sessions:
+            timeout = self._settings.shutdown_timeout
+            logger.info("waiting up to %g s for %d sessions to finish", timeout, len(self._sessions))
+            with trio.move_on_after(timeout):
+                await self._all_gone.wait()
+        farewell = build_error_response(
+            "pgguard: terminating connection because the guard is shutting down",
+            sqlstate="57P01",
+        )
+        for session in list(self._sessions.values()):
+            self._sweep.dismiss(session, farewell)
+
+    # Arriving clients
+
+    async def _accept(self, listener: Listener) -> None:
+        quiet_until = -math.inf
+        while True:
+            try:
+                sock, _ = await listener.socket.accept()
+            except OSError as error:
+                if error.errno in _OUT_OF_DESCRIPTORS:
+                    if trio.current_time() >= quiet_until:
+                        logger.error("can't accept connections: %s; raise the limit (ulimit -n)", error.strerror)  # noqa: TRY400
+                        quiet_until = trio.current_time() + _ACCEPT_COMPLAINTS
+                    await trio.sleep(_ACCEPT_PAUSE)
+                # Anything else is about the one connection, which is gone: accept(2), "Error handling".
+                continue
+            self._nursery.start_soon(self._receive, sock, listener)
+
+    async def _receive(self, sock: trio.socket.SocketType, listener: Listener) -> None:
+        """Introduce one client to the server, or tell it why not. Whatever happens to it happens to it alone."""
+        try:
+            session = self._new_session(sock, listener)
+        except OSError:
+            sock.close()  # gone before it could be asked who it was
+            return
+        try:
+            with trio.move_on_after(self._settings.startup_timeout) as limit:
+                greeting = await greet(sock, session, names_senders=self._names_senders(listener))
+            if limit.cancelled_caught:
+                logger.info("session %d: %s said nothing in time", session.id, _who(session))
+            elif greeting is not None and greeting.packet.kind is PacketKind.CANCEL_REQUEST:
+                await relay_cancel(self._upstream, greeting.packet.packet)
+            elif greeting is not None:
+                await self._introduce(sock, session, greeting)
+        except Refused as refused:
+            if refused.verdict is not None:
+                await self._judge.rule(session, refused.verdict)
+                self._judge.closed(session)
+            await send_last(sock, refused.response)
+        except UpstreamUnavailable as error:
+            logger.warning("session %d: could not connect to the server: %s", session.id, error)
+            await send_last(sock, _unavailable(str(error)))
+        except (OSError, trio.BrokenResourceError) as error:
+            logger.info("session %d: %s: %s", session.id, _who(session), error)
+        except Exception:
+            logger.exception("session %d: it could not be set up", session.id)
+        finally:
+            sock.close()
+
+    def _new_session(self, sock: trio.socket.SocketType, listener: Listener) -> ProxiedSession:
+        self._last_number += 1
+        client_name = None
+        if isinstance(listener.address, TcpAddress):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            host, port = sock.getpeername()[:2]
+            client_name = str(TcpAddress(host, port))
+        session = ProxiedSession(
+            self._last_number,
+            transport=listener.transport,
+            client_name=client_name,
+            client_socket=_describe(sock) if self._witness is not None else None,
+            opened_at=time.time(),
+        )
+        if session.client_socket is not None:
+            try:
+                self._openings_send.send_nowait(session)
+            except trio.WouldBlock:
+                logger.warning("session %d: too many connections at once to find out who opens them", session.id)
+                session.opening_known.set()
+        return session
+
+    async def _introduce(self, sock: trio.socket.SocketType, session: ProxiedSession, greeting: Greeting) -> None:
+        packet = greeting.packet
+        tracker = Tracker(packet.parameters, greeting.sender) if packet.version[0] == _TRACKED_MAJOR else None
+        server, session.upstream = await connect_upstream(self._upstream)
+        session.connect(_detach(sock), _detach(server), tracker)
+        session.client.sender = greeting.sender
+        self._sessions[session.id] = session
+        if tracker is None:
+            major, minor = packet.version
+            self._judge.lost(session, f"it speaks protocol {major}.{minor}, which pgguard doesn't follow", time.time())
+        self._sweep.add(session, packet.packet)
+
+    def _names_senders(self, listener: Listener) -> bool:
+        return self._witness is not None and listener.transport == "unix"
+
+    # What the sweep wants done
+
+    def _cancel(self, session: ProxiedSession) -> None:
+        self._nursery.start_soon(self._cancel_query, session)
+
+    async def _cancel_query(self, session: ProxiedSession) -> None:
+        key = session.protocol.cancel_key if session.protocol is not None else None
+        if key is None or session.upstream is None:
+            return
+        try:
+            await cancel_query(session.upstream, self._upstream.connect_timeout, key)
+        except UpstreamUnavailable as error:
+            logger.warning("session %d: its query could not be cancelled: %s", session.id, error)
+        except Exception:
+            logger.exception("session %d: its query could not be cancelled", session.id)
+
+    def _forget(self, session: ProxiedSession) -> None:
+        self._judge.closed(session)
+        self._sessions.pop(session.id, None)
+        if self._stopping.is_set() and not self._sessions:
+            self._all_gone.set()
+
+    # Attribution, beside the relay
+
+    async def _register(self, witness: Witness) -> None:
+        """Find out who opened the connections that have come in, as many at a time as have come."""
+        async for first in self._openings:
+            sessions = [first]
+            while True:
+                try:
+                    sessions.append(self._openings.receive_nowait())
+                except trio.WouldBlock:
+                    break
+            clients = [session.client_socket for session in sessions if session.client_socket is not None]
+            try:
+                openings = await trio.to_thread.run_sync(witness.opened_many, clients, abandon_on_cancel=True)
+            except Exception:
+                logger.exception("who opened %d connections could not be found out", len(sessions))
+            else:
+                for session, opening in zip(sessions, openings, strict=True):
+                    session.opening = opening
+            for session in sessions:
+                session.opening_known.set()
+
+    async def _watch(self, witness: Witness) -> None:
+        """Look again and again who has the connections open."""
+        while True:
+            await trio.sleep(_WATCH_INTERVAL)
+            watched = {s.opening.inode: s for s in self._sessions.values() if s.opening and s.opening.inode}
+            if not watched:
+                continue
+            try:
+                found = await trio.to_thread.run_sync(witness.watch, list(watched), abandon_on_cancel=True)
+                for inode, holders in found.items():
+                    lasting = frozenset(process.pid for process in holders.lasting(_LASTING))
+                    session = watched[inode]
+                    if len(lasting) > 1 and not lasting <= session.holders_told and not session.done.is_set():
+                        session.holders_told |= lasting
+                        await self._judge.inherited(session, len(lasting))
+            except Exception:
+                logger.exception("who has the connections open could not be found out")
+
+
+def _who(session: ProxiedSession) -> str:
+    return session.client_name or "a client on a Unix socket"
+
+
+def _unavailable(why: str) -> bytes:
+    return build_error_response(
+        f"pgguard: could not connect to the server: {why}",
+        sqlstate="08001",
+        hint="Check that PostgreSQL is running there, and what --upstream or PGGUARD_UPSTREAM says.",
+    )
+
+
+def _describe(sock: trio.socket.SocketType) -> ClientSocket:
+    """Write down whose socket is at the other end of one that trio still has."""
+    plain = socket.socket(fileno=sock.fileno())
+    try:
+        return client_socket(plain)
+    finally:
+        plain.detach()
+
+
+def _detach(sock: trio.socket.SocketType) -> socket.socket:
+    """Take a socket out of trio's hands, for the sweep."""
+    return socket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
+
+
+def _raise_descriptor_limit() -> None:
+    """A session takes two descriptors, and the usual soft limit of 1024 is there for select(2), which isn't used."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

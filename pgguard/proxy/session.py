@@ -1,0 +1,145 @@
+"""One proxied session: its two sockets, what is on its way between them, and what is known about it."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Literal
+
+import trio
+
+from pgguard.faults.fault import SessionFacts
+
+if TYPE_CHECKING:
+    from pgguard.attribution.evidence import Process
+    from pgguard.attribution.sockets import ClientSocket
+    from pgguard.attribution.witness import Opening
+    from pgguard.proxy.addresses import Address
+    from pgguard.session.tracker import Tracker
+    from pgguard.session.verdicts import Sender
+
+
+class End:
+    """One of a session's two sockets. The sweep reads it and writes it; nobody else does while it is in the sweep."""
+
+    __slots__ = (
+        "broken",
+        "credentials",
+        "eof",
+        "fd",
+        "held",
+        "interest",
+        "is_client",
+        "names_senders",
+        "outgoing",
+        "peer",
+        "receive",
+        "receive_message",
+        "send",
+        "sender",
+        "session",
+        "sock",
+        "swallow",
+    )
+
+    peer: End
+    session: ProxiedSession
+
+    def __init__(self, sock: socket.socket, *, is_client: bool, names_senders: bool = False) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.receive = sock.recv_into
+        self.receive_message = sock.recvmsg_into
+        self.send = sock.send
+        self.is_client = is_client
+        self.names_senders = names_senders
+        """The kernel says with every read who sent it."""
+        self.credentials: bytes | None = None
+        """What it said last, undecoded."""
+        self.sender: Sender | None = None
+        """The same, decoded."""
+        self.held = b""
+        """Bytes read from it that can't be judged, or that wait for a ruling."""
+        self.swallow = 0
+        """Bytes of a dropped message that are still to come."""
+        self.outgoing = bytearray()
+        """Bytes that its socket had no room for. While there are any, its peer is not read."""
+        self.eof = False
+        """Nothing more will come from it."""
+        self.broken = False
+        """Nothing more can be written to it."""
+        self.interest: int | None = None
+        """The epoll events that it is registered for; ``None``: it isn't."""
+
+    def wants(self, event: int) -> bool:
+        """Whether it is registered for this one."""
+        return self.interest is not None and self.interest & event != 0
+
+
+class ProxiedSession:
+    """A client's connection, the upstream connection made for it, and the tracker of what passes between them."""
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        transport: Literal["tcp", "unix"],
+        client_name: str | None,
+        client_socket: ClientSocket | None,
+        opened_at: float,
+    ) -> None:
+        self.id = number
+        self.transport = transport
+        self.client_name = client_name
+        self.client_socket = client_socket
+        """The client's end for attribution to look up; ``None`` with attribution off."""
+        self.opened_at = opened_at
+        self.opening: Opening | None = None
+        """Who opened it, once that has been found out."""
+        self.opening_known = trio.Event()
+        self.senders: dict[int, Process] = {}
+        """The processes that the kernel has named as senders, as they were when they were first looked at."""
+        self.holders_told: frozenset[int] = frozenset()
+        """The pids of the holders that an inherited-connection has been recorded for."""
+        self.upstream: Address | None = None
+        self.client: End
+        self.server: End
+        self.tracker: Tracker | None = None
+        """What follows it; ``None`` when it isn't followed, or not any more."""
+        self.protocol: Tracker | None = None
+        """The same, kept for what it had learned when it lost its way."""
+        self.parked = False
+        """Out of the sweep until a ruling has been made."""
+        self.draining = False
+        """The server's side is over; what the client still sends is thrown away until it ends too."""
+        self.client_gone = False
+        """The client can be neither read nor written any more."""
+        self.done = trio.Event()
+        """Both sockets are closed."""
+
+    def connect(self, client: socket.socket, server: socket.socket, tracker: Tracker | None) -> None:
+        """Give it its two sockets, which it owns from then on."""
+        self.client = End(client, is_client=True, names_senders=self.transport == "unix" and self._attributed)
+        self.server = End(server, is_client=False)
+        self.client.peer, self.server.peer = self.server, self.client
+        self.client.session = self.server.session = self
+        self.tracker = self.protocol = tracker
+
+    @property
+    def _attributed(self) -> bool:
+        return self.client_socket is not None
+
+    def facts(self) -> SessionFacts:
+        """What records say of it."""
+        protocol = self.protocol
+        return SessionFacts(
+            id=self.id,
+            user=protocol.user if protocol else None,
+            database=protocol.database if protocol else None,
+            application_name=protocol.application_name if protocol else None,
+            transport=self.transport,
+            client=self.client_name,
+            backend_pid=protocol.cancel_key.backend_pid if protocol and protocol.cancel_key else None,
+            opened_at=self.opened_at,
+            tls=False,
+        )

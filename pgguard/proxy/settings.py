@@ -1,0 +1,116 @@
+"""The guard's settings, checked: what the command line, the environment and the configuration file have said."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pgguard.faults.policy import KindAction, Mode, Policy, PolicyError
+from pgguard.faults.sql import SqlMode
+from pgguard.proxy.addresses import Address, Upstream, parse_listen, parse_upstream
+from pgguard.proxy.errors import ConfigurationError
+from pgguard.session.verdicts import Kind
+
+DEFAULT_CONFIG: Final = Path("pgguard.toml")
+DEFAULT_LISTEN: Final = "127.0.0.1:6544"
+
+Seconds = Annotated[float, Field(ge=0, le=3600)]
+
+
+class KindSettings(BaseModel):
+    """What the configuration file says about one kind of fault."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    action: KindAction
+
+
+class Settings(BaseModel):
+    """Everything that can be set, by the names that it has in the configuration file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    upstream: str = ""
+    """A libpq connection string; empty: what libpq's own variables say."""
+    listen: Annotated[list[str], Field(min_length=1)] = [DEFAULT_LISTEN]
+    mode: Mode = Mode.LOG
+    faults: Path | None = None
+    attribution: Literal["auto", "proc", "off"] = "auto"
+    sql: SqlMode = SqlMode.NORMALIZED
+    startup_timeout: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """Seconds for a client to say who it is."""
+    shutdown_timeout: Seconds = 8.0
+    """Seconds for sessions to finish when the guard is told to stop."""
+    kinds: dict[Kind, KindSettings] = {}
+
+    @field_validator("kinds", mode="before")
+    @classmethod
+    def _actions_alone(cls, kinds: Any) -> Any:
+        """Let ``KIND = "ACTION"`` stand for a table with nothing but an action."""
+        if not isinstance(kinds, dict):
+            return kinds
+        return {kind: {"action": value} if isinstance(value, str) else value for kind, value in kinds.items()}
+
+    def addresses(self) -> list[Address]:
+        """Where to listen."""
+        return [parse_listen(text) for text in self.listen]
+
+    def server(self) -> Upstream:
+        """Where PostgreSQL is."""
+        return parse_upstream(self.upstream)
+
+    def policy(self) -> Policy:
+        """What is done about which fault."""
+        try:
+            return Policy(self.mode, {kind: settings.action for kind, settings in self.kinds.items()})
+        except PolicyError as error:
+            raise ConfigurationError(f"[kinds]: {error}") from error
+
+
+def load_settings(given: dict[str, Any], config: Path | None) -> Settings:
+    """Put together what was given by option or environment, and behind that the configuration file.
+
+    Args:
+        given: by the names of :class:`Settings`; what is ``None`` or empty was not given.
+        config: the file; ``None``: :data:`DEFAULT_CONFIG` if there is one.
+
+    Raises:
+        ConfigurationError: the file can't be read, or a setting isn't one.
+    """
+    if config is None and DEFAULT_CONFIG.exists():
+        config = DEFAULT_CONFIG
+    given = {name: value for name, value in given.items() if value not in (None, [], "")}
+    in_file = {} if config is None else _read(config)
+    try:
+        return Settings.model_validate(in_file | given)
+    except ValidationError as error:
+        raise ConfigurationError(_first_problem(error, given, config)) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigurationError(f"--config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--config {path}: it is not valid TOML: {error}") from error
+
+
+def _first_problem(error: ValidationError, given: dict[str, Any], config: Path | None) -> str:
+    """One problem in one line: the place, what is wrong with it, what stands there."""
+    problem = error.errors()[0]
+    name = str(problem["loc"][0])
+    if name in given:
+        place = f"--{name} or PGGUARD_{name.upper()}"
+    else:
+        place = f"{config}: " + ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    if problem["type"] == "extra_forbidden":
+        return f"{place} is no setting, remove it"
+    stands = problem["input"]
+    shown = f", not {stands!r}" if isinstance(stands, str | int | float | bool) else ""
+    text = problem["msg"].removeprefix("Input ")
+    return f"{place} {text}{shown}"

@@ -1,0 +1,504 @@
+"""The relay: one trio task that sweeps the sockets of all established sessions through an epoll of its own.
+
+A wake-up, an epoll_ctl and a task switch for each read are what make a proxy slow. So the sockets stay registered,
+one epoll_wait yields all that are ready, each is read once and what it had is written to its peer at once; and when
+all are done the epoll is asked again, for up to a millisecond, before the task goes back to trio to sleep. After
+:data:`_TURN` seconds it yields to trio's other tasks, whatever the load.
+
+Back-pressure: what a socket has no room for is kept with it, and its peer is not read until it is gone. A session
+buffers at most one chunk in each direction.
+
+Parking: when a verdict falls, its session alone leaves the epoll, bytes and all, until the ruling; see
+:mod:`pgguard.proxy.judge`.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, TypeVarTuple
+
+import trio
+
+from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
+from pgguard.faults.policy import Action
+from pgguard.session.verdicts import Sender
+from pgguard.wire.fields import build_error_response
+from pgguard.wire.messages import LOOK_LIMIT
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from pgguard.proxy.judge import Judge, Ruling
+    from pgguard.proxy.session import End, ProxiedSession
+    from pgguard.session.verdicts import Verdict
+
+_CHUNK: Final = 128 * 1024
+"""Bytes read at once, and so the most that one direction of a session buffers."""
+_HEADROOM: Final = LOOK_LIMIT
+"""Room in front of a chunk for the bytes that were held back from the one before."""
+_EVENTS: Final = 512
+_PATIENCE: Final = 0.001
+"""Seconds to wait for the next event before the sweep goes to sleep in trio."""
+_TURN: Final = 0.003
+"""Seconds after which trio's other tasks get a turn."""
+_LINGER: Final = 2.0
+"""Seconds for a client to close its side after the server's has ended."""
+_TRACKER_FAILED: Final = "the tracker failed; the guard's log says how"
+_LAST_WORDS: Final = 2.0
+"""Seconds to reach the end of the message that a rejected client is just being sent."""
+
+_IN: Final = select.EPOLLIN
+_OUT: Final = select.EPOLLOUT
+_OVER: Final = select.EPOLLHUP | select.EPOLLERR
+"""Reported whether it was asked for or not: epoll_ctl(2)."""
+_READABLE: Final = _IN | _OVER
+_WRITABLE: Final = _OUT | _OVER
+
+Ts = TypeVarTuple("Ts")
+
+logger = logging.getLogger(__name__)
+
+
+class Sweep:
+    """Moves the bytes of all sessions that have been added to it.
+
+    Args:
+        judge: rules on verdicts.
+        cancel: starts to cancel what a session's backend is doing, without waiting for it.
+        closed: is told of every session whose sockets have been closed.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        *,
+        cancel: Callable[[ProxiedSession], None],
+        closed: Callable[[ProxiedSession], None],
+    ) -> None:
+        self._judge = judge
+        self._cancel = cancel
+        self._closed = closed
+        self._epoll = select.epoll()
+        self._ends: dict[int, End] = {}
+        """Those that are registered with the epoll, by descriptor."""
+        self._sessions: set[ProxiedSession] = set()
+        self._buffer = bytearray(_HEADROOM + _CHUNK + LOOK_LIMIT)
+        self._view = memoryview(self._buffer)
+        self._window = self._view[_HEADROOM : _HEADROOM + _CHUNK]
+        self._windows = [self._window]
+        self._nursery: trio.Nursery
+
+    async def run(self) -> None:
+        """Sweep until cancelled; then every session that is left is closed."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                while True:
+                    await trio.lowlevel.wait_readable(self._epoll.fileno())
+                    await self._sweep_while_busy()
+        finally:
+            for session in list(self._sessions):
+                self._finish(session)
+            self._epoll.close()
+
+    async def _sweep_while_busy(self) -> None:
+        ends = self._ends
+        poll = self._epoll.poll
+        turn_ends = time.time() + _TURN
+        while events := poll(_PATIENCE, _EVENTS):
+            now = time.time()
+            for fd, mask in events:
+                end = ends.get(fd)
+                if end is None:  # its session has been parked or closed by an earlier event
+                    continue
+                try:
+                    if mask == _IN:
+                        self._read(end, now)
+                    else:
+                        self._read_and_flush(end, mask, now)
+                except Exception:
+                    logger.exception("session %d: it had to be closed", end.session.id)
+                    self._finish(end.session)
+            if now > turn_ends:
+                await trio.lowlevel.checkpoint()
+                turn_ends = time.time() + _TURN
+
+    def _read_and_flush(self, end: End, mask: int, now: float) -> None:
+        # That it is over is reported of an end whose peer is stuffed as well, and it must not be read for that.
+        if mask & _READABLE and (end.wants(_IN) or end.eof):
+            self._read(end, now)
+        if mask & _WRITABLE and end.wants(_OUT):
+            self._flush(end)
+
+    # Into and out of the epoll
+
+    def add(self, session: ProxiedSession, startup: bytes) -> None:
+        """Take a session over whose StartupMessage, ``startup``, is still to be sent to the server."""
+        if self._epoll.closed:  # the guard was cancelled while the session was being set up
+            self._finish(session)
+            return
+        self._sessions.add(session)
+        session.server.outgoing += startup
+        self._arm(session.server)
+        self._arm(session.client)
+        self._flush(session.server)
+
+    def _arm(self, end: End) -> None:
+        """Register for what can be done: reading unless the peer is stuffed, writing if something waits."""
+        if end.is_client and end.session.client_gone:
+            # Gone for good, it would be reported again and again until what it sent has been written.
+            self._disarm(end)
+            return
+        interest = (0 if end.eof or end.peer.outgoing else _IN) | (_OUT if end.outgoing else 0)
+        if not interest and not end.eof:
+            # Its peer is stuffed. Whether it is over is found out when it is its turn to be read again.
+            self._disarm(end)
+        elif end.interest is None:
+            self._epoll.register(end.fd, interest)
+            self._ends[end.fd] = end
+            end.interest = interest
+        elif end.interest != interest:
+            self._epoll.modify(end.fd, interest)
+            end.interest = interest
+
+    def _disarm(self, end: End) -> None:
+        if end.interest is not None:
+            self._epoll.unregister(end.fd)
+            del self._ends[end.fd]
+            end.interest = None
+
+    def _park(self, session: ProxiedSession) -> None:
+        session.parked = True
+        self._disarm(session.client)
+        self._disarm(session.server)
+
+    def _unpark(self, session: ProxiedSession) -> None:
+        session.parked = False
+        if not session.draining:
+            self._arm(session.server)
+        self._arm(session.client)
+
+    # Bytes
+
+    def _read(self, end: End, now: float) -> None:
+        try:
+            if end.names_senders:
+                size, ancillary, _, _ = end.receive_message(self._windows, CREDENTIALS_SPACE)
+                if ancillary and ancillary[0][2] != end.credentials:
+                    end.credentials = ancillary[0][2]
+                    pid = sender_pid(ancillary[0][2])
+                    end.sender = None if pid is None else Sender(pid)
+            else:
+                size = end.receive(self._window)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._end_of_stream(end, reset=True)
+            return
+        if not size:
+            self._end_of_stream(end, reset=end.eof)
+            return
+        begin = _HEADROOM
+        if end.held:
+            begin -= len(end.held)
+            self._buffer[begin:_HEADROOM] = end.held
+            end.held = b""
+        self._examine(end, begin, _HEADROOM + size, now)
+
+    def _examine(self, end: End, begin: int, stop: int, now: float) -> None:
+        """Follow what stands in the buffer, and forward it as far as it is in order."""
+        session = end.session
+        while True:
+            tracker = session.tracker
+            if tracker is None:
+                done = stop
+            else:
+                try:
+                    if end.is_client:
+                        done = tracker.frontend(self._buffer, begin, stop, end.sender, now)
+                    else:
+                        done = tracker.backend(self._buffer, begin, stop)
+                except Exception:
+                    logger.exception("session %d: the tracker failed", session.id)
+                    self._lose(session, _TRACKER_FAILED, now)
+                    continue
+            if done != begin:
+                self._forward(end, begin, done)
+            if done == stop:
+                return
+            if tracker is None or (tracker.verdict is None and tracker.lost is None):
+                end.held = bytes(self._view[done:stop])
+                return
+            begin = done
+            if tracker.verdict is None:
+                self._lose(session, str(tracker.lost), now)
+            elif self._judge.is_repeat(session, tracker.verdict, now):
+                tracker.overrule()
+            else:
+                end.held = bytes(self._view[begin:stop])
+                self._park(session)
+                self._start(session, self._adjudicate, end, tracker.verdict)
+                return
+
+    def _forward(self, end: End, begin: int, stop: int) -> None:
+        if end.swallow:
+            swallowed = min(end.swallow, stop - begin)
+            end.swallow -= swallowed
+            begin += swallowed
+        peer = end.peer
+        if begin == stop or peer.broken or (end.is_client and end.session.draining):
+            return
+        if peer.outgoing:
+            peer.outgoing += self._view[begin:stop]
+            return
+        try:
+            sent = peer.send(self._view[begin:stop])
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            # The reading side tells the end of it: what the peer sent before it went is still to be read.
+            peer.broken = True
+            return
+        if begin + sent != stop:
+            peer.outgoing += self._view[begin + sent : stop]
+            if not end.session.parked:
+                self._arm(peer)
+                self._arm(end)
+
+    def _flush(self, end: End) -> None:
+        """Write what waits for ``end``, and when it is all gone go on with what waited for that."""
+        if end.outgoing:
+            try:
+                del end.outgoing[: end.send(end.outgoing)]
+            except BlockingIOError:
+                return
+            except OSError:
+                end.broken = True
+                end.outgoing.clear()
+            if end.outgoing:
+                return
+        if end.peer.eof:
+            self._pass_end_on(end)
+        if not end.session.done.is_set():
+            self._arm(end)
+            if not (end.is_client and end.session.draining):
+                self._arm(end.peer)
+
+    # Ends of streams
+
+    def _end_of_stream(self, end: End, *, reset: bool) -> None:
+        session = end.session
+        first = not end.eof
+        end.eof = True
+        if end.is_client and reset:
+            # What it sent is still for the server, which may not read it before it has got rid of its answers.
+            session.client_gone = end.broken = True
+            end.outgoing.clear()
+            if not session.draining:
+                self._arm(end.peer)
+        verdicts = self._last_verdicts(end) if first and not session.draining else []
+        if verdicts:
+            self._park(session)
+            self._start(session, self._adjudicate_end, end, verdicts)
+        else:
+            self._after_end(end)
+
+    def _last_verdicts(self, end: End) -> list[Verdict]:
+        session = end.session
+        tracker = session.tracker
+        if tracker is None:
+            return []
+        try:
+            return tracker.frontend_eof(len(end.held)) if end.is_client else tracker.backend_eof(len(end.held))
+        except Exception:
+            logger.exception("session %d: the tracker failed", session.id)
+            self._lose(session, _TRACKER_FAILED, time.time())
+            return []
+
+    def _after_end(self, end: End) -> None:
+        """All that can be said about the end of ``end``'s stream is said: let its peer know."""
+        session = end.session
+        torn = bool(end.held) or (session.tracker is not None and session.tracker.backend_rest > 0)
+        self._forward_held(end)
+        if not end.is_client and not session.draining:
+            self._server_ended(session, torn=torn)
+        elif end.peer.outgoing and not end.peer.broken:
+            self._arm(end)
+        else:
+            self._pass_end_on(end.peer)
+            if not session.done.is_set():
+                self._arm(end)
+
+    def _forward_held(self, end: End) -> None:
+        held, end.held = end.held, b""
+        if held:
+            self._buffer[_HEADROOM : _HEADROOM + len(held)] = held
+            self._forward(end, _HEADROOM, _HEADROOM + len(held))
+
+    def _pass_end_on(self, end: End) -> None:
+        """Everything has been written to ``end``, and its peer will send no more."""
+        session = end.session
+        if session.client_gone or (session.client.eof and session.server.eof):
+            self._finish(session)
+            return
+        try:
+            end.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            end.broken = True
+        if session.draining:
+            self._start(session, self._linger, session)
+
+    def _server_ended(self, session: ProxiedSession, *, torn: bool) -> None:
+        tracker = session.tracker
+        silently = (
+            torn
+            or tracker is None
+            or tracker.goodbye
+            or tracker.terminated
+            or session.client.eof
+            or session.client.broken
+        )
+        if not silently:
+            logger.warning("session %d: the server at %s closed the connection", session.id, session.upstream)
+            session.client.outgoing += build_error_response(
+                f"pgguard: the server at {session.upstream} closed the connection unexpectedly",
+                sqlstate="08006",
+                detail="It sent no error before. Usual causes are a crash, a failover, or a network device in between.",
+                hint="Look into the server's log at this time.",
+            )
+        self.end_server_side(session)
+
+    def end_server_side(self, session: ProxiedSession) -> None:
+        """Close the server's connection; the client gets what waits for it, then the end of its stream."""
+        session.draining = True
+        server = session.server
+        self._disarm(server)
+        server.sock.close()
+        server.eof = True
+        server.outgoing.clear()
+        self._arm(session.client)
+        self._flush(session.client)
+
+    async def _linger(self, session: ProxiedSession) -> None:
+        """Let a client that has been sent everything close its side.
+
+        Closing a TCP socket with unread data resets it, and what the server said last would be lost on the way.
+        """
+        with trio.move_on_after(_LINGER):
+            await session.done.wait()
+        self._finish(session)
+
+    def dismiss(self, session: ProxiedSession, farewell: bytes) -> None:
+        """Close a session now, telling the client why if it isn't in the middle of a message. Doesn't wait for it."""
+        tracker = session.tracker
+        if tracker is not None and not tracker.backend_rest and not session.client.outgoing:
+            with suppress(OSError):
+                session.client.send(farewell)
+        self._finish(session)
+
+    def _finish(self, session: ProxiedSession) -> None:
+        if session.done.is_set():
+            return
+        for end in (session.client, session.server):
+            self._disarm(end)
+            if session.parked:
+                trio.lowlevel.notify_closing(end.sock)
+            end.sock.close()
+        session.done.set()
+        self._sessions.discard(session)
+        self._closed(session)
+
+    def _start(self, session: ProxiedSession, function: Callable[[*Ts], Awaitable[None]], *args: *Ts) -> None:
+        """Do for a session what takes time. What goes wrong with it is the end of that session alone."""
+
+        async def run() -> None:
+            try:
+                await function(*args)
+            except Exception:
+                logger.exception("session %d: it had to be closed", session.id)
+                self._finish(session)
+
+        self._nursery.start_soon(run)
+
+    # Verdicts
+
+    def _lose(self, session: ProxiedSession, reason: str, now: float) -> None:
+        """Go on forwarding a session that can't be followed any more."""
+        session.tracker = None
+        self._judge.lost(session, reason, now)
+
+    async def _adjudicate(self, end: End, verdict: Verdict) -> None:
+        """Have a parked session's verdict ruled on, do as the ruling says, and put the session back."""
+        session = end.session
+        ruling = await self._judge.rule(session, verdict)
+        tracker = session.tracker
+        if tracker is None or session.done.is_set():
+            return
+        if ruling.action is Action.REJECTED:
+            await self._reject(session, ruling)
+            return
+        if ruling.action is Action.DROPPED and verdict.message is not None:
+            tracker.swallow()
+            end.swallow = verdict.message.size
+        else:
+            tracker.overrule()
+        self._unpark(session)
+        held, end.held = end.held, b""
+        self._buffer[_HEADROOM : _HEADROOM + len(held)] = held
+        self._examine(end, _HEADROOM, _HEADROOM + len(held), time.time())
+
+    async def _adjudicate_end(self, end: End, verdicts: list[Verdict]) -> None:
+        session = end.session
+        for verdict in verdicts:
+            ruling = await self._judge.rule(session, verdict)
+            if session.done.is_set():
+                return
+            if ruling.action is Action.REJECTED:
+                await self._reject(session, ruling)
+                return
+        session.parked = False
+        if not session.server.eof:
+            self._arm(session.server)
+        self._after_end(end)
+
+    async def _reject(self, session: ProxiedSession, ruling: Ruling) -> None:
+        """Tell the client, cancel what runs upstream, close both connections."""
+        tracker = session.tracker
+        if tracker is not None and not tracker.idle:
+            self._cancel(session)
+        finished = False
+        with trio.move_on_after(_LAST_WORDS), suppress(OSError, trio.ClosedResourceError):
+            finished = await self._finish_message(session)
+        if session.done.is_set():
+            return
+        if finished and ruling.response is not None:
+            session.client.outgoing += ruling.response
+        session.parked = False
+        self.end_server_side(session)
+
+    async def _finish_message(self, session: ProxiedSession) -> bool:
+        """Bring the client to the end of the message that it is being sent, so that another can follow.
+
+        Returns False if the server never sent that end.
+
+        Raises:
+            OSError: one of the connections broke.
+            trio.ClosedResourceError: the session was closed meanwhile.
+        """
+        client, server = session.client, session.server
+        rest = session.tracker.backend_rest if session.tracker is not None else 0
+        while rest and not server.eof:
+            await trio.lowlevel.wait_readable(server.sock)
+            data = server.sock.recv(min(rest, _CHUNK))
+            rest -= len(data)
+            server.eof = not data
+            client.outgoing += data
+            while client.outgoing:
+                await trio.lowlevel.wait_writable(client.sock)
+                with suppress(BlockingIOError):
+                    del client.outgoing[: client.send(client.outgoing)]
+        return not rest

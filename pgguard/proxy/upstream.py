@@ -1,0 +1,117 @@
+"""Connections to PostgreSQL."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, Upstream
+
+if TYPE_CHECKING:
+    from pgguard.wire.startup import CancelKey
+
+_CANCEL_TIMEOUT: Final = 10.0
+"""Seconds for the server to take a CancelRequest and close its connection."""
+_BACKLOG_PAUSE: Final = 0.01
+"""Seconds to wait for room in the backlog of a Unix socket."""
+
+
+class UpstreamUnavailable(OSError):
+    """No address of the upstream could be connected to; the message says why, for each of them."""
+
+
+async def connect_upstream(upstream: Upstream) -> tuple[trio.socket.SocketType, Address]:
+    """Connect to the first address that accepts, in the order in which they are given.
+
+    Raises:
+        UpstreamUnavailable: none does.
+    """
+    failures = []
+    for address in upstream.addresses:
+        try:
+            return await _connect(address, upstream.connect_timeout), address
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name that the DNS could know
+            failures.append(f"{address}: {reason(error)}")
+    raise UpstreamUnavailable("; ".join(failures))
+
+
+async def _connect(address: Address, seconds: float) -> trio.socket.SocketType:
+    with trio.move_on_after(seconds):
+        return await (_connect_unix(address) if isinstance(address, UnixAddress) else _connect_tcp(address))
+    raise TimeoutError(f"no answer within {seconds:g} s")
+
+
+async def _connect_tcp(address: TcpAddress) -> trio.socket.SocketType:
+    stream = await trio.open_tcp_stream(address.host, address.port)
+    # What PostgreSQL and libpq set on each connection: a peer that vanished is found out in the end.
+    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return stream.socket
+
+
+async def _connect_unix(address: UnixAddress) -> trio.socket.SocketType:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        while True:
+            try:
+                sock.connect(address.path)
+            except BlockingIOError:
+                # Nothing has been begun, as it has with TCP: the server's backlog is full, connect(2).
+                await trio.sleep(_BACKLOG_PAUSE)
+            else:
+                await trio.lowlevel.checkpoint()
+                return trio.socket.from_stdlib_socket(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def reason(error: BaseException) -> str:
+    """Why a connection could not be made, in the system's words."""
+    if isinstance(error, socket.gaierror):
+        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    if isinstance(error.__cause__, BaseExceptionGroup):  # trio's, of all that a name resolves to
+        return ", ".join(dict.fromkeys(reason(cause) for cause in error.__cause__.exceptions))
+    return str(error)
+
+
+async def relay_cancel(upstream: Upstream, packet: bytes) -> None:
+    """Pass a CancelRequest on untouched, and wait until the server has taken it.
+
+    The server answers with nothing but the end of the connection, once it has signalled the backend: "Canceling
+    Requests in Progress" in the protocol chapter. A key that it doesn't know it ignores, so the request goes to
+    every address where several are given.
+
+    Raises:
+        UpstreamUnavailable: no address has taken it.
+    """
+    failures = []
+    for address in upstream.addresses:
+        try:
+            sock = await _connect(address, upstream.connect_timeout)
+            with sock, trio.fail_after(_CANCEL_TIMEOUT):
+                await trio.SocketStream(sock).send_all(packet)
+                while await sock.recv(1024):
+                    pass
+        except trio.TooSlowError:
+            failures.append(f"{address}: the CancelRequest was not taken within {_CANCEL_TIMEOUT:g} s")
+        except ConnectionResetError:
+            continue  # an end of the connection as well as any
+        except (OSError, UnicodeError, trio.BrokenResourceError) as error:
+            failures.append(f"{address}: {reason(error)}")
+    if len(failures) == len(upstream.addresses):
+        raise UpstreamUnavailable("; ".join(failures))
+
+
+async def cancel_query(address: Address, connect_timeout: float, key: CancelKey) -> None:
+    """Cancel what runs on the backend with this key.
+
+    Raises:
+        UpstreamUnavailable: the server has not taken the request.
+    """
+    await relay_cancel(Upstream((address,), connect_timeout), key.packet)
