@@ -1,0 +1,298 @@
+"""The demonstration: what runs, in which order, and how all of it ends.
+
+The application runs four times at once, over each of the guard's transports: sharing one connection between its
+workers, and with that mistake corrected. What each run printed is shown beside what the guard said about it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+from psycopg.conninfo import make_conninfo
+from rich.console import Console
+
+from pgguard.demo.postgres import NotInstalledError, ServerFailedError, embedded_bindir, running_cluster
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+    from rich.status import Status
+
+_SECONDS = 16.0
+"""How long everything may take before it is called off. Ending what was started takes at most 4 more."""
+
+_POSTGRES_SECONDS = 10.0
+_GUARD_START_SECONDS = 10.0
+_GUARD_STOP_SECONDS = 1.5
+
+_GRAVITY = ("error", "warning", "info")
+_FAULTS = "faults.jsonl"
+_LOG = "guard.log"
+
+_NEXT = """\
+Put it in front of a PostgreSQL of your own, where your application runs and as the same user:
+
+    pgguard serve --upstream postgresql://db.example.com --faults faults.jsonl
+    DATABASE_URL=postgresql://app@127.0.0.1:6544/app  your-application
+
+Over a Unix socket the kernel names the sender of every byte, so give it one if your application can use it:
+
+    pgguard serve --upstream postgresql://db.example.com --listen unix:/tmp
+    DATABASE_URL=postgresql://app@/app?host=/tmp  your-application
+
+With --mode reject an error ends its session before anybody is handed another's answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One run of the application, through one of the guard's listeners."""
+
+    transport: str
+    host: str
+    port: int
+    fixed: bool
+    seen: Counter[str]
+    """What it printed: each line, and how often."""
+
+    @property
+    def name(self) -> str:
+        """What it calls itself to PostgreSQL, so that its sessions can be told from the other runs'."""
+        return f"{'fixed' if self.fixed else 'misusing'} app, {self.transport}"
+
+    @property
+    def database_url(self) -> str:
+        return make_conninfo(
+            host=self.host, port=self.port, user="postgres", dbname="postgres", application_name=self.name
+        )
+
+    async def perform(self) -> None:
+        command = [sys.executable, "-m", "pgguard.demo.app", *(["--fixed"] if self.fixed else [])]
+        done = await trio.run_process(
+            command,
+            env=os.environ | {"DATABASE_URL": self.database_url},
+            capture_stdout=True,
+            stderr=subprocess.STDOUT,
+            check=False,
+            start_new_session=True,
+            deliver_cancel=_kill_session,
+        )
+        self.seen.update(done.stdout.decode(errors="replace").splitlines())
+
+
+class _FailedError(Exception):
+    """The demonstration can't go on; the message says why."""
+
+
+def run_demo(console: Console | None = None) -> int:
+    """Run the demonstration and print what it shows.
+
+    It ends within 20 seconds whatever happens, and on SIGINT, SIGTERM and SIGHUP, and removes everything that
+    it started or wrote.
+
+    Returns:
+        The exit status: 0 when the guard recorded the misuse over both transports and nothing about the
+        corrected application, 1 when it did not or something went wrong, 2 when the embedded PostgreSQL is
+        not installed, and 128 plus its number when a signal ended it.
+    """
+    return trio.run(_until_signalled, console or Console(highlight=False))
+
+
+async def _until_signalled(console: Console) -> int:
+    status = 1
+
+    async def wait_for_signal(signals: AsyncIterator[int], cancel_scope: trio.CancelScope) -> None:
+        nonlocal status
+        status = 128 + await anext(signals)
+        cancel_scope.cancel()
+
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait_for_signal, signals, nursery.cancel_scope)
+            status = await _within_time(console)
+            nursery.cancel_scope.cancel()
+    return status
+
+
+async def _within_time(console: Console) -> int:
+    status = 1
+    try:
+        with trio.fail_after(_SECONDS):
+            return await _demonstrate(console)
+    except NotInstalledError as error:
+        complaint = str(error)
+        status = 2
+    except (ServerFailedError, _FailedError) as error:
+        complaint = str(error)
+    except trio.TooSlowError:
+        complaint = f"called off, as it took more than {_SECONDS:.0f} seconds"
+    _show_plain(Console(stderr=True, highlight=False), f"pgguard: demo: {complaint}")
+    return status
+
+
+async def _demonstrate(console: Console) -> int:
+    bindir = embedded_bindir()
+    with ExitStack() as stack:
+        progress = _Progress(console, stack.enter_context(console.status("")))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgguard-demo-")))
+        progress("Starting PostgreSQL")
+        running = running_cluster(bindir, timeout=_POSTGRES_SECONDS)
+        cluster = await trio.to_thread.run_sync(stack.enter_context, running)
+        progress("Starting the guard in front of it")
+        async with _running_guard(cluster.conninfo, directory) as listeners:
+            progress("Letting two workers of an application share a connection, and two others not")
+            runs = await _perform(listeners)
+        findings = _Findings.read(directory)
+        progress("Stopping PostgreSQL")
+    return _show(console, runs, findings)
+
+
+class _Progress:
+    """Says what is going on: in a live line on a terminal, in plain lines elsewhere."""
+
+    def __init__(self, console: Console, status: Status) -> None:
+        self._console = console
+        self._status = status
+
+    def __call__(self, doing: str) -> None:
+        if self._console.is_terminal:
+            self._status.update(f"{doing}…")
+        else:
+            self._console.print(f"{doing}…")
+
+
+@asynccontextmanager
+async def _running_guard(upstream: str, directory: Path) -> AsyncIterator[list[tuple[str, str, int]]]:
+    """Run ``pgguard serve`` as a user would, and yield its listeners: transport, host and port of each."""
+    command = [sys.executable, "-m", "pgguard", "serve", "--upstream", upstream, "--mode", "log"]
+    command += ["--listen", "127.0.0.1:0", "--listen", f"unix:{directory}"]
+    command += ["--faults", str(directory / _FAULTS)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PGGUARD_")}
+    log = directory / _LOG
+    with log.open("wb") as output:
+        guard = await trio.lowlevel.open_process(
+            command,
+            cwd=directory,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        yield await _listeners(guard, log)
+    finally:
+        await _stop(guard)
+
+
+async def _listeners(guard: trio.Process, log: Path) -> list[tuple[str, str, int]]:
+    ready = re.compile(r"^pgguard: ready on (.+):(\d+), unix:(.+):(\d+)\n", re.MULTILINE)
+    with trio.move_on_after(_GUARD_START_SECONDS):
+        while guard.poll() is None:
+            if found := ready.search(await trio.Path(log).read_text()):
+                host, port, directory, name = found.groups()
+                return [("TCP", host, int(port)), ("Unix socket", directory, int(name))]
+            await trio.sleep(0.02)
+    raise _FailedError(f"the guard did not start:\n{await trio.Path(log).read_text()}")
+
+
+async def _stop(process: trio.Process) -> None:
+    with trio.CancelScope(shield=True):
+        process.terminate()
+        with trio.move_on_after(_GUARD_STOP_SECONDS):
+            await process.wait()
+            return
+        process.kill()
+        await process.wait()
+
+
+async def _kill_session(process: trio.Process) -> None:
+    """End the application together with its workers, which have no other parent to end them."""
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+async def _perform(listeners: Sequence[tuple[str, str, int]]) -> list[_Run]:
+    runs = [_Run(*listener, fixed=fixed, seen=Counter()) for fixed in (False, True) for listener in listeners]
+    async with trio.open_nursery() as nursery:
+        for run in runs:
+            nursery.start_soon(run.perform)
+    return runs
+
+
+@dataclass(frozen=True, slots=True)
+class _Findings:
+    """What the guard said."""
+
+    faults: Sequence[dict[str, Any]]
+    """Its record, in order."""
+    reports: Mapping[int, str]
+    """What it printed about a fault, by the fault's number."""
+
+    @classmethod
+    def read(cls, directory: Path) -> _Findings:
+        """Read what a guard has left in its directory, when it has ended."""
+        faults = [json.loads(line) for line in (directory / _FAULTS).read_text().splitlines()]
+        # A report goes from a line of equals signs to its summary line, which ends with the fault's number.
+        report = re.compile(r"^=+\n((?:(?!=+\n).*\n)*?SUMMARY: .*\(fault (\d+), session \d+\))$", re.MULTILINE)
+        printed = report.finditer((directory / _LOG).read_text())
+        return cls(faults, {int(found[2]): found[1] for found in printed})
+
+    def of(self, run: _Run) -> list[dict[str, Any]]:
+        """The faults in the sessions of one run of the application."""
+        return [fault for fault in self.faults if fault["session"]["application_name"] == run.name]
+
+    def report(self, fault: dict[str, Any]) -> str:
+        return self.reports.get(fault["id"], fault["summary"])
+
+
+def _show(console: Console, runs: Sequence[_Run], findings: _Findings) -> int:
+    status = 0
+    for run in runs:
+        title = "The same application, corrected," if run.fixed else "One connection, two workers,"
+        console.rule(f"{title} over {run.transport}", align="left")
+        _show_seen(console, run)
+        found = findings.of(run)
+        told = found if run.fixed else sorted(found, key=lambda fault: _GRAVITY.index(fault["severity"]))[:1]
+        first = " The gravest in full:\n" if told and not run.fixed else ""
+        _show_plain(console, f"\npgguard saw {_counted(found) or 'nothing wrong'}.{first}")
+        for fault in told:
+            _show_plain(console, findings.report(fault))
+        if run.fixed == bool(told):
+            status = 1
+        console.print()
+    console.rule("What to do next", align="left")
+    _show_plain(console, _NEXT)
+    return status
+
+
+def _show_seen(console: Console, run: _Run) -> None:
+    if not run.seen:
+        console.print("The application saw its own answers only.")
+        return
+    console.print("What the application saw:\n")
+    for line, times in run.seen.items():
+        _show_plain(console, f"    {line}" + (f" ({times} times)" if times > 1 else ""))
+
+
+def _show_plain(console: Console, text: str) -> None:
+    """Print text that somebody else has laid out, or that is to be copied."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _counted(faults: Sequence[dict[str, Any]]) -> str:
+    """How often each kind of fault was seen, for example ``shared-by-processes 43 times``."""
+    kinds: Counter[str] = Counter()
+    for fault in faults:
+        kinds[fault["kind"]] += 1 + fault["suppressed"]
+    return ", ".join(f"{kind} {count} times" if count > 1 else f"{kind} once" for kind, count in kinds.items())

@@ -1,0 +1,55 @@
+"""Fixtures for tests against real servers."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Protocol, cast
+
+import pytest
+
+from tests.guard_process import GuardProcess, running_guard
+from tests.servers import Server, Transport, installations, not_installed, running_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_INSTALLATIONS = installations()
+
+
+class StartGuard(Protocol):
+    """Starts a guard in front of the server under test, with more options for ``pgguard serve``."""
+
+    def __call__(self, *options: str) -> GuardProcess: ...
+
+
+@pytest.fixture(scope="session", params=_INSTALLATIONS)
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A running PostgreSQL, in turn of each version that is installed."""
+    bindir = _INSTALLATIONS[request.param]
+    if bindir is None:
+        not_installed(f"{request.param} PostgreSQL")
+    with running_server(bindir) as running:
+        yield running
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def transport(request: pytest.FixtureRequest) -> Transport:
+    """How the client reaches the guard."""
+    return cast("Transport", request.param)
+
+
+@pytest.fixture
+def start_guard(server: Server) -> Iterator[StartGuard]:
+    """Start guards that are stopped, and have to end well, when the test is over."""
+    with ExitStack() as stack:
+
+        def start(*options: str) -> GuardProcess:
+            return stack.enter_context(running_guard(server.unix, *options))
+
+        yield start
+
+
+@pytest.fixture
+def guard(start_guard: StartGuard) -> GuardProcess:
+    """A guard in ``log`` mode in front of the server under test."""
+    return start_guard("--mode", "log")

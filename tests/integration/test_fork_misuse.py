@@ -1,0 +1,155 @@
+"""One connection used by two processes: found, and both of them named, on either transport."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.guard_process import Fault, GuardProcess
+    from tests.servers import Address, Transport
+
+PROGRAM = Path(__file__).parent / "programs" / "shared_connection.py"
+
+
+@contextmanager
+def scenario(name: str, address: Address) -> Iterator[list[int]]:
+    """Play a scenario to its end, and yield its processes, parent first, while all of them still hold the socket."""
+    program = subprocess.Popen(
+        [sys.executable, PROGRAM, name], env=address.environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with program:
+        try:
+            assert program.stdin is not None
+            assert program.stdout is not None
+            pids = json.loads(program.stdout.readline())
+            assert program.stdout.readline() == "done\n"
+            yield pids
+            program.stdin.close()
+            assert program.wait(10) == 0
+        finally:
+            program.kill()
+
+
+def play(name: str, guard: GuardProcess, transport: Transport) -> list[int]:
+    """Play a scenario and stop the guard, so that its record is complete."""
+    with scenario(name, guard.at(transport)) as pids:
+        pass
+    guard.stop()
+    return pids
+
+
+def culprits(fault: Fault) -> dict[str, list[tuple[int | None, str]]]:
+    """The pids and evidence of each role."""
+    roles: dict[str, list[tuple[int | None, str]]] = {}
+    for culprit in fault["culprits"]:
+        roles.setdefault(culprit["role"], []).append((culprit["pid"], culprit["evidence"]))
+    return roles
+
+
+def pids_named(fault: Fault) -> set[int]:
+    return {culprit["pid"] for culprit in fault["culprits"]} - {None}
+
+
+def test_overlapping_requests_over_a_unix_socket_name_intruder_and_requester(guard: GuardProcess) -> None:
+    parent, child = play("overlapping", guard, "unix")
+
+    first, *others = guard.faults("shared-by-processes")
+    assert first["severity"] == "error"
+    assert first["action"] == "logged"
+    assert first["repeat_of"] is None
+    assert (child, "kernel-sender") in culprits(first)["intruder"]
+    assert (parent, "kernel-sender") in culprits(first)["requester"]
+    assert f"pid {child}" in first["summary"]
+    assert f"pid {parent}" in first["summary"]
+    assert first["session"]["transport"] == "unix"
+    assert first["message"]["name"] == "Query"
+    assert first["libpq"] == "message type 0x54 arrived from server while idle"
+
+    asked = {request["pid"]: request for request in first["requests"]}
+    assert "pg_sleep" in asked[parent]["sql"]
+    assert asked[parent]["state"] in {"waiting", "answering"}
+    assert "0.3" not in asked[parent]["sql"], "literals are replaced by default"
+
+    # Three rounds: the child intrudes three times, and the parent, coming back, twice.
+    assert all(other["repeat_of"] == first["id"] for other in others)
+    assert 1 + sum(1 + other["suppressed"] for other in others) >= 5, "no repeat goes uncounted"
+
+
+def test_each_culprit_is_described_as_it_was(guard: GuardProcess) -> None:
+    """Name, command line and parent come from /proc, so that a report can be read when the processes are gone."""
+    parent, _ = play("overlapping", guard, "unix")
+    [process] = [
+        culprit["process"]
+        for culprit in guard.faults("shared-by-processes")[0]["culprits"]
+        if culprit["role"] == "intruder"
+    ]
+    assert process["cmdline"][1:] == [str(PROGRAM), "overlapping"]
+    assert process["ppid"] == parent
+
+
+def test_overlapping_requests_over_tcp_name_everyone_who_has_the_socket(guard: GuardProcess) -> None:
+    """Nobody says there who sent what, so no single process is accused; but that libpq never overlaps is certain."""
+    parent, child = play("overlapping", guard, "tcp")
+    first = guard.faults("request-while-busy")[0]
+    assert first["severity"] == "error"
+    assert first["session"]["transport"] == "tcp"
+    assert culprits(first)["intruder"] == [(None, "unknown")]
+    assert set(culprits(first)["holder"]) == {(parent, "socket-holder"), (child, "socket-holder")}
+    assert pids_named(first) == {parent, child}
+    assert guard.faults("shared-by-processes") == []
+
+
+def test_taking_perfect_turns_over_a_unix_socket_is_an_error(guard: GuardProcess) -> None:
+    """Nothing overlaps, so only the sender's identity can tell."""
+    parent, child = play("in_turn", guard, "unix")
+    inherited = guard.faults("inherited-connection")[0]
+    shared = guard.faults("shared-by-processes")[0]
+    assert inherited["severity"] == "warning"
+    assert inherited["id"] < shared["id"]
+    assert child in pids_named(inherited)
+    assert shared["severity"] == "error"
+    assert culprits(shared)["intruder"] == [(parent, "kernel-sender")]
+    assert (child, "kernel-sender") in culprits(shared)["requester"]
+
+
+def test_taking_perfect_turns_over_tcp_is_seen_as_an_inherited_connection(guard: GuardProcess) -> None:
+    with scenario("in_turn", guard.tcp) as pids:
+        found = guard.wait_for("inherited-connection", timeout=3)
+        assert pids_named(found[-1]) == set(pids)
+    guard.assert_no_faults(except_kinds={"inherited-connection"})
+
+
+def test_a_third_process_over_a_unix_socket_is_an_error(guard: GuardProcess) -> None:
+    parent, first, second = play("third_process", guard, "unix")
+    shared = guard.faults("shared-by-processes")[0]
+    assert culprits(shared)["intruder"] == [(second, "kernel-sender")]
+    assert {first, parent} <= pids_named(shared)
+
+
+def test_a_third_process_over_tcp_is_among_the_holders(guard: GuardProcess) -> None:
+    with scenario("third_process", guard.tcp) as pids:
+        found = guard.wait_for("inherited-connection", timeout=3)
+        assert pids_named(found[-1]) == set(pids)
+
+
+def test_a_hand_over_is_only_a_warning(guard: GuardProcess, transport: Transport) -> None:
+    """pg_basebackup does it: an error here would end correct programs in ``reject`` mode."""
+    with scenario("handed_over", guard.at(transport)) as (parent, child):
+        found = guard.wait_for("inherited-connection", timeout=3)
+        assert found[-1]["severity"] == "warning"
+        assert pids_named(found[-1]) == {parent, child}
+        named = {culprit["pid"] for culprit in found[0]["culprits"] if culprit["evidence"] == "kernel-sender"}
+        assert named == ({parent, child} if transport == "unix" else set())
+    guard.assert_no_faults(except_kinds={"inherited-connection"})
+
+
+def test_the_corrected_program_goes_unmentioned(guard: GuardProcess, transport: Transport) -> None:
+    play("connect_after_fork", guard, transport)
+    guard.assert_no_faults()

@@ -1,0 +1,92 @@
+"""Real PostgreSQL servers to test against: which there are, and one of each, running."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from pgguard.demo.postgres import NotInstalledError, embedded_bindir, running_cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Transport = Literal["tcp", "unix"]
+
+_USER = "postgres"
+_SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "max_connections": "100",
+    "wal_level": "logical",
+    "max_wal_senders": "10",
+    "max_replication_slots": "10",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server, or a guard in front of one, accepts connections."""
+
+    host: str
+    """An address, or the directory of a Unix socket."""
+    port: int
+
+    @property
+    def conninfo(self) -> str:
+        return make_conninfo(host=self.host, port=self.port, user=_USER, dbname=_USER)
+
+    def environ(self) -> dict[str, str]:
+        """The environment for a client, without anything about PostgreSQL that the tests were started with."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+        own = {"PGHOST": self.host, "PGPORT": str(self.port), "PGUSER": _USER, "PGDATABASE": _USER}
+        return inherited | own | {"LC_ALL": "C.UTF-8"}
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running PostgreSQL with a cluster of its own, and the client programs of the same version."""
+
+    bindir: Path
+    tcp: Address
+    unix: Address
+
+    def at(self, transport: Transport) -> Address:
+        return self.tcp if transport == "tcp" else self.unix
+
+
+def installations() -> dict[str, Path | None]:
+    """The PostgreSQL installations to test against, by name: the embedded one and Debian's; ``None`` if not there."""
+    try:
+        embedded = embedded_bindir()
+    except NotInstalledError:
+        embedded = None
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    debian = {f"debian-{postgres.parts[-3]}": postgres.parent for postgres in found}
+    return {"embedded": embedded, **(debian or {"debian": None})}
+
+
+def not_installed(what: str) -> NoReturn:
+    """Skip the test that needs it; fail where PGGUARD_REQUIRE_ALL says that everything has to be there, as in CI."""
+    if os.environ.get("PGGUARD_REQUIRE_ALL") == "1":
+        pytest.fail(f"{what} is not installed")
+    pytest.skip(f"{what} is not installed")
+
+
+@contextmanager
+def running_server(bindir: Path) -> Iterator[Server]:
+    """Run a server of that installation, on a free port of the loopback address and on a Unix socket."""
+    with running_cluster(bindir, port=_free_port(), settings=_SETTINGS, timeout=60) as cluster:
+        tcp = Address("127.0.0.1", cluster.port)
+        yield Server(cluster.bindir, tcp, Address(str(cluster.socket_dir), cluster.port))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
