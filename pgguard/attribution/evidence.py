@@ -66,4 +66,4 @@ class Findings:
     senders: Mapping[int, Process] = field(default_factory=dict)
     """The processes that the kernel named as senders, by pid, as far as they could still be looked at."""
     driver: Driver = Driver.UNKNOWN
-    """The driver of the process whose request is being judged; of all that it may be, if they have the same."""
+    """What speaks on the connection: the driver of the process that opened it, when it did."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +12,9 @@ from pgguard.attribution.evidence import Driver, Evidence, Findings, Process
 from pgguard.attribution.holders import Holders, HolderWatch, is_older
 from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook
 from pgguard.attribution.sockets import ClientSocket, SockDiag, UnixClient
+
+_DRIVERS = 1024
+"""Processes whose drivers are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,8 @@ class Opening:
     """How ``opener`` is known: UNKNOWN if and only if it is ``None``."""
     holders: Holders
     """Who had the socket open when it was looked for; empty if nobody was found."""
+    driver: Driver
+    """The opener's, and so what speaks on the connection, whoever inherits it."""
 
 
 class Witness:
@@ -36,6 +43,8 @@ class Witness:
     def __init__(self) -> None:
         self._book = ProcessBook()
         self._watch = HolderWatch(self._book)
+        self._lock = threading.Lock()
+        self._drivers: OrderedDict[tuple[int, int], Driver] = OrderedDict()
 
     def opened(self, client: ClientSocket) -> Opening:
         """Find out who opened one connection; see :meth:`opened_many`."""
@@ -62,7 +71,7 @@ class Witness:
             likely=[process.pid for process in connected_by if process is not None],
         )
         return [
-            _opening(client, inode, process, holders.get(inode, Holders()) if inode is not None else Holders())
+            self._opening(client, inode, process, holders.get(inode, Holders()) if inode is not None else Holders())
             for client, inode, process in zip(clients, inodes, connected_by, strict=True)
         ]
 
@@ -91,14 +100,12 @@ class Witness:
         """
         return self._watch.watch(inodes)
 
-    def findings(self, opening: Opening, senders: Iterable[Process] = (), judged: Process | None = None) -> Findings:
+    def findings(self, opening: Opening, senders: Iterable[Process] = ()) -> Findings:
         """Gather what is known about a connection's client now.
 
         Args:
             opening: what :meth:`opened` said about the connection.
             senders: what :meth:`sender` said about the processes that the kernel has named on it.
-            judged: the process whose request is being judged, to look for its driver. Where that isn't known it is
-                one of those that have the socket open, so that the driver is known if they all have the same.
 
         A process that is still there is described as it is now, one that is gone as it was last seen.
         """
@@ -109,7 +116,7 @@ class Witness:
             opener_evidence=opening.evidence,
             holders=holders,
             senders={process.pid: self._book.refresh(process) for process in senders},
-            driver=self._common_driver(holders or () if judged is None else (judged,)),
+            driver=opening.driver,
         )
 
     def _holders(self, opening: Opening) -> Holders:
@@ -126,14 +133,29 @@ class Witness:
             return None
         return process
 
-    def _common_driver(self, processes: Iterable[Process]) -> Driver:
-        drivers = {self._driver(process) for process in processes}
-        return drivers.pop() if len(drivers) == 1 else Driver.UNKNOWN
+    def _opening(
+        self, client: ClientSocket, inode: int | None, connected_by: Process | None, holders: Holders
+    ) -> Opening:
+        opener, evidence = _opener(client, connected_by, holders)
+        driver = Driver.UNKNOWN if opener is None else self._driver(opener)
+        return Opening(client, inode, opener, evidence, holders, driver)
 
     def _driver(self, process: Process) -> Driver:
+        """The driver of a process that has just opened a connection; looked for once in each process."""
+        key = (process.pid, process.started)
+        with self._lock:
+            known = self._drivers.get(key)
+        if known is not None:
+            return known
         driver = driver_of(process.pid)
         now = self._book.look(process.pid)
-        return driver if now is not None and now.started == process.started else Driver.UNKNOWN
+        if now is None or now.started != process.started:
+            return Driver.UNKNOWN
+        with self._lock:
+            self._drivers[key] = driver
+            if len(self._drivers) > _DRIVERS:
+                self._drivers.popitem(last=False)
+        return driver
 
 
 def _inodes(clients: Sequence[ClientSocket]) -> list[int | None]:
@@ -144,12 +166,12 @@ def _inodes(clients: Sequence[ClientSocket]) -> list[int | None]:
         return [None] * len(clients)
 
 
-def _opening(client: ClientSocket, inode: int | None, connected_by: Process | None, holders: Holders) -> Opening:
+def _opener(client: ClientSocket, connected_by: Process | None, holders: Holders) -> tuple[Process | None, Evidence]:
     if connected_by is not None:
-        return Opening(client, inode, connected_by, Evidence.KERNEL_SENDER, holders)
+        return connected_by, Evidence.KERNEL_SENDER
     if holders.complete and len(holders.holdings) == 1:
-        return Opening(client, inode, holders.processes[0], Evidence.SOLE_HOLDER, holders)
+        return holders.processes[0], Evidence.SOLE_HOLDER
     older = [process for process in holders.processes if is_older(process.started, client.opened)]
     if len(older) == 1:
-        return Opening(client, inode, older[0], Evidence.SOCKET_HOLDER, holders)
-    return Opening(client, inode, None, Evidence.UNKNOWN, holders)
+        return older[0], Evidence.SOCKET_HOLDER
+    return None, Evidence.UNKNOWN

@@ -33,6 +33,7 @@ from pgguard.faults.text import listed, named, printable
 from pgguard.session.verdicts import Direction, Kind, RequestState, Sender, Verdict
 
 if TYPE_CHECKING:
+    from pgguard.faults.catalogue import Advice
     from pgguard.faults.fault import SessionFacts
     from pgguard.faults.policy import Action
     from pgguard.session.verdicts import RequestSeen
@@ -79,8 +80,14 @@ def build_fault(
         libpq=verdict.libpq,
         culprits=culprits,
         requests=tuple(_request(request, sql_mode) for request in verdict.requests),
-        advice=CATALOGUE[verdict.kind].advice,
+        advice=_advice(verdict, findings),
     )
+
+
+def _advice(verdict: Verdict, findings: Findings) -> Advice:
+    """Where requests overlap and several processes have the socket open, it is they who are to be kept apart."""
+    shared = verdict.kind is Kind.REQUEST_WHILE_BUSY and len(findings.holders or ()) > 1
+    return CATALOGUE[Kind.SHARED_BY_PROCESSES if shared else verdict.kind].advice
 
 
 def _request(seen: RequestSeen, sql_mode: SqlMode) -> Request:

@@ -47,8 +47,8 @@ _ACCEPT_PAUSE: Final = 0.1
 """Seconds to wait for descriptors to become free."""
 _ACCEPT_COMPLAINTS: Final = 60.0
 """Seconds between two complaints that there are none."""
-_WATCH_INTERVAL: Final = 0.75
-_LASTING: Final = 0.7
+_WATCH_INTERVAL: Final = 0.6
+_LASTING: Final = 0.5
 """Seconds for which a process must have a socket open to count as its heir: a child on its way to exec() has it open
 for less."""
 

@@ -125,7 +125,7 @@ class Judge:
         """Record that a session is no longer followed. Never raises."""
         verdict = Verdict(kind=Kind.UNTRACKED, reason=reason, message=None, requests=())
         with self._spared(session):
-            self._enter(session, verdict, self._at_once(session), now)
+            self._enter(session, verdict, _at_once(session), now)
 
     def closed(self, session: ProxiedSession) -> None:
         """Account for what was suppressed of a session that has ended, and forget it. Never raises."""
@@ -148,28 +148,18 @@ class Judge:
     # Evidence
 
     async def _findings(self, session: ProxiedSession, verdict: Verdict) -> Findings:
-        evidence = _Evidence(self._at_once(session))
+        evidence = _Evidence(_at_once(session))
         witness = self._witness
         if witness is None:
             return evidence.findings
         with trio.move_on_after(EVIDENCE_BUDGET):
             if session.opening is None:
                 await session.opening_known.wait()
-                evidence.findings = self._at_once(session)
+                evidence.findings = _at_once(session)
             await trio.to_thread.run_sync(
                 _investigate, witness, session, verdict, evidence, limiter=self._threads, abandon_on_cancel=True
             )
         return evidence.findings
-
-    @staticmethod
-    def _at_once(session: ProxiedSession) -> Findings:
-        """What is known without looking."""
-        opening = session.opening
-        return Findings(
-            opener=None if opening is None else opening.opener,
-            opener_evidence=Findings().opener_evidence if opening is None else opening.evidence,
-            senders=dict(session.senders),
-        )
 
     # Rulings and records
 
@@ -217,6 +207,14 @@ def _investigate(witness: Witness, session: ProxiedSession, verdict: Verdict, ev
     opening = session.opening
     if opening is None:
         return
-    evidence.findings = Judge._at_once(session)  # noqa: SLF001
-    judged = None if verdict.intruder is None else session.senders.get(verdict.intruder.pid)
-    evidence.findings = witness.findings(opening, tuple(session.senders.values()), judged)
+    evidence.findings = _at_once(session)
+    evidence.findings = witness.findings(opening, tuple(session.senders.values()))
+
+
+def _at_once(session: ProxiedSession) -> Findings:
+    """What is known without looking."""
+    senders = dict(session.senders)
+    opening = session.opening
+    if opening is None:
+        return Findings(senders=senders)
+    return Findings(opener=opening.opener, opener_evidence=opening.evidence, senders=senders, driver=opening.driver)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _BACKLOG: Final = 1024
 _CONNECT_PROBE_TIMEOUT: Final = 1.0
+_LOOKUP_TIMEOUT: Final = 2.0
 _ANY: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - recognized, not bound to
 
 
@@ -164,11 +165,11 @@ async def _leads_to(address: Address, listening: Address) -> bool:
         return False
     if address.port != listening.port:
         return False
-    try:
+    hosts: set[str] = set()
+    # A name that isn't known is for each client to be told of, as it may be known by then.
+    with trio.move_on_after(_LOOKUP_TIMEOUT), suppress(OSError, UnicodeError):
         found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return False  # for each client to be told, as it may be known by then
-    hosts = {str(sockaddr[0]) for *_, sockaddr in found}
+        hosts = {str(sockaddr[0]) for *_, sockaddr in found}
     if listening.host in _ANY:
         return any(_is_local(host) for host in hosts)
     return listening.host in hosts

@@ -313,7 +313,10 @@ class Sweep:
         if tracker is None:
             return []
         try:
-            return tracker.frontend_eof(len(end.held)) if end.is_client else tracker.backend_eof(len(end.held))
+            if end.is_client:
+                # An error in writing to a socket that was reset is not told again in reading it.
+                return tracker.frontend_eof(len(end.held), reset=end.broken)
+            return tracker.backend_eof(len(end.held))
         except Exception:
             logger.exception("session %d: the tracker failed", session.id)
             self._lose(session, _TRACKER_FAILED, time.time())
@@ -375,6 +378,9 @@ class Sweep:
     def end_server_side(self, session: ProxiedSession) -> None:
         """Close the server's connection; the client gets what waits for it, then the end of its stream."""
         session.draining = True
+        # What the client still sends is no more judged than forwarded.
+        session.tracker = None
+        session.client.held = b""
         server = session.server
         self._disarm(server)
         server.sock.close()

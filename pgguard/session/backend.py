@@ -157,6 +157,7 @@ class BackendStream:
             return
         if _COPYING_IN[state] and follows != state:
             ledger.leave_copy_in()
+            self._session.copied = True
         if follows == _PAID:
             ledger.pay()
         else:
@@ -193,7 +194,7 @@ class BackendStream:
             follows = _SKIP  # the error that is reported when a Flush is read
         else:
             return self._accept_undue(pos, _ERROR_RESPONSE, length)
-        session.copy_given_up = True
+        session.copy_over = True
         if follows == _SKIP:
             ledger.skip_to_sync()
         else:

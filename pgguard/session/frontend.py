@@ -38,6 +38,7 @@ _PARSE: Final = ord("P")
 _QUERY: Final = ord("Q")
 _SYNC: Final = ord("S")
 _STATEMENT: Final = ord("S")
+_TERMINATE_CODE: Final = ord("X")
 _TERMINATE: Final = b"X\0\0\0\x04"
 
 
@@ -85,6 +86,8 @@ class FrontendStream:
                 break
             session.overruled = False
             pos += 1 + length
+            if code == _TERMINATE_CODE:
+                return end  # nobody reads what is behind it
         if pos <= end:
             self.rest = 0
             self._held_by = sender if pos < end else None
@@ -94,10 +97,13 @@ class FrontendStream:
             self._partial = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
         return end
 
-    def end(self, held_back: int) -> list[Verdict]:
+    def end(self, held_back: int, *, reset: bool) -> list[Verdict]:
         """The stream has ended: what was wrong with that."""
         session = self._session
         if session.over or not session.logged_in:
+            return []
+        state = self._ledger.state
+        if reset and (session.requests == 0 or state in (Owes.QUERY_COPY_BOTH, Owes.QUERY_COPIED_BOTH)):
             return []
         verdicts: list[Verdict] = []
         open_request = not session.idle
@@ -105,15 +111,25 @@ class FrontendStream:
             open_request = True
             reason, message = torn_end("client", self.rest, self._partial, held_back)
             verdicts.append(session.judge(Kind.PROTOCOL_VIOLATION, reason, message, 0))
-        if open_request:
+        if reset and self._ledger.answering() is not None:
+            open_request = False
+            when = "when it had been sent an answer that it did not read; its Terminate may have been lost with that"
+        elif open_request:
             when = "in the middle of a request"
         elif session.in_transaction:
             when = "with a transaction open"
         else:
             when = "between two requests"
-        reason = f"the client's side ended without Terminate, {when}"
-        sender = self._sender
-        verdicts.append(session.judge(Kind.UNCLEAN_CLOSE, reason, None, 0, intruder=sender, open_request=open_request))
+        verdicts.append(
+            session.judge(
+                Kind.UNCLEAN_CLOSE,
+                f"the client's side ended without Terminate, {when}",
+                None,
+                0,
+                intruder=self._sender,
+                open_request=open_request,
+            )
+        )
         return verdicts
 
     # Messages
@@ -134,7 +150,7 @@ class FrontendStream:
             if ledger.state != _LOGIN:
                 text = libpq.invalid_type(code, copy_in=False)
                 return self._out_of_place(pos, code, length, "although no authentication is going on", text)
-        elif code == ord("X"):
+        elif code == _TERMINATE_CODE:
             self._session.terminated = self._session.over = True
         return True
 
@@ -149,7 +165,7 @@ class FrontendStream:
         if code == _QUERY:
             request.sql, request.sql_cut = sql_text(buffer, pos + HEADER_SIZE, stop)
         session.unsynced = None
-        session.copy_given_up = False
+        session.copy_over = False
         ledger.enter(_OWED[code], request)
         return True
 
@@ -174,7 +190,7 @@ class FrontendStream:
                 return False
             request = session.unsynced = session.new_request(code, at, self._sender)
             if code != _SYNC:
-                session.copy_given_up = False
+                session.copy_over = False
         if code == _SYNC:
             session.unsynced = None
             ledger.skipping = False
@@ -195,7 +211,7 @@ class FrontendStream:
             if code != _COPY_DATA:
                 ledger.end_copy_data()
             return True
-        if self._session.copy_given_up or ledger.skipping:
+        if self._session.copy_over or self._session.copied or ledger.skipping:
             return True
         return self._out_of_place(pos, code, length, "although no COPY is going on", None)
 
@@ -281,7 +297,9 @@ class FrontendStream:
             message = self._partial
             torn = message.name
         elif split:
-            code, length = parse_header(buffer, start) if end - start >= HEADER_SIZE else (buffer[start], end - start - 1)
+            code, length = (
+                parse_header(buffer, start) if end - start >= HEADER_SIZE else (buffer[start], end - start - 1)
+            )
             message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
             torn = message.name
         elif end - start < HEADER_SIZE:

@@ -53,9 +53,12 @@ class Session:
         self.senders = Senders(sender)
         self.unsynced: Request | None = None
         """The extended query that more messages may be added to, until its Sync."""
-        self.copy_given_up = False
-        """A request has failed, and what the client sends of its COPY is still to be ignored."""
-        self._requests = 0
+        self.copied = False
+        """There has been a COPY FROM STDIN, of which something may come late."""
+        self.copy_over = False
+        """The last request has failed: if it was a COPY, what the client still sends of it is ignored."""
+        self.requests = 0
+        """How many the client has made."""
         self._recent: deque[Request] = deque(maxlen=_RECENT)
 
     @property
@@ -75,8 +78,8 @@ class Session:
 
     def new_request(self, code: int, at: float, sender: Sender | None) -> Request:
         """A message has been sent that begins a request."""
-        self._requests += 1
-        request = Request(self._requests, at, sender, chr(code))
+        self.requests += 1
+        request = Request(self.requests, at, sender, chr(code))
         self._recent.append(request)
         return request
 

@@ -31,7 +31,8 @@ client that sends more than copy data and its end between the two, as no driver 
 server has discarded or executed that, and which of them only later answers would tell.
 
 *Copy data in flight.* A client may go on sending CopyData, CopyDone or CopyFail after the server has given up the
-COPY; the server reads and ignores them. It may also begin to send them before it has seen CopyInResponse.
+COPY, and postgres.js sends a CopyFail behind its own CopyDone, some time; the server reads and ignores them.
+A client may also begin to send them before it has seen CopyInResponse.
 
 *Flush.* Nothing is owed for it, yet a statement timeout that struck while the server waited for the client is
 reported when the next message has been read (``ProcessInterrupts()`` in ``postgres.c``). If that is a Flush, an
@@ -65,34 +66,36 @@ class Owes(IntEnum):
     QUERY_COPY_BOTH = 6
     QUERY_COPIED = 7
     """The server's CopyDone has come; a result is still to be completed."""
-    QUERY_MORE = 8
+    QUERY_COPIED_BOTH = 8
+    """The same after CopyBoth, where more data may be behind it."""
+    QUERY_MORE = 9
     """A result is complete; another may follow, or ReadyForQuery."""
 
-    FUNCTION_CALL = 9
+    FUNCTION_CALL = 10
 
-    PARSE = 10
-    BIND = 11
-    CLOSE = 12
-    DESCRIBE_STATEMENT = 13
-    DESCRIBE_PORTAL = 14
+    PARSE = 11
+    BIND = 12
+    CLOSE = 13
+    DESCRIBE_STATEMENT = 14
+    DESCRIBE_PORTAL = 15
     """Also what remains of a described statement when its ParameterDescription has come."""
-    EXECUTE = 15
-    EXECUTE_ROWS = 16
-    EXECUTE_COPY_IN = 17
-    EXECUTE_COPY_OUT = 18
-    EXECUTE_COPIED = 19
+    EXECUTE = 16
+    EXECUTE_ROWS = 17
+    EXECUTE_COPY_IN = 18
+    EXECUTE_COPY_OUT = 19
+    EXECUTE_COPIED = 20
 
-    SYNC = 20
-    MAYBE_SYNC = 21
+    SYNC = 21
+    MAYBE_SYNC = 22
     """A Sync that the server may have read in copy-in mode, where it discards it."""
-    READY = 22
+    READY = 23
     """ReadyForQuery and nothing else, as after an error in a simple Query."""
 
-    COPY_END = 23
+    COPY_END = 24
     """No debt: marks where in the ledger the client's CopyDone or CopyFail was sent."""
 
-    PAID = 24
-    SKIP = 25
+    PAID = 25
+    SKIP = 26
 
 
 OWED: Final[dict[str, Owes]] = {
@@ -131,7 +134,7 @@ ANSWERS: Final[dict[Owes, dict[str, Owes]]] = {
     # A server that shuts down completes the command in the middle of the stream, and closes (WalSndDone).
     Owes.QUERY_COPY_BOTH: {
         "d": Owes.QUERY_COPY_BOTH,
-        "c": Owes.QUERY_COPIED,
+        "c": Owes.QUERY_COPIED_BOTH,
         "C": Owes.QUERY_MORE,
         "E": Owes.READY,
     },
@@ -141,6 +144,14 @@ ANSWERS: Final[dict[Owes, dict[str, Owes]]] = {
         "C": Owes.QUERY_MORE,
         "T": Owes.QUERY_ROWS,
         "H": Owes.QUERY_COPY_OUT,
+        "E": Owes.READY,
+    },
+    # A walsender answers the client's CopyDone with its own as soon as it sees it (ProcessRepliesIfAny), which may be
+    # in the middle of a transaction that it is decoding, and sends the rest of that.
+    Owes.QUERY_COPIED_BOTH: {
+        "d": Owes.QUERY_COPIED_BOTH,
+        "C": Owes.QUERY_MORE,
+        "T": Owes.QUERY_ROWS,
         "E": Owes.READY,
     },
     Owes.QUERY_MORE: {
@@ -197,6 +208,7 @@ CAN_BECOME_COPY: Final = frozenset(
         Owes.QUERY_COPY_OUT,
         Owes.QUERY_COPY_BOTH,
         Owes.QUERY_COPIED,
+        Owes.QUERY_COPIED_BOTH,
         Owes.EXECUTE,
         Owes.EXECUTE_COPY_IN,
     }

@@ -61,9 +61,17 @@ class Tracker(Session):
         """Follow a chunk of the server's, ``buffer[start:end]``; see the class for what is returned."""
         return self._backend.follow(buffer, start, end)
 
-    def frontend_eof(self, held_back: int) -> list[Verdict]:
-        """The client's stream has ended, with ``held_back`` bytes left over that were too few to be judged."""
-        return self._frontend.end(held_back)
+    def frontend_eof(self, held_back: int, *, reset: bool = False) -> list[Verdict]:
+        """The client's stream has ended.
+
+        Args:
+            held_back: how many bytes are left over that were too few to be judged.
+            reset: the connection was reset, as the kernel does when a socket is closed that still has bytes to read
+                (tcp(7), and the same for Unix sockets). Of a client that has made no request these are the answer to
+                its login, which it abandoned. In the middle of an answer they are the answer, and whatever the client
+                sent last may have been lost: that is no error, and while a stream is replicated nothing at all.
+        """
+        return self._frontend.end(held_back, reset=reset)
 
     def backend_eof(self, held_back: int) -> list[Verdict]:
         """The server's stream has ended, with ``held_back`` bytes left over that were too few to be judged."""

@@ -142,23 +142,17 @@ def test_findings_name_everybody_even_who_is_gone(tcp: socket.socket, puppet: Pu
         child = client.do("fork()")
         sender = witness.sender(child)
         assert sender is not None
-        findings = witness.findings(opening, [sender], judged=sender)
+        findings = witness.findings(opening, [sender])
         assert findings.holders is not None
         assert [process.pid for process in findings.holders] == [client.pid, child]
         assert findings.driver is Driver.PYTHON
-        # Not knowing which of them sent, one knows its driver all the same, as both have the same.
-        assert witness.findings(opening, [sender]).driver is Driver.PYTHON
         assert {process.pid for process in witness.holders(opening).processes} == {client.pid, child}
         assert set(witness.watch([opening.inode])) == {opening.inode}
 
-        predecessor = replace(sender, started=sender.started - 1)
-        assert witness.findings(opening, judged=predecessor).driver is Driver.UNKNOWN
-
         client.do("open('/proc/self/comm', 'w').write('renamed')")
         client.do(f"release({child})")
-        findings = witness.findings(opening, [sender], judged=sender)
+        findings = witness.findings(opening, [sender])
         assert findings.senders == {child: sender}
-        assert findings.driver is Driver.UNKNOWN
         assert findings.opener is not None
         assert findings.opener.name == "renamed"
         assert findings.opener_evidence is Evidence.SOLE_HOLDER
@@ -166,6 +160,7 @@ def test_findings_name_everybody_even_who_is_gone(tcp: socket.socket, puppet: Pu
 
         client.end()
         findings = witness.findings(opening)
+        assert findings.driver is Driver.PYTHON, "the driver is told as of the connection's opening"
         assert findings.opener is not None
         assert (findings.opener.pid, findings.opener.name) == (client.pid, "renamed")
         assert findings.holders is None

@@ -46,7 +46,7 @@ def replicate(stream: psycopg2.extras.LogicalReplicationConnection, writer: psyc
             select.select([reader], [], [], 0.2)
             continue
         kinds.append(message.payload[:1].decode())
-        reader.send_feedback(flush_lsn=message.data_start, reply=True)  # type: ignore[no-untyped-call]  # stubs
+        reader.send_feedback(flush_lsn=message.data_start)  # type: ignore[no-untyped-call]  # stubs
     print("replicated", kinds.count("I"), "rows in", kinds.count("C"), "transaction")
 
 

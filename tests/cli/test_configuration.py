@@ -1,0 +1,186 @@
+"""A configuration error exits with 2 and one line that says what to change."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from pgguard.faults.policy import KindAction, Mode
+from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.settings import Settings, load_settings
+from pgguard.session.verdicts import Kind
+from tests.cli.conftest import Refused
+from tests.proxy.spawned import run, spawned
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serve", "--bogus"], "No such option: --bogus: see pgguard --help"),
+        (["bogus"], "No such command 'bogus': see pgguard --help"),
+        (["serve", "extra"], "unexpected extra argument"),
+        (["serve", "--mode"], "'--mode' requires an argument"),
+        (["serve", "--mode", "strict"], "--mode or PGGUARD_MODE should be 'log' or 'reject', not 'strict'"),
+        (["serve", "--sql", "some"], "should be 'normalized', 'full' or 'none', not 'some'"),
+        (["serve", "--attribution", "on"], "should be 'auto', 'proc' or 'off', not 'on'"),
+        (["serve", "--listen", "6544"], "--listen 6544: write HOST:PORT or unix:DIR[:PORT]"),
+        (["serve", "--listen", "unix:/nowhere"], "create the directory /nowhere"),
+        (["serve", "--upstream", "host"], '--upstream: missing "=" after "host"'),
+        (["serve", "--upstream", "sslmode=require"], "use sslmode=prefer or disable"),
+        (["serve", "--upstream", "service=nowhere"], 'definition of service "nowhere" not found'),
+        (["serve", "--faults", "/nowhere/faults.jsonl"], "--faults: "),
+        (["serve", "--faults", ""], "--faults: "),
+        (["serve", "--config", "nowhere.toml"], "--config nowhere.toml: No such file or directory"),
+        (["serve", "--config", "."], "--config .: Is a directory"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_typed(arguments: list[str], says: str, refused: Refused) -> None:
+    refused(*arguments, says=says)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("PGGUARD_MODE", "strict", "--mode or PGGUARD_MODE should be"),
+        ("PGGUARD_LISTEN", "127.0.0.1:0 nowhere", "--listen nowhere: write HOST:PORT"),
+        ("PGSERVICE", "nowhere", 'definition of service "nowhere" not found'),
+        ("PGSSLMODE", "require", "use sslmode=prefer or disable"),
+    ],
+)
+def test_what_is_in_the_environment(name: str, value: str, says: str, refused: Refused) -> None:
+    refused("serve", says=says, **{name: value})
+
+
+def test_a_port_in_use(refused: Refused) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        where = f"127.0.0.1:{other.getsockname()[1]}"
+        refused("serve", "--listen", where, says=f"--listen {where}: Address already in use")
+
+
+def test_a_guard_in_front_of_itself(refused: Refused) -> None:
+    """As one gets it who has told all clients in this shell about the guard."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    says = "that is where pgguard itself listens: name the address of PostgreSQL"
+    refused("serve", "--listen", f"127.0.0.1:{port}", says=says, PGHOST="localhost", PGPORT=port)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("mode = ", "is not valid TOML"),
+        ("mode = 'strict'", "mode should be 'log' or 'reject', not 'strict'"),
+        ("moed = 'log'", "moed is no setting, remove it"),
+        ("listen = '127.0.0.1:0'", "listen should be a valid list"),
+        ("listen = []", "listen "),
+        ("listen = [5432]", "listen.0 should be a valid string, not 5432"),
+        ("startup_timeout = 0", "startup_timeout should be greater than 0, not 0"),
+        ("shutdown_timeout = nan", "shutdown_timeout "),
+        ("[kinds]\nbogus = 'log'", "kinds.bogus should be 'message-while-idle'"),
+        ("[kinds]\nunclean-close = 'forgive'", "kinds.unclean-close.action should be 'log', 'reject'"),
+        ("[kinds]\nunclean-close = {action = 'log', then = 1}", "kinds.unclean-close.then is no setting"),
+        ("[kinds]\nunclean-close = 'drop'", "unclean-close can't be dropped"),
+        ("[kinds]\nuntracked = 'reject'", "untracked leaves nothing to reject"),
+        ("kinds = 1", "kinds should be"),
+        ("upstream = 1", "upstream should be a valid string, not 1"),
+    ],
+)
+def test_what_is_in_the_file(text: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pgguard.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError) as raised:
+        load_settings({}, None).policy()
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_error_of_the_file_in_one_line(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "pgguard.toml").write_text("[kinds]\nunclean-close = 'drop'\n")
+    refused("serve", says="unclean-close can't be dropped")
+
+
+def test_a_file_in_no_encoding(tmp_path: Path) -> None:
+    (tmp_path / "other.toml").write_bytes(b"mode = '\xff'")
+    with pytest.raises(ConfigurationError, match="is not valid TOML"):
+        load_settings({}, tmp_path / "other.toml")
+
+
+def test_what_is_given_comes_before_the_file_and_the_file_before_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "other.toml"
+    file.write_text(
+        "mode = 'reject'\nsql = 'none'\nlisten = ['127.0.0.1:1']\n[kinds]\nmessage-while-idle = 'drop'\n"
+        "unclean-close = {action = 'ignore'}\n"
+    )
+    settings = load_settings({"sql": "full", "mode": "", "listen": [], "faults": None}, file)
+    assert settings.mode is Mode.REJECT
+    assert settings.sql == "full"
+    assert settings.listen == ["127.0.0.1:1"]
+    assert settings.attribution == "auto"
+    assert settings.policy().per_kind == {
+        Kind.MESSAGE_WHILE_IDLE: KindAction.DROP,
+        Kind.UNCLEAN_CLOSE: KindAction.IGNORE,
+    }
+
+
+def test_an_error_in_what_was_typed_is_not_blamed_on_the_file(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "pgguard.toml").write_text("sql = 'none'\n")
+    refused("serve", "--mode", "strict", says="pgguard: --mode or PGGUARD_MODE should be")
+
+
+def test_an_option_comes_before_the_environment_and_that_before_the_file(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "pgguard.toml").write_text("mode = 'file'\n")
+    refused("serve", says="not 'file'")
+    refused("serve", says="not 'environment'", PGGUARD_MODE="environment")
+    refused("serve", "--mode", "option", says="not 'option'", PGGUARD_MODE="environment")
+
+
+def test_several_addresses_in_the_environment(short_directory: Path) -> None:
+    addresses = f"unix:{short_directory}:1 unix:{short_directory}:2 127.0.0.1:0"
+    with spawned("host=127.0.0.1 port=1", cwd=short_directory, listen=None, PGGUARD_LISTEN=addresses) as guard:
+        sockets = sorted(path.name for path in short_directory.iterdir() if path.is_socket())
+        assert sockets == [".s.PGSQL.1", ".s.PGSQL.2"]
+        guard.signal(signal.SIGTERM)
+        guard.end()
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    settings = Settings()
+    assert settings.listen == ["127.0.0.1:6544"]
+    assert (settings.mode, settings.attribution, settings.sql, settings.faults) == ("log", "auto", "normalized", None)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"]], ids=" ".join)
+def test_help(arguments: list[str], tmp_path: Path) -> None:
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    if arguments[0] == "serve":
+        for name in ("upstream", "listen", "mode", "faults", "config", "attribution", "sql"):
+            assert f"--{name}" in done.stdout
+            assert f"PGGUARD_{name.upper()}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--bogus"], ["--listen", "nowhere"], ["--listen", "unix:/nowhere"]], ids=" ".join
+)
+def test_as_a_process(arguments: list[str], tmp_path: Path) -> None:
+    """What the other tests see from inside is what a shell sees."""
+    done = run("serve", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("pgguard: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_command_gets_the_help(tmp_path: Path) -> None:
+    done = run(cwd=tmp_path)
+    assert done.returncode == 2
+    assert "serve" in done.stdout
+    assert done.stderr == ""

@@ -1,0 +1,154 @@
+"""A guard inside the test's own process, between a client and a server that are both in the test's hands."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from pgguard.faults.docket import Docket
+from pgguard.proxy.addresses import TcpAddress, UnixAddress
+from pgguard.proxy.guard import Guard
+from pgguard.proxy.settings import Settings
+from pgguard.reporting.sinks import Fanout
+from tests.proxy.fake_backend import BackendConnection, FakeBackend
+from tests.proxy.messages import LOGGED_IN, SECONDS, Client, startup
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from pgguard.attribution.witness import Witness
+    from pgguard.faults.fault import Fault
+
+
+class ListSink:
+    """Keeps the faults for the test to look at."""
+
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
+
+    def record(self, fault: Fault) -> None:
+        self.faults.append(fault)
+
+    def close(self) -> None:
+        pass
+
+
+class House:
+    """A guard and the fake server behind it."""
+
+    def __init__(self, guard: Guard, backend: FakeBackend, sink: ListSink, tcp: int, unix: str) -> None:
+        self.guard = guard
+        self.backend = backend
+        self.faults = sink.faults
+        self.port = tcp
+        self.unix = unix
+        """The path of its socket."""
+
+    async def connect(self, *, unix: bool = False) -> Client:
+        client = await (Client.connect_unix(self.unix) if unix else Client.connect(self.port))
+        self.backend.keep(client)
+        return client
+
+    async def session(self, *, unix: bool = False) -> tuple[Client, BackendConnection]:
+        """A session that has logged in."""
+        client = await self.connect(unix=unix)
+        await client.send(startup())
+        server = await self.backend.accept()
+        await server.log_in()
+        await client.expect(LOGGED_IN)
+        return client, server
+
+    @property
+    def kinds(self) -> list[str]:
+        return [str(fault.kind) for fault in self.faults]
+
+    async def recorded(self, *kinds: str) -> None:
+        """Wait until exactly these faults have been recorded."""
+        await until(lambda: len(self.kinds) >= len(kinds))
+        assert self.kinds == list(kinds)
+
+    async def empty(self) -> None:
+        """Wait until no session is left, and nothing of any."""
+        await until(lambda: not self.guard._sessions)
+        assert not self.guard._sweep._ends
+        assert not self.guard._sweep._sessions
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        await trio.sleep(0.005)
+
+
+@asynccontextmanager
+async def running(
+    backend: FakeBackend, *, witness: Witness | None = None, sinks: Fanout | None = None, **settings: Any
+) -> AsyncIterator[House]:
+    """Run a guard in front of ``backend``; leaving the context cancels it."""
+    sink = ListSink()
+    with tempfile.TemporaryDirectory(prefix="pgguard-test-") as directory:
+        settings = {
+            "upstream": f"host=127.0.0.1 port={backend.port} connect_timeout=5",
+            "listen": ["127.0.0.1:0", f"unix:{directory}:1"],
+        } | settings
+        guard = Guard(
+            Settings(**settings), sinks=sinks or Fanout([sink], complain=print), docket=Docket(), witness=witness
+        )
+        addresses = await guard.listen()
+        tcp = [address.port for address in addresses if isinstance(address, TcpAddress)]
+        unix = [address.path for address in addresses if isinstance(address, UnixAddress)]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guard.serve)
+            house = House(guard, backend, sink, (*tcp, 0)[0], (*unix, "")[0])
+            try:
+                yield house
+            finally:
+                nursery.cancel_scope.cancel()
+
+
+Serve = Callable[..., Awaitable[House]]
+
+
+@pytest.fixture
+async def backend() -> AsyncIterator[FakeBackend]:
+    backend = FakeBackend()
+    await backend.listen()
+    yield backend
+    await backend.close_all()
+
+
+@pytest.fixture
+async def house(backend: FakeBackend) -> AsyncIterator[House]:
+    """A guard in ``log`` mode."""
+    async with running(backend) as house:
+        yield house
+
+
+@pytest.fixture(autouse=True)
+def _no_socket_is_left_open() -> Iterator[None]:
+    """A socket that is left for the garbage collector is warned about, and warnings are errors."""
+    before = _descriptors()
+    yield
+    if _descriptors() > before:
+        gc.collect()
+        assert _descriptors() <= before
+
+
+def _descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """Not pytest's tmp_path: the path of a Unix socket has at most 107 bytes, unix(7)."""
+    with tempfile.TemporaryDirectory(prefix="pgguard-test-") as name:
+        yield Path(name)

@@ -1,0 +1,232 @@
+"""Every way for a connection to end, on either side and in every phase."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import trio
+from trio import open_tcp_stream
+
+from pgguard.proxy.sweep import _LINGER
+from tests.proxy.conftest import House, until
+from tests.proxy.messages import (
+    ANSWER,
+    COLUMNS,
+    ONE_ROW,
+    READY,
+    SELECTED,
+    TERMINATE,
+    Client,
+    Peer,
+    message,
+    query,
+    row,
+    startup,
+)
+
+GOODBYE = message("E", b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0")
+
+both_transports = pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
+either_way = pytest.mark.parametrize("how", ["close", "reset"])
+
+
+async def end(peer: Peer, how: str) -> None:
+    await (peer.reset() if how == "reset" else peer.close())
+
+
+@both_transports
+async def test_terminate(house: House, unix: bool) -> None:
+    client, server = await house.session(unix=unix)
+    await client.send(TERMINATE)
+    await client.close()
+    assert await server.rest() == TERMINATE
+    await server.close()
+    await house.empty()
+    assert house.kinds == []
+
+
+@both_transports
+async def test_a_client_that_has_said_all_still_gets_its_answer(house: House, unix: bool) -> None:
+    client, server = await house.session(unix=unix)
+    await client.send(query("select 1"))
+    await client.stream.send_eof()
+    assert await server.rest() == query("select 1")
+    await server.send(ANSWER)
+    await server.close()
+    assert await client.rest() == ANSWER
+    await client.close()
+    await house.empty()
+
+
+@pytest.mark.parametrize(("unix", "how"), [(False, "close"), (False, "reset"), (True, "close")])
+async def test_a_client_that_goes_while_idle(house: House, unix: bool, how: str) -> None:
+    client, server = await house.session(unix=unix)
+    await end(client, how)
+    assert await server.rest() == b""
+    await server.close()
+    await house.empty()
+    assert house.kinds == ["unclean-close"]
+
+
+@both_transports
+async def test_a_client_that_goes_leaves_what_it_has_sent(house: House, unix: bool) -> None:
+    """What it had written before it went gets to the server, as it would without a guard."""
+    client, server = await house.session(unix=unix)
+    requests = query("x" * 25_000_000)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.send, requests)
+        await server.receive(1_000_000)
+        nursery.start_soon(server.receive, len(requests) - 1_000_000)
+    await client.close()
+    assert await server.rest() == b""
+
+
+@either_way
+async def test_a_client_that_goes_while_it_is_answered(house: House, how: str) -> None:
+    client, server = await house.session()
+    await client.send(query("select large"))
+    await server.expect(query("select large"))
+    await server.send(COLUMNS + ONE_ROW)
+    await client.expect(COLUMNS)
+    await end(client, how)
+    with pytest.raises(trio.BrokenResourceError):
+        await server.send(ONE_ROW * 3_000_000)
+    await server.close()
+    await house.empty()
+    assert house.kinds == ["unclean-close"]
+    assert house.faults[0].severity == "error"
+
+
+@either_way
+@pytest.mark.parametrize("sent", [b"", startup()[:3], startup()[:-1], startup()], ids=["nothing", "3", "most", "all"])
+async def test_a_client_that_goes_while_it_logs_in(house: House, sent: bytes, how: str) -> None:
+    client = await house.connect()
+    await client.send(sent)
+    if sent == startup():
+        server = await house.backend.accept()
+        assert await server.packet() == sent
+        await end(client, how)
+        assert await server.rest() == b""
+        await server.close()
+    else:
+        await end(client, how)
+    await house.empty()
+    assert house.kinds == []
+
+
+@either_way
+async def test_a_server_that_goes_while_idle(house: House, how: str) -> None:
+    client, server = await house.session()
+    await end(server, how)
+    error = await client.message()
+    assert error.fields["C"] == "08006"
+    assert error.fields["M"].startswith("pgguard: the server at 127.0.0.1:")
+    assert await client.rest() == b""
+    await client.close()
+    await house.empty()
+
+
+@both_transports
+@either_way
+async def test_a_server_that_goes_in_the_middle_of_an_answer(house: House, unix: bool, how: str) -> None:
+    client, server = await house.session(unix=unix)
+    await client.send(query("select 1"))
+    await server.expect(query("select 1"))
+    await server.send(COLUMNS + ONE_ROW)
+    await client.expect(COLUMNS + ONE_ROW)
+    await end(server, how)
+    assert (await client.message()).fields["C"] == "08006"
+    assert await client.rest() == b""
+
+
+@pytest.mark.parametrize("size", [3, 1000])
+async def test_a_server_that_goes_in_the_middle_of_a_message(house: House, size: int) -> None:
+    """There is no place for an ErrorResponse: the client gets the torn message, and the fault is recorded."""
+    client, server = await house.session()
+    await client.send(query("select 1"))
+    await server.expect(query("select 1"))
+    await server.send(COLUMNS + row(bytes(2000))[:size])
+    await server.close()
+    assert await client.rest() == COLUMNS + row(bytes(2000))[:size]
+    assert house.kinds == ["protocol-violation"]
+
+
+async def test_a_server_that_says_goodbye(house: House) -> None:
+    """Its own words are the last that the client gets."""
+    client, server = await house.session()
+    await server.send(GOODBYE)
+    await server.close()
+    assert await client.rest() == GOODBYE
+    assert house.kinds == []
+
+
+async def test_a_server_that_goes_before_anybody_has_logged_in(house: House) -> None:
+    client = await house.connect()
+    await client.send(startup())
+    server = await house.backend.accept()
+    await server.packet()
+    await server.close()
+    assert (await client.message()).fields["C"] == "08006"
+    assert await client.rest() == b""
+
+
+async def test_a_server_that_refuses_connections(house: House) -> None:
+    house.backend.close()
+    client = await house.connect()
+    await client.send(startup())
+    error = await client.message()
+    assert error.fields["C"] == "08001"
+    assert error.fields["M"].startswith("pgguard: could not connect to the server: 127.0.0.1:")
+    assert error.fields["M"].endswith("Connection refused")
+    assert await client.rest() == b""
+
+
+async def test_a_server_that_never_answers(house: House) -> None:
+    """Its client waits, as it would without a guard, and can go whenever it likes."""
+    client = await house.connect()
+    await client.send(startup())
+    server = await house.backend.accept()
+    await server.packet()
+    await client.nothing()
+    await client.close()
+    assert await server.rest() == b""
+    await server.close()
+    await house.empty()
+
+
+async def test_a_slow_client_gets_all_that_the_server_had_said_before_it_went(house: House) -> None:
+    """Longer than it is given to close its side, as long as there is something left to read."""
+    client, server = await house.session()
+    await client.send(query("select large"))
+    await server.expect(query("select large"))
+    answer = COLUMNS + row(bytes(12_000_000)) + SELECTED + READY
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.send, answer)
+        await until(lambda: bool(next(iter(house.guard._sessions.values())).client.outgoing))
+        taken = await client.receive(6_000_000)
+    await server.close()
+    await trio.sleep(_LINGER + 0.2)
+    taken += await client.receive(len(answer) - len(taken))
+    assert taken == answer
+    assert (await client.message()).fields["C"] == "08006"
+
+
+async def test_that_a_server_has_gone_is_said_in_the_log(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    client, server = await house.session()
+    await server.close()
+    await client.rest()
+    assert f"session 1: the server at 127.0.0.1:{house.backend.port} closed the connection" in caplog.text
+
+
+async def test_a_server_for_which_there_is_no_descriptor(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "")
+
+    monkeypatch.setattr("pgguard.proxy.upstream.trio.open_tcp_stream", fail)
+    client = Client(await open_tcp_stream("127.0.0.1", house.port))
+    house.backend.keep(client)
+    await client.send(startup())
+    error = await client.message()
+    assert error.fields["C"] == "08001"
+    assert error.fields["M"].endswith(": Too many open files")

@@ -1,0 +1,182 @@
+"""Whatever breaks inside the guard, the bytes get through."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from pgguard.attribution.witness import Witness
+from pgguard.proxy.judge import EVIDENCE_BUDGET, Judge
+from pgguard.reporting.sinks import Fanout
+from pgguard.session.tracker import Tracker
+from tests.proxy.conftest import House, running, until
+from tests.proxy.messages import ANSWER, COLUMNS, TERMINATE, query
+
+if TYPE_CHECKING:
+    from tests.proxy.fake_backend import BackendConnection, FakeBackend
+    from tests.proxy.messages import Client
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("injected")
+
+
+async def converse(client: Client, server: BackendConnection) -> None:
+    await client.send(query("select 1"))
+    await server.expect(query("select 1"))
+    await server.send(ANSWER)
+    await client.expect(ANSWER)
+
+
+@pytest.mark.parametrize("method", ["frontend", "backend"])
+@pytest.mark.parametrize("mode", ["log", "reject"])
+async def test_a_tracker_that_fails(
+    backend: FakeBackend, mode: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(backend, mode=mode) as house:
+        client, server = await house.session()
+        monkeypatch.setattr(Tracker, method, fail)
+        await converse(client, server)
+        await converse(client, server)
+        await client.close()
+        assert await server.rest() == b""
+        await house.recorded("untracked")
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+async def test_a_tracker_that_fails_in_the_end(house: House, who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = await house.session()
+    client, server = await house.session()
+    monkeypatch.setattr(Tracker, "frontend_eof", fail)
+    monkeypatch.setattr(Tracker, "backend_eof", fail)
+    await (client.close() if who == "client" else server.close())
+    await (server.rest() if who == "client" else client.rest())
+    await house.recorded("untracked")
+    await converse(*other)
+
+
+async def test_a_fault_that_can_not_be_built(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, server = await house.session()
+    monkeypatch.setattr("pgguard.proxy.judge.build_fault", fail)
+    await server.send(COLUMNS)
+    await client.expect(COLUMNS)
+    monkeypatch.setattr(Tracker, "frontend", fail)
+    await converse(client, server)
+    await client.send(TERMINATE)
+    await server.expect(TERMINATE)
+    assert house.kinds == []
+
+
+async def test_an_error_that_nobody_foresaw_costs_one_session(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = await house.session()
+    client, server = await house.session()
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "rule", fail)
+        await server.send(COLUMNS)
+        await client.rest()
+        assert await server.rest() == b""
+    with monkeypatch.context() as patch:
+        client, server = await house.session()
+        patch.setattr(house.guard._sweep, "_examine", fail)
+        await client.send(query("select 1"))
+        await client.rest()
+    await converse(*other)
+
+
+async def test_a_sink_that_fails(backend: FakeBackend) -> None:
+    class Broken:
+        record = fail
+        close = fail
+
+    async with running(backend, sinks=Fanout([Broken()], complain=fail)) as house:
+        client, server = await house.session()
+        await server.send(COLUMNS)
+        await client.expect(COLUMNS)
+        await converse(client, server)
+
+
+@pytest.mark.parametrize("method", ["opened_many", "watch", "findings", "sender"])
+async def test_a_witness_that_fails(backend: FakeBackend, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Witness, method, fail)
+    monkeypatch.setattr("pgguard.proxy.guard._WATCH_INTERVAL", 0.01)
+    async with running(backend, witness=Witness()) as house:
+        client, server = await house.session(unix=True)
+        await server.send(COLUMNS)
+        await client.expect(COLUMNS)
+        await converse(client, server)
+        await trio.sleep(0.05)
+        await converse(client, server)
+
+
+@pytest.mark.parametrize("method", ["opened_many", "watch", "findings", "sender"])
+async def test_a_witness_that_hangs(backend: FakeBackend, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It delays a session by no more than the budget, and neither the other sessions nor the guard's end at all."""
+    go_on = threading.Event()
+
+    def hang(*_: Any) -> None:
+        go_on.wait(30)
+
+    monkeypatch.setattr(Witness, method, hang)
+    monkeypatch.setattr("pgguard.proxy.guard._WATCH_INTERVAL", 0.01)
+    try:
+        async with running(backend, witness=Witness()) as house:
+            client, server = await house.session(unix=True)
+            started = time.monotonic()
+            await server.send(COLUMNS)
+            await client.expect(COLUMNS)
+            assert time.monotonic() - started < EVIDENCE_BUDGET + 0.5
+            await converse(client, server)
+            await until(lambda: house.kinds == ["message-while-idle"])
+            started = time.monotonic()
+        assert time.monotonic() - started < 1
+    finally:
+        go_on.set()
+
+
+async def test_a_parked_session_holds_up_no_other(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the ruling nothing of it moves, and everything of the others does."""
+    rule = trio.Event()
+    ruled = Judge.rule
+
+    async def wait(self: Judge, *args: Any) -> Any:
+        await rule.wait()
+        return await ruled(self, *args)
+
+    monkeypatch.setattr(Judge, "rule", wait)
+    async with running(backend) as house:
+        other = await house.session()
+        client, server = await house.session()
+        await server.send(COLUMNS + ANSWER)
+        await client.nothing()
+        await client.send(query("select 1"))
+        await server.nothing()
+        for _ in range(10):
+            await converse(*other)
+        rule.set()
+        await client.expect(COLUMNS + ANSWER)
+        await server.expect(query("select 1"))
+
+
+@pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "cancelled"])
+async def test_a_guard_that_ends_while_a_session_is_parked(
+    backend: FakeBackend, stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_: Any) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(Judge, "rule", never)
+    async with running(backend, shutdown_timeout=0) as house:
+        client, server = await house.session()
+        await server.send(COLUMNS)
+        await client.nothing()
+        if stopped:
+            house.guard.stop()
+            assert (await client.message()).fields["C"] == "57P01"
+            assert await client.rest() == b""
+            await house.empty()
+    assert await server.rest() == b""
+    await house.empty()
