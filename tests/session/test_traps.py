@@ -75,7 +75,7 @@ FAULTLESS = {
     "BASE_BACKUP": "> Q < TDC TDDC Hdddc TDC C Z",
     "BASE_BACKUP before PostgreSQL 15": "> Q < TDC TDDC Hddc Hddc TDC C Z",
     "UPLOAD_MANIFEST": "> Q < G > ddc < C Z",
-    "asynchronous messages anywhere": "< NSA > Q < NTSDANDNCAZ < SNA > PBDES < N1A2STNDSCNZ > Q < GN > d < S > c < ACNZ",
+    "asynchronous messages": "< NSA > Q < NTSDANDNCAZ < SNA > PBDES < N1A2STNDSCNZ > Q < GN > d < S > c < ACNZ",
     "Terminate while the server is still sending": "> QX < TDDCZ",
     "Terminate with a pipeline unanswered": "> PBESX < 12CZ",
     "Terminate at once": "> X",
