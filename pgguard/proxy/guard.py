@@ -179,6 +179,7 @@ class Guard:
         except OSError:
             sock.close()  # gone before it could be asked who it was
             return
+        self._sweep.hurry()
         try:
             with trio.move_on_after(self._settings.startup_timeout) as limit:
                 greeting = await greet(sock, session, names_senders=self._names_senders(listener))
@@ -229,6 +230,7 @@ class Guard:
     async def _introduce(self, sock: trio.socket.SocketType, session: ProxiedSession, greeting: Greeting) -> None:
         packet = greeting.packet
         tracker = Tracker(packet.parameters, greeting.sender) if packet.version[0] == _TRACKED_MAJOR else None
+        self._sweep.hurry()
         server, session.upstream = await connect_upstream(self._upstream)
         session.connect(_detach(sock), _detach(server), tracker)
         session.client.sender = greeting.sender

@@ -94,6 +94,8 @@ class Judge:
 
     async def rule(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
         """Take evidence, decide, record. Never raises but for cancellation."""
+        if self._ignores(verdict.kind):
+            return Ruling(None)
         now = time.time()
         try:
             known = self._docket.known(session.id, verdict)

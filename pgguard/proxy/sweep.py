@@ -45,6 +45,10 @@ _PATIENCE: Final = 0.001
 """Seconds to wait for the next event before the sweep goes to sleep in trio."""
 _TURN: Final = 0.003
 """Seconds after which trio's other tasks get a turn."""
+_HURRY: Final = 0.02
+"""Seconds for a client that arrives, or is judged, to get through trio's tasks."""
+_REPEATS: Final = 64
+"""Known faults in one chunk that are dealt with before other sessions get their turn."""
 _LINGER: Final = 2.0
 """Seconds for a client to close its side after the server's has ended."""
 _TRACKER_FAILED: Final = "the tracker failed; the guard's log says how"
@@ -86,6 +90,8 @@ class Sweep:
         self._ends: dict[int, End] = {}
         """Those that are registered with the epoll, by descriptor."""
         self._sessions: set[ProxiedSession] = set()
+        self._hurried_until = 0.0
+        """When it may keep trio's other tasks waiting again."""
         self._buffer = bytearray(_HEADROOM + _CHUNK + LOOK_LIMIT)
         self._view = memoryview(self._buffer)
         self._window = self._view[_HEADROOM : _HEADROOM + _CHUNK]
@@ -108,8 +114,9 @@ class Sweep:
     async def _sweep_while_busy(self) -> None:
         ends = self._ends
         poll = self._epoll.poll
-        turn_ends = time.time() + _TURN
-        while events := poll(_PATIENCE, _EVENTS):
+        now = time.time()
+        turn_ends = now + _TURN
+        while events := poll(0 if now < self._hurried_until else _PATIENCE, _EVENTS):
             now = time.time()
             for fd, mask in events:
                 end = ends.get(fd)
@@ -123,9 +130,10 @@ class Sweep:
                 except Exception:
                     logger.exception("session %d: it had to be closed", end.session.id)
                     self._finish(end.session)
-            if now > turn_ends:
+            if now > turn_ends or now < self._hurried_until:
                 await trio.lowlevel.checkpoint()
-                turn_ends = time.time() + _TURN
+                now = time.time()
+                turn_ends = now + _TURN
 
     def _read_and_flush(self, end: End, mask: int, now: float) -> None:
         # That it is over is reported of an end whose peer is stuffed as well, and it must not be read for that.
@@ -133,6 +141,10 @@ class Sweep:
             self._read(end, now)
         if mask & _WRITABLE and end.wants(_OUT):
             self._flush(end)
+
+    def hurry(self) -> None:
+        """Don't keep trio's other tasks waiting for a moment: a client waits for one of them."""
+        self._hurried_until = time.time() + _HURRY
 
     # Into and out of the epoll
 
@@ -212,6 +224,7 @@ class Sweep:
     def _examine(self, end: End, begin: int, stop: int, now: float) -> None:
         """Follow what stands in the buffer, and forward it as far as it is in order."""
         session = end.session
+        repeats = 0
         while True:
             tracker = session.tracker
             if tracker is None:
@@ -236,8 +249,9 @@ class Sweep:
             begin = done
             if tracker.verdict is None:
                 self._lose(session, str(tracker.lost), now)
-            elif self._judge.is_repeat(session, tracker.verdict, now):
+            elif repeats < _REPEATS and self._judge.is_repeat(session, tracker.verdict, now):
                 tracker.overrule()
+                repeats += 1
             else:
                 end.held = bytes(self._view[begin:stop])
                 self._park(session)
@@ -440,6 +454,7 @@ class Sweep:
     async def _adjudicate(self, end: End, verdict: Verdict) -> None:
         """Have a parked session's verdict ruled on, do as the ruling says, and put the session back."""
         session = end.session
+        self.hurry()
         ruling = await self._judge.rule(session, verdict)
         tracker = session.tracker
         if tracker is None or session.done.is_set():

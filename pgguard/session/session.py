@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from pgguard.session.ledger import NOTHING, Ledger
@@ -85,13 +86,14 @@ class Session:
 
     def requests_seen(self) -> tuple[RequestSeen, ...]:
         """The outstanding requests and a few before them, oldest first."""
-        outstanding = {request.n: request for request in self.ledger.outstanding()}
-        requests = {request.n: request for request in self._recent}
-        for n in list(outstanding)[:_OUTSTANDING]:
-            requests[n] = outstanding[n]
+        # A client that sends without end and reads nothing may have any number of them.
+        outstanding = list(islice(self.ledger.outstanding(), _OUTSTANDING))
+        requests = {request.n: request for request in (*self._recent, *outstanding)}
+        # Answers come in order: whatever was sent behind an outstanding request is outstanding too.
+        first = outstanding[0].n if outstanding else self.requests + 1
         answering = self.ledger.answering()
         return tuple(
-            requests[n].seen(outstanding=n in outstanding, begun=requests[n].begun or requests[n] is answering)
+            requests[n].seen(outstanding=n >= first, begun=requests[n].begun or requests[n] is answering)
             for n in sorted(requests)
         )
 

@@ -235,3 +235,18 @@ async def test_a_session_with_nothing_to_do_takes_no_time(house: House) -> None:
     used = time.process_time()
     await trio.sleep(0.5)
     assert time.process_time() - used < 0.05
+
+
+@pytest.mark.parametrize("action", ["log", "ignore"])
+async def test_a_storm_of_faults_in_one_session(backend: FakeBackend, action: str) -> None:
+    """Every byte arrives in order and every fault is counted, however many there are in one chunk."""
+    async with running(backend, kinds={"request-while-busy": action}) as house:
+        client, server = await house.session()
+        storm = query("select 1") * 3000
+        await client.send(storm)
+        await server.expect(storm)
+        await client.close()
+        await server.close()
+        await house.empty()
+    seen = sum(1 + fault.suppressed for fault in house.faults if fault.kind == "request-while-busy")
+    assert seen == (2999 if action == "log" else 0)
