@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Final
@@ -111,6 +112,7 @@ def demo_command() -> None:
 
 def main() -> None:
     """Run the command line: exit status 2 and one line on standard error for what can't be understood."""
+    _open_missing_streams()
     try:
         status = app(standalone_mode=False)
     except ConfigurationError as error:
@@ -121,6 +123,17 @@ def main() -> None:
             _complain(f"{str(error).rstrip('.')}: see pgguard --help")
         sys.exit(_CONFIGURATION_ERROR)
     sys.exit(status)
+
+
+def _open_missing_streams() -> None:
+    """A supervisor may start the guard with standard streams closed; their numbers must not become a socket's."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - it stays open
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - it stays open
 
 
 def _complain(text: str) -> None:

@@ -150,7 +150,7 @@ async def _demonstrate(console: Console) -> int:
         running = running_cluster(bindir, timeout=_POSTGRES_SECONDS)
         cluster = await trio.to_thread.run_sync(stack.enter_context, running)
         progress("Starting the guard in front of it")
-        async with _running_guard(cluster.conninfo, directory) as listeners:
+        async with _running_guard(cluster.conninfo, directory, console.width) as listeners:
             progress("Letting two workers of an application share a connection, and two others not")
             runs = await _perform(listeners)
         findings = _Findings.read(directory)
@@ -173,12 +173,13 @@ class _Progress:
 
 
 @asynccontextmanager
-async def _running_guard(upstream: str, directory: Path) -> AsyncIterator[list[tuple[str, str, int]]]:
+async def _running_guard(upstream: str, directory: Path, width: int) -> AsyncIterator[list[tuple[str, str, int]]]:
     """Run ``pgguard serve`` as a user would, and yield its listeners: transport, host and port of each."""
     command = [sys.executable, "-m", "pgguard", "serve", "--upstream", upstream, "--mode", "log"]
     command += ["--listen", "127.0.0.1:0", "--listen", f"unix:{directory}"]
     command += ["--faults", str(directory / _FAULTS)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PGGUARD_")}
+    environment["COLUMNS"] = str(width)
     log = directory / _LOG
     with log.open("wb") as output:
         guard = await trio.lowlevel.open_process(

@@ -11,8 +11,8 @@ Who is a culprit in which role:
 ``closer``
     Of a connection that ended without Terminate. The end of a stream has no sender, and it is the *last* process with
     the socket open that brings it about, so one is named only if no second process is known to have opened, used or
-    held the connection: by ``sole-holder`` if the holders were last seen to be this process alone, otherwise, being
-    merely the only one ever seen, by ``socket-holder``. With two processes or none there is no closer: they stand in
+    held the connection: by ``sole-holder`` if the holders are this process alone, otherwise by what ties it to the
+    connection as its opener, or as the only sender. With two processes or none there is no closer: they stand in
     their other roles.
 ``owner``
     The process that opened the connection.
@@ -160,8 +160,12 @@ def _closer(verdict: Verdict, findings: Findings, known: dict[int, Process]) -> 
     if len(pids) != 1:
         return None
     pid = pids.pop()
-    alone = findings.holders is not None and len(findings.holders) == 1
-    evidence = Evidence.SOLE_HOLDER if alone else Evidence.SOCKET_HOLDER
+    if findings.holders is not None and len(findings.holders) == 1:
+        evidence = Evidence.SOLE_HOLDER
+    elif findings.opener is not None and findings.opener.pid == pid:
+        evidence = findings.opener_evidence
+    else:
+        evidence = Evidence.KERNEL_SENDER
     return Culprit(Role.CLOSER, pid, None, evidence, known.get(pid))
 
 
@@ -179,7 +183,11 @@ def _summary(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]
         case Kind.REQUEST_WHILE_BUSY:
             busy = next((request.n for request in verdict.requests if request.state in OUTSTANDING), None)
             last = "its last request" if busy is None else f"request {busy}"
-            return f"{_who(culprits)} sent {_message(verdict)} before the answer to {last} was complete"
+            who = _who(culprits)
+            if culprits and culprits[0].pid is None and len(findings.holders or ()) > 1:
+                pids = listed([str(holder.pid) for holder in findings.holders or ()])
+                who = f"one of the processes {pids}, which share the connection,"
+            return f"{who} sent {_message(verdict)} before the answer to {last} was complete"
         case Kind.UNCLEAN_CLOSE:
             return _closed(verdict, findings, culprits)
         case Kind.PROTOCOL_VIOLATION if verdict.intruder is not None:
@@ -219,12 +227,7 @@ def _inherited(findings: Findings) -> str:
 
 
 def _closed(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
-    if verdict.open_request:
-        when = "in the middle of a request"
-    elif verdict.open_transaction:
-        when = "with a transaction open"
-    else:
-        when = "between two requests"
+    when = verdict.reason.partition(", ")[2]
     if culprits and culprits[0].role is Role.CLOSER:
         return f"{_who(culprits)} closed its connection without Terminate, {when}"
     if findings.opener is not None:

@@ -1,5 +1,7 @@
 """Repeats: a fault is recorded in full once, and after that briefly, not too often, and counted always.
 
+A repeat says that the fault it repeats has come again; message, summary and culprits are that one's.
+
 A fault that its application commits at all, it commits thousands of times. What makes two faults the same is their
 kind, their session and the processes that the kernel named, in whichever roles: two workers fighting over a connection
 are one fault, whoever interrupts whom. All of that is known before any evidence is taken, so a session doesn't have to
@@ -17,7 +19,7 @@ from pgguard.faults.fault import Fault
 if TYPE_CHECKING:
     from pgguard.faults.catalogue import Severity
     from pgguard.faults.policy import Action
-    from pgguard.session.verdicts import Kind, MessageSeen, Verdict
+    from pgguard.session.verdicts import Kind, Verdict
 
 RECORD_INTERVAL: Final = 1.0
 """Seconds between two records of one fault, at least."""
@@ -47,8 +49,6 @@ class _Key(NamedTuple):
 class _Case:
     first: Fault
     """Without its requests, which no repeat needs."""
-    message: MessageSeen | None
-    """Of the last time."""
     recorded_at: float
     suppressed: int = 0
 
@@ -60,7 +60,6 @@ class _Case:
             at=at,
             repeat_of=self.first.id,
             suppressed=self.suppressed,
-            message=self.message,
         )
         self.recorded_at = at
         self.suppressed = 0
@@ -101,7 +100,7 @@ class Docket:
             of it was suppressed.
         """
         cases = self._sessions.setdefault(fault.session.id, OrderedDict())
-        cases[_key(verdict)] = _Case(replace(fault, requests=()), verdict.message, fault.at)
+        cases[_key(verdict)] = _Case(replace(fault, requests=()), fault.at)
         self._count(fault, faults=1)
         if len(cases) <= FAULTS_PER_SESSION:
             return None
@@ -126,7 +125,6 @@ class Docket:
         cases = self._sessions[session_id]
         case = cases[key]
         cases.move_to_end(key)
-        case.message = verdict.message
         self._count(case.first, repeats=1)
         if 0 <= at - case.recorded_at < self._interval:
             case.suppressed += 1

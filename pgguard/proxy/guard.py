@@ -48,7 +48,11 @@ _ACCEPT_PAUSE: Final = 0.1
 _ACCEPT_COMPLAINTS: Final = 60.0
 """Seconds between two complaints that there are none."""
 _WATCH_INTERVAL: Final = 0.6
-_LASTING: Final = 0.5
+_EARLY_INTERVAL: Final = 0.1
+_EARLY: Final = 2.0
+"""Seconds after a connection is opened in which it is looked at more often: a server that opens it before it forks
+does so soon."""
+_LASTING: Final = 0.2
 """Seconds for which a process must have a socket open to count as its heir: a child on its way to exec() has it open
 for less."""
 
@@ -81,6 +85,7 @@ class Guard:
         self._sessions: dict[int, ProxiedSession] = {}
         """Those in the sweep, by their numbers."""
         self._last_number = 0
+        self._last_arrival = 0.0
         self._all_gone = trio.Event()
         self._stopping = trio.Event()
         self._openings_send, self._openings = trio.open_memory_channel[ProxiedSession](1024)
@@ -145,7 +150,7 @@ class Guard:
     async def _finish_sessions(self) -> None:
         if self._sessions:
             timeout = self._settings.shutdown_timeout
-            logger.info("waiting up to %g s for %d sessions to finish", timeout, len(self._sessions))
+            logger.info("waiting up to %g s for sessions to finish: %d are open", timeout, len(self._sessions))
             with trio.move_on_after(timeout):
                 await self._all_gone.wait()
         farewell = build_error_response(
@@ -206,6 +211,7 @@ class Guard:
 
     def _new_session(self, sock: trio.socket.SocketType, listener: Listener) -> ProxiedSession:
         self._last_number += 1
+        self._last_arrival = time.time()
         client_name = None
         if isinstance(listener.address, TcpAddress):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -290,7 +296,8 @@ class Guard:
     async def _watch(self, witness: Witness) -> None:
         """Look again and again who has the connections open."""
         while True:
-            await trio.sleep(_WATCH_INTERVAL)
+            early = time.time() - self._last_arrival < _EARLY
+            await trio.sleep(_EARLY_INTERVAL if early else _WATCH_INTERVAL)
             watched = {s.opening.inode: s for s in self._sessions.values() if s.opening and s.opening.inode}
             if not watched:
                 continue

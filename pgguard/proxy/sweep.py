@@ -339,7 +339,7 @@ class Sweep:
     def _after_end(self, end: End) -> None:
         """All that can be said about the end of ``end``'s stream is said: let its peer know."""
         session = end.session
-        torn = bool(end.held) or (session.tracker is not None and session.tracker.backend_rest > 0)
+        torn = bool(end.held) or self._inside_message(session) > 0
         self._forward_held(end)
         if not end.is_client and not session.draining:
             self._server_ended(session, torn=torn)
@@ -412,10 +412,16 @@ class Sweep:
             await session.done.wait()
         self._finish(session)
 
+    @staticmethod
+    def _inside_message(session: ProxiedSession) -> int:
+        """How many bytes the client is still to get of a message of the server's; none of one that is swallowed."""
+        tracker = session.tracker
+        return 0 if tracker is None or session.server.swallow else tracker.backend_rest
+
     def dismiss(self, session: ProxiedSession, farewell: bytes) -> None:
         """Close a session now, telling the client why if it isn't in the middle of a message. Doesn't wait for it."""
         tracker = session.tracker
-        if tracker is not None and not tracker.backend_rest and not session.client.outgoing:
+        if tracker is not None and not self._inside_message(session) and not session.client.outgoing:
             with suppress(OSError):
                 session.client.send(farewell)
         self._finish(session)
@@ -511,7 +517,7 @@ class Sweep:
             trio.ClosedResourceError: the session was closed meanwhile.
         """
         client, server = session.client, session.server
-        rest = session.tracker.backend_rest if session.tracker is not None else 0
+        rest = self._inside_message(session)
         while rest and not server.eof:
             await trio.lowlevel.wait_readable(server.sock)
             data = server.sock.recv(min(rest, _CHUNK))

@@ -45,7 +45,7 @@ BACKLOG: Final = 256
 CLOSE_DEADLINE: Final = 2.0
 """Seconds that closing waits for standard error to take what is left."""
 PLAIN_WIDTH: Final = 120
-"""Columns where standard error is not a terminal."""
+"""Columns where standard error is not a terminal, unless ``COLUMNS`` says otherwise."""
 
 _TRAILING_SPACE: Final = re.compile(r" +$", re.MULTILINE)
 _SQL_LENGTH: Final = 200
@@ -240,6 +240,11 @@ def _clock(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S.%f")
 
 
+def _plain_width() -> int:
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdigit() and int(columns) else PLAIN_WIDTH
+
+
 class ConsoleSink:
     """Prints faults to a file descriptor, from a thread of its own.
 
@@ -258,7 +263,7 @@ class ConsoleSink:
         self._console = Console(
             file=self._buffer,
             force_terminal=self._terminal,
-            width=width or (None if self._terminal else PLAIN_WIDTH),
+            width=width or (None if self._terminal else _plain_width()),
             legacy_windows=False,
         )
         self._queue: queue.Queue[Fault | str | None] = queue.Queue(BACKLOG)

@@ -25,6 +25,12 @@ _PAID: Final = int(Owes.PAID)
 _SKIP: Final = int(Owes.SKIP)
 _UNDUE: Final = -1
 _SPECIAL: Final = -2
+_READY: Final = -3
+
+_ERROR_RESPONSE: Final = ord("E")
+_BACKEND_KEY_DATA: Final = ord("K")
+_PARAMETER_STATUS: Final = ord("S")
+_READY_FOR_QUERY: Final = ord("Z")
 
 _FOLLOWS: Final = [
     [
@@ -37,8 +43,14 @@ _FOLLOWS: Final = [
 
 
 def _plain(state: Owes, code: int) -> int:
-    """What follows, or ``_SPECIAL``: the message is looked into, isn't due, or begins or ends a COPY FROM STDIN."""
+    """What follows, as far as that takes no closer look.
+
+    ``_READY`` is ``_PAID`` by a ReadyForQuery; ``_SPECIAL`` is all that isn't due, is looked into, is in doubt, or
+    begins or ends a COPY FROM STDIN.
+    """
     follows = _FOLLOWS[state][code]
+    if code == _READY_FOR_QUERY and follows == _PAID and state != Owes.MAYBE_SYNC:
+        return _READY
     if follows == _UNDUE or chr(code) in "EKSZ":
         return _SPECIAL
     if follows != state and (state in COPY_IN or follows in COPY_IN):
@@ -49,26 +61,22 @@ def _plain(state: Owes, code: int) -> int:
 _ROWS: Final = [
     [(message.least, message.most, _plain(state, code)) for code, message in enumerate(_MESSAGES)] for state in Owes
 ]
-"""The limits of the length word, and what follows; ``_SPECIAL`` if it takes more than that to tell."""
+"""The limits of the length word, and what follows."""
 
 _COPYING_IN: Final = [state in COPY_IN for state in Owes]
 _LOGIN: Final = int(Owes.LOGIN)
 _FUNCTION_CALL: Final = int(Owes.FUNCTION_CALL)
-_ERROR_RESPONSE: Final = ord("E")
-_BACKEND_KEY_DATA: Final = ord("K")
-_PARAMETER_STATUS: Final = ord("S")
-_READY_FOR_QUERY: Final = ord("Z")
 
 
 class BackendStream:
     """Follows the server's messages of one session; see :class:`pgguard.session.tracker.Tracker`."""
 
-    __slots__ = ("_ledger", "_partial", "_session", "rest")
+    __slots__ = ("_ledger", "_session", "partial", "rest")
 
     def __init__(self, session: Session) -> None:
         self.rest = 0
         """Bytes still to come of a message that has been judged."""
-        self._partial: MessageSeen | None = None
+        self.partial: MessageSeen | None = None
         self._session = session
         self._ledger = session.ledger
 
@@ -91,6 +99,11 @@ class BackendStream:
             elif follows != state:
                 if follows == _PAID:
                     state = ledger.pay()
+                elif follows == _READY:
+                    if pos == last:
+                        break  # its status is still to come
+                    self._session.transaction_status = chr(buffer[pos + HEADER_SIZE])
+                    state = ledger.pay()
                 else:
                     ledger.state = state = follows
                 row = _ROWS[state]
@@ -100,7 +113,7 @@ class BackendStream:
             return pos
         self.rest = pos - end
         if code:
-            self._partial = seen(Direction.BACKEND, _MESSAGES[code], code, length)
+            self.partial = seen(Direction.BACKEND, _MESSAGES[code], code, length)
         return end
 
     def end(self, held_back: int) -> Verdict | None:
@@ -108,7 +121,7 @@ class BackendStream:
         self._session.over = True
         if not self.rest and not held_back:
             return None
-        reason, message = torn_end("server", self.rest, self._partial, held_back)
+        reason, message = torn_end("server", self.rest, self.partial, held_back)
         return self._session.judge(Kind.PROTOCOL_VIOLATION, reason, message, 0)
 
     def _special(self, buffer: bytearray, pos: int, end: int, code: int, length: int) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from pgguard.session import libpq
 from pgguard.session.ledger import MAYBE_SYNC, NOTHING
-from pgguard.session.requests import Statements, sql_text
+from pgguard.session.requests import Statements
 from pgguard.session.session import ill_formed, seen, torn_end
 from pgguard.session.states import COPY_IN, IN_COPY_IN, NO_REQUEST, OWED, Owes
 from pgguard.session.verdicts import Direction, Kind, MessageSeen, RequestState, Sender
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _MESSAGES: Final = by_code(FRONTEND)
 _SHAPES: Final = [(message.least, message.most, message.look) for message in _MESSAGES]
+"""The limits of the length word, and how many bytes are looked at."""
 _OWED: Final = [int(OWED.get(chr(code), Owes.NOTHING)) for code in range(256)]
 _SIMPLE: Final = [chr(code) in "QF" for code in range(256)]
 _EXTENDED: Final = [chr(code) in "PBCDES" for code in range(256)]
@@ -35,6 +36,7 @@ _BIND: Final = ord("B")
 _COPY_DATA: Final = ord("d")
 _DESCRIBE: Final = ord("D")
 _PARSE: Final = ord("P")
+_PASSWORD_MESSAGE: Final = ord("p")
 _QUERY: Final = ord("Q")
 _SYNC: Final = ord("S")
 _STATEMENT: Final = ord("S")
@@ -50,12 +52,12 @@ class FrontendStream:
         sender: who sent the StartupMessage, if the kernel said so.
     """
 
-    __slots__ = ("_held_by", "_ledger", "_partial", "_sender", "_session", "_simple", "_statements", "rest")
+    __slots__ = ("_held_by", "_ledger", "_sender", "_session", "_simple", "_statements", "partial", "rest")
 
     def __init__(self, session: Session, sender: Sender | None) -> None:
         self.rest = 0
         """Bytes still to come of a message that has been judged."""
-        self._partial: MessageSeen | None = None
+        self.partial: MessageSeen | None = None
         self._session = session
         self._ledger = session.ledger
         self._sender = sender
@@ -69,7 +71,10 @@ class FrontendStream:
     def follow(self, buffer: bytearray, start: int, end: int, sender: Sender | None, at: float) -> int:
         """Follow ``buffer[start:end]``; the position returned is how far it is in order."""
         session = self._session
-        if sender is not self._sender and not self._accept_sender(buffer, start, end, sender):
+        ledger = self._ledger
+        if (sender is not self._sender or self._held_by is not None) and not self._accept_sender(
+            buffer, start, end, sender
+        ):
             return start
         if session.over:
             return end
@@ -82,7 +87,18 @@ class FrontendStream:
             if not least <= length <= most and not self._accept_frame(pos, code, length):
                 break
             stop = pos + (look if length >= look else 1 + length)
-            if stop > end or not self._message(buffer, pos, stop, code, length, at):
+            if stop > end:
+                break
+            if _COPYING_IN[ledger.state] and not _IN_COPY_IN[code] and ledger.copying_in:
+                text = libpq.invalid_type(code, copy_in=True)
+                taken = self._out_of_place(pos, code, length, "while the server expects copy data", text)
+            elif _EXTENDED[code]:
+                taken = self._extended_message(buffer, pos, stop, code, length, at)
+            elif _SIMPLE[code]:
+                taken = self._simple_request(buffer, pos, stop, code, length, at)
+            else:
+                taken = self._unanswered_message(pos, code, length)
+            if not taken:
                 break
             session.overruled = False
             pos += 1 + length
@@ -94,7 +110,7 @@ class FrontendStream:
             return pos
         self.rest = pos - end
         if code:
-            self._partial = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+            self.partial = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
         return end
 
     def end(self, held_back: int, *, reset: bool) -> list[Verdict]:
@@ -109,12 +125,9 @@ class FrontendStream:
         open_request = not session.idle
         if self.rest or held_back:
             open_request = True
-            reason, message = torn_end("client", self.rest, self._partial, held_back)
-            verdicts.append(session.judge(Kind.PROTOCOL_VIOLATION, reason, message, 0))
-        if reset and self._ledger.answering() is not None:
-            open_request = False
-            when = "when it had been sent an answer that it did not read; its Terminate may have been lost with that"
-        elif open_request:
+            reason, message = torn_end("client", self.rest, self.partial, held_back)
+            verdicts.append(session.judge(Kind.PROTOCOL_VIOLATION, reason, message, 0, intruder=self._sender))
+        if open_request:
             when = "in the middle of a request"
         elif session.in_transaction:
             when = "with a transaction open"
@@ -134,20 +147,12 @@ class FrontendStream:
 
     # Messages
 
-    def _message(self, buffer: bytearray, pos: int, stop: int, code: int, length: int, at: float) -> bool:
-        """Take a message, of which ``buffer[pos:stop]`` is looked at; False when there is a verdict on it instead."""
-        ledger = self._ledger
-        if _COPYING_IN[ledger.state] and not _IN_COPY_IN[code] and ledger.copying_in:
-            text = libpq.invalid_type(code, copy_in=True)
-            return self._out_of_place(pos, code, length, "while the server expects copy data", text)
-        if _EXTENDED[code]:
-            return self._extended_message(buffer, pos, stop, code, length, at)
-        if _SIMPLE[code]:
-            return self._simple_request(buffer, pos, stop, code, length, at)
+    def _unanswered_message(self, pos: int, code: int, length: int) -> bool:
+        """Take a message that nothing is owed for; False when there is a verdict on it instead."""
         if code in b"dcf":
             return self._copy_message(pos, code, length)
-        if code == ord("p"):
-            if ledger.state != _LOGIN:
+        if code == _PASSWORD_MESSAGE:
+            if self._ledger.state != _LOGIN:
                 text = libpq.invalid_type(code, copy_in=False)
                 return self._out_of_place(pos, code, length, "although no authentication is going on", text)
         elif code == _TERMINATE_CODE:
@@ -158,12 +163,13 @@ class FrontendStream:
         ledger = self._ledger
         session = self._session
         if ledger.state != NOTHING:
-            busy = next(ledger.outstanding(), None)
+            busy = next((other for other in ledger.outstanding() if not self._elsewhere(other.sender)), None)
             if busy is not None and self._overlaps(busy, buffer, pos, stop, length):
                 return False
         request = self._simple = session.new_request(code, at, self._sender)
         if code == _QUERY:
-            request.sql, request.sql_cut = sql_text(buffer, pos + HEADER_SIZE, stop)
+            request.sql_cut = cut = buffer[stop - 1] != 0
+            request.sql = buffer[pos + HEADER_SIZE : stop if cut else stop - 1]
         session.unsynced = None
         session.copy_over = False
         ledger.enter(_OWED[code], request)
@@ -220,16 +226,14 @@ class FrontendStream:
         simple = self._simple
         if simple is None or simple.begun or simple.ended is RequestState.SKIPPED or self._ledger.copying_in:
             return None
-        return simple
+        return None if self._elsewhere(simple.sender) else simple
 
     def _overlaps(self, busy: Request, buffer: bytearray, pos: int, stop: int, length: int) -> bool:
         """Whether a request sent before ``busy`` has been answered is a fault: a verdict, then."""
         session = self._session
-        sender = self._sender
         if session.overruled:
             return False
-        if sender is not None and busy.sender is not None and sender.pid != busy.sender.pid:
-            return False  # another process: judged when its bytes arrived
+        sender = self._sender
         code = buffer[pos]
         message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
         session.verdict = session.judge(
@@ -274,6 +278,10 @@ class FrontendStream:
 
     # Who sends
 
+    def _elsewhere(self, other: Sender | None) -> bool:
+        """Whether the current sender is another process than that one: judged when its bytes arrived."""
+        return self._sender is not None and other is not None and self._sender.pid != other.pid
+
     def _another(self, other: Sender | None) -> bool:
         """Whether the current sender is another than that one, as far as both are known."""
         return self._sender is not None and other is not None and self._sender != other
@@ -286,17 +294,19 @@ class FrontendStream:
         if sender is None or not (session.senders.changes(sender) or split):
             self._sender = sender
             return True
-        torn = None
         if session.over and buffer[start:end] == _TERMINATE:
             # Both say goodbye, as pg_basebackup and its child do when they exit: the second does no harm any more.
             self._sender = sender
             return True
+        torn = None
+        first = session.senders.latest
         if session.over:
             message = MessageSeen(Direction.FRONTEND, None, "bytes after the end", end - start)
-        elif self.rest and self._partial is not None:
-            message = self._partial
+        elif self.rest and self.partial is not None:
+            message = self.partial
             torn = message.name
         elif split:
+            first = held_by
             code, length = (
                 parse_header(buffer, start) if end - start >= HEADER_SIZE else (buffer[start], end - start - 1)
             )
@@ -310,7 +320,8 @@ class FrontendStream:
             if least <= length <= most and end - start < min(1 + length, look):
                 return True
             message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
-        change = session.senders.change(sender, waiting=self._waiting(sender), torn=torn)
+        waiting = self._waiting(sender)
+        change = session.senders.change(sender, waiting=waiting, torn=torn, first=first if torn else waiting)
         self._sender = self._held_by = sender
         answer = None
         if torn is None and change.kind is Kind.SHARED_BY_PROCESSES and message.type is not None:

@@ -136,6 +136,7 @@ class Ledger:
         """Something came that the head doesn't owe: True if that is a Sync which must have been discarded, then."""
         if self.state != MAYBE_SYNC:
             return False
+        self.discarding = False
         self.pay()
         return True
 

@@ -92,7 +92,10 @@ class Statements:
         text = buffer.find(0, body, stop) + 1
         if text == 0:
             return
-        sql, cut = sql_text(buffer, text, stop)
+        stop = min(stop, text + TEXT_LIMIT)
+        terminator = buffer.find(0, text, stop)
+        cut = terminator < 0
+        sql = buffer[text : stop if cut else terminator]
         if request.sql is None:
             request.sql, request.sql_cut = sql, cut
         statements = self._by_name
@@ -116,12 +119,3 @@ class Statements:
         statement = self._by_name.get(bytes(buffer[name:end]))
         if statement is not None and not statement.refused:
             request.sql, request.sql_cut = statement.sql, statement.cut
-
-
-def sql_text(buffer: bytearray, text: int, stop: int) -> tuple[bytearray, bool]:
-    """Take an SQL text as far as it is kept, and say whether that cuts it off."""
-    stop = min(stop, text + TEXT_LIMIT)
-    terminator = buffer.find(0, text, stop)
-    if terminator < 0:
-        return buffer[text:stop], True
-    return buffer[text:terminator], False

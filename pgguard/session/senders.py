@@ -16,7 +16,7 @@ class Change(NamedTuple):
     kind: Kind
     reason: str
     requesters: tuple[Sender, ...]
-    """The other processes that have sent: the one that is waiting for an answer, if one is, then the latest first."""
+    """The other processes that have sent: the one whose turn it was, then the latest first."""
 
 
 class Senders:
@@ -48,16 +48,17 @@ class Senders:
         self.latest = sender
         return False
 
-    def change(self, sender: Sender, *, waiting: Sender | None, torn: str | None) -> Change:
+    def change(self, sender: Sender, *, waiting: Sender | None, torn: str | None, first: Sender | None) -> Change:
         """Another process has sent.
 
         Args:
             sender: which.
             waiting: the first other process that the server owes an answer, if it does.
             torn: the name of the message of another process's that these bytes stand in the middle of, if they do.
+            first: whose turn it was, if that is known.
         """
         known = any(other.pid == sender.pid for other in self._seen)
-        requesters = self.others(sender, first=waiting)
+        requesters = self.others(sender, first=first)
         self._seen = [other for other in self._seen if other.pid != sender.pid]
         self._seen.append(sender)
         self.latest = sender

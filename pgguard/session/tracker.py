@@ -68,8 +68,8 @@ class Tracker(Session):
             held_back: how many bytes are left over that were too few to be judged.
             reset: the connection was reset, as the kernel does when a socket is closed that still has bytes to read
                 (tcp(7), and the same for Unix sockets). Of a client that has made no request these are the answer to
-                its login, which it abandoned. In the middle of an answer they are the answer, and whatever the client
-                sent last may have been lost: that is no error, and while a stream is replicated nothing at all.
+                its login, which it abandoned. While a stream is replicated there always are such bytes, and the
+                client's Terminate may be lost in the reset. Neither is a fault.
         """
         return self._frontend.end(held_back, reset=reset)
 
@@ -101,6 +101,7 @@ class Tracker(Session):
             raise ValueError("the message has been forwarded in part")
         self.verdict = None
         stream.rest = verdict.message.size
+        stream.partial = verdict.message
 
     @property
     def backend_rest(self) -> int:

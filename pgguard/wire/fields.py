@@ -59,7 +59,7 @@ def build_error_response(
     """Build an ErrorResponse message, type byte and length word included.
 
     Texts are encoded as UTF-8: the client's encoding is the server's affair, and its errors before authentication
-    are sent unconverted as well. NUL bytes, which end a field, are replaced.
+    are sent unconverted as well. What UTF-8 can't express, and NUL, which ends a field, is replaced.
     """
     fields = [("S", severity), ("V", severity), ("C", sqlstate), ("M", message)]
     if detail:
@@ -67,6 +67,7 @@ def build_error_response(
     if hint:
         fields.append(("H", hint))
     body = b"".join(
-        code.encode() + text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode() + b"\0" for code, text in fields
+        code.encode() + text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace") + b"\0"
+        for code, text in fields
     )
     return b"E" + _INT32.pack(len(body) + 5) + body + b"\0"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.settings import Settings, load_settings
 from pgguard.session.verdicts import Kind
 from tests.cli.conftest import Refused
-from tests.proxy.spawned import run, spawned
+from tests.proxy.spawned import environment, run, spawned
 
 
 @pytest.mark.parametrize(
@@ -184,3 +186,13 @@ def test_no_command_gets_the_help(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "serve" in done.stdout
     assert done.stderr == ""
+
+
+def test_standard_streams_that_are_closed_are_nobody_elses(tmp_path: Path) -> None:
+    """A supervisor may start the guard without them: a socket in their place would get the reports."""
+    command = [sys.executable, "-m", "pgguard", "serve", "--mode", "nonsense"]
+    script = '"$@" <&- >&- 2>&-; echo $?'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *command], cwd=tmp_path, env=environment(), capture_output=True, check=True
+    )
+    assert done.stdout == b"2\n"

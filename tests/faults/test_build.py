@@ -44,7 +44,8 @@ KNOWN_SENDER = Findings(senders={4866: WORKER_0})
 
 BUSY = verdict(Kind.REQUEST_WHILE_BUSY, message=QUERY, requests=(OUTSTANDING,), open_request=True)
 BUSY_SEEN = replace(BUSY, intruder=Sender(4866, 4871))
-CLOSED = verdict(Kind.UNCLEAN_CLOSE)
+ENDED = "the client's side ended without Terminate, "
+CLOSED = replace(verdict(Kind.UNCLEAN_CLOSE), reason=ENDED + "between two requests")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ CLOSED = verdict(Kind.UNCLEAN_CLOSE)
         pytest.param(
             replace(CLOSED, intruder=Sender(4866)),
             KNOWN_SENDER,
-            [(CLOSER, 4866, None, HOLDS)],
+            [(CLOSER, 4866, None, KERNEL_SENDER)],
             id="closed, and one process is all that was ever seen",
         ),
         pytest.param(
@@ -178,7 +179,7 @@ SUMMARIES = [
         "pid 4867 (puma: cluster worker 1): the client sent Bind with a length word of 2",
     ),
     (
-        replace(CLOSED, open_request=True),
+        replace(CLOSED, open_request=True, reason=ENDED + "in the middle of a request"),
         ALONE,
         (
             "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app])"
@@ -186,7 +187,7 @@ SUMMARIES = [
         ),
     ),
     (
-        replace(CLOSED, open_transaction=True),
+        replace(CLOSED, open_transaction=True, reason=ENDED + "with a transaction open"),
         SHARED_UNSEEN,
         (
             "the connection that pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) opened ended without Terminate,"
@@ -194,6 +195,12 @@ SUMMARIES = [
         ),
     ),
     (CLOSED, NOTHING, "the client's side ended without Terminate, between two requests"),
+    (
+        BUSY,
+        SHARED_UNSEEN,
+        "one of the processes 4864 and 4866, which share the connection, "
+        "sent Query before the answer to request 41 was complete",
+    ),
     (verdict(Kind.UNTRACKED, "the session is encrypted with GSS"), KERNEL, "the session is encrypted with GSS"),
 ]
 
@@ -335,3 +342,9 @@ def test_no_password_of_a_command_line_is_recorded() -> None:
 )
 def test_times_have_microseconds_and_z(at: float, text: str) -> None:
     assert rfc3339(at) == text
+
+
+def test_requests_that_overlap_on_a_shared_connection_are_advised_about_sharing() -> None:
+    shared, alone = fault(BUSY, SHARED_UNSEEN), fault(BUSY, ALONE)
+    assert shared.advice == fault(OVERLAP, KERNEL).advice
+    assert alone.advice != shared.advice

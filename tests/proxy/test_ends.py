@@ -109,8 +109,7 @@ async def test_a_client_that_goes_while_it_is_answered(house: House, how: str) -
     await server.close()
     await house.empty()
     assert house.kinds == ["unclean-close"]
-    # A client that closes with an answer unread resets the connection, and its Terminate may be lost with it.
-    assert house.faults[0].severity == ("warning" if how == "reset" else "error")
+    assert house.faults[0].severity == "error"
 
 
 @either_way

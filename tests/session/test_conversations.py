@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-settings.register_profile("conversations", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("conversations")
+thoroughly = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def play(events: Iterable[tuple[Direction, bytes]]) -> Conversation:
@@ -53,6 +52,7 @@ def told(verdicts: Iterable[Verdict]) -> list[tuple[object, ...]]:
     ]
 
 
+@thoroughly
 @given(recordings())
 def test_legitimate_conversations_are_faultless(recording: Recording) -> None:
     conversation = play(recording.events)
@@ -64,6 +64,7 @@ def test_legitimate_conversations_are_faultless(recording: Recording) -> None:
     assert bool(eof) is not (recording.terminated or conversation.tracker.goodbye)
 
 
+@thoroughly
 @given(st.data(), recordings())
 def test_chunks_make_no_difference(data: st.DataObject, recording: Recording) -> None:
     """However a conversation is cut, the state it leaves is the same."""
@@ -105,6 +106,7 @@ def mutated(draw: st.DrawFn) -> Recording:
     return Recording(tuple(events))
 
 
+@thoroughly
 @given(st.data(), mutated())
 def test_chunks_make_no_difference_to_verdicts(data: st.DataObject, recording: Recording) -> None:
     """Nor does the way of cutting change what is found, or where, when a conversation is not legitimate."""
@@ -128,6 +130,7 @@ def certain(conversation: Conversation) -> bool:
     return not conversation.tracker.ledger.entries
 
 
+@thoroughly
 @given(recordings(terminate=False), st.sampled_from(NOT_ASYNCHRONOUS))
 def test_foreign_message_while_idle(recording: Recording, letter: str) -> None:
     conversation = play(recording.events)
@@ -140,6 +143,7 @@ def test_foreign_message_while_idle(recording: Recording, letter: str) -> None:
     assert not verdict.open_request
 
 
+@thoroughly
 @given(recordings(terminate=False, most=2), st.data())
 def test_answer_given_twice(recording: Recording, data: st.DataObject) -> None:
     conversation = play(recording.events)
@@ -153,6 +157,7 @@ def test_answer_given_twice(recording: Recording, data: st.DataObject) -> None:
     assert kinds(conversation.backend(again)) == [Kind.MESSAGE_WHILE_IDLE]
 
 
+@thoroughly
 @given(st.data(), st.sampled_from(["TDDC", "C", "TDCTDC", "HddcC", "E", "TE"]), st.sampled_from("QF"))
 def test_answer_cut_short(data: st.DataObject, answer: str, request: str) -> None:
     """The next simple request comes while the last is, by all that can be seen, unanswered."""
@@ -165,6 +170,7 @@ def test_answer_cut_short(data: st.DataObject, answer: str, request: str) -> Non
     assert verdict.message.type == request
 
 
+@thoroughly
 @given(recordings(terminate=False), st.sampled_from("QFPBDES"), st.sampled_from("QF"))
 def test_request_while_busy(recording: Recording, first: str, second: str) -> None:
     conversation = play(recording.events)
@@ -175,6 +181,7 @@ def test_request_while_busy(recording: Recording, first: str, second: str) -> No
     assert kinds(conversation.frontend(first)) == [Kind.REQUEST_WHILE_BUSY]
 
 
+@thoroughly
 @given(recordings(terminate=False), st.sampled_from("QPBE"), st.sampled_from("RKVv"))
 def test_answer_that_belongs_to_no_request(recording: Recording, request: str, letter: str) -> None:
     conversation = play(recording.events)
@@ -184,6 +191,7 @@ def test_answer_that_belongs_to_no_request(recording: Recording, request: str, l
     assert verdict.open_request
 
 
+@thoroughly
 @given(st.lists(st.tuples(st.sampled_from(Direction), st.binary(max_size=60)), max_size=30))
 def test_garbage_never_breaks_the_tracker(chunks: list[tuple[Direction, bytes]]) -> None:
     """Anything at all may come: it is followed, faulted or given up, in bounded memory, and never raises."""
@@ -198,27 +206,30 @@ def test_garbage_never_breaks_the_tracker(chunks: list[tuple[Direction, bytes]])
 # Senders
 
 
-@given(st.lists(st.sampled_from([None, 1, 1, 2, 3]), max_size=8), st.lists(st.booleans(), min_size=8, max_size=8))
-def test_processes_that_alternate(pids: list[int | None], answered: list[bool]) -> None:
-    """The rule about processes, stated apart from the code that follows it."""
+@thoroughly
+@given(st.lists(st.tuples(st.sampled_from([None, 1, 1, 2, 3]), st.booleans()), max_size=10))
+def test_processes_that_alternate(turns: list[tuple[int | None, bool]]) -> None:
+    """The rule about processes, stated apart from the code that follows it; a turn may be answered or not."""
     conversation = Conversation(Sender(1))
-    latest, known, owed_to = 1, [1], list[int | None]()
-    for pid, answer in zip(pids, answered, strict=False):
+    latest = 1
+    known = {1}
+    waiting: list[int | None] = []
+    for pid, answered in turns:
         verdicts = conversation.frontend("PBES", None if pid is None else Sender(pid), known=pid is not None)
         expected: list[Kind] = []
         if pid is not None and pid != latest:
-            waiting = set(owed_to) - {pid, None}
-            one_way = not waiting and pid not in known and len(known) == 1
-            expected = [Kind.INHERITED_CONNECTION if one_way else Kind.SHARED_BY_PROCESSES]
+            hand_over = pid not in known and len(known) == 1 and not set(waiting) - {None, pid}
+            expected = [Kind.INHERITED_CONNECTION if hand_over else Kind.SHARED_BY_PROCESSES]
             latest = pid
-            known = [*known, pid] if pid not in known else known
+            known.add(pid)
         assert kinds(verdicts) == expected
-        owed_to.append(pid)
-        if answer:
-            conversation.backend("12CZ")
-            owed_to.pop(0)
+        waiting.append(pid)
+        if answered:
+            waiting.pop(0)
+            assert conversation.backend("12CZ") == []
 
 
+@thoroughly
 @given(st.data(), st.lists(st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from(["Q", "PBES", "S", "d"])), max_size=5))
 def test_chunks_make_no_difference_to_verdicts_on_senders(data: st.DataObject, turns: list[tuple[int, str]]) -> None:
     """As long as a sender's messages are whole, how they are cut changes nothing."""

@@ -1,0 +1,290 @@
+"""After a verdict: overruled, swallowed or lost; and what is said when a stream ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from pgguard.session.tracker import Tracker
+from pgguard.session.verdicts import Direction, Kind, RequestState, Sender
+from tests.session.protocol import BACKEND, IN_TRANSACTION, LOGIN, MODEL, Conversation, error, kinds, message, query
+
+
+def logged_in() -> Tracker:
+    tracker = Tracker({"user": "app"}, MODEL)
+    assert tracker.backend(bytearray(LOGIN), 0, len(LOGIN)) == len(LOGIN)
+    return tracker
+
+
+class TestVerdicts:
+    def test_stop_at_the_offending_message(self) -> None:
+        """What stands in front of it is in order, and what stands behind it has not been looked at."""
+        tracker = logged_in()
+        chunk = bytearray(BACKEND["N"] + BACKEND["D"] + BACKEND["C"])
+        at = len(BACKEND["N"])
+        assert tracker.backend(chunk, 0, len(chunk)) == at
+        assert tracker.verdict is not None
+        assert tracker.verdict.start == at
+        assert tracker.verdict.message is not None
+        assert tracker.verdict.message.name == "DataRow"
+
+    def test_fall_again_unless_ruled_on(self) -> None:
+        """A message is not let through by being presented twice."""
+        tracker = logged_in()
+        chunk = bytearray(BACKEND["C"])
+        for _ in range(2):
+            assert tracker.backend(chunk, 0, len(chunk)) == 0
+            assert tracker.verdict is not None
+
+
+class TestOverrule:
+    def test_is_for_one_message(self) -> None:
+        tracker = logged_in()
+        chunk = bytearray(BACKEND["D"] + BACKEND["C"])
+        assert tracker.backend(chunk, 0, len(chunk)) == 0
+        tracker.overrule()
+        assert tracker.verdict is None
+        assert tracker.backend(chunk, 0, len(chunk)) == len(BACKEND["D"])
+        assert tracker.verdict is not None
+
+    @pytest.mark.parametrize("letter", "DTC1Zt")
+    def test_stray_message_leaves_the_request_alone(self, letter: str) -> None:
+        """In front of an answer it is passed over, and the answer then fits."""
+        conversation = Conversation()
+        assert kinds(conversation.backend(letter)) == [Kind.MESSAGE_WHILE_IDLE]
+        assert conversation.talk("> PBES < 12CZ") == []
+
+    def test_ready_for_query_ends_the_request(self) -> None:
+        """Whatever it left out, a server that is ready answers no more of it: the count is right again."""
+        conversation = Conversation()
+        assert kinds(conversation.talk("> PBDES < 1Z")) == [Kind.UNEXPECTED_RESPONSE]
+        assert conversation.tracker.idle
+        assert conversation.talk("> Q < TDCZ") == []
+
+    def test_ready_for_query_ends_only_the_first_request(self) -> None:
+        conversation = Conversation()
+        assert kinds(conversation.talk("> PBES PBES < 1Z")) == [Kind.UNEXPECTED_RESPONSE]
+        assert conversation.backend("12CZ") == []
+        assert conversation.tracker.idle
+
+    def test_request_while_busy_is_answered_in_turn(self) -> None:
+        conversation = Conversation()
+        assert kinds(conversation.talk("> Q Q Q")) == [Kind.REQUEST_WHILE_BUSY] * 2
+        assert conversation.backend("TDCZ CZ EZ".replace(" ", "")) == []
+        assert conversation.tracker.idle
+        states = [request.state for request in conversation.tracker.requests_seen()]
+        assert states == [RequestState.ANSWERED, RequestState.ANSWERED, RequestState.FAILED]
+
+    def test_copy_data_out_of_place_change_nothing(self) -> None:
+        conversation = Conversation()
+        assert kinds(conversation.frontend("d")) == [Kind.PROTOCOL_VIOLATION]
+        assert conversation.talk("> Q < TDCZ") == []
+
+    @pytest.mark.parametrize(("direction", "data"), [
+        (Direction.FRONTEND, message("S", b"x")),
+        (Direction.FRONTEND, message("C", b"?name\0")),
+        (Direction.FRONTEND, message("D", b"?name\0")),
+        (Direction.BACKEND, message("3", b"x")),
+        (Direction.BACKEND, message("S")),
+    ])  # fmt: skip
+    def test_malformed_message_that_can_be_framed(self, direction: Direction, data: bytes) -> None:
+        """The next message is found all the same, so the session is still followed."""
+        conversation = Conversation()
+        if direction is Direction.BACKEND:
+            conversation.frontend("C")
+        assert kinds(conversation.feed(direction, data, MODEL)) == [Kind.PROTOCOL_VIOLATION]
+        assert conversation.tracker.lost is None
+
+    def test_malformed_messages_take_their_effect(self) -> None:
+        conversation = Conversation()
+        conversation.frontend("Q")
+        assert kinds(conversation.backend(message("C") + message("Z"))) == [Kind.PROTOCOL_VIOLATION] * 2
+        assert conversation.tracker.idle
+        assert conversation.tracker.transaction_status == "I", "it has none, so the last stands"
+
+    def test_message_that_is_malformed_and_undue_is_one_fault(self) -> None:
+        conversation = Conversation()
+        assert kinds(conversation.backend(message("Z"))) == [Kind.PROTOCOL_VIOLATION]
+
+    def test_unknown_type_of_the_servers(self) -> None:
+        """As libpq does, skip it by its length."""
+        conversation = Conversation()
+        [verdict] = conversation.backend(message("?", b"new") + BACKEND["N"])
+        assert verdict.kind is Kind.PROTOCOL_VIOLATION
+        assert verdict.libpq == "message type 0x3f arrived from server while idle"
+        assert conversation.talk("> Q < TDCZ") == []
+
+    @pytest.mark.parametrize("letter", ["W", "K"])
+    def test_message_that_is_cut_while_it_is_overruled(self, letter: str) -> None:
+        """A verdict that falls on a header alone, whose message then takes long to come, is one verdict."""
+        conversation = Conversation(login=letter == "W")
+        if letter == "W":
+            conversation.frontend("Q")
+        stray = message(letter, bytes(400))
+        data = stray if letter == "K" else message("W", b"")
+        found = [verdict for byte in data for verdict in conversation.backend(bytes([byte]))]
+        assert kinds(found) == [Kind.PROTOCOL_VIOLATION]
+
+
+class TestSwallow:
+    @pytest.mark.parametrize("chunked", [False, True])
+    def test_servers_message(self, *, chunked: bool) -> None:
+        """It never happened, however it comes; and in the middle of it no message could be put."""
+        tracker = logged_in()
+        stray = message("D", bytes(300))
+        chunk = bytearray(stray + BACKEND["N"])
+        stop = 20 if chunked else len(chunk)
+        assert tracker.backend(chunk, 0, stop) == 0
+        tracker.swallow()
+        assert tracker.verdict is None
+        assert tracker.backend(chunk, 0, stop) == stop
+        assert tracker.between_backend_messages is (not chunked)
+        if chunked:
+            assert tracker.backend(chunk, stop, len(chunk)) == len(chunk)
+        assert tracker.verdict is None
+        assert tracker.idle
+
+    def test_clients_terminate(self) -> None:
+        """The session lives on, and its owner's next message is judged as if nothing had been."""
+        tracker = logged_in()
+        child = Sender(200)
+        terminate = bytearray(message("X"))
+        assert tracker.frontend(terminate, 0, 5, child, 0.0) == 0
+        tracker.swallow()
+        assert tracker.frontend(terminate, 0, 5, child, 0.0) == 5
+        assert not tracker.terminated
+        select = bytearray(query("SELECT 1"))
+        assert tracker.frontend(select, 0, len(select), child, 0.0) == len(select)
+        assert not tracker.idle
+
+    def test_without_a_verdict(self) -> None:
+        with pytest.raises(ValueError, match="no message"):
+            logged_in().swallow()
+
+    def test_message_of_which_a_part_is_forwarded(self) -> None:
+        """Half a message can't be taken back."""
+        tracker = logged_in()
+        insert = bytearray(query("x" * 5000))
+        assert tracker.frontend(insert, 0, 2000, MODEL, 0.0) == 2000
+        assert tracker.frontend(insert, 0, 100, Sender(200), 0.0) == 0
+        with pytest.raises(ValueError, match="in part"):
+            tracker.swallow()
+
+
+class TestLost:
+    @pytest.mark.parametrize(("direction", "header"), [
+        (Direction.FRONTEND, b"?\0\0\0\x04"),
+        (Direction.FRONTEND, b"Q\0\0\0\x03"),
+        (Direction.FRONTEND, b"Q\x7f\xff\xff\xff"),
+        (Direction.FRONTEND, b"S\0\0\x27\x11"),
+        (Direction.BACKEND, b"D\0\0\0\x03"),
+        (Direction.BACKEND, b"D\xff\xff\xff\xff"),
+        (Direction.BACKEND, b"?\0\1\0\0"),
+    ])  # fmt: skip
+    def test_when_the_next_message_cannot_be_found(self, direction: Direction, header: bytes) -> None:
+        conversation = Conversation()
+        [verdict] = conversation.feed(direction, header, MODEL)
+        assert verdict.kind is Kind.PROTOCOL_VIOLATION
+        assert conversation.tracker.lost is not None
+        assert conversation.held(direction) == len(header), "nothing of it has been passed as being in order"
+
+
+class TestEndOfTheClientsStream:
+    @pytest.mark.parametrize("script", ["> X", "> Q X < TD", "> PBES X"])
+    def test_behind_terminate(self, script: str) -> None:
+        conversation = Conversation()
+        conversation.talk(script)
+        assert conversation.tracker.frontend_eof(0) == []
+
+    def test_behind_the_servers_goodbye(self) -> None:
+        conversation = Conversation()
+        conversation.backend(error("FATAL", "57P01"))
+        assert conversation.tracker.frontend_eof(0) == []
+
+    def test_behind_the_end_of_the_servers_stream(self) -> None:
+        """A server that crashes, or has shut down a replication, says nothing; its client did nothing wrong."""
+        conversation = Conversation()
+        conversation.talk("> Q < WdC")
+        assert conversation.tracker.backend_eof(0) == []
+        assert conversation.tracker.frontend_eof(0) == []
+
+    @pytest.mark.parametrize("script", ["", "< R", "< R > p"])
+    def test_login_abandoned(self, script: str) -> None:
+        conversation = Conversation(login=False)
+        conversation.talk(script)
+        assert conversation.tracker.frontend_eof(0) == []
+
+    @pytest.mark.parametrize(("script", "request_open", "transaction_open", "when"), [
+        ("", False, False, "between two requests"),
+        ("> Q < TDCZ", False, False, "between two requests"),
+        ("> Q", True, False, "in the middle of a request"),
+        ("> PBES < 12", True, False, "in the middle of a request"),
+        ("> Q < W", True, False, "in the middle of a request"),
+        ("> Q < EZ", False, False, "between two requests"),
+        ("> PBE < E", False, False, "between two requests"),
+        ("> Q < C", True, False, "in the middle of a request"),
+    ])  # fmt: skip
+    def test_without_terminate(self, script: str, when: str, *, request_open: bool, transaction_open: bool) -> None:
+        conversation = Conversation()
+        conversation.talk(script)
+        [verdict] = conversation.tracker.frontend_eof(0)
+        assert verdict.kind is Kind.UNCLEAN_CLOSE
+        assert verdict.reason == f"the client's side ended without Terminate, {when}"
+        assert (verdict.open_request, verdict.open_transaction) == (request_open, transaction_open)
+        assert (verdict.message, verdict.intruder, verdict.requesters) == (None, MODEL, ())
+
+    def test_with_a_transaction_open(self) -> None:
+        conversation = Conversation()
+        conversation.talk("> Q < C")
+        conversation.backend(IN_TRANSACTION)
+        [verdict] = conversation.tracker.frontend_eof(0)
+        assert verdict.reason.endswith("with a transaction open")
+        assert (verdict.open_request, verdict.open_transaction) == (False, True)
+
+    @pytest.mark.parametrize(("sent", "where"), [
+        (3, "the client's stream ended 3 bytes into a message"),
+        (1500, "the client's stream ended 3506 bytes before the end of a Query message"),
+    ])  # fmt: skip
+    def test_in_the_middle_of_a_message(self, sent: int, where: str) -> None:
+        conversation = Conversation()
+        conversation.frontend(query("x" * 5000)[:sent])
+        torn, close = conversation.tracker.frontend_eof(conversation.held(Direction.FRONTEND))
+        assert (torn.kind, torn.reason) == (Kind.PROTOCOL_VIOLATION, where)
+        assert (close.kind, close.open_request) == (Kind.UNCLEAN_CLOSE, True)
+
+    @pytest.mark.parametrize(("script", "expected"), [
+        ("", []),
+        ("> Q < TDCZ", [(Kind.UNCLEAN_CLOSE, False)]),
+        ("> Q < TD", [(Kind.UNCLEAN_CLOSE, True)]),
+        ("> Q", [(Kind.UNCLEAN_CLOSE, True)]),
+        ("> Q < Wdd", []),
+        ("> Q < Wdcd", []),
+    ])  # fmt: skip
+    def test_by_reset(self, script: str, expected: list[tuple[Kind, bool]]) -> None:
+        """A socket closed with bytes unread is reset: an abandoned login, or a stream that is being replicated."""
+        conversation = Conversation()
+        conversation.talk(script)
+        verdicts = conversation.tracker.frontend_eof(0, reset=True)
+        assert [(verdict.kind, verdict.open_request) for verdict in verdicts] == expected
+
+
+class TestEndOfTheServersStream:
+    @pytest.mark.parametrize("script", ["", "> Q", "> Q < TD"])
+    def test_between_messages(self, script: str) -> None:
+        """That a server is gone is no fault of the client's use of it."""
+        conversation = Conversation()
+        conversation.talk(script)
+        assert conversation.tracker.backend_eof(0) == []
+
+    def test_in_the_middle_of_a_message(self) -> None:
+        conversation = Conversation()
+        conversation.talk("> Q < T")
+        conversation.backend(message("D", bytes(1000))[:500])
+        [verdict] = conversation.tracker.backend_eof(0)
+        assert verdict.kind is Kind.PROTOCOL_VIOLATION
+        assert verdict.reason == "the server's stream ended 505 bytes before the end of a DataRow message"
+
+    def test_in_the_middle_of_a_header(self) -> None:
+        conversation = Conversation()
+        conversation.backend(b"N\0")
+        [verdict] = conversation.tracker.backend_eof(conversation.held(Direction.BACKEND))
+        assert verdict.reason == "the server's stream ended 2 bytes into a message"
