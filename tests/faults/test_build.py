@@ -198,8 +198,10 @@ SUMMARIES = [
     (
         BUSY,
         SHARED_UNSEEN,
-        "one of the processes 4864 and 4866, which share the connection, "
-        "sent Query before the answer to request 41 was complete",
+        (
+            "one of the processes 4864 and 4866, which share the connection, "
+            "sent Query before the answer to request 41 was complete"
+        ),
     ),
     (verdict(Kind.UNTRACKED, "the session is encrypted with GSS"), KERNEL, "the session is encrypted with GSS"),
 ]
