@@ -150,7 +150,7 @@ class Guard:
     async def _finish_sessions(self) -> None:
         if self._sessions:
             timeout = self._settings.shutdown_timeout
-            logger.info("waiting up to %g s for sessions to finish: %d are open", timeout, len(self._sessions))
+            logger.info("waiting up to %g s for sessions to finish: %d open", timeout, len(self._sessions))
             with trio.move_on_after(timeout):
                 await self._all_gone.wait()
         farewell = build_error_response(

@@ -211,7 +211,7 @@ async def test_a_signal_lets_sessions_finish_and_nobody_in(
         await client.send(query("select pg_sleep(1)"))
         await server.expect(query("select pg_sleep(1)"))
         guard.signal(number)
-        guard.wait_for("waiting up to 8 s for 1 sessions? to finish")
+        guard.wait_for("waiting up to 8 s for sessions to finish: 1 open")
         with pytest.raises(OSError, match="all attempts to connect"):
             await connect(guard, backend)
         await server.send(ANSWER)
