@@ -216,6 +216,14 @@ class TestThreads:
             assert conversation.frontend(SELECT, thread) == []
             conversation.backend("TDCZ")
 
+    def test_that_take_turns_are_told_by_the_last(self) -> None:
+        """The thread to look at is the one that sent, not the one that connected."""
+        conversation = Conversation(self.FIRST)
+        conversation.frontend(SELECT, self.SECOND)
+        conversation.backend("TDCZ")
+        [verdict] = conversation.frontend(SELECT, CHILD._replace(pid=1))
+        assert verdict.requesters == (self.SECOND,)
+
     def test_that_share_a_pipeline(self) -> None:
         """Npgsql multiplexes; each thread's messages are a request of their own."""
         conversation = Conversation(self.FIRST)

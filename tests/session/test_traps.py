@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 
 import pytest
@@ -40,6 +41,7 @@ FAULTLESS = {
     "COPY TO in both protocols": "> Q < HdddcCZ > PBES < 12HdddcCZ",
     "an error in the middle of COPY TO": "> Q < HddEZ > PBES < 12HdEZ > Q < CZ",
     "COPY FROM as libpq sends it": "> PBDES < 12nG > ddd c S < CZ > Q < CZ",
+    "COPY FROM as libpq sends it, and nothing behind": "> PBDES < 12nG > ddd c S < CZ",
     "a COPY that the server gives up": "> Q < G > dd < E > ddc < Z > Q < CZ",
     "and its data only come when all is over": "> Q < G > d < EZ > dddc > Q < CZ",
     "and the data's end": "> Q < G > d < EZ > f > Q < CZ",
@@ -100,11 +102,40 @@ def test_faultless_conversations_keep_count(script: str) -> None:
     assert kinds(conversation.backend("C")) == [Kind.MESSAGE_WHILE_IDLE]
 
 
+COMPLETED = {
+    name: script for name, script in LASTING.items() if not any("E" in part for part in re.findall("<([^>]*)", script))
+}
+
+
+@pytest.mark.parametrize("script", COMPLETED.values(), ids=COMPLETED)
+def test_conversations_without_an_error_leave_no_doubt(script: str) -> None:
+    """A Sync that was discarded in a COPY which was completed does not wait for a ReadyForQuery any more."""
+    conversation = Conversation()
+    conversation.talk(script)
+    assert kinds(conversation.backend("Z")) == [Kind.MESSAGE_WHILE_IDLE]
+
+
 def test_what_cannot_be_told_apart_is_given_up() -> None:
     """A COPY fails, there was a Sync in front of its data and none behind: was the rest discarded or executed?"""
     conversation = Conversation()
     assert conversation.talk("> PBES dc PBES < 12GE Z") == []
     assert conversation.tracker.lost is not None
+
+
+@pytest.mark.parametrize("request_", ["> Q < CZ", "> F < VZ", "> PBES < 12CZ"])
+def test_copy_data_do_not_come_behind_the_next_request(request_: str) -> None:
+    """What was in flight when a COPY failed stands in front of whatever the client does next."""
+    conversation = Conversation()
+    assert conversation.talk("> Q < G > d < EZ > d" + request_) == []
+    assert kinds(conversation.frontend("d")) == [Kind.PROTOCOL_VIOLATION]
+
+
+def test_doubt_does_not_outlive_its_sync() -> None:
+    """A server that answered what it had to skip is faulty; what it does in a later COPY is not judged by that."""
+    conversation = Conversation()
+    assert kinds(conversation.talk("> PBES < 12GE D")) == [Kind.MESSAGE_WHILE_IDLE]
+    assert conversation.talk("> Q < G > dSc < EZ > PBES < Z 12CZ") == []
+    assert conversation.tracker.lost is None
 
 
 class TestLogin:
