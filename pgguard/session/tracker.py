@@ -107,8 +107,3 @@ class Tracker(Session):
     def backend_rest(self) -> int:
         """Bytes still to come of a message of the server's that has been judged."""
         return self._backend.rest
-
-    @property
-    def between_backend_messages(self) -> bool:
-        """Whether a message could be put into the backend's stream here, all held-back bytes being left out."""
-        return self._backend.rest == 0

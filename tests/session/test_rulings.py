@@ -137,7 +137,7 @@ class TestSwallow:
         tracker.swallow()
         assert tracker.verdict is None
         assert tracker.backend(chunk, 0, stop) == stop
-        assert tracker.between_backend_messages is (not chunked)
+        assert (tracker.backend_rest == 0) is (not chunked)
         if chunked:
             assert tracker.backend(chunk, stop, len(chunk)) == len(chunk)
         assert tracker.verdict is None

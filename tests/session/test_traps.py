@@ -243,7 +243,7 @@ class TestHugeMessages:
             end = min(len(chunk), size - passed)
             if direction is Direction.BACKEND:
                 done = tracker.backend(chunk, 0, end)
-                assert tracker.between_backend_messages is (passed + end == size)
+                assert (tracker.backend_rest == 0) is (passed + end == size)
             else:
                 done = tracker.frontend(chunk, 0, end, MODEL, 0.0)
             assert done == end
