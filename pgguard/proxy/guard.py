@@ -187,7 +187,7 @@ class Guard:
         self._sweep.hurry()
         try:
             with trio.move_on_after(self._settings.startup_timeout) as limit:
-                greeting = await greet(sock, session, names_senders=self._names_senders(listener))
+                greeting = await greet(sock, session, names_senders=session.names_senders)
             if limit.cancelled_caught:
                 logger.info("session %d: %s said nothing in time", session.id, _who(session))
             elif greeting is not None and greeting.packet.kind is PacketKind.CANCEL_REQUEST:
@@ -245,9 +245,6 @@ class Guard:
             major, minor = packet.version
             self._judge.lost(session, f"it speaks protocol {major}.{minor}, which pgguard doesn't follow", time.time())
         self._sweep.add(session, packet.packet)
-
-    def _names_senders(self, listener: Listener) -> bool:
-        return self._witness is not None and listener.transport == "unix"
 
     # What the sweep wants done
 

@@ -119,15 +119,16 @@ class ProxiedSession:
 
     def connect(self, client: socket.socket, server: socket.socket, tracker: Tracker | None) -> None:
         """Give it its two sockets, which it owns from then on."""
-        self.client = End(client, is_client=True, names_senders=self.transport == "unix" and self._attributed)
+        self.client = End(client, is_client=True, names_senders=self.names_senders)
         self.server = End(server, is_client=False)
         self.client.peer, self.server.peer = self.server, self.client
         self.client.session = self.server.session = self
         self.tracker = self.protocol = tracker
 
     @property
-    def _attributed(self) -> bool:
-        return self.client_socket is not None
+    def names_senders(self) -> bool:
+        """The kernel says with every read from the client who sent it."""
+        return self.transport == "unix" and self.client_socket is not None
 
     def facts(self) -> SessionFacts:
         """What records say of it."""
