@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from pathlib import Path
 from typing import NamedTuple
 
 from pgguard.attribution.evidence import Driver
+from pgguard.attribution.images import Image, library, program, read_image
 
 
 class _Place(Enum):
@@ -27,24 +27,16 @@ class _Sign(NamedTuple):
     reason: str
 
 
-def _library(name: str) -> re.Pattern[str]:
-    return re.compile(rf"/{name}\.so[\d.]*$", re.MULTILINE)
-
-
-def _program(name: str) -> re.Pattern[str]:
-    return re.compile(rf"/(?:{name})$")
-
-
 SIGNS = (
     _Sign(
         _Place.MAPPED,
-        _library(r"libpq(-[\w-]+)?"),
+        library(r"libpq(-[\w-]+)?"),
         Driver.LIBPQ,
         "libpq itself, or the copy that a wheel or gem brings along: libpq-e8a033dd.so.5.16, libpq-ruby-pg.so.1",
     ),
     _Sign(
         _Place.PROGRAM,
-        _program(
+        program(
             "psql|pgbench|pg_dump|pg_dumpall|pg_restore|pg_basebackup|pg_receivewal|pg_recvlogical|pg_isready|pg_amcheck"
             "|pg_rewind|createdb|createuser|dropdb|dropuser|clusterdb|reindexdb|vacuumdb|vacuumlo|oid2name"
         ),
@@ -58,12 +50,12 @@ SIGNS = (
         Driver.UNKNOWN,
         "Python packages around rust-postgres, which pipelines",
     ),
-    _Sign(_Place.PROGRAM, _program("node|nodejs"), Driver.NODE, "node's program, which holds all of node"),
-    _Sign(_Place.MAPPED, _library("libnode"), Driver.NODE, "node as a shared library, as Fedora builds it"),
-    _Sign(_Place.MAPPED, _library("libcoreclr"), Driver.DOTNET, "the .NET runtime"),
-    _Sign(_Place.MAPPED, _library("libjvm"), Driver.JAVA, "the Java virtual machine"),
-    _Sign(_Place.PROGRAM, _program(r"python\d*(\.\d+)?[a-z]*"), Driver.PYTHON, "CPython's program"),
-    _Sign(_Place.MAPPED, _library(r"libpython\d[\d.]*[a-z]*"), Driver.PYTHON, "Python within uWSGI, mod_wsgi…"),
+    _Sign(_Place.PROGRAM, program("node|nodejs"), Driver.NODE, "node's program, which holds all of node"),
+    _Sign(_Place.MAPPED, library("libnode"), Driver.NODE, "node as a shared library, as Fedora builds it"),
+    _Sign(_Place.MAPPED, library("libcoreclr"), Driver.DOTNET, "the .NET runtime"),
+    _Sign(_Place.MAPPED, library("libjvm"), Driver.JAVA, "the Java virtual machine"),
+    _Sign(_Place.PROGRAM, program(r"python\d*(\.\d+)?[a-z]*"), Driver.PYTHON, "CPython's program"),
+    _Sign(_Place.MAPPED, library(r"libpython\d[\d.]*[a-z]*"), Driver.PYTHON, "Python within uWSGI, mod_wsgi…"),
 )
 """What tells which driver; the first sign that is there decides.
 
@@ -71,22 +63,17 @@ There is none for Go: its programs are told from others only by notes within the
 unknown ones anyway.
 """
 
-_DELETED = " (deleted)"
-"""What the kernel appends to the path of a file that an upgrade has replaced: proc_pid_exe(5)."""
 
+def driver_of(process: int | Image) -> Driver:
+    """Tell what a process speaks to PostgreSQL with; ``UNKNOWN`` if it is gone or can't be looked at.
 
-def driver_of(pid: int) -> Driver:
-    """Tell what ``pid`` speaks to PostgreSQL with; ``UNKNOWN`` if it is gone or can't be looked at.
+    Not to be remembered for long: a process may load libpq at any time.
 
-    Takes from 0.1 ms to a few milliseconds, depending on how many files are mapped. Not to be remembered for long: a
-    process may load libpq at any time.
+    Args:
+        process: A pid, or what :func:`~pgguard.attribution.images.read_image` read of it.
     """
-    try:
-        lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
-        program = str(Path(f"/proc/{pid}/exe").readlink()).removesuffix(_DELETED)
-    except OSError:
+    image = read_image(process) if isinstance(process, int) else process
+    if image is None:
         return Driver.UNKNOWN
-    # address, permissions, offset, device, inode, path: proc_pid_maps(5)
-    mapped = {fields[5].removesuffix(_DELETED) for line in lines if len(fields := line.split(None, 5)) == 6}
-    paths = {_Place.MAPPED: "\n".join(mapped), _Place.PROGRAM: program}
+    paths = {_Place.MAPPED: image.mapped, _Place.PROGRAM: image.program}
     return next((sign.driver for sign in SIGNS if sign.path.search(paths[sign.place])), Driver.UNKNOWN)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -18,6 +17,8 @@ class Evidence(StrEnum):
     """This thread was seen waiting on the socket at that moment."""
     SOCKET_HOLDER = "socket-holder"
     """One of several processes that have the socket open."""
+    ONLY_THREAD = "only-thread"
+    """Of a thread: its process, which is known for one of the reasons above, has no other."""
     DECLARED = "declared"
     """The client said so: ``application_name`` or an SQL comment."""
     UNKNOWN = "unknown"
@@ -51,19 +52,6 @@ class Process:
     cmdline: tuple[str, ...]
     """Empty for a kernel thread or a zombie."""
     ppid: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """What attribution knows about one session's client at one moment; what it does not know is ``None``."""
-
-    opener: Process | None = None
-    """The process that opened the connection, remembered even when it is gone."""
-    opener_evidence: Evidence = Evidence.UNKNOWN
-    holders: tuple[Process, ...] | None = None
-    """The processes that have the client's socket open: a single one only if there is certainly no other. ``None``
-    when that could not be found out."""
-    senders: Mapping[int, Process] = field(default_factory=dict)
-    """The processes that the kernel named as senders, by pid, as far as they could still be looked at."""
-    driver: Driver = Driver.UNKNOWN
-    """What speaks on the connection: the driver of the process that opened it, when it did."""
+    namespace_pid: int | None = None
+    """Its pid as it and its logs know it, in its own pid namespace; ``None`` if that is the guard's own, as it is
+    outside of containers."""

@@ -6,7 +6,9 @@ here hands out and compares both.
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -24,6 +26,10 @@ _CMDLINE_LIMIT = 4096
 
 _PF_KTHREAD = 0x00200000
 """The flag of kernel threads in field 9 of ``/proc/PID/stat``: ``include/linux/sched.h``."""
+
+_NAMESPACE_PIDS = re.compile(rb"^NSpid:((?:\t\d+)+)$", re.MULTILINE)
+"""In ``/proc/PID/status``: the process's pid in the pid namespace of ``/proc``, then in each namespace nested within
+it, down to the process's own. proc_pid_status(5)."""
 
 _REMEMBERED = 1024
 """Processes that a :class:`ProcessBook` remembers unless told otherwise: about a megabyte of ordinary ones."""
@@ -59,6 +65,11 @@ def read_stat(pid: int) -> Stat | None:
         line = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
+    return parse_stat(line)
+
+
+def parse_stat(line: bytes) -> Stat:
+    """Decode the content of ``/proc/PID/stat``, or of a thread's ``/proc/PID/task/TID/stat``."""
     # The name is put in parentheses and may itself hold spaces and parentheses, but what follows it can't.
     name, rest = line[line.index(b"(") + 1 :].rsplit(b")", 1)
     fields = rest.split()
@@ -75,23 +86,45 @@ def read_process(pid: int) -> Process | None:
     """Read who ``pid`` is now; ``None`` if there is no such process, or ``/proc`` doesn't show it to us.
 
     What is returned belongs to one process: if the pid changes hands while it is being read, it is read again. It
-    may be a zombie, which has a name and a parent but no command line any more. Costs about 60 µs.
+    may be a zombie, which has a name and a parent but no command line any more. Costs about 60 µs, and 20 µs more if
+    it is in another pid namespace.
     """
     try:
         stat = read_stat(pid)
         while stat is not None:
             with Path(f"/proc/{pid}/cmdline").open("rb") as file:
                 cmdline = file.read(_CMDLINE_LIMIT)
+            namespace_pid = _read_namespace_pid(pid)
             after = read_stat(pid)
             if after is not None and after.started == stat.started:
-                return _process(pid, after, cmdline)
+                return _process(pid, after, cmdline, namespace_pid)
             stat = after
     except OSError:
         pass
     return None
 
 
-def _process(pid: int, stat: Stat, cmdline: bytes) -> Process:
+def _read_namespace_pid(pid: int) -> int | None:
+    """Read a process's pid in its own pid namespace; ``None`` if that is the guard's. Raises OSError."""
+    link = f"/proc/{pid}/ns/pid"
+    try:
+        # Nearly every process is in the guard's own, and this takes a quarter of the time that the list takes.
+        if os.readlink(link) == _own_pid_namespace():  # noqa: PTH115 - a Path would double the time
+            return None
+    except OSError:
+        pass  # it needs ptrace rights, which the list doesn't
+    found = _NAMESPACE_PIDS.search(Path(f"/proc/{pid}/status").read_bytes())
+    pids = found[1].split() if found is not None else []
+    return int(pids[-1]) if len(pids) > 1 else None
+
+
+@functools.cache
+def _own_pid_namespace() -> str:
+    """Return what the guard's own link says; a process never leaves its pid namespace: pid_namespaces(7)."""
+    return str(Path("/proc/self/ns/pid").readlink())
+
+
+def _process(pid: int, stat: Stat, cmdline: bytes, namespace_pid: int | None) -> Process:
     # A process that sets its title overwrites its arguments and leaves the rest of their room zeroed or blank.
     text = cmdline.rstrip(b"\0 ").decode(errors="replace")
     return Process(
@@ -101,6 +134,7 @@ def _process(pid: int, stat: Stat, cmdline: bytes) -> Process:
         name=stat.name,
         cmdline=tuple(text.split("\0")) if text else (),
         ppid=stat.ppid or None,
+        namespace_pid=namespace_pid,
     )
 
 

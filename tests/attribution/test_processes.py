@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
-from pgguard.attribution.processes import ProcessBook, read_process, read_stat
+import pytest
+
+from pgguard.attribution.processes import ProcessBook, parse_stat, read_process, read_stat
 from tests.attribution.puppets import Puppet
 
 Puppets = Callable[[], Puppet]
@@ -30,6 +34,49 @@ def test_a_name_with_parentheses_and_spaces_does_not_shift_the_fields(puppet: Pu
     assert process is not None
     assert process.name == "a) R 1 (b"
     assert (process.started, process.ppid) == (before.started, before.ppid)
+
+
+def test_a_line_of_stat_is_decoded_by_its_last_parenthesis() -> None:
+    stat = parse_stat(b"7 (a) R 1 (\xff) S 6 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 0 0\n")
+    assert stat == ("a) R 1 (\ufffd", "S", 6, 4194560, 4711)
+
+
+def test_a_process_in_a_pid_namespace_of_its_own_is_known_by_the_pid_that_it_has_there(puppet: Puppets) -> None:
+    """By that one the container's own logs speak of it."""
+    parent = puppet()
+    if parent.do("__import__('ctypes').CDLL(None).unshare(0x20000000)") != 0:  # CLONE_NEWPID
+        pytest.skip("no pid namespace can be made here")
+    init = parent.do("fork()")
+    inner = parent.do("[fork() for _ in range(2)]")
+    seen = [read_process(pid) for pid in (parent.pid, init, *inner)]
+    assert [process and process.namespace_pid for process in seen] == [None, 1, 2, 3]
+
+
+def test_within_a_pid_namespace_pids_are_what_they_are_there() -> None:
+    script = (
+        "import os; from pgguard.attribution.processes import read_process; process = read_process(os.getpid()); "
+        "print(process.pid, process.namespace_pid, process.ppid)"
+    )
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-c", script]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no pid namespace can be made here: {error}")
+    assert done.stdout == "1 None None\n"
+
+
+def test_the_pid_in_another_namespace_is_told_without_ptrace_rights_too(puppet: Puppets) -> None:
+    parent, guard = puppet(), puppet()
+    if parent.do("__import__('ctypes').CDLL(None).unshare(0x20000000)") != 0:
+        pytest.skip("no pid namespace can be made here")
+    init = parent.do("fork()")
+    # The interpreter may be where only root can import from, so whatever is needed is imported before.
+    guard.do(f"from pgguard.attribution.processes import read_process; read_process({init}); become_nobody()")
+    assert guard.do(f"[read_process(pid).namespace_pid for pid in ({init}, {parent.pid}, os.getpid())]") == [
+        1,
+        None,
+        None,
+    ]
 
 
 def test_nobody_is_found_where_nobody_is(puppet: Puppets) -> None:

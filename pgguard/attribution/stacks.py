@@ -1,0 +1,188 @@
+"""What Python threads were doing: functions, files and lines, through py-spy.
+
+py-spy reads the interpreter's own structures out of the process's memory. By default it stops the process with
+ptrace(2) for that, which is not harmless. A stop interrupts system calls, and some then fail with EINTR: signal(7),
+"Interruption of system calls and library functions by stop signals". It turns a poll into a restart_syscall, of which
+:mod:`pgguard.attribution.threads` sees less. And were py-spy killed between stopping a process and taking note of it,
+the process would stay stopped.
+
+So it is told ``--nonblocking``: it only reads, and the process notices nothing. The price is that the stack of a thread
+which runs may be torn. Therefore stacks are given of threads that *sleep*, and only if each is seen in the same sleep
+afterwards: a thread that didn't run has not changed its stack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from pgguard.attribution.runtime import Language, runtime_of
+from pgguard.attribution.threads import Obstacle, Sleep, find_sleep
+
+
+class Frame(NamedTuple):
+    """A call that has not returned yet."""
+
+    function: str
+    """Its name; with Python 3.11 and newer its qualified name."""
+    file: str
+    """As the interpreter knows it: mostly an absolute path, in the process's own file system."""
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stacks:
+    """What some threads were doing in the sleep that they were asked about in."""
+
+    frames: Mapping[Sleep, tuple[Frame, ...]] = field(default_factory=dict)
+    """The innermost call first. A thread that has run meanwhile, or isn't Python's, has none."""
+    problems: Mapping[int, str] = field(default_factory=dict)
+    """By pid, why nothing could be found out about a whole process: a clause that can stand alone."""
+
+
+class _Frame(BaseModel):
+    """What py-spy says of a frame: ``stack_trace.rs`` in its sources."""
+
+    name: str
+    filename: str
+    line: int
+
+
+class _Thread(BaseModel):
+    """What py-spy says of a thread."""
+
+    os_thread_id: int | None
+    """Its tid; ``None`` before Python 3.11, where the interpreter doesn't know it."""
+    frames: list[_Frame]
+
+
+class _NoDump(Exception):
+    """Why there is none, as in :class:`Stacks`."""
+
+
+_DUMP = TypeAdapter(list[_Thread])
+
+
+def find_py_spy() -> str | None:
+    """Find py-spy's program: where the guard's own Python is, so that its optional extra wins, or else on ``PATH``."""
+    beside = shutil.which("py-spy", path=str(Path(sys.executable).parent)) if sys.executable else None
+    return beside or shutil.which("py-spy")
+
+
+def python_stacks(sleeps: Collection[Sleep], seconds: float = 0.5) -> Stacks:
+    """Find out what sleeping threads are doing, those of one or several processes.
+
+    For worker threads: it runs py-spy, once for each process and all at the same time. That takes 10 to 30 ms,
+    most of it processor time. The processes neither stop nor notice. When it returns, no child is left behind.
+
+    Args:
+        sleeps: from :func:`waiting_threads` or :func:`find_sleep`. Whoever has by now the pid of a process that is
+            gone isn't taken for it.
+        seconds: at most, for all together.
+    """
+    deadline = time.monotonic() + seconds
+    pids = dict.fromkeys(sleep.thread.pid for sleep in sleeps)
+    frames: dict[Sleep, tuple[Frame, ...]] = {}
+    problems: dict[int, str] = {}
+    program = find_py_spy()
+    if program is None:
+        return Stacks(problems=dict.fromkeys(pids, "py-spy is not installed"))
+    with contextlib.ExitStack() as stack:
+        children: dict[int, subprocess.Popen[bytes]] = {}
+        for pid in pids:
+            try:
+                _check(pid)
+                children[pid] = stack.enter_context(_started(program, pid))
+            except _NoDump as reason:
+                problems[pid] = str(reason)
+            except OSError as error:
+                problems[pid] = f"py-spy can't be run: {error.strerror}"
+        for pid, child in children.items():
+            try:
+                threads = _threads(pid, _result(child, deadline))
+            except _NoDump as reason:
+                problems[pid] = str(reason)
+                continue
+            for sleep in sleeps:
+                _, started, tid, _ = sleep.thread
+                if sleep.thread.pid == pid and tid in threads and find_sleep(pid, started, tid) == sleep:
+                    frames[sleep] = threads[tid]
+    return Stacks(frames, problems)
+
+
+def _check(pid: int) -> None:
+    """Raise _NoDump unless it is a Python process that may be looked at."""
+    try:
+        Path(f"/proc/{pid}/exe").readlink()
+    except PermissionError:
+        raise _NoDump(Obstacle.NOT_PERMITTED) from None
+    except OSError:
+        raise _NoDump("it has ended") from None
+    if runtime_of(pid).language is not Language.PYTHON:
+        raise _NoDump("it isn't Python")
+
+
+@contextlib.contextmanager
+def _started(program: str, pid: int) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(  # noqa: S603 - found by find_py_spy, with a number as its only variable argument
+        [program, "dump", "--json", "--nonblocking", "--pid", str(pid)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={},
+    ) as child:
+        try:
+            yield child
+        finally:
+            # It holds nothing that would need to be put back: see the head of this module.
+            child.kill()
+
+
+def _result(child: subprocess.Popen[bytes], deadline: float) -> list[_Thread]:
+    try:
+        output, complaint = child.communicate(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise _NoDump("py-spy didn't answer in time") from None
+    if child.returncode != 0:
+        raise _NoDump(f"py-spy: {_shorten(complaint.decode(errors='replace'))}")
+    try:
+        return _DUMP.validate_json(output)
+    except ValidationError:
+        raise _NoDump("py-spy's answer isn't understood") from None
+
+
+def _shorten(complaint: str) -> str:
+    """Return what py-spy complains about and the cause at the bottom of it, without the backtrace of its own."""
+    lines = [line.strip() for line in complaint.partition("Stack backtrace:")[0].splitlines() if line.strip()]
+    if not lines:
+        return "failed"
+    message = lines[0].removeprefix("Error: ")
+    return message if len(lines) == 1 else f"{message.rstrip('.')}: {re.sub('^[0-9]+: ', '', lines[-1])}"
+
+
+def _threads(pid: int, dumped: list[_Thread]) -> dict[int, tuple[Frame, ...]]:
+    """Return the frames by tid."""
+    if len(dumped) == 1 and dumped[0].os_thread_id is None and _is_single_threaded(pid):
+        dumped[0].os_thread_id = pid
+    return {
+        thread.os_thread_id: tuple(Frame(frame.name, frame.filename, frame.line) for frame in thread.frames)
+        for thread in dumped
+        if thread.os_thread_id is not None and thread.frames
+    }
+
+
+def _is_single_threaded(pid: int) -> bool:
+    try:
+        return [task.name for task in Path(f"/proc/{pid}/task").iterdir()] == [str(pid)]
+    except OSError:
+        return False

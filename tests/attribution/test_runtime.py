@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pgguard.attribution.drivers import driver_of
+from pgguard.attribution.evidence import Driver
+from pgguard.attribution.images import read_image
+from pgguard.attribution.runtime import Language, Library, Runtime, Server, runtime_of
+from tests.attribution.puppets import Puppet
+
+Puppets = Callable[[], Puppet]
+
+_PYTHON = "print('x', flush=True); input()"
+
+
+@contextmanager
+def _running(*command: str, executable: str | None = None, cwd: Path | None = None) -> Iterator[int]:
+    """Run a program that says ``x`` when it is ready and ends with its input."""
+    with subprocess.Popen(
+        command, executable=executable, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"x"
+        yield process.pid
+        process.communicate(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("language", "program", "script"),
+    [
+        (Language.RUBY, "ruby", "STDOUT.sync = true; print 'x'; gets"),
+        (Language.PERL, "perl", "$| = 1; print 'x'; <STDIN>"),
+        (Language.NODE, "node", "process.stdout.write('x'); process.stdin.resume()"),
+        (Language.PYTHON, sys.executable, _PYTHON),
+    ],
+)
+def test_an_interpreter_is_known_by_its_program(language: Language, program: str, script: str) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    with _running(program, "-c" if language is Language.PYTHON else "-e", script) as pid:
+        assert runtime_of(pid) == Runtime(language)
+
+
+@pytest.mark.skipif(shutil.which("php") is None, reason="php is not installed")
+def test_php_is_known_by_its_program() -> None:
+    with _running("php", "-r", "echo 'x'; fgets(STDIN);") as pid:
+        assert runtime_of(pid).language is Language.PHP
+
+
+@pytest.mark.skipif(shutil.which("ruby") is None, reason="ruby is not installed")
+@pytest.mark.parametrize(
+    ("title", "server"),
+    [
+        ("puma 6.4.2 (tcp://0.0.0.0:3000) [app]", Server.PUMA),
+        ("puma: cluster worker 1: 4864 [app]", Server.PUMA),
+        ("unicorn worker[0] -c config/unicorn.rb", Server.UNICORN),
+        ("/usr/bin/unicorn_rails master -c config/unicorn.rb", Server.UNICORN),
+        ("Passenger RubyApp: /srv/app (production)", Server.PASSENGER),
+        ("sidekiq 7.2.1 app [0 of 5 busy]", Server.SIDEKIQ),
+        ("resque-2.6.0: Forked 123 at 1700000000", Server.RESQUE),
+        ("pumactl status", None),
+        ("tail -f log/puma.log", None),
+    ],
+)
+def test_a_ruby_server_is_known_by_the_title_that_it_gives_itself(title: str, server: Server | None) -> None:
+    with _running("ruby", "-e", f"$0 = {title!r}; STDOUT.sync = true; print 'x'; gets") as pid:
+        assert runtime_of(pid) == Runtime(Language.RUBY, server)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "server"),
+    [
+        (["gunicorn", "app:app"], Server.GUNICORN),
+        (["-u", "./celery", "-A", "app", "worker"], Server.CELERY),
+        (["-m", "celery", "worker"], Server.CELERY),
+        (["app.py", "celery"], None),
+    ],
+)
+def test_a_python_server_is_known_by_its_script(arguments: list[str], server: Server | None, tmp_path: Path) -> None:
+    for name in "gunicorn", "celery", "celery.py", "app.py":
+        (tmp_path / name).write_text(_PYTHON)
+    with _running(sys.executable, *arguments, cwd=tmp_path) as pid:
+        assert runtime_of(pid) == Runtime(Language.PYTHON, server)
+
+
+@pytest.mark.parametrize(
+    ("title", "server"),
+    [("gunicorn: worker [app]", Server.GUNICORN), ("[celeryd: celery@host:MainProcess]", Server.CELERY)],
+)
+def test_a_python_server_is_known_by_its_title(title: str, server: Server) -> None:
+    with _running(title, "-c", _PYTHON, executable=sys.executable) as pid:
+        assert runtime_of(pid) == Runtime(Language.PYTHON, server)
+
+
+def test_a_title_counts_only_where_the_language_fits() -> None:
+    """Anybody can give a process any title."""
+    with _running("puma: cluster worker 1: 4864 [app]", "-c", _PYTHON, executable=sys.executable) as pid:
+        assert runtime_of(pid) == Runtime(Language.PYTHON)
+
+
+def test_a_child_that_multiprocessing_has_spawned_is_known(puppet: Puppets) -> None:
+    parent = puppet()
+    parent.do(
+        "import multiprocessing\n"
+        "context = multiprocessing.get_context('spawn')\n"
+        "barrier = context.Barrier(2)\n"
+        "child = context.Process(target=barrier.wait)\n"
+        "child.start()"
+    )
+    child = parent.do("child.pid")
+    deadline = time.monotonic() + 10
+    # Until it has executed the interpreter anew it is its parent's likeness, and for a moment nothing.
+    while runtime_of(child) != Runtime(Language.PYTHON, Server.MULTIPROCESSING):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    parent.do("barrier.wait(); child.join()")
+
+
+@pytest.mark.parametrize(
+    ("module", "library"),
+    [
+        ("asyncpg", Library.ASYNCPG),
+        ("psycopg", Library.PSYCOPG),
+        ("psycopg2", Library.PSYCOPG2),
+        ("sqlalchemy", Library.SQLALCHEMY),
+        ("gevent", Library.GEVENT),
+    ],
+)
+def test_a_python_library_with_a_compiled_part_is_known_by_that(module: str, library: Library, puppet: Puppets) -> None:
+    process = puppet()
+    assert runtime_of(process.pid).libraries == frozenset()
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+    process.do(f"import {module}")
+    assert runtime_of(process.pid).libraries == {library}
+
+
+def test_django_is_known_by_its_script_wherever_that_runs(tmp_path: Path) -> None:
+    script = tmp_path / "manage.py"
+    script.write_text(_PYTHON)
+    with _running(sys.executable, str(script), "runserver") as pid:
+        assert runtime_of(pid).libraries == {Library.DJANGO}
+
+
+def test_django_is_known_by_what_stands_in_the_working_directory(tmp_path: Path) -> None:
+    with _running(sys.executable, "-c", _PYTHON, cwd=tmp_path) as pid:
+        assert runtime_of(pid).libraries == frozenset()
+        (tmp_path / "manage.py").mkdir()
+        assert runtime_of(pid).libraries == frozenset()
+        (tmp_path / "manage.py").rmdir()
+        (tmp_path / "manage.py").touch()
+        assert runtime_of(pid).libraries == {Library.DJANGO}
+
+
+_LOCK = """\
+GEM
+  remote: https://rubygems.org/
+  specs:
+    hanami-controller (2.3.1)
+      hanami-utils (~> 2.3)
+      rails (>= 7)
+{gems}
+PLATFORMS
+  ruby
+
+DEPENDENCIES
+  activerecord
+"""
+
+
+@pytest.mark.skipif(shutil.which("ruby") is None, reason="ruby is not installed")
+@pytest.mark.parametrize(
+    ("gems", "libraries"),
+    [
+        ([], set()),
+        (["pg (1.5.9)"], set()),
+        (["sequel (5.84.0)"], {Library.SEQUEL}),
+        (["sequel_pg (1.17.1)", "rom-factory (0.13.0)"], set()),
+        (["rom (5.4.2)", "rom-sql (3.7.0)", "sequel (5.84.0)"], {Library.ROM, Library.SEQUEL}),
+        (["hanami (2.1.1)", "rom-sql (3.6.5)"], {Library.HANAMI, Library.ROM}),
+        (["hanami (2.2.0)", "hanami-db (2.2.0)"], {Library.HANAMI, Library.HANAMI_DB}),
+        (["activerecord (8.0.0)", "rails (8.0.0)"], {Library.ACTIVE_RECORD, Library.RAILS}),
+    ],
+)
+def test_ruby_libraries_are_known_by_the_bundle_in_the_working_directory(
+    gems: list[str], libraries: set[Library], tmp_path: Path
+) -> None:
+    (tmp_path / "Gemfile.lock").write_text(_LOCK.format(gems="\n".join(f"    {gem}" for gem in gems)))
+    with _running("ruby", "-e", "STDOUT.sync = true; print 'x'; gets", cwd=tmp_path) as pid:
+        assert runtime_of(pid) == Runtime(Language.RUBY, None, frozenset(libraries))
+
+
+def test_a_bundle_counts_only_for_ruby(tmp_path: Path) -> None:
+    (tmp_path / "Gemfile.lock").write_text(_LOCK.format(gems="    sequel (5.84.0)"))
+    with _running(sys.executable, "-c", _PYTHON, cwd=tmp_path) as pid:
+        assert runtime_of(pid) == Runtime(Language.PYTHON)
+
+
+@pytest.mark.skipif(shutil.which("ruby") is None, reason="ruby is not installed")
+def test_what_is_no_regular_file_is_neither_waited_for_nor_read_without_end(tmp_path: Path) -> None:
+    lock = tmp_path / "Gemfile.lock"
+    with _running("ruby", "-e", "STDOUT.sync = true; print 'x'; gets", cwd=tmp_path) as pid:
+        os.mkfifo(lock)
+        assert runtime_of(pid) == Runtime(Language.RUBY)
+        lock.unlink()
+        lock.symlink_to("/dev/zero")
+        assert runtime_of(pid) == Runtime(Language.RUBY)
+        lock.unlink()
+        lock.write_text(" " * (1 << 20) + "\n    sequel (5.84.0)\n")
+        assert runtime_of(pid) == Runtime(Language.RUBY)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="runs x86-64 code")
+@pytest.mark.parametrize(("note", "language"), [(b"Go\0\0", Language.GO), (b"GNU\0", None)])
+def test_a_go_program_is_known_by_its_build_id(note: bytes, language: Language | None, tmp_path: Path) -> None:
+    # write(1, "x", 1) from the stack; read(0, …, 1); exit(0)
+    code = bytes.fromhex(
+        "6a78 b801000000 bf01000000 4889e6 ba01000000 0f05 31c0 31ff 4889e6 ba01000000 0f05 b83c000000 31ff 0f05"
+    )
+    notes = struct.pack("<III", 4, 5, 3) + b"XYZ\0" + bytes(8) + struct.pack("<III", 4, 4, 4) + note + b"id\0\0"
+    base, start = 0x400000, 64 + 2 * 56
+    size = start + len(code) + len(notes)
+    program = tmp_path / "server"
+    program.write_bytes(
+        struct.pack("<4sBBB9xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 2, 62, 1, base + start, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+        + struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000)
+        + struct.pack("<IIQQQQQQ", 4, 4, start + len(code), 0, 0, len(notes), len(notes), 4)
+        + code
+        + notes
+    )
+    program.chmod(0o755)
+    with _running(str(program)) as pid:
+        assert runtime_of(pid) == Runtime(language)
+
+
+def test_a_process_that_is_gone_shows_nothing(puppet: Puppets) -> None:
+    process = puppet()
+    process.end()
+    assert runtime_of(process.pid) == Runtime()
+
+
+def test_an_image_is_read_once_and_tells_as_much_as_the_pid(puppet: Puppets) -> None:
+    process = puppet()
+    process.do("import psycopg2")
+    image = read_image(process.pid)
+    assert image is not None
+    process.end()
+    assert runtime_of(image) == Runtime(Language.PYTHON, None, frozenset({Library.PSYCOPG2}))
+    assert driver_of(image) is Driver.LIBPQ
+    assert read_image(process.pid) is None

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pgguard.attribution.processes import read_process
+from pgguard.attribution.stacks import find_py_spy, python_stacks
+from pgguard.attribution.threads import Obstacle, Sleep, Thread, find_sleep
+from tests.attribution.puppets import Puppet
+
+Puppets = Callable[[], Puppet]
+
+needs_py_spy = pytest.mark.skipif(find_py_spy() is None, reason="py-spy is not installed")
+
+_PRELUDE = """
+import threading
+ours, theirs = socket.socketpair()
+def fetch(): ours.recv(1)
+def handle(): fetch()
+def spin():
+    while True: pass
+def start(target):
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    return thread.native_id
+"""
+
+
+@pytest.fixture
+def application(puppet: Puppets) -> Puppet:
+    application = puppet()
+    application.do(_PRELUDE)
+    return application
+
+
+def _until_asleep(pid: int, tid: int, call: str = "") -> Sleep:
+    """Wait for a thread to sleep in a system call that begins with ``call``."""
+    process = read_process(pid)
+    assert process is not None
+    deadline = time.monotonic() + 10
+    while True:
+        line = Path(f"/proc/{pid}/task/{tid}/wchan").read_text()
+        sleep = find_sleep(pid, process.started, tid)
+        if call in line and sleep is not None and sleep == find_sleep(pid, process.started, tid):
+            return sleep
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def _functions(sleep: Sleep) -> list[str]:
+    stacks = python_stacks([sleep], seconds=10)
+    assert stacks.problems == {}
+    return [frame.function for frame in stacks.frames[sleep]]
+
+
+@needs_py_spy
+def test_a_sleeping_thread_is_seen_with_functions_and_lines_the_innermost_first(application: Puppet) -> None:
+    tid = application.do("start(handle)")
+    sleep = _until_asleep(application.pid, tid, "unix_stream")
+    stacks = python_stacks([sleep], seconds=10)
+    assert stacks.problems == {}
+    inner, outer = stacks.frames[sleep][:2]
+    assert inner[:2] == ("fetch", "<string>")
+    assert outer[:2] == ("handle", "<string>")
+    assert outer.line == inner.line + 1
+
+
+@needs_py_spy
+def test_both_processes_on_one_socket_are_seen_in_one_go(application: Puppet) -> None:
+    """The thread that a fork leaves in the child has a tid of its own there."""
+    child = application.do("fork(lambda: start(fetch))")
+    tid = application.do("start(handle)")
+    tids = [int(task.name) for task in Path(f"/proc/{child}/task").iterdir()]
+    sleeps = [
+        _until_asleep(application.pid, tid, "unix_stream"),
+        _until_asleep(child, max(tids), "unix_stream"),
+        _until_asleep(child, child, "pipe_read"),
+    ]
+    stacks = python_stacks(sleeps, seconds=10)
+    assert stacks.problems == {}
+    assert [stacks.frames[sleep][0].function for sleep in sleeps] == ["fetch", "fetch", "fork"]
+
+
+@needs_py_spy
+def test_a_stack_is_given_only_for_the_sleep_that_was_asked_about(application: Puppet) -> None:
+    """A thread that has gone on meanwhile is doing something else, and what it did can't be known any more."""
+    sleep = _until_asleep(application.pid, application.pid, "pipe_read")
+    assert "<module>" in _functions(sleep)
+    application.do("None")
+    _until_asleep(application.pid, application.pid, "pipe_read")
+    assert python_stacks([sleep], seconds=10).frames == {}
+
+
+@needs_py_spy
+def test_a_process_with_the_pid_of_the_one_that_was_asked_about_is_not_taken_for_it(application: Puppet) -> None:
+    sleep = _until_asleep(application.pid, application.pid, "pipe_read")
+    thread = sleep.thread._replace(started=sleep.thread.started - 1)
+    assert python_stacks([sleep._replace(thread=thread)], seconds=10).frames == {}
+
+
+@needs_py_spy
+def test_the_process_does_not_notice(application: Puppet) -> None:
+    """A stop by a tracer would end the sleep, and this one's count with it."""
+    tid = application.do("start(handle)")
+    sleep = _until_asleep(application.pid, tid, "unix_stream")
+    for _ in range(3):
+        assert _functions(sleep)[0] == "fetch"
+    assert _until_asleep(application.pid, tid) == sleep
+
+
+@needs_py_spy
+def test_a_sleeping_thread_is_seen_among_others_that_run(application: Puppet) -> None:
+    tid = application.do("start(handle)")
+    sleep = _until_asleep(application.pid, tid, "unix_stream")
+    application.do("start(spin)")
+    assert _functions(sleep)[0] == "fetch"
+
+
+def test_a_thread_that_runs_is_in_no_sleep(application: Puppet) -> None:
+    tid = application.do("start(spin)")
+    process = read_process(application.pid)
+    assert process is not None
+    # A thread that wants the interpreter's lock sleeps now and then; this one has it for most of the time.
+    assert any(find_sleep(application.pid, process.started, tid) is None for _ in range(1000))
+
+
+@needs_py_spy
+def test_what_is_not_python_is_said_to_be_none() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        sleep = _until_asleep(process.pid, process.pid, "pipe_read")
+        stacks = python_stacks([sleep])
+        process.communicate()
+    assert (stacks.frames, stacks.problems) == ({}, {process.pid: "it isn't Python"})
+
+
+@needs_py_spy
+def test_a_process_that_may_not_be_looked_at_is_said_to_be_so(application: Puppet, puppet: Puppets) -> None:
+    application.do("set_dumpable(0)")
+    guard = puppet()
+    # The interpreter may be where only root can import from, so whatever is needed is imported before.
+    guard.do(
+        "from pgguard.attribution.stacks import python_stacks\n"
+        "from pgguard.attribution import threads\n"
+        f"sleep = threads.Sleep(threads.Thread({application.pid}, 1, {application.pid}, 1), 1)\n"
+        "stacks = python_stacks([sleep])\n"
+        "become_nobody()\n"
+        "import shutil; shutil.which = lambda name, path=None: '/bin/true'\n"
+        "stacks = python_stacks([sleep])"
+    )
+    assert guard.do("[len(stacks.frames), stacks.problems]") == [
+        0,
+        {str(application.pid): str(Obstacle.NOT_PERMITTED)},
+    ]
+
+
+@needs_py_spy
+def test_a_process_that_is_gone_is_said_to_be_so(application: Puppet) -> None:
+    sleep = _until_asleep(application.pid, application.pid, "pipe_read")
+    application.end()
+    stacks = python_stacks([sleep])
+    assert (stacks.frames, stacks.problems) == ({}, {application.pid: "it has ended"})
+
+
+def test_without_py_spy_that_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgguard.attribution.stacks.find_py_spy", lambda: None)
+    nobody = Sleep(Thread(os.getpid(), 0, 0, 0), 0)
+    assert python_stacks([nobody]).problems == {os.getpid(): "py-spy is not installed"}
+
+
+def test_py_spy_beside_the_guards_own_python_comes_before_the_one_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that the optional extra has installed is of a version that fits."""
+    beside, elsewhere = tmp_path / "venv" / "py-spy", tmp_path / "path" / "py-spy"
+    for program in beside, elsewhere:
+        program.parent.mkdir()
+        program.touch(0o755)
+    monkeypatch.setattr("sys.executable", str(beside.with_name("python")))
+    monkeypatch.setenv("PATH", str(elsewhere.parent))
+    assert find_py_spy() == str(beside)
+    beside.unlink()
+    assert find_py_spy() == str(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        pytest.param("while :; do :; done", "py-spy didn't answer in time", id="hangs"),
+        pytest.param("echo surprise", "py-spy's answer isn't understood", id="another format"),
+        pytest.param(
+            r"printf 'Error: It failed.\n\nCaused by:\n  0: why\n  1: root\n\nStack backtrace:\n  0: x\n' >&2; exit 1",
+            "py-spy: It failed: root",
+            id="fails",
+        ),
+        pytest.param("exit 3", "py-spy: failed", id="fails without a word"),
+    ],
+)
+def test_a_py_spy_that_does_not_do_its_work_is_ended_and_the_reason_given(
+    script: str, reason: str, application: Puppet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "py-spy"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("pgguard.attribution.stacks.find_py_spy", lambda: str(program))
+    sleep = _until_asleep(application.pid, application.pid, "pipe_read")
+    before = time.monotonic()
+    stacks = python_stacks([sleep], seconds=1)
+    assert time.monotonic() - before < 5
+    assert (stacks.frames, stacks.problems) == ({}, {application.pid: reason})
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+
+
+def test_a_py_spy_that_can_not_be_started_is_the_reason(
+    application: Puppet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgguard.attribution.stacks.find_py_spy", lambda: str(tmp_path / "gone"))
+    sleep = _until_asleep(application.pid, application.pid, "pipe_read")
+    assert python_stacks([sleep]).problems == {application.pid: "py-spy can't be run: No such file or directory"}
