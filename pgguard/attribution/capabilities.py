@@ -1,15 +1,69 @@
-"""What attribution this host allows, found out by trying it on ourselves."""
+"""What attribution this host, this user and these namespaces allow, found out by trying it on ourselves.
+
+Nothing is concluded from versions, users or settings: a socket is connected and looked up, a child process is started
+and looked at. Settings are read only to say what to change where that fails.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 from pgguard.attribution.descriptors import find_sockets, link_to, list_processes
+from pgguard.attribution.evidence import Process
+from pgguard.attribution.namespaces import ask_in_namespace, in_a_new_thread, read_tables
 from pgguard.attribution.processes import read_process
-from pgguard.attribution.sockets import SockDiag, client_socket
+from pgguard.attribution.senders import CREDENTIALS_SPACE, ask_for_credentials, sender_pid
+from pgguard.attribution.sockets import SockDiag, TcpClient, client_socket
+from pgguard.attribution.stacks import find_py_spy, python_stacks
+from pgguard.attribution.threads import Obstacle, Waiting, waiting_threads
+
+_SECONDS = 2.0
+"""How long each thing that is started for a check may take: many times what it does take."""
+
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC
+"""The inode of the namespace that the kernel boots with, ``PROC_PID_INIT_INO`` in ``linux/proc_ns.h``."""
+
+_NAMED = 3
+"""Processes that are named as examples."""
+
+_CAP_SYS_PTRACE = 19
+"""``linux/capability.h``."""
+
+_BLIND = "does not find what is certainly there"
+
+_CLIENT = """
+import os, select
+os.write(0, b"child")
+poll = select.poll()
+poll.register(0, select.POLLIN)
+poll.poll()
+"""
+"""A client that inherits its connection, sends something, and waits until the connection ends."""
+
+_STRANGER = """
+import sys
+with open(sys.argv[1], "rb") as file:
+    sys.exit(not file.read())
+"""
+"""A guard that is no ancestor of the client."""
+
+_MOUNT_PROC = "mount the /proc of the guard's own pid namespace"
+
+_SHARE_PIDS = (
+    'share the application\'s: pid: "service:app" in compose, --pid container:APP with docker, shareProcessNamespace: '
+    "true in a pod; or the host's: pid: host"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,85 +71,173 @@ class Capability:
     """One thing that attribution needs, and whether it can be had."""
 
     name: str
-    available: bool
+    purpose: str
+    """What it is for, and with what limits it can be had: a clause without a subject."""
     essential: bool
     """Without it, no client of one kind of socket at least can be found."""
-    explanation: str
-    """What it is for; where it isn't available, what is wrong and what to do about it. A clause, for after a colon."""
+    unix_instead: bool
+    """Clients that connect to a Unix socket can be named without it, by :attr:`KERNEL_SENDERS`."""
+    problem: str | None = None
+    """What is wrong, a clause; ``None`` if there is nothing and it can be had."""
+    remedy: str | None = None
+    """The one thing to do about the problem, an imperative; ``None`` exactly if there is none."""
+
+    @property
+    def available(self) -> bool:
+        """It can be had."""
+        return self.problem is None
+
+    @property
+    def explanation(self) -> str:
+        """What it is for; where it isn't available, what is wrong and what to do. A clause, for after a colon."""
+        return self.purpose if self.problem is None else f"{self.problem}; {self.remedy}"
+
+
+KERNEL_SENDERS = "kernel senders on Unix sockets"
+"""The capability that makes up for the lack of others."""
+
+
+class _Missing(Exception):
+    def __init__(self, problem: str, remedy: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.remedy = remedy
+        """``None`` for what the check names anyway."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    name: str
+    purpose: str
+    attempt: Callable[[], str | None]
+    """Returns the purpose where it depends on what was found. Raises _Missing, or OSError."""
+    remedy: str
+    essential: bool = False
+    unix_instead: bool = False
+    takes_proc: bool = False
+    """Nothing can be said about it where ``/proc`` is missing, or isn't that of the guard's pid namespace."""
+
+    def run(self, *, proc: bool) -> Capability:
+        purpose, problem, remedy = self.purpose, None, None
+        try:
+            if self.takes_proc and not proc:
+                raise _Missing("it takes /proc", _MOUNT_PROC)  # noqa: TRY301 - as if the attempt had said so
+            purpose = self.attempt() or purpose
+        except _Missing as missing:
+            problem, remedy = missing.problem, missing.remedy or self.remedy
+        except OSError as error:
+            problem, remedy = error.strerror or str(error), self.remedy
+        return Capability(self.name, purpose, self.essential, self.unix_instead, problem, remedy)
 
 
 def check() -> tuple[Capability, ...]:
-    """Try everything that attribution needs from this host. Takes some milliseconds.
+    """Try everything that attribution needs from this host, the essential first.
 
-    What is found holds for the calling process: it depends on its user, capabilities, namespaces and sandbox.
+    It starts child processes and takes some tenths of a second, and a few seconds at the very worst; nothing is left
+    behind. What is found holds for the calling process: it depends on its user, capabilities, namespaces and sandbox.
     """
     netlink = "allow AF_NETLINK sockets in the guard's sandbox, or load the kernel module"
-    return (
-        _check("/proc", _try_proc, "names processes", "mount the /proc of the guard's own pid namespace"),
-        _check("sock_diag for TCP", _try_tcp, "finds a client's TCP socket", f"{netlink} tcp_diag"),
-        _check("sock_diag for Unix sockets", _try_unix, "finds a client's Unix socket", f"{netlink} unix_diag"),
-        _check_other_users(),
-    )
+    with _Client() as client:
+        proc = _Check("/proc", "names processes", _try_proc, _MOUNT_PROC, essential=True).run(proc=True)
+        checks = (
+            _Check(
+                "sock_diag for TCP",
+                "finds a client's TCP socket",
+                _try_tcp,
+                f"{netlink} tcp_diag",
+                essential=True,
+                unix_instead=True,
+            ),
+            _Check(
+                "sock_diag for Unix sockets",
+                "finds a client's Unix socket",
+                _try_unix,
+                f"{netlink} unix_diag",
+                essential=True,
+            ),
+            _Check(
+                KERNEL_SENDERS,
+                "names the process that sent each byte",
+                client.try_senders,
+                "run the guard on the host's own kernel, not on a sandbox's imitation of one",
+            ),
+            _Check(
+                "other users' processes",
+                "finds clients of any user",
+                _try_other_users,
+                "run the guard as root with CAP_SYS_PTRACE",
+                unix_instead=True,
+                takes_proc=True,
+            ),
+            _Check(
+                "clients' pid namespace",
+                "sees every process on this host",
+                _try_pid_namespace,
+                _SHARE_PIDS,
+                takes_proc=True,
+            ),
+            _Check(
+                "other network namespaces",
+                "finds TCP clients in containers of this host",
+                _try_network_namespaces,
+                "give the guard CAP_SYS_ADMIN, or the application's network namespace",
+                unix_instead=True,
+                takes_proc=True,
+            ),
+            _Check(
+                "waiting threads",
+                "tells which threads wait for an answer, and so who shares a TCP connection",
+                client.try_threads,
+                _ptrace_remedy(),
+                unix_instead=True,
+                takes_proc=True,
+            ),
+            _Check(
+                "Python stacks",
+                "tells what waiting Python threads do",
+                client.try_stacks,
+                _ptrace_remedy(),
+                takes_proc=True,
+            ),
+        )
+        return (proc, *(one.run(proc=proc.available) for one in checks))
 
 
-def _check(name: str, attempt: Callable[[], bool], purpose: str, remedy: str) -> Capability:
-    try:
-        available = attempt()
-        complaint = "does not find what is certainly there"
-    except OSError as error:
-        available = False
-        complaint = error.strerror or str(error)
-    return Capability(name, available, True, purpose if available else f"{complaint}; {remedy}")
-
-
-def _try_proc() -> bool:
+def _try_proc() -> None:
     with socket.socket() as probe:
-        inode = os.fstat(probe.fileno()).st_ino
+        inode = _inode(probe)
         found = find_sockets(os.getpid(), {link_to(inode): inode})
-        return inode in found and read_process(os.getpid()) is not None
+        _expect(inode in found and read_process(os.getpid()) is not None)
 
 
-def _try_tcp() -> bool:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return _try_connection(listener, socket.create_connection(listener.getsockname(), timeout=1))
+def _try_tcp() -> None:
+    with _tcp_connection() as (client, accepted), SockDiag() as diag:
+        _expect(diag.client_inode(client_socket(accepted)) == _inode(client))
 
 
-def _try_unix() -> bool:
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
-        listener.bind("")  # an abstract address of the kernel's choice: unix(7), autobind
-        listener.listen(1)
-        client.connect(listener.getsockname())
-        return _try_connection(listener, client)
+def _try_unix() -> None:
+    with _unix_connection() as (client, accepted), SockDiag() as diag:
+        _expect(diag.client_inode(client_socket(accepted)) == _inode(client))
 
 
-def _try_connection(listener: socket.socket, client: socket.socket) -> bool:
-    listener.settimeout(1)
-    with client, listener.accept()[0] as accepted, SockDiag() as diag:
-        return diag.client_inode(client_socket(accepted)) == os.fstat(client.fileno()).st_ino
-
-
-def _check_other_users() -> Capability:
-    name = "other users' processes"
+def _try_other_users() -> None:
     pids = list_processes()
-    unreadable = sum(not _readable(pid) for pid in pids)
     # Every pid namespace has a process 1, and nobody but root may look at it under hidepid: proc(5).
     if 1 not in pids:
-        return Capability(
-            name,
-            False,
-            False,
-            "/proc hides them (hidepid), so that nobody can be shown to be alone with a connection; run the guard as "
-            "root, or with the group that /proc is mounted with (gid=)",
+        raise _Missing(
+            "/proc hides them (hidepid), so that nobody can be shown to be alone with a connection",
+            "run the guard as root, or with the group that /proc is mounted with (gid=)",
         )
+    unreadable = [pid for pid in pids if not _readable(pid)]
     if unreadable:
-        return Capability(
-            name,
-            False,
-            False,
-            f"{unreadable} can't be looked at; unless every client runs as the guard's user, run the guard as root "
-            "with CAP_SYS_PTRACE",
+        names = [f"{pid} ({process.name})" for pid in unreadable[:_NAMED] if (process := read_process(pid))]
+        more = ["…"] if len(unreadable) > len(names) else []
+        raise _Missing(
+            f"{len(unreadable)} can't be looked at: {', '.join(names + more)}",
+            "see that none of them is a client: not even CAP_SYS_PTRACE opens them, for AppArmor's sake perhaps"
+            if _has_capability(_CAP_SYS_PTRACE)
+            else "unless every client runs as the guard's user, run the guard as root with CAP_SYS_PTRACE",
         )
-    return Capability(name, True, False, "finds clients of any user")
 
 
 def _readable(pid: int) -> bool:
@@ -104,3 +246,234 @@ def _readable(pid: int) -> bool:
     except PermissionError:
         return False
     return True
+
+
+def _try_pid_namespace() -> str | None:
+    """Tell whose pid namespace this is, as far as that can be told.
+
+    The kernel's first one has every process in it. In any other one the guard sees nothing outside, neither processes
+    nor that there are any. Who shares it tells whether it is meant to be looked at: in a container of the guard's own
+    there is nobody but the guard, what started it, and what it or another guard has started.
+    """
+    if Path("/proc/self/ns/pid").stat().st_ino == _INITIAL_PID_NAMESPACE:
+        return None
+    processes = {pid: process for pid in list_processes() if (process := read_process(pid)) is not None}
+    guards = {os.getpid()} | {pid for pid, process in processes.items() if _is_guard(process)}
+    own = set(_lineage(os.getpid(), processes))
+    others = [pid for pid in processes if pid not in own and guards.isdisjoint(_lineage(pid, processes))]
+    if not others and 1 in processes:
+        raise _Missing("the guard is alone in the one that it is in, and sees only what it starts itself")
+    return "sees the processes of the one that the guard is in, and none outside of it"
+
+
+def _is_guard(process: Process) -> bool:
+    """True for ``pgguard serve``, started by that name or as a module of an interpreter."""
+    return "pgguard" in [Path(argument).name for argument in process.cmdline[:3]]
+
+
+def _lineage(pid: int, processes: Mapping[int, Process]) -> Iterator[int]:
+    """Yield a pid and those of its ancestors."""
+    process = processes.get(pid)
+    while process is not None:
+        yield process.pid
+        process = None if process.ppid is None else processes.get(process.ppid)
+
+
+def _try_network_namespaces() -> str | None:
+    """Look into the guard's own network namespace by the ways that lead into others."""
+    with _tcp_connection() as (client, accepted):
+        described = client_socket(accepted)
+        if isinstance(described, TcpClient):
+            with contextlib.suppress(OSError):
+                _expect(in_a_new_thread(lambda: ask_in_namespace(os.getpid(), [described])) == [_inode(client)])
+                return None
+            _expect(read_tables(os.getpid(), [described]) == [_inode(client)])
+    return "finds TCP clients in containers of this host, in milliseconds for want of CAP_SYS_ADMIN"
+
+
+class _Client:
+    """A child process with a Unix connection to us that waits for something to read from it, as clients do."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._failure: OSError | None = None
+        self._senders: list[int | None] = []
+        self._inode = 0
+        self._pid = 0
+        self._waiting: Waiting | None = None
+        self._blind: _Missing | None = None
+        """Why the child can't be seen to wait, once that has been tried."""
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except OSError as error:
+            self._failure = error
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _start(self) -> None:
+        client, accepted = self._stack.enter_context(_unix_connection())
+        self._inode = _inode(client)
+        client.sendall(b"guard")
+        child = self._stack.enter_context(_child(_CLIENT, stdin=client.fileno()))
+        self._pid = child.pid
+        client.close()  # so that the connection ends with the child, should it do so too early
+        self._senders = [_receive(accepted), _receive(accepted)]
+
+    def _require(self) -> None:
+        if self._failure is not None:
+            reason = self._failure.strerror or self._failure
+            raise _Missing(f"no child process could be started to try it: {reason}", "let the guard start processes")
+
+    def try_senders(self) -> None:
+        """Have the kernel name ourselves and, on the same connection, the child."""
+        self._require()
+        _expect(self._senders == [os.getpid(), self._pid])
+
+    def try_threads(self) -> None:
+        """See the child wait; and have another child, not an ancestor of the first, see it too."""
+        self._require()
+        try:
+            self._waiting = self._find()
+            self._have_a_stranger_look()
+        except _Missing as missing:
+            self._blind = missing
+            raise
+
+    def try_stacks(self) -> None:
+        """Have py-spy show what the child does, once its threads have been tried: that takes the same rights."""
+        self._require()
+        if find_py_spy() is None:
+            raise _Missing("py-spy is not installed", "pip install 'pgguard[stacks]'")
+        if self._waiting is None or self._blind is not None:
+            raise self._blind or _Missing(_BLIND)
+        stacks = python_stacks([self._waiting.sleep], _SECONDS)
+        problem = stacks.problems.get(self._pid)
+        if problem is not None:
+            refused = problem == Obstacle.NOT_PERMITTED or "not permitted" in problem
+            raise _Missing(problem, None if refused else "pip install --upgrade 'pgguard[stacks]'")
+        _expect(bool(stacks.frames.get(self._waiting.sleep)))
+
+    def _find(self) -> Waiting:
+        """Find the child's thread when it has gone to sleep. Raises _Missing."""
+        deadline = time.monotonic() + _SECONDS
+        process = read_process(self._pid)
+        while process is not None and time.monotonic() < deadline:
+            waits = waiting_threads([process], self._inode, _SECONDS)
+            if waits.threads:
+                return waits.threads[0]
+            for obstacle in waits.obstacles.values():
+                permitted = obstacle is not Obstacle.NOT_PERMITTED
+                raise _Missing(obstacle, "run the guard on Linux for x86-64 or arm64 itself" if permitted else None)
+            time.sleep(0.001)
+        raise _Missing(_BLIND)
+
+    def _have_a_stranger_look(self) -> None:
+        """Raise _Missing if only an ancestor sees what the child does, which a guard seldom is of its clients.
+
+        That is what Yama's ptrace_scope 1 means: ``Documentation/admin-guide/LSM/Yama.rst`` in the kernel.
+        """
+        if not _succeeds(_STRANGER, f"/proc/{self._pid}/syscall"):
+            raise _Missing("only those of the guard's own children can be seen, as with pgguard run")
+
+
+def _ptrace_remedy() -> str:
+    """Say what gives ptrace rights over the processes of clients: ptrace(2), "Ptrace access mode checking"."""
+    scope = _ptrace_scope()
+    if scope >= 3:
+        return f"boot with a kernel.yama.ptrace_scope below 3: it is {scope}, which lasts until then"
+    if _has_capability(_CAP_SYS_PTRACE):
+        return "allow ptrace(2) in the guard's sandbox: seccomp, AppArmor, SELinux"
+    privilege = "run the guard as root with CAP_SYS_PTRACE (cap_add: [SYS_PTRACE] in compose)"
+    return f"sysctl kernel.yama.ptrace_scope=0 (it is {scope}), or {privilege}" if scope else privilege
+
+
+def _ptrace_scope() -> int:
+    """Read how far Yama restricts ptrace(2); 0 where it doesn't, or isn't in the kernel."""
+    try:
+        return int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _has_capability(number: int) -> bool:
+    """Tell whether the guard has a capability: ``CapEff`` in ``/proc/self/status``, capabilities(7)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return False
+    found = re.search(r"^CapEff:\t([0-9a-f]+)$", status, re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> number & 1)
+
+
+@contextlib.contextmanager
+def _tcp_connection() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Connect to ourselves; yields the client's end and the accepted one. Raises OSError."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname(), _SECONDS) as client,
+        _accepted(listener) as accepted,
+    ):
+        yield client, accepted
+
+
+@contextlib.contextmanager
+def _unix_connection() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Connect to ourselves on a listener as the guard's are; yields both ends as above. Raises OSError."""
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        ask_for_credentials(listener)
+        listener.bind("")  # an abstract address of the kernel's choice: unix(7), autobind
+        listener.listen(1)
+        client.connect(listener.getsockname())
+        with _accepted(listener) as accepted:
+            yield client, accepted
+
+
+def _accepted(listener: socket.socket) -> socket.socket:
+    listener.settimeout(_SECONDS)
+    accepted = listener.accept()[0]
+    accepted.settimeout(_SECONDS)
+    return accepted
+
+
+def _receive(accepted: socket.socket) -> int | None:
+    """Read what one process has sent; returns its pid if the kernel says it. Raises OSError."""
+    data, ancdata, _, _ = accepted.recvmsg(64, CREDENTIALS_SPACE)
+    if not data:
+        raise ConnectionError(errno.ECONNRESET, "it ended at once")
+    return sender_pid(ancdata[0][2]) if ancdata else None
+
+
+def _inode(sock: socket.socket) -> int:
+    return os.fstat(sock.fileno()).st_ino
+
+
+@contextlib.contextmanager
+def _child(script: str, *arguments: str, stdin: int = subprocess.DEVNULL) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a script without the site's modules, which could say anything. Raises OSError."""
+    with subprocess.Popen(  # noqa: S603 - our own scripts
+        [sys.executable, "-I", "-S", "-c", script, *arguments],
+        stdin=stdin,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def _succeeds(script: str, *arguments: str) -> bool:
+    try:
+        with _child(script, *arguments) as child:
+            return child.wait(_SECONDS) == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def _expect(condition: bool) -> None:
+    if not condition:
+        raise _Missing(_BLIND)

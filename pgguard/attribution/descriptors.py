@@ -1,5 +1,5 @@
 """Which processes there are, and which sockets one of them has open: ``/proc`` and ``/proc/PID/fd``."""
-# ruff: noqa: PTH115, PTH208 - a Path object for each descriptor would double the time that a walk takes
+# ruff: noqa: PTH115, PTH121, PTH123, PTH208 - a Path object for each descriptor would double the time that a walk takes
 
 from __future__ import annotations
 
@@ -23,6 +23,29 @@ def list_processes() -> dict[int, int]:
             return {int(entry.name): entry.inode() for entry in entries if entry.name.isdigit()}
     except OSError:
         return {}
+
+
+def list_children(pid: int) -> list[int]:
+    """List the children of a process, zombies among them; empty if that can't be seen, or it is gone.
+
+    The kernel lists them by the thread that forked them: ``/proc/PID/task/TID/children``, proc_tid_children(5).
+    """
+    children: list[int] = []
+    try:
+        for tid in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{tid}/children", "rb") as file:
+                children += map(int, file.read().split())
+    except OSError:
+        pass
+    return children
+
+
+def is_same_program(pid: int, other: int) -> bool:
+    """Whether two processes run the same program file; False too if that can't be seen, as of a zombie."""
+    try:
+        return os.path.samefile(f"/proc/{pid}/exe", f"/proc/{other}/exe")
+    except OSError:
+        return False
 
 
 def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:

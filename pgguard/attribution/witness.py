@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pgguard.attribution.descriptors import is_same_program, list_children
 from pgguard.attribution.drivers import driver_of
-from pgguard.attribution.evidence import Driver, Evidence, Findings, Process
+from pgguard.attribution.evidence import Driver, Evidence, Process
+from pgguard.attribution.findings import Findings
 from pgguard.attribution.holders import Holders, HolderWatch, is_older
-from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook
-from pgguard.attribution.sockets import ClientSocket, SockDiag, UnixClient
+from pgguard.attribution.namespaces import NetworkNamespaces
+from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook, read_stat
+from pgguard.attribution.runtime import Runtime, runtime_of
+from pgguard.attribution.sampling import Sample, sample_sender
+from pgguard.attribution.sockets import ClientSocket, UnixClient
+from pgguard.attribution.stacks import Stacks, python_stacks
+from pgguard.attribution.threads import (
+    Sleep,
+    Waiting,
+    Waits,
+    all_asleep,
+    has_one_thread,
+    only_thread,
+    waiting_threads,
+)
 
-_DRIVERS = 1024
-"""Processes whose drivers are remembered."""
+_CLIENTS = 1024
+"""Processes of which it is remembered what they run."""
+_PAUSE = 0.0005
+"""Seconds between two looks at what threads do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +49,8 @@ class Opening:
     """Who had the socket open when it was looked for; empty if nobody was found."""
     driver: Driver
     """The opener's, and so what speaks on the connection, whoever inherits it."""
+    runtime: Runtime
+    """What the opener ran when it connected."""
 
 
 class Witness:
@@ -43,8 +63,9 @@ class Witness:
     def __init__(self) -> None:
         self._book = ProcessBook()
         self._watch = HolderWatch(self._book)
+        self._namespaces = NetworkNamespaces()
         self._lock = threading.Lock()
-        self._drivers: OrderedDict[tuple[int, int], Driver] = OrderedDict()
+        self._clients: OrderedDict[tuple[int, int], tuple[Driver, Runtime]] = OrderedDict()
 
     def opened(self, client: ClientSocket) -> Opening:
         """Find out who opened one connection; see :meth:`opened_many`."""
@@ -65,7 +86,7 @@ class Witness:
         - nobody (UNKNOWN).
         """
         connected_by = [self._connected_by(client) for client in clients]
-        inodes = _inodes(clients)
+        inodes = self._namespaces.client_inodes(clients)
         holders = self._watch.find(
             {inode: client.opened for client, inode in zip(clients, inodes, strict=True) if inode is not None},
             likely=[process.pid for process in connected_by if process is not None],
@@ -110,14 +131,128 @@ class Witness:
         A process that is still there is described as it is now, one that is gone as it was last seen.
         """
         found = self._holders(opening)
-        holders = found.processes if found.complete or len(found.holdings) > 1 else None
         return Findings(
             opener=None if opening.opener is None else self._book.refresh(opening.opener),
             opener_evidence=opening.evidence,
-            holders=holders,
+            holders=found.processes or None,
+            holders_complete=found.complete,
             senders={process.pid: self._book.refresh(process) for process in senders},
             driver=opening.driver,
         )
+
+    def sample(
+        self,
+        opening: Opening,
+        holders: Collection[Process],
+        *,
+        before: frozenset[Sleep],
+        busy: Iterable[tuple[int, int | None]],
+        seconds: float,
+    ) -> tuple[Sample, tuple[Waiting, ...]]:
+        """Find out which thread has sent what has just come, and which are blocked reading at the same moment.
+
+        See :func:`sample_sender` for the first, and :attr:`Sample.blocked` for the second.
+        """
+        if opening.inode is None:
+            return Sample(None, None, Waits()), ()
+        sample = sample_sender(holders, opening.inode, before=before, busy=busy, seconds=seconds)
+        return sample, sample.blocked
+
+    def waits(
+        self, opening: Opening, processes: Collection[Process], *, enough: Callable[[Waits], bool], seconds: float
+    ) -> Waits:
+        """See which threads of ``processes`` are blocked on the connection.
+
+        A client is often seen between its send and its wait: it is looked again until that is ``enough``, for
+        ``seconds`` at most.
+        """
+        if opening.inode is None:
+            return Waits()
+        deadline = time.monotonic() + seconds
+        while True:
+            waits = waiting_threads(processes, opening.inode)
+            if enough(waits) or time.monotonic() >= deadline:
+                return waits
+            time.sleep(_PAUSE)
+
+    def look(self, opening: Opening, processes: Collection[Process]) -> tuple[Waits, tuple[Waiting, ...]]:
+        """See which threads wait on the connection, and which of them are blocked reading it at the same moment.
+
+        Where a single process with a single thread has it open there is nothing to see; that costs 15 µs.
+        """
+        if opening.inode is None or (len(processes) == 1 and all(map(has_one_thread, processes))):
+            return Waits(), ()
+        sample = Sample(None, None, waiting_threads(processes, opening.inode))
+        return sample.waits, sample.blocked
+
+    def stays(self, opening: Opening, *, seconds: float) -> bool:
+        """Whether the opener, when somebody has just said Terminate, goes on to have the socket open.
+
+        A client with libpq closes its socket as soon as it has said Terminate (``closePGconn()`` in
+        ``fe-connect.c``). So if all its threads sleep and the socket is open still, it wasn't the opener that said it.
+        Others, asyncpg for one, wait in their event loop for the server to close; whoever does that may have said it.
+        """
+        opener = opening.opener
+        if opener is None or opening.inode is None or opening.driver is not Driver.LIBPQ:
+            return False
+        deadline = time.monotonic() + seconds
+        while True:
+            asleep = all_asleep(opener)
+            # It is looked at again who has it open: a process that has closed it meanwhile sleeps as well.
+            if all(holder.pid != opener.pid for holder in self._holders(opening).processes):
+                return False
+            if asleep:
+                waits = waiting_threads([opener], opening.inode)
+                return waits.complete and not any(one.others for one in waits.threads)
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_PAUSE)
+
+    def heirs_of(self, opening: Opening) -> tuple[Process, ...]:
+        """The opener's children that have once had the connection open, as their fork took it along.
+
+        Those are all that it has forked since, but for what has executed another program: with libpq's sockets being
+        closed by that.
+        """
+        opener = opening.opener
+        if opener is None:
+            return ()
+        children = [self._book.look(pid) for pid in list_children(opener.pid)]
+        return tuple(
+            child
+            for child in children
+            if child is not None
+            and not is_older(child.started, opening.client.opened)
+            and is_same_program(child.pid, opener.pid)
+        )
+
+    def stacks(self, sleeps: Collection[Sleep], *, seconds: float) -> Stacks:
+        """Find out what Python threads do in their sleep: see :func:`python_stacks`."""
+        return python_stacks(sleeps, seconds)
+
+    def only_threads(self, processes: Iterable[Process]) -> Mapping[int, Sleep]:
+        """By pid, the sleep of the only thread of those processes that have no other."""
+        sleeps = ((process.pid, only_thread(process)) for process in processes)
+        return {pid: sleep for pid, sleep in sleeps if sleep is not None}
+
+    def runtimes(self, processes: Iterable[Process]) -> Mapping[int, Runtime]:
+        """By pid, what processes run: as it is now, since many servers say so in a title that they set late."""
+        found = {}
+        for process in processes:
+            runtime = runtime_of(process.pid)
+            now = self._book.look(process.pid)
+            if now is not None and now.started == process.started:
+                found[process.pid] = runtime
+        return found
+
+    @staticmethod
+    def is_gone(process: Process) -> bool:
+        """Whether a process has certainly ended, as a zombie has."""
+        try:
+            stat = read_stat(process.pid)
+        except PermissionError:
+            return False
+        return stat is None or stat.started != process.started or stat.holds_no_files
 
     def _holders(self, opening: Opening) -> Holders:
         if opening.inode is None:
@@ -137,33 +272,25 @@ class Witness:
         self, client: ClientSocket, inode: int | None, connected_by: Process | None, holders: Holders
     ) -> Opening:
         opener, evidence = _opener(client, connected_by, holders)
-        driver = Driver.UNKNOWN if opener is None else self._driver(opener)
-        return Opening(client, inode, opener, evidence, holders, driver)
+        driver, runtime = (Driver.UNKNOWN, Runtime()) if opener is None else self._client(opener)
+        return Opening(client, inode, opener, evidence, holders, driver, runtime)
 
-    def _driver(self, process: Process) -> Driver:
-        """The driver of a process that has just opened a connection; looked for once in each process."""
+    def _client(self, process: Process) -> tuple[Driver, Runtime]:
+        """What runs in a process that has just opened a connection; looked for once in each process."""
         key = (process.pid, process.started)
         with self._lock:
-            known = self._drivers.get(key)
+            known = self._clients.get(key)
         if known is not None:
             return known
-        driver = driver_of(process.pid)
+        found = driver_of(process.pid), runtime_of(process.pid)
         now = self._book.look(process.pid)
         if now is None or now.started != process.started:
-            return Driver.UNKNOWN
+            return Driver.UNKNOWN, Runtime()
         with self._lock:
-            self._drivers[key] = driver
-            if len(self._drivers) > _DRIVERS:
-                self._drivers.popitem(last=False)
-        return driver
-
-
-def _inodes(clients: Sequence[ClientSocket]) -> list[int | None]:
-    try:
-        with SockDiag() as diag:
-            return [diag.client_inode(client) for client in clients]
-    except OSError:
-        return [None] * len(clients)
+            self._clients[key] = found
+            if len(self._clients) > _CLIENTS:
+                self._clients.popitem(last=False)
+        return found
 
 
 def _opener(client: ClientSocket, connected_by: Process | None, holders: Holders) -> tuple[Process | None, Evidence]:

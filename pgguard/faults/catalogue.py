@@ -1,7 +1,8 @@
 """The kinds of fault: how grave each is, what it means, how it comes about and what to change.
 
-This is what ``pgguard explain`` prints, where a record takes its advice from, and where the severity rules stand as
-tables. Claims about other software name the documentation or source that they were taken from.
+The severity rules stand here as tables, and what can be said whatever the software; :mod:`pgguard.faults.advice` has
+what fits single frameworks, and ``pgguard explain`` prints both. Claims about other software name the documentation or
+source that they were taken from.
 """
 
 from __future__ import annotations
@@ -40,10 +41,17 @@ _RANK: Final = {Severity.INFO: 0, Severity.WARNING: 1, Severity.ERROR: 2}
 
 
 class Advice(NamedTuple):
-    """What to change, in a heading and a few sentences."""
+    """What to change."""
 
     title: str
+    """A heading: no full stop."""
     text: str
+    """A few sentences in one line, complete without the code: it is also the hint of a PostgreSQL error."""
+    code: str | None = None
+    """A few lines to paste, the file that they belong to in a comment above them. What only the application knows is
+    called by a plain name: ``engine``, ``pool``, ``work``."""
+    sources: tuple[str, ...] = ()
+    """Where it is documented: URLs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +67,9 @@ class Entry:
     meaning: str
     cause: str
     advice: Advice
-    """The short form, which every record carries."""
-    fixes: tuple[str, ...]
-    """The advice spelled out for the software that people commonly meet it with, one sentence or two each."""
+    """For whoever commits it; :func:`pgguard.faults.advice.advice_for` knows better where the software is known."""
+    fixes: tuple[str, ...] = ()
+    """What else can help, one sentence or two each."""
     can_drop: bool = False
     """Whether the message can be swallowed and the session live on."""
     can_reject: bool = True
@@ -115,35 +123,9 @@ OVERLAP: Final[Mapping[Driver, Overlap]] = MappingProxyType(
 """May requests from *within one process* overlap? Between two processes they never may, whatever the driver."""
 
 
-_FORK_FIXES: Final = (
-    (
-        "Puma, Unicorn: in before_fork, close what the application opened while it was preloaded; workers connect "
-        "anew on their first query."
-    ),
-    (
-        "Active Record: 5.2 and later let go of an inherited pool in the child by themselves; a connection taken "
-        "out of it earlier (a constant, a thread, a bare PG.connect) is not covered."
-    ),
-    "Sequel: Sequel::DATABASES.each(&:disconnect) in before_fork, in the parent.",
-    (
-        "SQLAlchemy: engine.dispose(close=False) in the child (gunicorn's post_fork, Celery's worker_process_init, "
-        "a multiprocessing initializer): it forgets the parent's connections without closing them."
-    ),
-    (
-        "Django: django.db.connections.close_all() in the parent before the fork. In the child it would send "
-        "Terminate on the parent's connection."
-    ),
-    "psycopg: create the pool with ConnectionPool(..., open=False) and call pool.open() in each worker.",
-    (
-        "gunicorn without preload_app, uWSGI with lazy-apps: each worker loads the application after the fork "
-        "and connects for itself."
-    ),
-    (
-        "multiprocessing, os.fork, pcntl_fork: connect in the child, and hand it no connection; the 'spawn' start "
-        "method inherits nothing."
-    ),
-    "Perl DBI: set AutoInactiveDestroy, so that a child's handles don't close the parent's connection.",
-)
+_LIBPQ_FORK: Final = "https://www.postgresql.org/docs/current/libpq-connect.html"
+_LIBPQ_THREADS: Final = "https://www.postgresql.org/docs/current/libpq-threading.html"
+_SETTINGS: Final = "https://www.postgresql.org/docs/current/runtime-config-"
 
 
 def _table(*entries: Entry) -> Mapping[Kind, Entry]:
@@ -219,8 +201,27 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
             "after it (post_fork in gunicorn, worker_process_init in Celery), so that every process has a pool of "
             "its own. In the child, forget an inherited pool without closing it: SQLAlchemy's "
             "engine.dispose(close=False); a normal close would end the parent's session.",
+            sources=(_LIBPQ_FORK,),
         ),
-        _FORK_FIXES,
+    ),
+    Entry(
+        Kind.SHARED_BY_THREADS,
+        Severity.ERROR,
+        "error",
+        "two threads use one connection at once",
+        "Two threads of one process had requests outstanding on the connection at the same time, and not by "
+        "pipelining. Whichever of them reads first gets the answer: rows meant for one thread end up in the other, or "
+        "the driver loses count and gives up the connection.",
+        "One connection object is used by several threads without a lock: a global or a class attribute, a connection "
+        "kept from a pool beyond its block, an object with a connection inside that a threaded server (Puma, gthread, "
+        "Sidekiq) or a thread pool shares.",
+        Advice(
+            "Give each thread a connection of its own",
+            "Check a connection out of a thread-safe pool for as long as a thread needs it, and keep no reference to "
+            "it afterwards; or keep one for each thread in a thread-local variable. A lock around a shared connection "
+            "must be held until the answer has been read to its end, and around whole transactions.",
+            sources=(_LIBPQ_THREADS,),
+        ),
     ),
     Entry(
         Kind.REQUEST_WHILE_BUSY,
@@ -238,13 +239,9 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
             "raises) the rest of the answer is still on its way: close the connection instead of returning it to "
             "the pool, or let the server do the timing with statement_timeout. A connection is not to be used by "
             "two threads at once: check one out of the pool for each.",
+            sources=(f"{_SETTINGS}client.html#GUC-STATEMENT-TIMEOUT",),
         ),
         (
-            "Ruby: replace Timeout.timeout around queries by SET statement_timeout, or by the driver's own timeout.",
-            (
-                "Python: don't share a psycopg2 or pg8000 connection between threads that don't take turns; with "
-                "asyncio, one connection for each task, from a pool."
-            ),
             "C: read with PQgetResult until it returns NULL before the connection is used again.",
             (
                 "If this is only a warning and the driver pipelines by design, say ignore for this kind in the "
@@ -268,8 +265,36 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
             "not use the connection should forget it without closing it (SQLAlchemy: engine.dispose(close=False)). "
             "Where one child alone goes on with the connection and the parent never touches it again, this is "
             "harmless: say ignore for this kind.",
+            sources=(_LIBPQ_FORK,),
         ),
-        _FORK_FIXES,
+    ),
+    Entry(
+        Kind.FOREIGN_TERMINATE,
+        Severity.ERROR,
+        "error",
+        "a process ended a connection that another one has open",
+        "Terminate came from a process other than the one that opened the connection, and another process still has "
+        "it open. The server ends the session, rolls back its transaction, and the owner finds out with its next "
+        "query: 'server closed the connection unexpectedly', or 'SSL connection has been closed unexpectedly'.",
+        "A forked child ended, and on its way out closed what it had inherited: a destructor, a finalizer or an exit "
+        "handler says goodbye for the parent. Perl's DBI handles do without AutoInactiveDestroy, Ruby does in at_exit "
+        "blocks and when it frees a PG::Connection, Python does in atexit handlers or when the child disposes of a "
+        "pool, and PHP closes every connection at the end of the script.",
+        Advice(
+            "Let the child leave without closing what isn't its own",
+            "Disconnect in the parent just before the fork, so that there is nothing to close. Where that can't be, "
+            "the child must forget the connection instead of closing it (Perl: AutoInactiveDestroy; SQLAlchemy: "
+            "engine.dispose(close=False)), or leave without exit handlers and destructors (Ruby: exit!, Python: "
+            "os._exit, C: _exit).",
+            sources=(_LIBPQ_FORK,),
+        ),
+        (
+            (
+                "While you look for the child, the configuration can say drop for this kind: the guard then swallows "
+                "the Terminate, and the owner's session goes on."
+            ),
+        ),
+        can_drop=True,
     ),
     Entry(
         Kind.UNCLEAN_CLOSE,
@@ -294,6 +319,69 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
             "PostgreSQL 14 and later: client_connection_check_interval ends queries whose client has gone.",
             "Forked children that leave through os._exit or exit!: they must not own connections.",
         ),
+        can_reject=False,
+    ),
+    Entry(
+        Kind.IDLE_IN_TRANSACTION,
+        Severity.WARNING,
+        "warning",
+        "a transaction sits idle",
+        "A transaction block has been open for longer than its threshold without a request. It keeps its locks, so "
+        "others wait for it, and keeps VACUUM from removing dead rows anywhere in the database.",
+        "The application began a transaction and then did something else: called another service, waited for a user, "
+        "or forgot to commit. Drivers that follow Python's DB-API begin one with the first query, a SELECT included, "
+        "and an exception on a path without a rollback leaves it open.",
+        Advice(
+            "Keep transactions short, and end them on every path",
+            "Begin the transaction after the slow work, and commit before the next: blocks that commit or roll back at "
+            "their end (with conn.transaction(), DB.transaction do) leave none open. Where only single statements are "
+            "run, use autocommit. idle_in_transaction_session_timeout has the server end those that remain.",
+            sources=(f"{_SETTINGS}client.html#GUC-IDLE-IN-TRANSACTION-SESSION-TIMEOUT",),
+        ),
+    ),
+    Entry(
+        Kind.LEAKED_CONNECTION,
+        Severity.WARNING,
+        "warning",
+        "a connection outlived the process that opened it",
+        "The process that opened the connection has ended, and the session goes on: an heir keeps the socket open. It "
+        "holds one of the server's slots, and its locks if a transaction is open, though nobody may ever use it again.",
+        "The process forked while it had the connection open, and the child (a daemon, a background job, a worker that "
+        "was left behind) inherited the socket and never closed it; or the command had ended and something that it "
+        "started had not.",
+        Advice(
+            "Close connections before forking, and before the process ends",
+            "Disconnect in the parent just before the fork, so that no child keeps its socket open. Find the heir by "
+            "its pid: if it should have ended with its parent, end it; if it is a daemon, let it close what it "
+            "inherited, or start it by executing a program anew, which closes libpq's sockets.",
+            sources=(_LIBPQ_FORK,),
+        ),
+    ),
+    Entry(
+        Kind.CONNECTION_EXHAUSTION,
+        Severity.ERROR,
+        "error",
+        "the server has no connection left",
+        "The server refused a connection for want of slots, SQLSTATE 53300 (too_many_connections). The record says "
+        "which processes hold how many of those that go through the guard.",
+        "More connections are asked for than max_connections allows, less those that are reserved: every process of "
+        "every server has a pool of its own, so pool size times workers times hosts is what counts, twice that during "
+        "a rolling restart. Or connections leak: they are opened for each request and never closed.",
+        Advice(
+            "Make all pools together fit into max_connections",
+            "Multiply pool size by processes by hosts, allow for deployments and for psql, and size the pools to stay "
+            "below max_connections: a process needs as many connections as threads of it run queries at once. If "
+            "that is still too many, put a pooler in transaction mode (pgbouncer) in between. A process with many "
+            "more of them than its pool's size leaks them.",
+            sources=(f"{_SETTINGS}connection.html#GUC-MAX-CONNECTIONS",),
+        ),
+        (
+            (
+                "superuser_reserved_connections and, since PostgreSQL 16, reserved_connections keep a few slots for "
+                "administrators: pg_stat_activity shows who is connected."
+            ),
+        ),
+        # The server is refusing the client already, and with the SQLSTATE that drivers look at.
         can_reject=False,
     ),
     Entry(
@@ -332,7 +420,6 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
             "gssencmode=disable in the client; over loopback, sslmode=disable will do. Anything else is a "
             "shortcoming of pgguard: please report it with the reason given here.",
         ),
-        (),
         can_reject=False,
     ),
 )

@@ -45,7 +45,7 @@ class _Key(NamedTuple):
     pids: frozenset[int]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Case:
     first: Fault
     """Without its requests, which no repeat needs."""
@@ -99,13 +99,35 @@ class Docket:
             A last repeat of the fault that is forgotten in its stead, to be recorded too, if there is one and some
             of it was suppressed.
         """
-        cases = self._sessions.setdefault(fault.session.id, OrderedDict())
-        cases[_key(verdict)] = _Case(replace(fault, requests=()), fault.at)
+        case = _Case(replace(fault, requests=(), story=()), fault.at)
         self._count(fault, faults=1)
+        return self._keep(fault.session.id, _key(verdict), case, fault.at)
+
+    def equate(self, session_id: int, verdict: Verdict, concluded: Verdict, *, at: float) -> Fault | None:
+        """Know a fault by ``verdict`` too, which evidence has shown to be one that is :meth:`known`.
+
+        Args:
+            session_id: The session.
+            verdict: What the session core said.
+            concluded: What the evidence made of it, and the fault is known by.
+            at: Seconds since the epoch.
+
+        Returns:
+            As :meth:`enter` does.
+
+        Raises:
+            KeyError: The fault is not known.
+        """
+        return self._keep(session_id, _key(verdict), self._sessions[session_id][_key(concluded)], at)
+
+    def _keep(self, session_id: int, key: _Key, case: _Case, at: float) -> Fault | None:
+        cases = self._sessions.setdefault(session_id, OrderedDict())
+        cases[key] = case
         if len(cases) <= FAULTS_PER_SESSION:
             return None
         _, forgotten = cases.popitem(last=False)
-        return self._settle(forgotten, fault.at)
+        # Known by another name too, it isn't forgotten yet.
+        return None if forgotten in cases.values() else self._settle(forgotten, at)
 
     def repeat(self, session_id: int, verdict: Verdict, *, at: float) -> Fault | None:
         """Count a fault that is :meth:`known` once more.

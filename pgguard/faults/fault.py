@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pgguard.faults.text import redact_command
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pgguard.attribution.evidence import Evidence, Process
+    from pgguard.attribution.findings import Share
+    from pgguard.attribution.runtime import Runtime
+    from pgguard.attribution.stacks import Frame
     from pgguard.faults.catalogue import Advice, Severity
     from pgguard.faults.policy import Action
     from pgguard.session.verdicts import Kind, MessageSeen, RequestState
@@ -50,14 +55,53 @@ class SessionFacts:
 
 @dataclass(frozen=True, slots=True)
 class Culprit:
-    """One process in one role; a process in two roles is there twice."""
+    """One process, or one of its threads, in one role; who is in two roles is there twice."""
 
     role: Role
     pid: int | None
     """``None`` when somebody was in this role and it is not known who."""
     tid: int | None
     evidence: Evidence
+    """How the process is known."""
     process: Process | None
+    tid_evidence: Evidence | None = None
+    """How the thread is known."""
+    thread_name: str | None = None
+    system_call: str | None = None
+    """What the thread was blocked in."""
+    stack: tuple[Frame, ...] | None = None
+    """What the thread was doing, the innermost call first."""
+    stack_problem: str | None = None
+    """Why there is no stack, where there could be one."""
+    runtime: Runtime | None = None
+    """What the process runs."""
+    declared: Mapping[str, str] | None = None
+    """What a client says of itself that can't be looked at."""
+
+
+class Event(StrEnum):
+    """What happened to the client's socket."""
+
+    OPENED = "opened"
+    INHERITED = "inherited"
+    """A fork took it along."""
+    RECEIVED = "received"
+    """By a process that is older than the connection: it was handed over, through ``SCM_RIGHTS`` for one."""
+    LEFT = "left"
+    """A process that had it open has not any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chapter:
+    """One event in the story of the client's socket."""
+
+    event: Event
+    at: float | None
+    """Seconds since the epoch; ``None`` where that is not known."""
+    pid: int
+    parent: int | None
+    """Of whom the process that inherited it was forked, as far as that one is known to have had it."""
+    evidence: Evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +114,8 @@ class Request:
     sql: str | None
     pid: int | None
     tid: int | None
+    evidence: Evidence | None
+    """How its sender is known."""
     state: RequestState
 
 
@@ -101,6 +147,10 @@ class Fault:
     requests: tuple[Request, ...]
     """Oldest first."""
     advice: Advice
+    story: tuple[Chapter, ...] = ()
+    """How the socket came to be where it is, oldest first."""
+    shares: tuple[Share, ...] | None = None
+    """Who had how many connections open; of kinds that it matters for."""
 
     def to_record(self) -> dict[str, Any]:
         """The fault as a JSON object: strings, numbers, booleans, ``None``, lists and dicts alone, and no passwords."""
@@ -119,7 +169,9 @@ class Fault:
             "libpq": self.libpq,
             "culprits": [_culprit_record(culprit) for culprit in self.culprits],
             "requests": [_request_record(request) for request in self.requests],
-            "advice": self.advice._asdict(),
+            "story": [_chapter_record(chapter) for chapter in self.story],
+            "connections": None if self.shares is None else [_share_record(share) for share in self.shares],
+            "advice": {**self.advice._asdict(), "sources": list(self.advice.sources)},
         }
 
 
@@ -160,10 +212,14 @@ def _culprit_record(culprit: Culprit) -> dict[str, Any]:
         "pid": culprit.pid,
         "tid": culprit.tid,
         "evidence": culprit.evidence.value,
+        "tid_evidence": None if culprit.tid_evidence is None else culprit.tid_evidence.value,
         "process": _process_record(culprit.process),
-        # Nothing samples threads and stacks yet: not known.
-        "thread_name": None,
-        "stack": None,
+        "runtime": _runtime_record(culprit.runtime),
+        "thread_name": culprit.thread_name,
+        "system_call": culprit.system_call,
+        "stack": None if culprit.stack is None else [frame._asdict() for frame in culprit.stack],
+        "stack_problem": culprit.stack_problem,
+        "declared": None if culprit.declared is None else dict(culprit.declared),
     }
 
 
@@ -174,7 +230,36 @@ def _process_record(process: Process | None) -> dict[str, Any] | None:
         "name": process.name,
         "cmdline": redact_command(process.cmdline),
         "ppid": process.ppid,
+        "namespace_pid": process.namespace_pid,
         "started_at": rfc3339(process.started_at),
+    }
+
+
+def _runtime_record(runtime: Runtime | None) -> dict[str, Any] | None:
+    if runtime is None or runtime.language is None:
+        return None
+    return {
+        "language": runtime.language.value,
+        "server": None if runtime.server is None else runtime.server.value,
+        "libraries": sorted(library.value for library in runtime.libraries),
+    }
+
+
+def _chapter_record(chapter: Chapter) -> dict[str, Any]:
+    return {
+        "event": chapter.event.value,
+        "at": None if chapter.at is None else rfc3339(chapter.at),
+        "pid": chapter.pid,
+        "from": chapter.parent,
+        "evidence": chapter.evidence.value,
+    }
+
+
+def _share_record(share: Share) -> dict[str, Any]:
+    return {
+        "pid": None if share.process is None else share.process.pid,
+        "process": _process_record(share.process),
+        "count": share.connections,
     }
 
 
@@ -186,5 +271,6 @@ def _request_record(request: Request) -> dict[str, Any]:
         "sql": request.sql,
         "pid": request.pid,
         "tid": request.tid,
+        "evidence": None if request.evidence is None else request.evidence.value,
         "state": request.state.value,
     }

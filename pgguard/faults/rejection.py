@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from pgguard.faults.build import OUTSTANDING
 from pgguard.faults.catalogue import CATALOGUE
 from pgguard.faults.fault import Fault, Request, Role
 from pgguard.faults.text import listed, named, printable, shorten
+from pgguard.session.verdicts import OUTSTANDING
 
 SQLSTATE: Final = "08P01"
 """protocol_violation: PostgreSQL documentation, appendix A."""

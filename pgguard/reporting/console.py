@@ -15,6 +15,7 @@ import os
 import queue
 import re
 import select
+import textwrap
 import threading
 import time
 from datetime import UTC, datetime
@@ -27,17 +28,18 @@ from rich.text import Text
 from rich.tree import Tree
 
 from pgguard.attribution.evidence import Evidence
-from pgguard.faults.build import OUTSTANDING
 from pgguard.faults.catalogue import CATALOGUE, Severity
-from pgguard.faults.fault import Culprit, Fault, Role, rfc3339
+from pgguard.faults.fault import Culprit, Fault, Request, Role, rfc3339
 from pgguard.faults.policy import Action
 from pgguard.faults.text import listed, named, printable, redact_command, shorten
 from pgguard.reporting.sinks import SinkError
-from pgguard.session.verdicts import Direction, RequestState
+from pgguard.session.verdicts import OUTSTANDING, Direction, RequestState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from pgguard.attribution.findings import Share
+    from pgguard.faults.catalogue import Advice
     from pgguard.faults.fault import SessionFacts
 
 BACKLOG: Final = 256
@@ -50,6 +52,8 @@ PLAIN_WIDTH: Final = 120
 _TRAILING_SPACE: Final = re.compile(r" +$", re.MULTILINE)
 _SQL_LENGTH: Final = 200
 _COMMAND_LENGTH: Final = 160
+_FRAMES: Final = 8
+"""Calls of a stack that are printed, the innermost ones."""
 
 _STYLES: Final = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "bold cyan"}
 
@@ -66,6 +70,7 @@ _EVIDENCE: Final = {
     Evidence.SOLE_HOLDER: "the only process with the socket open",
     Evidence.THREAD_SAMPLE: "seen waiting on the socket",
     Evidence.SOCKET_HOLDER: "has, or had, the socket open",
+    Evidence.ONLY_THREAD: "its only thread",
     Evidence.DECLARED: "by its own account",
     Evidence.UNKNOWN: "not known for certain",
 }
@@ -94,13 +99,15 @@ def render(fault: Fault) -> RenderableType:
     parts: list[RenderableType] = [head, _indented(_text(what))]
     parts.extend(_section("Who", _sides(fault)))
     parts.extend(_section(f"Session {fault.session.id}", [_text(_session(fault.session))]))
-    if sum(1 for culprit in fault.culprits if culprit.process is not None) > 1:
+    if len({culprit.pid for culprit in fault.culprits if culprit.process is not None}) > 1:
         parts.extend(_section("How the socket came to be shared", _lineage(fault)))
     if fault.requests:
         parts.extend(_section("Recent requests", [_timeline(fault)]))
     if fault.libpq is not None:
         parts.extend(_section("What libpq prints for this, to search logs for", [_text(fault.libpq)]))
-    parts.extend(_section("What to change", [_text(f"{fault.advice.title}. {fault.advice.text}")]))
+    if fault.shares:
+        parts.extend(_section("Connections through this guard", [_shares(fault.shares)]))
+    parts.extend(_section("What to change", _advice(fault.advice)))
     return Group(*parts)
 
 
@@ -108,7 +115,7 @@ def print_fault(console: Console, fault: Fault) -> None:
     """Print a fault: a report and its summary line, or for a repeat the summary line alone."""
     if fault.repeat_of is None:
         console.rule(style="dim", characters="=")
-        console.print(render(fault), highlight=False)
+        console.print(render(fault), highlight=False, crop=False)
         console.print()
     # Neither wrapped nor cropped nor coloured, whatever the width.
     console.out(summary_line(fault), highlight=False)
@@ -117,7 +124,8 @@ def print_fault(console: Console, fault: Fault) -> None:
 def _section(title: str, body: list[RenderableType]) -> Iterator[RenderableType]:
     yield Text("")
     yield _indented(Text(f"{printable(title)}:", style="bold"))
-    yield from (_indented(part, 4) for part in body)
+    # What is not to be wrapped is not to be cropped either, as padding does.
+    yield from (part if isinstance(part, Text) and part.no_wrap else _indented(part, 4) for part in body)
 
 
 def _indented(part: RenderableType, by: int = 2) -> RenderableType:
@@ -156,6 +164,16 @@ def _deeds(fault: Fault, culprit: Culprit) -> Iterator[str]:
     if process is not None and culprit.role is not Role.OWNER:
         command = " ".join(redact_command(process.cmdline)).strip() or process.name
         yield f"command: {shorten(command, _COMMAND_LENGTH)}"
+    if process is not None and process.namespace_pid is not None:
+        yield f"in its own container it is pid {process.namespace_pid}"
+    if culprit.system_call is not None:
+        yield f"blocked in {culprit.system_call}, waiting for this connection"
+    for n, frame in enumerate((culprit.stack or ())[:_FRAMES]):
+        yield f"#{n} {frame.function} {frame.file}:{frame.line}"
+    if culprit.stack_problem is not None:
+        yield f"no stack: {culprit.stack_problem}"
+    for key, value in (culprit.declared or {}).items():
+        yield f"{key}: {value}"
 
 
 _STATES: Final = {
@@ -168,17 +186,25 @@ _STATES: Final = {
 
 
 def _culprit(culprit: Culprit) -> str:
+    if culprit.evidence is Evidence.DECLARED:
+        return f"a client that can't be looked at: {_EVIDENCE[culprit.evidence]}"
     if culprit.pid is None:
         return "not known which process"
     then = "at that time, " if culprit.role is Role.OWNER else ""
-    return f"{_who(culprit)}: {then}{_EVIDENCE[culprit.evidence]}"
+    thread = ""
+    if culprit.tid_evidence not in {None, culprit.evidence, Evidence.ONLY_THREAD}:
+        thread = f"; the thread: {_EVIDENCE[culprit.tid_evidence]}"
+    return f"{_who(culprit)}: {then}{_EVIDENCE[culprit.evidence]}{thread}"
 
 
 def _who(culprit: Culprit) -> str:
     if culprit.pid is None:
         return "a process not known"
     who = named(culprit.pid, culprit.process)
-    return who if culprit.tid in {None, culprit.pid} else f"{who}, thread {culprit.tid}"
+    if culprit.tid is None or (culprit.tid == culprit.pid and culprit.tid_evidence is Evidence.ONLY_THREAD):
+        return who
+    name = "" if culprit.thread_name is None else f' "{culprit.thread_name}"'
+    return f"{who}, thread {culprit.tid}{name}"
 
 
 def _session(session: SessionFacts) -> str:
@@ -218,6 +244,26 @@ def _lineage(fault: Fault) -> list[RenderableType]:
     return roots
 
 
+def _shares(shares: Sequence[Share]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for share in shares:
+        who = "not known" if share.process is None else named(share.process.pid, share.process)
+        table.add_row(_text(str(share.connections)), _text(who))
+    return table
+
+
+def _advice(advice: Advice) -> list[RenderableType]:
+    """Prose, code to be pasted, and where that is from."""
+    parts: list[RenderableType] = [_text(f"{advice.title}. {advice.text}")]
+    if advice.code is not None:
+        code = textwrap.indent(advice.code.rstrip(), " " * 6)
+        parts += [Text(""), Text(code, no_wrap=True, overflow="ignore"), Text("")]
+    parts.extend(_text(f"See {source}", style="dim") for source in advice.sources)
+    return parts
+
+
 def _timeline(fault: Fault) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(justify="right", no_wrap=True)
@@ -228,12 +274,18 @@ def _timeline(fault: Fault) -> Table:
         table.add_row(
             _text(f"#{request.n}"),
             _text(_clock(request.at)),
-            _text("" if request.pid is None else f"pid {request.pid}"),
+            _text(_sent_by(request)),
             _text(shorten(request.messages, 12)),
             _text(request.state, style="bold" if request.state in OUTSTANDING else ""),
             _text("" if request.sql is None else shorten(" ".join(request.sql.split()), _SQL_LENGTH)),
         )
     return table
+
+
+def _sent_by(request: Request) -> str:
+    if request.pid is None:
+        return ""
+    return f"pid {request.pid}" if request.tid is None else f"pid {request.pid}, thread {request.tid}"
 
 
 def _clock(at: float) -> str:

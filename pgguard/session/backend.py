@@ -27,6 +27,8 @@ _UNDUE: Final = -1
 _SPECIAL: Final = -2
 _READY: Final = -3
 
+_TOO_MANY_CONNECTIONS: Final = "53300"
+"""The server's own limit, a role's or a database's: PostgreSQL documentation, appendix A, and ``miscinit.c``."""
 _ERROR_RESPONSE: Final = ord("E")
 _BACKEND_KEY_DATA: Final = ord("K")
 _PARAMETER_STATUS: Final = ord("S")
@@ -116,6 +118,11 @@ class BackendStream:
             self.partial = seen(Direction.BACKEND, _MESSAGES[code], code, length)
         return end
 
+    def swallow(self, message: MessageSeen) -> None:
+        """Pass over a message that was judged, as if it had never been sent."""
+        self.rest = message.size
+        self.partial = message
+
     def end(self, held_back: int) -> Verdict | None:
         """The stream has ended: a verdict if that was in the middle of a message."""
         self._session.over = True
@@ -197,7 +204,17 @@ class BackendStream:
     def _error_response(self, body: bytearray, pos: int, length: int, follows: int) -> bool:
         ledger = self._ledger
         session = self._session
-        if ledger.state == _LOGIN or parse_severity(body).ends_session:
+        severity = parse_severity(body)
+        if ledger.state == _LOGIN and severity.sqlstate == _TOO_MANY_CONNECTIONS and not session.overruled:
+            session.verdict = session.judge(
+                Kind.CONNECTION_EXHAUSTION,
+                "the server refused the connection for want of a slot",
+                seen(Direction.BACKEND, _MESSAGES[_ERROR_RESPONSE], _ERROR_RESPONSE, length),
+                pos,
+                open_request=False,
+            )
+            return False
+        if ledger.state == _LOGIN or severity.ends_session:
             session.goodbye = session.over = True
             ledger.clear()
             return True

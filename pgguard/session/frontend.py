@@ -109,9 +109,16 @@ class FrontendStream:
             self._held_by = sender if pos < end else None
             return pos
         self.rest = pos - end
+        self._held_by = None
         if code:
             self.partial = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
         return end
+
+    def swallow(self, message: MessageSeen) -> None:
+        """Pass over a message that was judged, as if it had never been sent, by whomever."""
+        self.rest = message.size
+        self.partial = message
+        self._sender = self._session.senders.latest
 
     def end(self, held_back: int, *, reset: bool) -> list[Verdict]:
         """The stream has ended: what was wrong with that."""
@@ -156,7 +163,26 @@ class FrontendStream:
                 text = libpq.invalid_type(code, copy_in=False)
                 return self._out_of_place(pos, code, length, "although no authentication is going on", text)
         elif code == _TERMINATE_CODE:
+            if self._is_foreign_goodbye(pos, length):
+                return False
             self._session.terminated = self._session.over = True
+        return True
+
+    def _is_foreign_goodbye(self, pos: int, length: int) -> bool:
+        """Whether a Terminate is one that whoever sent it may have no right to: a verdict, then."""
+        session = self._session
+        sender = self._sender
+        asked = session.asks_goodbye if sender is None else session.senders.is_strange(sender)
+        if session.overruled or not asked:
+            return False
+        session.verdict = session.judge(
+            Kind.FOREIGN_TERMINATE,
+            "Terminate came from a process other than the one that opened the connection",
+            seen(Direction.FRONTEND, _MESSAGES[_TERMINATE_CODE], _TERMINATE_CODE, length),
+            pos,
+            intruder=sender,
+            libpq=libpq.CLOSED,
+        )
         return True
 
     def _simple_request(self, buffer: bytearray, pos: int, stop: int, code: int, length: int, at: float) -> bool:
@@ -194,8 +220,9 @@ class FrontendStream:
             busy = self._busy_with_simple()
             if busy is not None and self._overlaps(busy, buffer, pos, stop, length):
                 return False
+            continued = request is not None
             request = session.unsynced = session.new_request(code, at, self._sender)
-            if code != _SYNC:
+            if code != _SYNC and not continued:
                 session.copy_over = False
         if code == _SYNC:
             session.unsynced = None
@@ -283,13 +310,18 @@ class FrontendStream:
         return self._sender is not None and other is not None and self._sender.pid != other.pid
 
     def _another(self, other: Sender | None) -> bool:
-        """Whether the current sender is another than that one, as far as both are known."""
-        return self._sender is not None and other is not None and self._sender != other
+        """Whether the current sender is another thread than that one, as far as both are known."""
+        sender = self._sender
+        if sender is None or other is None:
+            return False
+        return sender.pid != other.pid or (None not in (sender.tid, other.tid) and sender.tid != other.tid)
 
     def _accept_sender(self, buffer: bytearray, start: int, end: int, sender: Sender | None) -> bool:
         """Take note that these bytes have another sender than the last: False when that is a verdict."""
         session = self._session
         held_by = self._held_by
+        if self.rest and held_by is not None:
+            return True  # a message that has been judged, and is swallowed
         split = sender is not None and held_by is not None and held_by.pid != sender.pid
         if sender is None or not (session.senders.changes(sender) or split):
             self._sender = sender
@@ -319,6 +351,9 @@ class FrontendStream:
             least, most, look = _SHAPES[code]
             if least <= length <= most and end - start < min(1 + length, look):
                 return True
+            if code == _TERMINATE_CODE and session.senders.is_strange(sender):
+                self._sender = sender
+                return True  # not a use, but an end: judged as such
             message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
         waiting = self._waiting(sender)
         change = session.senders.change(sender, waiting=waiting, torn=torn, first=first if torn else waiting)

@@ -24,6 +24,10 @@ _NO_ROWS: Final = frozenset(
 )
 
 
+CLOSED: Final = "server closed the connection unexpectedly"
+"""What libpq prints when the server ends the session of a client that hasn't said Terminate: ``fe-misc.c``."""
+
+
 def first_answer(message: str, sql: bytes | bytearray | None) -> str | None:
     """The type of the message with which the server begins its answer, if all goes well; ``None`` if it can't be told.
 

@@ -29,12 +29,32 @@ class Senders:
         opener: who sent the StartupMessage, if the kernel said so.
     """
 
-    __slots__ = ("_seen", "latest")
+    __slots__ = ("_seen", "latest", "opener", "shared")
 
     def __init__(self, opener: Sender | None) -> None:
         self._seen: list[Sender] = [] if opener is None else [opener]
+        self.opener = opener
+        """Who opened the connection, where that is known."""
         self.latest = opener
-        """The last that the kernel named."""
+        """The last that is known to have sent."""
+        self.shared = False
+        """It was not a hand-over: two processes have taken turns."""
+
+    def introduce(self, opener: Sender) -> None:
+        """Say who opened the connection, and so used it first, where the kernel hasn't."""
+        if self.opener is None:
+            self.opener = opener
+            if all(other.pid != opener.pid for other in self._seen):
+                self._seen.insert(0, opener)
+            if self.latest is None:
+                self.latest = opener
+
+    def is_strange(self, sender: Sender) -> bool:
+        """Whether it is not for ``sender`` to end the session: neither has it opened it, nor taken it over for good."""
+        opener, latest = self.opener, self.latest
+        if opener is None or latest is None or sender.pid == opener.pid:
+            return False
+        return self.shared or sender.pid != latest.pid
 
     def changes(self, sender: Sender) -> bool:
         """Whether ``sender`` is another process than the last that sent; if it isn't, it is the latest now."""
@@ -73,6 +93,7 @@ class Senders:
             reason = "as the third process to use the connection"
         else:
             kind, reason = Kind.INHERITED_CONNECTION, "on a connection that another process had used"
+        self.shared = self.shared or kind is Kind.SHARED_BY_PROCESSES
         return Change(kind, reason, requesters)
 
     def others(self, sender: Sender | None, *, first: Sender | None = None) -> tuple[Sender, ...]:

@@ -6,10 +6,12 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
+from pgguard.session import libpq as symptoms
 from pgguard.session.ledger import NOTHING, Ledger
 from pgguard.session.requests import Request
 from pgguard.session.senders import Senders
 from pgguard.session.verdicts import Direction, Kind, MessageSeen, RequestSeen, Sender, Verdict
+from pgguard.wire.messages import HEADER_SIZE
 
 if TYPE_CHECKING:
     from pgguard.wire.messages import Message
@@ -49,6 +51,9 @@ class Session:
         """Why the session can't be followed any further, once that is so; nothing may be fed after it."""
         self.overruled = False
         """The next message is to be taken whatever is wrong with it."""
+
+        self.asks_goodbye = False
+        """A Terminate of which nobody knows who sent it is a foreign-terminate until it has been looked into."""
 
         self.ledger = Ledger(Request(0, 0.0, sender, ""))
         self.senders = Senders(sender)
@@ -101,8 +106,8 @@ class Session:
         self,
         kind: Kind,
         reason: str,
-        message: MessageSeen | None,
-        start: int,
+        message: MessageSeen | None = None,
+        start: int = 0,
         *,
         intruder: Sender | None = None,
         requesters: tuple[Sender, ...] | None = None,
@@ -122,6 +127,31 @@ class Session:
             open_transaction=self.in_transaction,
             start=start,
         )
+
+    def judge_readers(
+        self,
+        kind: Kind,
+        reason: str,
+        *,
+        intruder: Sender | None,
+        requesters: tuple[Sender, ...],
+        pending: bytes = b"",
+    ) -> Verdict:
+        """Put together what is known of the session when several are seen to read from it.
+
+        Args:
+            kind: As in a verdict.
+            reason: As in a verdict.
+            intruder: As in a verdict.
+            requesters: As in a verdict.
+            pending: A request that is held back, from its beginning on.
+        """
+        request = next(self.ledger.outstanding(), None)
+        if request is not None:
+            answer = symptoms.first_answer(request.messages[:1], request.sql)
+        else:
+            answer = symptoms.first_answer(chr(pending[0]), pending[HEADER_SIZE:]) if pending else None
+        return self.judge(kind, reason, intruder=intruder, requesters=requesters, libpq=symptoms.while_idle(answer))
 
 
 def seen(direction: Direction, message: Message, code: int, length: int) -> MessageSeen:

@@ -100,8 +100,12 @@ class Tracker(Session):
         if stream.rest:
             raise ValueError("the message has been forwarded in part")
         self.verdict = None
-        stream.rest = verdict.message.size
-        stream.partial = verdict.message
+        stream.swallow(verdict.message)
+
+    @property
+    def frontend_rest(self) -> int:
+        """Bytes still to come of a message of the client's that has been judged."""
+        return self._frontend.rest
 
     @property
     def backend_rest(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 
 class Kind(StrEnum):
@@ -17,9 +17,14 @@ class Kind(StrEnum):
     MESSAGE_WHILE_IDLE = "message-while-idle"
     UNEXPECTED_RESPONSE = "unexpected-response"
     SHARED_BY_PROCESSES = "shared-by-processes"
+    SHARED_BY_THREADS = "shared-by-threads"
     REQUEST_WHILE_BUSY = "request-while-busy"
     INHERITED_CONNECTION = "inherited-connection"
+    FOREIGN_TERMINATE = "foreign-terminate"
     UNCLEAN_CLOSE = "unclean-close"
+    IDLE_IN_TRANSACTION = "idle-in-transaction"
+    LEAKED_CONNECTION = "leaked-connection"
+    CONNECTION_EXHAUSTION = "connection-exhaustion"
     PROTOCOL_VIOLATION = "protocol-violation"
     UNTRACKED = "untracked"
 
@@ -45,11 +50,17 @@ class RequestState(StrEnum):
     """The server discarded it, on its way to the Sync after an error."""
 
 
+OUTSTANDING: Final = frozenset({RequestState.WAITING, RequestState.ANSWERING})
+"""The states of a request that the server still owes an answer to."""
+
+
 class Sender(NamedTuple):
-    """The process, and where it is known the thread, that the kernel named for a chunk of bytes."""
+    """The process, and where it is known the thread, that sent a chunk of bytes."""
 
     pid: int
     tid: int | None = None
+    sampled: bool = False
+    """The kernel didn't name it: it was seen to begin to wait for the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +106,7 @@ class Verdict:
     requests: tuple[RequestSeen, ...]
     """The outstanding requests and a few before them, oldest first."""
     intruder: Sender | None = None
-    """Who sent the offending message, where the kernel said so."""
+    """Who sent the offending message, where that is known."""
     requesters: tuple[Sender, ...] = ()
     """Who else has sent on this connection, the one whose turn it was first."""
     libpq: str | None = None

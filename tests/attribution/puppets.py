@@ -62,6 +62,64 @@ for line in sys.stdin:
 """
 
 
+THREADS = """
+import ctypes, select, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+other, other_end = socket.socketpair()
+waker = os.eventfd(0)
+
+def poll(*files, events=select.POLLIN, timeout=None):
+    poll = select.poll()
+    for each in files:
+        poll.register(each, events)
+    poll.poll(timeout)
+
+def epoll(*files, events=select.EPOLLIN):
+    with select.epoll() as epoll:
+        for each in files:
+            epoll.register(each, events)
+        epoll.poll()
+
+def fill(sock):
+    sock.setblocking(False)
+    try:
+        while sock.send(bytes(65536)):
+            pass
+    except BlockingIOError:
+        sock.setblocking(True)
+
+def spin():
+    while True:
+        pass
+
+def start(target):
+    "Starts a thread that dies with the process, and returns its tid."
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    return thread.native_id
+
+orders = {}
+
+def fork_puppet():
+    "Forks a child that starts a thread for each order(); it lives until release() or the parent's end."
+    order, answer = socket.socketpair()
+    def serve():
+        def run():
+            while code := order.recv(4096):
+                order.send(str(start(lambda code=code: eval(code, globals()))).encode())
+        start(run)
+    pid = fork(serve)
+    orders[pid] = answer
+    return pid
+
+def order(pid, code):
+    "Has a forked child run an expression in a new thread, and returns its tid."
+    orders[pid].send(code.encode())
+    return int(orders[pid].recv(64))
+"""
+"""For :meth:`Puppet.do`: ways to wait, on threads of their own, in the process and in its children."""
+
+
 class Puppet:
     """A Python process that evaluates expressions and runs statements, one at a time, in one namespace."""
 

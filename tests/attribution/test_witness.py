@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 
 from pgguard.attribution.evidence import Driver, Evidence
 from pgguard.attribution.sockets import TcpClient, UnixClient, client_socket
+from pgguard.attribution.threads import Waits
 from pgguard.attribution.witness import Opening, Witness
-from tests.attribution.puppets import Puppet, outlive_a_tick
+from tests.attribution.puppets import THREADS, Puppet, outlive_a_tick
 
 Puppets = Callable[[], Puppet]
 
@@ -164,3 +166,127 @@ def test_findings_name_everybody_even_who_is_gone(tcp: socket.socket, puppet: Pu
         assert findings.opener is not None
         assert (findings.opener.pid, findings.opener.name) == (client.pid, "renamed")
         assert findings.holders is None
+
+
+# What processes do with a connection
+
+
+@pytest.fixture
+def libpq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every client is taken for one with libpq, which closes its socket as soon as it has said Terminate."""
+    monkeypatch.setattr("pgguard.attribution.witness.driver_of", lambda _: Driver.LIBPQ)
+
+
+@pytest.fixture
+def opening(tcp: socket.socket, puppet: Puppets) -> Iterator[tuple[Witness, Puppet, Opening]]:
+    """A witness, a process that has connected as ``c``, and what the witness says of that."""
+    witness, client = Witness(), puppet()
+    outlive_a_tick()
+    with client.connect(tcp) as accepted:
+        client.do(THREADS)
+        yield witness, client, witness.opened(client_socket(accepted))
+
+
+Opened = tuple[Witness, Puppet, Opening]
+
+
+@pytest.mark.usefixtures("libpq")
+def test_an_opener_that_sleeps_with_its_socket_open_stays(opening: Opened) -> None:
+    witness, _, opened = opening
+    assert witness.stays(opened, seconds=5)
+
+
+@pytest.mark.usefixtures("libpq")
+def test_an_opener_that_has_closed_its_socket_does_not_stay(opening: Opened) -> None:
+    witness, client, opened = opening
+    client.do("c.close()")
+    assert not witness.stays(opened, seconds=5)
+
+
+@pytest.mark.usefixtures("libpq")
+def test_an_opener_that_runs_may_be_about_to_close_it(opening: Opened) -> None:
+    witness, client, opened = opening
+    client.do("start(spin)")
+    assert not witness.stays(opened, seconds=0.05)
+
+
+@pytest.mark.usefixtures("libpq")
+def test_an_opener_in_an_event_loop_may_wait_for_the_server_to_close(opening: Opened) -> None:
+    witness, client, opened = opening
+    client.do("start(lambda: epoll(c, other))")
+    assert opened.opener is not None
+    witness.waits(opened, [opened.opener], enough=lambda waits: bool(waits.threads), seconds=5)
+    assert not witness.stays(opened, seconds=1)
+
+
+@pytest.mark.usefixtures("libpq")
+def test_an_opener_that_has_ended_does_not_stay(opening: Opened) -> None:
+    witness, client, opened = opening
+    client.end()
+    assert not witness.stays(opened, seconds=1)
+
+
+def test_whether_other_drivers_stay_says_nothing(opening: Opened) -> None:
+    witness, _, opened = opening
+    assert opened.driver is Driver.PYTHON
+    assert not witness.stays(opened, seconds=0)
+
+
+def test_heirs_are_children_forked_since_that_run_the_same_program(tcp: socket.socket, puppet: Puppets) -> None:
+    """Even those that have closed their copy of the socket; not the elder, not another program."""
+    witness, client = Witness(), puppet()
+    client.do("fork()")
+    outlive_a_tick()
+    with client.connect(tcp) as accepted:
+        outlive_a_tick()
+        opened = witness.opened(client_socket(accepted))
+        assert witness.heirs_of(opened) == ()
+        younger = {client.do("fork()"), client.do("fork(lambda: c.close())")}
+        client.do("other = subprocess.Popen(['sleep', '60'])")
+        assert {heir.pid for heir in witness.heirs_of(opened)} == younger
+        client.do("other.kill(); other.wait()")
+
+
+def test_of_one_process_with_one_thread_there_is_nothing_to_see(opening: Opened) -> None:
+    witness, client, opened = opening
+    assert opened.opener is not None
+    assert witness.look(opened, [opened.opener]) == (Waits(), ())
+    client.do("start(lambda: poll(c)); start(lambda: c.recv(1))")
+    witness.waits(opened, [opened.opener], enough=lambda waits: len(waits.threads) == 2, seconds=5)
+    waits, blocked = witness.look(opened, [opened.opener])
+    assert len(waits.threads) == len(blocked) == 2
+
+
+def test_waits_are_awaited_until_they_are_enough_or_time_is_up(opening: Opened) -> None:
+    witness, client, opened = opening
+    assert opened.opener is not None
+    assert witness.waits(opened, [opened.opener], enough=lambda _: False, seconds=0.01).threads == ()
+    tid = client.do("start(lambda: (time.sleep(0.05), poll(c)))")
+    waits = witness.waits(opened, [opened.opener], enough=lambda waits: bool(waits.threads), seconds=5)
+    assert [one.thread.tid for one in waits.threads] == [tid]
+
+
+def test_only_threads_are_those_of_processes_that_have_no_other(opening: Opened) -> None:
+    witness, client, opened = opening
+    assert opened.opener is not None
+    child = witness.sender(client.do("fork()"))
+    client.do("start(lambda: poll(c))")
+    assert child is not None
+    deadline = time.monotonic() + 5
+    while not (found := witness.only_threads([opened.opener, child])):
+        assert time.monotonic() < deadline
+    assert set(found) == {child.pid}
+
+
+def test_a_zombie_is_gone_and_so_is_one_whose_pid_is_anothers(opening: Opened) -> None:
+    witness, client, opened = opening
+    assert opened.opener is not None
+    assert not witness.is_gone(opened.opener)
+    assert witness.is_gone(replace(opened.opener, started=opened.opener.started - 1))
+    pid = client.do("fork()")
+    child = witness.sender(pid)
+    assert child is not None
+    client.do(f"os.close(holds.pop({pid})); os.waitid(os.P_PID, {pid}, os.WEXITED | os.WNOWAIT)")
+    assert witness.is_gone(child)
+    client.do(f"os.waitpid({pid}, 0)")
+    assert witness.is_gone(child)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pgguard.attribution.evidence import Driver, Evidence, Findings, Process
+from pgguard.attribution.evidence import Driver, Evidence, Process
+from pgguard.attribution.findings import Findings
+from pgguard.attribution.threads import Sleep, Thread, Waiting
 from pgguard.faults.build import build_fault
 from pgguard.faults.fault import Fault, SessionFacts
 from pgguard.faults.policy import Action
@@ -37,6 +39,7 @@ FACTS = SessionFacts(
 )
 
 QUERY = MessageSeen(Direction.FRONTEND, "Q", "Query", 61)
+TERMINATE = MessageSeen(Direction.FRONTEND, "X", "Terminate", 5)
 DATA_ROW = MessageSeen(Direction.BACKEND, "D", "DataRow", 30)
 
 OUTSTANDING = RequestSeen(
@@ -67,6 +70,18 @@ def verdict(kind: Kind, reason: str = "for a reason", **changes: Any) -> Verdict
     """A verdict of which nothing is known but what is given."""
     given: dict[str, Any] = {"message": None, "requests": ()} | changes
     return Verdict(kind=kind, reason=reason, **given)
+
+
+def asleep(who: Process, tid: int | None = None, *, switches: int = 1) -> Sleep:
+    """A thread in its sleep; the main one unless said otherwise."""
+    return Sleep(Thread(who.pid, who.started, who.pid if tid is None else tid, who.started), switches)
+
+
+def waiting(who: Process, tid: int | None = None, **changes: Any) -> Waiting:
+    """A thread that waits to read from the connection alone, as libpq does."""
+    given: dict[str, Any] = {"name": "ruby", "call": "ppoll", "readable": True, "writable": False, "others": 0}
+    switches = changes.pop("switches", 1)
+    return Waiting(asleep(who, tid, switches=switches), **(given | changes))
 
 
 def fault(

@@ -7,8 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from pgguard.attribution.evidence import Driver, Evidence, Findings
+from pgguard.attribution.evidence import Driver, Evidence
+from pgguard.attribution.findings import Findings, Share
+from pgguard.attribution.runtime import Language, Library, Runtime, Server
+from pgguard.attribution.stacks import Frame, Stacks
+from pgguard.attribution.threads import Waits
 from pgguard.faults.catalogue import Severity
+from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Role, rfc3339
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
@@ -22,11 +27,13 @@ from tests.faults.samples import (
     OUTSTANDING,
     OVERLAP,
     QUERY,
+    TERMINATE,
     WORKER_0,
     WORKER_1,
     fault,
     process,
     verdict,
+    waiting,
 )
 
 KERNEL_SENDER, SOLE, HOLDS, UNKNOWN = (
@@ -44,6 +51,11 @@ KNOWN_SENDER = Findings(senders={4866: WORKER_0})
 
 BUSY = verdict(Kind.REQUEST_WHILE_BUSY, message=QUERY, requests=(OUTSTANDING,), open_request=True)
 BUSY_SEEN = replace(BUSY, intruder=Sender(4866, 4871))
+POLLING = waiting(MASTER, 4870, name="puma srv tp 001")
+WAITS = Waits((POLLING,))
+STACKS = Stacks({POLLING.sleep: (Frame("fetch", "/app/a.py", 7),)})
+PUMA = Runtime(Language.RUBY, Server.PUMA, frozenset({Library.RAILS, Library.ACTIVE_RECORD}))
+
 ENDED = "the client's side ended without Terminate, "
 CLOSED = replace(verdict(Kind.UNCLEAN_CLOSE), reason=ENDED + "between two requests")
 
@@ -203,6 +215,112 @@ SUMMARIES = [
             "sent Query before the answer to request 41 was complete"
         ),
     ),
+    (
+        replace(OVERLAP, kind=Kind.SHARED_BY_THREADS, intruder=Sender(4866, 4880)),
+        KERNEL,
+        "thread 4880 of pid 4866 (puma: cluster worker 0) sent Query while the answer to thread 4871 was outstanding",
+    ),
+    (
+        verdict(
+            Kind.SHARED_BY_THREADS,
+            AT_ONCE,
+            intruder=Sender(4866, 4880, sampled=True),
+            requesters=(Sender(4866, 4871, sampled=True),),
+        ),
+        KERNEL,
+        f"threads 4880 and 4871 of pid 4866 (puma: cluster worker 0) {AT_ONCE}",
+    ),
+    (
+        verdict(
+            Kind.SHARED_BY_THREADS,
+            AT_ONCE,
+            requesters=(Sender(4866, 4871, sampled=True), Sender(4866, 4880, sampled=True)),
+        ),
+        KERNEL,
+        f"threads 4871 and 4880 of pid 4866 (puma: cluster worker 0) {AT_ONCE}",
+    ),
+    (
+        verdict(
+            Kind.SHARED_BY_PROCESSES,
+            AT_ONCE,
+            intruder=Sender(4867, 4880, sampled=True),
+            requesters=(Sender(4866, 4871, sampled=True),),
+        ),
+        KERNEL,
+        (
+            "pid 4867 (puma: cluster worker 1), thread 4880, and pid 4866 (puma: cluster worker 0), thread 4871,"
+            f" {AT_ONCE}"
+        ),
+    ),
+    (
+        verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE, intruder=Sender(4867)),
+        KERNEL,
+        (
+            "pid 4867 (puma: cluster worker 1) sent Terminate on the connection that"
+            " pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) opened"
+        ),
+    ),
+    (
+        verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE),
+        replace(ALONE, departed=(WORKER_0,)),
+        (
+            "pid 4866 (puma: cluster worker 0) sent Terminate on the connection that"
+            " pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) opened"
+        ),
+    ),
+    (
+        verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE),
+        ALONE,
+        (
+            "another process than pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]),"
+            " which opened the connection, sent Terminate on it"
+        ),
+    ),
+    (
+        verdict(Kind.LEAKED_CONNECTION),
+        replace(KERNEL, holders=(WORKER_0,)),
+        (
+            "the connection has outlived pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), which opened it:"
+            " pid 4866 (puma: cluster worker 0) has it open"
+        ),
+    ),
+    (
+        verdict(Kind.LEAKED_CONNECTION),
+        replace(KERNEL, holders=(WORKER_0, WORKER_1)),
+        (
+            "the connection has outlived pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), which opened it:"
+            " pid 4866 (puma: cluster worker 0) and pid 4867 (puma: cluster worker 1) have it open"
+        ),
+    ),
+    (verdict(Kind.LEAKED_CONNECTION), NOTHING, "the connection has outlived the process, which opened it"),
+    (
+        verdict(Kind.IDLE_IN_TRANSACTION, "has left a transaction idle for more than 60 s"),
+        ALONE,
+        "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) has left a transaction idle for more than 60 s",
+    ),
+    (
+        verdict(Kind.IDLE_IN_TRANSACTION, "has left a transaction idle for more than 60 s"),
+        replace(ALONE, holders=(WORKER_0,)),
+        "pid 4866 (puma: cluster worker 0) has left a transaction idle for more than 60 s",
+    ),
+    (
+        verdict(Kind.IDLE_IN_TRANSACTION, "has left a transaction idle for more than 60 s"),
+        NOTHING,
+        "the client has left a transaction idle for more than 60 s",
+    ),
+    (
+        verdict(Kind.CONNECTION_EXHAUSTION),
+        replace(KERNEL, opener=WORKER_1, holders=(WORKER_1,), shares=(Share(WORKER_0, 12), Share(None, 3))),
+        (
+            "the server refused pid 4867 (puma: cluster worker 1) a connection for want of slots: of those through this"
+            " guard pid 4866 (puma: cluster worker 0) has 12 and clients that are not known have 3"
+        ),
+    ),
+    (
+        verdict(Kind.CONNECTION_EXHAUSTION),
+        replace(NOTHING, shares=()),
+        "the server refused the client a connection for want of slots",
+    ),
     (verdict(Kind.UNTRACKED, "the session is encrypted with GSS"), KERNEL, "the session is encrypted with GSS"),
 ]
 
@@ -261,10 +379,16 @@ def test_the_record_is_the_one_of_the_contract() -> None:
                     "name": "ruby",
                     "cmdline": ["puma: cluster worker 1: 4864 [app]"],
                     "ppid": 4864,
+                    "namespace_pid": None,
                     "started_at": "2026-11-22T11:51:59.120402Z",
                 },
+                "tid_evidence": "kernel-sender",
+                "runtime": None,
                 "thread_name": None,
+                "system_call": None,
                 "stack": None,
+                "stack_problem": None,
+                "declared": None,
             },
             {
                 "role": "requester",
@@ -275,10 +399,16 @@ def test_the_record_is_the_one_of_the_contract() -> None:
                     "name": "ruby",
                     "cmdline": ["puma: cluster worker 0: 4864 [app]"],
                     "ppid": 4864,
+                    "namespace_pid": None,
                     "started_at": "2026-11-22T11:51:58.120402Z",
                 },
+                "tid_evidence": "kernel-sender",
+                "runtime": None,
                 "thread_name": None,
+                "system_call": None,
                 "stack": None,
+                "stack_problem": None,
+                "declared": None,
             },
         ],
         "requests": [
@@ -289,15 +419,95 @@ def test_the_record_is_the_one_of_the_contract() -> None:
                 "sql": "SELECT $1 AS pid",
                 "pid": 4866,
                 "tid": 4871,
+                "evidence": "kernel-sender",
                 "state": "answering",
             }
         ],
-        "advice": {"title": built.advice.title, "text": built.advice.text},
+        "story": [
+            {
+                "event": "inherited",
+                "at": "2026-11-22T11:51:58.120402Z",
+                "pid": 4866,
+                "from": None,
+                "evidence": "socket-holder",
+            },
+            {
+                "event": "inherited",
+                "at": "2026-11-22T11:51:59.120402Z",
+                "pid": 4867,
+                "from": None,
+                "evidence": "socket-holder",
+            },
+        ],
+        "connections": None,
+        "advice": {
+            "title": built.advice.title,
+            "text": built.advice.text,
+            "code": None,
+            "sources": ["https://www.postgresql.org/docs/current/libpq-connect.html"],
+        },
     }
     assert list(record) == [
         *("id", "at", "kind", "severity", "action", "repeat_of", "suppressed", "summary", "reason", "session"),
-        *("message", "libpq", "culprits", "requests", "advice"),
+        *("message", "libpq", "culprits", "requests", "story", "connections", "advice"),
     ]
+    assert list(record["culprits"][0]) == [
+        *("role", "pid", "tid", "evidence", "tid_evidence", "process", "runtime", "thread_name", "system_call"),
+        *("stack", "stack_problem", "declared"),
+    ]
+
+
+def test_the_record_says_what_a_thread_was_doing_and_how_that_is_known() -> None:
+    record = fault(BUSY, replace(ALONE, waits=WAITS, stacks=STACKS, runtimes={4864: PUMA})).to_record()
+    culprit = record["culprits"][0]
+    assert json.loads(json.dumps(record)) == record
+    assert {key: culprit[key] for key in ("tid", "evidence", "tid_evidence", "thread_name", "system_call")} == {
+        "tid": 4870,
+        "evidence": "sole-holder",
+        "tid_evidence": "thread-sample",
+        "thread_name": "puma srv tp 001",
+        "system_call": "ppoll",
+    }
+    assert culprit["runtime"] == {"language": "Ruby", "server": "Puma", "libraries": ["Active Record", "Rails"]}
+    assert culprit["stack"] == [{"function": "fetch", "file": "/app/a.py", "line": 7}]
+    assert culprit["stack_problem"] is None
+
+
+def test_the_record_says_who_has_how_many_connections() -> None:
+    full = verdict(Kind.CONNECTION_EXHAUSTION)
+    record = fault(full, replace(ALONE, shares=(Share(MASTER, 90), Share(None, 2)))).to_record()
+    assert [(share["pid"], share["count"]) for share in record["connections"]] == [(4864, 90), (None, 2)]
+    assert record["connections"][0]["process"]["name"] == "ruby"
+    assert record["connections"][1]["process"] is None
+    assert fault(full, replace(ALONE, shares=())).to_record()["connections"] == []
+
+
+def test_the_record_names_a_process_in_a_container_by_both_its_pids() -> None:
+    inside = replace(WORKER_1, namespace_pid=17)
+    record = fault(OVERLAP, replace(KERNEL, senders={4866: WORKER_0, 4867: inside})).to_record()
+    assert [culprit["process"]["namespace_pid"] for culprit in record["culprits"][:2]] == [17, None]
+
+
+def test_the_record_says_what_a_client_declared_that_can_not_be_looked_at() -> None:
+    said = Findings(declared={"pid": "31", "controller": "users"})
+    [culprit] = fault(verdict(Kind.IDLE_IN_TRANSACTION), said).to_record()["culprits"]
+    assert (culprit["pid"], culprit["evidence"], culprit["process"]) == (31, "declared", None)
+    assert culprit["declared"] == {"pid": "31", "controller": "users"}
+
+
+@pytest.mark.parametrize(
+    ("sender", "evidence"),
+    [
+        (Sender(4866, 4871), "kernel-sender"),
+        (Sender(4866), "kernel-sender"),
+        (Sender(4866, 4871, sampled=True), "thread-sample"),
+        (Sender(4864, sampled=True), "sole-holder"),
+        (None, None),
+    ],
+)
+def test_each_request_says_how_its_sender_is_known(sender: Sender | None, evidence: str | None) -> None:
+    record = fault(replace(BUSY, requests=(replace(OUTSTANDING, sender=sender),)), ALONE).to_record()
+    assert record["requests"][0]["evidence"] == evidence
 
 
 def test_what_is_not_known_is_null() -> None:
@@ -319,13 +529,20 @@ def test_what_is_not_known_is_null() -> None:
             "pid": None,
             "tid": None,
             "evidence": "unknown",
+            "tid_evidence": None,
             "process": None,
+            "runtime": None,
             "thread_name": None,
+            "system_call": None,
             "stack": None,
+            "stack_problem": None,
+            "declared": None,
         }
     ]
+    assert (record["story"], record["connections"]) == ([], None)
     assert record["requests"][0]["sql"] is None
     assert record["requests"][0]["pid"] is None
+    assert record["requests"][0]["evidence"] is None
     assert fault(CLOSED, NOTHING).to_record()["message"] is None
 
 

@@ -14,9 +14,14 @@ SEVERITIES = {
     Kind.MESSAGE_WHILE_IDLE: Severity.ERROR,
     Kind.UNEXPECTED_RESPONSE: Severity.ERROR,
     Kind.SHARED_BY_PROCESSES: Severity.ERROR,
+    Kind.SHARED_BY_THREADS: Severity.ERROR,
     Kind.REQUEST_WHILE_BUSY: Severity.ERROR,
     Kind.INHERITED_CONNECTION: Severity.WARNING,
+    Kind.FOREIGN_TERMINATE: Severity.ERROR,
     Kind.UNCLEAN_CLOSE: Severity.WARNING,
+    Kind.IDLE_IN_TRANSACTION: Severity.WARNING,
+    Kind.LEAKED_CONNECTION: Severity.WARNING,
+    Kind.CONNECTION_EXHAUSTION: Severity.ERROR,
     Kind.PROTOCOL_VIOLATION: Severity.ERROR,
     Kind.UNTRACKED: Severity.INFO,
 }
@@ -66,9 +71,14 @@ def test_a_close_is_grave_when_work_is_lost(request_open: bool, transaction: boo
     assert severity_of(closed, Driver.UNKNOWN) is severity
 
 
-def test_only_a_message_while_idle_can_be_dropped() -> None:
-    """Swallowing any other message would leave an answer owed that never comes, or a request unanswered."""
-    assert [kind for kind in Kind if CATALOGUE[kind].can_drop] == [Kind.MESSAGE_WHILE_IDLE]
+def test_only_messages_that_nobody_waits_for_can_be_dropped() -> None:
+    """Swallowing any other would leave an answer owed that never comes, or a request unanswered."""
+    assert {kind for kind in Kind if CATALOGUE[kind].can_drop} == {Kind.MESSAGE_WHILE_IDLE, Kind.FOREIGN_TERMINATE}
+
+
+def test_a_client_that_has_gone_or_is_being_refused_can_not_be_told() -> None:
+    cannot = {Kind.UNCLEAN_CLOSE, Kind.CONNECTION_EXHAUSTION, Kind.UNTRACKED}
+    assert {kind for kind in Kind if not CATALOGUE[kind].can_reject} == cannot
 
 
 @pytest.mark.parametrize("kind", Kind)

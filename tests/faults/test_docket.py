@@ -177,3 +177,60 @@ def test_nothing_is_ever_lost(gaps: list[float], closed_after: int) -> None:
     assert sum(1 + record.suppressed for record in records) == len(gaps)
     assert sorted(record.id for record in records) == list(range(1, len(records) + 1))
     assert sum(count.faults + count.repeats for count in docket.counts()) == len(gaps)
+
+
+BUSY = verdict(Kind.REQUEST_WHILE_BUSY, intruder=Sender(4867, 4880), requesters=(Sender(4866, 4871),))
+
+
+def test_what_evidence_has_shown_to_be_a_known_fault_is_known_from_then_on() -> None:
+    """The session core says request-while-busy each time; only the first time it takes evidence to know better."""
+    docket = Docket()
+    first = enter(docket)
+    assert docket.known(3, BUSY) is None
+    assert docket.equate(3, BUSY, OVERLAP, at=NOW) is None
+    known = docket.known(3, BUSY)
+    assert known is not None
+    assert (known.id, known.kind) == (first.id, Kind.SHARED_BY_PROCESSES)
+    again = docket.repeat(3, BUSY, at=NOW + 2)
+    assert again is not None
+    assert (again.repeat_of, again.kind) == (first.id, Kind.SHARED_BY_PROCESSES)
+
+
+def test_one_fault_by_two_names_is_rate_limited_counted_and_settled_once() -> None:
+    docket = Docket()
+    enter(docket)
+    docket.equate(3, BUSY, OVERLAP, at=NOW)
+    for what in (BUSY, OVERLAP, BUSY):
+        assert docket.repeat(3, what, at=NOW + 0.5) is None
+    (last,) = docket.close(3, at=NOW + 0.6)
+    assert (last.repeat_of, last.suppressed) == (1, 2)
+    assert docket.counts() == [(Kind.SHARED_BY_PROCESSES, Severity.ERROR, Action.LOGGED, 1, 3)]
+
+
+def test_a_fault_equated_with_itself_stays_one() -> None:
+    docket = Docket()
+    enter(docket)
+    assert docket.equate(3, OVERLAP, OVERLAP, at=NOW) is None
+    assert docket.known(3, OVERLAP) is not None
+
+
+def test_a_fault_can_not_be_equated_with_one_that_is_not_known() -> None:
+    docket = Docket()
+    enter(docket)
+    with pytest.raises(KeyError):
+        docket.equate(3, OVERLAP, BUSY, at=NOW)
+    with pytest.raises(KeyError):
+        docket.equate(4, BUSY, OVERLAP, at=NOW)
+
+
+def test_a_fault_by_another_name_counts_against_the_bound_but_is_settled_with_its_last_name() -> None:
+    docket = Docket()
+    enter(docket)
+    docket.equate(3, BUSY, OVERLAP, at=NOW)
+    docket.repeat(3, BUSY, at=NOW)
+    settled = []
+    for pid in range(10_000, 10_000 + FAULTS_PER_SESSION):
+        what = replace(OVERLAP, intruder=Sender(pid))
+        settled.append(docket.enter(what, fault(what, KERNEL, id=docket.next_id())))
+    assert [record.repeat_of for record in settled if record is not None] == [1]
+    assert docket.known(3, BUSY) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgguard.faults.catalogue import Severity
+from pgguard.faults.catalogue import CATALOGUE, Severity
 from pgguard.faults.policy import Action, KindAction, Mode, Policy, PolicyError
 from pgguard.session.verdicts import Kind
 
@@ -33,13 +33,15 @@ def test_decisions(mode: Mode, given: KindAction | None, kind: Kind, severity: S
     assert Policy(mode, per_kind).decide(kind, severity) is action
 
 
-@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.MESSAGE_WHILE_IDLE])
+@pytest.mark.parametrize("kind", [kind for kind in Kind if not CATALOGUE[kind].can_drop])
 def test_drop_is_refused_where_it_would_break_the_session(kind: Kind) -> None:
-    with pytest.raises(PolicyError, match=f"^{kind} can't be dropped, only message-while-idle can: say log"):
+    with pytest.raises(
+        PolicyError, match=f"^{kind} can't be dropped, only message-while-idle, foreign-terminate can: say log"
+    ):
         Policy(per_kind={kind: KindAction.DROP})
 
 
-@pytest.mark.parametrize("kind", [Kind.UNCLEAN_CLOSE, Kind.UNTRACKED])
+@pytest.mark.parametrize("kind", [Kind.UNCLEAN_CLOSE, Kind.CONNECTION_EXHAUSTION, Kind.UNTRACKED])
 def test_reject_is_refused_where_it_would_do_nothing(kind: Kind) -> None:
     with pytest.raises(PolicyError, match=f"^{kind} leaves nothing to reject"):
         Policy(per_kind={kind: KindAction.REJECT})

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgguard.attribution.evidence import Findings
+from pgguard.attribution.findings import Findings
+from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.policy import Action
 from pgguard.faults.rejection import rejection
-from pgguard.session.verdicts import Kind
+from pgguard.session.verdicts import Kind, Sender, Verdict
 from tests.faults.samples import KERNEL, MASTER, OUTSTANDING, OVERLAP, WORKER_0, fault, process, verdict
 
 
@@ -57,3 +58,51 @@ def test_every_kind_can_be_put_into_words(kind: Kind) -> None:
     told = rejection(fault(verdict(kind), Findings()))
     assert told.message.startswith("pgguard: ")
     assert f"This is {kind}: " in told.detail
+
+
+@pytest.mark.parametrize(
+    ("what", "findings", "message", "detail"),
+    [
+        (
+            verdict(Kind.FOREIGN_TERMINATE, intruder=Sender(4867)),
+            KERNEL,
+            "pgguard: pid 4867 (puma: cluster worker 1) sent Terminate on the connection that pid 4864",
+            "This is foreign-terminate: a process ended a connection that another one has open.",
+        ),
+        (
+            verdict(
+                Kind.SHARED_BY_THREADS,
+                AT_ONCE,
+                intruder=Sender(4866, 2, sampled=True),
+                requesters=(Sender(4866, 1, sampled=True),),
+            ),
+            KERNEL,
+            f"pgguard: threads 2 and 1 of pid 4866 (puma: cluster worker 0) {AT_ONCE}",
+            "pid 4866 (puma: cluster worker 0) used this connection before.",
+        ),
+        (
+            verdict(Kind.LEAKED_CONNECTION),
+            replace(KERNEL, holders=(WORKER_0,)),
+            "pgguard: the connection has outlived pid 4864",
+            "pid 4866 (puma: cluster worker 0) has it open as well.",
+        ),
+        (
+            verdict(Kind.IDLE_IN_TRANSACTION, "has left a transaction idle for more than 60 s"),
+            replace(KERNEL, holders=(MASTER,)),
+            "pgguard: pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) has left a transaction idle",
+            "This is idle-in-transaction: a transaction sits idle.",
+        ),
+    ],
+)
+def test_each_kind_says_who_and_what_in_the_message(
+    what: Verdict, findings: Findings, message: str, detail: str
+) -> None:
+    told = rejection(fault(what, findings, action=Action.REJECTED))
+    assert told.message.startswith(message)
+    assert detail in told.detail
+    assert told.hint
+
+
+def test_a_client_known_by_its_own_account_alone_is_not_told_to_itself() -> None:
+    told = rejection(fault(verdict(Kind.IDLE_IN_TRANSACTION, "sits"), Findings(declared={"application_name": "app"})))
+    assert told.message == "pgguard: the client sits"

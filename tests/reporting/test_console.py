@@ -14,13 +14,29 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from pgguard.attribution.evidence import Evidence, Findings
+from pgguard.attribution.evidence import Evidence
+from pgguard.attribution.findings import Findings, Share
+from pgguard.attribution.runtime import Language, Runtime
+from pgguard.attribution.stacks import Frame, Stacks
+from pgguard.attribution.threads import Waits
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
 from pgguard.reporting.console import BACKLOG, ConsoleSink, print_fault, summary_line
 from pgguard.reporting.sinks import SinkError
-from pgguard.session.verdicts import Kind
-from tests.faults.samples import DATA_ROW, KERNEL, OUTSTANDING, OVERLAP, fault, process, verdict
+from pgguard.session.verdicts import Kind, Sender
+from tests.faults.samples import (
+    DATA_ROW,
+    KERNEL,
+    OUTSTANDING,
+    OVERLAP,
+    WORKER_0,
+    WORKER_1,
+    asleep,
+    fault,
+    process,
+    verdict,
+    waiting,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,13 +87,14 @@ pgguard: ERROR: shared-by-processes: two processes use one connection
         with the fork
 
   Recent requests:
-    #41  11:52:07.119402  pid 4866  Q  answering  SELECT $1 AS pid
+    #41  11:52:07.119402  pid 4866, thread 4871  Q  answering  SELECT $1 AS pid
 
   What libpq prints for this, to search logs for:
     message type 0x54 arrived from server while idle
 
   What to change:
     Close the pool before forking. In before_fork.
+    See https://www.postgresql.org/docs/current/libpq-connect.html
 
 {SUMMARY}"""
 
@@ -154,6 +171,74 @@ def test_everything_can_be_printed(kind: Kind, evidence: Evidence, action: Actio
     findings = replace(KERNEL, opener_evidence=evidence)
     text = printed(fault(verdict(kind, message=DATA_ROW), findings, action=action))
     assert f": {kind}: " in text
+
+
+WAITING = waiting(WORKER_1, 4880, name="puma srv tp 002", call="ppoll")
+BY_WORKER_1 = replace(OVERLAP, intruder=Sender(4867))
+
+
+def test_a_thread_is_shown_with_its_name_its_call_and_the_innermost_of_its_frames() -> None:
+    frames = tuple(Frame(f"function_{n}", "/app/models.py", n) for n in range(20))
+    findings = replace(
+        KERNEL,
+        waits=Waits((WAITING,)),
+        stacks=Stacks({WAITING.sleep: frames}),
+        runtimes={4867: Runtime(Language.PYTHON)},
+    )
+    text = printed(fault(BY_WORKER_1, findings))
+    assert (
+        'Intruder: pid 4867 (puma: cluster worker 1), thread 4880 "puma srv tp 002": the kernel named it as the sender;'
+        " the thread: seen waiting on the socket"
+    ) in " ".join(text.split())
+    assert "      blocked in ppoll, waiting for this connection\n" in text
+    assert "      #0 function_0 /app/models.py:0\n      #1 function_1 /app/models.py:1\n" in text
+    assert "#7 function_7" in text
+    assert "#8" not in text
+    assert "no stack" not in text
+
+
+def test_why_there_is_no_stack_is_shown() -> None:
+    findings = replace(
+        KERNEL,
+        waits=Waits((WAITING,)),
+        stacks=Stacks(problems={4867: "py-spy is not installed"}),
+        runtimes={4867: Runtime(Language.PYTHON)},
+    )
+    assert "no stack: py-spy is not installed" in printed(fault(BY_WORKER_1, findings))
+
+
+def test_the_thread_of_a_process_that_has_no_other_goes_without_saying() -> None:
+    findings = replace(KERNEL, only_threads={4867: asleep(WORKER_1)})
+    text = printed(fault(BY_WORKER_1, findings))
+    assert "Intruder: pid 4867 (puma: cluster worker 1): the kernel named it as the sender" in text
+    assert "thread 4867" not in text
+
+
+def test_code_of_an_advice_is_shown_as_it_is_to_be_pasted_with_its_sources() -> None:
+    code = "# config/puma.rb\nbefore_fork do\n  " + "x" * 150 + "\nend\n"
+    advice = fault().advice._replace(code=code, sources=("https://example.org/one", "https://example.org/two"))
+    text = printed(fault(advice=advice), width=100)
+    for line in code.splitlines():
+        assert f"\n      {line}\n" in text, "neither wrapped nor cropped"
+    assert "See https://example.org/one\n    See https://example.org/two\n" in text
+
+
+def test_who_has_how_many_connections_is_shown() -> None:
+    full = verdict(Kind.CONNECTION_EXHAUSTION)
+    text = printed(fault(full, replace(KERNEL, shares=(Share(WORKER_0, 90), Share(None, 2)))))
+    assert "Connections through this guard:\n    90  pid 4866 (puma: cluster worker 0)\n     2  not known\n" in text
+    assert "Connections through" not in printed(fault(full, replace(KERNEL, shares=())))
+
+
+def test_a_pid_in_a_container_is_shown_too() -> None:
+    inside = replace(WORKER_1, namespace_pid=17)
+    text = printed(fault(OVERLAP, replace(KERNEL, senders={4867: inside})))
+    assert "in its own container it is pid 17" in text
+
+
+def test_a_client_known_by_its_own_account_is_shown_with_it() -> None:
+    text = printed(fault(verdict(Kind.IDLE_IN_TRANSACTION), Findings(declared={"controller": "users\x1b[2J"})))
+    assert "Opened by: a client that can't be looked at: by its own account\n      controller: users\\x1b[2J\n" in text
 
 
 # The sink

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pgguard.attribution.evidence import Findings
+from pgguard.attribution.findings import Findings
 from pgguard.reporting.jsonl import JsonLines, encode
 from pgguard.reporting.sinks import SinkError
 from tests.faults.samples import OVERLAP, fault, process

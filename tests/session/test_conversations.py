@@ -207,6 +207,46 @@ def test_garbage_never_breaks_the_tracker(chunks: list[tuple[Direction, bytes]])
 
 
 @thoroughly
+@given(st.data(), recordings(), st.booleans())
+def test_one_process_alone_is_faultless_however_it_is_known(
+    data: st.DataObject, recording: Recording, introduced: bool
+) -> None:
+    """Named by the kernel or sampled, on whichever thread, or not known for some of its chunks."""
+    conversation = Conversation(None if introduced else Sender(1, 1))
+    if introduced:
+        conversation.tracker.senders.introduce(Sender(1, sampled=True))
+    known = st.sampled_from([None, Sender(1), Sender(1, 1), Sender(1, 2), Sender(1, 1, sampled=True)])
+    for direction, message in recording.events:
+        conversation.feed(direction, message, data.draw(known) if direction is Direction.FRONTEND else None)
+    assert conversation.verdicts == []
+    assert conversation.tracker.idle
+    assert conversation.tracker.terminated is recording.terminated
+
+
+@thoroughly
+@given(recordings(most=2, terminate=False), st.booleans(), st.integers(1, 5))
+def test_swallowed_goodbye_leaves_no_trace(recording: Recording, named: bool, cut: int) -> None:
+    """Wherever between two messages it comes, and in however many pieces."""
+    untouched, dropped = play(recording.events), Conversation(MODEL if named else None)
+    owner, child = (MODEL, Sender(200, 200)) if named else (None, None)
+    tracker = dropped.tracker
+    tracker.asks_goodbye = not named
+    terminate = bytearray(FRONTEND["X"])
+    for direction, data in recording.runs():
+        dropped.feed(direction, data, owner if direction is Direction.FRONTEND else None)
+        if tracker.frontend_rest or dropped.held(Direction.FRONTEND):
+            continue
+        assert tracker.frontend(terminate, 0, cut, child, 0.0) == 0
+        assert tracker.frontend(terminate, 0, 5, child, 0.0) == 0
+        assert tracker.verdict is not None
+        assert tracker.verdict.kind is Kind.FOREIGN_TERMINATE
+        tracker.swallow()
+        assert tracker.frontend(terminate, 0, 5, child, 0.0) == 5
+    assert dropped.verdicts == []
+    assert outcome(dropped) == outcome(untouched)
+
+
+@thoroughly
 @given(st.lists(st.tuples(st.sampled_from([None, 1, 1, 2, 3]), st.booleans()), max_size=10))
 def test_processes_that_alternate(turns: list[tuple[int | None, bool]]) -> None:
     """The rule about processes, stated apart from the code that follows it; a turn may be answered or not."""

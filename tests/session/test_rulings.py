@@ -153,7 +153,7 @@ class TestSwallow:
         assert tracker.frontend(terminate, 0, 5, child, 0.0) == 5
         assert not tracker.terminated
         select = bytearray(query("SELECT 1"))
-        assert tracker.frontend(select, 0, len(select), child, 0.0) == len(select)
+        assert tracker.frontend(select, 0, len(select), MODEL, 0.0) == len(select)
         assert not tracker.idle
 
     def test_without_a_verdict(self) -> None:

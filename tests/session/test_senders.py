@@ -102,20 +102,6 @@ def test_whose_turn_it_was_comes_first(conversation: Conversation) -> None:
     assert verdict.requesters == (PARENT, CHILD)
 
 
-def test_terminate_by_a_child(conversation: Conversation) -> None:
-    """A destructor in a child: the very message that ends the session tells who ended it."""
-    conversation.talk("> Q < TDCZ")
-    [verdict] = conversation.frontend("X", CHILD)
-    assert verdict.kind is Kind.INHERITED_CONNECTION
-    assert verdict.message is not None
-    assert verdict.message.name == "Terminate"
-    assert conversation.tracker.terminated
-    [verdict] = conversation.frontend(SELECT, PARENT)
-    assert verdict.kind is Kind.SHARED_BY_PROCESSES
-    assert verdict.message is not None
-    assert (verdict.message.type, verdict.message.name) == (None, "bytes after the end")
-
-
 def test_both_say_goodbye(conversation: Conversation) -> None:
     assert conversation.frontend("X") == []
     assert conversation.frontend("X", CHILD) == []

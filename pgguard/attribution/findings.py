@@ -1,0 +1,68 @@
+"""What attribution knows about one session's client at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pgguard.attribution.evidence import Driver, Evidence, Process
+from pgguard.attribution.runtime import Runtime
+from pgguard.attribution.stacks import Stacks
+from pgguard.attribution.threads import Sleep, Waiting, Waits
+
+
+class Share(NamedTuple):
+    """How many of the guard's connections one process has open."""
+
+    process: Process | None
+    """``None``: those of clients that could not be found, on another host for one."""
+    connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What is known; what is not known is ``None`` or absent."""
+
+    opener: Process | None = None
+    """The process that opened the connection, remembered even when it is gone."""
+    opener_evidence: Evidence = Evidence.UNKNOWN
+    holders: tuple[Process, ...] | None = None
+    """The processes that have the client's socket open, as far as they could be found; ``None`` if nobody was found."""
+    holders_complete: bool = True
+    """There is certainly no other."""
+    senders: Mapping[int, Process] = field(default_factory=dict)
+    """The processes that are known to have sent, by pid, as far as they could still be looked at."""
+    driver: Driver = Driver.UNKNOWN
+    """What speaks on the connection: the driver of the process that opened it, when it did."""
+    waits: Waits = field(default_factory=Waits)
+    """The threads that were blocked on the socket while the session was parked."""
+    before: frozenset[Sleep] = frozenset()
+    """Those of them that were seen to wait already before what is judged had come."""
+    stacks: Stacks = field(default_factory=Stacks)
+    """What Python threads were doing."""
+    only_threads: Mapping[int, Sleep] = field(default_factory=dict)
+    """By pid, the sleep of the only thread of a process that has no other."""
+    runtimes: Mapping[int, Runtime] = field(default_factory=dict)
+    """By pid, what the processes run."""
+    opener_stays: bool = False
+    """The opener has the socket open still, and none of its threads was about to close it, as they all slept, not in an
+    event loop with the socket in it."""
+    alone_until: float | None = None
+    """When the opener was last seen to be the only holder, in seconds since the epoch."""
+    departed: tuple[Process, ...] = ()
+    """Those that had the socket open lately and have not any more."""
+    shares: tuple[Share, ...] | None = None
+    """Who has how many connections open, the most first."""
+    declared: Mapping[str, str] = field(default_factory=dict)
+    """What the client says of itself."""
+
+    @property
+    def sole_holder(self) -> Process | None:
+        """The process that alone has the socket open."""
+        return self.holders[0] if self.holders_complete and self.holders and len(self.holders) == 1 else None
+
+    @property
+    def waiting(self) -> tuple[Waiting, ...]:
+        """The threads that waited to read from this connection and for nothing else: see ``Waiting.others``."""
+        return tuple(one for one in self.waits.threads if one.readable and not one.others)

@@ -1,0 +1,148 @@
+"""What to change, for the very software that did it: the hook to use, what to call there, and code to paste.
+
+Two kinds of advice. What a fork took along is cured by a *hook* of whatever forks (Puma's before_fork, gunicorn's
+post_fork) and a *call* to whatever owns the connections (Sequel, SQLAlchemy): :data:`.forks.HOOKS` and
+:data:`.forks.CALLS`, of which any two fit together that are for the same language and the same side of the fork.
+Everything else is one table of whole answers, :data:`.answers.ANSWERS`. In all three a row that asks for a library or
+server wins over one that asks for none, and among equals the first; where none matches, the catalogue's general advice
+stands.
+
+The side of the fork is no matter of taste. A connection closed in the child sends Terminate on the parent's connection
+as well, so what can only close must do so in the parent; what can forget without closing, or has nothing to close, may
+do so in the child.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from pgguard.attribution.runtime import Language, Runtime
+from pgguard.faults.advice.answers import ANSWERS
+from pgguard.faults.advice.forks import CALLS, HOOKS
+from pgguard.faults.advice.rows import TAKEN_ALONG, Call, Hook, Side
+from pgguard.faults.catalogue import CATALOGUE, Advice
+from pgguard.session.verdicts import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_ANY_CALL: Final = {
+    Side.PARENT: "disconnect whatever may have connected by then; it connects anew when needed.",
+    Side.CHILD: "connect anew, and forget what was connected before without closing it.",
+}
+
+_REMARKS: Final = {
+    (Kind.INHERITED_CONNECTION, None): (
+        "Where one child alone goes on with the connection and the parent never touches it again, this is harmless: "
+        "say ignore for this kind."
+    ),
+    (Kind.LEAKED_CONNECTION, None): ("Find the heir by its pid; if it should have ended with its parent, end it."),
+    (Kind.FOREIGN_TERMINATE, Language.RUBY): (
+        "A child that has inherited a connection all the same leaves through exit!, which runs neither at_exit blocks "
+        "nor finalizers."
+    ),
+    (Kind.FOREIGN_TERMINATE, Language.PYTHON): (
+        "A child of os.fork that has inherited a connection all the same leaves through os._exit, which runs neither "
+        "atexit handlers nor destructors."
+    ),
+    (Kind.FOREIGN_TERMINATE, Language.PERL): (
+        "A child that has inherited a connection all the same may leave through POSIX::_exit, which runs neither END "
+        "blocks nor destructors."
+    ),
+}
+"""What to add for a kind, or for a kind in one language."""
+
+
+def advice_for(kind: Kind, runtimes: Sequence[Runtime]) -> Advice:
+    """What to change about a fault, given what the processes involved are.
+
+    What they show is taken together: the language of the first that shows one, and the server and the libraries of all
+    that have this language.
+
+    Args:
+        kind: The fault's.
+        runtimes: The processes involved, the most telling first. If nothing is known about them, the advice is the
+            catalogue's.
+    """
+    runtime = _merged(runtimes)
+    advice = _about_fork(runtime, kind) if kind in TAKEN_ALONG else _answer(runtime, kind)
+    if advice is None:
+        return CATALOGUE[kind].advice
+    remarks = [remark for key in ((kind, None), (kind, runtime.language)) if (remark := _REMARKS.get(key)) is not None]
+    return advice._replace(text=" ".join([advice.text, *remarks]))
+
+
+def advised(kind: Kind) -> tuple[Runtime, ...]:
+    """What there is special advice for, one runtime for each row of the tables; for :func:`advice_for`."""
+    rows: list[Runtime] = []
+    if kind in TAKEN_ALONG:
+        rows.extend(Runtime(hook.language, hook.server) for hook in HOOKS)
+        rows.extend(Runtime(call.language, call.server, frozenset({call.library})) for call in CALLS)
+    rows.extend(
+        Runtime(answer.language, None, frozenset({answer.library} if answer.library else ()))
+        for answer in ANSWERS
+        if kind in answer.kinds
+    )
+    return tuple(dict.fromkeys(rows))
+
+
+def _merged(runtimes: Sequence[Runtime]) -> Runtime:
+    language = next((runtime.language for runtime in runtimes if runtime.language is not None), None)
+    same = [runtime for runtime in runtimes if runtime.language is language]
+    return Runtime(
+        language,
+        next((runtime.server for runtime in same if runtime.server is not None), None),
+        frozenset().union(*(runtime.libraries for runtime in same)),
+    )
+
+
+def _answer(runtime: Runtime, kind: Kind) -> Advice | None:
+    answers = [answer for answer in ANSWERS if kind in answer.kinds and answer.language is runtime.language]
+    fitting = next((answer for answer in answers if answer.library in runtime.libraries), None)
+    if fitting is None:
+        fitting = next((answer for answer in answers if answer.library is None), None)
+    return None if fitting is None else fitting.advice
+
+
+def _about_fork(runtime: Runtime, kind: Kind) -> Advice | None:
+    hooks = [hook for hook in HOOKS if hook.language is runtime.language]
+    # Those of the server, or if it has none, those for whatever forks.
+    hooks = [hook for hook in hooks if hook.server is runtime.server] or [hook for hook in hooks if hook.server is None]
+    calls = [call for call in CALLS if call.language is runtime.language]
+    for call in calls:
+        if call.library not in runtime.libraries:
+            continue
+        if (hook := next((hook for hook in hooks if hook.side is call.side), None)) is not None:
+            return _composed(hook, call.text, call.code, call.sources, call.elsewhere)
+    if (answer := _answer(runtime, kind)) is not None or not hooks:
+        return answer
+    others = [call for call in calls if call.side is hooks[0].side]
+    sources = tuple(call.sources[0] for call in others)
+    return _composed(hooks[0], _ANY_CALL[hooks[0].side], _alternatives(others, hooks[0].language), sources)
+
+
+def _alternatives(calls: Sequence[Call], language: Language) -> str:
+    """All calls, as comments to choose from."""
+    users: dict[str, list[str]] = {}
+    for call in calls:
+        *_, line = call.code.splitlines()
+        users.setdefault(line, []).append(call.library)
+    comment = "//" if language is Language.PHP else "#"
+    width = max(map(len, users))
+    lines = [f"{comment} {line:{width}}  {comment} {', '.join(libraries)}" for line, libraries in users.items()]
+    # A Python function needs a statement.
+    return "\n".join([*lines, "pass"] if language is Language.PYTHON else lines)
+
+
+def _composed(hook: Hook, text: str, calls: str, sources: tuple[str, ...], elsewhere: str | None = None) -> Advice:
+    def indented(match: re.Match[str]) -> str:
+        return "\n".join(f"{match[1]}{line}".rstrip() for line in calls.splitlines())
+
+    code = re.sub(r"^( *)\{calls\}", indented, hook.code, flags=re.MULTILINE)
+    return Advice(
+        "Close the pool before forking" if hook.side is Side.PARENT else "Connect anew after forking",
+        f"{hook.text}, {text}",
+        code if elsewhere is None else f"{code}\n\n{elsewhere}",
+        tuple(dict.fromkeys((*hook.sources, *sources))),
+    )

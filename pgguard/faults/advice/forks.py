@@ -1,0 +1,514 @@
+"""How to keep a fork from taking connections along: hooks of what forks, and calls to what owns the connections."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pgguard.attribution.runtime import Language, Library, Server
+from pgguard.faults.advice.rows import Call, Hook, Side, code
+from pgguard.faults.advice.sources import (
+    DBI,
+    DJANGO_DATABASES,
+    PHP_FORK,
+    PSYCOPG2_USAGE,
+    PSYCOPG_POOL,
+    PYTHON_OS,
+    RAILS_ADAPTERS,
+    RAILS_POOL,
+    RUBY_PROCESS,
+    SEQUEL_FORK,
+    SQLALCHEMY_FORK,
+)
+
+HOOKS: Final = (
+    Hook(
+        Language.RUBY,
+        Server.PUMA,
+        Side.PARENT,
+        "Puma loads the application once and then forks its workers (cluster mode with preload_app!). In "
+        "config/puma.rb, in before_fork, which runs in the parent (and in before_refork, if fork_worker is used)",
+        code(
+            """
+            # config/puma.rb
+            before_fork do
+              {calls}
+            end
+            """
+        ),
+        ("https://github.com/puma/puma#cluster-mode-hooks",),
+    ),
+    Hook(
+        Language.RUBY,
+        Server.UNICORN,
+        Side.PARENT,
+        "Unicorn loads the application once and then forks its workers (preload_app true). In config/unicorn.rb, in "
+        "before_fork, which runs in the master",
+        code(
+            """
+            # config/unicorn.rb
+            before_fork do |_server, _worker|
+              {calls}
+            end
+            """
+        ),
+        ("https://yhbt.net/unicorn/Unicorn/Configurator.html",),
+    ),
+    Hook(
+        Language.RUBY,
+        Server.PASSENGER,
+        Side.PARENT,
+        "Passenger's smart spawning loads the application once, forks, and has no hook before that: its event "
+        "starting_worker_process comes in the child, where closing would send Terminate on the parent's connection. "
+        "At the end of config.ru, which the parent loads before it forks",
+        code(
+            """
+            # config.ru, at its end
+            {calls}
+            """
+        ),
+        ("https://www.phusionpassenger.com/library/indepth/ruby/spawn_methods/", SEQUEL_FORK),
+    ),
+    Hook(
+        Language.RUBY,
+        Server.SIDEKIQ,
+        Side.PARENT,
+        "Sidekiq itself doesn't fork, but Sidekiq Enterprise's sidekiqswarm does, and with SIDEKIQ_PRELOAD_APP it "
+        "loads the application before. Unset that, or at the end of the file given with -r",
+        code(
+            """
+            # config/boot_sidekiq.rb, the file given with -r, at its end
+            {calls}
+            """
+        ),
+        ("https://github.com/sidekiq/sidekiq/wiki/Ent-Multi-Process",),
+    ),
+    Hook(
+        Language.RUBY,
+        Server.RESQUE,
+        Side.PARENT,
+        "Resque forks a child for every job. In Resque.before_fork, which runs in the worker before each",
+        code(
+            """
+            # config/initializers/resque.rb
+            Resque.before_fork do |_job|
+              {calls}
+            end
+            """
+        ),
+        ("https://github.com/resque/resque/blob/master/docs/HOOKS.md",),
+    ),
+    Hook(
+        Language.RUBY,
+        None,
+        Side.PARENT,
+        "A connection belongs to the process that opened it. In the parent, just before the fork",
+        code(
+            """
+            # where the application forks: fork.rb
+            {calls}
+            pid = fork { work }
+            """
+        ),
+        (RUBY_PROCESS,),
+    ),
+    Hook(
+        Language.PYTHON,
+        Server.GUNICORN,
+        Side.CHILD,
+        "gunicorn loads the application before it forks its workers only with preload_app: leave that out, or in "
+        "gunicorn.conf.py, in post_fork, which runs in each worker",
+        code(
+            """
+            # gunicorn.conf.py
+            def post_fork(server, worker):
+                {calls}
+            """
+        ),
+        ("https://docs.gunicorn.org/en/stable/settings.html#post-fork",),
+    ),
+    Hook(
+        Language.PYTHON,
+        Server.GUNICORN,
+        Side.PARENT,
+        "gunicorn loads the application before it forks its workers only with preload_app: leave that out, or in "
+        "gunicorn.conf.py, in pre_fork, which runs in the master",
+        code(
+            """
+            # gunicorn.conf.py
+            def pre_fork(server, worker):
+                {calls}
+            """
+        ),
+        ("https://docs.gunicorn.org/en/stable/settings.html#pre-fork",),
+    ),
+    Hook(
+        Language.PYTHON,
+        Server.UWSGI,
+        Side.CHILD,
+        "uWSGI loads the application once and then forks its workers. Set lazy-apps = true, so that each worker loads "
+        "it for itself, or in a function decorated with uwsgidecorators.postfork, which runs in each worker",
+        code(
+            """
+            # wsgi.py
+            from uwsgidecorators import postfork
+
+
+            @postfork
+            def reconnect():
+                {calls}
+            """
+        ),
+        (
+            "https://uwsgi-docs.readthedocs.io/en/latest/PythonDecorators.html",
+            "https://uwsgi-docs.readthedocs.io/en/latest/articles/TheArtOfGracefulReloading.html",
+        ),
+    ),
+    Hook(
+        Language.PYTHON,
+        Server.UWSGI,
+        Side.PARENT,
+        "uWSGI loads the application once and then forks its workers. Set lazy-apps = true, so that each worker loads "
+        "it for itself, or at the end of wsgi.py, which the master loads before it forks",
+        code(
+            """
+            # wsgi.py, at its end
+            {calls}
+            """
+        ),
+        ("https://uwsgi-docs.readthedocs.io/en/latest/articles/TheArtOfGracefulReloading.html",),
+    ),
+    Hook(
+        Language.PYTHON,
+        Server.CELERY,
+        Side.CHILD,
+        "Celery's prefork pool forks the worker after it has loaded the application. In a handler of the signal "
+        "worker_process_init, which runs in each child",
+        code(
+            """
+            # celery.py, beside the application
+            from celery.signals import worker_process_init
+
+
+            @worker_process_init.connect
+            def reconnect(**kwargs):
+                {calls}
+            """
+        ),
+        ("https://docs.celeryq.dev/en/stable/userguide/signals.html#worker-process-init",),
+    ),
+    Hook(
+        Language.PYTHON,
+        Server.CELERY,
+        Side.PARENT,
+        "Celery's prefork pool forks the worker after it has loaded the application. In a handler of the signal "
+        "worker_before_create_process, which runs in the parent",
+        code(
+            """
+            # celery.py, beside the application
+            from celery.signals import worker_before_create_process
+
+
+            @worker_before_create_process.connect
+            def disconnect(**kwargs):
+                {calls}
+            """
+        ),
+        ("https://docs.celeryq.dev/en/stable/userguide/signals.html#worker-before-create-process",),
+    ),
+    Hook(
+        Language.PYTHON,
+        Server.MULTIPROCESSING,
+        Side.CHILD,
+        "multiprocessing forks by default on Linux before Python 3.14, and 'spawn' inherits nothing. In the pool's "
+        "initializer, which runs in each child",
+        code(
+            """
+            # where the pool is made: pool.py
+            import multiprocessing
+
+
+            def reconnect():
+                {calls}
+
+
+            processes = multiprocessing.Pool(initializer=reconnect)
+            """
+        ),
+        ("https://docs.python.org/3/library/multiprocessing.html#contexts-and-start-methods",),
+    ),
+    Hook(
+        Language.PYTHON,
+        Server.MULTIPROCESSING,
+        Side.PARENT,
+        "multiprocessing forks by default on Linux before Python 3.14, and 'spawn' inherits nothing. In the parent, "
+        "just before the processes are started",
+        code(
+            """
+            # where the pool is made: pool.py
+            import multiprocessing
+
+            {calls}
+            processes = multiprocessing.Pool()
+            """
+        ),
+        ("https://docs.python.org/3/library/multiprocessing.html#contexts-and-start-methods",),
+    ),
+    Hook(
+        Language.PYTHON,
+        None,
+        Side.CHILD,
+        "A connection belongs to the process that opened it. In a function given to os.register_at_fork as "
+        "after_in_child, which os.fork and multiprocessing run in each child",
+        code(
+            """
+            # beside the connections: db.py
+            import os
+
+
+            def reconnect():
+                {calls}
+
+
+            os.register_at_fork(after_in_child=reconnect)
+            """
+        ),
+        (f"{PYTHON_OS}#os.register_at_fork",),
+    ),
+    Hook(
+        Language.PYTHON,
+        None,
+        Side.PARENT,
+        "A connection belongs to the process that opened it. In a function given to os.register_at_fork as before, "
+        "which os.fork and multiprocessing run in the parent",
+        code(
+            """
+            # where the application starts: main.py
+            import os
+
+
+            def disconnect():
+                {calls}
+
+
+            os.register_at_fork(before=disconnect)
+            """
+        ),
+        (f"{PYTHON_OS}#os.register_at_fork",),
+    ),
+    Hook(
+        Language.PERL,
+        Server.APACHE,
+        Side.CHILD,
+        "mod_perl's startup.pl runs in Apache's parent, so a handle that it opens is inherited by every child. In a "
+        "PerlChildInitHandler, which runs in each child",
+        code(
+            """
+            # startup.pl
+            use Apache2::ServerUtil ();
+            use Apache2::Const -compile => 'OK';
+            use DBI;
+
+            our ($dbh, $dsn, $user, $password);
+            Apache2::ServerUtil->server->push_handlers(PerlChildInitHandler => sub {
+                {calls}
+                return Apache2::Const::OK;
+            });
+            """
+        ),
+        ("https://perl.apache.org/docs/2.0/user/handlers/server.html#C_PerlChildInitHandler_",),
+    ),
+    Hook(
+        Language.PERL,
+        None,
+        Side.CHILD,
+        "A connection belongs to the process that opened it. In the child, just after the fork",
+        code(
+            """
+            # where the program forks: fork.pl
+            use DBI;
+
+            our ($dbh, $dsn, $user, $password);
+            my $pid = fork() // die "fork: $!";
+            if ($pid == 0) {
+                {calls}
+                work();
+                exit 0;
+            }
+            """
+        ),
+        ("https://perldoc.perl.org/functions/fork",),
+    ),
+    Hook(
+        Language.PHP,
+        None,
+        Side.PARENT,
+        "PHP inherits connections only through pcntl_fork, and closes them at the end of the child's script, the "
+        "parent's as well. In the parent, just before pcntl_fork",
+        code(
+            """
+            <?php // where the script forks: fork.php
+            {calls}
+            $pid = pcntl_fork();
+            """
+        ),
+        (PHP_FORK,),
+    ),
+)
+"""Where to do it, those of a server in the order of preference."""
+
+CALLS: Final = (
+    Call(
+        Language.RUBY,
+        Library.HANAMI_DB,
+        Side.PARENT,
+        "call Hanami.shutdown, as the config/puma.rb does that hanami new writes: it stops the providers, and from "
+        "Hanami 2.2 on the database provider that is built in disconnects when it is stopped. The workers connect "
+        "anew when they need to.",
+        "Hanami.shutdown",
+        (
+            "https://github.com/hanami/hanami/blob/main/lib/hanami/providers/db.rb",
+            "https://github.com/hanami/cli/blob/main/lib/hanami/cli/generators/gem/app/puma.erb",
+        ),
+        server=Server.PUMA,
+    ),
+    Call(
+        Language.RUBY,
+        Library.HANAMI,
+        Side.PARENT,
+        "call Hanami.shutdown, as the config/puma.rb does that hanami new writes: it stops the providers. But a "
+        "provider for ROM written by hand, as all were before Hanami 2.2, disconnects only if it has a stop hook that "
+        'calls target["persistence.rom"].disconnect. The workers connect anew when they need to.',
+        "Hanami.shutdown",
+        (
+            "https://guides.hanamirb.org/v2.1/app/providers/",
+            "https://github.com/hanami/cli/blob/main/lib/hanami/cli/generators/gem/app/puma.erb",
+        ),
+        elsewhere=(
+            code(
+                """
+                # config/providers/persistence.rb, beside prepare and start
+                stop do
+                  target["persistence.rom"].disconnect
+                end
+                """
+            )
+        ),
+        server=Server.PUMA,
+    ),
+    Call(
+        Language.RUBY,
+        Library.ROM,
+        Side.PARENT,
+        "disconnect ROM's gateways: rom-sql connects through Sequel, so Sequel::DATABASES.each(&:disconnect) reaches "
+        "them all, as rom.disconnect does for one container. ROM connects anew when a child needs it to.",
+        "Sequel::DATABASES.each(&:disconnect)",
+        ("https://github.com/rom-rb/rom-sql/blob/main/lib/rom/sql/gateway.rb", SEQUEL_FORK),
+        server=Server.PUMA,
+    ),
+    Call(
+        Language.RUBY,
+        Library.SEQUEL,
+        Side.PARENT,
+        "call Sequel::DATABASES.each(&:disconnect), or DB.disconnect if there is only one. Sequel connects anew when a "
+        "child needs it to.",
+        "Sequel::DATABASES.each(&:disconnect)",
+        (SEQUEL_FORK,),
+    ),
+    Call(
+        Language.RUBY,
+        Library.ACTIVE_RECORD,
+        Side.PARENT,
+        "call ActiveRecord::Base.connection_pool.disconnect!, or with several databases and Rails 7.1 or later "
+        "ActiveRecord::Base.connection_handler.clear_all_connections!(:all). Since 5.2 Active Record itself lets go of "
+        "an inherited pool in the child, so look as well for what is kept outside of it: a connection in a constant or "
+        "a thread, a PG.connect of your own.",
+        "ActiveRecord::Base.connection_pool.disconnect!",
+        (RAILS_POOL, f"{RAILS_ADAPTERS}abstract/connection_handler.rb", f"{RAILS_ADAPTERS}pool_config.rb"),
+    ),
+    Call(
+        Language.PYTHON,
+        Library.SQLALCHEMY,
+        Side.CHILD,
+        "call engine.dispose(close=False) (SQLAlchemy 1.4.33 or later): it forgets the parent's connections without "
+        "closing them, and connects anew when needed.",
+        "engine.dispose(close=False)",
+        (SQLALCHEMY_FORK,),
+    ),
+    Call(
+        Language.PYTHON,
+        Library.DJANGO,
+        Side.PARENT,
+        "call django.db.connections.close_all(), never in the child, where it would send Terminate on the parent's "
+        "connection. Django connects anew with the next query.",
+        code(
+            """
+            from django.db import connections
+
+            connections.close_all()
+            """
+        ),
+        ("https://github.com/django/django/blob/main/django/utils/connection.py", DJANGO_DATABASES),
+    ),
+    Call(
+        Language.PYTHON,
+        Library.PSYCOPG,
+        Side.CHILD,
+        "call pool.open(), of a pool that was created with ConnectionPool(..., open=False) and so had no connections "
+        "before; a connection that isn't from a pool is to be made there.",
+        "pool.open()",
+        (PSYCOPG_POOL, "https://www.psycopg.org/psycopg3/docs/advanced/async.html"),
+        elsewhere=code(
+            """
+            # where the pool is made: pool.py
+            from psycopg_pool import ConnectionPool
+
+            pool = ConnectionPool(conninfo, open=False)
+            """
+        ),
+    ),
+    Call(
+        Language.PYTHON,
+        Library.PSYCOPG2,
+        Side.CHILD,
+        "connect anew, with psycopg2.connect or a new pool, and use nothing that was connected before the fork. The "
+        "old connection can simply be forgotten: psycopg2 closes none that another process has opened.",
+        code(
+            """
+            import psycopg2
+
+            app.connection = psycopg2.connect(dsn)
+            """
+        ),
+        (f"{PSYCOPG2_USAGE}#thread-and-process-safety",),
+    ),
+    Call(
+        Language.PERL,
+        Library.DBD_PG,
+        Side.CHILD,
+        "connect with DBI anew, for instance with $dbh->clone, and with AutoInactiveDestroy => 1 on every handle from "
+        "the beginning: without it the child's copy of the parent's handle says goodbye to the server when it is "
+        "destroyed.",
+        "$dbh = DBI->connect($dsn, $user, $password, { AutoInactiveDestroy => 1, RaiseError => 1 });",
+        (f"{DBI}#AutoInactiveDestroy",),
+    ),
+    Call(
+        Language.PHP,
+        Library.PDO_PGSQL,
+        Side.PARENT,
+        "set every PDO object, and every statement made from it, to null, and connect anew in parent and child; don't "
+        "use PDO::ATTR_PERSISTENT in a script that forks.",
+        "$pdo = null;",
+        ("https://www.php.net/manual/en/pdo.connections.php",),
+    ),
+    Call(
+        Language.PHP,
+        Library.PGSQL,
+        Side.PARENT,
+        "call pg_close() on every connection, and connect anew in parent and child; don't use pg_pconnect in a script "
+        "that forks.",
+        "pg_close($connection);",
+        ("https://www.php.net/manual/en/function.pg-close.php",),
+    ),
+)
+"""What to do there. Of several libraries that a process shows, the first one here counts: what is built upon others
+before those, and, as it takes care of forks itself, Active Record after Sequel."""

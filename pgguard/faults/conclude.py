@@ -1,0 +1,115 @@
+"""What the evidence makes of a verdict: the session core sees the wire alone, and not who reads from it.
+
+*Several wait for one answer.* Of two threads that are blocked reading one socket at the same moment, one is going to be
+given the other's answer. No driver that pipelines or multiplexes has two threads read, so this is certain whatever the
+driver, and it is how libpq's clients betray themselves: PQexec of a second thread doesn't send at first, it reads up
+the answer that the first one waits for (``PQexecStart()`` in ``fe-exec.c``). On the wire nothing overlaps then.
+
+*Somebody says Terminate on another process's connection.* It does harm only to a process that has the connection still
+open. Where the kernel doesn't name who said it, it can only have been another process than the opener if the opener
+leaves the socket open (:meth:`pgguard.attribution.witness.Witness.stays`); and it is none of another's business only if
+that other one hasn't taken the connection over, which is certain if the last request was made before there was one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pgguard.faults.catalogue import OVERLAP
+from pgguard.session.verdicts import Kind, Sender
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from pgguard.attribution.findings import Findings
+    from pgguard.attribution.threads import Sleep, Waiting
+    from pgguard.session.verdicts import Verdict
+
+HARMLESS_GOODBYES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "pg_basebackup": "the child that streams the WAL runs its parent's exit handler, disconnect_atexit(), when the "
+        "backup is complete; the parent has no more use for its connection then, and closes it (pg_basebackup.c)",
+    }
+)
+"""Programs whose children's Terminate is known to do no harm, by the name of the process that opened the connection."""
+
+
+AT_ONCE: Final = "wait for an answer on one connection at the same time"
+"""The reason of a verdict on those who read from one connection: what they do."""
+
+
+class Readers(NamedTuple):
+    """Who reads from one connection at the same time."""
+
+    kind: Kind
+    intruder: Sender | None
+    """The one that came last, if that is known."""
+    requesters: tuple[Sender, ...]
+    """The others."""
+
+
+def readers(blocked: Collection[Waiting], before: Collection[Sleep]) -> Readers | None:
+    """Tell which fault threads amount to that were blocked on one connection at once; ``None`` if it is fewer than two.
+
+    Args:
+        blocked: the threads.
+        before: those of their sleeps that they were in already when they were looked at earlier.
+    """
+    if len(blocked) < 2:
+        return None
+    kind = Kind.SHARED_BY_THREADS if len({one.thread.pid for one in blocked}) == 1 else Kind.SHARED_BY_PROCESSES
+    fresh = [one for one in blocked if one.sleep not in before]
+    last = _sender(fresh[0]) if len(fresh) == 1 else None
+    return Readers(kind, last, tuple(sender for one in blocked if (sender := _sender(one)) != last))
+
+
+def _sender(waiting: Waiting) -> Sender:
+    return Sender(waiting.thread.pid, waiting.thread.tid, sampled=True)
+
+
+def conclude(verdict: Verdict, findings: Findings) -> Verdict | None:
+    """Return what the verdict is in the light of the evidence; ``None`` if it is no fault."""
+    match verdict.kind:
+        case Kind.REQUEST_WHILE_BUSY:
+            return _overlap(verdict, findings)
+        case Kind.FOREIGN_TERMINATE:
+            return verdict if _is_foreign(verdict, findings) else None
+        case _:
+            return verdict
+
+
+def _overlap(verdict: Verdict, findings: Findings) -> Verdict:
+    found = readers([one for one in findings.waiting if one.blocked], findings.before)
+    if found is not None:
+        return replace(verdict, kind=found.kind, reason=AT_ONCE, intruder=found.intruder, requesters=found.requesters)
+    intruder, requester = verdict.intruder, next(iter(verdict.requesters), None)
+    two_threads = (
+        intruder is not None
+        and requester is not None
+        and intruder.pid == requester.pid
+        and None not in (intruder.tid, requester.tid)
+        and intruder.tid != requester.tid
+    )
+    if two_threads and not OVERLAP[findings.driver].may:
+        return replace(verdict, kind=Kind.SHARED_BY_THREADS)
+    return verdict
+
+
+def _is_foreign(verdict: Verdict, findings: Findings) -> bool:
+    opener = findings.opener
+    if opener is None or opener.name in HARMLESS_GOODBYES:
+        return False
+    if verdict.intruder is not None:
+        return any(holder.pid != verdict.intruder.pid for holder in findings.holders or ())
+    if not findings.opener_stays:
+        return False
+    if not verdict.requests:
+        return True
+    last = verdict.requests[-1]
+    if last.sender is not None:
+        return last.sender.pid == opener.pid
+    others = [process for process in (*(findings.holders or ()), *findings.departed) if process.pid != opener.pid]
+    alone = findings.alone_until is not None and last.at < findings.alone_until
+    return alone or (bool(others) and all(last.at < process.started_at for process in others))

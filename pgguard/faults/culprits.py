@@ -1,0 +1,256 @@
+"""Who is a culprit, in which role, and by what evidence.
+
+``intruder``
+    The sender of the offending message, where it is known. Where it isn't, but the client sent the message: the one
+    process that has the socket open, if there is exactly one; of a Terminate, the one that has had it open and hasn't
+    any more; otherwise an intruder without a pid, and the holders say among whom to look.
+``requester``
+    Every other sender on the connection, the one whose turn it was first.
+``closer``
+    Of a connection that ended without Terminate. The end of a stream has no sender, and it is the *last* process with
+    the socket open that brings it about, so one is named only if no second process is known to have opened, used or
+    held the connection: by ``sole-holder`` if the holders are this process alone, otherwise by what ties it to the
+    connection as its opener, or as the only sender. If the opener had let go before, it is the only one that had the
+    socket open then. With two processes or none there is no closer: they stand in their other roles.
+``owner``
+    The process that opened the connection. Of a client that can't be looked at, what it says of itself.
+``holder``
+    Every process that has the socket open and doesn't stand above as intruder, closer or requester. An owner that
+    still has it open is a holder as well: that is what a fork looks like.
+
+A thread is named where the kernel named it; where it was seen to wait for an answer on this connection, or several of
+its process were but this one alone had begun to; or where its process has no other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from pgguard.attribution.evidence import Evidence, Process
+from pgguard.attribution.runtime import Language
+from pgguard.faults.conclude import AT_ONCE
+from pgguard.faults.fault import Chapter, Culprit, Event, Role
+from pgguard.session.verdicts import Direction, Kind, Sender
+
+if TYPE_CHECKING:
+    from pgguard.attribution.findings import Findings
+    from pgguard.attribution.stacks import Frame
+    from pgguard.attribution.threads import Sleep
+    from pgguard.session.verdicts import Verdict
+
+_TOO_LATE: Final = "there was no time to read it"
+_TICK: Final = 0.02
+"""Seconds. Of a process that started within a tick of the connection's opening it isn't certain that it is older."""
+
+
+def sender_evidence(sender: Sender, findings: Findings) -> Evidence:
+    """How it is known who sent."""
+    if not sender.sampled:
+        return Evidence.KERNEL_SENDER
+    opener = findings.opener
+    if sender.tid is None and opener is not None and opener.pid == sender.pid:
+        return findings.opener_evidence  # it is known to have used the connection first, whatever it sent
+    return Evidence.THREAD_SAMPLE
+
+
+def find_culprits(verdict: Verdict, findings: Findings) -> tuple[Culprit, ...]:
+    """Who did it first, then whom it was done to, then who else has the connection open."""
+    return _Bench(verdict, findings).culprits()
+
+
+class _Bench:
+    def __init__(self, verdict: Verdict, findings: Findings) -> None:
+        self._verdict = verdict
+        self._findings = findings
+        self._known = known_processes(findings)
+        self._holders = findings.holders or ()
+
+    def culprits(self) -> tuple[Culprit, ...]:
+        verdict, findings = self._verdict, self._findings
+        culprits: list[Culprit] = []
+        requesters = [sender for sender in verdict.requesters if verdict.intruder or not self._only_opened(sender)]
+        if verdict.kind is Kind.UNCLEAN_CLOSE:
+            closer = self._closer()
+            if closer is not None:
+                culprits.append(closer)
+            elif verdict.intruder is not None:
+                # The last to send, which need not have been the last to close.
+                requesters.insert(0, verdict.intruder)
+        elif verdict.intruder is not None:
+            culprits.append(self._sender(Role.INTRUDER, verdict.intruder))
+        elif _client_did_it(verdict) and verdict.reason != AT_ONCE:
+            culprits.append(self._unnamed_intruder())
+        threads = {culprit.pid for culprit in culprits} | {
+            sender.pid for sender in requesters if sender.tid is not None
+        }
+        culprits.extend(
+            self._sender(Role.REQUESTER, sender)
+            for sender in dict.fromkeys(requesters)
+            if sender.tid is not None or sender.pid not in threads
+        )
+        active = {culprit.pid for culprit in culprits}
+        if findings.opener is not None:
+            culprits.append(self._process(Role.OWNER, findings.opener, findings.opener_evidence))
+        evidence = Evidence.SOCKET_HOLDER if findings.sole_holder is None else Evidence.SOLE_HOLDER
+        culprits.extend(
+            self._process(Role.HOLDER, holder, evidence) for holder in self._holders if holder.pid not in active
+        )
+        if not any(culprit.pid for culprit in culprits) and findings.declared:
+            culprits.append(_declared(findings))
+        return tuple(culprits)
+
+    def _only_opened(self, sender: Sender) -> bool:
+        """Whether all that is known of a sender is that it opened the connection."""
+        opener = self._findings.opener
+        return sender.sampled and sender.tid is None and opener is not None and sender.pid == opener.pid
+
+    def _unnamed_intruder(self) -> Culprit:
+        departed = self._findings.departed
+        if self._verdict.kind is Kind.FOREIGN_TERMINATE:
+            if len(departed) == 1:
+                return self._process(Role.INTRUDER, departed[0], Evidence.SOCKET_HOLDER)
+        elif (sole := self._findings.sole_holder) is not None:
+            return self._process(Role.INTRUDER, sole, Evidence.SOLE_HOLDER)
+        return Culprit(Role.INTRUDER, None, None, Evidence.UNKNOWN, None)
+
+    def _sender(self, role: Role, sender: Sender) -> Culprit:
+        evidence = sender_evidence(sender, self._findings)
+        process = self._known.get(sender.pid)
+        if sender.tid is not None:
+            return self._thread(role, sender.pid, process, evidence, sender.tid, evidence)
+        return self._of(role, sender.pid, process, evidence)
+
+    def _process(self, role: Role, process: Process, evidence: Evidence) -> Culprit:
+        return self._of(role, process.pid, process, evidence)
+
+    def _of(self, role: Role, pid: int, process: Process | None, evidence: Evidence) -> Culprit:
+        """A process, with the thread that is meant if that can be told. Who opened it is about a time long ago."""
+        if role is not Role.OWNER:
+            waiting = [one for one in self._findings.waiting if one.thread.pid == pid]
+            fresh = [one for one in waiting if one.sleep not in self._findings.before]
+            meant = fresh if role is Role.INTRUDER and len(waiting) > 1 else waiting
+            if len(meant) == 1:
+                return self._thread(role, pid, process, evidence, meant[0].thread.tid, Evidence.THREAD_SAMPLE)
+            only = self._findings.only_threads.get(pid)
+            if only is not None and not waiting:
+                return self._thread(role, pid, process, evidence, only.thread.tid, Evidence.ONLY_THREAD)
+        return Culprit(role, pid, None, evidence, process, runtime=self._findings.runtimes.get(pid))
+
+    def _thread(
+        self, role: Role, pid: int, process: Process | None, evidence: Evidence, tid: int, tid_evidence: Evidence
+    ) -> Culprit:
+        findings = self._findings
+        waiting = next((one for one in findings.waits.threads if (one.thread.pid, one.thread.tid) == (pid, tid)), None)
+        only = findings.only_threads.get(pid)
+        name = waiting.name if waiting is not None else None
+        if name is None and tid == pid and process is not None:
+            name = process.name  # comm(5) of a process is that of its main thread
+        sleep = waiting.sleep if waiting is not None else only
+        stack, problem = self._stack(pid, sleep)
+        return Culprit(
+            role,
+            pid,
+            tid,
+            evidence,
+            process,
+            tid_evidence=tid_evidence,
+            thread_name=name,
+            system_call=None if waiting is None else waiting.call,
+            stack=stack,
+            stack_problem=problem,
+            runtime=findings.runtimes.get(pid),
+        )
+
+    def _stack(self, pid: int, sleep: Sleep | None) -> tuple[tuple[Frame, ...] | None, str | None]:
+        findings = self._findings
+        frames = None if sleep is None else findings.stacks.frames.get(sleep)
+        if frames is not None:
+            return frames, None
+        runtime = findings.runtimes.get(pid)
+        if runtime is None or runtime.language is not Language.PYTHON:
+            return None, None
+        return None, findings.stacks.problems.get(pid, _TOO_LATE)
+
+    def _closer(self) -> Culprit | None:
+        verdict, findings = self._verdict, self._findings
+        opener = findings.opener
+        last = {process.pid: process for process in (*findings.departed, *self._holders)}
+        if opener is not None and last and opener.pid not in last:
+            # It had let go before, so that it isn't the last.
+            heir = last.popitem()[1]
+            return None if last else self._process(Role.CLOSER, heir, Evidence.SOCKET_HOLDER)
+        pids = set(self._known) | {sender.pid for sender in verdict.requesters}
+        pids.update(request.sender.pid for request in verdict.requests if request.sender is not None)
+        if verdict.intruder is not None:
+            pids.add(verdict.intruder.pid)
+        if len(pids) != 1:
+            return None
+        pid = pids.pop()
+        if findings.sole_holder is not None:
+            evidence = Evidence.SOLE_HOLDER
+        elif opener is not None and opener.pid == pid:
+            evidence = findings.opener_evidence
+        else:
+            evidence = next(
+                (
+                    sender_evidence(request.sender, findings)
+                    for request in reversed(verdict.requests)
+                    if request.sender is not None
+                ),
+                Evidence.KERNEL_SENDER,
+            )
+        return self._of(Role.CLOSER, pid, self._known.get(pid), evidence)
+
+
+def known_processes(findings: Findings) -> dict[int, Process]:
+    """Every process that was looked at, by pid.
+
+    Should a pid have been reused, the present process wins over the remembered opener.
+    """
+    known: dict[int, Process] = {}
+    if findings.opener is not None:
+        known[findings.opener.pid] = findings.opener
+    known.update((process.pid, process) for process in findings.departed)
+    known.update((process.pid, process) for process in findings.holders or ())
+    known.update(findings.senders)
+    return known
+
+
+def _client_did_it(verdict: Verdict) -> bool:
+    return verdict.message is not None and verdict.message.direction is Direction.FRONTEND
+
+
+def _declared(findings: Findings) -> Culprit:
+    """The client of a session whose process can't be looked at: on another host, where its pid means something."""
+    pid = findings.declared.get("pid", "")
+    number = int(pid) if pid.isascii() and pid.isdigit() else None
+    return Culprit(Role.OWNER, number, None, Evidence.DECLARED, None, declared=findings.declared)
+
+
+def tell_story(findings: Findings, opened_at: float) -> tuple[Chapter, ...]:
+    """How the socket came to be where it is: who opened it, who inherited it from whom, who has let go of it.
+
+    Args:
+        findings: what is known.
+        opened_at: when the connection was opened, in seconds since the epoch.
+    """
+    opener = findings.opener
+    chapters = [] if opener is None else [Chapter(Event.OPENED, opened_at, opener.pid, None, findings.opener_evidence)]
+    holders = findings.holders or ()
+    had_it = {process.pid for process in (*holders, *findings.departed)} | ({opener.pid} if opener else set())
+    evidence = Evidence.SOCKET_HOLDER if findings.sole_holder is None else Evidence.SOLE_HOLDER
+    others = {
+        process.pid: process for process in (*findings.departed, *holders) if not opener or process.pid != opener.pid
+    }
+    for process in sorted(others.values(), key=lambda process: process.started):
+        if process.started_at < opened_at - _TICK:
+            if opener is not None:  # otherwise it may have opened it itself
+                chapters.append(Chapter(Event.RECEIVED, None, process.pid, None, evidence))
+        else:
+            parent = process.ppid if process.ppid in had_it else None
+            chapters.append(Chapter(Event.INHERITED, process.started_at, process.pid, parent, evidence))
+    gone = {process.pid for process in findings.departed}
+    if opener is not None and findings.holders is not None and all(opener.pid != holder.pid for holder in holders):
+        gone.add(opener.pid)
+    chapters.extend(Chapter(Event.LEFT, None, pid, None, Evidence.SOCKET_HOLDER) for pid in sorted(gone))
+    return tuple(chapters)

@@ -1,0 +1,157 @@
+"""One line on each fault: who did what to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from pgguard.faults.conclude import AT_ONCE
+from pgguard.faults.fault import Culprit, Role
+from pgguard.faults.text import listed, named
+from pgguard.session.verdicts import OUTSTANDING, Kind, Verdict
+
+if TYPE_CHECKING:
+    from pgguard.attribution.findings import Findings
+
+
+def summarize(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
+    """Say what happened in one line; other people's text may be in it."""
+    write = _SUMMARIES.get(verdict.kind)
+    return verdict.reason if write is None else write(verdict, findings, culprits)
+
+
+def _message(verdict: Verdict) -> str:
+    return "bytes" if verdict.message is None else verdict.message.name
+
+
+def _who(culprits: tuple[Culprit, ...]) -> str:
+    """The intruder, or whichever stands first, or ``the client``."""
+    first = culprits[0] if culprits else None
+    return "the client" if first is None or first.pid is None else named(first.pid, first.process)
+
+
+def _shared_by_processes(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
+    if verdict.reason == AT_ONCE:
+        return f"{_readers(culprits)} {verdict.reason}"
+    return _used_out_of_turn(verdict, findings, culprits)
+
+
+def _shared_by_threads(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ...]) -> str:
+    if verdict.reason == AT_ONCE:
+        return f"{_readers(culprits)} {verdict.reason}"
+    threads = [f"thread {s.tid}" for s in (verdict.intruder, *verdict.requesters[:1]) if s is not None]
+    intruder, requester = [*threads, "a thread", "another thread"][:2]
+    outstanding = f"while the answer to {requester} was outstanding"
+    return f"{intruder} of {_who(culprits)} sent {_message(verdict)} {outstanding}"
+
+
+def _used_out_of_turn(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ...]) -> str:
+    # The reason says "another process" of the one whose turn it was, which is the first requester.
+    reason = verdict.reason
+    if verdict.requesters:
+        reason = reason.replace("another process", f"pid {verdict.requesters[0].pid}")
+    return f"{_who(culprits)} sent {_message(verdict)} {reason}"
+
+
+def _readers(culprits: tuple[Culprit, ...]) -> str:
+    """Processes, each with those of its threads that are meant."""
+    threads: dict[int, list[str]] = {}
+    names: dict[int, str] = {}
+    for culprit in culprits:
+        if culprit.pid is not None and culprit.role in (Role.INTRUDER, Role.REQUESTER):
+            names[culprit.pid] = named(culprit.pid, culprit.process)
+            threads.setdefault(culprit.pid, []).append(str(culprit.tid))
+    if len(names) == 1:
+        [(pid, name)] = names.items()
+        return f"threads {listed(threads[pid])} of {name}"
+    return listed([f"{name}, thread {listed(threads[pid])}," for pid, name in names.items()])
+
+
+def _busy(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
+    busy = next((request.n for request in verdict.requests if request.state in OUTSTANDING), None)
+    last = "its last request" if busy is None else f"request {busy}"
+    who = _who(culprits)
+    if culprits and culprits[0].pid is None and len(findings.holders or ()) > 1:
+        pids = listed([str(holder.pid) for holder in findings.holders or ()])
+        who = f"one of the processes {pids}, which share the connection,"
+    return f"{who} sent {_message(verdict)} before the answer to {last} was complete"
+
+
+def _violation(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ...]) -> str:
+    return verdict.reason if verdict.intruder is None else f"{_who(culprits)}: {verdict.reason}"
+
+
+def _ended(_: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
+    owner = "another process" if findings.opener is None else named(findings.opener.pid, findings.opener)
+    if not culprits or culprits[0].pid is None:
+        return f"another process than {owner}, which opened the connection, sent Terminate on it"
+    return f"{_who(culprits)} sent Terminate on the connection that {owner} opened"
+
+
+def _leaked(_: Verdict, findings: Findings, __: tuple[Culprit, ...]) -> str:
+    heirs = [named(holder.pid, holder) for holder in findings.holders or ()]
+    owner = "the process" if findings.opener is None else named(findings.opener.pid, findings.opener)
+    has = f": {listed(heirs)} {'has' if len(heirs) == 1 else 'have'} it open" if heirs else ""
+    return f"the connection has outlived {owner}, which opened it{has}"
+
+
+def _owner(findings: Findings) -> str:
+    """Whose connection it is: of the only process that has it open, otherwise of the one that opened it."""
+    process = findings.sole_holder or findings.opener
+    return "the client" if process is None else named(process.pid, process)
+
+
+def _idle(verdict: Verdict, findings: Findings, _: tuple[Culprit, ...]) -> str:
+    return f"{_owner(findings)} {verdict.reason}"
+
+
+def _exhausted(_: Verdict, findings: Findings, __: tuple[Culprit, ...]) -> str:
+    shares = [
+        f"{'clients that are not known' if share.process is None else named(share.process.pid, share.process)} "
+        f"{'have' if share.process is None else 'has'} {share.connections}"
+        for share in findings.shares or ()
+    ]
+    through = f": of those through this guard {listed(shares)}" if shares else ""
+    return f"the server refused {_owner(findings)} a connection for want of slots{through}"
+
+
+def _inherited(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
+    if verdict.intruder is not None:
+        return _used_out_of_turn(verdict, findings, culprits)
+    opener = findings.opener
+    heirs = [h for h in findings.holders or () if opener is None or h.pid != opener.pid]
+    if not heirs:
+        return "more than one process has the connection's socket open"
+    names = listed([named(h.pid, h) for h in heirs])
+    have = "has" if len(heirs) == 1 else "have"
+    if opener is None:
+        return f"{names} {have} one connection's socket open"
+    return f"{names} {have} the connection open that {named(opener.pid, opener)} opened"
+
+
+def _closed(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
+    when = verdict.reason.partition(", ")[2]
+    if culprits and culprits[0].role is Role.CLOSER:
+        return f"{_who(culprits)} closed its connection without Terminate, {when}"
+    if findings.opener is not None:
+        owner = named(findings.opener.pid, findings.opener)
+        return f"the connection that {owner} opened ended without Terminate, {when}"
+    return f"the client's side ended without Terminate, {when}"
+
+
+_SUMMARIES: Final = MappingProxyType[Kind, Callable[["Verdict", "Findings", tuple[Culprit, ...]], str]](
+    {
+        Kind.SHARED_BY_PROCESSES: _shared_by_processes,
+        Kind.SHARED_BY_THREADS: _shared_by_threads,
+        Kind.REQUEST_WHILE_BUSY: _busy,
+        Kind.INHERITED_CONNECTION: _inherited,
+        Kind.FOREIGN_TERMINATE: _ended,
+        Kind.UNCLEAN_CLOSE: _closed,
+        Kind.IDLE_IN_TRANSACTION: _idle,
+        Kind.LEAKED_CONNECTION: _leaked,
+        Kind.CONNECTION_EXHAUSTION: _exhausted,
+        Kind.PROTOCOL_VIOLATION: _violation,
+    }
+)
+"""Of the other kinds, the reason says it all."""

@@ -1,0 +1,76 @@
+"""Who descends from a process, and whether that still runs its program."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pgguard.attribution.descriptors import is_same_program, list_children
+from pgguard.attribution.processes import read_stat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.attribution.puppets import Puppet
+
+
+@pytest.fixture
+def parent(puppet: Callable[[], Puppet]) -> Puppet:
+    return puppet()
+
+
+def test_children_are_listed_and_not_their_children(parent: Puppet) -> None:
+    first = parent.do("fork()")
+    second = parent.do("fork(fork)")
+    assert sorted(list_children(parent.pid)) == sorted([first, second])
+    [grandchild] = list_children(second)
+    stat = read_stat(grandchild)
+    assert stat is not None
+    assert stat.ppid == second
+
+
+def test_children_of_another_thread_are_children_too(parent: Puppet) -> None:
+    """Each thread has a list of its own: threaded servers fork wherever they are."""
+    parent.do("import threading; forked = []; held = threading.Event()")
+    parent.do(
+        "thread = threading.Thread(target=lambda: (forked.append(fork()), held.wait()), daemon=True)\n"
+        "thread.start()\n"
+        "while not forked: pass"
+    )
+    assert list_children(parent.pid) == parent.do("forked")
+
+
+def test_a_zombie_is_a_child_until_it_is_reaped(parent: Puppet) -> None:
+    child = parent.do("fork()")
+    parent.do(f"os.close(holds.pop({child})); os.waitid(os.P_PID, {child}, os.WEXITED | os.WNOWAIT)")
+    assert list_children(parent.pid) == [child]
+    assert not is_same_program(child, parent.pid)
+    parent.do(f"os.waitpid({child}, 0)")
+    assert list_children(parent.pid) == []
+
+
+def test_a_process_without_children_or_that_is_gone_has_none(parent: Puppet) -> None:
+    assert list_children(parent.pid) == []
+    parent.end()
+    assert list_children(parent.pid) == []
+    assert not is_same_program(parent.pid, os.getpid())
+
+
+def test_a_fork_runs_the_same_program_until_it_executes_another(parent: Puppet) -> None:
+    child = parent.do("fork()")
+    assert is_same_program(child, parent.pid)
+    parent.do("other = subprocess.Popen(['sleep', '60'])")
+    pid = parent.do("other.pid")
+    assert list_children(parent.pid).count(pid) == 1
+    assert not is_same_program(pid, parent.pid)
+    parent.do("other.kill(); other.wait()")
+
+
+def test_the_same_program_started_anew_is_the_same_program(parent: Puppet) -> None:
+    """An interpreter is started by another: the file is the same, and nothing else tells them apart here."""
+    parent.do(f"again = subprocess.Popen([{sys.executable!r}, '-c', 'input()'], stdin=subprocess.PIPE)")
+    assert is_same_program(parent.do("again.pid"), parent.pid)
+    parent.do("again.stdin.close(); again.wait()")

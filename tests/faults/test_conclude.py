@@ -1,0 +1,322 @@
+"""What evidence makes of a verdict: what each rule convicts, and the nearest legitimate thing that it spares."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pgguard.attribution.evidence import Driver, Evidence
+from pgguard.attribution.findings import Findings
+from pgguard.attribution.threads import Obstacle, Waits
+from pgguard.faults.catalogue import OVERLAP as OVERLAPPING
+from pgguard.faults.conclude import AT_ONCE, HARMLESS_GOODBYES, conclude, readers
+from pgguard.session.verdicts import Kind, RequestState, Sender
+from tests.faults.samples import (
+    FACTS,
+    KERNEL,
+    MASTER,
+    OUTSTANDING,
+    OVERLAP,
+    QUERY,
+    TERMINATE,
+    WORKER_0,
+    WORKER_1,
+    process,
+    verdict,
+    waiting,
+)
+
+if TYPE_CHECKING:
+    from pgguard.attribution.evidence import Process
+    from pgguard.attribution.threads import Sleep, Waiting
+    from pgguard.session.verdicts import RequestSeen, Verdict
+
+FIRST = waiting(WORKER_0, 4871)
+SECOND = waiting(WORKER_0, 4872)
+ELSEWHERE = waiting(WORKER_1, 4880)
+
+
+def sampled(one: Waiting) -> Sender:
+    return Sender(one.thread.pid, one.thread.tid, sampled=True)
+
+
+# Who reads at the same time
+
+
+@pytest.mark.parametrize(
+    ("blocked", "before", "kind", "intruder", "requesters"),
+    [
+        pytest.param((FIRST, SECOND), (FIRST,), Kind.SHARED_BY_THREADS, SECOND, (FIRST,), id="who came last"),
+        pytest.param((SECOND, FIRST), (FIRST,), Kind.SHARED_BY_THREADS, SECOND, (FIRST,), id="in whatever order"),
+        pytest.param((FIRST, SECOND), (), Kind.SHARED_BY_THREADS, None, (FIRST, SECOND), id="both are new"),
+        pytest.param(
+            (FIRST, SECOND), (FIRST, SECOND), Kind.SHARED_BY_THREADS, None, (FIRST, SECOND), id="neither is new"
+        ),
+        pytest.param(
+            (FIRST, ELSEWHERE), (FIRST,), Kind.SHARED_BY_PROCESSES, ELSEWHERE, (FIRST,), id="of two processes"
+        ),
+        pytest.param(
+            (FIRST, SECOND, ELSEWHERE),
+            (FIRST, ELSEWHERE),
+            Kind.SHARED_BY_PROCESSES,
+            SECOND,
+            (FIRST, ELSEWHERE),
+            id="two threads, and a third one in another process",
+        ),
+        pytest.param(
+            (FIRST, SECOND, ELSEWHERE),
+            (FIRST,),
+            Kind.SHARED_BY_PROCESSES,
+            None,
+            (FIRST, SECOND, ELSEWHERE),
+            id="two of three are new",
+        ),
+    ],
+)
+def test_several_that_read_at_once_are_a_fault(
+    blocked: tuple[Waiting, ...],
+    before: tuple[Waiting, ...],
+    kind: Kind,
+    intruder: Waiting | None,
+    requesters: tuple[Waiting, ...],
+) -> None:
+    found = readers(blocked, {one.sleep for one in before})
+    assert found is not None
+    assert found.kind is kind
+    assert found.intruder == (None if intruder is None else sampled(intruder))
+    assert found.requesters == tuple(sampled(one) for one in requesters)
+
+
+def test_one_that_woke_and_waits_again_is_the_last_to_come() -> None:
+    """The same thread in another sleep: it has run in between, so it may have sent."""
+    again = waiting(WORKER_0, 4871, switches=2)
+    found = readers((again, SECOND), {FIRST.sleep, SECOND.sleep})
+    assert found is not None
+    assert found.intruder == sampled(again)
+
+
+@pytest.mark.parametrize("blocked", [(), (FIRST,)])
+def test_fewer_than_two_readers_are_no_fault(blocked: tuple[Waiting, ...]) -> None:
+    assert readers(blocked, ()) is None
+
+
+# Requests that overlap
+
+BUSY = verdict(
+    Kind.REQUEST_WHILE_BUSY,
+    "Query was sent before the answer to request 41 (Q) was complete",
+    message=QUERY,
+    requests=(OUTSTANDING,),
+    open_request=True,
+)
+BY_TWO_THREADS = replace(BUSY, intruder=Sender(4866, 4872), requesters=(Sender(4866, 4871),))
+
+
+def seen(
+    *threads: Waiting, driver: Driver = Driver.NODE, before: tuple[Sleep, ...] = (), unsure: tuple[int, ...] = ()
+) -> Findings:
+    obstacles = dict.fromkeys(unsure, Obstacle.NOT_PERMITTED)
+    holders = (WORKER_0, WORKER_1)
+    return Findings(
+        opener=WORKER_0,
+        opener_evidence=Evidence.SOLE_HOLDER,
+        holders=holders,
+        driver=driver,
+        waits=Waits(threads, obstacles),
+        before=frozenset(before),
+    )
+
+
+def concluded(what: Verdict, findings: Findings) -> Verdict:
+    conclusion = conclude(what, findings)
+    assert conclusion is not None
+    return conclusion
+
+
+@pytest.mark.parametrize("driver", Driver)
+def test_two_that_are_blocked_reading_are_convicted_whatever_the_driver(driver: Driver) -> None:
+    found = concluded(BUSY, seen(FIRST, SECOND, driver=driver, before=(FIRST.sleep,)))
+    assert (found.kind, found.reason) == (Kind.SHARED_BY_THREADS, AT_ONCE)
+    assert (found.intruder, found.requesters) == (sampled(SECOND), (sampled(FIRST),))
+    assert (found.message, found.requests, found.open_request) == (QUERY, (OUTSTANDING,), True)
+
+
+def test_two_processes_that_are_blocked_reading_are_convicted() -> None:
+    assert concluded(BUSY, seen(FIRST, ELSEWHERE)).kind is Kind.SHARED_BY_PROCESSES
+
+
+def test_what_can_not_be_seen_does_not_clear_those_that_can() -> None:
+    assert concluded(BUSY, seen(FIRST, SECOND, unsure=(WORKER_1.pid,))).kind is Kind.SHARED_BY_THREADS
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(waiting(WORKER_0, 4872, call="epoll_wait"), id="an event loop with the socket alone in its set"),
+        pytest.param(waiting(WORKER_0, 4872, call="epoll_pwait2", others=3), id="an event loop"),
+        pytest.param(waiting(WORKER_0, 4872, call="select"), id="a thread that watches for notifications"),
+        pytest.param(waiting(WORKER_0, 4872, call="pselect6"), id="the same by another name"),
+        pytest.param(waiting(WORKER_0, 4872, others=1), id="a poll that something else ends as well"),
+        pytest.param(waiting(WORKER_0, 4872, call="sendto", readable=False, writable=True), id="a thread that writes"),
+    ],
+)
+def test_a_second_thread_that_need_not_take_the_answer_convicts_nobody(other: Waiting) -> None:
+    assert conclude(BUSY, seen(FIRST, other)) == BUSY
+
+
+def test_one_thread_that_waits_convicts_nobody() -> None:
+    """A pipelining driver has one reader."""
+    assert conclude(BUSY, seen(FIRST)) == BUSY
+    assert conclude(BUSY, seen()) == BUSY
+
+
+@pytest.mark.parametrize("driver", Driver)
+def test_requests_of_two_threads_are_a_fault_where_the_driver_multiplexes_none(driver: Driver) -> None:
+    found = concluded(BY_TWO_THREADS, seen(driver=driver))
+    if OVERLAPPING[driver].may:
+        assert found == BY_TWO_THREADS
+    else:
+        assert found == replace(BY_TWO_THREADS, kind=Kind.SHARED_BY_THREADS)
+
+
+@pytest.mark.parametrize(
+    ("intruder", "requesters"),
+    [
+        pytest.param(Sender(4866, 4871), (Sender(4866, 4871),), id="the same thread"),
+        pytest.param(Sender(4866, 4872), (Sender(4866),), id="one thread isn't known"),
+        pytest.param(Sender(4866), (Sender(4866, 4871),), id="the other isn't known"),
+        pytest.param(Sender(4867, 4880), (Sender(4866, 4871),), id="two processes are the session core's affair"),
+        pytest.param(Sender(4866, 4872), (), id="nobody else has sent"),
+        pytest.param(None, (Sender(4866, 4871),), id="the sender isn't known"),
+    ],
+)
+def test_what_may_be_one_threads_own_doing_stays_what_it_is(
+    intruder: Sender | None, requesters: tuple[Sender, ...]
+) -> None:
+    what = replace(BUSY, intruder=intruder, requesters=requesters)
+    assert conclude(what, seen(driver=Driver.LIBPQ)) == what
+
+
+# Terminate
+
+OPENED = FACTS.opened_at
+OPENER = replace(MASTER, name="ruby")
+CHILD = process(4866, 4864, "worker", age=9)
+BEFORE_THE_FORK = CHILD.started_at - 1
+AFTER_THE_FORK = CHILD.started_at + 1
+
+GOODBYE = verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE)
+
+
+def last_asked(at: float, sender: Sender | None = None) -> tuple[RequestSeen, ...]:
+    earlier = replace(OUTSTANDING, n=40, at=OPENED, sender=None, state=RequestState.ANSWERED)
+    return earlier, replace(OUTSTANDING, at=at, sender=sender, state=RequestState.ANSWERED)
+
+
+STAYED = Findings(
+    opener=OPENER,
+    opener_evidence=Evidence.SOLE_HOLDER,
+    holders=(OPENER,),
+    driver=Driver.LIBPQ,
+    opener_stays=True,
+    departed=(CHILD,),
+)
+"""The opener sleeps and has the socket open still; its child, which had inherited it, has not any more."""
+
+
+@pytest.mark.parametrize(
+    ("requests", "findings"),
+    [
+        pytest.param((), STAYED, id="there has been no request: nobody can have taken over"),
+        pytest.param(last_asked(BEFORE_THE_FORK), STAYED, id="the last request was made before there was a child"),
+        pytest.param(
+            last_asked(BEFORE_THE_FORK), replace(STAYED, holders=(OPENER, CHILD), departed=()), id="it is there still"
+        ),
+        pytest.param(
+            last_asked(AFTER_THE_FORK),
+            replace(STAYED, departed=(), alone_until=AFTER_THE_FORK + 1),
+            id="the opener was alone after the last request",
+        ),
+        pytest.param(
+            last_asked(AFTER_THE_FORK, Sender(4864, 4864, sampled=True)), STAYED, id="the last request was the opener's"
+        ),
+    ],
+)
+def test_a_goodbye_of_nobody_knows_whom_is_foreign(requests: tuple[RequestSeen, ...], findings: Findings) -> None:
+    what = replace(GOODBYE, requests=requests)
+    assert conclude(what, findings) == what
+
+
+@pytest.mark.parametrize(
+    ("requests", "findings"),
+    [
+        pytest.param((), replace(STAYED, opener_stays=False), id="the opener closes the connection, or may"),
+        pytest.param((), replace(STAYED, opener=None), id="the opener is not known"),
+        pytest.param((), Findings(), id="nothing is known"),
+        pytest.param(last_asked(AFTER_THE_FORK), STAYED, id="the child may have taken over"),
+        pytest.param(
+            last_asked(AFTER_THE_FORK, Sender(4866, 4866, sampled=True)), STAYED, id="the child has taken over"
+        ),
+        pytest.param(
+            last_asked(BEFORE_THE_FORK), replace(STAYED, departed=()), id="nobody else is known to have had it open"
+        ),
+        pytest.param(
+            last_asked(AFTER_THE_FORK),
+            replace(STAYED, departed=(), alone_until=AFTER_THE_FORK - 0.5),
+            id="the opener was alone only before the last request",
+        ),
+        pytest.param(
+            last_asked(AFTER_THE_FORK),
+            replace(STAYED, departed=(CHILD, process(4870, 4864, "later", age=1))),
+            id="of two children, one is older than the last request",
+        ),
+        pytest.param(
+            (), replace(STAYED, opener=replace(OPENER, name="pg_basebackup")), id="a program known to do no harm"
+        ),
+    ],
+)
+def test_a_goodbye_that_may_be_rightful_is_no_fault(requests: tuple[RequestSeen, ...], findings: Findings) -> None:
+    assert conclude(replace(GOODBYE, requests=requests), findings) is None
+
+
+NAMED = replace(GOODBYE, intruder=Sender(4866, 4866), requesters=(Sender(4864, 4864),))
+
+
+@pytest.mark.parametrize(
+    ("holders", "foreign"),
+    [
+        pytest.param((OPENER, CHILD), True, id="the opener has it open"),
+        pytest.param((OPENER,), True, id="the opener has it open, and the child not any more"),
+        pytest.param((CHILD, WORKER_1), True, id="another child has it open"),
+        pytest.param((CHILD,), False, id="nobody else has it open"),
+        pytest.param((), False, id="nobody has it open"),
+        pytest.param(None, False, id="it isn't known who has it open"),
+    ],
+)
+def test_a_goodbye_of_a_named_process_does_harm_only_to_another_that_has_it_open(
+    holders: tuple[Process, ...] | None, foreign: bool
+) -> None:
+    assert (conclude(NAMED, replace(STAYED, holders=holders, opener_stays=False)) is not None) is foreign
+
+
+@pytest.mark.parametrize("name", HARMLESS_GOODBYES)
+def test_a_named_child_of_a_program_known_to_do_no_harm_is_spared(name: str) -> None:
+    findings = replace(STAYED, opener=replace(OPENER, name=name), holders=(OPENER, CHILD))
+    assert conclude(NAMED, findings) is None
+    assert conclude(NAMED, replace(findings, opener=replace(OPENER, name=f"not_{name}"))) == NAMED
+
+
+def test_a_named_goodbye_where_the_opener_can_not_be_looked_at_is_no_fault() -> None:
+    assert conclude(NAMED, replace(STAYED, opener=None)) is None
+
+
+# Everything else
+
+
+@pytest.mark.parametrize("kind", sorted(set(Kind) - {Kind.REQUEST_WHILE_BUSY, Kind.FOREIGN_TERMINATE}))
+def test_evidence_changes_no_other_verdict(kind: Kind) -> None:
+    what = replace(OVERLAP, kind=kind)
+    for findings in (Findings(), KERNEL, seen(FIRST, SECOND, ELSEWHERE)):
+        assert conclude(what, findings) == what

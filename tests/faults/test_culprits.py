@@ -1,0 +1,460 @@
+"""Who is named in which role, with which thread, doing what; and the story of the socket."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from pgguard.attribution.evidence import Driver, Evidence, Process
+from pgguard.attribution.findings import Findings
+from pgguard.attribution.runtime import Language, Runtime
+from pgguard.attribution.stacks import Frame, Stacks
+from pgguard.attribution.threads import Sleep, Waiting, Waits
+from pgguard.faults.conclude import AT_ONCE
+from pgguard.faults.culprits import find_culprits, known_processes, sender_evidence, tell_story
+from pgguard.faults.fault import Chapter, Culprit, Event, Role
+from pgguard.session.verdicts import Kind, Sender, Verdict
+from tests.faults.samples import (
+    DATA_ROW,
+    FACTS,
+    KERNEL,
+    MASTER,
+    OUTSTANDING,
+    OVERLAP,
+    QUERY,
+    TERMINATE,
+    WORKER_0,
+    WORKER_1,
+    asleep,
+    process,
+    verdict,
+    waiting,
+)
+
+INTRUDER, REQUESTER, OWNER, HOLDER, CLOSER = Role.INTRUDER, Role.REQUESTER, Role.OWNER, Role.HOLDER, Role.CLOSER
+KERNEL_SENDER, SOLE, HOLDS, SAMPLE, ONLY, UNKNOWN, DECLARED = (
+    Evidence.KERNEL_SENDER,
+    Evidence.SOLE_HOLDER,
+    Evidence.SOCKET_HOLDER,
+    Evidence.THREAD_SAMPLE,
+    Evidence.ONLY_THREAD,
+    Evidence.UNKNOWN,
+    Evidence.DECLARED,
+)
+
+ALONE = Findings(opener=MASTER, opener_evidence=SOLE, holders=(MASTER,), driver=Driver.LIBPQ)
+SHARED = Findings(opener=MASTER, opener_evidence=SOLE, holders=(MASTER, WORKER_0), driver=Driver.LIBPQ)
+BUSY = verdict(Kind.REQUEST_WHILE_BUSY, message=QUERY, requests=(OUTSTANDING,), open_request=True)
+GOODBYE = verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE)
+IDLE = verdict(Kind.IDLE_IN_TRANSACTION)
+
+Short = tuple[Role, int | None, int | None, Evidence, Evidence | None]
+
+
+def short(culprits: tuple[Culprit, ...]) -> list[Short]:
+    return [(c.role, c.pid, c.tid, c.evidence, c.tid_evidence) for c in culprits]
+
+
+def only(*processes: Process) -> dict[int, Sleep]:
+    return {one.pid: asleep(one) for one in processes}
+
+
+THREADS = [
+    pytest.param(
+        OVERLAP,
+        KERNEL,
+        [
+            (INTRUDER, 4867, 4880, KERNEL_SENDER, KERNEL_SENDER),
+            (REQUESTER, 4866, 4871, KERNEL_SENDER, KERNEL_SENDER),
+            (OWNER, 4864, None, SOLE, None),
+            (HOLDER, 4864, None, HOLDS, None),
+        ],
+        id="the kernel has named the threads",
+    ),
+    pytest.param(
+        replace(OVERLAP, intruder=Sender(4867), requesters=(Sender(4866),)),
+        replace(KERNEL, waits=Waits((waiting(WORKER_1, 4881), waiting(WORKER_0, 4872)))),
+        [
+            (INTRUDER, 4867, 4881, KERNEL_SENDER, SAMPLE),
+            (REQUESTER, 4866, 4872, KERNEL_SENDER, SAMPLE),
+            (OWNER, 4864, None, SOLE, None),
+            (HOLDER, 4864, None, HOLDS, None),
+        ],
+        id="the kernel has named the processes, and one thread of each waits",
+    ),
+    pytest.param(
+        replace(OVERLAP, intruder=Sender(4867), requesters=(Sender(4866),)),
+        replace(KERNEL, only_threads=only(WORKER_0, WORKER_1, MASTER)),
+        [
+            (INTRUDER, 4867, 4867, KERNEL_SENDER, ONLY),
+            (REQUESTER, 4866, 4866, KERNEL_SENDER, ONLY),
+            (OWNER, 4864, None, SOLE, None),
+            (HOLDER, 4864, 4864, HOLDS, ONLY),
+        ],
+        id="processes with one thread each; who opened it is about long ago",
+    ),
+    pytest.param(
+        BUSY,
+        replace(ALONE, waits=Waits((waiting(MASTER, 4871), waiting(MASTER, 4872)))),
+        [(INTRUDER, 4864, None, SOLE, None), (OWNER, 4864, None, SOLE, None)],
+        id="two threads of the intruder's wait: neither is picked",
+    ),
+    pytest.param(
+        BUSY,
+        replace(
+            ALONE,
+            waits=Waits((waiting(MASTER, 4871), waiting(MASTER, 4872))),
+            before=frozenset({asleep(MASTER, 4871)}),
+        ),
+        [(INTRUDER, 4864, 4872, SOLE, SAMPLE), (OWNER, 4864, None, SOLE, None)],
+        id="two threads of the intruder's wait: the one that has begun to is meant",
+    ),
+    pytest.param(
+        BUSY,
+        replace(ALONE, waits=Waits((waiting(MASTER, 4871, others=2),)), only_threads={}),
+        [(INTRUDER, 4864, None, SOLE, None), (OWNER, 4864, None, SOLE, None)],
+        id="an event loop waits whoever asks",
+    ),
+    pytest.param(
+        BUSY,
+        replace(ALONE, waits=Waits((waiting(MASTER, 4871, readable=False, writable=True),))),
+        [(INTRUDER, 4864, None, SOLE, None), (OWNER, 4864, None, SOLE, None)],
+        id="a thread that writes doesn't wait for the answer",
+    ),
+    pytest.param(
+        replace(
+            BUSY,
+            intruder=Sender(4864, sampled=True),
+            requesters=(Sender(4864, 4871, sampled=True),),
+        ),
+        ALONE,
+        [
+            (INTRUDER, 4864, None, SOLE, None),
+            (REQUESTER, 4864, 4871, SAMPLE, SAMPLE),
+            (OWNER, 4864, None, SOLE, None),
+        ],
+        id="a sampled thread, and the opener that is known as such alone",
+    ),
+    pytest.param(
+        verdict(
+            Kind.SHARED_BY_THREADS,
+            AT_ONCE,
+            requesters=(Sender(4864, 4871, sampled=True), Sender(4864, 4872, sampled=True)),
+        ),
+        ALONE,
+        [
+            (REQUESTER, 4864, 4871, SAMPLE, SAMPLE),
+            (REQUESTER, 4864, 4872, SAMPLE, SAMPLE),
+            (OWNER, 4864, None, SOLE, None),
+        ],
+        id="two threads that wait at once, neither of them known to be the last",
+    ),
+    pytest.param(
+        replace(
+            verdict(
+                Kind.SHARED_BY_THREADS,
+                AT_ONCE,
+                requesters=(Sender(4864, 4871, sampled=True), Sender(4864, 4872, sampled=True)),
+            ),
+            message=QUERY,
+        ),
+        ALONE,
+        [
+            (REQUESTER, 4864, 4871, SAMPLE, SAMPLE),
+            (REQUESTER, 4864, 4872, SAMPLE, SAMPLE),
+            (OWNER, 4864, None, SOLE, None),
+        ],
+        id="a request brought it to light: that nobody is the last makes no third one the intruder",
+    ),
+]
+
+
+@pytest.mark.parametrize(("what", "findings", "roles"), THREADS)
+def test_threads_are_named_where_that_is_known_and_nowhere_else(
+    what: Verdict, findings: Findings, roles: list[Short]
+) -> None:
+    assert short(find_culprits(what, findings)) == roles
+
+
+GOODBYES = [
+    pytest.param(
+        replace(GOODBYE, intruder=Sender(4866, 4866), requesters=(Sender(4864, 4864),)),
+        SHARED,
+        [
+            (INTRUDER, 4866, 4866, KERNEL_SENDER, KERNEL_SENDER),
+            (REQUESTER, 4864, 4864, KERNEL_SENDER, KERNEL_SENDER),
+            (OWNER, 4864, None, SOLE, None),
+        ],
+        id="named by the kernel",
+    ),
+    pytest.param(
+        GOODBYE,
+        replace(ALONE, departed=(WORKER_0,)),
+        [(INTRUDER, 4866, None, HOLDS, None), (OWNER, 4864, None, SOLE, None), (HOLDER, 4864, None, SOLE, None)],
+        id="the one that has let go of it",
+    ),
+    pytest.param(
+        GOODBYE,
+        replace(ALONE, departed=(WORKER_0, WORKER_1)),
+        [(INTRUDER, None, None, UNKNOWN, None), (OWNER, 4864, None, SOLE, None), (HOLDER, 4864, None, SOLE, None)],
+        id="two have let go of it: neither is picked",
+    ),
+    pytest.param(
+        GOODBYE,
+        ALONE,
+        [(INTRUDER, None, None, UNKNOWN, None), (OWNER, 4864, None, SOLE, None), (HOLDER, 4864, None, SOLE, None)],
+        id="nobody is known to have: the only holder is the victim",
+    ),
+]
+
+
+@pytest.mark.parametrize(("what", "findings", "roles"), GOODBYES)
+def test_of_a_goodbye_the_one_that_has_left_is_named(what: Verdict, findings: Findings, roles: list[Short]) -> None:
+    assert short(find_culprits(what, findings)) == roles
+
+
+OTHERS = [
+    pytest.param(
+        verdict(Kind.LEAKED_CONNECTION),
+        replace(KERNEL, holders=(WORKER_0, WORKER_1)),
+        [(OWNER, 4864, None, SOLE, None), (HOLDER, 4866, None, HOLDS, None), (HOLDER, 4867, None, HOLDS, None)],
+        id="leaked: the owner that is gone, and the heirs",
+    ),
+    pytest.param(
+        IDLE, ALONE, [(OWNER, 4864, None, SOLE, None), (HOLDER, 4864, None, SOLE, None)], id="idle: whose it is"
+    ),
+    pytest.param(
+        verdict(Kind.CONNECTION_EXHAUSTION, message=DATA_ROW),
+        ALONE,
+        [(OWNER, 4864, None, SOLE, None), (HOLDER, 4864, None, SOLE, None)],
+        id="exhausted: who was refused, and no intruder",
+    ),
+    pytest.param(
+        verdict(Kind.UNCLEAN_CLOSE, requesters=(Sender(4864, sampled=True),)),
+        ALONE,
+        [(CLOSER, 4864, None, SOLE, None), (OWNER, 4864, None, SOLE, None)],
+        id="closed: the opener that was introduced is no second one",
+    ),
+    pytest.param(
+        verdict(Kind.UNCLEAN_CLOSE, intruder=Sender(4866, 4866, sampled=True), requests=(OUTSTANDING,)),
+        Findings(senders={4866: WORKER_0}, only_threads=only(WORKER_0)),
+        [(CLOSER, 4866, 4866, KERNEL_SENDER, ONLY)],
+        id="closed: the one that has sent, and how that is known",
+    ),
+]
+
+
+@pytest.mark.parametrize(("what", "findings", "roles"), OTHERS)
+def test_kinds_without_an_offending_message(what: Verdict, findings: Findings, roles: list[Short]) -> None:
+    assert short(find_culprits(what, findings)) == roles
+
+
+def test_a_client_that_can_not_be_looked_at_is_named_by_its_own_account() -> None:
+    [culprit] = find_culprits(IDLE, Findings(declared={"pid": "31", "application_name": "app"}))
+    assert short((culprit,)) == [(OWNER, 31, None, DECLARED, None)]
+    assert culprit.declared == {"pid": "31", "application_name": "app"}
+    assert culprit.process is None
+
+
+@pytest.mark.parametrize("pid", ["", "4867; DROP", "²", "-1", "0x10"])
+def test_a_declared_pid_that_is_no_number_is_nobodys(pid: str) -> None:
+    [culprit] = find_culprits(IDLE, Findings(declared={"pid": pid}))
+    assert (culprit.pid, culprit.evidence) == (None, DECLARED)
+
+
+def test_what_a_client_declares_does_not_stand_beside_what_is_known() -> None:
+    assert DECLARED not in {c.evidence for c in find_culprits(IDLE, replace(ALONE, declared={"pid": "1"}))}
+
+
+def test_an_intruder_that_is_not_known_leaves_room_for_what_the_client_declares() -> None:
+    culprits = find_culprits(BUSY, Findings(declared={"controller": "users"}))
+    assert short(culprits) == [(INTRUDER, None, None, UNKNOWN, None), (OWNER, None, None, DECLARED, None)]
+
+
+@pytest.mark.parametrize("what", [OVERLAP, BUSY, GOODBYE, IDLE, verdict(Kind.UNCLEAN_CLOSE)])
+def test_nobody_is_named_twice_in_one_role(what: Verdict) -> None:
+    """However the evidence overlaps; and who stands as a doer isn't listed as a bystander too."""
+    senders = [None, Sender(4866), Sender(4866, 4866), Sender(4866, 4871, sampled=True), Sender(4864, sampled=True)]
+    waits = (waiting(WORKER_0, 4871), waiting(WORKER_0, 4866), waiting(MASTER))
+    found = [SHARED, replace(SHARED, waits=Waits(waits)), replace(ALONE, departed=(WORKER_0,)), KERNEL]
+    for intruder, first, second, findings in product(senders, senders, senders, found):
+        requesters = tuple(one for one in (first, second) if one is not None)
+        culprits = find_culprits(replace(what, intruder=intruder, requesters=requesters), findings)
+        named = [(c.role, c.pid, c.tid) for c in culprits]
+        assert len(named) == len(set(named))
+        doers = {c.pid for c in culprits if c.role in (INTRUDER, CLOSER, REQUESTER)}
+        assert doers.isdisjoint(c.pid for c in culprits if c.role is HOLDER)
+
+
+def test_a_requester_without_a_thread_adds_nothing_to_one_with() -> None:
+    what = replace(OVERLAP, requesters=(Sender(4866, 4871), Sender(4866), Sender(4867)))
+    assert [c.pid for c in find_culprits(what, KERNEL) if c.role is REQUESTER] == [4866]
+
+
+# What threads were doing
+
+RUBY, PYTHON = Runtime(Language.RUBY), Runtime(Language.PYTHON)
+POLLING = waiting(WORKER_0, 4871, name="puma srv tp 001", call="ppoll")
+FRAMES = (Frame("fetch", "/app/a.py", 7), Frame("handle", "/app/b.py", 20))
+
+
+def doing(findings: Findings, sender: Sender | None = None) -> Culprit:
+    return find_culprits(replace(OVERLAP, intruder=sender or Sender(4866, 4871)), findings)[0]
+
+
+def test_a_thread_that_waits_is_described_by_name_call_and_stack() -> None:
+    culprit = doing(
+        replace(
+            KERNEL, waits=Waits((POLLING,)), stacks=Stacks({POLLING.sleep: FRAMES}), runtimes={WORKER_0.pid: PYTHON}
+        )
+    )
+    assert (culprit.thread_name, culprit.system_call, culprit.runtime) == ("puma srv tp 001", "ppoll", PYTHON)
+    assert (culprit.stack, culprit.stack_problem) == (FRAMES, None)
+
+
+def test_an_only_thread_is_described_in_its_sleep() -> None:
+    culprit = doing(
+        replace(
+            KERNEL,
+            only_threads=only(WORKER_0),
+            stacks=Stacks({asleep(WORKER_0): FRAMES}),
+            runtimes={WORKER_0.pid: PYTHON},
+        ),
+        Sender(4866),
+    )
+    assert (culprit.tid, culprit.tid_evidence, culprit.system_call) == (4866, ONLY, None)
+    assert (culprit.thread_name, culprit.stack) == ("ruby", FRAMES)
+
+
+def test_the_stack_of_another_sleep_is_nobodys() -> None:
+    """The thread has run since: what it did then isn't what it does."""
+    earlier = waiting(WORKER_0, 4871, switches=0)
+    culprit = doing(
+        replace(
+            KERNEL, waits=Waits((POLLING,)), stacks=Stacks({earlier.sleep: FRAMES}), runtimes={WORKER_0.pid: PYTHON}
+        )
+    )
+    assert culprit.stack is None
+
+
+@pytest.mark.parametrize(
+    ("runtime", "problems", "problem"),
+    [
+        (PYTHON, {WORKER_0.pid: "py-spy is not installed"}, "py-spy is not installed"),
+        (PYTHON, {WORKER_1.pid: "py-spy is not installed"}, "there was no time to read it"),
+        (PYTHON, {}, "there was no time to read it"),
+        (RUBY, {WORKER_0.pid: "it isn't Python"}, None),
+        (None, {WORKER_0.pid: "it isn't Python"}, None),
+    ],
+)
+def test_why_there_is_no_stack_is_said_of_python_alone(
+    runtime: Runtime | None, problems: dict[int, str], problem: str | None
+) -> None:
+    runtimes = {} if runtime is None else {WORKER_0.pid: runtime}
+    culprit = doing(replace(KERNEL, waits=Waits((POLLING,)), stacks=Stacks({}, problems), runtimes=runtimes))
+    assert (culprit.stack, culprit.stack_problem) == (None, problem)
+
+
+def test_only_a_main_thread_has_its_processes_name() -> None:
+    assert doing(KERNEL, Sender(4866, 4866)).thread_name == "ruby"
+    assert doing(KERNEL, Sender(4866, 4871)).thread_name is None
+
+
+@pytest.mark.parametrize(
+    ("sender", "evidence"),
+    [
+        (Sender(4866), KERNEL_SENDER),
+        (Sender(4866, 4871), KERNEL_SENDER),
+        (Sender(4866, 4871, sampled=True), SAMPLE),
+        (Sender(4864, sampled=True), SOLE),
+    ],
+)
+def test_how_a_sender_is_known(sender: Sender, evidence: Evidence) -> None:
+    assert sender_evidence(sender, ALONE) is evidence
+
+
+def test_of_a_reused_pid_the_present_process_is_known() -> None:
+    """The opener has ended, and one of its pid is among the holders."""
+    reused = process(MASTER.pid, 1, "another", age=0.5)
+    assert known_processes(replace(ALONE, holders=(reused,)))[MASTER.pid] is reused
+
+
+# The story
+
+OPENED_AT = FACTS.opened_at
+OPENED = Chapter(Event.OPENED, OPENED_AT, 4864, None, SOLE)
+STRANGER = process(90, 1, "stranger", age=3600)
+GRANDCHILD = process(4870, 4866, "grandchild", age=3)
+
+
+def inherited(who: Process, parent: int | None, evidence: Evidence = HOLDS) -> Chapter:
+    return Chapter(Event.INHERITED, who.started_at, who.pid, parent, evidence)
+
+
+def left(pid: int) -> Chapter:
+    return Chapter(Event.LEFT, None, pid, None, HOLDS)
+
+
+STORIES = [
+    pytest.param(Findings(), (), id="nothing is known"),
+    pytest.param(ALONE, (OPENED,), id="nothing has happened"),
+    pytest.param(
+        KERNEL, (OPENED, inherited(WORKER_0, 4864), inherited(WORKER_1, 4864)), id="two children, the older one first"
+    ),
+    pytest.param(
+        replace(KERNEL, holders=(MASTER, GRANDCHILD, WORKER_0)),
+        (OPENED, inherited(WORKER_0, 4864), inherited(GRANDCHILD, 4866)),
+        id="a child's child",
+    ),
+    pytest.param(
+        replace(KERNEL, holders=(MASTER, GRANDCHILD)),
+        (OPENED, inherited(GRANDCHILD, None)),
+        id="a child's child, and it isn't known that the child had it",
+    ),
+    pytest.param(
+        replace(KERNEL, holders=(MASTER,), departed=(WORKER_0,)),
+        (OPENED, inherited(WORKER_0, 4864, SOLE), left(4866)),
+        id="a child that has let go of it",
+    ),
+    pytest.param(
+        replace(KERNEL, holders=(WORKER_0,)),
+        (OPENED, inherited(WORKER_0, 4864, SOLE), left(4864)),
+        id="the opener is gone",
+    ),
+    pytest.param(
+        replace(KERNEL, holders=None, departed=(WORKER_0,)),
+        (OPENED, inherited(WORKER_0, 4864), left(4866)),
+        id="that the opener isn't seen is nothing where nobody can be",
+    ),
+    pytest.param(
+        replace(KERNEL, holders=(MASTER, STRANGER)),
+        (OPENED, Chapter(Event.RECEIVED, None, 90, None, HOLDS)),
+        id="handed to a process that is older than the connection",
+    ),
+    pytest.param(
+        Findings(holders=(STRANGER, WORKER_0)),
+        (inherited(WORKER_0, None),),
+        id="an elder may have opened it where the opener isn't known",
+    ),
+]
+
+
+@pytest.mark.parametrize(("findings", "story"), STORIES)
+def test_the_story_of_the_socket(findings: Findings, story: tuple[Chapter, ...]) -> None:
+    assert tell_story(findings, OPENED_AT) == story
+
+
+def test_the_opener_itself_has_not_inherited_what_it_opened() -> None:
+    """Young as it may be: it connects as soon as it has started."""
+    young = process(4864, 1, "script", age=12.5)
+    assert tell_story(replace(ALONE, opener=young, holders=(young,)), OPENED_AT) == (
+        Chapter(Event.OPENED, OPENED_AT, 4864, None, SOLE),
+    )
+
+
+def test_an_unused_waiting_thread_of_nobody_is_not_named() -> None:
+    """A thread of a process that has no role stays out of the record."""
+    other: Waiting = waiting(STRANGER)
+    assert STRANGER.pid not in {c.pid for c in find_culprits(BUSY, replace(ALONE, waits=Waits((other,))))}
