@@ -9,6 +9,8 @@ from typing import Annotated, Final
 
 import typer
 
+from pgguard.cli.doctor import doctor
+from pgguard.cli.explain import explain
 from pgguard.cli.serve import serve
 from pgguard.proxy.errors import ConfigurationError
 
@@ -89,6 +91,15 @@ def serve_command(
             show_default=False,
         ),
     ] = "",
+    idle_in_transaction: Annotated[
+        str,
+        typer.Option(
+            envvar="PGGUARD_IDLE_IN_TRANSACTION",
+            metavar="SECONDS",
+            help="How long a transaction may sit idle; 0: for ever. Default: 60.",
+            show_default=False,
+        ),
+    ] = "",
 ) -> None:
     """Run the guard in front of one PostgreSQL until SIGINT or SIGTERM; a second signal ends it at once."""
     given = {
@@ -98,6 +109,7 @@ def serve_command(
         "faults": faults,
         "attribution": attribution,
         "sql": sql,
+        "idle_in_transaction": idle_in_transaction,
     }
     raise typer.Exit(serve(given, config))
 
@@ -108,6 +120,25 @@ def demo_command() -> None:
     from pgguard.demo.demonstration import run_demo  # noqa: PLC0415 - its extra need not be installed for the other commands
 
     raise typer.Exit(run_demo())
+
+
+@app.command("explain")
+def explain_command(
+    kind: Annotated[
+        str | None,
+        typer.Argument(metavar="[KIND]", help="A kind of fault. Default: list them all.", show_default=False),
+    ] = None,
+) -> None:
+    """Say what a kind of fault means, how it comes about and how to fix it."""
+    raise typer.Exit(explain(kind))
+
+
+@app.command("doctor")
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead of a table.")] = False,
+) -> None:
+    """Say which kinds of evidence this host allows, and how to get the others; exit status 1 if one is essential."""
+    raise typer.Exit(doctor(as_json=as_json))
 
 
 def main() -> None:

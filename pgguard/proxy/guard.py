@@ -5,7 +5,8 @@ The tasks, all children of :meth:`Guard.serve`:
 - one for each listener, accepting;
 - one for each new client, until it has been introduced to the server (:mod:`pgguard.proxy.greeting`);
 - the sweep (:mod:`pgguard.proxy.sweep`), with a task for each session that is being judged;
-- the registrar, which finds out who opened new connections, and the watch, which finds out who inherited them.
+- the registrar, which finds out who opened new connections;
+- the watch over what no message shows (:mod:`pgguard.proxy.watch`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pgguard.proxy.listeners import Listener, open_listeners, refuse_loop
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.sweep import Sweep
 from pgguard.proxy.upstream import UpstreamUnavailable, cancel_query, connect_upstream, relay_cancel
+from pgguard.proxy.watch import Watch
 from pgguard.session.tracker import Tracker
 from pgguard.wire.fields import build_error_response
 from pgguard.wire.startup import PacketKind
@@ -47,14 +49,6 @@ _ACCEPT_PAUSE: Final = 0.1
 """Seconds to wait for descriptors to become free."""
 _ACCEPT_COMPLAINTS: Final = 60.0
 """Seconds between two complaints that there are none."""
-_WATCH_INTERVAL: Final = 0.6
-_EARLY_INTERVAL: Final = 0.1
-_EARLY: Final = 2.0
-"""Seconds after a connection is opened in which it is looked at more often: a server that opens it before it forks
-does so soon."""
-_LASTING: Final = 0.2
-"""Seconds for which a process must have a socket open to count as its heir: a child on its way to exec() has it open
-for less."""
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +72,19 @@ class Guard:
         self._addresses = settings.addresses()
         self._listeners: list[Listener] = []
         self._witness = witness
-        self._judge = Judge(
-            policy=settings.policy(), sql_mode=settings.sql, docket=docket, sinks=sinks, witness=witness
-        )
-        self._sweep = Sweep(self._judge, cancel=self._cancel, closed=self._forget)
         self._sessions: dict[int, ProxiedSession] = {}
         """Those in the sweep, by their numbers."""
+        self._judge = Judge(
+            policy=settings.policy(),
+            sql_mode=settings.sql,
+            docket=docket,
+            sinks=sinks,
+            witness=witness,
+            sessions=self._sessions.values,
+        )
+        self._sweep = Sweep(self._judge, cancel=self._cancel, closed=self._forget)
+        self._watch = Watch(self._sessions, accuse=self._sweep.accuse)
         self._last_number = 0
-        self._last_arrival = 0.0
         self._all_gone = trio.Event()
         self._stopping = trio.Event()
         self._openings_send, self._openings = trio.open_memory_channel[ProxiedSession](1024)
@@ -124,9 +123,11 @@ class Guard:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._sweep.run)
+                nursery.start_soon(self._watch.over_transactions, self._settings.idle_in_transaction)
                 if self._witness is not None:
                     nursery.start_soon(self._register, self._witness)
-                    nursery.start_soon(self._watch, self._witness)
+                    nursery.start_soon(self._watch.over_heirs, self._witness)
+                    nursery.start_soon(self._watch.over_readers, self._witness)
                 async with trio.open_nursery() as accepting:
                     for listener in self._listeners:
                         accepting.start_soon(self._accept, listener)
@@ -211,7 +212,7 @@ class Guard:
 
     def _new_session(self, sock: trio.socket.SocketType, listener: Listener) -> ProxiedSession:
         self._last_number += 1
-        self._last_arrival = time.time()
+        self._watch.arrival()
         client_name = None
         if isinstance(listener.address, TcpAddress):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -287,27 +288,9 @@ class Guard:
             else:
                 for session, opening in zip(sessions, openings, strict=True):
                     session.opening = opening
+                    session.tell_tracker()
             for session in sessions:
                 session.opening_known.set()
-
-    async def _watch(self, witness: Witness) -> None:
-        """Look again and again who has the connections open."""
-        while True:
-            early = time.time() - self._last_arrival < _EARLY
-            await trio.sleep(_EARLY_INTERVAL if early else _WATCH_INTERVAL)
-            watched = {s.opening.inode: s for s in self._sessions.values() if s.opening and s.opening.inode}
-            if not watched:
-                continue
-            try:
-                found = await trio.to_thread.run_sync(witness.watch, list(watched), abandon_on_cancel=True)
-                for inode, holders in found.items():
-                    lasting = frozenset(process.pid for process in holders.lasting(_LASTING))
-                    session = watched[inode]
-                    if len(lasting) > 1 and not lasting <= session.holders_told and not session.done.is_set():
-                        session.holders_told |= lasting
-                        await self._judge.inherited(session, len(lasting))
-            except Exception:
-                logger.exception("who has the connections open could not be found out")
 
 
 def _who(session: ProxiedSession) -> str:

@@ -9,22 +9,25 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from pgguard.attribution.evidence import Findings
 from pgguard.faults.build import build_fault
 from pgguard.faults.catalogue import severity_of
+from pgguard.faults.conclude import AT_ONCE, conclude, readers
 from pgguard.faults.policy import Action, KindAction, Policy
 from pgguard.faults.rejection import SQLSTATE, rejection
-from pgguard.session.verdicts import Kind, Verdict
+from pgguard.proxy.investigation import EVIDENCE_BUDGET, Evidence, Investigation, known_at_once
+from pgguard.session.verdicts import Kind, Sender, Verdict
 from pgguard.wire.fields import build_error_response
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
+    from pgguard.attribution.findings import Findings
     from pgguard.attribution.witness import Witness
     from pgguard.faults.docket import Docket
     from pgguard.faults.fault import Fault
@@ -32,10 +35,13 @@ if TYPE_CHECKING:
     from pgguard.proxy.session import ProxiedSession
     from pgguard.reporting.sinks import Fanout
 
-EVIDENCE_BUDGET: Final = 0.05
-"""Seconds for which a session may be parked while evidence is taken."""
+_SAMPLING_BUDGET: Final = 0.004
+"""Seconds for which a request is held back until its sender is seen to wait for the answer."""
 _INVESTIGATIONS: Final = 4
 """Threads that take evidence at the same time."""
+
+_DOUBTFUL: Final = frozenset({Kind.FOREIGN_TERMINATE})
+"""Kinds of verdict of which evidence may show that they are no fault: known or not, each is looked into."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +51,9 @@ class Ruling:
     """What is to be done with the message that a verdict is about."""
 
     action: Action | None
-    """``None``: the configuration ignores it."""
+    """``None``: it is no fault, or the configuration ignores it."""
     response: bytes | None = None
     """The ErrorResponse for a client that is rejected."""
-
-
-@dataclass(slots=True)
-class _Evidence:
-    """What an investigation has found so far; read whole by whoever stops waiting for it."""
-
-    findings: Findings = field(default_factory=Findings)
 
 
 class Judge:
@@ -66,16 +65,25 @@ class Judge:
         docket: numbers, counts, and knows repeats.
         sinks: where records go.
         witness: attribution; ``None`` when it is off.
+        sessions: the sessions that are open.
     """
 
     def __init__(
-        self, *, policy: Policy, sql_mode: SqlMode, docket: Docket, sinks: Fanout, witness: Witness | None
+        self,
+        *,
+        policy: Policy,
+        sql_mode: SqlMode,
+        docket: Docket,
+        sinks: Fanout,
+        witness: Witness | None,
+        sessions: Callable[[], Iterable[ProxiedSession]],
     ) -> None:
         self._policy = policy
         self._sql_mode = sql_mode
         self._docket = docket
         self._sinks = sinks
         self._witness = witness
+        self._sessions = sessions
         self._threads = trio.CapacityLimiter(_INVESTIGATIONS)
 
     def is_repeat(self, session: ProxiedSession, verdict: Verdict, now: float) -> bool:
@@ -85,6 +93,8 @@ class Judge:
         """
         if self._ignores(verdict.kind):
             return True
+        if verdict.kind in _DOUBTFUL:
+            return False
         known = self._docket.known(session.id, verdict)
         if known is None or known.action is not Action.LOGGED:
             return False
@@ -98,36 +108,70 @@ class Judge:
             return Ruling(None)
         now = time.time()
         try:
-            known = self._docket.known(session.id, verdict)
-            if known is not None:
-                self._record(self._docket.repeat(session.id, verdict, at=now))
-                return self._ruling(known)
+            if verdict.kind not in _DOUBTFUL and self._docket.known(session.id, verdict) is not None:
+                return self._repeat(session, verdict, now)
             findings = await self._findings(session, verdict)
-            return self._enter(session, verdict, findings, now)
+            concluded = conclude(verdict, findings)
+            if concluded is None or self._ignores(concluded.kind):
+                return Ruling(None)
+            if self._docket.known(session.id, concluded) is not None:
+                self._record(self._docket.equate(session.id, verdict, concluded, at=now))
+                return self._repeat(session, concluded, now)
+            ruling = self._enter(session, concluded, findings, now)
+            if ruling.action is not None:
+                self._record(self._docket.equate(session.id, verdict, concluded, at=now))
         except Exception:
             logger.exception("session %d: a verdict of %s could not be ruled on", session.id, verdict.kind)
             return Ruling(Action.LOGGED)
+        return ruling
 
-    async def inherited(self, session: ProxiedSession, heirs: int) -> None:
-        """Record that several processes have a session's socket open, whether or not they use it."""
-        tracker = session.protocol
-        verdict = Verdict(
-            kind=Kind.INHERITED_CONNECTION,
-            reason=f"{heirs} processes have the connection's socket open",
-            message=None,
-            requests=() if tracker is None else tracker.requests_seen(),
+    async def sample(self, session: ProxiedSession) -> Verdict | None:
+        """Find out who has sent the request that a contested session is parked with: the sender at its client's end.
+
+        Returns:
+            A verdict, if another process is seen to wait on the connection as well. Never raises but for cancellation.
+        """
+        session.client.sender = None
+        witness, opening, tracker = self._witness, session.opening, session.tracker
+        if witness is None or opening is None or tracker is None:
+            return None
+        outstanding = [request.sender for request in tracker.ledger.outstanding() if request.sender is not None]
+        look = partial(
+            witness.sample,
+            opening,
+            session.holders,
+            before=session.asleep,
+            busy={(sender.pid, sender.tid) for sender in outstanding},
+            seconds=_SAMPLING_BUDGET,
         )
-        if self._ignores(verdict.kind):
-            return
-        findings = await self._findings(session, verdict)
-        if findings.holders is not None and len(findings.holders) > 1:
-            self._enter(session, verdict, findings, time.time())
+        try:
+            with trio.move_on_after(EVIDENCE_BUDGET) as limit:
+                sample, blocked = await trio.to_thread.run_sync(look, limiter=self._threads, abandon_on_cancel=True)
+        except Exception:
+            logger.exception("session %d: who has sent could not be found out", session.id)
+            return None
+        if limit.cancelled_caught:
+            return None
+        before, session.asleep = session.asleep, sample.asleep
+        session.waits = sample.waits
+        if sample.pid is not None:
+            session.client.sender = Sender(sample.pid, sample.tid, sampled=True)
+        found = readers(blocked, before)
+        if found is None or session.tracker is not tracker:
+            return None
+        return tracker.judge_readers(
+            found.kind,
+            AT_ONCE,
+            intruder=found.intruder,
+            requesters=found.requesters,
+            pending=session.client.held,
+        )
 
     def lost(self, session: ProxiedSession, reason: str, now: float) -> None:
         """Record that a session is no longer followed. Never raises."""
         verdict = Verdict(kind=Kind.UNTRACKED, reason=reason, message=None, requests=())
         with self._spared(session):
-            self._enter(session, verdict, _at_once(session), now)
+            self._enter(session, verdict, known_at_once(session), now)
 
     def closed(self, session: ProxiedSession) -> None:
         """Account for what was suppressed of a session that has ended, and forget it. Never raises."""
@@ -150,20 +194,28 @@ class Judge:
     # Evidence
 
     async def _findings(self, session: ProxiedSession, verdict: Verdict) -> Findings:
-        evidence = _Evidence(_at_once(session))
+        evidence = Evidence(known_at_once(session))
         witness = self._witness
         if witness is None:
             return evidence.findings
+        others = []
+        if verdict.kind is Kind.CONNECTION_EXHAUSTION:
+            others = [other.opening for other in self._sessions() if other is not session]
         with trio.move_on_after(EVIDENCE_BUDGET):
             if session.opening is None:
                 await session.opening_known.wait()
-                evidence.findings = _at_once(session)
-            await trio.to_thread.run_sync(
-                _investigate, witness, session, verdict, evidence, limiter=self._threads, abandon_on_cancel=True
-            )
+                evidence.findings = known_at_once(session)
+            investigation = Investigation(witness, session, verdict, evidence, others)
+            await trio.to_thread.run_sync(investigation.run, limiter=self._threads, abandon_on_cancel=True)
         return evidence.findings
 
     # Rulings and records
+
+    def _repeat(self, session: ProxiedSession, verdict: Verdict, now: float) -> Ruling:
+        """Count a fault that is known once more, and do as was done then."""
+        known = self._docket.known(session.id, verdict)
+        self._record(self._docket.repeat(session.id, verdict, at=now))
+        return Ruling(None) if known is None else self._ruling(known)
 
     def _enter(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
         action = self._policy.decide(verdict.kind, severity_of(verdict, findings.driver))
@@ -193,30 +245,3 @@ class Judge:
     def _record(self, fault: Fault | None) -> None:
         if fault is not None:
             self._sinks.record(fault)
-
-
-def _investigate(witness: Witness, session: ProxiedSession, verdict: Verdict, evidence: _Evidence) -> None:
-    """Look at the processes that sent, then at all that have the socket open; in a worker thread.
-
-    Who sent comes first, being quick, so that it is there even if the holders come too late.
-    """
-    senders = [verdict.intruder, *verdict.requesters]
-    for sender in senders:
-        if sender is not None and sender.pid not in session.senders:
-            process = witness.sender(sender.pid)
-            if process is not None:
-                session.senders[sender.pid] = process
-    opening = session.opening
-    if opening is None:
-        return
-    evidence.findings = _at_once(session)
-    evidence.findings = witness.findings(opening, tuple(session.senders.values()))
-
-
-def _at_once(session: ProxiedSession) -> Findings:
-    """What is known without looking."""
-    senders = dict(session.senders)
-    opening = session.opening
-    if opening is None:
-        return Findings(senders=senders)
-    return Findings(opener=opening.opener, opener_evidence=opening.evidence, senders=senders, driver=opening.driver)

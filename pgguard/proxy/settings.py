@@ -40,6 +40,8 @@ class Settings(BaseModel):
     faults: Path | None = None
     attribution: Literal["auto", "proc", "off"] = "auto"
     sql: SqlMode = SqlMode.NORMALIZED
+    idle_in_transaction: Annotated[float, Field(ge=0, le=86400)] = 60.0
+    """Seconds for which a transaction may sit idle; 0 for ever."""
     startup_timeout: Annotated[float, Field(gt=0, le=3600)] = 10.0
     """Seconds for a client to say who it is."""
     shutdown_timeout: Seconds = 8.0
@@ -105,7 +107,7 @@ def _first_problem(error: ValidationError, given: dict[str, Any], config: Path |
     problem = error.errors()[0]
     name = str(problem["loc"][0])
     if name in given:
-        place = f"--{name} or PGGUARD_{name.upper()}"
+        place = f"--{name.replace('_', '-')} or PGGUARD_{name.upper()}"
     else:
         place = f"{config}: " + ".".join(str(part) for part in problem["loc"] if part != "[key]")
     if problem["type"] == "extra_forbidden":

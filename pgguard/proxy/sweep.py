@@ -55,6 +55,9 @@ _TRACKER_FAILED: Final = "the tracker failed; the guard's log says how"
 _LAST_WORDS: Final = 2.0
 """Seconds to reach the end of the message that a rejected client is just being sent."""
 
+_REQUESTS: Final = frozenset(b"QFPBDECS")
+"""The messages of a client that are answered, by their types."""
+
 _IN: Final = select.EPOLLIN
 _OUT: Final = select.EPOLLOUT
 _OVER: Final = select.EPOLLHUP | select.EPOLLERR
@@ -219,7 +222,18 @@ class Sweep:
             begin -= len(end.held)
             self._buffer[begin:_HEADROOM] = end.held
             end.held = b""
+        if end.contested and self._begins_request(end, begin):
+            end.held = bytes(self._view[begin : _HEADROOM + size])
+            self._park(end.session)
+            self._start(end.session, self._sample, end)
+            return
         self._examine(end, begin, _HEADROOM + size, now)
+
+    def _begins_request(self, end: End, begin: int) -> bool:
+        """Whether the chunk begins with a message that its sender will wait for the answer to."""
+        tracker = end.session.tracker
+        end.sender = None
+        return tracker is not None and not tracker.frontend_rest and self._buffer[begin] in _REQUESTS
 
     def _examine(self, end: End, begin: int, stop: int, now: float) -> None:
         """Follow what stands in the buffer, and forward it as far as it is in order."""
@@ -474,6 +488,45 @@ class Sweep:
         else:
             tracker.overrule()
         self._unpark(session)
+        self._examine_held(end)
+
+    def accuse(self, session: ProxiedSession, verdict: Verdict) -> bool:
+        """Have a verdict ruled on that no message has brought about, with the session parked meanwhile.
+
+        Returns False, and nothing is done, if the session is busy with another one, or over.
+        """
+        if session not in self._sessions or session.parked or session.draining:
+            return False
+        self._park(session)
+        self._start(session, self._try, session, verdict)
+        return True
+
+    async def _try(self, session: ProxiedSession, verdict: Verdict) -> None:
+        if await self._rule(session, verdict):
+            self._unpark(session)
+
+    async def _rule(self, session: ProxiedSession, verdict: Verdict) -> bool:
+        """Have a parked session's verdict ruled on that is not about a message; False if that was its end."""
+        self.hurry()
+        ruling = await self._judge.rule(session, verdict)
+        if session.done.is_set():
+            return False
+        if ruling.action is Action.REJECTED:
+            await self._reject(session, ruling)
+            return False
+        return True
+
+    async def _sample(self, end: End) -> None:
+        """Find out who has sent the request that is held back, and go on with it."""
+        session = end.session
+        self.hurry()
+        verdict = await self._judge.sample(session)
+        if session.done.is_set() or (verdict is not None and not await self._rule(session, verdict)):
+            return
+        self._unpark(session)
+        self._examine_held(end)
+
+    def _examine_held(self, end: End) -> None:
         held, end.held = end.held, b""
         self._buffer[_HEADROOM : _HEADROOM + len(held)] = held
         self._examine(end, _HEADROOM, _HEADROOM + len(held), time.time())
@@ -481,11 +534,7 @@ class Sweep:
     async def _adjudicate_end(self, end: End, verdicts: list[Verdict]) -> None:
         session = end.session
         for verdict in verdicts:
-            ruling = await self._judge.rule(session, verdict)
-            if session.done.is_set():
-                return
-            if ruling.action is Action.REJECTED:
-                await self._reject(session, ruling)
+            if not await self._rule(session, verdict):
                 return
         session.parked = False
         if not session.server.eof:

@@ -44,10 +44,11 @@ class ListSink:
 class House:
     """A guard and the fake server behind it."""
 
-    def __init__(self, guard: Guard, backend: FakeBackend, sink: ListSink, tcp: int, unix: str) -> None:
+    def __init__(self, guard: Guard, backend: FakeBackend, sink: ListSink, docket: Docket, tcp: int, unix: str) -> None:
         self.guard = guard
         self.backend = backend
         self.faults = sink.faults
+        self.docket = docket
         self.port = tcp
         self.unix = unix
         """The path of its socket."""
@@ -100,15 +101,16 @@ async def running(
             "upstream": f"host=127.0.0.1 port={backend.port} connect_timeout=5",
             "listen": ["127.0.0.1:0", f"unix:{directory}:1"],
         } | settings
+        docket = Docket()
         guard = Guard(
-            Settings(**settings), sinks=sinks or Fanout([sink], complain=print), docket=Docket(), witness=witness
+            Settings(**settings), sinks=sinks or Fanout([sink], complain=print), docket=docket, witness=witness
         )
         addresses = await guard.listen()
         tcp = [address.port for address in addresses if isinstance(address, TcpAddress)]
         unix = [address.path for address in addresses if isinstance(address, UnixAddress)]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(guard.serve)
-            house = House(guard, backend, sink, (*tcp, 0)[0], (*unix, "")[0])
+            house = House(guard, backend, sink, docket, (*tcp, 0)[0], (*unix, "")[0])
             try:
                 yield house
             finally:

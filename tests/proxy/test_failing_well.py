@@ -10,7 +10,8 @@ import pytest
 import trio
 
 from pgguard.attribution.witness import Witness
-from pgguard.proxy.judge import EVIDENCE_BUDGET, Judge
+from pgguard.proxy.investigation import EVIDENCE_BUDGET
+from pgguard.proxy.judge import Judge
 from pgguard.reporting.sinks import Fanout
 from pgguard.session.tracker import Tracker
 from tests.proxy.conftest import House, running, until
@@ -99,10 +100,10 @@ async def test_a_sink_that_fails(backend: FakeBackend) -> None:
         await converse(client, server)
 
 
-@pytest.mark.parametrize("method", ["opened_many", "watch", "findings", "sender"])
+@pytest.mark.parametrize("method", ["opened_many", "watch", "findings", "sender", "waits", "runtimes"])
 async def test_a_witness_that_fails(backend: FakeBackend, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Witness, method, fail)
-    monkeypatch.setattr("pgguard.proxy.guard._WATCH_INTERVAL", 0.01)
+    monkeypatch.setattr("pgguard.proxy.watch._EARLY_INTERVAL", 0.01)
     async with running(backend, witness=Witness()) as house:
         client, server = await house.session(unix=True)
         await server.send(COLUMNS)
@@ -112,7 +113,7 @@ async def test_a_witness_that_fails(backend: FakeBackend, method: str, monkeypat
         await converse(client, server)
 
 
-@pytest.mark.parametrize("method", ["opened_many", "watch", "findings", "sender"])
+@pytest.mark.parametrize("method", ["opened_many", "watch", "findings", "sender", "waits", "runtimes"])
 async def test_a_witness_that_hangs(backend: FakeBackend, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It delays a session by no more than the budget, and neither the other sessions nor the guard's end at all."""
     go_on = threading.Event()
@@ -121,7 +122,7 @@ async def test_a_witness_that_hangs(backend: FakeBackend, method: str, monkeypat
         go_on.wait(30)
 
     monkeypatch.setattr(Witness, method, hang)
-    monkeypatch.setattr("pgguard.proxy.guard._WATCH_INTERVAL", 0.01)
+    monkeypatch.setattr("pgguard.proxy.watch._EARLY_INTERVAL", 0.01)
     try:
         async with running(backend, witness=Witness()) as house:
             client, server = await house.session(unix=True)
@@ -180,3 +181,38 @@ async def test_a_guard_that_ends_while_a_session_is_parked(
             await house.empty()
     assert await server.rest() == b""
     await house.empty()
+
+
+@pytest.mark.parametrize("method", ["sample", "look"])
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+async def test_a_witness_that_fails_to_see_who_sends_costs_a_contested_session_nothing(
+    backend: FakeBackend, method: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request is held back for no longer than the budget, and then arrives complete and in order."""
+    go_on = threading.Event()
+
+    def hang(*_: Any, **__: Any) -> Any:
+        go_on.wait(30)
+
+    monkeypatch.setattr(Witness, method, fail if how == "raises" else hang)
+    monkeypatch.setattr("pgguard.proxy.watch._EARLY", 0)
+    monkeypatch.setattr("pgguard.proxy.watch._HEIRS_INTERVAL", 1000)  # nobody looks who contests it: the test says so
+    try:
+        async with running(backend, witness=Witness()) as house:
+            client, server = await house.session()
+            [session] = house.guard._sessions.values()
+            await session.opening_known.wait()
+            session.client.contested = True
+            started = time.monotonic()
+            for n in range(5):
+                request = query(f"select {n}" + " " * 300_000)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(client.send, request)
+                    await server.expect(request)
+                await server.send(ANSWER)
+                await client.expect(ANSWER)
+            assert time.monotonic() - started < 5 * EVIDENCE_BUDGET + 5
+            await client.send(TERMINATE)
+            await server.expect(TERMINATE)
+    finally:
+        go_on.set()

@@ -1,0 +1,90 @@
+"""``pgguard doctor``: which evidence can be had here, and what to do about the rest."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from pgguard.attribution.capabilities import KERNEL_SENDERS, check
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pgguard.attribution.capabilities import Capability
+
+_WIDTH: Final = 100
+"""Columns at most: longer lines are hard to read."""
+
+
+def doctor(*, as_json: bool) -> int:
+    """Try every kind of evidence, print what came of it, and return the exit status.
+
+    That is 0 if everything essential can be had, else 1. Takes a second at most, unless something hangs.
+    """
+    capabilities = check()
+    if as_json:
+        print(json.dumps([_as_dict(capability) for capability in capabilities], indent=2))  # noqa: T201 - the answer
+    else:
+        _print(capabilities)
+    return 1 if _essential_missing(capabilities) else 0
+
+
+def _as_dict(capability: Capability) -> dict[str, str | bool | None]:
+    return {
+        "name": capability.name,
+        "available": capability.available,
+        "essential": capability.essential,
+        "purpose": capability.purpose,
+        "problem": capability.problem,
+        "remedy": capability.remedy,
+        "unix_instead": capability.unix_instead,
+    }
+
+
+def _print(capabilities: Sequence[Capability]) -> None:
+    console = Console(file=sys.stdout, highlight=False)
+    console.width = min(console.width, _WIDTH)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for capability in capabilities:
+        table.add_row(_verdict(capability), Text.assemble((capability.name, "bold"), ": ", capability.purpose))
+        if not capability.available:
+            table.add_row("", Padding(Text(f"problem: {capability.problem}"), (0, 0, 0, 2)))
+            table.add_row("", Padding(Text(f"to do: {capability.remedy}"), (0, 0, 0, 2)))
+    console.print(table)
+    console.print()
+    for line in _conclusion(capabilities):
+        console.print(Text(line))
+
+
+def _verdict(capability: Capability) -> Text:
+    if capability.available:
+        return Text("ok", style="green")
+    return Text("missing", style="bold red" if capability.essential else "yellow")
+
+
+def _conclusion(capabilities: Sequence[Capability]) -> list[str]:
+    missing = [capability for capability in capabilities if not capability.available]
+    if _essential_missing(capabilities):
+        names = ", ".join(capability.name for capability in _essential_missing(capabilities))
+        lines = [f"Something essential is missing, without which clients can't be found: {names}."]
+    elif missing:
+        lines = [f"Everything essential is there. Missing: {', '.join(capability.name for capability in missing)}."]
+    else:
+        lines = ["Nothing is missing."]
+    instead = [capability.name for capability in missing if capability.unix_instead]
+    if instead and all(capability.name != KERNEL_SENDERS for capability in missing):
+        lines.append(
+            "Or give the application a Unix socket instead of a TCP port (--listen unix:DIR): there the kernel names "
+            f"the sender of every byte, whatever is missing of {', '.join(instead)}."
+        )
+    return lines
+
+
+def _essential_missing(capabilities: Sequence[Capability]) -> list[Capability]:
+    return [capability for capability in capabilities if capability.essential and not capability.available]

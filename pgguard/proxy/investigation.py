@@ -1,0 +1,221 @@
+"""Taking the evidence that a verdict is ruled on, in a worker thread and against the clock."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from pgguard.attribution.declared import declared
+from pgguard.attribution.findings import Findings, Share
+from pgguard.attribution.threads import Waits
+from pgguard.faults.culprits import known_processes
+from pgguard.session.verdicts import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pgguard.attribution.evidence import Process
+    from pgguard.attribution.threads import Sleep
+    from pgguard.attribution.witness import Opening, Witness
+    from pgguard.proxy.session import ProxiedSession
+    from pgguard.session.verdicts import Verdict
+
+EVIDENCE_BUDGET: Final = 0.05
+"""Seconds for which a session may be parked while evidence is taken."""
+_WAITING_BUDGET: Final = 0.005
+"""Seconds for which a culprit is given to come from its send to its wait."""
+_STAYING_BUDGET: Final = 0.02
+"""Seconds for which a process is given to close a connection that it has said Terminate on."""
+_DESCRIBED: Final = 6
+"""Processes of which it is looked at what they run and what their only thread does."""
+_STACKED: Final = 4
+"""Threads whose stacks are read."""
+
+_READ_BY_CLIENTS: Final = frozenset(Kind) - {
+    Kind.UNCLEAN_CLOSE,
+    Kind.CONNECTION_EXHAUSTION,
+    Kind.IDLE_IN_TRANSACTION,
+    Kind.UNTRACKED,
+}
+"""Kinds for which it matters which threads wait on the connection."""
+
+
+@dataclass(slots=True)
+class Evidence:
+    """What an investigation has found so far; read whole by whoever stops waiting for it."""
+
+    findings: Findings
+
+
+def known_at_once(session: ProxiedSession) -> Findings:
+    """What is known of a session's client without looking."""
+    senders = dict(session.senders)
+    opening = session.opening
+    if opening is None:
+        return Findings(senders=senders)
+    runtimes = {} if opening.opener is None else {opening.opener.pid: opening.runtime}
+    return Findings(
+        opener=opening.opener,
+        opener_evidence=opening.evidence,
+        senders=senders,
+        driver=opening.driver,
+        runtimes=runtimes,
+    )
+
+
+class Investigation:
+    """Looks at the processes behind one session.
+
+    What is quick and matters most comes first, so that it is there even if the rest comes too late.
+
+    Args:
+        witness: attribution.
+        session: the session, parked.
+        verdict: what is being judged.
+        evidence: where what is found is put, piece by piece.
+        others: of a verdict that is about all connections, what is known of the other ones' clients.
+    """
+
+    def __init__(
+        self,
+        witness: Witness,
+        session: ProxiedSession,
+        verdict: Verdict,
+        evidence: Evidence,
+        others: Sequence[Opening | None],
+    ) -> None:
+        self._witness = witness
+        self._session = session
+        self._verdict = verdict
+        self._evidence = evidence
+        self._others = others
+        self._ends = time.monotonic() + EVIDENCE_BUDGET
+
+    def run(self) -> None:
+        """Look at everything, until there is nothing more to be found or the time is up."""
+        self._look_at_senders()
+        opening = self._session.opening
+        if opening is None:
+            return
+        self._look_at_holders(opening)
+        if self._verdict.kind is Kind.FOREIGN_TERMINATE and self._verdict.intruder is None:
+            self._look_for_the_closer(opening)
+        if self._verdict.kind is Kind.UNCLEAN_CLOSE:
+            self._findings = replace(self._findings, departed=self._gone(self._session.late_holders()))
+        if self._verdict.kind is Kind.CONNECTION_EXHAUSTION:
+            self._count_connections()
+        self._look_at_threads(opening)
+        self._look_at_programs()
+        self._look_at_stacks()
+
+    @property
+    def _findings(self) -> Findings:
+        return self._evidence.findings
+
+    @_findings.setter
+    def _findings(self, findings: Findings) -> None:
+        self._evidence.findings = findings
+
+    def _look_at_senders(self) -> None:
+        session = self._session
+        for pid in self._named():
+            if pid not in session.senders:
+                process = self._witness.sender(pid)
+                if process is not None:
+                    session.senders[pid] = process
+        self._findings = known_at_once(session)
+
+    def _look_at_holders(self, opening: Opening) -> None:
+        session = self._session
+        protocol = session.protocol
+        # Of a text that was cut off the end isn't known, where comments stand.
+        requests = self._verdict.requests
+        texts = [request.sql for request in requests if request.sql is not None and not request.sql_cut]
+        self._findings = replace(
+            self._witness.findings(opening, tuple(session.senders.values())),
+            before=session.asleep,
+            alone_until=session.alone_until,
+            declared=declared(None if protocol is None else protocol.application_name, texts),
+            runtimes=self._findings.runtimes,
+        )
+
+    def _look_for_the_closer(self, opening: Opening) -> None:
+        """Somebody has said Terminate, and it isn't known who."""
+        heirs = self._witness.heirs_of(opening)
+        stays = self._witness.stays(opening, seconds=_STAYING_BUDGET)
+        departed = self._gone((*self._session.late_holders(), *heirs))
+        self._findings = replace(self._findings, opener_stays=stays, departed=departed)
+
+    def _gone(self, once: Sequence[Process]) -> tuple[Process, ...]:
+        """Those of the processes that had the socket open once and haven't any more."""
+        still = {process.pid for process in self._findings.holders or ()}
+        return tuple({process.pid: process for process in once if process.pid not in still}.values())
+
+    def _count_connections(self) -> None:
+        """Count the other sessions by who has them open; one that is shared counts for each."""
+        inodes = [opening.inode for opening in self._others if opening is not None and opening.inode is not None]
+        held = self._witness.watch(inodes)
+        counts: Counter[tuple[int, int] | None] = Counter()
+        processes: dict[tuple[int, int] | None, Process | None] = {None: None}
+        for opening in self._others:
+            found: tuple[Process | None, ...] = (None,)
+            if opening is not None:
+                holders = () if opening.inode is None else held[opening.inode].processes
+                found = holders or (opening.opener,)
+            for process in found:
+                key = None if process is None else (process.pid, process.started)
+                processes[key] = process
+                counts[key] += 1
+        shares = tuple(Share(processes[key], count) for key, count in counts.most_common())
+        self._findings = replace(self._findings, shares=shares)
+
+    def _look_at_threads(self, opening: Opening) -> None:
+        session = self._session
+        holders = self._findings.holders or ()
+        if self._verdict.kind in _READ_BY_CLIENTS and holders:
+            waits = self._witness.waits(opening, holders, enough=self._is_enough, seconds=_WAITING_BUDGET)
+            session.asleep |= {one.sleep for one in waits.threads}
+            self._findings = replace(self._findings, waits=self._with_earlier(waits))
+        involved = {process.pid: process for process in holders}
+        involved |= {pid: process for pid, process in self._findings.senders.items() if pid in self._named()}
+        only = self._witness.only_threads(list(involved.values())[:_DESCRIBED])
+        self._findings = replace(self._findings, only_threads=only)
+
+    def _with_earlier(self, waits: Waits) -> Waits:
+        """Add the threads that the verdict names and that waited a moment ago, if they don't any more."""
+        seen = {(one.thread.pid, one.thread.tid) for one in waits.threads}
+        named = {(sender.pid, sender.tid) for sender in (self._verdict.intruder, *self._verdict.requesters) if sender}
+        earlier = [one for one in self._session.waits.threads if (one.thread.pid, one.thread.tid) in named - seen]
+        return Waits((*waits.threads, *earlier), waits.obstacles)
+
+    def _named(self) -> list[int]:
+        senders = (self._verdict.intruder, *self._verdict.requesters)
+        return list(dict.fromkeys(sender.pid for sender in senders if sender is not None))
+
+    def _is_enough(self, waits: Waits) -> bool:
+        """Whether those have come to wait of whom that is to be expected."""
+        verdict = self._verdict
+        if verdict.message is None or verdict.kind not in (Kind.SHARED_BY_PROCESSES, Kind.REQUEST_WHILE_BUSY):
+            return True
+        waiting = [one for one in waits.threads if one.readable]
+        if verdict.intruder is None or verdict.kind is Kind.REQUEST_WHILE_BUSY:
+            return len(waiting) > 1
+        return any(one.thread.pid == verdict.intruder.pid for one in waiting)
+
+    def _look_at_programs(self) -> None:
+        known = known_processes(self._findings)
+        order = dict.fromkeys([*self._named(), *known])
+        described = [known[pid] for pid in order if pid in known][:_DESCRIBED]
+        runtimes = {**self._findings.runtimes, **self._witness.runtimes(described)}
+        self._findings = replace(self._findings, runtimes=runtimes)
+
+    def _look_at_stacks(self) -> None:
+        findings = self._findings
+        sleeps: list[Sleep] = [one.sleep for one in findings.waiting]
+        sleeps += [sleep for sleep in findings.only_threads.values() if sleep not in sleeps]
+        remaining = self._ends - time.monotonic()
+        if sleeps and remaining > 0:
+            stacks = self._witness.stacks(sleeps[:_STACKED], seconds=remaining)
+            self._findings = replace(self._findings, stacks=stacks)

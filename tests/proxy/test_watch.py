@@ -1,0 +1,681 @@
+"""What no message shows: transactions that sit idle, sockets that are inherited, openers that end, several readers."""
+
+# ruff: noqa: ARG001 - a clock has to be among a test's own arguments
+
+from __future__ import annotations
+
+import socket
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+import trio
+
+from pgguard.attribution.evidence import Driver, Evidence, Process
+from pgguard.attribution.holders import Holders, Holding
+from pgguard.attribution.runtime import Runtime
+from pgguard.attribution.sockets import TcpClient
+from pgguard.attribution.threads import Sleep, Thread, Waiting, Waits
+from pgguard.attribution.witness import Opening, Witness
+from pgguard.proxy.session import ProxiedSession
+from pgguard.proxy.watch import Watch
+from pgguard.session.tracker import Tracker
+from pgguard.session.verdicts import Kind
+from tests.proxy.conftest import running, until
+from tests.proxy.messages import ANSWER, LOGGED_IN, SELECTED, message, query
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator
+
+    from trio.testing import MockClock
+
+    from pgguard.session.verdicts import Verdict
+    from tests.proxy.conftest import House
+    from tests.proxy.fake_backend import BackendConnection, FakeBackend
+    from tests.proxy.messages import Client
+
+IN_TRANSACTION = message("Z", b"T")
+FAILED_TRANSACTION = message("Z", b"E")
+IDLE = message("Z", b"I")
+
+
+def process(pid: int) -> Process:
+    return Process(pid, pid, 0.0, "app", ("app",), 1)
+
+
+PARENT, CHILD, OTHER = process(100), process(101), process(102)
+
+
+class Stage:
+    """A watch, the sessions that it watches, and those that it has accused."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.accused: list[Verdict] = []
+        self.ready = True
+        """Whether a session can be judged now."""
+        self.sessions: dict[int, ProxiedSession] = {}
+        self.watch = Watch(self.sessions, accuse=self.accuse)
+        self._stack = stack
+
+    def accuse(self, _: ProxiedSession, verdict: Verdict) -> bool:
+        if self.ready:
+            self.accused.append(verdict)
+        return self.ready
+
+    @property
+    def kinds(self) -> list[Kind]:
+        return [verdict.kind for verdict in self.accused]
+
+    def session(self, *, opener: Process | None = PARENT) -> ProxiedSession:
+        number = len(self.sessions) + 1
+        session = ProxiedSession(number, transport="tcp", client_name="here:1", client_socket=None, opened_at=0.0)
+        tracker = Tracker({"user": "app"})
+        tracker.backend(bytearray(LOGGED_IN), 0, len(LOGGED_IN))
+        client, server = socket.socketpair()
+        self._stack.enter_context(client)
+        self._stack.enter_context(server)
+        session.connect(client, server, tracker)
+        address = TcpClient(bytes(4), 1, bytes(4), 2, 0, 0.0)
+        evidence = Evidence.UNKNOWN if opener is None else Evidence.SOLE_HOLDER
+        session.opening = Opening(address, number, opener, evidence, Holders(), Driver.LIBPQ, Runtime())
+        self.sessions[number] = session
+        return session
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    with ExitStack() as stack:
+        yield Stage(stack)
+
+
+def is_contested(session: ProxiedSession) -> bool:
+    return session.client.contested
+
+
+def alone_until(session: ProxiedSession) -> float | None:
+    return session.alone_until
+
+
+def is_parked(session: ProxiedSession) -> bool:
+    return session.parked
+
+
+def ask(session: ProxiedSession) -> None:
+    feed(session, query("select 1"))
+
+
+def answer(session: ProxiedSession, ready: bytes) -> None:
+    data = bytearray(SELECTED + ready)
+    assert session.tracker is not None
+    session.tracker.backend(data, 0, len(data))
+
+
+def feed(session: ProxiedSession, data: bytes) -> None:
+    assert session.tracker is not None
+    session.tracker.frontend(bytearray(data), 0, len(data), None, 0.0)
+
+
+# Transactions, in trio's own time
+
+
+@pytest.fixture
+async def transactions(stage: Stage, autojump_clock: MockClock, nursery: trio.Nursery) -> Stage:
+    """A watch for transactions that sit idle for ten seconds."""
+    nursery.start_soon(stage.watch.over_transactions, 10.0)
+    return stage
+
+
+@pytest.mark.parametrize("ready", [IN_TRANSACTION, FAILED_TRANSACTION])
+async def test_a_transaction_that_sits_idle_is_told_when_it_is_time(
+    transactions: Stage, ready: bytes, autojump_clock: MockClock
+) -> None:
+    session = transactions.session()
+    ask(session)
+    answer(session, ready)
+    await trio.sleep(9.5)
+    assert transactions.kinds == []
+    await trio.sleep(3)
+    [verdict] = transactions.accused
+    assert verdict.kind is Kind.IDLE_IN_TRANSACTION
+    assert verdict.reason == "has left a transaction idle for more than 10 s"
+    assert verdict.open_transaction
+    assert not verdict.open_request
+    assert [request.n for request in verdict.requests] == [1]
+
+
+async def test_one_stretch_is_told_once_and_the_next_one_again(transactions: Stage, autojump_clock: MockClock) -> None:
+    session = transactions.session()
+    for stretch in (1, 2, 3):
+        ask(session)
+        answer(session, IN_TRANSACTION)
+        await trio.sleep(100)
+        assert transactions.kinds == [Kind.IDLE_IN_TRANSACTION] * stretch
+
+
+@pytest.mark.parametrize("ready", [IDLE, b""])
+async def test_a_session_that_is_idle_or_busy_is_not_in_a_transaction_that_sits_idle(
+    transactions: Stage, ready: bytes, autojump_clock: MockClock
+) -> None:
+    session = transactions.session()
+    ask(session)
+    if ready:
+        answer(session, ready)
+    await trio.sleep(100)
+    assert transactions.kinds == []
+
+
+async def test_a_transaction_that_goes_on_is_not_idle(transactions: Stage, autojump_clock: MockClock) -> None:
+    session = transactions.session()
+    for _ in range(20):
+        ask(session)
+        answer(session, IN_TRANSACTION)
+        await trio.sleep(8)
+    assert transactions.kinds == []
+
+
+async def test_a_query_that_takes_long_is_not_idle(transactions: Stage, autojump_clock: MockClock) -> None:
+    session = transactions.session()
+    ask(session)
+    answer(session, IN_TRANSACTION)
+    ask(session)
+    await trio.sleep(100)
+    answer(session, IN_TRANSACTION)
+    await trio.sleep(8)
+    assert transactions.kinds == []
+
+
+async def test_a_transaction_that_ends_in_time_is_not_told(transactions: Stage, autojump_clock: MockClock) -> None:
+    session = transactions.session()
+    for _ in range(5):
+        ask(session)
+        answer(session, IN_TRANSACTION)
+        await trio.sleep(8)
+        ask(session)
+        answer(session, IDLE)
+        await trio.sleep(100)
+    assert transactions.kinds == []
+
+
+async def test_a_session_that_is_not_followed_has_no_transactions(
+    transactions: Stage, autojump_clock: MockClock
+) -> None:
+    session = transactions.session()
+    ask(session)
+    answer(session, IN_TRANSACTION)
+    await trio.sleep(5)
+    session.tracker = None
+    await trio.sleep(100)
+    assert transactions.kinds == []
+
+
+async def test_a_session_that_can_not_be_judged_now_is_told_later(
+    transactions: Stage, autojump_clock: MockClock
+) -> None:
+    transactions.ready = False
+    session = transactions.session()
+    ask(session)
+    answer(session, IN_TRANSACTION)
+    await trio.sleep(100)
+    assert transactions.kinds == []
+    transactions.ready = True
+    await trio.sleep(2)
+    assert transactions.kinds == [Kind.IDLE_IN_TRANSACTION]
+
+
+async def test_with_a_threshold_of_0_no_transaction_is_too_long(stage: Stage, autojump_clock: MockClock) -> None:
+    session = stage.session()
+    ask(session)
+    answer(session, IN_TRANSACTION)
+    with trio.move_on_after(10_000) as limit:
+        await stage.watch.over_transactions(0)
+        await trio.sleep_forever()
+    assert limit.cancelled_caught
+    assert stage.kinds == []
+
+
+# Heirs and orphans, told by a witness that says what the test says
+
+
+class Scripted:
+    """A witness for whom every socket is open where the test says."""
+
+    def __init__(self) -> None:
+        self.holders: dict[Process, float] = {}
+        """Since when; as with the real one, in seconds since whenever."""
+        self.complete = True
+        self.gone: set[Process] = set()
+        self.waits = Waits()
+        self.fails = False
+        self.looked: list[Collection[Process]] = []
+
+    def watch(self, inodes: Iterable[int]) -> dict[int, Holders]:
+        if self.fails:
+            raise RuntimeError("injected")
+        holdings = tuple(Holding(one, since, trio.current_time()) for one, since in self.holders.items())
+        return {inode: Holders(holdings, self.complete and bool(holdings)) for inode in inodes}
+
+    def is_gone(self, process: Process) -> bool:
+        return process in self.gone
+
+    def look(self, _: Opening, processes: Collection[Process]) -> tuple[Waits, tuple[Waiting, ...]]:
+        self.looked.append(tuple(processes))
+        if self.fails:
+            raise RuntimeError("injected")
+        blocked = tuple(one for one in self.waits.threads if one.blocked)
+        return self.waits, blocked if len(blocked) > 1 else ()
+
+
+async def at_once(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
+    """Instead of a worker thread, for which trio's own time would not wait."""
+    await trio.lowlevel.checkpoint()
+    return function(*args)
+
+
+@pytest.fixture
+async def witness(
+    stage: Stage,
+    autojump_clock: MockClock,
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Scripted:
+    """Of a stage that watches for heirs and readers."""
+    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
+    witness = Scripted()
+    nursery.start_soon(stage.watch.over_heirs, cast("Witness", witness))
+    nursery.start_soon(stage.watch.over_readers, cast("Witness", witness))
+    return witness
+
+
+async def test_a_connection_that_two_processes_have_open_for_a_while_is_inherited(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    session = stage.session()
+    witness.holders = {PARENT: 0.0}
+    await trio.sleep(5)
+    assert stage.kinds == []
+    assert not is_contested(session)
+    witness.holders[CHILD] = trio.current_time()
+    await trio.sleep(5)
+    [verdict] = stage.accused
+    assert (verdict.kind, verdict.intruder) == (Kind.INHERITED_CONNECTION, None)
+    assert verdict.reason == "2 processes have the connection's socket open"
+    assert is_contested(session)
+    assert session.holders == (PARENT, CHILD)
+
+
+async def test_one_inheritance_is_told_once_and_the_next_heir_again(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    stage.session()
+    witness.holders = {PARENT: 0.0, CHILD: 0.0}
+    await trio.sleep(20)
+    assert len(stage.accused) == 1
+    witness.holders[OTHER] = trio.current_time()
+    await trio.sleep(20)
+    assert [verdict.reason[0] for verdict in stage.accused] == ["2", "3"]
+    del witness.holders[OTHER]
+    await trio.sleep(20)
+    assert len(stage.accused) == 2
+
+
+async def test_a_child_on_its_way_to_another_program_is_no_heir(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    session = stage.session()
+    witness.holders = {PARENT: 0.0}
+    for _ in range(20):
+        witness.holders[CHILD] = trio.current_time() + 1000  # never seen for long
+        await trio.sleep(0.5)
+        del witness.holders[CHILD]
+        await trio.sleep(0.5)
+    assert stage.kinds == []
+    assert not is_contested(session)
+
+
+async def test_a_connection_is_contested_only_as_long_as_several_have_it_open(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    session = stage.session()
+    witness.holders = {PARENT: 0.0, CHILD: 0.0}
+    await trio.sleep(5)
+    assert is_contested(session)
+    del witness.holders[PARENT]
+    await trio.sleep(5)
+    assert not is_contested(session)
+
+
+async def test_an_heir_is_told_when_the_session_can_be_judged_again(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    stage.session()
+    stage.ready = False
+    witness.holders = {PARENT: 0.0, CHILD: 0.0}
+    await trio.sleep(5)
+    stage.ready = True
+    await trio.sleep(5)
+    assert stage.kinds == [Kind.INHERITED_CONNECTION]
+
+
+async def test_when_the_opener_was_last_alone_is_remembered(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    session = stage.session()
+    witness.holders = {PARENT: 0.0}
+    witness.complete = False
+    await trio.sleep(5)
+    assert alone_until(session) is None, "somebody may have been overlooked"
+    witness.complete = True
+    await trio.sleep(5)
+    alone = alone_until(session)
+    assert alone is not None
+    witness.holders = {CHILD: 0.0}
+    await trio.sleep(5)
+    assert session.alone_until == alone
+
+
+async def test_a_connection_whose_opener_has_ended_is_leaked_once(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    stage.session()
+    witness.holders = {CHILD: 0.0}
+    witness.gone = {PARENT}
+    await trio.sleep(100)
+    [verdict] = stage.accused
+    assert (verdict.kind, verdict.reason) == (
+        Kind.LEAKED_CONNECTION,
+        "the connection has outlived the process that opened it",
+    )
+
+
+@pytest.mark.parametrize(
+    ("holders", "gone"),
+    [
+        pytest.param({PARENT: 0.0}, {PARENT}, id="seen a moment after its end"),
+        pytest.param({CHILD: 0.0}, set(), id="the opener has only closed it"),
+        pytest.param({}, {PARENT}, id="nobody has it open: it is about to end"),
+        pytest.param({CHILD: 1e9}, {PARENT}, id="who has it open is about to let go of it"),
+    ],
+)
+async def test_a_connection_is_not_leaked(
+    stage: Stage, witness: Scripted, holders: dict[Process, float], gone: set[Process], autojump_clock: MockClock
+) -> None:
+    stage.session()
+    witness.holders, witness.gone = holders, gone
+    await trio.sleep(100)
+    assert stage.kinds == []
+
+
+async def test_a_connection_whose_last_holder_ends_a_moment_later_is_not_leaked(
+    stage: Stage, witness: Scripted, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    """A server is told to stop, and its workers follow."""
+    monkeypatch.setattr("pgguard.proxy.watch._HEIRS_INTERVAL", 0.1)
+    stage.session()
+    witness.holders, witness.gone = {CHILD: 0.0}, {PARENT}
+    await trio.sleep(0.45)
+    witness.holders = {}
+    await trio.sleep(100)
+    assert stage.kinds == []
+
+
+async def test_where_the_opener_is_not_known_nobody_has_outlived_it(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    stage.session(opener=None)
+    witness.holders = {CHILD: 0.0}
+    await trio.sleep(100)
+    assert stage.kinds == []
+
+
+# Readers
+
+
+def reader(who: Process, tid: int, *, switches: int = 1, **changes: Any) -> Waiting:
+    sleep = Sleep(Thread(who.pid, who.started, tid, who.started), switches)
+    given: dict[str, Any] = {"name": "app", "call": "ppoll", "readable": True, "writable": False, "others": 0}
+    return Waiting(sleep, **(given | changes))
+
+
+async def test_two_threads_that_wait_for_one_answer_are_accused(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    session = stage.session()
+    ask(session)
+    witness.waits = Waits((reader(PARENT, 1),))
+    await trio.sleep(1)
+    assert stage.kinds == []
+    witness.waits = Waits((reader(PARENT, 1), reader(PARENT, 2)))
+    await trio.sleep(5)
+    verdict = stage.accused[0]
+    assert verdict.kind is Kind.SHARED_BY_THREADS
+    assert verdict.intruder is not None
+    assert (verdict.intruder.pid, verdict.intruder.tid, verdict.intruder.sampled) == (100, 2, True)
+    assert [sender.tid for sender in verdict.requesters] == [1]
+    assert verdict.open_request
+
+
+async def test_readers_are_looked_for_among_all_that_have_the_socket_open(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    session = stage.session()
+    witness.holders = {PARENT: 0.0, CHILD: 0.0}
+    await trio.sleep(5)
+    ask(session)
+    witness.waits = Waits((reader(PARENT, 1), reader(CHILD, 2)))
+    await trio.sleep(5)
+    assert witness.looked[-1] == (PARENT, CHILD)
+    assert Kind.SHARED_BY_PROCESSES in stage.kinds
+
+
+async def test_nobody_is_looked_at_while_no_answer_is_due(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    """Whoever waits on an idle connection waits for notifications."""
+    session = stage.session()
+    witness.waits = Waits((reader(PARENT, 1), reader(PARENT, 2)))
+    await trio.sleep(100)
+    assert witness.looked == []
+    ask(session)
+    session.parked = True
+    await trio.sleep(100)
+    assert witness.looked == []
+    session.parked, session.tracker = False, None
+    await trio.sleep(100)
+    assert (witness.looked, stage.kinds) == ([], [])
+
+
+async def test_a_long_query_is_looked_at_less_and_less_often(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    ask(stage.session())
+    await trio.sleep(10)
+    often = len(witness.looked)
+    await trio.sleep(100)
+    assert often > 10
+    assert len(witness.looked) - often <= 55
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_watch_goes_on_when_a_look_fails(
+    stage: Stage, witness: Scripted, fails: bool, autojump_clock: MockClock
+) -> None:
+    ask(stage.session())
+    witness.fails = fails
+    await trio.sleep(10)
+    witness.fails = False
+    witness.holders = {PARENT: 0.0, CHILD: 0.0}
+    witness.waits = Waits((reader(PARENT, 1), reader(PARENT, 2)))
+    await trio.sleep(10)
+    assert {Kind.INHERITED_CONNECTION, Kind.SHARED_BY_THREADS} <= set(stage.kinds)
+
+
+# In a guard
+
+
+async def begin(client: Client, server: BackendConnection) -> None:
+    await client.send(query("begin"))
+    await server.expect(query("begin"))
+    await server.send(SELECTED + IN_TRANSACTION)
+    await client.expect(SELECTED + IN_TRANSACTION)
+
+
+async def converse(client: Client, server: BackendConnection) -> None:
+    await client.send(query("select 1"))
+    await server.expect(query("select 1"))
+    await server.send(ANSWER)
+    await client.expect(ANSWER)
+
+
+@pytest.mark.parametrize("attributed", [True, False])
+@pytest.mark.parametrize("unix", [True, False])
+async def test_an_idle_transaction_is_recorded_with_attribution_and_without(
+    backend: FakeBackend, attributed: bool, unix: bool
+) -> None:
+    witness = Witness() if attributed else None
+    async with running(backend, witness=witness, idle_in_transaction=0.05) as house:
+        client, server = await house.session(unix=unix)
+        await begin(client, server)
+        await house.recorded("idle-in-transaction")
+        [fault] = house.faults
+        assert fault.action == "logged"
+        assert fault.requests[-1].sql == "begin"
+        await converse(client, server)
+        await client.nothing(0.2)
+        assert house.kinds == ["idle-in-transaction"]
+
+
+async def test_the_next_idle_transaction_of_a_session_is_a_repeat(backend: FakeBackend) -> None:
+    async with running(backend, idle_in_transaction=0.05) as house:
+        client, server = await house.session()
+        for count in (1, 2, 3):
+            await begin(client, server)
+            await until(lambda count=count: [one.faults + one.repeats for one in house.docket.counts()] == [count])  # type: ignore[misc]
+        assert [(one.faults, one.repeats) for one in house.docket.counts()] == [(1, 2)]
+
+
+async def test_an_idle_transaction_can_be_rejected(backend: FakeBackend) -> None:
+    async with running(backend, idle_in_transaction=0.05, kinds={"idle-in-transaction": "reject"}) as house:
+        client, server = await house.session()
+        await begin(client, server)
+        error = (await client.message()).fields
+        assert (error["S"], error["C"]) == ("FATAL", "08P01")
+        assert "has left a transaction idle for more than 0.05 s" in error["M"]
+        assert await client.rest() == b""
+        assert await server.rest() == b""
+        await client.close()
+        await house.empty()
+
+
+async def concerned(house: House) -> tuple[ProxiedSession, Verdict]:
+    """The only session, and something that is wrong with it."""
+    [session] = house.guard._sessions.values()
+    return session, session.concern(Kind.INHERITED_CONNECTION, "2 processes have the connection's socket open")
+
+
+async def test_an_accused_session_goes_on_when_it_is_ruled_on(house: House) -> None:
+    client, server = await house.session()
+    session, verdict = await concerned(house)
+    assert house.guard._sweep.accuse(session, verdict)
+    assert is_parked(session)
+    await converse(client, server)
+    assert not is_parked(session)
+    await house.recorded("inherited-connection")
+
+
+async def test_an_accused_session_is_rejected_if_the_configuration_says_so(backend: FakeBackend) -> None:
+    async with running(backend, kinds={"inherited-connection": "reject"}) as house:
+        client, server = await house.session()
+        session, verdict = await concerned(house)
+        assert house.guard._sweep.accuse(session, verdict)
+        error = (await client.message()).fields
+        assert error["C"] == "08P01"
+        assert error["D"].startswith("This is inherited-connection")
+        assert await server.rest() == b""
+        assert await client.rest() == b""
+        await client.close()
+        await house.empty()
+        assert [str(fault.action) for fault in house.faults] == ["rejected"]
+
+
+async def test_a_session_rejected_in_the_middle_of_an_answer_gets_to_the_end_of_a_message(backend: FakeBackend) -> None:
+    async with running(backend, kinds={"inherited-connection": "reject"}) as house:
+        client, server = await house.session()
+        await client.send(query("select 1"))
+        await server.expect(query("select 1"))
+        await server.send(ANSWER[:20])
+        await client.expect(ANSWER[:20])
+        session, verdict = await concerned(house)
+        assert house.guard._sweep.accuse(session, verdict)
+        rest = len(message("T", b"")) + int.from_bytes(ANSWER[1:5], "big") - 4 - 20
+        await server.send(ANSWER[20:])
+        await client.expect(ANSWER[20 : 20 + rest])
+        assert (await client.message()).fields["C"] == "08P01"
+
+
+async def test_accusing_a_session_that_is_parked_does_nothing(
+    house: House, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del backend
+    go_on = trio.Event()
+    client, server = await house.session()
+    judge = house.guard._judge
+    rule = judge.rule
+
+    async def wait(*args: Any) -> Any:
+        await go_on.wait()
+        return await rule(*args)
+
+    monkeypatch.setattr(judge, "rule", wait, raising=False)
+    session, verdict = await concerned(house)
+    assert house.guard._sweep.accuse(session, verdict)
+    assert not house.guard._sweep.accuse(session, verdict)
+    go_on.set()
+    await converse(client, server)
+    await house.recorded("inherited-connection")
+
+
+async def test_accusing_a_session_that_drains_does_nothing(house: House) -> None:
+    client, server = await house.session()
+    session, verdict = await concerned(house)
+    await server.close()
+    await until(lambda: session.draining)
+    assert not house.guard._sweep.accuse(session, verdict)
+    await client.rest()
+    assert house.kinds == []
+
+
+async def test_accusing_a_session_that_is_gone_does_nothing(house: House) -> None:
+    client, server = await house.session()
+    session, verdict = await concerned(house)
+    await client.send(message("X"))
+    await client.close()
+    assert await server.rest() == message("X")
+    await server.close()
+    await house.empty()
+    assert not house.guard._sweep.accuse(session, verdict)
+    assert house.kinds == []
+
+
+async def test_a_client_that_goes_while_it_is_accused_leaves_nothing_behind(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = trio.Event()
+    client, server = await house.session()
+    judge = house.guard._judge
+    rule = judge.rule
+
+    async def wait(*args: Any) -> Any:
+        await go_on.wait()
+        return await rule(*args)
+
+    monkeypatch.setattr(judge, "rule", wait, raising=False)
+    session, verdict = await concerned(house)
+    assert house.guard._sweep.accuse(session, verdict)
+    await client.send(message("X"))
+    await client.close()
+    await server.nothing()
+    go_on.set()
+    assert await server.rest() == message("X")
+    await server.close()
+    await house.empty()
+    assert house.kinds == ["inherited-connection"]
