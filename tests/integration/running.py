@@ -1,0 +1,131 @@
+"""Programs that use PostgreSQL through the guard, run and watched by the tests."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.servers import not_installed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tests.guard_process import Fault
+    from tests.servers import Address
+
+PROGRAMS = Path(__file__).parent / "programs"
+_SECONDS = 15.0
+
+
+def interpreter(name: str, *needs: str) -> str:
+    """Find a language's interpreter, or skip the test; ``needs`` are the options that load what the program needs."""
+    found = shutil.which(name)
+    if found is None or not _loads(found, *needs):
+        not_installed(" ".join([name, *needs]))
+    return found
+
+
+@functools.cache
+def _loads(command: str, *needs: str) -> bool:
+    return subprocess.run([command, *needs, "-e", "1"], capture_output=True, check=False).returncode == 0
+
+
+class Program:
+    """A running program, with the processes that it has forked."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self._process = process
+        self._log = log
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """What it has written to standard error so far."""
+        return self._log.read_text(errors="replace")
+
+    def read(self) -> dict[str, int]:
+        """Read the next line of its standard output, a JSON object; fail if it says nothing more."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"it ended early:\n{self.log}"
+        said: dict[str, int] = json.loads(line)
+        return said
+
+    def go_on(self) -> None:
+        """Let it go on: it waits for a line, or the end, of its standard input."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def wait_for(self, pattern: str, *, count: int = 1, seconds: float = 20.0) -> list[str]:
+        """Wait until its log matches so many times, and return the matches' groups; fail when time is up."""
+        deadline = time.monotonic() + seconds
+        while len(found := re.findall(pattern, self.log)) < count:
+            assert time.monotonic() < deadline, f"no {pattern} within {seconds} s:\n{self.log}"
+            time.sleep(0.02)
+        return found
+
+    def kill(self) -> None:
+        """End it without giving it a chance to say anything."""
+        self._process.kill()
+        self._process.wait(_SECONDS)
+
+    def wait(self) -> int:
+        return self._process.wait(_SECONDS)
+
+
+@contextmanager
+def running(
+    command: Sequence[str | Path], address: Address, directory: Path, name: str = "program"
+) -> Iterator[Program]:
+    """Run a program, and end it with all the processes of its group; its log is kept in the directory."""
+    log = directory / f"{name}.log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            command,
+            env=address.environ(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+        )
+    with process:
+        try:
+            yield Program(process, log)
+        finally:
+            _end_group(process.pid)
+
+
+def _end_group(group: int) -> None:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def named(faults: Sequence[Fault], role: str | None = None) -> set[int]:
+    """The pids that records name, in one role or in any."""
+    return {
+        culprit["pid"]
+        for fault in faults
+        for culprit in fault["culprits"]
+        if culprit["pid"] is not None and role in {None, culprit["role"]}
+    }
+
+
+def threads_named(faults: Sequence[Fault]) -> set[int]:
+    """The threads that records name."""
+    return {culprit["tid"] for fault in faults for culprit in fault["culprits"]} - {None}

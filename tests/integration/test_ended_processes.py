@@ -1,0 +1,120 @@
+"""Connections that outlive the attention of whoever opened them: killed, forgotten, idle, or too many."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import psycopg
+import pytest
+
+from pgguard.demo.postgres import running_cluster
+from tests.guard_process import running_guard
+from tests.integration.running import PROGRAMS, named, running
+from tests.servers import Address
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.conftest import StartGuard
+    from tests.guard_process import Fault, GuardProcess
+    from tests.servers import Server, Transport
+
+pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
+
+BYSTANDER = (sys.executable, PROGRAMS / "bystander.py")
+SLOTS = 5
+
+
+def kill_while(doing: str, guard: GuardProcess, transport: Transport, directory: Path) -> Fault:
+    """Kill a program while it does that, and return what is recorded of it, checked for naming it."""
+    with running([*BYSTANDER, doing], guard.at(transport), directory) as program:
+        pid = program.read()["pid"]
+        program.kill()
+        [fault] = guard.wait_for("unclean-close")
+    [closer] = [culprit for culprit in fault["culprits"] if culprit["role"] == "closer"]
+    assert closer["pid"] == pid
+    assert closer["process"]["name"].startswith("python")
+    assert closer["process"]["cmdline"][1:] == [str(BYSTANDER[1]), doing]
+    assert f"pid {pid}" in fault["summary"]
+    return fault
+
+
+def test_a_killed_process_is_named_though_it_is_gone(guard: GuardProcess, transport: Transport, tmp_path: Path) -> None:
+    assert kill_while("idle", guard, transport, tmp_path)["severity"] == "warning"
+
+
+@pytest.mark.parametrize("doing", ["transaction", "request"])
+def test_killed_in_the_middle_of_something_is_an_error(
+    doing: str, guard: GuardProcess, transport: Transport, tmp_path: Path
+) -> None:
+    assert kill_while(doing, guard, transport, tmp_path)["severity"] == "error"
+
+
+def test_a_transaction_that_sits_idle_is_remarked_on(
+    start_guard: StartGuard, transport: Transport, tmp_path: Path
+) -> None:
+    guard = start_guard("--idle-in-transaction", "1")
+    with running([*BYSTANDER, "transaction"], guard.at(transport), tmp_path) as program:
+        pid = program.read()["pid"]
+        [fault] = guard.wait_for("idle-in-transaction", timeout=4)
+        program.go_on()
+        assert program.wait() == 0, program.log
+    assert fault["severity"] == "warning"
+    assert pid in named([fault])
+    assert fault["requests"], "what it asked last"
+    guard.assert_no_faults(except_kinds={"idle-in-transaction"})
+
+
+@pytest.mark.parametrize("doing", ["idle", "request"])
+def test_who_is_not_in_a_transaction_or_not_idle_is_left_alone(
+    doing: str, start_guard: StartGuard, tmp_path: Path
+) -> None:
+    guard = start_guard("--idle-in-transaction", "0.2")
+    with running([*BYSTANDER, doing], guard.tcp, tmp_path) as program:
+        program.read()
+        with pytest.raises(AssertionError, match="no idle-in-transaction"):
+            guard.wait_for("idle-in-transaction", timeout=1)
+
+
+def test_a_connection_that_outlives_its_process_is_named_with_who_keeps_it(
+    guard: GuardProcess, transport: Transport, tmp_path: Path
+) -> None:
+    with running([*BYSTANDER, "leak"], guard.at(transport), tmp_path) as program:
+        said = program.read()
+        assert program.wait() == 0, program.log
+        [fault] = guard.wait_for("leaked-connection", timeout=10)
+        assert fault["severity"] == "warning"
+        assert named([fault], "owner") == {said["pid"]}
+        assert named([fault], "holder") == {said["child"]}
+        [owner] = [culprit for culprit in fault["culprits"] if culprit["role"] == "owner"]
+        assert owner["process"]["cmdline"][1:] == [str(BYSTANDER[1]), "leak"], "known though it is gone"
+
+
+@pytest.fixture
+def small_guard(server: Server) -> Iterator[GuardProcess]:
+    """A guard in front of a server with few slots."""
+    settings = {"max_connections": str(SLOTS), "superuser_reserved_connections": "0"}
+    with running_cluster(server.bindir, settings=settings, timeout=60) as cluster:
+        upstream = Address(str(cluster.socket_dir), cluster.port)
+        with running_guard(upstream, "--mode", "log") as guard:
+            yield guard
+
+
+def test_who_holds_the_servers_slots_is_told_when_there_are_none(
+    small_guard: GuardProcess, transport: Transport, tmp_path: Path
+) -> None:
+    address = small_guard.at(transport)
+    with ExitStack() as stack:
+        held: dict[int, int] = {}
+        for count in (3, SLOTS - 3):
+            program = stack.enter_context(running([*BYSTANDER, "many", str(count)], address, tmp_path, str(count)))
+            held[program.read()["pid"]] = count
+        with pytest.raises(psycopg.OperationalError, match="too many clients"):
+            psycopg.connect(address.conninfo).close()
+        fault = small_guard.wait_for("connection-exhaustion")[0]
+    assert fault["severity"] == "error"
+    assert {entry["pid"]: entry["count"] for entry in fault["connections"]} == held
+    assert all(entry["process"] for entry in fault["connections"])
