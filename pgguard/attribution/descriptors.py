@@ -40,12 +40,23 @@ def list_children(pid: int) -> list[int]:
     return children
 
 
-def is_same_program(pid: int, other: int) -> bool:
-    """Whether two processes run the same program file; False too if that can't be seen, as of a zombie."""
+def is_fork(pid: int, other: int) -> bool:
+    """Whether one process is a fork of the other, or both are of a third, and none has executed a program since.
+
+    They run the same file then, and it is mapped at the same address, which execve(2) chooses at random:
+    ``randomize_va_space``, proc_sys_kernel(5). False too if that can't be seen, as of a zombie.
+    """
     try:
-        return os.path.samefile(f"/proc/{pid}/exe", f"/proc/{other}/exe")
+        return _first_mapping(pid) == _first_mapping(other) and os.path.samefile(
+            f"/proc/{pid}/exe", f"/proc/{other}/exe"
+        )
     except OSError:
         return False
+
+
+def _first_mapping(pid: int) -> bytes:
+    with open(f"/proc/{pid}/maps", "rb") as file:
+        return file.readline()
 
 
 def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pgguard.attribution.evidence import Driver, Evidence, Process
-from pgguard.attribution.runtime import Runtime
+from pgguard.attribution.runtime import Language, Runtime
 from pgguard.attribution.stacks import Stacks
-from pgguard.attribution.threads import Sleep, Waiting, Waits
+from pgguard.attribution.threads import Sleep, Thread, Waiting, Waits
 
 
 class Share(NamedTuple):
@@ -39,6 +39,8 @@ class Findings:
     """The threads that were blocked on the socket while the session was parked."""
     before: frozenset[Sleep] = frozenset()
     """Those of them that were seen to wait already before what is judged had come."""
+    watchers: frozenset[Thread] = frozenset()
+    """Threads that wait on the connection whether or not an answer is due."""
     stacks: Stacks = field(default_factory=Stacks)
     """What Python threads were doing."""
     only_threads: Mapping[int, Sleep] = field(default_factory=dict)
@@ -56,6 +58,12 @@ class Findings:
     """Who has how many connections open, the most first."""
     declared: Mapping[str, str] = field(default_factory=dict)
     """What the client says of itself."""
+
+    @property
+    def language(self) -> Language | None:
+        """Of the process that opened the connection."""
+        runtime = None if self.opener is None else self.runtimes.get(self.opener.pid)
+        return None if runtime is None else runtime.language
 
     @property
     def sole_holder(self) -> Process | None:

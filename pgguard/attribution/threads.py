@@ -87,10 +87,18 @@ class Waiting:
     one of those that wait (``rb_sigwait_fd_get`` in ``thread_pthread.c``).
     """
 
+    within_libpq: bool = False
+    """It polls for errors too, as only libpq's own wait for an answer does: ``pqSocketPoll()`` in ``fe-misc.c``."""
+
     @property
     def thread(self) -> Thread:
         """Who waits."""
         return self.sleep.thread
+
+    @property
+    def polls(self) -> bool:
+        """It asks to be told when there is something to read, and reads then, or has somebody else read."""
+        return self.call in _POLLING
 
     @property
     def blocked(self) -> bool:
@@ -177,6 +185,7 @@ _KINDS = {
     "io_uring_enter": _Kind.IO_URING,
 }
 
+_POLLING = frozenset(name for name, kind in _KINDS.items() if kind is _Kind.POLL)
 _WATCHING = frozenset(name for name, kind in _KINDS.items() if kind in {_Kind.SELECT, _Kind.EPOLL})
 
 X86_64 = {
@@ -240,6 +249,7 @@ _POLLIN = 0x001 | 0x040
 """POLLIN, POLLRDNORM; EPOLLIN and EPOLLRDNORM are the same: ``asm-generic/poll.h``, ``linux/eventpoll.h``."""
 _POLLOUT = 0x004 | 0x100
 """POLLOUT, POLLWRNORM; EPOLLOUT and EPOLLWRNORM likewise."""
+_POLLERR = 0x008
 
 _TARGET = re.compile(rb"^tfd: *\d+ events: *([0-9a-f]+) .* ino:([0-9a-f]+) sdev:([0-9a-f]+)$", re.MULTILINE)
 """A line of an epoll set's fdinfo: proc_pid_fdinfo(5). The number is the one that the descriptor had when it was added,
@@ -262,13 +272,21 @@ class _Call(NamedTuple):
     args: tuple[int, ...]
 
 
+class _Events(NamedTuple):
+    """What of a descriptor a thread waits for."""
+
+    readable: bool
+    writable: bool
+    errors: bool = False
+    """It asks for errors as well, which it would be told of anyway: poll(2)."""
+
+
 class _Watched(NamedTuple):
     """One of the descriptors that a thread waits for."""
 
     is_socket: bool
     """It is the socket that is asked about."""
-    readable: bool
-    writable: bool
+    events: _Events
     wakes: bool = False
     """It is a pipe or an eventfd."""
 
@@ -317,12 +335,13 @@ def only_thread(process: Process) -> Sleep | None:
 
 
 def all_asleep(process: Process) -> bool:
-    """Whether every thread of a process is seen blocked, one after the other.
+    """Whether all threads of a process are blocked at the same moment.
 
     False too when that can't be seen, and when the process has ended.
     """
-    tids = _tids(process.pid)
-    return bool(tids) and all(find_sleep(process.pid, process.started, int(tid)) is not None for tid in tids)
+    # They are seen one after the other, twice: who is in the same sleep again was asleep when the others were seen.
+    first, second = ([find_sleep(process.pid, process.started, int(tid)) for tid in _tids(process.pid)] for _ in "12")
+    return bool(first) and None not in first and first == second
 
 
 def sleeps_still(sleep: Sleep) -> bool:
@@ -493,9 +512,9 @@ class _Look:
             call = _resumed(call, task)
         match call.kind:
             case _Kind.READ:
-                wanted = {_int(call.args[0]): (True, False)}
+                wanted = {_int(call.args[0]): _Events(readable=True, writable=False)}
             case _Kind.WRITE:
-                wanted = {_int(call.args[0]): (False, True)}
+                wanted = {_int(call.args[0]): _Events(readable=False, writable=True)}
             case _Kind.POLL:
                 wanted = _poll_set(task, *call.args[:2])
             case _Kind.SELECT:
@@ -506,9 +525,9 @@ class _Look:
                 raise _Unclear(Obstacle.IO_URING)
             case _:
                 return call, []
-        return call, [self._identified(task, fd, *events) for fd, events in wanted.items()]
+        return call, [self._identified(task, fd, events) for fd, events in wanted.items()]
 
-    def _identified(self, task: _Task, fd: int, readable: bool, writable: bool) -> _Watched:
+    def _identified(self, task: _Task, fd: int, events: _Events) -> _Watched:
         link = self._others.get(fd)
         if link is None:
             try:
@@ -516,9 +535,9 @@ class _Look:
             except FileNotFoundError:
                 link = ""
             if link == link_to(self._inode):
-                return _Watched(True, readable, writable)
+                return _Watched(True, events)
             self._others[fd] = link
-        return _Watched(False, readable, writable, link.startswith(_WAKERS))
+        return _Watched(False, events, link.startswith(_WAKERS))
 
     def _note(self, obstacle: Obstacle) -> None:
         if self.obstacle is None:
@@ -526,12 +545,13 @@ class _Look:
 
 
 def _conclude(sleep: Sleep, name: str, call: str, watched: list[_Watched]) -> Waiting | None:
-    readable = any(one.is_socket and one.readable for one in watched)
-    writable = any(one.is_socket and one.writable for one in watched)
+    asked = [one.events for one in watched if one.is_socket]
+    readable = any(events.readable for events in asked)
+    writable = any(events.writable for events in asked)
     if not readable and not writable:
         return None
     others = sum(not one.is_socket and not one.wakes for one in watched)
-    return Waiting(sleep, name, call, readable, writable, others)
+    return Waiting(sleep, name, call, readable, writable, others, any(events.errors for events in asked))
 
 
 def _system_calls(directory: int, tids: Iterable[str]) -> Mapping[int, str]:
@@ -573,24 +593,25 @@ def _resumed(call: _Call, task: _Task) -> _Call:
     return _Call("poll", _Kind.POLL, call.args) if b"poll" in function else call
 
 
-def _poll_set(task: _Task, address: int, count: int) -> dict[int, tuple[bool, bool]]:
+def _poll_set(task: _Task, address: int, count: int) -> dict[int, _Events]:
     count &= _UINT
-    wanted: dict[int, tuple[bool, bool]] = {}
+    masks: dict[int, int] = {}
     for fd, events, _ in _POLLFD.iter_unpack(_memory(task, address, count, _POLLFD.size)):
         if fd >= 0:  # a negative one is to be ignored: poll(2)
-            readable, writable = wanted.get(fd, (False, False))
-            wanted[fd] = readable or bool(events & _POLLIN), writable or bool(events & _POLLOUT)
-    return wanted
+            masks[fd] = masks.get(fd, 0) | events
+    return {
+        fd: _Events(bool(mask & _POLLIN), bool(mask & _POLLOUT), bool(mask & _POLLERR)) for fd, mask in masks.items()
+    }
 
 
-def _select_set(task: _Task, count: int, *addresses: int) -> dict[int, tuple[bool, bool]]:
+def _select_set(task: _Task, count: int, *addresses: int) -> dict[int, _Events]:
     count = max(0, _int(count))
     # Bitmaps of whole longs, fd 0 in the lowest bit; on a little-endian machine that is one large number.
     longs = -(-count // 64)
     sets = [int.from_bytes(_memory(task, address, longs, 8), "little") if address else 0 for address in addresses]
     readable, writable, exceptional = (bits & (1 << count) - 1 for bits in sets)
     either = readable | writable | exceptional
-    return {fd: (bool(readable >> fd & 1), bool(writable >> fd & 1)) for fd in range(count) if either >> fd & 1}
+    return {fd: _Events(bool(readable >> fd & 1), bool(writable >> fd & 1)) for fd in range(count) if either >> fd & 1}
 
 
 def _memory(task: _Task, address: int, count: int, size: int) -> bytes:
@@ -624,7 +645,7 @@ def _epoll_set(task: _Task, fd: int, inode: int) -> list[_Watched]:
     for mask, target_inode, device in targets:
         events = int(mask, 16)
         is_socket = (int(target_inode, 16), int(device, 16)) == socket_file
-        watched.append(_Watched(is_socket, bool(events & _POLLIN), bool(events & _POLLOUT)))
+        watched.append(_Watched(is_socket, _Events(bool(events & _POLLIN), bool(events & _POLLOUT))))
     return watched
 
 

@@ -8,19 +8,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pgguard.attribution.descriptors import is_same_program, list_children
+from pgguard.attribution.descriptors import is_fork, list_children
 from pgguard.attribution.drivers import driver_of
 from pgguard.attribution.evidence import Driver, Evidence, Process
 from pgguard.attribution.findings import Findings
 from pgguard.attribution.holders import Holders, HolderWatch, is_older
 from pgguard.attribution.namespaces import NetworkNamespaces
 from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook, read_stat
-from pgguard.attribution.runtime import Runtime, runtime_of
+from pgguard.attribution.runtime import Library, Runtime, runtime_of
 from pgguard.attribution.sampling import Sample, sample_sender
 from pgguard.attribution.sockets import ClientSocket, UnixClient
 from pgguard.attribution.stacks import Stacks, python_stacks
 from pgguard.attribution.threads import (
     Sleep,
+    Thread,
     Waiting,
     Waits,
     all_asleep,
@@ -31,6 +32,8 @@ from pgguard.attribution.threads import (
 
 _CLIENTS = 1024
 """Processes of which it is remembered what they run."""
+_WATCHING = 0.002
+"""Seconds after which a thread waits on purpose that no answer is due to: one that was to get the last has got it."""
 _PAUSE = 0.0005
 """Seconds between two looks at what threads do."""
 
@@ -147,6 +150,7 @@ class Witness:
         *,
         before: frozenset[Sleep],
         busy: Iterable[tuple[int, int | None]],
+        watchers: Collection[Thread],
         seconds: float,
     ) -> tuple[Sample, tuple[Waiting, ...]]:
         """Find out which thread has sent what has just come, and which are blocked reading at the same moment.
@@ -155,7 +159,7 @@ class Witness:
         """
         if opening.inode is None:
             return Sample(None, None, Waits()), ()
-        sample = sample_sender(holders, opening.inode, before=before, busy=busy, seconds=seconds)
+        sample = sample_sender(holders, opening.inode, before=before, busy=busy, watchers=watchers, seconds=seconds)
         return sample, sample.blocked
 
     def waits(
@@ -185,6 +189,18 @@ class Witness:
         sample = Sample(None, None, waiting_threads(processes, opening.inode))
         return sample.waits, sample.blocked
 
+    def watchers(self, opening: Opening, processes: Collection[Process]) -> frozenset[Thread]:
+        """See which threads wait on the connection and go on doing so, to be called while no answer is due.
+
+        Takes 2 ms where there is something to see.
+        """
+        first, _ = self.look(opening, processes)
+        if not first.threads:
+            return frozenset()
+        time.sleep(_WATCHING)
+        again, _ = self.look(opening, processes)
+        return frozenset(one.thread for one in first.threads) & frozenset(one.thread for one in again.threads)
+
     def stays(self, opening: Opening, *, seconds: float) -> bool:
         """Whether the opener, when somebody has just said Terminate, goes on to have the socket open.
 
@@ -195,6 +211,8 @@ class Witness:
         opener = opening.opener
         if opener is None or opening.inode is None or opening.driver is not Driver.LIBPQ:
             return False
+        if Library.ASYNCPG in opening.runtime.libraries:
+            return False  # then it isn't certain that the connection is libpq's
         deadline = time.monotonic() + seconds
         while True:
             asleep = all_asleep(opener)
@@ -211,8 +229,7 @@ class Witness:
     def heirs_of(self, opening: Opening) -> tuple[Process, ...]:
         """The opener's children that have once had the connection open, as their fork took it along.
 
-        Those are all that it has forked since, but for what has executed another program: with libpq's sockets being
-        closed by that.
+        Those are all that it has forked since, but for what has executed a program, which closes libpq's sockets.
         """
         opener = opening.opener
         if opener is None:
@@ -223,7 +240,7 @@ class Witness:
             for child in children
             if child is not None
             and not is_older(child.started, opening.client.opened)
-            and is_same_program(child.pid, opener.pid)
+            and is_fork(child.pid, opener.pid)
         )
 
     def stacks(self, sleeps: Collection[Sleep], *, seconds: float) -> Stacks:

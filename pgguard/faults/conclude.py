@@ -3,12 +3,15 @@
 *Several wait for one answer.* Of two threads that are blocked reading one socket at the same moment, one is going to be
 given the other's answer. No driver that pipelines or multiplexes has two threads read, so this is certain whatever the
 driver, and it is how libpq's clients betray themselves: PQexec of a second thread doesn't send at first, it reads up
-the answer that the first one waits for (``PQexecStart()`` in ``fe-exec.c``). On the wire nothing overlaps then.
+the answer that the first one waits for (``PQexecStart()`` in ``fe-exec.c``). On the wire nothing overlaps then. Within
+one process a thread that only polls may leave the reading to whose turn it is, holding a lock: it counts if it polls as
+libpq itself does, or as Ruby does for all of libpq's waits, unless it waits when no answer is due as well.
 
 *Somebody says Terminate on another process's connection.* It does harm only to a process that has the connection still
 open. Where the kernel doesn't name who said it, it can only have been another process than the opener if the opener
-leaves the socket open (:meth:`pgguard.attribution.witness.Witness.stays`); and it is none of another's business only if
-that other one hasn't taken the connection over, which is certain if the last request was made before there was one.
+leaves the socket open (:meth:`pgguard.attribution.witness.Witness.stays`) and another one has, or had, it open; and it
+is none of that one's business only if it hasn't taken the connection over, which is certain if the last request was
+made before it was there.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from pgguard.attribution.runtime import Language
 from pgguard.faults.catalogue import OVERLAP
 from pgguard.session.verdicts import Kind, Sender
 
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from pgguard.attribution.findings import Findings
-    from pgguard.attribution.threads import Sleep, Waiting
+    from pgguard.attribution.threads import Sleep, Thread, Waiting
     from pgguard.session.verdicts import Verdict
 
 HARMLESS_GOODBYES: Final[Mapping[str, str]] = MappingProxyType(
@@ -50,16 +54,30 @@ class Readers(NamedTuple):
     """The others."""
 
 
-def readers(blocked: Collection[Waiting], before: Collection[Sleep]) -> Readers | None:
-    """Tell which fault threads amount to that were blocked on one connection at once; ``None`` if it is fewer than two.
+def readers(
+    blocked: Collection[Waiting],
+    before: Collection[Sleep],
+    *,
+    watchers: Collection[Thread] = (),
+    language: Language | None = None,
+) -> Readers | None:
+    """Tell which fault threads amount to that were blocked on one connection at once; ``None`` if it is none.
 
     Args:
         blocked: the threads.
         before: those of their sleeps that they were in already when they were looked at earlier.
+        watchers: the threads that wait whether or not an answer is due.
+        language: the process's, or that of the one that opened the connection.
     """
+    kind = Kind.SHARED_BY_PROCESSES
+    if len({one.thread.pid for one in blocked}) == 1:
+        kind = Kind.SHARED_BY_THREADS
+        polls = language is Language.RUBY
+        blocked = [
+            one for one in blocked if one.within_libpq or not one.polls or (polls and one.thread not in watchers)
+        ]
     if len(blocked) < 2:
         return None
-    kind = Kind.SHARED_BY_THREADS if len({one.thread.pid for one in blocked}) == 1 else Kind.SHARED_BY_PROCESSES
     fresh = [one for one in blocked if one.sleep not in before]
     last = _sender(fresh[0]) if len(fresh) == 1 else None
     return Readers(kind, last, tuple(sender for one in blocked if (sender := _sender(one)) != last))
@@ -81,7 +99,8 @@ def conclude(verdict: Verdict, findings: Findings) -> Verdict | None:
 
 
 def _overlap(verdict: Verdict, findings: Findings) -> Verdict:
-    found = readers([one for one in findings.waiting if one.blocked], findings.before)
+    blocked = [one for one in findings.waiting if one.blocked]
+    found = readers(blocked, findings.before, watchers=findings.watchers, language=findings.language)
     if found is not None:
         return replace(verdict, kind=found.kind, reason=AT_ONCE, intruder=found.intruder, requesters=found.requesters)
     intruder, requester = verdict.intruder, next(iter(verdict.requesters), None)
@@ -103,13 +122,13 @@ def _is_foreign(verdict: Verdict, findings: Findings) -> bool:
         return False
     if verdict.intruder is not None:
         return any(holder.pid != verdict.intruder.pid for holder in findings.holders or ())
-    if not findings.opener_stays:
+    others = [process for process in (*(findings.holders or ()), *findings.departed) if process.pid != opener.pid]
+    if not findings.opener_stays or not others:
         return False
     if not verdict.requests:
         return True
     last = verdict.requests[-1]
     if last.sender is not None:
         return last.sender.pid == opener.pid
-    others = [process for process in (*(findings.holders or ()), *findings.departed) if process.pid != opener.pid]
     alone = findings.alone_until is not None and last.at < findings.alone_until
-    return alone or (bool(others) and all(last.at < process.started_at for process in others))
+    return alone or all(last.at < process.started_at for process in others)

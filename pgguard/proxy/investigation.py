@@ -95,15 +95,18 @@ class Investigation:
 
     def run(self) -> None:
         """Look at everything, until there is nothing more to be found or the time is up."""
-        self._look_at_senders()
         opening = self._session.opening
+        unnamed = self._verdict.kind is Kind.FOREIGN_TERMINATE and self._verdict.intruder is None
+        # Whoever says goodbye on its way out is gone in a moment.
+        heirs = self._witness.heirs_of(opening) if unnamed and opening is not None else ()
+        self._look_at_senders()
         if opening is None:
             return
         self._look_at_holders(opening)
-        if self._verdict.kind is Kind.FOREIGN_TERMINATE and self._verdict.intruder is None:
-            self._look_for_the_closer(opening)
+        if unnamed:
+            self._look_for_the_closer(opening, heirs)
         if self._verdict.kind is Kind.UNCLEAN_CLOSE:
-            self._findings = replace(self._findings, departed=self._gone(self._session.late_holders()))
+            self._findings = replace(self._findings, departed=self._gone(self._session.sightings.late_holders()))
         if self._verdict.kind is Kind.CONNECTION_EXHAUSTION:
             self._count_connections()
         self._look_at_threads(opening)
@@ -135,17 +138,17 @@ class Investigation:
         texts = [request.sql for request in requests if request.sql is not None and not request.sql_cut]
         self._findings = replace(
             self._witness.findings(opening, tuple(session.senders.values())),
-            before=session.asleep,
-            alone_until=session.alone_until,
+            before=session.sightings.asleep,
+            watchers=session.sightings.watchers,
+            alone_until=session.sightings.alone_until,
             declared=declared(None if protocol is None else protocol.application_name, texts),
             runtimes=self._findings.runtimes,
         )
 
-    def _look_for_the_closer(self, opening: Opening) -> None:
+    def _look_for_the_closer(self, opening: Opening, heirs: Sequence[Process]) -> None:
         """Somebody has said Terminate, and it isn't known who."""
-        heirs = self._witness.heirs_of(opening)
         stays = self._witness.stays(opening, seconds=_STAYING_BUDGET)
-        departed = self._gone((*self._session.late_holders(), *heirs))
+        departed = self._gone((*self._session.sightings.late_holders(), *heirs))
         self._findings = replace(self._findings, opener_stays=stays, departed=departed)
 
     def _gone(self, once: Sequence[Process]) -> tuple[Process, ...]:
@@ -176,7 +179,7 @@ class Investigation:
         holders = self._findings.holders or ()
         if self._verdict.kind in _READ_BY_CLIENTS and holders:
             waits = self._witness.waits(opening, holders, enough=self._is_enough, seconds=_WAITING_BUDGET)
-            session.asleep |= {one.sleep for one in waits.threads}
+            session.sightings.asleep |= {one.sleep for one in waits.threads}
             self._findings = replace(self._findings, waits=self._with_earlier(waits))
         involved = {process.pid: process for process in holders}
         involved |= {pid: process for pid, process in self._findings.senders.items() if pid in self._named()}
@@ -187,7 +190,9 @@ class Investigation:
         """Add the threads that the verdict names and that waited a moment ago, if they don't any more."""
         seen = {(one.thread.pid, one.thread.tid) for one in waits.threads}
         named = {(sender.pid, sender.tid) for sender in (self._verdict.intruder, *self._verdict.requesters) if sender}
-        earlier = [one for one in self._session.waits.threads if (one.thread.pid, one.thread.tid) in named - seen]
+        earlier = [
+            one for one in self._session.sightings.waits.threads if (one.thread.pid, one.thread.tid) in named - seen
+        ]
         return Waits((*waits.threads, *earlier), waits.obstacles)
 
     def _named(self) -> list[int]:

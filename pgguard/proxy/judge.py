@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 _SAMPLING_BUDGET: Final = 0.004
 """Seconds for which a request is held back until its sender is seen to wait for the answer."""
+_SAMPLING_SHARE: Final = 0.1
+"""Of the time, that is spent on sampling in the long run at most, for all contested sessions together."""
+_SAMPLING_SAVINGS: Final = 1.0
+"""Seconds of sampling that may be taken at once."""
 _INVESTIGATIONS: Final = 4
 """Threads that take evidence at the same time."""
 
@@ -54,6 +58,25 @@ class Ruling:
     """``None``: it is no fault, or the configuration ignores it."""
     response: bytes | None = None
     """The ErrorResponse for a client that is rejected."""
+
+
+class _Allowance:
+    """Keeps the sampling of contested sessions from taking the processor from all others."""
+
+    def __init__(self) -> None:
+        self._left = _SAMPLING_SAVINGS
+        self._at = time.monotonic()
+
+    def has_any(self) -> bool:
+        """Whether a request may be sampled now."""
+        now = time.monotonic()
+        self._left = min(_SAMPLING_SAVINGS, self._left + (now - self._at) * _SAMPLING_SHARE)
+        self._at = now
+        return self._left > 0
+
+    def spend(self, seconds: float) -> None:
+        """Account for a sample."""
+        self._left -= seconds
 
 
 class Judge:
@@ -85,6 +108,7 @@ class Judge:
         self._witness = witness
         self._sessions = sessions
         self._threads = trio.CapacityLimiter(_INVESTIGATIONS)
+        self._allowance = _Allowance()
 
     def is_repeat(self, session: ProxiedSession, verdict: Verdict, now: float) -> bool:
         """Deal with a verdict for which the session needn't be parked: it is ignored, or logged and known.
@@ -133,15 +157,21 @@ class Judge:
         """
         session.client.sender = None
         witness, opening, tracker = self._witness, session.opening, session.tracker
-        if witness is None or opening is None or tracker is None:
+        if witness is None or opening is None or tracker is None or not self._allowance.has_any():
             return None
-        outstanding = [request.sender for request in tracker.ledger.outstanding() if request.sender is not None]
+        began = time.monotonic()
+        due = {
+            (request.sender.pid, request.sender.tid)
+            for request in tracker.ledger.outstanding()
+            if request.sender is not None
+        }
         look = partial(
             witness.sample,
             opening,
-            session.holders,
-            before=session.asleep,
-            busy={(sender.pid, sender.tid) for sender in outstanding},
+            session.sightings.holders,
+            before=session.sightings.sampled_asleep,
+            busy=due,
+            watchers=session.sightings.watchers | session.sightings.loiterers,
             seconds=_SAMPLING_BUDGET,
         )
         try:
@@ -150,13 +180,23 @@ class Judge:
         except Exception:
             logger.exception("session %d: who has sent could not be found out", session.id)
             return None
+        self._allowance.spend(time.monotonic() - began)
         if limit.cancelled_caught:
             return None
-        before, session.asleep = session.asleep, sample.asleep
-        session.waits = sample.waits
+        before, session.sightings.asleep = session.sightings.asleep, sample.asleep
+        session.sightings.sampled_asleep = sample.asleep
+        session.sightings.waits = sample.waits
+        if sample.pid is not None:
+            due.add((sample.pid, sample.tid))
+        # Somebody whose answer another one has read goes on waiting for it, and wakes whenever there is something.
+        session.sightings.loiterers = frozenset(
+            one.thread
+            for one in sample.waits.threads
+            if due.isdisjoint({(one.thread.pid, one.thread.tid), (one.thread.pid, None)})
+        )
         if sample.pid is not None:
             session.client.sender = Sender(sample.pid, sample.tid, sampled=True)
-        found = readers(blocked, before)
+        found = readers(blocked, before, watchers=session.sightings.watchers, language=opening.runtime.language)
         if found is None or session.tracker is not tracker:
             return None
         return tracker.judge_readers(

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import socket
-import time
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
 import trio
 
 from pgguard.attribution.evidence import Driver
-from pgguard.attribution.threads import Waits
 from pgguard.faults.fault import SessionFacts
+from pgguard.proxy.sightings import Sightings
 from pgguard.session.verdicts import Kind, Sender, Verdict
 
 if TYPE_CHECKING:
     from pgguard.attribution.evidence import Process
     from pgguard.attribution.sockets import ClientSocket
-    from pgguard.attribution.threads import Sleep
     from pgguard.attribution.witness import Opening
     from pgguard.proxy.addresses import Address
     from pgguard.session.tracker import Tracker
-
-
-_LATELY: Final = 2.0
-"""Seconds after which a process that has let go of a connection has nothing to do any more with what happens to it."""
 
 
 class End:
@@ -110,26 +104,7 @@ class ProxiedSession:
         self.opening_known = trio.Event()
         self.senders: dict[int, Process] = {}
         """The processes that the kernel has named as senders, as they were when they were first looked at."""
-        self.holders: tuple[Process, ...] = ()
-        """The processes that had the client's socket open when that was last looked at."""
-        self._lately: dict[tuple[int, int], tuple[Process, float]] = {}
-        self.holders_told: frozenset[int] = frozenset()
-        """The pids of the holders that an inherited-connection has been recorded for."""
-        self.alone_until: float | None = None
-        """When the opener was last seen to be the only one of them, in seconds since the epoch."""
-        self.asleep: frozenset[Sleep] = frozenset()
-        """The threads that were blocked on the socket when that was last looked at."""
-        self.waits = Waits()
-        """The same, with all that was seen of them."""
-        self.look_next = 0.0
-        """When to look again, in trio's time, whether several threads wait for one answer."""
-        self.looks = 0
-        """How often that was looked at in vain."""
-        self.orphaned_since: float | None = None
-        """Since when its opener is known to have ended, in trio's time."""
-        self.idle_since: tuple[int, float] | None = None
-        """Since when it is idle in a transaction, in trio's time, behind the request of this number."""
-        self.idleness_told = False
+        self.sightings = Sightings()
         self.upstream: Address | None = None
         self.client: End
         self.server: End
@@ -161,17 +136,6 @@ class ProxiedSession:
         if tracker is not None and opening is not None and opening.opener is not None and not self.names_senders:
             tracker.senders.introduce(Sender(opening.opener.pid, sampled=True))
             tracker.asks_goodbye = opening.driver is Driver.LIBPQ
-
-    def note_holders(self, holders: tuple[Process, ...], lasting: tuple[Process, ...]) -> None:
-        """Take note of who has the client's socket open now, and who of them for longer than on the way to exec()."""
-        now = time.monotonic()
-        self.holders = holders
-        self._lately |= {(process.pid, process.started): (process, now) for process in lasting}
-        self._lately = {key: seen for key, seen in self._lately.items() if now - seen[1] < _LATELY}
-
-    def late_holders(self) -> tuple[Process, ...]:
-        """Who had the client's socket open lately, whether or not they have it still."""
-        return tuple(process for process, _ in self._lately.values())
 
     def concern(self, kind: Kind, reason: str) -> Verdict:
         """Say that something is wrong with it that no message of its shows."""

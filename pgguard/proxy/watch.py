@@ -39,10 +39,15 @@ _ORPHANED: Final = 0.5
 to end."""
 
 _READERS_INTERVAL: Final = 0.05
-_READERS_AT_A_TIME: Final = 8
-"""Sessions of which it is looked at once who waits for answers."""
-_READERS_SHARE: Final = 0.04
-"""Of one processor's time, for looking at who waits for answers, at most."""
+_BUSY_AT_A_TIME: Final = 6
+_IDLE_AT_A_TIME: Final = 2
+"""Sessions of which it is looked at once who waits, while an answer is due and while none is."""
+_READERS_SHARE: Final = 0.1
+"""Of the time, that is spent on looking at who waits for answers."""
+_READERS_PAUSE: Final = 0.15
+"""Seconds between two rounds of it at most, however long they take on a busy machine."""
+_CONTESTED_INTERVAL: Final = 0.1
+"""Seconds between two looks at a contested session, at most."""
 _READERS_RARELY: Final = 2.0
 """Seconds between two looks at one session when nothing has been found in it for long."""
 
@@ -101,27 +106,27 @@ class Watch:
 
     def _note_holders(self, session: ProxiedSession, holders: Holders, at: float) -> None:
         heirs = holders.lasting(_LASTING)
-        session.note_holders(holders.processes, heirs)
+        session.sightings.note_holders(holders.processes, heirs)
         opener = session.opening and session.opening.opener
         if opener and holders.complete and [process.pid for process in holders.processes] == [opener.pid]:
-            session.alone_until = at
+            session.sightings.alone_until = at
         lasting = frozenset(process.pid for process in heirs)
         session.client.contested = len(lasting) > 1 and not session.names_senders
-        if len(lasting) > 1 and not lasting <= session.holders_told:
+        if len(lasting) > 1 and not lasting <= session.sightings.holders_told:
             reason = f"{len(lasting)} processes have the connection's socket open"
             if self._accuse(session, session.concern(Kind.INHERITED_CONNECTION, reason)):
-                session.holders_told |= lasting
+                session.sightings.holders_told |= lasting
 
     def _note_orphan(self, session: ProxiedSession, holders: Holders, *, orphaned: bool) -> None:
         now = trio.current_time()
         if not orphaned:
-            session.orphaned_since = None
-        elif session.orphaned_since is None:
-            session.orphaned_since = now
-        elif now - session.orphaned_since >= _ORPHANED and holders.lasting(_LASTING):
+            session.sightings.orphaned_since = None
+        elif session.sightings.orphaned_since is None:
+            session.sightings.orphaned_since = now
+        elif now - session.sightings.orphaned_since >= _ORPHANED and holders.lasting(_LASTING):
             verdict = session.concern(Kind.LEAKED_CONNECTION, "the connection has outlived the process that opened it")
             if self._accuse(session, verdict):
-                session.orphaned_since = float("inf")
+                session.sightings.orphaned_since = float("inf")
 
     # Threads
 
@@ -131,40 +136,58 @@ class Watch:
         while True:
             await trio.sleep(pause)
             began = time.monotonic()
-            for session in self._busy():
-                opening = session.opening
-                if opening is None or opening.opener is None:
-                    continue
-                processes = session.holders or (opening.opener,)
+            for session in self._due():
                 try:
-                    waits, blocked = await trio.to_thread.run_sync(
-                        witness.look, opening, processes, abandon_on_cancel=True
-                    )
-                    self._note_readers(session, waits, blocked)
+                    await self._look_at_readers(witness, session)
                 except Exception:
                     logger.exception("session %d: who waits for answers could not be found out", session.id)
-            pause = max(_READERS_INTERVAL, (time.monotonic() - began) / _READERS_SHARE)
+            took = time.monotonic() - began
+            pause = min(_READERS_PAUSE, max(_READERS_INTERVAL, took / _READERS_SHARE))
 
-    def _busy(self) -> list[ProxiedSession]:
-        """The sessions that it is time to look at, as a request of theirs is outstanding."""
+    def _due(self) -> list[ProxiedSession]:
+        """The sessions that it is time to look at, those first that have waited for it the longest."""
         now = trio.current_time()
-        due = [
-            session
-            for session in self._sessions.values()
-            if session.look_next <= now
-            and session.tracker is not None
-            and not session.tracker.idle
-            and not session.parked
+        busy: list[ProxiedSession] = []
+        idle: list[ProxiedSession] = []
+        for session in self._sessions.values():
+            tracker = session.tracker
+            if tracker is None or session.parked:
+                continue
+            if not tracker.idle and session.sightings.look_next <= now:
+                busy.append(session)
+            elif tracker.idle and session.sightings.watch_next <= now:
+                idle.append(session)
+        return [
+            *heapq.nsmallest(_BUSY_AT_A_TIME, busy, key=lambda session: session.sightings.look_next),
+            *heapq.nsmallest(_IDLE_AT_A_TIME, idle, key=lambda session: session.sightings.watch_next),
         ]
-        return heapq.nsmallest(_READERS_AT_A_TIME, due, key=lambda session: session.look_next)
+
+    async def _look_at_readers(self, witness: Witness, session: ProxiedSession) -> None:
+        opening, tracker = session.opening, session.tracker
+        if opening is None or opening.opener is None or tracker is None:
+            return
+        processes = session.sightings.holders or (opening.opener,)
+        longest = _CONTESTED_INTERVAL if session.client.contested else _READERS_RARELY
+        state = tracker.idle, tracker.requests
+        if not tracker.idle:
+            session.sightings.looks += 1
+            pause = min(longest, _READERS_INTERVAL * 2 ** (session.sightings.looks // 4))
+            session.sightings.look_next = trio.current_time() + pause
+            waits, blocked = await trio.to_thread.run_sync(witness.look, opening, processes, abandon_on_cancel=True)
+            self._note_readers(session, waits, blocked)
+        elif not session.client.outgoing:
+            young = time.time() - session.opened_at < _EARLY
+            session.sightings.watch_next = trio.current_time() + (_READERS_INTERVAL if young else longest)
+            watchers = await trio.to_thread.run_sync(witness.watchers, opening, processes, abandon_on_cancel=True)
+            if state == (tracker.idle, tracker.requests):
+                session.sightings.watchers = watchers
 
     def _note_readers(self, session: ProxiedSession, waits: Waits, blocked: tuple[Waiting, ...]) -> None:
-        session.looks += 1
-        session.look_next = trio.current_time() + min(_READERS_RARELY, _READERS_INTERVAL * 2 ** (session.looks // 4))
-        before, session.asleep = session.asleep, frozenset(one.sleep for one in waits.threads)
-        session.waits = waits
-        found = readers(blocked, before)
-        tracker = session.tracker
+        before, session.sightings.asleep = session.sightings.asleep, frozenset(one.sleep for one in waits.threads)
+        session.sightings.waits = waits
+        opening, tracker = session.opening, session.tracker
+        language = None if opening is None else opening.runtime.language
+        found = readers(blocked, before, watchers=session.sightings.watchers, language=language)
         if found is None or tracker is None or tracker.idle:
             return
         self._accuse(
@@ -188,13 +211,13 @@ class Watch:
     def _note_idleness(self, session: ProxiedSession, now: float, threshold: float) -> None:
         tracker = session.tracker
         if tracker is None or not tracker.in_transaction or not tracker.idle:
-            session.idle_since = None
-        elif session.idle_since is None or session.idle_since[0] != tracker.requests:
-            session.idle_since = tracker.requests, now
-            session.idleness_told = False
-        elif now - session.idle_since[1] >= threshold and not session.idleness_told:
+            session.sightings.idle_since = None
+        elif session.sightings.idle_since is None or session.sightings.idle_since[0] != tracker.requests:
+            session.sightings.idle_since = tracker.requests, now
+            session.sightings.idleness_told = False
+        elif now - session.sightings.idle_since[1] >= threshold and not session.sightings.idleness_told:
             reason = f"has left a transaction idle for more than {threshold:g} s"
-            session.idleness_told = self._accuse(session, session.concern(Kind.IDLE_IN_TRANSACTION, reason))
+            session.sightings.idleness_told = self._accuse(session, session.concern(Kind.IDLE_IN_TRANSACTION, reason))
 
 
 def _look_at_heirs(witness: Witness, openings: Mapping[int, Opening]) -> tuple[dict[int, Holders], set[int]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pgguard.attribution.descriptors import is_same_program, list_children
+from pgguard.attribution.descriptors import is_fork, list_children
 from pgguard.attribution.processes import read_stat
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def test_a_zombie_is_a_child_until_it_is_reaped(parent: Puppet) -> None:
     child = parent.do("fork()")
     parent.do(f"os.close(holds.pop({child})); os.waitid(os.P_PID, {child}, os.WEXITED | os.WNOWAIT)")
     assert list_children(parent.pid) == [child]
-    assert not is_same_program(child, parent.pid)
+    assert not is_fork(child, parent.pid)
     parent.do(f"os.waitpid({child}, 0)")
     assert list_children(parent.pid) == []
 
@@ -56,21 +56,21 @@ def test_a_process_without_children_or_that_is_gone_has_none(parent: Puppet) -> 
     assert list_children(parent.pid) == []
     parent.end()
     assert list_children(parent.pid) == []
-    assert not is_same_program(parent.pid, os.getpid())
+    assert not is_fork(parent.pid, os.getpid())
 
 
 def test_a_fork_runs_the_same_program_until_it_executes_another(parent: Puppet) -> None:
     child = parent.do("fork()")
-    assert is_same_program(child, parent.pid)
+    assert is_fork(child, parent.pid)
     parent.do("other = subprocess.Popen(['sleep', '60'])")
     pid = parent.do("other.pid")
     assert list_children(parent.pid).count(pid) == 1
-    assert not is_same_program(pid, parent.pid)
+    assert not is_fork(pid, parent.pid)
     parent.do("other.kill(); other.wait()")
 
 
-def test_the_same_program_started_anew_is_the_same_program(parent: Puppet) -> None:
-    """An interpreter is started by another: the file is the same, and nothing else tells them apart here."""
+def test_the_same_program_started_anew_is_no_fork(parent: Puppet) -> None:
+    """As a multiprocessing child by spawn is: the file is the same, but what was open is closed."""
     parent.do(f"again = subprocess.Popen([{sys.executable!r}, '-c', 'input()'], stdin=subprocess.PIPE)")
-    assert is_same_program(parent.do("again.pid"), parent.pid)
+    assert not is_fork(parent.do("again.pid"), parent.pid)
     parent.do("again.stdin.close(); again.wait()")

@@ -11,7 +11,7 @@ import pytest
 
 from pgguard.attribution.processes import read_process
 from pgguard.attribution.sampling import Sample, sample_sender
-from pgguard.attribution.threads import Obstacle, Waits, waiting_threads
+from pgguard.attribution.threads import Obstacle, Thread, Waits, waiting_threads
 from tests.attribution.puppets import THREADS
 
 if TYPE_CHECKING:
@@ -54,10 +54,14 @@ class Shared:
         return frozenset(one.sleep for one in self.look().threads)
 
     def sample(
-        self, before: frozenset[Sleep] = NOBODY, seconds: float = 5.0, busy: Collection[tuple[int, int | None]] = ()
+        self,
+        before: frozenset[Sleep] = NOBODY,
+        seconds: float = 5.0,
+        busy: Collection[tuple[int, int | None]] = (),
+        watchers: Collection[Thread] = (),
     ) -> Sample:
         """By default until it is certain, since the thread that has just taken an order may run still."""
-        return sample_sender(self.processes, self.inode, before=before, busy=busy, seconds=seconds)
+        return sample_sender(self.processes, self.inode, before=before, busy=busy, watchers=watchers, seconds=seconds)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -170,6 +174,13 @@ def test_one_whose_own_process_runs_is_named_without_its_thread(shared: Shared) 
     shared.client.do("start(spin)")
     shared.wait("poll(c)")
     until(lambda: who(shared.sample(seconds=BRIEFLY)) == (shared.client.pid, None))  # with a spinner time may be short
+
+
+def test_a_watcher_is_not_named(shared: Shared) -> None:
+    """It waits whether or not it has sent anything."""
+    shared.wait("poll(c)")
+    watcher = shared.sample(seconds=BRIEFLY).waits.threads[0].thread
+    assert who(shared.sample(seconds=BRIEFLY, watchers={watcher})) is None
 
 
 def test_a_thread_that_comes_to_wait_a_little_later_is_awaited(shared: Shared) -> None:

@@ -79,7 +79,8 @@ def asleep(who: Process, tid: int | None = None, *, switches: int = 1) -> Sleep:
 
 def waiting(who: Process, tid: int | None = None, **changes: Any) -> Waiting:
     """A thread that waits to read from the connection alone, as libpq does."""
-    given: dict[str, Any] = {"name": "ruby", "call": "ppoll", "readable": True, "writable": False, "others": 0}
+    given: dict[str, Any] = {"name": "ruby", "call": "poll", "readable": True, "writable": False, "others": 0}
+    given["within_libpq"] = True
     switches = changes.pop("switches", 1)
     return Waiting(asleep(who, tid, switches=switches), **(given | changes))
 

@@ -466,7 +466,7 @@ def test_the_record_says_what_a_thread_was_doing_and_how_that_is_known() -> None
         "evidence": "sole-holder",
         "tid_evidence": "thread-sample",
         "thread_name": "puma srv tp 001",
-        "system_call": "ppoll",
+        "system_call": "poll",
     }
     assert culprit["runtime"] == {"language": "Ruby", "server": "Puma", "libraries": ["Active Record", "Rails"]}
     assert culprit["stack"] == [{"function": "fetch", "file": "/app/a.py", "line": 7}]

@@ -9,6 +9,7 @@ import pytest
 
 from pgguard.attribution.evidence import Driver, Evidence
 from pgguard.attribution.findings import Findings
+from pgguard.attribution.runtime import Language
 from pgguard.attribution.threads import Obstacle, Waits
 from pgguard.faults.catalogue import OVERLAP as OVERLAPPING
 from pgguard.faults.conclude import AT_ONCE, HARMLESS_GOODBYES, conclude, readers
@@ -236,7 +237,7 @@ STAYED = Findings(
         ),
         pytest.param(
             last_asked(AFTER_THE_FORK),
-            replace(STAYED, departed=(), alone_until=AFTER_THE_FORK + 1),
+            replace(STAYED, alone_until=AFTER_THE_FORK + 1),
             id="the opener was alone after the last request",
         ),
         pytest.param(
@@ -320,3 +321,40 @@ def test_evidence_changes_no_other_verdict(kind: Kind) -> None:
     what = replace(OVERLAP, kind=kind)
     for findings in (Findings(), KERNEL, seen(FIRST, SECOND, ELSEWHERE)):
         assert conclude(what, findings) == what
+
+
+def test_a_thread_that_only_polls_leaves_the_reading_to_whose_turn_it_is() -> None:
+    """It may watch for notifications, and hold a lock when it reads, as the one does that waits within libpq."""
+    watcher = waiting(OPENER, 11, within_libpq=False)
+    assert readers([waiting(OPENER, 12), watcher], []) is None
+
+
+def test_ruby_waits_for_libpq_with_a_poll_of_its_own() -> None:
+    several = [waiting(OPENER, tid, call="ppoll", within_libpq=False) for tid in (11, 12)]
+    found = readers(several, [], language=Language.RUBY)
+    assert found is not None
+    assert found.kind is Kind.SHARED_BY_THREADS
+    assert readers(several, [], language=Language.PYTHON) is None
+
+
+def test_a_ruby_thread_that_waits_when_no_answer_is_due_is_a_watcher() -> None:
+    several = [waiting(OPENER, tid, call="ppoll", within_libpq=False) for tid in (11, 12)]
+    assert readers(several, [], language=Language.RUBY, watchers={several[0].thread}) is None
+
+
+def test_of_two_processes_even_one_that_polls_is_no_bystander() -> None:
+    """The contract's words: unless the former user is seen waiting on the socket meanwhile."""
+    found = readers([waiting(OPENER, 11), waiting(CHILD, 12, within_libpq=False)], [])
+    assert found is not None
+    assert found.kind is Kind.SHARED_BY_PROCESSES
+
+
+def test_threads_that_read_without_polling_count_whatever_the_driver() -> None:
+    several = [waiting(OPENER, tid, call="recvfrom", within_libpq=False) for tid in (11, 12)]
+    assert readers(several, []) is not None
+
+
+def test_a_goodbye_on_a_connection_that_no_other_process_ever_had_is_not_foreign() -> None:
+    """A driver may leave the socket open when it has said Terminate, and its process may sleep then."""
+    alone = replace(STAYED, holders=(OPENER,), departed=(), alone_until=AFTER_THE_FORK + 1)
+    assert conclude(replace(GOODBYE, requests=()), alone) is None

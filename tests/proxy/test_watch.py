@@ -93,7 +93,7 @@ def is_contested(session: ProxiedSession) -> bool:
 
 
 def alone_until(session: ProxiedSession) -> float | None:
-    return session.alone_until
+    return session.sightings.alone_until
 
 
 def is_parked(session: ProxiedSession) -> bool:
@@ -245,6 +245,7 @@ class Scripted:
         self.complete = True
         self.gone: set[Process] = set()
         self.waits = Waits()
+        self.watching: frozenset[Thread] = frozenset()
         self.fails = False
         self.looked: list[Collection[Process]] = []
 
@@ -256,6 +257,9 @@ class Scripted:
 
     def is_gone(self, process: Process) -> bool:
         return process in self.gone
+
+    def watchers(self, _: Opening, __: Collection[Process]) -> frozenset[Thread]:
+        return self.watching
 
     def look(self, _: Opening, processes: Collection[Process]) -> tuple[Waits, tuple[Waiting, ...]]:
         self.looked.append(tuple(processes))
@@ -300,7 +304,7 @@ async def test_a_connection_that_two_processes_have_open_for_a_while_is_inherite
     assert (verdict.kind, verdict.intruder) == (Kind.INHERITED_CONNECTION, None)
     assert verdict.reason == "2 processes have the connection's socket open"
     assert is_contested(session)
-    assert session.holders == (PARENT, CHILD)
+    assert session.sightings.holders == (PARENT, CHILD)
 
 
 async def test_one_inheritance_is_told_once_and_the_next_heir_again(
@@ -370,7 +374,7 @@ async def test_when_the_opener_was_last_alone_is_remembered(
     assert alone is not None
     witness.holders = {CHILD: 0.0}
     await trio.sleep(5)
-    assert session.alone_until == alone
+    assert session.sightings.alone_until == alone
 
 
 async def test_a_connection_whose_opener_has_ended_is_leaked_once(
@@ -432,7 +436,8 @@ async def test_where_the_opener_is_not_known_nobody_has_outlived_it(
 
 def reader(who: Process, tid: int, *, switches: int = 1, **changes: Any) -> Waiting:
     sleep = Sleep(Thread(who.pid, who.started, tid, who.started), switches)
-    given: dict[str, Any] = {"name": "app", "call": "ppoll", "readable": True, "writable": False, "others": 0}
+    given: dict[str, Any] = {"name": "app", "call": "poll", "readable": True, "writable": False, "others": 0}
+    given["within_libpq"] = True
     return Waiting(sleep, **(given | changes))
 
 

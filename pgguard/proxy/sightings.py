@@ -1,0 +1,63 @@
+"""What has been seen, from time to time, of the processes behind one session."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from pgguard.attribution.threads import Waits
+
+if TYPE_CHECKING:
+    from pgguard.attribution.evidence import Process
+    from pgguard.attribution.threads import Sleep, Thread
+
+_LATELY: Final = 2.0
+"""Seconds after which a process that has let go of a connection has nothing to do any more with what happens to it."""
+
+
+class Sightings:
+    """Written by the watch (:mod:`pgguard.proxy.watch`) and the sampling of requests, read by investigations.
+
+    Times are trio's, unless said otherwise.
+    """
+
+    def __init__(self) -> None:
+        self.holders: tuple[Process, ...] = ()
+        """The processes that had the client's socket open when that was last looked at."""
+        self._lately: dict[tuple[int, int], tuple[Process, float]] = {}
+        self.holders_told: frozenset[int] = frozenset()
+        """The pids of the holders that an inherited-connection has been recorded for."""
+        self.alone_until: float | None = None
+        """When the opener was last seen to be the only one of them, in seconds since the epoch."""
+        self.asleep: frozenset[Sleep] = frozenset()
+        """The threads that were blocked on the socket when that was last looked at."""
+        self.sampled_asleep: frozenset[Sleep] = frozenset()
+        """The same, when a request was last sampled."""
+        self.loiterers: frozenset[Thread] = frozenset()
+        """Those of them that no answer was due to."""
+        self.waits = Waits()
+        """The same, with all that was seen of them."""
+        self.watchers: frozenset[Thread] = frozenset()
+        """The threads that wait on the socket even when no answer is due."""
+        self.look_next = 0.0
+        """When to look again, whether several threads wait for one answer."""
+        self.looks = 0
+        """How often that was looked at."""
+        self.watch_next = 0.0
+        """When to look again, who waits when no answer is due."""
+        self.orphaned_since: float | None = None
+        """Since when its opener is known to have ended."""
+        self.idle_since: tuple[int, float] | None = None
+        """Since when it is idle in a transaction, behind the request of this number."""
+        self.idleness_told = False
+
+    def note_holders(self, holders: tuple[Process, ...], lasting: tuple[Process, ...]) -> None:
+        """Take note of who has the client's socket open now, and who of them for longer than on the way to exec()."""
+        now = time.monotonic()
+        self.holders = holders
+        self._lately |= {(process.pid, process.started): (process, now) for process in lasting}
+        self._lately = {key: seen for key, seen in self._lately.items() if now - seen[1] < _LATELY}
+
+    def late_holders(self) -> tuple[Process, ...]:
+        """Who had the client's socket open lately, whether or not they have it still."""
+        return tuple(process for process, _ in self._lately.values())
