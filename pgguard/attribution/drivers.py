@@ -28,6 +28,17 @@ class _Sign(NamedTuple):
 
 
 SIGNS = (
+    # A process can show several signs. Drivers that may pipeline come first, libpq or not, so that doubt acquits.
+    _Sign(
+        _Place.MAPPED,
+        re.compile(r"/(psqlpy|connectorx)/[^/\n]+\.so$", re.MULTILINE),
+        Driver.UNKNOWN,
+        "Python packages around rust-postgres, which pipelines",
+    ),
+    _Sign(_Place.PROGRAM, program("node|nodejs"), Driver.NODE, "node's program, which holds all of node"),
+    _Sign(_Place.MAPPED, library("libnode"), Driver.NODE, "node as a shared library, as Fedora builds it"),
+    _Sign(_Place.MAPPED, library("libcoreclr"), Driver.DOTNET, "the .NET runtime"),
+    _Sign(_Place.MAPPED, library("libjvm"), Driver.JAVA, "the Java virtual machine"),
     _Sign(
         _Place.MAPPED,
         library(r"libpq(-[\w-]+)?"),
@@ -43,17 +54,6 @@ SIGNS = (
         Driver.LIBPQ,
         "PostgreSQL's own client programs use libpq, even where it is linked statically and so can't be seen",
     ),
-    # A process can show several of the signs below; the driver that may pipeline comes first, so that doubt acquits.
-    _Sign(
-        _Place.MAPPED,
-        re.compile(r"/(psqlpy|connectorx)/[^/\n]+\.so$", re.MULTILINE),
-        Driver.UNKNOWN,
-        "Python packages around rust-postgres, which pipelines",
-    ),
-    _Sign(_Place.PROGRAM, program("node|nodejs"), Driver.NODE, "node's program, which holds all of node"),
-    _Sign(_Place.MAPPED, library("libnode"), Driver.NODE, "node as a shared library, as Fedora builds it"),
-    _Sign(_Place.MAPPED, library("libcoreclr"), Driver.DOTNET, "the .NET runtime"),
-    _Sign(_Place.MAPPED, library("libjvm"), Driver.JAVA, "the Java virtual machine"),
     _Sign(_Place.PROGRAM, program(r"python\d*(\.\d+)?[a-z]*"), Driver.PYTHON, "CPython's program"),
     _Sign(_Place.MAPPED, library(r"libpython\d[\d.]*[a-z]*"), Driver.PYTHON, "Python within uWSGI, mod_wsgi…"),
 )

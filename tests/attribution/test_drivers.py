@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable
+from ctypes.util import find_library
 
 import pytest
 
@@ -31,6 +32,14 @@ def test_libpq_is_seen_in_a_wheel_and_wins_over_everything_else(module: str, pup
 def test_node_is_node() -> None:
     program = "process.stdout.write('x'); process.stdin.resume()"
     assert _driver_when_running("node", "-e", program) is Driver.NODE
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.skipif(find_library("pq") is None, reason="libpq is not installed")
+def test_a_program_that_may_pipeline_is_not_sure_to_use_the_libpq_that_it_shows() -> None:
+    """Some other library of its may have brought it along, and overlap would be called an error."""
+    program = "process.stdout.write('x'); process.stdin.resume()"
+    assert _driver_when_running("env", f"LD_PRELOAD={find_library('pq')}", "node", "-e", program) is Driver.NODE
 
 
 @pytest.mark.skipif(shutil.which("cat") is None, reason="cat is not installed")
