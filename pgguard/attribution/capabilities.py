@@ -326,7 +326,10 @@ class _Client:
     def _require(self) -> None:
         if self._failure is not None:
             reason = self._failure.strerror or self._failure
-            raise _Missing(f"no child process could be started to try it: {reason}", "let the guard start processes")
+            raise _Missing(
+                f"it can't be tried, as {sys.executable} can't be started: {reason}",
+                "install the guard where its user may execute Python, and let it start processes",
+            )
 
     def try_senders(self) -> None:
         """Have the kernel name ourselves and, on the same connection, the child."""

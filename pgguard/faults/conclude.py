@@ -12,6 +12,9 @@ open. Where the kernel doesn't name who said it, it can only have been another p
 leaves the socket open (:meth:`pgguard.attribution.witness.Witness.stays`) and another one has, or had, it open; and it
 is none of that one's business only if it hasn't taken the connection over, which is certain if the last request was
 made before it was there.
+
+*A launcher says Terminate on a connection that its child has taken over.* Once the child has let go of it, that harms
+nobody.
 """
 
 from __future__ import annotations
@@ -94,6 +97,8 @@ def conclude(verdict: Verdict, findings: Findings) -> Verdict | None:
             return _overlap(verdict, findings)
         case Kind.FOREIGN_TERMINATE:
             return verdict if _is_foreign(verdict, findings) else None
+        case Kind.SHARED_BY_PROCESSES if _tidies_up(verdict, findings):
+            return None
         case _:
             return verdict
 
@@ -114,6 +119,14 @@ def _overlap(verdict: Verdict, findings: Findings) -> Verdict:
     if two_threads and not OVERLAP[findings.driver].may:
         return replace(verdict, kind=Kind.SHARED_BY_THREADS)
     return verdict
+
+
+def _tidies_up(verdict: Verdict, findings: Findings) -> bool:
+    """Whether it is a goodbye by the last that has the connection open, to whom it has come back."""
+    message, intruder = verdict.message, verdict.intruder
+    if message is None or message.type != "X" or intruder is None or verdict.open_request:
+        return False
+    return bool(findings.holders) and {holder.pid for holder in findings.holders or ()} == {intruder.pid}
 
 
 def _is_foreign(verdict: Verdict, findings: Findings) -> bool:

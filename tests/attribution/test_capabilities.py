@@ -90,7 +90,9 @@ def test_where_no_process_can_be_started_that_is_the_reason(monkeypatch: pytest.
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     for name in "kernel senders on Unix sockets", "waiting threads":
         explanation = _named(name).explanation
-        assert explanation.startswith("no child process could be started to try it: No such file or directory; ")
+        assert explanation.startswith(
+            "it can't be tried, as /nowhere/python can't be started: No such file or directory; "
+        )
 
 
 def test_a_child_that_ends_at_once_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -358,3 +358,25 @@ def test_a_goodbye_on_a_connection_that_no_other_process_ever_had_is_not_foreign
     """A driver may leave the socket open when it has said Terminate, and its process may sleep then."""
     alone = replace(STAYED, holders=(OPENER,), departed=(), alone_until=AFTER_THE_FORK + 1)
     assert conclude(replace(GOODBYE, requests=()), alone) is None
+
+
+TIDY = verdict(Kind.SHARED_BY_PROCESSES, message=TERMINATE, intruder=Sender(4864), requesters=(Sender(4866),))
+
+
+def test_a_launcher_may_say_goodbye_when_the_child_that_had_taken_over_has_let_go() -> None:
+    """As the driver does when the launcher exits; there is nobody left whom it could harm."""
+    assert conclude(TIDY, Findings(opener=OPENER, holders=(OPENER,))) is None
+
+
+@pytest.mark.parametrize(
+    ("what", "findings"),
+    [
+        pytest.param(TIDY, Findings(opener=OPENER, holders=(OPENER, CHILD)), id="the child has it open"),
+        pytest.param(TIDY, Findings(opener=OPENER, holders=None), id="who has it open isn't known"),
+        pytest.param(
+            replace(TIDY, open_request=True), Findings(opener=OPENER, holders=(OPENER,)), id="an answer is outstanding"
+        ),
+    ],
+)
+def test_a_launcher_that_ends_what_its_child_uses_shares_the_connection(what: Verdict, findings: Findings) -> None:
+    assert conclude(what, findings) == what

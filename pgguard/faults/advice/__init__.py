@@ -27,6 +27,9 @@ from pgguard.session.verdicts import Kind
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_CONSTANT: Final = re.compile(r"[A-Z]\w*(?:::[A-Z][a-z]\w*)?")
+"""What a line of Ruby calls something of: a module or class, but not a constant like DATABASES within it."""
+
 _ANY_CALL: Final = {
     Side.PARENT: "disconnect whatever may have connected by then; it connects anew when needed.",
     Side.CHILD: "connect anew, and forget what was connected before without closing it.",
@@ -123,11 +126,13 @@ def _about_fork(runtime: Runtime, kind: Kind) -> Advice | None:
 
 
 def _alternatives(calls: Sequence[Call], language: Language) -> str:
-    """All calls, as comments to choose from."""
+    """All calls: those that apply run in Ruby, which can tell; elsewhere they are comments to choose from."""
     users: dict[str, list[str]] = {}
     for call in calls:
         *_, line = call.code.splitlines()
         users.setdefault(line, []).append(call.library)
+    if language is Language.RUBY:
+        return "\n".join(f"{line} if defined?({_CONSTANT.findall(line)[0]})" for line in users)
     comment = "//" if language is Language.PHP else "#"
     width = max(map(len, users))
     lines = [f"{comment} {line:{width}}  {comment} {', '.join(libraries)}" for line, libraries in users.items()]
