@@ -203,6 +203,16 @@ class HolderWatch:
         self._set_searched(opened)
         return self._report(opened)
 
+    def has_let_go(self, inode: int, process: Process) -> bool:
+        """Whether a process that was seen to have a socket open certainly hasn't any more under that descriptor.
+
+        By the descriptor alone it may have it open still, as another one. Costs one readlink(2).
+        """
+        with self._lock:
+            connection = self._connections.get(inode)
+            hold = None if connection is None else connection.holds.get(process.pid)
+        return hold is not None and hold.process.started == process.started and not self._confirm(inode, hold)
+
     def _begin(self, opened: Mapping[int, float]) -> list[int]:
         """Take note of what is asked, and of who has come and gone; return the pids that are new."""
         now = time.monotonic()

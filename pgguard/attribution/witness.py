@@ -182,12 +182,22 @@ class Witness:
     def look(self, opening: Opening, processes: Collection[Process]) -> tuple[Waits, tuple[Waiting, ...]]:
         """See which threads wait on the connection, and which of them are blocked reading it at the same moment.
 
-        Where a single process with a single thread has it open there is nothing to see; that costs 15 µs.
+        Takes 20 µs a thread of the processes, and 100 µs more for each that does.
         """
-        if opening.inode is None or (len(processes) == 1 and all(map(has_one_thread, processes))):
+        if opening.inode is None:
             return Waits(), ()
         sample = Sample(None, None, waiting_threads(processes, opening.inode))
         return sample.waits, sample.blocked
+
+    @staticmethod
+    def has_one_thread(process: Process) -> bool:
+        """Whether a process has a single thread at this moment. Takes 10 µs."""
+        return has_one_thread(process)
+
+    def has_closed(self, opening: Opening) -> bool:
+        """Whether the opener, which had the connection open, hasn't any more. Takes 10 µs, whoever else has it."""
+        opener = opening.opener
+        return opener is not None and opening.inode is not None and self._watch.has_let_go(opening.inode, opener)
 
     def watchers(self, opening: Opening, processes: Collection[Process]) -> frozenset[Thread]:
         """See which threads wait on the connection and go on doing so, to be called while no answer is due.

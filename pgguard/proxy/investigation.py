@@ -97,6 +97,8 @@ class Investigation:
         """Look at everything, until there is nothing more to be found or the time is up."""
         opening = self._session.opening
         unnamed = self._verdict.kind is Kind.FOREIGN_TERMINATE and self._verdict.intruder is None
+        if unnamed and opening is not None and self._witness.has_closed(opening):
+            return
         # Whoever says goodbye on its way out is gone in a moment.
         heirs = self._witness.heirs_of(opening) if unnamed and opening is not None else ()
         self._look_at_senders()

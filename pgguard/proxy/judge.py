@@ -118,13 +118,23 @@ class Judge:
         if self._ignores(verdict.kind):
             return True
         if verdict.kind in _DOUBTFUL:
-            return False
+            return self._is_rightful(session, verdict)
         known = self._docket.known(session.id, verdict)
         if known is None or known.action is not Action.LOGGED:
             return False
         with self._spared(session):
             self._record(self._docket.repeat(session.id, verdict, at=now))
         return True
+
+    def _is_rightful(self, session: ProxiedSession, verdict: Verdict) -> bool:
+        """Whether a Terminate of which nobody knows who sent it has come from the opener, which closes behind it."""
+        witness, opening = self._witness, session.opening
+        if verdict.intruder is not None or witness is None or opening is None:
+            return False
+        rightful = False
+        with self._spared(session):
+            rightful = witness.has_closed(opening)
+        return rightful
 
     async def rule(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
         """Take evidence, decide, record. Never raises but for cancellation."""

@@ -10,18 +10,19 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
+from pgguard.attribution.threads import Thread, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE, readers
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from pgguard.attribution.evidence import Process
     from pgguard.attribution.holders import Holders
-    from pgguard.attribution.threads import Waiting, Waits
     from pgguard.attribution.witness import Opening, Witness
     from pgguard.proxy.session import ProxiedSession
     from pgguard.session.verdicts import Verdict
@@ -51,6 +52,13 @@ _CONTESTED_INTERVAL: Final = 0.1
 _READERS_RARELY: Final = 2.0
 """Seconds between two looks at one session when nothing has been found in it for long."""
 
+_SOLITUDE: Final = 1.0
+_YOUNG_SOLITUDE: Final = 0.2
+"""Seconds for which a process that has been seen to have a single thread is taken to have no other: less when it has
+connected just now."""
+_SOLITARY: Final = 4096
+"""Processes of which that is remembered."""
+
 _IDLE_INTERVAL: Final = 1.0
 _IDLE_PRECISION: Final = 0.1
 """Of the threshold, by which a transaction is reported late at most."""
@@ -71,6 +79,8 @@ class Watch:
     ) -> None:
         self._sessions = sessions
         self._accuse = accuse
+        self._solitary: dict[tuple[int, int], float] = {}
+        """By pid and start, until when a process is taken to have a single thread."""
         self._last_arrival = 0.0
         self._arrived = trio.Event()
 
@@ -136,51 +146,78 @@ class Watch:
         while True:
             await trio.sleep(pause)
             began = time.monotonic()
-            for session in self._due():
+            due = self._due(witness)
+            if due:
                 try:
-                    await self._look_at_readers(witness, session)
+                    await self._look_at_readers(witness, due)
                 except Exception:
-                    logger.exception("session %d: who waits for answers could not be found out", session.id)
+                    logger.exception("who waits for answers could not be found out")
             took = time.monotonic() - began
             pause = min(_READERS_PAUSE, max(_READERS_INTERVAL, took / _READERS_SHARE))
 
-    def _due(self) -> list[ProxiedSession]:
+    def _due(self, witness: Witness) -> list[ProxiedSession]:
         """The sessions that it is time to look at, those first that have waited for it the longest."""
         now = trio.current_time()
         busy: list[ProxiedSession] = []
         idle: list[ProxiedSession] = []
         for session in self._sessions.values():
-            tracker = session.tracker
+            tracker, sightings = session.tracker, session.sightings
             if tracker is None or session.parked:
                 continue
-            if not tracker.idle and session.sightings.look_next <= now:
-                busy.append(session)
-            elif tracker.idle and session.sightings.watch_next <= now:
-                idle.append(session)
+            some = idle if tracker.idle else busy
+            if (sightings.watch_next if tracker.idle else sightings.look_next) <= now:
+                solitary_until = self._solitary_until(witness, session, now)
+                if solitary_until > now:
+                    sightings.look_next = sightings.watch_next = solitary_until
+                else:
+                    some.append(session)
         return [
             *heapq.nsmallest(_BUSY_AT_A_TIME, busy, key=lambda session: session.sightings.look_next),
             *heapq.nsmallest(_IDLE_AT_A_TIME, idle, key=lambda session: session.sightings.watch_next),
         ]
 
-    async def _look_at_readers(self, witness: Witness, session: ProxiedSession) -> None:
-        opening, tracker = session.opening, session.tracker
-        if opening is None or opening.opener is None or tracker is None:
-            return
-        processes = session.sightings.holders or (opening.opener,)
-        longest = _CONTESTED_INTERVAL if session.client.contested else _READERS_RARELY
-        state = tracker.idle, tracker.requests
-        if not tracker.idle:
-            session.sightings.looks += 1
-            pause = min(longest, _READERS_INTERVAL * 2 ** (session.sightings.looks // 4))
-            session.sightings.look_next = trio.current_time() + pause
-            waits, blocked = await trio.to_thread.run_sync(witness.look, opening, processes, abandon_on_cancel=True)
-            self._note_readers(session, waits, blocked)
-        elif not session.client.outgoing:
-            young = time.time() - session.opened_at < _EARLY
-            session.sightings.watch_next = trio.current_time() + (_READERS_INTERVAL if young else longest)
-            watchers = await trio.to_thread.run_sync(witness.watchers, opening, processes, abandon_on_cancel=True)
-            if state == (tracker.idle, tracker.requests):
+    def _solitary_until(self, witness: Witness, session: ProxiedSession, now: float) -> float:
+        """Until when a single thread is taken to be all that can wait on a connection; a time in the past: it isn't."""
+        opener = None if session.opening is None else session.opening.opener
+        young = time.time() - session.opened_at < _EARLY
+        until = now + (_YOUNG_SOLITUDE if young else _SOLITUDE)
+        if opener is None:
+            return until
+        if len(session.sightings.holders) > 1:
+            return 0.0
+        key = opener.pid, opener.started
+        if (known := self._solitary.get(key, 0.0)) > now:
+            return known
+        if len(self._solitary) > _SOLITARY:
+            self._solitary.clear()
+        self._solitary[key] = until if witness.has_one_thread(opener) else 0.0
+        return self._solitary[key]
+
+    async def _look_at_readers(self, witness: Witness, due: list[ProxiedSession]) -> None:
+        looks = []
+        for session in due:
+            opening, tracker, sightings = session.opening, session.tracker, session.sightings
+            if opening is None or opening.opener is None or tracker is None or session.client.outgoing:
+                continue
+            longest = _CONTESTED_INTERVAL if session.client.contested else _READERS_RARELY
+            if tracker.idle:
+                young = time.time() - session.opened_at < _EARLY
+                sightings.watch_next = trio.current_time() + (_READERS_INTERVAL if young else longest)
+            else:
+                sightings.looks += 1
+                pause = min(longest, _READERS_INTERVAL * 2 ** (sightings.looks // 4))
+                sightings.look_next = trio.current_time() + pause
+            look = _Look(opening, sightings.holders or (opening.opener,), tracker.idle)
+            looks.append((session, tracker, tracker.requests, look))
+        # One change of threads for all: each takes the interpreter's lock from the relay.
+        found = await trio.to_thread.run_sync(
+            _look_at_threads, witness, [look for *_, look in looks], abandon_on_cancel=True
+        )
+        for (session, tracker, requests, look), (watchers, waits, blocked) in zip(looks, found, strict=True):
+            if look.idle and tracker.idle and tracker.requests == requests:
                 session.sightings.watchers = watchers
+            elif not look.idle:
+                self._note_readers(session, waits, blocked)
 
     def _note_readers(self, session: ProxiedSession, waits: Waits, blocked: tuple[Waiting, ...]) -> None:
         before, session.sightings.asleep = session.sightings.asleep, frozenset(one.sleep for one in waits.threads)
@@ -218,6 +255,29 @@ class Watch:
         elif now - session.sightings.idle_since[1] >= threshold and not session.sightings.idleness_told:
             reason = f"has left a transaction idle for more than {threshold:g} s"
             session.sightings.idleness_told = self._accuse(session, session.concern(Kind.IDLE_IN_TRANSACTION, reason))
+
+
+class _Look(NamedTuple):
+    """What is to be looked at: who waits on one connection."""
+
+    opening: Opening
+    processes: tuple[Process, ...]
+    idle: bool
+    """No answer is due."""
+
+
+_Seen = tuple[frozenset[Thread], Waits, tuple[Waiting, ...]]
+
+
+def _look_at_threads(witness: Witness, looks: list[_Look]) -> list[_Seen]:
+    """See who waits on some connections: who although no answer is due, or else who, and who is blocked at once."""
+    seen: list[_Seen] = []
+    for opening, processes, idle in looks:
+        if idle:
+            seen.append((witness.watchers(opening, processes), Waits(), ()))
+        else:
+            seen.append((frozenset(), *witness.look(opening, processes)))
+    return seen
 
 
 def _look_at_heirs(witness: Witness, openings: Mapping[int, Opening]) -> tuple[dict[int, Holders], set[int]]:

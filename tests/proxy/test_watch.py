@@ -246,6 +246,8 @@ class Scripted:
         self.gone: set[Process] = set()
         self.waits = Waits()
         self.watching: frozenset[Thread] = frozenset()
+        self.solitary: set[Process] = set()
+        """Those with a single thread."""
         self.fails = False
         self.looked: list[Collection[Process]] = []
 
@@ -257,6 +259,9 @@ class Scripted:
 
     def is_gone(self, process: Process) -> bool:
         return process in self.gone
+
+    def has_one_thread(self, process: Process) -> bool:
+        return process in self.solitary
 
     def watchers(self, _: Opening, __: Collection[Process]) -> frozenset[Thread]:
         return self.watching
@@ -684,3 +689,17 @@ async def test_a_client_that_goes_while_it_is_accused_leaves_nothing_behind(
     await server.close()
     await house.empty()
     assert house.kinds == ["inherited-connection"]
+
+
+async def test_a_process_with_a_single_thread_is_hardly_looked_at(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    """Nothing can be found there, until it has another."""
+    session = stage.session()
+    ask(session)
+    witness.solitary = {PARENT}
+    await trio.sleep(10)
+    assert witness.looked == []
+    witness.solitary = set()
+    await trio.sleep(2)
+    assert witness.looked != []
