@@ -131,10 +131,7 @@ class Judge:
         witness, opening = self._witness, session.opening
         if verdict.intruder is not None or witness is None or opening is None:
             return False
-        rightful = False
-        with self._spared(session):
-            rightful = witness.has_closed(opening)
-        return rightful
+        return witness.has_closed(opening)
 
     async def rule(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
         """Take evidence, decide, record. Never raises but for cancellation."""

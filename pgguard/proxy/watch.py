@@ -45,7 +45,7 @@ _IDLE_AT_A_TIME: Final = 2
 """Sessions of which it is looked at once who waits, while an answer is due and while none is."""
 _READERS_SHARE: Final = 0.1
 """Of the time, that is spent on looking at who waits for answers."""
-_READERS_PAUSE: Final = 0.15
+_READERS_PAUSE: Final = 0.08
 """Seconds between two rounds of it at most, however long they take on a busy machine."""
 _CONTESTED_INTERVAL: Final = 0.1
 """Seconds between two looks at a contested session, at most."""

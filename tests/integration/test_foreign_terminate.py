@@ -67,6 +67,7 @@ def test_the_child_is_named(
 
 
 @EXITING
+@pytest.mark.parametrize("transport", ["unix"], indirect=True)
 def test_a_child_that_exits_at_once_does_not_go_unnoticed(
     terminating_child: list[str | Path], guard: GuardProcess, transport: Transport, tmp_path: Path
 ) -> None:
@@ -76,8 +77,7 @@ def test_a_child_that_exits_at_once_does_not_go_unnoticed(
     [fault] = guard.faults("foreign-terminate")
     assert fault["severity"] == "error"
     assert said["parent"] in named([fault])
-    if transport == "unix":
-        assert named([fault], "intruder") == {said["child"]}
+    assert named([fault], "intruder") == {said["child"]}
 
 
 @EXITING
