@@ -1,0 +1,1 @@
+"""Who sent these bytes, over TCP: the kernel tells, through programs that run where a client sends."""

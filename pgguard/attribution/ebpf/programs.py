@@ -1,0 +1,633 @@
+"""The probe's programs: what runs in the kernel, when, and why what they report is certain.
+
+**What runs.** Only the first of the two runs for sockets that aren't connected to the guard, and there it does nothing
+but compare addresses, twice per connection.
+
+======== ========================================== ===================================================================
+program  runs                                       and reports
+======== ========================================== ===================================================================
+sock_ops when any TCP connection is made in the     ``OPENED`` by whom, in connect(2)'s caller; puts the client's socket
+         cgroup or below                            into the sockhash when it is established, or says ``UNWATCHED``;
+                                                    ``ACCEPTED`` for the guard's own end
+sk_msg   for every send on a socket in the          ``SENDING`` so many bytes from here on, or ``UNCERTAIN``
+         sockhash, in the sender's context
+======== ========================================== ===================================================================
+
+**Why sizes are not enough.** ``tcp_bpf_sendmsg`` (net/ipv4/tcp_bpf.c) takes the socket's lock, copies what is to be
+sent, runs the sk_msg program on it, and hands it to TCP (``tcp_bpf_push``), with the verdict stored in the socket,
+``psock->eval``, until that has been done. If the socket's buffer fills up meanwhile, TCP gives the lock away and waits.
+Another thread that gets the lock finds a verdict there already, skips the program, and sends bytes that nobody
+reports, in the middle of those that were. If the send doesn't wait (O_NONBLOCK) or is interrupted, it ends with fewer
+bytes than were reported, and since the verdict stays behind, the next sender is skipped. So sizes run ahead of the
+stream, and behind it, and no sum reveals it when they do both by the same amount. Nor is it enough to report where
+the stream stood at the beginning of a send, for a send of 1,000 bytes may end after 400 of them.
+
+**What is.** The program reports, under the lock: from this position in the stream on, so many bytes are this thread's;
+and it reports no more than what TCP will take without waiting. Then nobody else gets the lock before they are in the
+stream, and the report is true whatever happens before or after, and whichever other report is missing.
+
+- The position is that of the byte that TCP writes next, computed from ``write_seq``, ``snd_una`` and ``bytes_acked``,
+  none of which changes while the lock is held.
+- ``tcp_sendmsg_locked`` (net/ipv4/tcp.c) waits where it needs a new segment and ``sk_stream_memory_free`` denies it: if
+  ``sk_wmem_queued`` has reached ``sk_sndbuf``, or what isn't sent yet has reached TCP_NOTSENT_LOWAT. How far ``n`` more
+  bytes can bring the former is bounded: by ``n``, and by what each new segment costs (see :data:`_OVERHEAD`). The
+  program computes how many bytes fit for certain.
+- If fewer fit than are to be sent, it asks with ``bpf_msg_apply_bytes`` to be run again after those that do. If next to
+  none do, it reports one KiB as UNCERTAIN, which will wait, or won't, and asks to be run again after that. So of a bulk
+  transfer only the last 10 KiB are unknown each time the buffer fills up.
+- TCP may also be denied memory, and wait then (``__sk_mem_raise_allocated``, net/core/sock.c): if all sockets together
+  have come to the limits of ``net.ipv4.tcp_mem``, before which "memory pressure" is declared, under which nothing is
+  certain; or if the sender's cgroup has come to its limit for TCP (``memory.kmem.tcp.limit_in_bytes`` of version 1):
+  sockets in one that has such a limit aren't watched.
+- Where sends can fail or grow for other reasons the program reports nothing else than UNCERTAIN either: a socket with
+  SO_ZEROCOPY (ENOBUFS), or with kernel TLS or anything of that kind on top.
+
+What that is worth, measured with two threads that send 1 MB at a time, 40 MB in all, over one connection: adding up the
+sizes reported names 28 % of the bytes wrongly (44 % if they don't block), positions and sizes 6 % (2 %), these rules
+none, with 3 % unknown.
+
+**What is assumed.** That a sender's cgroup which has used up its ``memory.max`` gets something back by reclaiming, or
+has a process killed, before the kernel gives up on memory for TCP: if it gave up, TCP would wait. That no thread sends
+with MSG_FASTOPEN on a connection that is established: that fails with EISCONN after the program has run. In both cases
+it takes a second thread that sends on the same connection next for a name to be wrong; ``Account.contradictions``
+counts what shows it afterwards. (Programs at ``sk_stream_wait_memory`` and ``sk_msg_free`` would see both; but not
+every kernel allows tracing programs: the one that this was written on doesn't.) No other program can change what is
+sent: a socket that is in a map with an sk_msg program already can't be put into a second one.
+
+**What they rely on.** The positions are in ``struct tcp_sock``, none of whose stable views (``bpf_sock``,
+``bpf_tcp_sock``, ``bpf_sock_ops``) has ``write_seq``. So fields are found through the kernel's own type information
+when the programs are assembled (:mod:`btf`), and the verifier checks every access against the same. Both programs
+read addresses from there too, so that they share one piece of code. Of the stable contexts only ``bpf_sock_ops.op``
+and ``.sk`` and ``sk_msg_md.sk`` and ``.size`` are used.
+
+Addresses and remote ports in ``struct sock`` are in network order, the local port (``skc_num``) is in host order; keys
+have everything in network order, and IPv4 addresses in IPv6's form ``::ffff:a.b.c.d``, since a socket of either family
+may be at either end.
+
+A register keeps one meaning through a program: R6 the context, R7 the ``struct tcp_sock``, R8 the size, R9 the event.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from enum import IntEnum
+
+from pgguard.attribution.ebpf.assembler import FRAME, R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, Assembler
+from pgguard.attribution.ebpf.btf import Btf
+
+
+class Kind(IntEnum):
+    """What an event says."""
+
+    OPENED = 1
+    """This thread called connect(2)."""
+    ACCEPTED = 2
+    """The guard's end of the connection is established; who runs then is by chance."""
+    UNWATCHED = 3
+    """The client's socket was not put into the map; ``size`` is the errno. Its sends will go unreported."""
+    SENDING = 4
+    """The ``size`` bytes from ``position`` on are this thread's. This is certain, whatever else happens."""
+    UNCERTAIN = 5
+    """This thread wants to send, but how many of the next ``size`` bytes are its own can't be told."""
+    WATCHED = 6
+    """The client's socket was put into the map, where ``position`` is its key."""
+    BLOCKING = 7
+    """As UNCERTAIN; and the socket blocks, so that it should be taken out of the map."""
+
+
+EVENT_SIZE = 72
+POSITION, SIZE, KIND, TID, PID, ORIGIN, KEY = 0, 8, 12, 16, 20, 24, 32
+"""Offsets in an event: an u64, five u32 in host order, four bytes of nothing, the key, and four bytes of nothing."""
+
+KEY_SIZE = 36
+"""The client's address, the guard's, 16 bytes each; the client's port, the guard's: all in network order."""
+_CLIENT_ADDRESS, _GUARD_ADDRESS, _CLIENT_PORT, _GUARD_PORT = 0, 16, 32, 34
+
+LISTENER_KEY_SIZE = 20
+"""Of the map of listeners: an address, 16 bytes; a port, 2 bytes; two zeros."""
+SAME_NAMESPACE = 1
+"""The value, an u32, of a listener that is reached from the guard's own network namespace only."""
+LOOPBACK_NETWORK = bytes(10) + b"\xff\xff\x7f\x00\x00\x00"
+"""The address that stands in the map of listeners for all of 127.0.0.0/8."""
+
+# Helper functions, as numbered in linux/bpf.h.
+_MAP_LOOKUP_ELEM = 1
+_GET_CURRENT_PID_TGID = 14
+_GET_SOCKET_COOKIE = 46
+_MSG_APPLY_BYTES = 61
+_SOCK_HASH_UPDATE = 70
+_PROBE_READ_KERNEL = 113
+_GET_NS_CURRENT_PID_TGID = 120
+_RINGBUF_RESERVE = 131
+_RINGBUF_SUBMIT = 132
+_SKC_TO_TCP_SOCK = 137
+
+_NO_WAKEUP = 1
+"""``BPF_RB_NO_WAKEUP``: nobody sleeps on the ring buffer, as whoever has read bytes looks into it anyway."""
+
+# struct bpf_sock_ops, linux/bpf.h.
+_OPS_OP, _OPS_SK = 0, 184
+_TCP_CONNECT_CB, _ACTIVE_ESTABLISHED_CB, _PASSIVE_ESTABLISHED_CB = 3, 4, 5
+
+# struct sk_msg_md, linux/bpf.h.
+_MSG_SIZE, _MSG_SK = 68, 72
+_SK_PASS = 1
+
+_PAGE = 4096
+"""Bytes."""
+_MORSEL = 1024
+"""Bytes. The least that it is worth being run again for, and what is sent at a time when the buffer is full.
+
+After a send that ended early, the kernel skips the program until so many bytes have been sent, so this is also how
+much is unknown then.
+"""
+_OVERHEAD = 8192
+"""Bytes by which ``sk_wmem_queued`` may grow beyond what is in proportion to the bytes sent.
+
+A segment's own memory, ``SKB_TRUESIZE(MAX_TCP_HEADER)``, is below 2 KiB. For n bytes TCP begins at most one segment per
+piece of memory that they were copied to (``sk_msg_alloc``: pieces of at least a page, but for the first and the last),
+at most one per maximum segment size, and one: n / 4096 + n / mss + 4 of them cover it. With the n bytes themselves that
+is at most 2 n + 8 KiB for segments of a page or more, and less than 4 n + 8 KiB for those of 1 KiB or more.
+"""
+_SMALL_SEGMENT = 1024
+"""Bytes. Below that, as on no real network, nothing is reported."""
+
+_AF_INET, _AF_INET6 = 2, 10
+_LOOPBACK_OCTET = 127
+_IPV4_MAPPED = -0x10000
+"""The bytes 0, 0, 0xff, 0xff in little-endian order, as both supported architectures have it."""
+
+# The stack, as offsets from its end.
+_STACK_KEY = -40
+_STACK_LISTENER = -64
+_STACK_PIDS = -72
+_STACK_COOKIE = -80
+_STACK_PRESSURE = -88
+
+
+@dataclass(frozen=True, slots=True)
+class Maps:
+    """Descriptors of the maps that the programs share."""
+
+    ring: int
+    lost: int
+    """An array of one u64: how many events didn't fit into the ring buffer."""
+    listeners: int
+    sockets: int
+
+
+@dataclass(frozen=True, slots=True)
+class Namespaces:
+    """Of the guard, as ``/proc/self/ns`` shows them."""
+
+    net: int
+    pid: tuple[int, int] | None
+    """Device and inode; ``None`` for the initial one, in which every process has a pid."""
+
+
+class _Fields:
+    """Offsets in ``struct tcp_sock``, which begins with the ``struct sock`` that it is."""
+
+    def __init__(self, btf: Btf) -> None:
+        common = "inet_conn.icsk_inet.sk.__sk_common"
+        self.family = btf.offset("tcp_sock", f"{common}.skc_family")
+        self.remote_address = btf.offset("tcp_sock", f"{common}.skc_daddr")
+        self.local_address = btf.offset("tcp_sock", f"{common}.skc_rcv_saddr")
+        self.remote_port = btf.offset("tcp_sock", f"{common}.skc_dport")
+        self.local_port = btf.offset("tcp_sock", f"{common}.skc_num")
+        self.remote_address6 = btf.offset("tcp_sock", f"{common}.skc_v6_daddr")
+        self.local_address6 = btf.offset("tcp_sock", f"{common}.skc_v6_rcv_saddr")
+        self.namespace = btf.offset("tcp_sock", f"{common}.skc_net.net")
+        self.namespace_inode = btf.offset("net", "ns.inum")
+        self.upper_layer = btf.offset("tcp_sock", "inet_conn.icsk_ulp_ops")
+        self.write_seq = btf.offset("tcp_sock", "write_seq")
+        self.snd_una = btf.offset("tcp_sock", "snd_una")
+        self.bytes_acked = btf.offset("tcp_sock", "bytes_acked")
+        self.snd_nxt = btf.offset("tcp_sock", "snd_nxt")
+        self.segment_size = btf.offset("tcp_sock", "mss_cache")
+        self.buffer_limit = btf.offset("tcp_sock", "inet_conn.icsk_inet.sk.sk_sndbuf")
+        self.buffered = btf.offset("tcp_sock", "inet_conn.icsk_inet.sk.sk_wmem_queued")
+        self.unsent_limit = btf.offset("tcp_sock", "notsent_lowat")
+        self.namespace_unsent_limit = btf.offset("net", "ipv4.sysctl_tcp_notsent_lowat")
+        self.flags = btf.offset("tcp_sock", f"{common}.skc_flags")
+        self.protocol = btf.offset("tcp_sock", f"{common}.skc_prot")
+        self.memory_pressure = btf.offset("proto", "memory_pressure")
+        self.memory_cgroup = _optional_offset(btf, "tcp_sock", "inet_conn.icsk_inet.sk.sk_memcg")
+        self.tcp_limited = _optional_offset(btf, "mem_cgroup", "tcpmem_active")
+        self.zero_copy = 1 << btf.enumerator("sock_flags", "SOCK_ZEROCOPY")
+        self.rcv_nxt = btf.offset("tcp_sock", "rcv_nxt")
+        self.socket = btf.offset("tcp_sock", "inet_conn.icsk_inet.sk.sk_socket")
+        self.file = btf.offset("socket", "file")
+        self.file_flags = btf.offset("file", "f_flags")
+
+
+def _optional_offset(btf: Btf, structure: str, path: str) -> int | None:
+    """Return the offset of a field that only some configurations of the kernel have."""
+    try:
+        return btf.offset(structure, path)
+    except KeyError:
+        return None
+
+
+class Programs:
+    """Assembles the programs for one kernel and one set of maps.
+
+    Raises KeyError if the kernel's structures lack what they need.
+    """
+
+    def __init__(self, btf: Btf, maps: Maps, namespaces: Namespaces, *, blocking: bool = False) -> None:
+        self._fields = _Fields(btf)
+        self._maps = maps
+        self._namespaces = namespaces
+        self._blocking = blocking
+        """Sockets that block are watched too."""
+
+    def sock_ops(self, *, pids: bool = True) -> bytes:
+        """Assemble the program that finds connections to the guard.
+
+        It always returns 1 and sets no reply, so that nothing changes for any connection, whatever other programs do.
+
+        Args:
+            pids: whether such programs may ask who runs, which they may since Linux 6.10. If not, OPENED says 0.
+        """
+        code = Assembler()
+        code.compute(R6, "=", R1)
+        code.load(R2, R6, _OPS_OP, 4)
+        code.jump_if(R2, "==", _TCP_CONNECT_CB, "wanted")
+        code.jump_if(R2, "==", _ACTIVE_ESTABLISHED_CB, "wanted")
+        code.jump_if(R2, "!=", _PASSIVE_ESTABLISHED_CB, "end")  # TCP asks programs many things: not our business
+        code.label("wanted")
+        code.load(R1, R6, _OPS_SK, 8)
+        code.jump_if(R1, "==", 0, "end")  # a request for a connection, not yet a socket
+        self._tcp_socket(code, "end")
+        code.load(R2, R6, _OPS_OP, 4)
+        code.jump_if(R2, "==", _PASSIVE_ESTABLISHED_CB, "passive")
+
+        self._key(code, client=True)
+        self._match(code, "end")
+        code.load(R2, R6, _OPS_OP, 4)
+        code.jump_if(R2, "==", _ACTIVE_ESTABLISHED_CB, "established")
+        self._reserve(code, Kind.OPENED, "end")
+        self._pids(code, known=pids)
+        code.store_constant(R9, POSITION, 0, 8)  # whatever bytes_acked says: no connection is made yet
+        code.load(R2, R7, self._fields.write_seq, 4)  # the number of the SYN,
+        code.compute_constant(R2, "+", 1, bits=32)  # after which the first byte's comes
+        code.store(R9, ORIGIN, R2, 4)
+        code.store_constant(R9, SIZE, 0, 4)
+        self._submit(code)
+        code.jump("end")
+
+        code.label("established")  # nothing can be sent before, as the socket isn't writable
+        self._watch(code)
+        code.jump("end")
+
+        code.label("passive")
+        self._key(code, client=False)
+        self._own_namespace(code, "end")
+        self._match(code, "end", prefix="passive ")
+        self._accepted(code)
+
+        code.label("end")
+        code.compute_constant(R0, "=", 1)
+        code.exit()
+        return code.assemble()
+
+    def _watch(self, code: Assembler) -> None:
+        """Put the socket into the map, or say why it isn't.
+
+        One whose cgroup has a limit for TCP's memory is left alone: what is sent through a map is charged twice for a
+        moment, so a send as large as the limit would wait forever. A socket's cgroup is settled when it is made.
+
+        One that blocks is left alone as well. A socket in a map receives through ``tcp_bpf_recvmsg``, which waits once:
+        woken without data, by a signal's handler for one, it returns EAGAIN where ``tcp_recvmsg`` would wait on. libpq
+        and whoever has an event loop never block in it.
+        """
+        fields = self._fields
+        if not self._blocking:
+            code.compute_constant(R8, "=", errno.EWOULDBLOCK)
+            self._does_not_block(code, "unwatched")
+        if fields.memory_cgroup is not None and fields.tcp_limited is not None:
+            code.load(R2, R7, fields.memory_cgroup, 8)
+            code.jump_if(R2, "==", 0, "unlimited")
+            code.load(R2, R2, fields.tcp_limited, 1)
+            code.compute_constant(R8, "=", errno.ENOMEM)
+            code.jump_if(R2, "!=", 0, "unwatched")
+            code.label("unlimited")
+        code.compute(R1, "=", R6)
+        code.call(_GET_SOCKET_COOKIE)  # addresses may occur twice, in two network namespaces; this doesn't
+        code.store(FRAME, _STACK_COOKIE, R0, 8)
+        code.compute(R1, "=", R6)
+        code.load_map(R2, self._maps.sockets)
+        code.compute(R3, "=", FRAME)
+        code.compute_constant(R3, "+", _STACK_COOKIE)
+        code.compute_constant(R4, "=", 0)
+        code.call(_SOCK_HASH_UPDATE)
+        code.jump_if(R0, "!=", 0, "refused")
+        self._reserve(code, Kind.WATCHED, "end")
+        code.store_constant(R9, TID, 0, 8)
+        self._position(code)
+        code.load(R2, FRAME, _STACK_COOKIE, 8)
+        code.store(R9, POSITION, R2, 8)
+        code.store_constant(R9, SIZE, 0, 4)
+        self._submit(code)
+        code.jump("end")
+        code.label("refused")
+        code.compute_constant(R8, "=", 0)
+        code.compute(R8, "-", R0)  # E2BIG: the map is full; EBUSY: in a map of somebody else's with such a program
+        code.label("unwatched")
+        self._reserve(code, Kind.UNWATCHED, "end")
+        code.store_constant(R9, TID, 0, 8)
+        self._position(code)
+        code.store(R9, SIZE, R8, 4)
+        self._submit(code)
+
+    def _does_not_block(self, code: Assembler, otherwise: str) -> None:
+        """Go on if the socket's file has O_NONBLOCK; one without a file has been closed, or is the kernel's own."""
+        fields = self._fields
+        code.load(R2, R7, fields.socket, 8)
+        code.jump_if(R2, "==", 0, otherwise)
+        code.load(R2, R2, fields.file, 8)
+        code.jump_if(R2, "==", 0, otherwise)
+        code.load(R2, R2, fields.file_flags, 4)
+        code.jump_if(R2, "&", os.O_NONBLOCK, "does not block")
+        code.jump(otherwise)
+        code.label("does not block")
+
+    def _accepted(self, code: Assembler) -> None:
+        """Report the guard's own end, R7."""
+        self._reserve(code, Kind.ACCEPTED, "end")
+        code.store_constant(R9, TID, 0, 8)
+        code.store_constant(R9, POSITION, 0, 8)
+        code.load(R2, R7, self._fields.rcv_nxt, 4)  # the client's first byte, seen from here
+        code.store(R9, ORIGIN, R2, 4)
+        code.store_constant(R9, SIZE, 0, 4)
+        self._submit(code)
+
+    def sk_msg(self) -> bytes:
+        """Assemble the program that runs at every send on a socket in the map; it lets everything pass."""
+        fields = self._fields
+        code = Assembler()
+        code.compute(R6, "=", R1)
+        code.load(R8, R6, _MSG_SIZE, 4)
+        code.load(R1, R6, _MSG_SK, 8)
+        self._tcp_socket(code, "end")
+        self._key(code, client=True)
+        if not self._blocking:
+            self._does_not_block(code, "blocking")
+        code.load(R2, R7, fields.upper_layer, 8)
+        code.jump_if(R2, "!=", 0, "uncertain")
+        code.load(R2, R7, fields.flags, 8)
+        code.jump_if(R2, "&", fields.zero_copy, "uncertain")
+        self._memory(code, "uncertain")
+
+        self._room(code, "full")
+        code.jump_if_register(R8, "<=", R2, "all certain")  # as nearly always
+        code.jump_if(R2, "<", _MORSEL, "full")
+        code.compute(R8, "=", R2)
+        self._run_again(code)
+        code.jump("certain")
+        code.label("all certain")
+        self._run_for_the_next(code)
+        code.label("certain")
+        self._reserve(code, Kind.SENDING, "end")
+        self._pids(code)
+        self._position(code)
+        code.store(R9, SIZE, R8, 4)
+        self._submit(code)
+        code.jump("end")
+
+        code.label("full")
+        code.jump_if(R8, "<=", _MORSEL, "uncertain")
+        code.compute_constant(R8, "=", _MORSEL)
+        self._run_again(code)
+        code.jump("not certain")
+        code.label("uncertain")
+        self._run_for_the_next(code)
+        code.label("not certain")
+        self._reserve(code, Kind.UNCERTAIN, "end")
+        self._pids(code)
+        self._position(code)
+        code.store(R9, SIZE, R8, 4)
+        self._submit(code)
+        code.jump("end")
+
+        if not self._blocking:
+            self._blocked(code)
+
+        code.label("end")
+        code.compute_constant(R0, "=", _SK_PASS)
+        code.exit()
+        return code.assemble()
+
+    def _blocked(self, code: Assembler) -> None:
+        """Report that the socket has come to block."""
+        code.label("blocking")
+        self._run_for_the_next(code)
+        self._reserve(code, Kind.BLOCKING, "end")
+        self._pids(code)
+        self._position(code)
+        code.store(R9, SIZE, R8, 4)
+        self._submit(code)
+
+    def _memory(self, code: Assembler, otherwise: str) -> None:
+        """Go on if TCP is going to get memory. What is neither the socket's nor constant can't be followed by type."""
+        fields = self._fields
+        code.store_constant(FRAME, _STACK_PRESSURE, 1, 8)
+        code.compute(R1, "=", FRAME)
+        code.compute_constant(R1, "+", _STACK_PRESSURE)
+        code.compute_constant(R2, "=", 8)
+        code.load(R3, R7, fields.protocol, 8)
+        code.load(R3, R3, fields.memory_pressure, 8)  # the address of an unsigned long: since when, in jiffies
+        code.call(_PROBE_READ_KERNEL)
+        code.load(R2, FRAME, _STACK_PRESSURE, 8)
+        code.jump_if(R2, "!=", 0, otherwise)
+
+    def _room(self, code: Assembler, otherwise: str) -> None:
+        """R2 = how many bytes TCP takes for certain without waiting; R3 to R5 are used."""
+        fields = self._fields
+        code.load(R2, R7, fields.buffer_limit, 4)
+        code.load(R3, R7, fields.buffered, 4)
+        code.compute(R2, "-", R3)
+        code.compute_constant(R2, "-", _OVERHEAD)
+        code.jump_if(R2, "signed <", 0, otherwise)
+        code.compute_constant(R2, ">>", 1)
+        code.load(R3, R7, fields.segment_size, 4)
+        code.jump_if(R3, "<", _SMALL_SEGMENT, otherwise)
+        code.jump_if(R3, "<", _PAGE, "quarter")
+        code.jump("unsent")
+        code.label("quarter")
+        code.compute_constant(R2, ">>", 1)
+
+        # R3 = how many until TCP_NOTSENT_LOWAT is reached: the socket's, or else its network namespace's
+        code.label("unsent")
+        code.load(R3, R7, fields.unsent_limit, 4)
+        code.jump_if(R3, "!=", 0, "own limit")
+        code.load(R3, R7, fields.namespace, 8)
+        code.load(R3, R3, fields.namespace_unsent_limit, 4)
+        code.label("own limit")
+        code.load(R4, R7, fields.write_seq, 4)
+        code.load(R5, R7, fields.snd_nxt, 4)
+        code.compute(R4, "-", R5, bits=32)
+        code.compute(R3, "-", R4)
+        code.compute_constant(R3, "-", 1)
+        code.jump_if(R3, "signed <", 0, otherwise)
+        code.jump_if_register(R2, "<=", R3, "fits")
+        code.compute(R2, "=", R3)
+        code.label("fits")
+
+    @staticmethod
+    def _run_again(code: Assembler) -> None:
+        """Have TCP take only the first R8 bytes of what is to be sent, and the program run again then."""
+        code.compute(R1, "=", R6)
+        code.compute(R2, "=", R8)
+        code.call(_MSG_APPLY_BYTES)
+
+    @staticmethod
+    def _run_for_the_next(code: Assembler) -> None:
+        """Take back what an earlier run for the same message has asked for, which is remembered in the message.
+
+        Otherwise the verdict would be kept for as many bytes again, of other messages too, and those go unreported.
+        """
+        code.compute(R1, "=", R6)
+        code.compute_constant(R2, "=", 0)
+        code.call(_MSG_APPLY_BYTES)
+
+    @staticmethod
+    def _tcp_socket(code: Assembler, otherwise: str) -> None:
+        """R7 = the socket in R1 as TCP's, if it is that."""
+        code.call(_SKC_TO_TCP_SOCK)
+        code.jump_if(R0, "==", 0, otherwise)
+        code.compute(R7, "=", R0)
+
+    def _key(self, code: Assembler, *, client: bool) -> None:
+        """Put the connection's key on the stack, R7 being its client's end, or the guard's."""
+        fields = self._fields
+        local, remote = (_CLIENT_ADDRESS, _GUARD_ADDRESS) if client else (_GUARD_ADDRESS, _CLIENT_ADDRESS)
+        local_port, remote_port = (_CLIENT_PORT, _GUARD_PORT) if client else (_GUARD_PORT, _CLIENT_PORT)
+        prefix = "client " if client else "guard "
+        code.load(R2, R7, fields.family, 2)
+        code.jump_if(R2, "==", _AF_INET6, f"{prefix}ipv6")
+        for offset, where in ((fields.local_address, local), (fields.remote_address, remote)):
+            code.store_constant(FRAME, _STACK_KEY + where, 0, 8)
+            code.store_constant(FRAME, _STACK_KEY + where + 8, _IPV4_MAPPED, 4)
+            code.load(R2, R7, offset, 4)
+            code.store(FRAME, _STACK_KEY + where + 12, R2, 4)
+        code.jump(f"{prefix}ports")
+        code.label(f"{prefix}ipv6")
+        for offset, where in ((fields.local_address6, local), (fields.remote_address6, remote)):
+            for part in range(0, 16, 4):  # the members of struct in6_addr are words; the verifier takes no larger loads
+                code.load(R2, R7, offset + part, 4)
+                code.store(FRAME, _STACK_KEY + where + part, R2, 4)
+        code.label(f"{prefix}ports")
+        code.load(R2, R7, fields.local_port, 2)
+        code.to_big_endian(R2, 16)
+        code.store(FRAME, _STACK_KEY + local_port, R2, 2)
+        code.load(R2, R7, fields.remote_port, 2)
+        code.store(FRAME, _STACK_KEY + remote_port, R2, 2)
+
+    def _match(self, code: Assembler, otherwise: str, prefix: str = "") -> None:
+        """Go on if the key on the stack is of a connection to one of the guard's listeners."""
+        for part in range(0, 16, 4):
+            code.load(R2, FRAME, _STACK_KEY + _GUARD_ADDRESS + part, 4)
+            code.store(FRAME, _STACK_LISTENER + part, R2, 4)
+        code.load(R2, FRAME, _STACK_KEY + _GUARD_PORT, 2)
+        code.store_constant(FRAME, _STACK_LISTENER + 16, 0, 4)
+        code.store(FRAME, _STACK_LISTENER + 16, R2, 2)
+        self._look_up(code)
+        code.jump_if(R0, "!=", 0, f"{prefix}found")
+        # Not an address that the guard knows: one in 127.0.0.0/8 perhaps, all of which are local?
+        code.load(R2, FRAME, _STACK_LISTENER + 8, 4)
+        code.compute_constant(R3, "=", _IPV4_MAPPED, bits=32)
+        code.compute(R2, "-", R3)
+        code.jump_if(R2, "!=", 0, otherwise)
+        code.load(R2, FRAME, _STACK_LISTENER + 12, 1)
+        code.jump_if(R2, "!=", _LOOPBACK_OCTET, otherwise)
+        code.store_constant(FRAME, _STACK_LISTENER + 13, 0, 1)
+        code.store_constant(FRAME, _STACK_LISTENER + 14, 0, 1)
+        code.store_constant(FRAME, _STACK_LISTENER + 15, 0, 1)
+        self._look_up(code)
+        code.jump_if(R0, "==", 0, otherwise)
+        code.label(f"{prefix}found")
+        code.load(R2, R0, 0, 4)
+        code.jump_if(R2, "==", 0, f"{prefix}matched")
+        self._own_namespace(code, otherwise)  # a container has a loopback interface of its own
+        code.label(f"{prefix}matched")
+
+    def _look_up(self, code: Assembler) -> None:
+        code.load_map(R1, self._maps.listeners)
+        code.compute(R2, "=", FRAME)
+        code.compute_constant(R2, "+", _STACK_LISTENER)
+        code.call(_MAP_LOOKUP_ELEM)
+
+    def _own_namespace(self, code: Assembler, otherwise: str) -> None:
+        """Go on if the socket is in the guard's network namespace."""
+        code.load(R2, R7, self._fields.namespace, 8)
+        code.load(R2, R2, self._fields.namespace_inode, 4)
+        code.load_constant(R3, self._namespaces.net)  # larger than the signed constants that comparisons take
+        code.compute(R2, "-", R3)
+        code.jump_if(R2, "!=", 0, otherwise)
+
+    def _reserve(self, code: Assembler, kind: Kind, otherwise: str) -> None:
+        """R9 = an event with kind and key, and the rest for the caller to fill in. If there is no room, count that."""
+        code.load_map(R1, self._maps.ring)
+        code.compute_constant(R2, "=", EVENT_SIZE)
+        code.compute_constant(R3, "=", 0)
+        code.call(_RINGBUF_RESERVE)
+        code.jump_if(R0, "!=", 0, f"room for {kind.name}")
+        code.load_map_value(R1, self._maps.lost)
+        code.compute_constant(R2, "=", 1)
+        code.add_atomically(R1, 0, R2)
+        code.jump(otherwise)
+        code.label(f"room for {kind.name}")
+        code.compute(R9, "=", R0)
+        code.store_constant(R9, KIND, kind, 4)
+        code.store_constant(R9, ORIGIN + 4, 0, 4)
+        for part in range(0, 32, 8):
+            code.load(R2, FRAME, _STACK_KEY + part, 8)
+            code.store(R9, KEY + part, R2, 8)
+        code.load(R2, FRAME, _STACK_KEY + 32, 4)
+        code.store(R9, KEY + 32, R2, 4)
+        code.store_constant(R9, KEY + 36, 0, 4)
+
+    def _pids(self, code: Assembler, *, known: bool = True) -> None:
+        """Store thread and process in the event: tid, then pid, both 0 for who has none in the guard's namespace."""
+        if not known:
+            code.store_constant(R9, TID, 0, 8)
+        elif self._namespaces.pid is None:
+            code.call(_GET_CURRENT_PID_TGID)  # the process in the upper half, the thread in the lower
+            code.store(R9, TID, R0, 8)
+        else:
+            device, inode = self._namespaces.pid
+            code.store_constant(FRAME, _STACK_PIDS, 0, 8)
+            code.load_constant(R1, device)
+            code.load_constant(R2, inode)
+            code.compute(R3, "=", FRAME)
+            code.compute_constant(R3, "+", _STACK_PIDS)
+            code.compute_constant(R4, "=", 8)
+            code.call(_GET_NS_CURRENT_PID_TGID)  # struct bpf_pidns_info: the thread, the process; zeroed if it fails
+            code.load(R2, FRAME, _STACK_PIDS, 8)
+            code.store(R9, TID, R2, 8)
+
+    def _position(self, code: Assembler) -> None:
+        """Store the position in the stream of the byte to be written next, and the sequence number of the first.
+
+        ``bytes_acked`` counts everything acknowledged, the SYN too; it and ``snd_una``, up to where that is, change
+        together, so ``bytes_acked - 1`` is the position of ``snd_una``, in 64 bits that don't wrap around.
+        """
+        code.load(R2, R7, self._fields.snd_una, 4)
+        code.load(R3, R7, self._fields.bytes_acked, 8)
+        code.load(R4, R7, self._fields.write_seq, 4)
+        code.compute(R4, "-", R2, bits=32)  # what is written and not acknowledged, modulo 2**32
+        code.compute_constant(R3, "+", -1)
+        code.compute(R4, "+", R3)
+        code.store(R9, POSITION, R4, 8)
+        code.compute(R2, "-", R3, bits=32)
+        code.store(R9, ORIGIN, R2, 4)
+
+    @staticmethod
+    def _submit(code: Assembler) -> None:
+        code.compute(R1, "=", R9)
+        code.compute_constant(R2, "=", _NO_WAKEUP)
+        code.call(_RINGBUF_SUBMIT)

@@ -1,0 +1,139 @@
+"""The consumer's side of a BPF ring buffer: ``kernel/bpf/ringbuf.c``, ``Documentation/bpf/ringbuf.rst``.
+
+The kernel maps a page with the consumer's position, which is ours to write; a page with the producers' position; and
+the data twice in a row, so that a record that wraps around can be read in one piece. A record is a header of 8 bytes,
+the first 4 of which are its length and two flags, and its data, padded to 8 bytes. Positions only grow. A producer
+reserves room and writes the length under a lock, fills the room without, and then clears the busy flag.
+
+**Busy records are passed over.** A producer may be interrupted between reserving and submitting, by the guard even,
+which then must not wait for it. Its record's length is known, so what is behind it is read, and it itself at a later
+call. The events of one connection stay in order all the same: the producer holds that connection's lock, so there are
+no later events of the same connection, nor any bytes that this one is about, until it is done.
+
+**Memory order.** The kernel releases (``smp_store_release``) the position after the header is written, and the header
+after the data is. x86-64 keeps the order of loads, and CPython doesn't reorder them. arm64 may load data before the
+flag that says that it's there: a lock is taken and released, twice, in between, whose atomic operations are the
+barriers that Python has to offer. (Tried on x86-64 only.)
+"""
+
+from __future__ import annotations
+
+import mmap
+import platform
+import struct
+import threading
+from typing import NamedTuple
+
+from pgguard.attribution.ebpf.programs import EVENT_SIZE, KEY_SIZE
+
+_BUSY = 1 << 31
+"""``BPF_RINGBUF_BUSY_BIT``."""
+_DISCARDED = 1 << 30
+"""``BPF_RINGBUF_DISCARD_BIT``."""
+_HEADER = 8
+"""``BPF_RINGBUF_HDR_SZ``."""
+
+_EVENT = struct.Struct(f"=QIIIII4x{KEY_SIZE}s")
+_WEAKLY_ORDERED = platform.machine() != "x86_64"
+
+
+class Event(NamedTuple):
+    """Something that happened to a connection; what :class:`~pgguard.attribution.ebpf.programs.Kind` says."""
+
+    position: int
+    """Of the next byte in what the client sends over this connection, from 0."""
+    size: int
+    kind: int
+    """A :class:`~pgguard.attribution.ebpf.programs.Kind`; a plain number, as making one of it takes longer than all
+    the rest."""
+    tid: int
+    """The thread that ran, in the guard's pid namespace (of the initial one: any thread there is); else 0."""
+    pid: int
+    """Its process; 0 likewise."""
+    origin: int
+    """The TCP sequence number of the first byte. Two connections of one key differ in it, but for one in 2**32."""
+    key: bytes
+    """Which connection: see :func:`~pgguard.attribution.ebpf.probe.connection_key`."""
+
+
+class Ring:
+    """Reads events from a ring buffer; for one thread.
+
+    Args:
+        ring: descriptor of the ring buffer.
+        size: its size in bytes.
+        lost: descriptor of the mmapable array with the count of events lost.
+
+    Raises:
+        OSError: it can't be mapped.
+    """
+
+    def __init__(self, ring: int, size: int, lost: int) -> None:
+        page = mmap.PAGESIZE
+        self._mask = size - 1
+        self._consumer = mmap.mmap(ring, page)
+        self._producer = mmap.mmap(ring, page + 2 * size, prot=mmap.PROT_READ, offset=page)
+        self._lost = mmap.mmap(lost, page, prot=mmap.PROT_READ)
+        # One 8-byte load or store each: CPython copies an item of a memoryview with a memcpy of constant size.
+        self._consumed = memoryview(self._consumer).cast("Q")
+        self._produced = memoryview(self._producer)[:page].cast("Q")
+        self._losses = memoryview(self._lost).cast("Q")
+        self._data = memoryview(self._producer)[page:]
+        self._words = self._data.cast("I")
+        self._next = self._consumed[0]
+        """Up to where records have been looked at."""
+        self._busy: list[int] = []
+        """Positions before that of records that weren't ready."""
+        self._barrier = threading.Lock()
+
+    @property
+    def lost(self) -> int:
+        """How many events found no room, and were lost."""
+        return self._losses[0]
+
+    def read(self) -> list[Event]:
+        """Take all events that are there, those of any one connection in order. Never waits, nor makes a system call.
+
+        All events are there that are about bytes which have been read before the call.
+        """
+        produced = self._produced[0]
+        if produced == self._next and not self._busy:
+            return []
+        if _WEAKLY_ORDERED:
+            self._fence()
+        events: list[Event] = []
+        if self._busy:
+            waiting, self._busy = self._busy, []
+            for position in waiting:
+                self._take(position, events)
+        position = self._next
+        while position < produced:
+            position += self._take(position, events)
+        self._next = position
+        self._consumed[0] = self._busy[0] if self._busy else position
+        return events
+
+    def close(self) -> None:
+        """Unmap everything; nothing can be called then."""
+        for view in (self._consumed, self._produced, self._losses, self._words, self._data):
+            view.release()
+        for mapped in (self._consumer, self._producer, self._lost):
+            mapped.close()
+
+    def _take(self, position: int, events: list[Event]) -> int:
+        """Read the record at a position, or remember it as busy; returns its length."""
+        at = position & self._mask
+        header = self._words[at >> 2]
+        length = header & ~(_BUSY | _DISCARDED)
+        if header & _BUSY:
+            self._busy.append(position)
+        elif not header & _DISCARDED and length == EVENT_SIZE:
+            if _WEAKLY_ORDERED:
+                self._fence()
+            events.append(Event._make(_EVENT.unpack_from(self._data, at + _HEADER)))
+        return _HEADER + (length + 7 & ~7)
+
+    def _fence(self) -> None:
+        for _ in range(2):
+            with self._barrier:
+                pass

@@ -1,0 +1,247 @@
+"""Whatever events are missing, late or vague, no byte gets a wrong name."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgguard.attribution.ebpf.account import Account, Accounts, Segment, Sender
+from pgguard.attribution.ebpf.assembler import R0, R1, R2, Assembler
+from pgguard.attribution.ebpf.programs import EVENT_SIZE, Kind
+from pgguard.attribution.ebpf.ring import Event, Ring
+
+KEY = b"k" * 36
+
+
+def event(kind: Kind, position: int = 0, size: int = 0, who: int = 1, origin: int = 7, key: bytes = KEY) -> Event:
+    return Event(position, size, kind, who, who, origin, key)
+
+
+def sender(who: int) -> Sender:
+    return Sender(who, who)
+
+
+def account_of(*events: Event) -> Account:
+    accounts = Accounts()
+    accounts.feed([event(Kind.OPENED), event(Kind.ACCEPTED), *events])
+    return accounts.open(KEY)
+
+
+def test_each_send_gets_its_sender_however_the_bytes_are_read() -> None:
+    account = account_of(event(Kind.SENDING, 0, 5), event(Kind.SENDING, 5, 3, who=2), event(Kind.SENDING, 8, 2, who=2))
+    assert account.split(0) == []
+    assert account.split(7) == [Segment(5, sender(1)), Segment(2, sender(2))]
+    assert account.split(3) == [Segment(3, sender(2))]
+    assert account.split(1) == [Segment(1, None)]
+    assert account.opener == sender(1)
+
+
+def test_bytes_that_no_event_covers_shift_nothing() -> None:
+    account = account_of(event(Kind.SENDING, 4, 2), event(Kind.UNCERTAIN, 6, 3), event(Kind.SENDING, 9, 1, who=2))
+    assert account.split(10) == [Segment(4, None), Segment(2, sender(1)), Segment(3, None), Segment(1, sender(2))]
+
+
+def test_a_sender_outside_of_the_pid_namespace_is_unknown() -> None:
+    account = account_of(event(Kind.SENDING, 0, 2, who=0), event(Kind.SENDING, 2, 2, who=3))
+    assert account.split(4) == [Segment(2, None), Segment(2, sender(3))]
+
+
+def test_positions_need_more_than_32_bits() -> None:
+    account = account_of()
+    account.split(2**33)
+    account.apply(event(Kind.SENDING, 2**33, 2))
+    assert account.split(2) == [Segment(2, sender(1))]
+
+
+def test_what_contradicts_itself_is_unknown() -> None:
+    account = account_of(event(Kind.SENDING, 0, 10), event(Kind.SENDING, 4, 2, who=2))
+    assert account.contradictions == 1
+    assert account.split(8) == [Segment(4, sender(1)), Segment(2, sender(2)), Segment(2, None)]
+
+
+def test_another_connection_of_the_same_addresses_counts_for_nothing() -> None:
+    accounts = Accounts()
+    accounts.feed(
+        [
+            event(Kind.OPENED),
+            event(Kind.ACCEPTED),
+            event(Kind.SENDING, 0, 4, who=9, origin=8),
+            event(Kind.SENDING, 0, 2),
+        ]
+    )
+    account = accounts.open(KEY)
+    accounts.feed([event(Kind.SENDING, 2, 4, who=9, origin=8)])
+    assert account.split(6) == [Segment(2, sender(1)), Segment(4, None)]
+
+
+def test_a_connection_that_reuses_a_port_has_an_account_of_its_own() -> None:
+    accounts = Accounts()
+    accounts.feed([event(Kind.OPENED), event(Kind.ACCEPTED), event(Kind.SENDING, 0, 2)])
+    first = accounts.open(KEY)
+    accounts.feed(
+        [
+            event(Kind.OPENED, who=2, origin=9),
+            event(Kind.ACCEPTED, origin=9),
+            event(Kind.SENDING, 0, 1, who=2, origin=9),
+        ]
+    )
+    assert first.split(2) == [Segment(2, sender(1))]
+    second = accounts.open(KEY)
+    accounts.close(KEY, first)
+    accounts.feed([event(Kind.SENDING, 1, 1, who=3, origin=9)])
+    assert second.split(2) == [Segment(1, sender(2)), Segment(1, sender(3))]
+    accounts.close(KEY, second)
+    accounts.feed([event(Kind.SENDING, 2, 1, who=3, origin=9)])
+    assert second.split(1) == [Segment(1, None)]
+
+
+def test_without_the_guards_own_end_nothing_is_believed() -> None:
+    accounts = Accounts()
+    accounts.feed([event(Kind.OPENED), event(Kind.SENDING, 0, 2)])
+    assert accounts.open(KEY).split(2) == [Segment(2, None)]
+
+
+def test_connections_that_are_never_accepted_take_bounded_memory() -> None:
+    accounts = Accounts()
+    for number in range(10_000):
+        accounts.feed([event(Kind.OPENED, key=number.to_bytes(36, "big"))])
+    for _ in range(10_000):
+        accounts.feed([event(Kind.SENDING)])
+    assert len(accounts._early) <= 4096
+    assert len(accounts._early[KEY]) <= 4096
+
+
+Stretch = tuple[int, int, str]
+"""Who sent it, how much, and what the kernel said of it."""
+
+
+@given(
+    stretches=st.lists(
+        st.tuples(
+            st.integers(1, 4), st.integers(1, 50), st.sampled_from(["said", "in parts", "vague", "lost", "skipped"])
+        )
+    ),
+    reads=st.lists(st.integers(0, 80)),
+    late=st.sets(st.integers(0, 30)),
+)
+def test_no_byte_ever_gets_a_wrong_name(stretches: list[Stretch], reads: list[int], late: set[int]) -> None:
+    truth: list[int | None] = []
+    named: list[int | None] = []
+    events: list[tuple[int, Event]] = []
+    """With how much can have been sent when they are made."""
+    for who, size, said in stretches:
+        position = len(truth)
+        if said == "in parts":
+            half = size // 2
+            events.append((position, event(Kind.SENDING, position, half, who)))
+            events.append((position + half, event(Kind.SENDING, position + half, size - half, who)))
+        elif said == "said":
+            events.append((position, event(Kind.SENDING, position, size, who)))
+        elif said == "vague":
+            events.append((position, event(Kind.UNCERTAIN, position, size + who, who)))
+        truth += [who] * size
+        named += [who if said in ("said", "in parts") else None] * size
+    account = account_of()
+    position = 0
+    for number, length in enumerate([*reads, len(truth)]):
+        length = min(length, len(truth) - position)  # noqa: PLW2901
+        while events and number not in late and events[0][0] <= position + length:
+            account.apply(events.pop(0)[1])
+        found: list[int | None] = []
+        for segment in account.split(length):
+            found += [segment.sender.pid if segment.sender else None] * segment.length
+        assert len(found) == length
+        for index, who_found in enumerate(found, position):
+            assert who_found in (truth[index], None)
+            assert late or who_found == named[index]
+        position += length
+    assert account.contradictions == 0
+
+
+def test_labels_and_byte_order_of_the_assembler() -> None:
+    code = Assembler()
+    code.load(R2, R1, -8, 4)
+    code.jump_if(R2, "==", -1, "end")
+    code.load_constant(R0, 0x1_0000_0002)
+    code.label("end")
+    code.exit()
+    assert code.assemble().hex(" ", 8) == " ".join(
+        ["6112f8ff00000000", "15020200ffffffff", "1800000002000000", "0000000001000000", "9500000000000000"]
+    )
+    with pytest.raises(ValueError, match="twice"):
+        code.label("end")
+    code.jump("nowhere")
+    with pytest.raises(KeyError):
+        code.assemble()
+
+
+class FakeRing:
+    """Memory laid out as the kernel's, in a file: the data is there twice, as a file can't be mapped onto itself."""
+
+    SIZE = 4096
+
+    def __init__(self) -> None:
+        self.file = os.memfd_create("ring")
+        os.ftruncate(self.file, 2 * 4096 + 2 * self.SIZE)
+        self.lost = os.memfd_create("lost")
+        os.ftruncate(self.lost, 4096)
+        self.ring = Ring(self.file, self.SIZE, self.lost)
+        self.produced = 0
+
+    def produce(self, number: int, flags: int = 0) -> int:
+        at = self.produced
+        self.produced += EVENT_SIZE + 8
+        data = struct.pack("=QIIIII4x36s4x", number, 0, 0, 0, 0, 0, KEY)
+        self._write(at + 8, data)
+        self.flag(at, flags)
+        os.pwrite(self.file, struct.pack("=Q", self.produced), 4096)
+        return at
+
+    def flag(self, at: int, flags: int) -> None:
+        self._write(at, struct.pack("=II", EVENT_SIZE | flags, 0))
+
+    def consumed(self) -> int:
+        return int.from_bytes(os.pread(self.file, 8, 0), "little")
+
+    def read(self) -> list[int]:
+        return [found.position for found in self.ring.read()]
+
+    def close(self) -> None:
+        self.ring.close()
+        os.close(self.file)
+        os.close(self.lost)
+
+    def _write(self, at: int, data: bytes) -> None:
+        for index, byte in enumerate(data):
+            where = (at + index) % self.SIZE
+            for copy in (0, self.SIZE):
+                os.pwrite(self.file, bytes([byte]), 2 * 4096 + where + copy)
+
+
+BUSY, DISCARDED = 1 << 31, 1 << 30
+
+
+def test_the_ring_wraps_around_and_passes_over_what_is_not_ready() -> None:
+    fake = FakeRing()
+    assert fake.read() == []
+    for number in range(200):
+        fake.produce(number)
+        assert fake.read() == [number]
+        assert fake.consumed() == fake.produced
+    busy = [fake.produce(200, BUSY), fake.produce(201), fake.produce(202, BUSY), fake.produce(203, DISCARDED)]
+    assert fake.read() == [201]
+    assert fake.consumed() == busy[0]
+    fake.flag(busy[2], 0)
+    fake.produce(204)
+    assert fake.read() == [202, 204]
+    assert fake.consumed() == busy[0]
+    fake.flag(busy[0], 0)
+    assert fake.read() == [200]
+    assert fake.consumed() == fake.produced
+    os.pwrite(fake.lost, struct.pack("=Q", 3), 0)
+    assert fake.ring.lost == 3
+    fake.close()
