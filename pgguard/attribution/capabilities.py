@@ -13,6 +13,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Self
 
 from pgguard.attribution.descriptors import find_sockets, link_to, list_processes
+from pgguard.attribution.ebpf.account import Accounts
+from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe, connection_key, scope_remedy
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.namespaces import ask_in_namespace, in_a_new_thread, read_tables
 from pgguard.attribution.processes import read_process
@@ -130,8 +133,11 @@ class _Check:
         return Capability(self.name, purpose, self.essential, self.unix_instead, problem, remedy)
 
 
-def check() -> tuple[Capability, ...]:
+def check(*, probe: bool = True) -> tuple[Capability, ...]:
     """Try everything that attribution needs from this host, the essential first.
+
+    Args:
+        probe: try the kernel's probe of TCP senders too, which whoever goes on to use it needn't.
 
     It starts child processes and takes some tenths of a second, and a few seconds at the very worst; nothing is left
     behind. What is found holds for the calling process: it depends on its user, capabilities, namespaces and sandbox.
@@ -161,6 +167,7 @@ def check() -> tuple[Capability, ...]:
                 client.try_senders,
                 "run the guard on the host's own kernel, not on a sandbox's imitation of one",
             ),
+            *([_TCP_SENDERS] if probe else []),
             _Check(
                 "other users' processes",
                 "finds clients of any user",
@@ -201,6 +208,35 @@ def check() -> tuple[Capability, ...]:
             ),
         )
         return (proc, *(one.run(proc=proc.available) for one in checks))
+
+
+def _try_tcp_senders() -> str | None:
+    """Have the kernel name ourselves as the sender of a byte."""
+    try:
+        probe = SenderProbe([])
+    except ProbeUnavailable as error:
+        raise _Missing(error.problem, error.remedy) from error
+    with probe, socket.create_server(("127.0.0.1", 0)) as listener:
+        probe.add(*listener.getsockname())
+        with socket.create_connection(listener.getsockname(), _SECONDS) as client, _accepted(listener) as accepted:
+            client.send(b"x")
+            accepted.recv(1)
+            accounts = Accounts()
+            accounts.feed(probe.read())
+            account = accounts.open(connection_key(accepted))
+            _expect(account.split(1) == [(1, (os.getpid(), threading.get_native_id()))])
+        if probe.scope is not None:
+            raise _Missing(f"it sees no process outside of the cgroup {probe.scope}", scope_remedy())
+    return None
+
+
+_TCP_SENDERS = _Check(
+    "kernel senders on TCP",
+    "names the process and the thread that sent each byte",
+    _try_tcp_senders,
+    "run the guard on the host's own kernel, not on a sandbox's imitation of one",
+    unix_instead=True,
+)
 
 
 def _try_proc() -> None:

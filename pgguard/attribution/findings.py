@@ -27,6 +27,10 @@ class Findings:
     opener: Process | None = None
     """The process that opened the connection, remembered even when it is gone."""
     opener_evidence: Evidence = Evidence.UNKNOWN
+    connected: tuple[int, int] | None = None
+    """The process and the thread that opened it, as the kernel named them, even if they could not be looked at."""
+    thread_names: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    """By pid and tid, what the threads that have sent are called."""
     holders: tuple[Process, ...] | None = None
     """The processes that have the client's socket open, as far as they could be found; ``None`` if nobody was found."""
     holders_complete: bool = True

@@ -60,6 +60,10 @@ class TcpClient:
     """The index of the interface that a link-local address belongs to, else 0."""
     opened: float
     """When it was connected, in seconds of CLOCK_BOOTTIME, the clock of process start times."""
+    connected_by: int | None = None
+    """The pid that called connect(2), if the kernel's probe has said it."""
+    connected_on: int | None = None
+    """The thread that did."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pgguard.attribution.descriptors import is_fork, list_children
 from pgguard.attribution.drivers import driver_of
@@ -17,7 +18,7 @@ from pgguard.attribution.namespaces import NetworkNamespaces
 from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook, read_stat
 from pgguard.attribution.runtime import Library, Runtime, runtime_of
 from pgguard.attribution.sampling import Sample, sample_sender
-from pgguard.attribution.sockets import ClientSocket, UnixClient
+from pgguard.attribution.sockets import ClientSocket, TcpClient
 from pgguard.attribution.stacks import Stacks, python_stacks
 from pgguard.attribution.threads import (
     Sleep,
@@ -55,6 +56,14 @@ class Opening:
     runtime: Runtime
     """What the opener ran when it connected."""
 
+    @property
+    def connected(self) -> tuple[int, int] | None:
+        """The process and the thread that connected, as the kernel named them, even if they are gone."""
+        client = self.client
+        if not isinstance(client, TcpClient) or client.connected_by is None or client.connected_on is None:
+            return None
+        return client.connected_by, client.connected_on
+
 
 class Witness:
     """Attribution for one guard. Thread-safe; made before the guard accepts its first connection.
@@ -82,7 +91,7 @@ class Witness:
 
         The opener is, in this order,
 
-        - on a Unix socket, who the kernel says has connected it (KERNEL_SENDER);
+        - who the kernel says has connected it: of Unix sockets always, over TCP through the probe (KERNEL_SENDER);
         - the only process that has the socket open (SOLE_HOLDER);
         - of several, the only one that is older than the connection, as the others must have inherited it
           (SOCKET_HOLDER);
@@ -137,6 +146,7 @@ class Witness:
         return Findings(
             opener=None if opening.opener is None else self._book.refresh(opening.opener),
             opener_evidence=opening.evidence,
+            connected=opening.connected,
             holders=found.processes or None,
             holders_complete=found.complete,
             senders={process.pid: self._book.refresh(process) for process in senders},
@@ -257,6 +267,14 @@ class Witness:
         """Find out what Python threads do in their sleep: see :func:`python_stacks`."""
         return python_stacks(sleeps, seconds)
 
+    @staticmethod
+    def thread_name(pid: int, tid: int) -> str | None:
+        """What a thread is called, or ``None`` if it is gone; it is not made sure that it is still the same one."""
+        try:
+            return Path(f"/proc/{pid}/task/{tid}/comm").read_text(errors="replace").rstrip("\n")
+        except OSError:
+            return None
+
     def only_threads(self, processes: Iterable[Process]) -> Mapping[int, Sleep]:
         """By pid, the sleep of the only thread of those processes that have no other."""
         sleeps = ((process.pid, only_thread(process)) for process in processes)
@@ -287,7 +305,7 @@ class Witness:
         return self._watch.find({opening.inode: opening.client.opened})[opening.inode]
 
     def _connected_by(self, client: ClientSocket) -> Process | None:
-        if not isinstance(client, UnixClient) or client.connected_by is None:
+        if client.connected_by is None:
             return None
         process = self._book.look(client.connected_by)
         # If it is younger than the connection, who connected is gone and the pid is another's.

@@ -77,8 +77,9 @@ def serve_command(
         str,
         typer.Option(
             envvar="PGGUARD_ATTRIBUTION",
-            metavar="auto|proc|off",
-            help="Whether processes are named: as far as this host allows, on pain of an error, or not. Default: auto.",
+            metavar="auto|ebpf|proc|off",
+            help="Whether processes are named: as far as this host allows; on pain of an error, by the kernel on TCP "
+            "too or by /proc; or not. Default: auto.",
             show_default=False,
         ),
     ] = "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from pgguard.attribution.capabilities import check
+from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe, scope_remedy
 from pgguard.attribution.witness import Witness
 from pgguard.faults.docket import Docket
 from pgguard.proxy.errors import ConfigurationError
@@ -60,7 +62,7 @@ def serve(given: dict[str, Any], config: Path | None) -> int:
         missing = _missing_capabilities(settings)
         witness = None if settings.attribution == "off" else Witness()
         guard = Guard(settings, sinks=sinks, docket=docket, witness=witness)
-        trio.run(_until_signalled, guard, missing)
+        trio.run(_until_signalled, guard, missing, settings.attribution)
         for fault in docket.close_all(at=time.time()):
             sinks.record(fault)
         for line in summary_lines(guard.sessions, docket.counts()):
@@ -87,20 +89,46 @@ def _missing_capabilities(settings: Settings) -> list[Capability]:
     """
     if settings.attribution == "off":
         return []
-    missing = [capability for capability in check() if not capability.available]
-    if settings.attribution == "proc":
+    missing = [capability for capability in check(probe=False) if not capability.available]
+    if settings.attribution in ("proc", "ebpf"):
         for capability in missing:
             if capability.essential:
                 raise ConfigurationError(
-                    f"--attribution proc: {capability.name}: {capability.explanation}; or use --attribution auto"
+                    f"--attribution {settings.attribution}: {capability.name}: {capability.explanation}; "
+                    "or use --attribution auto"
                 )
     return missing
 
 
-async def _until_signalled(guard: Guard, missing: Sequence[Capability]) -> None:
+def _start_probe(attribution: str, listeners: Sequence[tuple[str, int]]) -> SenderProbe | None:
+    """Have the kernel say who sends on TCP, if it is wanted and can be had.
+
+    Raises:
+        ConfigurationError: it must be had, and can't.
+    """
+    if attribution == "off" or not listeners:
+        return None
+    try:
+        probe = SenderProbe(listeners, blocking=attribution == "ebpf")
+    except ProbeUnavailable as error:
+        if attribution == "ebpf":
+            raise ConfigurationError(f"--attribution ebpf: {error}; or use --attribution auto") from error
+        logger.warning("attribution does without kernel senders on TCP: %s", error)
+        return None
+    logger.info("attribution: the kernel names every sender on TCP")
+    if probe.scope is not None:
+        logger.warning("of senders on TCP only those in the cgroup %s are seen: %s", probe.scope, scope_remedy())
+    return probe
+
+
+async def _until_signalled(guard: Guard, missing: Sequence[Capability], attribution: str) -> None:
     """Serve; the first SIGINT or SIGTERM lets sessions finish, the second doesn't."""
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals, contextlib.ExitStack() as stack:
         addresses = await guard.listen()
+        probe = _start_probe(attribution, guard.tcp_listeners())
+        if probe is not None:
+            stack.callback(probe.close)
+            guard.use_probe(probe)
         for capability in missing:
             logger.warning("attribution does without %s: %s", capability.name, capability.explanation)
         logger.info("ready on %s", ", ".join(map(str, addresses)))

@@ -33,11 +33,14 @@ from pgguard.faults.fault import Chapter, Culprit, Event, Role
 from pgguard.session.verdicts import Direction, Kind, Sender
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pgguard.attribution.findings import Findings
     from pgguard.attribution.stacks import Frame
     from pgguard.attribution.threads import Sleep
     from pgguard.session.verdicts import Verdict
 
+_KERNEL: Final = Evidence.KERNEL_SENDER
 _TOO_LATE: Final = "there was no time to read it"
 _TICK: Final = 0.02
 """Seconds. Of a process that started within a tick of the connection's opening it isn't certain that it is older."""
@@ -89,8 +92,7 @@ class _Bench:
             if sender.tid is not None or sender.pid not in threads
         )
         active = {culprit.pid for culprit in culprits}
-        if findings.opener is not None:
-            culprits.append(self._process(Role.OWNER, findings.opener, findings.opener_evidence))
+        culprits.extend(self._owner())
         evidence = Evidence.SOCKET_HOLDER if findings.sole_holder is None else Evidence.SOLE_HOLDER
         culprits.extend(
             self._process(Role.HOLDER, holder, evidence) for holder in self._holders if holder.pid not in active
@@ -98,6 +100,15 @@ class _Bench:
         if not any(culprit.pid for culprit in culprits) and findings.declared:
             culprits.append(_declared(findings))
         return tuple(culprits)
+
+    def _owner(self) -> Iterator[Culprit]:
+        opener, connected = self._findings.opener, self._findings.connected
+        if connected is not None and (opener is None or opener.pid == connected[0]):
+            pid, tid = connected
+            runtime = self._findings.runtimes.get(pid)
+            yield Culprit(Role.OWNER, pid, tid, _KERNEL, opener, tid_evidence=_KERNEL, runtime=runtime)
+        elif opener is not None:
+            yield self._process(Role.OWNER, opener, self._findings.opener_evidence)
 
     def _only_opened(self, sender: Sender) -> bool:
         """Whether all that is known of a sender is that it opened the connection."""
@@ -142,7 +153,7 @@ class _Bench:
         findings = self._findings
         waiting = next((one for one in findings.waits.threads if (one.thread.pid, one.thread.tid) == (pid, tid)), None)
         only = findings.only_threads.get(pid)
-        name = waiting.name if waiting is not None else None
+        name = waiting.name if waiting is not None else findings.thread_names.get((pid, tid))
         if name is None and tid == pid and process is not None:
             name = process.name  # comm(5) of a process is that of its main thread
         sleep = waiting.sleep if waiting is not None else only

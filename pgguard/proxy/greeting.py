@@ -26,6 +26,7 @@ from pgguard.wire.startup import (
 )
 
 if TYPE_CHECKING:
+    from pgguard.proxy.kernel_senders import KernelSenders
     from pgguard.proxy.session import ProxiedSession
 
 _ENCRYPTION: Final = frozenset({PacketKind.SSL_REQUEST, PacketKind.GSSENC_REQUEST})
@@ -56,13 +57,15 @@ class Refused(Exception):
         self.verdict = verdict
 
 
-async def greet(sock: trio.socket.SocketType, session: ProxiedSession, *, names_senders: bool) -> Greeting | None:
+async def greet(
+    sock: trio.socket.SocketType, session: ProxiedSession, *, senders: KernelSenders | None = None
+) -> Greeting | None:
     """Talk to a client until it has said what it wants.
 
     Args:
         sock: the accepted socket.
-        session: the session that it is to become, for the log.
-        names_senders: the kernel says with every read who sent it.
+        session: the session that it is to become.
+        senders: who sends on TCP.
 
     Returns:
         ``None`` if there is nobody to answer: it has gone, or speaks TLS to a port that doesn't, which PostgreSQL
@@ -80,9 +83,11 @@ async def greet(sock: trio.socket.SocketType, session: ProxiedSession, *, names_
         except InvalidStartupPacket as error:
             raise _no_startup_packet(str(error), data, sender) from error
         if packet is None:
-            chunk, pid = await _receive(sock, startup_bytes_missing(data), names_senders=names_senders)
+            chunk, pid = await _receive(sock, startup_bytes_missing(data), has_credentials=session.has_credentials)
             if pid is not None:
                 sender = Sender(pid)
+            elif chunk and senders is not None and session.kernel_account is not None:
+                sender = senders.pieces(session.kernel_account, len(chunk))[-1][1]
             if not chunk:
                 if data:
                     logger.info("session %d: %s left an incomplete startup packet", session.id, session.client_name)
@@ -105,9 +110,9 @@ async def greet(sock: trio.socket.SocketType, session: ProxiedSession, *, names_
         data.clear()
 
 
-async def _receive(sock: trio.socket.SocketType, size: int, *, names_senders: bool) -> tuple[bytes, int | None]:
+async def _receive(sock: trio.socket.SocketType, size: int, *, has_credentials: bool) -> tuple[bytes, int | None]:
     try:
-        if not names_senders:
+        if not has_credentials:
             return await sock.recv(size), None
         chunk, ancillary, _, _ = await sock.recvmsg(size, CREDENTIALS_SPACE)
     except OSError as error:

@@ -17,14 +17,16 @@ import math
 import resource
 import socket
 import time
-from typing import TYPE_CHECKING, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from pgguard.attribution.sockets import client_socket
+from pgguard.attribution.sockets import TcpClient, client_socket
 from pgguard.proxy.addresses import TcpAddress
 from pgguard.proxy.greeting import Refused, greet, send_last
 from pgguard.proxy.judge import Judge
+from pgguard.proxy.kernel_senders import KernelSenders
 from pgguard.proxy.listeners import Listener, open_listeners, refuse_loop
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.sweep import Sweep
@@ -35,11 +37,15 @@ from pgguard.wire.fields import build_error_response
 from pgguard.wire.startup import PacketKind
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pgguard.attribution.ebpf.probe import SenderProbe
     from pgguard.attribution.sockets import ClientSocket
     from pgguard.attribution.witness import Witness
     from pgguard.faults.docket import Docket
     from pgguard.proxy.addresses import Address
     from pgguard.proxy.greeting import Greeting
+    from pgguard.proxy.kernel_senders import TcpAccount
     from pgguard.proxy.settings import Settings
     from pgguard.reporting.sinks import Fanout
 
@@ -49,6 +55,8 @@ _ACCEPT_PAUSE: Final = 0.1
 """Seconds to wait for descriptors to become free."""
 _ACCEPT_COMPLAINTS: Final = 60.0
 """Seconds between two complaints that there are none."""
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +92,7 @@ class Guard:
         )
         self._sweep = Sweep(self._judge, cancel=self._cancel, closed=self._forget)
         self._watch = Watch(self._sessions, accuse=self._sweep.accuse)
+        self._senders: KernelSenders | None = None
         self._last_number = 0
         self._all_gone = trio.Event()
         self._stopping = trio.Event()
@@ -112,6 +121,18 @@ class Guard:
             self._close_listeners()
             raise
         return [listener.address for listener in self._listeners]
+
+    def tcp_listeners(self) -> list[tuple[str, int]]:
+        """The IP addresses and ports that it listens on."""
+        return [
+            listener.socket.getsockname()[:2]
+            for listener in self._listeners
+            if isinstance(listener.address, TcpAddress)
+        ]
+
+    def use_probe(self, probe: SenderProbe) -> None:
+        """Have the kernel name the senders on TCP connections that are made from now on; not closed by the guard."""
+        self._senders = self._sweep.senders = KernelSenders(probe)
 
     async def serve(self) -> None:
         """Relay until :meth:`stop`, then until the sessions are done or time is up.
@@ -188,7 +209,7 @@ class Guard:
         self._sweep.hurry()
         try:
             with trio.move_on_after(self._settings.startup_timeout) as limit:
-                greeting = await greet(sock, session, names_senders=session.names_senders)
+                greeting = await greet(sock, session, senders=self._senders)
             if limit.cancelled_caught:
                 logger.info("session %d: %s said nothing in time", session.id, _who(session))
             elif greeting is not None and greeting.packet.kind is PacketKind.CANCEL_REQUEST:
@@ -209,6 +230,8 @@ class Guard:
             logger.exception("session %d: it could not be set up", session.id)
         finally:
             sock.close()
+            if session.id not in self._sessions:
+                self._close_account(session.kernel_account)
 
     def _new_session(self, sock: trio.socket.SocketType, listener: Listener) -> ProxiedSession:
         self._last_number += 1
@@ -219,13 +242,19 @@ class Guard:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             host, port = sock.getpeername()[:2]
             client_name = str(TcpAddress(host, port))
-        session = ProxiedSession(
-            self._last_number,
-            transport=listener.transport,
-            client_name=client_name,
-            client_socket=_describe(sock) if self._witness is not None else None,
-            opened_at=time.time(),
-        )
+        kernel_account = self._open_account(sock) if client_name is not None else None
+        try:
+            session = ProxiedSession(
+                self._last_number,
+                transport=listener.transport,
+                client_name=client_name,
+                client_socket=_describe(sock, kernel_account) if self._witness is not None else None,
+                opened_at=time.time(),
+            )
+        except OSError:
+            self._close_account(kernel_account)
+            raise
+        session.kernel_account = kernel_account
         if session.client_socket is not None:
             try:
                 self._openings_send.send_nowait(session)
@@ -233,6 +262,13 @@ class Guard:
                 logger.warning("session %d: too many connections at once to find out who opens them", session.id)
                 session.opening_known.set()
         return session
+
+    def _open_account(self, sock: trio.socket.SocketType) -> TcpAccount | None:
+        return None if self._senders is None else _plain(sock, self._senders.open)
+
+    def _close_account(self, account: TcpAccount | None) -> None:
+        if self._senders is not None and account is not None:
+            self._senders.close(account)
 
     async def _introduce(self, sock: trio.socket.SocketType, session: ProxiedSession, greeting: Greeting) -> None:
         packet = greeting.packet
@@ -265,6 +301,7 @@ class Guard:
 
     def _forget(self, session: ProxiedSession) -> None:
         self._judge.closed(session)
+        self._close_account(session.kernel_account)
         self._sessions.pop(session.id, None)
         if self._stopping.is_set() and not self._sessions:
             self._all_gone.set()
@@ -305,11 +342,20 @@ def _unavailable(why: str) -> bytes:
     )
 
 
-def _describe(sock: trio.socket.SocketType) -> ClientSocket:
-    """Write down whose socket is at the other end of one that trio still has."""
+def _describe(sock: trio.socket.SocketType, kernel_account: TcpAccount | None) -> ClientSocket:
+    """Write down whose socket is at the other end of one that trio still has, and who connected it if that is known."""
+    client = _plain(sock, client_socket)
+    opener = None if kernel_account is None else kernel_account.account.opener
+    if opener is None or not isinstance(client, TcpClient):
+        return client
+    return replace(client, connected_by=opener.pid, connected_on=opener.tid)
+
+
+def _plain(sock: trio.socket.SocketType, function: Callable[[socket.socket], T]) -> T:
+    """Do something with a socket that trio has and keeps."""
     plain = socket.socket(fileno=sock.fileno())
     try:
-        return client_socket(plain)
+        return function(plain)
     finally:
         plain.detach()
 

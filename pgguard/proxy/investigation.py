@@ -59,6 +59,7 @@ def known_at_once(session: ProxiedSession) -> Findings:
     return Findings(
         opener=opening.opener,
         opener_evidence=opening.evidence,
+        connected=opening.connected,
         senders=senders,
         driver=opening.driver,
         runtimes=runtimes,
@@ -130,7 +131,16 @@ class Investigation:
                 process = self._witness.sender(pid)
                 if process is not None:
                     session.senders[pid] = process
-        self._findings = known_at_once(session)
+        self._findings = replace(known_at_once(session), thread_names=self._thread_names())
+
+    def _thread_names(self) -> dict[tuple[int, int], str]:
+        names = {}
+        for sender in (self._verdict.intruder, *self._verdict.requesters):
+            if sender is not None and sender.tid is not None:
+                name = self._witness.thread_name(sender.pid, sender.tid)
+                if name is not None:
+                    names[sender.pid, sender.tid] = name
+        return names
 
     def _look_at_holders(self, opening: Opening) -> None:
         session = self._session
@@ -145,6 +155,7 @@ class Investigation:
             alone_until=session.sightings.alone_until,
             declared=declared(None if protocol is None else protocol.application_name, texts),
             runtimes=self._findings.runtimes,
+            thread_names=self._findings.thread_names,
         )
 
     def _look_for_the_closer(self, opening: Opening, heirs: Sequence[Process]) -> None:

@@ -156,6 +156,19 @@ class Judge:
             return Ruling(Action.LOGGED)
         return ruling
 
+    def meet(self, session: ProxiedSession, sender: Sender | None) -> None:
+        """Look at a process that sends for the first time: it may be on its way out. Never raises."""
+        kernel_account = session.kernel_account
+        if self._witness is None or sender is None or kernel_account is None or sender.pid in session.senders:
+            return
+        opener = kernel_account.account.opener
+        if opener is not None and opener.pid == sender.pid:
+            return  # it is looked at beside the relay
+        with self._spared(session):
+            process = self._witness.sender(sender.pid)
+            if process is not None:
+                session.senders[sender.pid] = process
+
     async def sample(self, session: ProxiedSession) -> Verdict | None:
         """Find out who has sent the request that a contested session is parked with: the sender at its client's end.
 

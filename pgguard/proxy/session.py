@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections import deque
 from typing import TYPE_CHECKING, Literal
 
 import trio
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.sockets import ClientSocket
     from pgguard.attribution.witness import Opening
     from pgguard.proxy.addresses import Address
+    from pgguard.proxy.kernel_senders import TcpAccount
     from pgguard.session.tracker import Tracker
 
 
@@ -32,9 +34,11 @@ class End:
         "held",
         "interest",
         "is_client",
+        "kernel_account",
         "names_senders",
         "outgoing",
         "peer",
+        "pieces",
         "receive",
         "receive_message",
         "send",
@@ -63,8 +67,12 @@ class End:
         """What it said last, undecoded."""
         self.sender: Sender | None = None
         """The same, decoded."""
+        self.kernel_account: TcpAccount | None = None
+        """The kernel says who sent what was read, in this account."""
         self.held = b""
         """Bytes read from it that can't be judged, or that wait for a ruling."""
+        self.pieces: deque[tuple[bytes, Sender | None]] = deque()
+        """Bytes of other senders that were read behind those."""
         self.swallow = 0
         """Bytes of a dropped message that are still to come."""
         self.outgoing = bytearray()
@@ -102,6 +110,8 @@ class ProxiedSession:
         self.opening: Opening | None = None
         """Who opened it, once that has been found out."""
         self.opening_known = trio.Event()
+        self.kernel_account: TcpAccount | None = None
+        """The kernel's account of who sends on its TCP connection."""
         self.senders: dict[int, Process] = {}
         """The processes that the kernel has named as senders, as they were when they were first looked at."""
         self.sightings = Sightings()
@@ -123,7 +133,8 @@ class ProxiedSession:
 
     def connect(self, client: socket.socket, server: socket.socket, tracker: Tracker | None) -> None:
         """Give it its two sockets, which it owns from then on."""
-        self.client = End(client, is_client=True, names_senders=self.names_senders)
+        self.client = End(client, is_client=True, names_senders=self.has_credentials)
+        self.client.kernel_account = self.kernel_account
         self.server = End(server, is_client=False)
         self.client.peer, self.server.peer = self.server, self.client
         self.client.session = self.server.session = self
@@ -144,9 +155,14 @@ class ProxiedSession:
         return self.protocol.judge(kind, reason)
 
     @property
-    def names_senders(self) -> bool:
+    def has_credentials(self) -> bool:
         """The kernel says with every read from the client who sent it."""
         return self.transport == "unix" and self.client_socket is not None
+
+    @property
+    def names_senders(self) -> bool:
+        """The kernel says who sends, with every read or in an account of its own."""
+        return self.has_credentials or (self.kernel_account is not None and self.kernel_account.is_kept)
 
     def facts(self) -> SessionFacts:
         """What records say of it."""

@@ -38,7 +38,7 @@ class Settings(BaseModel):
     listen: Annotated[list[str], Field(min_length=1)] = [DEFAULT_LISTEN]
     mode: Mode = Mode.LOG
     faults: Path | None = None
-    attribution: Literal["auto", "proc", "off"] = "auto"
+    attribution: Literal["auto", "ebpf", "proc", "off"] = "auto"
     sql: SqlMode = SqlMode.NORMALIZED
     idle_in_transaction: Annotated[float, Field(ge=0, le=86400)] = 60.0
     """Seconds for which a transaction may sit idle; 0 for ever."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from pgguard.proxy.judge import Judge, Ruling
+    from pgguard.proxy.kernel_senders import KernelSenders
     from pgguard.proxy.session import End, ProxiedSession
     from pgguard.session.verdicts import Verdict
 
@@ -93,6 +94,8 @@ class Sweep:
         self._ends: dict[int, End] = {}
         """Those that are registered with the epoll, by descriptor."""
         self._sessions: set[ProxiedSession] = set()
+        self.senders: KernelSenders | None = None
+        """Who sends on TCP, where the kernel says it."""
         self._hurried_until = 0.0
         """When it may keep trio's other tasks waiting again."""
         self._buffer = bytearray(_HEADROOM + _CHUNK + LOOK_LIMIT)
@@ -121,6 +124,8 @@ class Sweep:
         turn_ends = now + _TURN
         while events := poll(0 if now < self._hurried_until else _PATIENCE, _EVENTS):
             now = time.time()
+            if self.senders is not None:
+                self.senders.feed()
             for fd, mask in events:
                 end = ends.get(fd)
                 if end is None:  # its session has been parked or closed by an earlier event
@@ -217,6 +222,15 @@ class Sweep:
         if not size:
             self._end_of_stream(end, reset=end.eof)
             return
+        if end.kernel_account is not None and self.senders is not None:
+            pieces = self.senders.pieces(end.kernel_account, size)
+            if len(pieces) > 1:
+                self._cut(end, pieces)
+                self._examine_pieces(end, now)
+                return
+            if pieces[0][1] is not end.sender:
+                end.sender = pieces[0][1]
+                self._judge.meet(end.session, end.sender)
         begin = _HEADROOM
         if end.held:
             begin -= len(end.held)
@@ -228,6 +242,23 @@ class Sweep:
             self._start(end.session, self._sample, end)
             return
         self._examine(end, begin, _HEADROOM + size, now)
+
+    def _cut(self, end: End, pieces: list[tuple[int, Sender | None]]) -> None:
+        """Keep what has been read in pieces, each of one sender."""
+        at = _HEADROOM
+        for length, sender in pieces:
+            end.pieces.append((bytes(self._view[at : at + length]), sender))
+            at += length
+
+    def _examine_pieces(self, end: End, now: float) -> None:
+        """Follow what several have sent, one after the other, as far as it is in order."""
+        while end.pieces and not end.session.parked:
+            piece, end.sender = end.pieces.popleft()
+            self._judge.meet(end.session, end.sender)
+            held, end.held = end.held, b""
+            begin, stop = _HEADROOM - len(held), _HEADROOM + len(piece)
+            self._buffer[begin:stop] = held + piece
+            self._examine(end, begin, stop, now)
 
     def _begins_request(self, end: End, begin: int) -> bool:
         """Whether the chunk begins with a message that its sender will wait for the answer to."""
@@ -409,6 +440,7 @@ class Sweep:
         # What the client still sends is no more judged than forwarded.
         session.tracker = None
         session.client.held = b""
+        session.client.pieces.clear()
         server = session.server
         self._disarm(server)
         server.sock.close()
@@ -530,6 +562,7 @@ class Sweep:
         held, end.held = end.held, b""
         self._buffer[_HEADROOM : _HEADROOM + len(held)] = held
         self._examine(end, _HEADROOM, _HEADROOM + len(held), time.time())
+        self._examine_pieces(end, time.time())
 
     async def _adjudicate_end(self, end: End, verdicts: list[Verdict]) -> None:
         session = end.session

@@ -1,0 +1,83 @@
+"""Who sends on TCP, as the kernel says: the probe's accounts, for the guard that opens them and the sweep."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+from pgguard.attribution.ebpf.account import Account, Accounts
+from pgguard.attribution.ebpf.probe import connection_key
+from pgguard.session.verdicts import Sender
+
+if TYPE_CHECKING:
+    from pgguard.attribution.ebpf.probe import SenderProbe
+
+
+class TcpAccount:
+    """One connection's account, and the last thread that it named, as the session core knows it."""
+
+    __slots__ = ("account", "key", "named", "sender")
+
+    def __init__(self, key: bytes, account: Account) -> None:
+        self.key = key
+        self.account = account
+        self.named: object = None
+        """What the account called the sender of the last bytes."""
+        self.sender: Sender | None = None
+        """The same for the session core: one object for as long as it is the same thread."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the kernel reports what is sent on this connection."""
+        return self.account.cookie is not None and self.account.problem is None
+
+
+class KernelSenders:
+    """The accounts of all TCP connections.
+
+    Args:
+        probe: reports who sends; not closed here.
+    """
+
+    def __init__(self, probe: SenderProbe) -> None:
+        self._probe = probe
+        self._accounts = Accounts()
+
+    def feed(self) -> None:
+        """Take what the kernel has reported into account. Costs a quarter of a microsecond when that is nothing."""
+        events = self._probe.read()
+        if events:
+            self._accounts.feed(events)
+
+    def open(self, accepted: socket.socket) -> TcpAccount:
+        """Begin the account of a connection that has just been accepted and not been read from.
+
+        Raises:
+            OSError: the connection is gone.
+        """
+        # Urgent data would be taken out of the stream, and positions in it be off.
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        key = connection_key(accepted)
+        self.feed()
+        return TcpAccount(key, self._accounts.open(key))
+
+    def close(self, kernel_account: TcpAccount) -> None:
+        """End an account."""
+        self._accounts.close(kernel_account.key, kernel_account.account)
+
+    def pieces(self, kernel_account: TcpAccount, size: int) -> list[tuple[int, Sender | None]]:
+        """Tell who sent the bytes that have just been read, in pieces by different threads."""
+        account = kernel_account.account
+        if account.problem is not None and account.cookie is not None:
+            self._probe.release(account.cookie)
+            account.cookie = None
+        if not account.covers(size) and account.problem is None:
+            # They came after the last look at what was reported; their report was there before them.
+            self.feed()
+        found: list[tuple[int, Sender | None]] = []
+        for length, sender in account.split(size):
+            if sender != kernel_account.named:
+                kernel_account.named = sender
+                kernel_account.sender = None if sender is None else Sender(sender.pid, sender.tid)
+            found.append((length, kernel_account.sender))
+        return found
