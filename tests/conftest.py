@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol, cast
 
 import pytest
 
+from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from tests.guard_process import GuardProcess, running_guard
 from tests.servers import Server, Transport, installations, not_installed, running_server
 
@@ -35,16 +37,24 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 @pytest.fixture(params=["tcp", "unix"])
 def transport(request: pytest.FixtureRequest) -> Transport:
     """How the client reaches the guard."""
+    if request.param == "probed":
+        try:
+            SenderProbe([]).close()
+        except ProbeUnavailable as unavailable:
+            pytest.skip(str(unavailable))
     return cast("Transport", request.param)
 
 
 @pytest.fixture
-def start_guard(server: Server) -> Iterator[StartGuard]:
+def start_guard(server: Server, request: pytest.FixtureRequest) -> Iterator[StartGuard]:
     """Start guards that are stopped, and have to end well, when the test is over."""
+    sampled = "transport" in request.fixturenames and request.getfixturevalue("transport") == "sampled"
+    # Nobody but root has what is taken away.
+    probe = not sampled or os.geteuid() != 0
     with ExitStack() as stack:
 
         def start(*options: str) -> GuardProcess:
-            return stack.enter_context(running_guard(server.unix, *options))
+            return stack.enter_context(running_guard(server.unix, *options, probe=probe))
 
         yield start
 

@@ -45,7 +45,7 @@ class GuardProcess:
         return self._log.read_text(errors="replace")
 
     def at(self, transport: Transport) -> Address:
-        return self.tcp if transport == "tcp" else self.unix
+        return self.unix if transport == "unix" else self.tcp
 
     def faults(self, kind: str | None = None) -> list[Fault]:
         """What has been recorded so far, in order."""
@@ -94,15 +94,18 @@ class GuardProcess:
 
 
 @contextmanager
-def running_guard(upstream: Address, *options: str) -> Iterator[GuardProcess]:
+def running_guard(upstream: Address, *options: str, probe: bool = True) -> Iterator[GuardProcess]:
     """Run a guard in front of a server, listening on the loopback address and on a Unix socket.
+
+    Without ``probe`` the kernel doesn't tell it who sends on TCP, for want of a capability.
 
     Leaving the context stops it and fails unless it ends well.
     """
     # Not pytest's tmp_path: the path of a Unix socket has at most 107 bytes, unix(7).
     with tempfile.TemporaryDirectory(prefix="pgguard-test-") as name:
         directory = Path(name)
-        command = [sys.executable, "-m", "pgguard", "serve", "--upstream", upstream.conninfo]
+        command = [] if probe else ["setpriv", "--bounding-set=-net_admin"]
+        command += [sys.executable, "-m", "pgguard", "serve", "--upstream", upstream.conninfo]
         command += ["--listen", "127.0.0.1:0", "--listen", f"unix:{directory}:5432"]
         command += ["--faults", str(directory / "faults.jsonl"), *options]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}

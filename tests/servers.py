@@ -17,7 +17,9 @@ from pgguard.demo.postgres import NotInstalledError, embedded_bindir, running_cl
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Transport = Literal["tcp", "unix"]
+Transport = Literal["tcp", "probed", "sampled", "unix"]
+"""How a client reaches the guard: over TCP, where the kernel names senders if it can; where it certainly does; where it
+certainly doesn't; or over a Unix socket."""
 
 _USER = "postgres"
 _SETTINGS = {
@@ -57,7 +59,7 @@ class Server:
     unix: Address
 
     def at(self, transport: Transport) -> Address:
-        return self.tcp if transport == "tcp" else self.unix
+        return self.unix if transport == "unix" else self.tcp
 
 
 def installations() -> dict[str, Path | None]:

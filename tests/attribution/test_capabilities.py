@@ -12,6 +12,8 @@ import pytest
 
 from pgguard.attribution import capabilities
 from pgguard.attribution.capabilities import Capability, check
+from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
+from pgguard.attribution.ebpf.ring import Event
 from pgguard.attribution.processes import read_process
 from pgguard.attribution.stacks import Stacks, find_py_spy
 from pgguard.attribution.threads import Obstacle, Waits
@@ -116,6 +118,74 @@ def test_a_kernel_that_names_no_senders_is_reported(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(capabilities, "ask_for_credentials", lambda _: None)
     senders = _named(capabilities.KERNEL_SENDERS)
     assert senders.problem == "does not find what is certainly there"
+
+
+class TestKernelSendersOnTcp:
+    NAME = "kernel senders on TCP"
+
+    def test_they_are_tried_on_ourselves_or_the_probes_own_reason_is_given(self) -> None:
+        found = _named(self.NAME)
+        expected: tuple[str | None, str | None] = None, None
+        try:
+            SenderProbe([]).close()
+        except ProbeUnavailable as unavailable:
+            expected = unavailable.problem, unavailable.remedy
+        assert (found.problem, found.remedy) == expected
+        assert found.purpose == "names the process and the thread that sent each byte"
+
+    def test_they_are_not_essential_and_unix_sockets_do_instead(self) -> None:
+        found = _named(self.NAME)
+        assert not found.essential
+        assert found.unix_instead
+
+    def test_who_goes_on_to_use_the_probe_needs_no_check_of_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object) -> None:
+            raise AssertionError("it was tried")
+
+        monkeypatch.setattr(capabilities, "SenderProbe", refuse)
+        assert self.NAME not in [capability.name for capability in check(probe=False)]
+
+    def test_a_probe_that_can_not_be_had_is_reported_with_what_to_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object) -> None:
+            raise ProbeUnavailable("the guard lacks CAP_BPF", "run the guard as root")
+
+        monkeypatch.setattr(capabilities, "SenderProbe", refuse)
+        assert _named(self.NAME).explanation == "the guard lacks CAP_BPF; run the guard as root"
+
+    def test_a_probe_that_names_nobody_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(capabilities, "SenderProbe", _Blind)
+        found = _named(self.NAME)
+        assert found.problem == "does not find what is certainly there"
+        assert found.remedy is not None
+
+    def test_a_probe_that_sees_only_a_part_of_the_host_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(capabilities, "SenderProbe", _Blind)
+        monkeypatch.setattr(capabilities, "_expect", lambda _: None)
+        monkeypatch.setattr(_Blind, "scope", "/sys/fs/cgroup/inner")
+        found = _named(self.NAME)
+        assert found.problem == "it sees no process outside of the cgroup /sys/fs/cgroup/inner"
+        assert (found.remedy or "").startswith("give the container the host's cgroup tree")
+
+
+class _Blind:
+    """A probe that reports nothing."""
+
+    scope: str | None = None
+
+    def __init__(self, _: object) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add(self, *_: object) -> None:
+        pass
+
+    def read(self) -> list[Event]:
+        return []
 
 
 class TestPtraceRights:

@@ -27,7 +27,7 @@ from tests.proxy.spawned import environment, run, spawned
         (["serve", "--mode"], "'--mode' requires an argument"),
         (["serve", "--mode", "strict"], "--mode or PGGUARD_MODE should be 'log' or 'reject', not 'strict'"),
         (["serve", "--sql", "some"], "should be 'normalized', 'full' or 'none', not 'some'"),
-        (["serve", "--attribution", "on"], "should be 'auto', 'proc' or 'off', not 'on'"),
+        (["serve", "--attribution", "on"], "should be 'auto', 'ebpf', 'proc' or 'off', not 'on'"),
         (["serve", "--listen", "6544"], "--listen 6544: write HOST:PORT or unix:DIR[:PORT]"),
         (["serve", "--listen", "unix:/nowhere"], "create the directory /nowhere"),
         (["serve", "--upstream", "host"], '--upstream: missing "=" after "host"'),

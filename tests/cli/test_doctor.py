@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pgguard.attribution.capabilities import KERNEL_SENDERS, Capability
+from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.cli import doctor as command
 from pgguard.cli import serve
 from pgguard.cli.doctor import doctor
 from pgguard.cli.main import main
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.settings import Settings
-from tests.proxy.spawned import run
+from tests.proxy.conftest import backend
+from tests.proxy.messages import ANSWER, LOGGED_IN, TERMINATE, Client, query, startup
+from tests.proxy.spawned import Spawned, environment, run
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
+
+    from tests.proxy.fake_backend import FakeBackend
+
+__all__ = ["backend"]
 
 PROC = Capability("/proc", "names processes", essential=True, unix_instead=False)
 SENDERS = Capability(KERNEL_SENDERS, "names senders", essential=False, unix_instead=False)
@@ -56,7 +70,8 @@ def test_on_this_machine(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout, "colours are for terminals"
     assert max(map(len, done.stdout.splitlines())) <= 80
-    for name in "/proc", "sock_diag for TCP", KERNEL_SENDERS, "waiting threads", "Python stacks":
+    names = "/proc", "sock_diag for TCP", KERNEL_SENDERS, "kernel senders on TCP", "waiting threads", "Python stacks"
+    for name in names:
         assert f" {name}: " in done.stdout
 
 
@@ -129,7 +144,7 @@ def test_the_command_ends_with_its_status(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_a_guard_does_without_what_is_missing_unless_it_is_told_to_insist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "check", lambda: (PROC, SENDERS, NO_TCP, NO_THREADS))
+    monkeypatch.setattr(serve, "check", lambda **_: (PROC, SENDERS, NO_TCP, NO_THREADS))
     assert serve._missing_capabilities(Settings(attribution="auto")) == [NO_TCP, NO_THREADS]
     assert serve._missing_capabilities(Settings(attribution="off")) == []
     with pytest.raises(ConfigurationError) as raised:
@@ -137,5 +152,147 @@ def test_a_guard_does_without_what_is_missing_unless_it_is_told_to_insist(monkey
     assert str(raised.value) == (
         "--attribution proc: sock_diag for TCP: no such family; allow it; or use --attribution auto"
     )
-    monkeypatch.setattr(serve, "check", lambda: (PROC, SENDERS, NO_THREADS))
+    monkeypatch.setattr(serve, "check", lambda **_: (PROC, SENDERS, NO_THREADS))
     assert serve._missing_capabilities(Settings(attribution="proc")) == [NO_THREADS]
+
+
+# What keeps the kernel from naming senders on TCP, and what a guard and the doctor make of it
+
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all,+dac_read_search"]
+"""May read wherever the interpreter is, and nothing else."""
+NOBODY.append("--ambient-caps=+dac_read_search")
+
+WITHOUT = pytest.mark.parametrize(
+    ("wrapper", "problem", "remedy"),
+    [
+        pytest.param(
+            NOBODY,
+            "the guard lacks CAP_NET_ADMIN and CAP_PERFMON and CAP_BPF",
+            "run the guard as root, or give it all of CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN",
+            id="nobody",
+        ),
+        pytest.param(
+            ["setpriv", "--bounding-set=-net_admin"],
+            "the guard lacks CAP_NET_ADMIN",
+            "run the guard as root, or give it all of CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN",
+            id="one capability",
+        ),
+        pytest.param(
+            ["unshare", "-Ur"],
+            "the guard is in a user namespace, in which its capabilities don't extend to the kernel's programs",
+            "run it outside: as root of the host, or in a container that is not rootless",
+            id="user namespace",
+        ),
+        pytest.param(
+            ["unshare", "-m", "sh", "-c", 'umount -a -t cgroup2 && exec "$@"', "sh"],
+            "no cgroup v2 hierarchy is mounted",
+            "mount one: mkdir /run/pgguard-cgroup && mount -t cgroup2 none /run/pgguard-cgroup",
+            id="no cgroup v2",
+        ),
+    ],
+)
+
+
+def _wrapped(wrapper: list[str], *arguments: str, cwd: Path) -> list[str]:
+    """The command line, if ``wrapper`` works here and what it leaves can run an interpreter."""
+    try:
+        tried = subprocess.run(
+            [*wrapper, sys.executable, "-c", ""], check=False, capture_output=True, text=True, cwd=cwd, timeout=20
+        )
+    except OSError as error:
+        pytest.skip(str(error))
+    if tried.returncode:
+        pytest.skip(f"{' '.join(wrapper)}: {tried.stderr.strip()}")
+    if os.geteuid() != 0 or "bounding" in wrapper[1] or "-m" in wrapper:
+        try:
+            SenderProbe([]).close()
+        except ProbeUnavailable as unavailable:
+            pytest.skip(f"something else is missing here: {unavailable}")
+    return [*wrapper, sys.executable, "-m", "pgguard", *arguments]
+
+
+@WITHOUT
+def test_a_guard_that_insists_on_the_probe_says_what_is_missing_and_the_one_thing_to_do(
+    wrapper: list[str], problem: str, remedy: str
+) -> None:
+    with tempfile.TemporaryDirectory() as name:  # that anybody may enter, other than pytest's
+        Path(name).chmod(0o755)
+        arguments = ("serve", "--listen", "127.0.0.1:0", "--upstream", "host=127.0.0.1 port=1", "--attribution", "ebpf")
+        command_line = _wrapped(wrapper, *arguments, cwd=Path(name))
+        done = subprocess.run(
+            command_line, check=False, cwd=name, env=environment(), capture_output=True, text=True, timeout=20
+        )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"pgguard: --attribution ebpf: {problem}; {remedy}")
+    assert done.stderr.endswith("; or use --attribution auto\n")
+    assert done.stderr.count("\n") == 1
+
+
+@contextmanager
+def _running(wrapper: list[str], backend: FakeBackend) -> Iterator[Spawned]:
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        arguments = ("serve", "--listen", "127.0.0.1:0", "--upstream", f"host=127.0.0.1 port={backend.port}")
+        command_line = _wrapped(wrapper, *arguments, cwd=Path(name))
+        with subprocess.Popen(command_line, cwd=name, env=environment(), stderr=subprocess.PIPE) as process:
+            try:
+                yield Spawned(process)
+            finally:
+                if process.poll() is None:
+                    process.kill()
+
+
+@WITHOUT
+async def test_a_guard_that_may_do_without_the_probe_says_so_and_works(
+    wrapper: list[str], problem: str, remedy: str, backend: FakeBackend
+) -> None:
+    with _running(wrapper, backend) as guard:
+        client = await Client.connect(guard.port)
+        backend.keep(client)
+        await client.send(startup())
+        server = await backend.accept()
+        await server.log_in()
+        await client.expect(LOGGED_IN)
+        await client.send(query("select 1"))
+        await server.expect(query("select 1"))
+        await server.send(ANSWER)
+        await client.expect(ANSWER)
+        await client.send(TERMINATE)
+        await client.close()
+        await server.expect(TERMINATE)
+        await server.close()
+        guard.signal(signal.SIGTERM)
+        said = guard.end()
+    [line] = [line for line in said.splitlines() if "kernel senders on TCP" in line]
+    assert line.startswith(f"pgguard: attribution does without kernel senders on TCP: {problem}; {remedy}")
+    assert "the kernel names every sender" not in said
+    assert "1 session, no faults" in said
+
+
+@WITHOUT
+def test_the_doctor_says_the_same_of_the_probe_as_the_guard(wrapper: list[str], problem: str, remedy: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        command_line = _wrapped(wrapper, "doctor", "--json", cwd=Path(name))
+        done = subprocess.run(
+            command_line, check=False, cwd=name, env=environment(), capture_output=True, text=True, timeout=30
+        )
+    assert done.stderr == ""
+    [checked] = [one for one in json.loads(done.stdout) if one["name"] == "kernel senders on TCP"]
+    assert not checked["available"]
+    assert not checked["essential"]
+    assert checked["unix_instead"]
+    assert checked["problem"] == problem
+    assert checked["remedy"].startswith(remedy)
+
+
+def test_without_a_tcp_listener_no_probe_is_missed() -> None:
+    assert serve._start_probe("ebpf", []) is None
+    assert serve._start_probe("off", [("127.0.0.1", 1)]) is None
+
+
+def test_insisting_on_what_proc_gives_is_part_of_insisting_on_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "check", lambda **_: (PROC, SENDERS, NO_TCP))
+    with pytest.raises(ConfigurationError, match=re.escape("--attribution ebpf: sock_diag for TCP: no such family")):
+        serve._missing_capabilities(Settings(attribution="ebpf"))

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.servers import not_installed
 
 if TYPE_CHECKING:
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
 
 PROGRAMS = Path(__file__).parent / "programs"
 _SECONDS = 15.0
+
+every_transport = pytest.mark.parametrize("transport", ["probed", "sampled", "unix"], indirect=True)
+"""For tests in which it matters who tells the guard who sends."""
+named_transport = pytest.mark.parametrize("transport", ["probed", "unix"], indirect=True)
+"""For tests in which the kernel does."""
+sampled_transport = pytest.mark.parametrize("transport", ["sampled"], indirect=True)
+"""For tests in which nobody does."""
 
 
 def interpreter(name: str, *needs: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.running import PROGRAMS, interpreter, named, running
+from tests.integration.running import PROGRAMS, every_transport, interpreter, named, named_transport, running
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,16 +39,17 @@ def terminating_child(request: pytest.FixtureRequest) -> list[str | Path]:
 def pause(transport: Transport) -> str:
     """Seconds between the parent's last query and the fork.
 
-    Over TCP nobody says who sent that query. If it was the child, the connection may have been handed over to it, and
+    Where nobody says who sent that query: If it was the child, the connection may have been handed over to it, and
     it is its right to say goodbye; so the guard must have seen that there was no child yet.
     """
-    return "0" if transport == "unix" else "0.3"
+    return "0.3" if transport == "sampled" else "0"
 
 
 def errors(guard: GuardProcess) -> list[Fault]:
     return [fault for fault in guard.faults() if fault["severity"] == "error"]
 
 
+@every_transport
 def test_the_child_is_named(
     terminating_child: list[str | Path], guard: GuardProcess, transport: Transport, tmp_path: Path
 ) -> None:
@@ -62,12 +63,12 @@ def test_the_child_is_named(
     assert fault["message"]["name"] == "Terminate"
     assert said["child"] in named([fault])
     assert said["parent"] in named([fault])
-    if transport == "unix":
+    if transport != "sampled":
         assert named([fault], "intruder") == {said["child"]}
 
 
 @EXITING
-@pytest.mark.parametrize("transport", ["unix"], indirect=True)
+@named_transport
 def test_a_child_that_exits_at_once_does_not_go_unnoticed(
     terminating_child: list[str | Path], guard: GuardProcess, transport: Transport, tmp_path: Path
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_child_that_exits_at_once_does_not_go_unnoticed(
 
 
 @EXITING
+@every_transport
 def test_a_dropped_goodbye_leaves_the_parent_its_connection(
     terminating_child: list[str | Path], start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
@@ -96,6 +98,7 @@ def test_a_dropped_goodbye_leaves_the_parent_its_connection(
     assert errors(guard) == [fault]
 
 
+@every_transport
 @pytest.mark.parametrize("scenario", ["parent_closes", "daemon_closes"])
 def test_a_goodbye_by_whoever_the_connection_belongs_to_is_left_alone(
     scenario: str, guard: GuardProcess, transport: Transport, tmp_path: Path
@@ -109,6 +112,7 @@ def test_a_goodbye_by_whoever_the_connection_belongs_to_is_left_alone(
     assert errors(guard) == []
 
 
+@every_transport
 def test_pg_basebackup_is_left_alone(server: Server, guard: GuardProcess, transport: Transport, tmp_path: Path) -> None:
     """Its child, which streams the WAL, says goodbye on the parent's connection as it exits, when that isn't needed.
 

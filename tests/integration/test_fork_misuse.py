@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from tests.guard_process import Fault, GuardProcess
     from tests.servers import Address, Transport
+from tests.integration.running import every_transport, named_transport, sampled_transport
 
 PROGRAM = Path(__file__).parent / "programs" / "shared_connection.py"
 
@@ -57,8 +58,9 @@ def pids_named(fault: Fault) -> set[int]:
     return {culprit["pid"] for culprit in fault["culprits"]} - {None}
 
 
-def test_overlapping_requests_over_a_unix_socket_name_intruder_and_requester(guard: GuardProcess) -> None:
-    parent, child = play("overlapping", guard, "unix")
+@named_transport
+def test_overlapping_requests_name_intruder_and_requester(guard: GuardProcess, transport: Transport) -> None:
+    parent, child = play("overlapping", guard, transport)
 
     first, *others = guard.faults("shared-by-processes")
     assert first["severity"] == "error"
@@ -68,7 +70,7 @@ def test_overlapping_requests_over_a_unix_socket_name_intruder_and_requester(gua
     assert (parent, "kernel-sender") in culprits(first)["requester"]
     assert f"pid {child}" in first["summary"]
     assert f"pid {parent}" in first["summary"]
-    assert first["session"]["transport"] == "unix"
+    assert first["session"]["transport"] == ("unix" if transport == "unix" else "tcp")
     assert first["message"]["name"] == "Query"
     assert first["libpq"] == "message type 0x54 arrived from server while idle"
 
@@ -82,9 +84,10 @@ def test_overlapping_requests_over_a_unix_socket_name_intruder_and_requester(gua
     assert 1 + sum(1 + other["suppressed"] for other in others) >= 5, "no repeat goes uncounted"
 
 
-def test_each_culprit_is_described_as_it_was(guard: GuardProcess) -> None:
+@named_transport
+def test_each_culprit_is_described_as_it_was(guard: GuardProcess, transport: Transport) -> None:
     """Name, command line and parent come from /proc, so that a report can be read when the processes are gone."""
-    parent, _ = play("overlapping", guard, "unix")
+    parent, _ = play("overlapping", guard, transport)
     [process] = [
         culprit["process"]
         for culprit in guard.faults("shared-by-processes")[0]["culprits"]
@@ -94,9 +97,12 @@ def test_each_culprit_is_described_as_it_was(guard: GuardProcess) -> None:
     assert process["ppid"] == parent
 
 
-def test_overlapping_requests_over_tcp_name_everyone_who_has_the_socket(guard: GuardProcess) -> None:
+@sampled_transport
+def test_overlapping_requests_of_nobody_knows_whom_name_everyone_who_has_the_socket(
+    guard: GuardProcess, transport: Transport
+) -> None:
     """Nobody says there who sent what, so no single process is accused; but that libpq never overlaps is certain."""
-    parent, child = play("overlapping", guard, "tcp")
+    parent, child = play("overlapping", guard, transport)
     first = guard.faults("request-while-busy")[0]
     assert first["severity"] == "error"
     assert first["session"]["transport"] == "tcp"
@@ -106,9 +112,10 @@ def test_overlapping_requests_over_tcp_name_everyone_who_has_the_socket(guard: G
     assert guard.faults("shared-by-processes") == []
 
 
-def test_taking_perfect_turns_over_a_unix_socket_is_an_error(guard: GuardProcess) -> None:
+@named_transport
+def test_taking_perfect_turns_is_an_error(guard: GuardProcess, transport: Transport) -> None:
     """Nothing overlaps, so only the sender's identity can tell."""
-    parent, child = play("in_turn", guard, "unix")
+    parent, child = play("in_turn", guard, transport)
     inherited = guard.faults("inherited-connection")[0]
     shared = guard.faults("shared-by-processes")[0]
     assert inherited["severity"] == "warning"
@@ -119,26 +126,32 @@ def test_taking_perfect_turns_over_a_unix_socket_is_an_error(guard: GuardProcess
     assert (child, "kernel-sender") in culprits(shared)["requester"]
 
 
-def test_taking_perfect_turns_over_tcp_is_seen_as_an_inherited_connection(guard: GuardProcess) -> None:
-    with scenario("in_turn", guard.tcp) as pids:
+@sampled_transport
+def test_taking_perfect_turns_unnoticed_is_seen_as_an_inherited_connection(
+    guard: GuardProcess, transport: Transport
+) -> None:
+    with scenario("in_turn", guard.at(transport)) as pids:
         found = guard.wait_for("inherited-connection", timeout=3)
         assert pids_named(found[-1]) == set(pids)
     guard.assert_no_faults(except_kinds={"inherited-connection"})
 
 
-def test_a_third_process_over_a_unix_socket_is_an_error(guard: GuardProcess) -> None:
-    parent, first, second = play("third_process", guard, "unix")
+@named_transport
+def test_a_third_process_is_an_error(guard: GuardProcess, transport: Transport) -> None:
+    parent, first, second = play("third_process", guard, transport)
     shared = guard.faults("shared-by-processes")[0]
     assert culprits(shared)["intruder"] == [(second, "kernel-sender")]
     assert {first, parent} <= pids_named(shared)
 
 
-def test_a_third_process_over_tcp_is_among_the_holders(guard: GuardProcess) -> None:
-    with scenario("third_process", guard.tcp) as pids:
+@sampled_transport
+def test_a_third_process_that_nobody_names_is_among_the_holders(guard: GuardProcess, transport: Transport) -> None:
+    with scenario("third_process", guard.at(transport)) as pids:
         found = guard.wait_for("inherited-connection", timeout=3)
         assert pids_named(found[-1]) == set(pids)
 
 
+@every_transport
 def test_a_hand_over_is_only_a_warning(guard: GuardProcess, transport: Transport) -> None:
     """pg_basebackup does it: an error here would end correct programs in ``reject`` mode."""
     with scenario("handed_over", guard.at(transport)) as (parent, child):
@@ -146,7 +159,7 @@ def test_a_hand_over_is_only_a_warning(guard: GuardProcess, transport: Transport
         assert found[-1]["severity"] == "warning"
         assert pids_named(found[-1]) == {parent, child}
         named = {culprit["pid"] for culprit in found[0]["culprits"] if culprit["evidence"] == "kernel-sender"}
-        assert named == ({parent, child} if transport == "unix" else set())
+        assert named == (set() if transport == "sampled" else {parent, child})
     guard.assert_no_faults(except_kinds={"inherited-connection"})
 
 
