@@ -391,11 +391,7 @@ class Programs:
         code.label("all certain")
         self._run_for_the_next(code)
         code.label("certain")
-        self._reserve(code, Kind.SENDING, "end")
-        self._pids(code)
-        self._position(code)
-        code.store(R9, SIZE, R8, 4)
-        self._submit(code)
+        self._report(code, Kind.SENDING)
         code.jump("end")
 
         code.label("full")
@@ -406,26 +402,22 @@ class Programs:
         code.label("uncertain")
         self._run_for_the_next(code)
         code.label("not certain")
-        self._reserve(code, Kind.UNCERTAIN, "end")
-        self._pids(code)
-        self._position(code)
-        code.store(R9, SIZE, R8, 4)
-        self._submit(code)
+        self._report(code, Kind.UNCERTAIN)
         code.jump("end")
 
         if not self._blocking:
-            self._blocked(code)
+            code.label("blocking")
+            self._run_for_the_next(code)
+            self._report(code, Kind.BLOCKING)
 
         code.label("end")
         code.compute_constant(R0, "=", _SK_PASS)
         code.exit()
         return code.assemble()
 
-    def _blocked(self, code: Assembler) -> None:
-        """Report that the socket has come to block."""
-        code.label("blocking")
-        self._run_for_the_next(code)
-        self._reserve(code, Kind.BLOCKING, "end")
+    def _report(self, code: Assembler, kind: Kind) -> None:
+        """Report who sends, from where on in the stream, and how much, which is R8."""
+        self._reserve(code, kind, "end")
         self._pids(code)
         self._position(code)
         code.store(R9, SIZE, R8, 4)
