@@ -213,7 +213,7 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
 def _try_tcp_senders() -> str | None:
     """Have the kernel name ourselves as the sender of a byte."""
     try:
-        probe = SenderProbe([])
+        probe = SenderProbe([], blocking=True)
     except ProbeUnavailable as error:
         raise _Missing(error.problem, error.remedy) from error
     with probe, socket.create_server(("127.0.0.1", 0)) as listener:
@@ -232,7 +232,7 @@ def _try_tcp_senders() -> str | None:
 
 _TCP_SENDERS = _Check(
     "kernel senders on TCP",
-    "names the process and the thread that sent each byte",
+    "names the process and the thread that sent each byte, on sockets that don't block; with --attribution ebpf on all",
     _try_tcp_senders,
     "run the guard on the host's own kernel, not on a sandbox's imitation of one",
     unix_instead=True,

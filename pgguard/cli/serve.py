@@ -115,7 +115,9 @@ def _start_probe(attribution: str, listeners: Sequence[tuple[str, int]]) -> Send
             raise ConfigurationError(f"--attribution ebpf: {error}; or use --attribution auto") from error
         logger.warning("attribution does without kernel senders on TCP: %s", error)
         return None
-    logger.info("attribution: the kernel names every sender on TCP")
+    insisted = attribution == "ebpf"
+    those = "every sender" if insisted else "senders whose sockets don't block (libpq's, asyncio's), or with ebpf all,"
+    logger.info("attribution: on TCP the kernel names %s by process and thread", those)
     if probe.scope is not None:
         logger.warning("of senders on TCP only those in the cgroup %s are seen: %s", probe.scope, scope_remedy())
     return probe

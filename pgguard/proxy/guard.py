@@ -264,7 +264,15 @@ class Guard:
         return session
 
     def _open_account(self, sock: trio.socket.SocketType) -> TcpAccount | None:
-        return None if self._senders is None else _plain(sock, self._senders.open)
+        if self._senders is None:
+            return None
+        try:
+            return _plain(sock, self._senders.open)
+        except OSError:
+            raise
+        except Exception:
+            logger.exception("who sends on a connection will not be known")
+            return None
 
     def _close_account(self, account: TcpAccount | None) -> None:
         if self._senders is not None and account is not None:

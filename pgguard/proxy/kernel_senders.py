@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from typing import TYPE_CHECKING
 
 from pgguard.attribution.ebpf.account import Account, Accounts
+from pgguard.attribution.ebpf.bpf import BpfError
 from pgguard.attribution.ebpf.probe import connection_key
 from pgguard.session.verdicts import Sender
 
@@ -58,6 +60,9 @@ class KernelSenders:
         # Urgent data would be taken out of the stream, and positions in it be off.
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         key = connection_key(accepted)
+        # On an address that this host has got since it began to listen on all of them, the next connection is watched.
+        with contextlib.suppress(BpfError):
+            self._probe.add(*accepted.getsockname()[:2])
         self.feed()
         return TcpAccount(key, self._accounts.open(key))
 

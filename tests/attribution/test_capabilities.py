@@ -131,7 +131,9 @@ class TestKernelSendersOnTcp:
         except ProbeUnavailable as unavailable:
             expected = unavailable.problem, unavailable.remedy
         assert (found.problem, found.remedy) == expected
-        assert found.purpose == "names the process and the thread that sent each byte"
+        assert found.purpose == (
+            "names the process and the thread that sent each byte, on sockets that don't block; with --attribution ebpf on all"
+        )
 
     def test_they_are_not_essential_and_unix_sockets_do_instead(self) -> None:
         found = _named(self.NAME)
@@ -139,14 +141,14 @@ class TestKernelSendersOnTcp:
         assert found.unix_instead
 
     def test_who_goes_on_to_use_the_probe_needs_no_check_of_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(*_: object) -> None:
+        def refuse(*_: object, **__: object) -> None:
             raise AssertionError("it was tried")
 
         monkeypatch.setattr(capabilities, "SenderProbe", refuse)
         assert self.NAME not in [capability.name for capability in check(probe=False)]
 
     def test_a_probe_that_can_not_be_had_is_reported_with_what_to_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(*_: object) -> None:
+        def refuse(*_: object, **__: object) -> None:
             raise ProbeUnavailable("the guard lacks CAP_BPF", "run the guard as root")
 
         monkeypatch.setattr(capabilities, "SenderProbe", refuse)
@@ -172,7 +174,7 @@ class _Blind:
 
     scope: str | None = None
 
-    def __init__(self, _: object) -> None:
+    def __init__(self, _: object, *, blocking: bool) -> None:
         pass
 
     def __enter__(self) -> None:
@@ -279,7 +281,7 @@ class TestNamespaces:
     def test_without_the_right_to_enter_network_namespaces_their_tables_do(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def refuse(*_: object) -> list[int | None]:
+        def refuse(*_: object, **__: object) -> list[int | None]:
             raise PermissionError(1, "Operation not permitted")
 
         monkeypatch.setattr(capabilities, "ask_in_namespace", refuse)

@@ -82,7 +82,7 @@ def culprits(fault: Fault) -> set[tuple[str, int | None, int | None, str]]:
 
 
 def test_the_guard_says_that_the_kernel_names_senders(guard: GuardProcess) -> None:
-    assert "pgguard: attribution: the kernel names every sender on TCP\n" in guard.stderr
+    assert "pgguard: attribution: on TCP the kernel names every sender by process and thread\n" in guard.stderr
     assert "does without kernel senders" not in guard.stderr
 
 

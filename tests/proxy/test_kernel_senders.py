@@ -58,6 +58,9 @@ class Reports:
         self._events: list[Event] = []
         self._positions: dict[bytes, int] = {}
 
+    def add(self, host: str, port: int) -> None:
+        """Every address is watched."""
+
     def read(self) -> list[Event]:
         events, self._events = self._events, []
         return events

@@ -71,8 +71,8 @@ class Account:
         self.cookie: int | None = None
         """Under which the probe watches the connection."""
         self.contradictions = 0
-        """How often two threads were said to have sent the same bytes. It can't happen; those that are still to be
-        read are unknown then."""
+        """How often two threads were said to have sent the same bytes, as it happens if something that is assumed
+        doesn't hold (:mod:`programs`). Those that are still to be read are unknown then."""
 
     def apply(self, event: Event) -> None:
         """Take an event of this connection into account, in the order in which they were read."""
@@ -190,6 +190,8 @@ class Accounts:
         found = self._open.get(key)
         if found is not None and found[1] is account:
             del self._open[key]
+        elif found is None:
+            self._early.pop(key, None)
 
     def _keep(self, event: Event) -> None:
         events = self._early.setdefault(event.key, [])
