@@ -132,7 +132,8 @@ class TestKernelSendersOnTcp:
             expected = unavailable.problem, unavailable.remedy
         assert (found.problem, found.remedy) == expected
         assert found.purpose == (
-            "names the process and the thread that sent each byte, on sockets that don't block; with --attribution ebpf on all"
+            "names the process and the thread that sent each byte, on sockets that don't block; "
+            "with --attribution ebpf on all"
         )
 
     def test_they_are_not_essential_and_unix_sockets_do_instead(self) -> None:
