@@ -701,7 +701,7 @@ else:
     ("wrapper", "expected"),
     [
         (
-            ["setpriv", "--reuid=nobody", "--clear-groups"],
+            ["setpriv", "--bounding-set=-all"],
             "lacks CAP_NET_ADMIN and CAP_PERFMON and CAP_BPF; run the guard",
         ),
         (["setpriv", "--bounding-set=-bpf,-sys_admin"], "the guard lacks CAP_BPF; "),
