@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.guard_process import Fault, GuardProcess
     from tests.servers import Address, Transport
 
-pytestmark = [pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session"), every_transport]
+pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
 
 LIBPQ = re.compile(r"message type 0x[0-9a-f]{2} arrived from server while idle")
 CORRECT_REQUESTS = 10_000
@@ -141,6 +141,7 @@ def errors(guard: GuardProcess) -> list[Fault]:
     return [fault for fault in guard.faults() if fault["severity"] == "error"]
 
 
+@every_transport
 def test_puma_workers_with_the_masters_pool_are_named(
     guard: GuardProcess, transport: Transport, tmp_path: Path
 ) -> None:
@@ -174,6 +175,7 @@ WORKERS = [
 ]
 
 
+@every_transport
 @pytest.mark.parametrize("worker", WORKERS)
 def test_gunicorn_workers_with_the_preloaded_engine_are_named(
     worker: list[str], guard: GuardProcess, transport: Transport, tmp_path: Path
@@ -186,7 +188,7 @@ def test_gunicorn_workers_with_the_preloaded_engine_are_named(
     assert "post_fork" in shared[0]["advice"]["text"]
 
 
-@pytest.mark.parametrize("worker", WORKERS)
+@pytest.mark.parametrize("worker", WORKERS[1:])
 def test_gunicorn_that_disposes_of_the_engine_after_the_fork_is_left_alone(
     worker: list[str], guard: GuardProcess, transport: Transport, tmp_path: Path
 ) -> None:
