@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
     from tests.guard_process import Fault, GuardProcess
     from tests.servers import Address, Transport
+import pytest
+
 from tests.integration.running import every_transport, named_transport, sampled_transport
+
+pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
 
 PROGRAM = Path(__file__).parent / "programs" / "shared_connection.py"
 
