@@ -30,8 +30,10 @@ _STAYING_BUDGET: Final = 0.02
 """Seconds for which a process is given to close a connection that it has said Terminate on."""
 _DESCRIBED: Final = 6
 """Processes of which it is looked at what they run and what their only thread does."""
-_STACKED: Final = 4
-"""Threads whose stacks are read."""
+_PROGRAMS_BUDGET: Final = 0.01
+"""Seconds that are left for it to be seen what the processes run."""
+_STACKED: Final = 2
+"""Threads whose stacks are read, both sides of a fault: more of them at once would have none in time."""
 
 _READ_BY_CLIENTS: Final = frozenset(Kind) - {
     Kind.UNCLEAN_CLOSE,
@@ -113,8 +115,8 @@ class Investigation:
         if self._verdict.kind is Kind.CONNECTION_EXHAUSTION:
             self._count_connections()
         self._look_at_threads(opening)
-        self._look_at_programs()
         self._look_at_stacks()
+        self._look_at_programs()
 
     @property
     def _findings(self) -> Findings:
@@ -233,7 +235,7 @@ class Investigation:
         findings = self._findings
         sleeps: list[Sleep] = [one.sleep for one in findings.waiting]
         sleeps += [sleep for sleep in findings.only_threads.values() if sleep not in sleeps]
-        remaining = self._ends - time.monotonic()
+        remaining = self._ends - _PROGRAMS_BUDGET - time.monotonic()
         if sleeps and remaining > 0:
             stacks = self._witness.stacks(sleeps[:_STACKED], seconds=remaining)
             self._findings = replace(self._findings, stacks=stacks)
