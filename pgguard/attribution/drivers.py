@@ -1,17 +1,26 @@
-"""What a client process speaks PostgreSQL's protocol with, told by the files that it has mapped.
+"""What a client speaks PostgreSQL's protocol with, told by what it runs and by what it says as it connects.
 
 It matters because a client that is allowed to pipeline looks like one that is confused: with libpq, overlapping
 requests of one process are certainly wrong, with others they need not be.
+
+*What it runs* (:data:`SIGNS`) tells libpq, and otherwise the language. *What it says* is the settings that it asks for
+as it connects: which, in which order and with which values is a habit of each driver (:data:`HABITS`). Some habits are
+one driver's alone, so that they tell it wherever it runs, on another host for one. Others tell which of a language's
+drivers it is. And where what is said can't be libpq's though libpq is loaded, something else speaks on the connection:
+a relay that passes on what its own client says, or one more driver in the same process. Then nothing is known, and
+doubt acquits.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from enum import Enum
 from typing import NamedTuple
 
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.images import Image, library, program, read_image
+from pgguard.attribution.runtime import Language, Library, Runtime
 
 
 class _Place(Enum):
@@ -57,15 +66,107 @@ SIGNS = (
     _Sign(_Place.PROGRAM, program(r"python\d*(\.\d+)?[a-z]*"), Driver.PYTHON, "CPython's program"),
     _Sign(_Place.MAPPED, library(r"libpython\d[\d.]*[a-z]*"), Driver.PYTHON, "Python within uWSGI, mod_wsgi…"),
 )
-"""What tells which driver; the first sign that is there decides.
+"""What a process runs tells which driver; the first sign that is there decides.
 
-There is none for Go: its programs are told from others only by notes within the file, and they are judged like
-unknown ones anyway.
+There is none for Go: its programs are told by notes within the file, as :mod:`pgguard.attribution.runtime` reads them.
 """
 
 
+class _Habit(NamedTuple):
+    driver: Driver
+    names: re.Pattern[str]
+    """What the names of the settings match, one blank in front of each, all of them in their order."""
+    source: str
+    values: Mapping[str, str] = {}
+    """Settings that have to be there with these values."""
+    within: Driver | None = None
+    """What the process has to run; ``None``: the habit is this driver's alone."""
+    library: Library | None = None
+    """What it has to show as well, where the habit alone is not enough."""
+
+
+HABITS = (
+    # Those that are one driver's alone come first.
+    _Habit(
+        Driver.ASYNCPG,
+        re.compile(" client_encoding user database( .*)?"),
+        "asyncpg/protocol/coreproto.pyx, _connect(): the encoding first, and in quotes",
+        {"client_encoding": "'utf-8'"},
+    ),
+    _Habit(
+        Driver.TOKIO_POSTGRES,
+        re.compile(" client_encoding user( database)?( options)?( application_name)?( replication)?"),
+        "tokio-postgres/src/connect_raw.rs, startup(): the encoding first",
+        {"client_encoding": "UTF8"},
+    ),
+    _Habit(
+        Driver.LIB_PQ,
+        re.compile(".*"),
+        "lib/pq's connector.go, NewConnector(): three settings, in the order of a map, which is none",
+        {"client_encoding": "UTF8", "datestyle": "ISO, MDY", "extra_float_digits": "2"},
+    ),
+    _Habit(
+        Driver.PGJDBC,
+        re.compile(" user database client_encoding DateStyle( .*)?"),
+        "pgjdbc's ConnectionFactoryImpl.getParametersForStartup()",
+        {"client_encoding": "UTF8", "DateStyle": "ISO"},
+    ),
+    _Habit(
+        Driver.POSTGRES_JS,
+        re.compile(" user database client_encoding( .*)? application_name( .*)?"),
+        "postgres.js's src/connection.js, StartupMessage(), and src/index.js, parseOptions()",
+        {"client_encoding": "UTF8", "application_name": "postgres.js"},
+    ),
+    _Habit(
+        Driver.POSTGRES_JS,
+        re.compile(" user database client_encoding( .+)"),
+        "the same, when the application gives itself another name",
+        {"client_encoding": "UTF8"},
+        Driver.NODE,
+    ),
+    _Habit(
+        Driver.NODE_POSTGRES,
+        re.compile(" user( database)?( .+)? client_encoding"),
+        "pg's lib/client.js, getStartupConf(), and pg-protocol's serializer.ts, startup(): the encoding last",
+        {"client_encoding": "UTF8"},
+        Driver.NODE,
+        Library.NODE_POSTGRES,
+    ),
+    _Habit(
+        Driver.PGX,
+        re.compile("(?!.* extra_float_digits).*"),
+        "pgx's pgconn/pgconn.go, connect(): nothing but what it is told",
+        within=Driver.GO,
+        library=Library.PGX,
+    ),
+    _Habit(
+        Driver.LIBPQ,
+        re.compile(
+            "( user)?( database)?( replication)?( options)?( application_name)?( client_encoding)?"
+            "( datestyle)?( timezone)?( geqo)?"
+        ),
+        "libpq's fe-protocol3.c, build_startup_packet(), and fe-connect.c, EnvironmentOptions",
+        within=Driver.LIBPQ,
+    ),
+    _Habit(
+        Driver.PYTHON,
+        re.compile("( user)?( database)?( application_name)?( replication)?"),
+        "pg8000's core.py, CoreConnection.__init__()",
+        within=Driver.PYTHON,
+    ),
+)
+"""What a client says as it connects tells which driver; the first habit that fits decides."""
+
+_EXTENSION = "_pq_."
+"""What the names of protocol extensions begin with, which any driver may come to ask for: "StartupMessage" in
+PostgreSQL's documentation of its messages."""
+
+_NEEDS_HABIT = frozenset({Driver.LIBPQ, Driver.PYTHON})
+"""Drivers that aren't believed in where what is said isn't what they say."""
+
+
 def driver_of(process: int | Image) -> Driver:
-    """Tell what a process speaks to PostgreSQL with; ``UNKNOWN`` if it is gone or can't be looked at.
+    """Tell what a process speaks to PostgreSQL with, by what it runs; ``UNKNOWN`` if it is gone or can't be looked at.
 
     Not to be remembered for long: a process may load libpq at any time.
 
@@ -77,3 +178,25 @@ def driver_of(process: int | Image) -> Driver:
         return Driver.UNKNOWN
     paths = {_Place.MAPPED: image.mapped, _Place.PROGRAM: image.program}
     return next((sign.driver for sign in SIGNS if sign.path.search(paths[sign.place])), Driver.UNKNOWN)
+
+
+def tell_driver(runs: Driver, runtime: Runtime, settings: Mapping[str, str]) -> Driver:
+    """Tell what speaks on a connection. Does no I/O.
+
+    Args:
+        runs: What :func:`driver_of` says of the process that opened it; ``UNKNOWN`` if nobody knows that one.
+        runtime: What that process runs.
+        settings: What the client asked for as it connected, by name, in its order; empty if that isn't known.
+    """
+    if runs is Driver.UNKNOWN and runtime.language is Language.GO:
+        runs = Driver.GO
+    names = "".join(f" {name}" for name in settings if not name.startswith(_EXTENSION))
+    for habit in HABITS:
+        if (
+            habit.within in {None, runs}
+            and (habit.library is None or habit.library in runtime.libraries)
+            and habit.names.fullmatch(names)
+            and habit.values.items() <= settings.items()
+        ):
+            return habit.driver
+    return Driver.UNKNOWN if runs in _NEEDS_HABIT else runs

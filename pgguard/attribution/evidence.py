@@ -25,15 +25,26 @@ class Evidence(StrEnum):
 
 
 class Driver(StrEnum):
-    """What a client process speaks PostgreSQL's protocol with, as far as its mapped files tell."""
+    """What a client speaks PostgreSQL's protocol with, as far as what it runs and what it says of itself tell.
+
+    Those of a language stand for all of its drivers that nothing tells apart.
+    """
 
     LIBPQ = "libpq"
+    ASYNCPG = "asyncpg"
     PYTHON = "python"
-    """A Python interpreter without libpq: asyncpg, pg8000."""
+    """A Python interpreter without libpq: pg8000 for one."""
+    PGJDBC = "pgjdbc"
     JAVA = "java"
+    NODE_POSTGRES = "node-postgres"
+    POSTGRES_JS = "postgres.js"
     NODE = "node"
     DOTNET = "dotnet"
+    LIB_PQ = "lib/pq"
+    """Go's, which has nothing of libpq."""
+    PGX = "pgx"
     GO = "go"
+    TOKIO_POSTGRES = "tokio-postgres"
     UNKNOWN = "unknown"
 
 

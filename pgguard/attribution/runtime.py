@@ -2,8 +2,9 @@
 
 For advice that fits. Told by the files that it runs and has mapped, by its command line, and, as a library written in
 its own language leaves no trace in any of these, by what stands in its working directory: what ``Gemfile.lock`` lists,
-and ``manage.py``. That is weaker evidence: what is listed need not be loaded, and what is loaded need not be listed. So
-that Sequel or Django isn't named here says nothing. The environment, where secrets are, is never read.
+``manage.py``, and what ``node_modules`` holds. That is weaker evidence: what is listed need not be loaded, and what is
+loaded need not be listed. So that Sequel or Django isn't named here says nothing. Of a program that Go built it is the
+modules that it was linked from. The environment, where secrets are, is never read.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
+from pgguard.attribution.gobinary import go_modules
 from pgguard.attribution.images import Image, library, program, read_image
 
 
@@ -61,9 +62,13 @@ class Library(StrEnum):
     HANAMI = "Hanami"
     HANAMI_DB = "hanami-db"
     """Hanami's own database provider, which it has from 2.2 on wherever this gem is in the bundle."""
+    LIB_PQ = "lib/pq"
+    NODE_POSTGRES = "node-postgres"
     PDO_PGSQL = "pdo_pgsql"
     PG = "pg"
     PGSQL = "pgsql"
+    PGX = "pgx"
+    POSTGRES_JS = "postgres.js"
     PSYCOPG = "psycopg"
     PSYCOPG2 = "psycopg2"
     RAILS = "Rails"
@@ -88,7 +93,8 @@ class _Place(Enum):
     PROGRAM = "/proc/PID/exe"
     CMDLINE = "/proc/PID/cmdline, one blank between the arguments"
     GEMS = "Gemfile.lock in the working directory of a Ruby process: the lines of its gems"
-    DIRECTORY = "those of _FILES that there are in the working directory of a Python process, one a line"
+    DIRECTORY = "those of _FILES that there are in the working directory of a process of their language, one a line"
+    MODULES = "the modules that a Go program was linked from, one a line"
 
 
 class _Sign(NamedTuple):
@@ -118,6 +124,16 @@ def _script(name: str) -> re.Pattern[str]:
 def _gem(name: str) -> re.Pattern[str]:
     """A gem among those that Bundler has resolved: ``    sequel (5.84.0)``."""
     return re.compile(rf"^ {{4}}{name} \(", re.MULTILINE)
+
+
+def _package(name: str) -> re.Pattern[str]:
+    """A package that npm has installed."""
+    return re.compile(f"^node_modules/{name}/package.json$", re.MULTILINE)
+
+
+def _module(path: str) -> re.Pattern[str]:
+    """A module of Go's, in any of its major versions."""
+    return re.compile(rf"^{path}(/v\d+)?$", re.MULTILINE)
 
 
 SIGNS = (
@@ -175,6 +191,10 @@ SIGNS = (
     _Sign(_Place.CMDLINE, _script("django-admin"), Library.DJANGO, "its own command", Language.PYTHON),
     _Sign(_Place.CMDLINE, _script(r"manage\.py"), Library.DJANGO, "what startproject makes", Language.PYTHON),
     _Sign(_Place.DIRECTORY, re.compile(r"^manage\.py$", re.MULTILINE), Library.DJANGO, "likewise", Language.PYTHON),
+    _Sign(_Place.DIRECTORY, _package("pg"), Library.NODE_POSTGRES, "the package pg", Language.NODE),
+    _Sign(_Place.DIRECTORY, _package("postgres"), Library.POSTGRES_JS, "the package postgres", Language.NODE),
+    _Sign(_Place.MODULES, _module("github.com/lib/pq"), Library.LIB_PQ, "the module", Language.GO),
+    _Sign(_Place.MODULES, _module("github.com/jackc/(pgx|pgconn)"), Library.PGX, "or its half", Language.GO),
     _Sign(_Place.MAPPED, library("pgsql"), Library.PGSQL, "the extension", Language.PHP),
     _Sign(_Place.MAPPED, library("pdo_pgsql"), Library.PDO_PGSQL, "the extension", Language.PHP),
     _Sign(_Place.MAPPED, library("auto/DBD/Pg/Pg"), Library.DBD_PG, "its XS half", Language.PERL),
@@ -184,18 +204,10 @@ SIGNS = (
 _GEMFILE_LOCK = "Gemfile.lock"
 _LOCK_LIMIT = 1 << 20
 """Bytes of a ``Gemfile.lock`` that are looked at; those of very large applications have a tenth of it."""
-_FILES = ("manage.py",)
-
-_ELF64 = struct.Struct("<4sBB26xQ14xHH")
-"""``Elf64_Ehdr``: magic, class, byte order; where the program headers are, the size of one, how many. elf(5)."""
-_PROGRAM_HEADER = struct.Struct("<I4xQ16xQ")
-"""``Elf64_Phdr``: type, offset in the file, and, after two addresses, size in the file."""
-_NOTE = struct.Struct("<III")
-"""``Elf64_Nhdr``: size of the name, size of the content, type. Both follow, filled up to four bytes."""
-_PT_NOTE = 4
-_GO_NOTE = b"Go\0\0", 4
-"""Go's build id, ``.note.go.buildid``: ``cmd/internal/buildid/note.go`` in Go's sources."""
-_NOTES_LIMIT = 65536
+_FILES = {
+    Language.PYTHON: ("manage.py",),
+    Language.NODE: ("node_modules/pg/package.json", "node_modules/postgres/package.json"),
+}
 
 
 def runtime_of(process: int | Image) -> Runtime:
@@ -212,13 +224,14 @@ def runtime_of(process: int | Image) -> Runtime:
         return Runtime()
     places = {_Place.MAPPED: image.mapped, _Place.PROGRAM: image.program, _Place.CMDLINE: image.cmdline}
     language = next((what for what in _seen(places) if isinstance(what, Language)), None)
-    match language:
-        case None if _is_go(image.proc / "exe"):
-            language = Language.GO
-        case Language.RUBY:
-            places[_Place.GEMS] = _text(image.proc / "cwd" / _GEMFILE_LOCK)
-        case Language.PYTHON:
-            places[_Place.DIRECTORY] = "\n".join(name for name in _FILES if _is_file(image.proc / "cwd" / name))
+    if language is None and (modules := go_modules(image.proc / "exe")) is not None:
+        language = Language.GO
+        places[_Place.MODULES] = "\n".join(modules)
+    if language is Language.RUBY:
+        places[_Place.GEMS] = _text(image.proc / "cwd" / _GEMFILE_LOCK)
+    if language in _FILES:
+        files = (name for name in _FILES[language] if _is_file(image.proc / "cwd" / name))
+        places[_Place.DIRECTORY] = "\n".join(files)
     seen = list(_seen(places, language))
     return Runtime(
         language,
@@ -250,31 +263,3 @@ def _text(path: Path) -> str:
             return (file.read(_LOCK_LIMIT) or b"").decode(errors="replace")
     except OSError:
         return ""
-
-
-def _is_go(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return any(note == _GO_NOTE for note in _notes(file))
-    except (OSError, struct.error):
-        return False
-
-
-def _notes(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Yield the name and type of each note in a 64-bit little-endian program; struct.error if it is cut off."""
-    magic, kind, order, offset, size, count = _ELF64.unpack(file.read(_ELF64.size))
-    if (magic, kind, order) != (b"\x7fELF", 2, 1):
-        return
-    for n in range(count):
-        file.seek(offset + n * size)
-        kind, at, length = _PROGRAM_HEADER.unpack(file.read(_PROGRAM_HEADER.size))
-        if kind != _PT_NOTE:
-            continue
-        file.seek(at)
-        notes = file.read(min(length, _NOTES_LIMIT))
-        position = 0
-        while position + _NOTE.size <= len(notes):
-            name_size, content_size, note_kind = _NOTE.unpack_from(notes, position)
-            position += _NOTE.size
-            yield notes[position : position + name_size], note_kind
-            position += -(-name_size // 4) * 4 + -(-content_size // 4) * 4

@@ -16,7 +16,7 @@ from pgguard.attribution.findings import Findings
 from pgguard.attribution.holders import Holders, HolderWatch, is_older
 from pgguard.attribution.namespaces import NetworkNamespaces
 from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook, read_stat
-from pgguard.attribution.runtime import Library, Runtime, runtime_of
+from pgguard.attribution.runtime import Runtime, runtime_of
 from pgguard.attribution.sampling import Sample, sample_sender
 from pgguard.attribution.sockets import ClientSocket, TcpClient
 from pgguard.attribution.stacks import Stacks, python_stacks
@@ -52,7 +52,7 @@ class Opening:
     holders: Holders
     """Who had the socket open when it was looked for; empty if nobody was found."""
     driver: Driver
-    """The opener's, and so what speaks on the connection, whoever inherits it."""
+    """The opener's, by what it runs: :func:`pgguard.attribution.drivers.tell_driver` knows more."""
     runtime: Runtime
     """What the opener ran when it connected."""
 
@@ -226,13 +226,12 @@ class Witness:
 
         A client with libpq closes its socket as soon as it has said Terminate (``closePGconn()`` in
         ``fe-connect.c``). So if all its threads sleep and the socket is open still, it wasn't the opener that said it.
-        Others, asyncpg for one, wait in their event loop for the server to close; whoever does that may have said it.
+        Others, asyncpg for one, wait in their event loop for the server to close; whoever does that may have said it:
+        this is to be asked of libpq's connections alone.
         """
         opener = opening.opener
-        if opener is None or opening.inode is None or opening.driver is not Driver.LIBPQ:
+        if opener is None or opening.inode is None:
             return False
-        if Library.ASYNCPG in opening.runtime.libraries:
-            return False  # then it isn't certain that the connection is libpq's
         deadline = time.monotonic() + seconds
         while True:
             asleep = all_asleep(opener)

@@ -81,6 +81,10 @@ class Overlap(NamedTuple):
 
     may: bool
     reason: str
+    source: str
+    """Where that is written: a driver's file and function, or its documentation."""
+    threads_tell: bool = True
+    """Two threads are two flows of control: nothing moves one of them from thread to thread."""
 
 
 OVERLAP: Final[Mapping[Driver, Overlap]] = MappingProxyType(
@@ -88,35 +92,84 @@ OVERLAP: Final[Mapping[Driver, Overlap]] = MappingProxyType(
         Driver.LIBPQ: Overlap(
             may=False,
             reason="libpq refuses: PQsendQuery says 'another command is already in progress' until the last answer "
-            "has been read, and in pipeline mode it sends the extended protocol alone (fe-exec.c, "
-            "PQsendQueryStart)",
+            "has been read, and in pipeline mode it sends the extended protocol alone",
+            source="PostgreSQL's src/interfaces/libpq/fe-exec.c, PQsendQueryStart(), PQsendQueryInternal()",
+        ),
+        Driver.ASYNCPG: Overlap(
+            may=False,
+            reason="asyncpg raises 'another operation is in progress'",
+            source="asyncpg/protocol/protocol.pyx, BaseProtocol._check_state()",
         ),
         Driver.PYTHON: Overlap(
             may=False,
-            reason="asyncpg raises 'another operation is in progress', and pg8000 reads up to ReadyForQuery before "
-            "execute() returns",
+            reason="pg8000 reads up to ReadyForQuery before execute() returns",
+            source="pg8000's core.py, CoreConnection.handle_messages()",
+        ),
+        Driver.PGJDBC: Overlap(
+            may=True,
+            reason="with autocommit off, pgjdbc sends BEGIN as a simple Query and the statement right behind it, "
+            "and reads both answers afterwards",
+            source="pgjdbc's core/v3/QueryExecutorImpl.java, sendQueryPreamble()",
         ),
         Driver.JAVA: Overlap(
             may=True,
-            reason="with autocommit off, pgjdbc sends BEGIN as a simple Query and the statement right behind it, "
-            "and reads both answers afterwards (QueryExecutorImpl.sendQueryPreamble)",
+            reason="it may be any driver, and Vert.x's pipelines when it is told to",
+            source="https://vertx.io/docs/vertx-pg-client/java/",
+            threads_tell=False,
+        ),
+        Driver.POSTGRES_JS: Overlap(
+            may=True,
+            reason="postgres.js sends queries on a connection that is still answering others, simple Queries included",
+            source="postgres.js's src/connection.js, execute(): max_pipeline",
+        ),
+        Driver.NODE_POSTGRES: Overlap(
+            may=True,
+            reason="node-postgres does so with pipeline: true, simple Queries included; otherwise it has a queue",
+            source="pg's lib/client.js, _pulseQueryQueue(): pipeline",
         ),
         Driver.NODE: Overlap(
             may=True,
-            reason="postgres.js sends queries on a connection that is still answering others (max_pipeline), and "
-            "so does node-postgres with pipeline: true, simple Queries included",
+            reason="it may be postgres.js, or node-postgres with pipeline: true",
+            source="postgres.js's src/connection.js; pg's lib/client.js",
         ),
         Driver.DOTNET: Overlap(
             may=True,
             reason="Npgsql with Multiplexing=true sends the commands of many threads over one connection",
+            source="https://www.npgsql.org/doc/connection-string-parameters.html",
+            threads_tell=False,
+        ),
+        Driver.LIB_PQ: Overlap(
+            may=False,
+            reason="lib/pq has no pipelining: a call reads its answer, or leaves it to rows.Next(). A second one "
+            "meanwhile fails with 'unexpected Parse response', or newer versions refuse it: 'there is already a query "
+            "being processed on this connection'",
+            source="lib/pq's conn.go, conn.query(), conn.simpleQuery(), errQueryInProgress",
+            threads_tell=False,
+        ),
+        Driver.PGX: Overlap(
+            may=True,
+            reason="pgx itself refuses ('conn busy') outside of its pipeline mode, but hands out its connection to "
+            "programs that relay what others send",
+            source="pgx's pgconn/pgconn.go, PgConn.lock(), StartPipeline(), Hijack()",
+            threads_tell=False,
         ),
         Driver.GO: Overlap(
             may=True,
-            reason="pgx has batches and a pipeline mode, and Go moves one flow of control between threads",
+            reason="it may be any driver, and Go moves one flow of control between threads",
+            source="https://go.dev/doc/faq#goroutines",
+            threads_tell=False,
+        ),
+        Driver.TOKIO_POSTGRES: Overlap(
+            may=True,
+            reason="tokio-postgres sends the next request whenever two of its futures are polled at once",
+            source="https://docs.rs/tokio-postgres/latest/tokio_postgres/#pipelining",
+            threads_tell=False,
         ),
         Driver.UNKNOWN: Overlap(
             may=True,
             reason="nothing is known about the driver, and some, tokio-postgres for one, pipeline on their own",
+            source="https://docs.rs/tokio-postgres/latest/tokio_postgres/#pipelining",
+            threads_tell=False,
         ),
     }
 )

@@ -116,7 +116,8 @@ def _overlap(verdict: Verdict, findings: Findings) -> Verdict:
         and None not in (intruder.tid, requester.tid)
         and intruder.tid != requester.tid
     )
-    if two_threads and not OVERLAP[findings.driver].may:
+    overlap = OVERLAP[findings.driver]
+    if two_threads and not overlap.may and overlap.threads_tell:
         return replace(verdict, kind=Kind.SHARED_BY_THREADS)
     return verdict
 

@@ -283,6 +283,7 @@ class Guard:
         tracker = Tracker(packet.parameters, greeting.sender) if packet.version[0] == _TRACKED_MAJOR else None
         self._sweep.hurry()
         server, session.upstream = await connect_upstream(self._upstream)
+        session.settings = packet.parameters
         session.connect(_detach(sock), _detach(server), tracker)
         session.client.sender = greeting.sender
         self._sessions[session.id] = session

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from pgguard.attribution.declared import declared
+from pgguard.attribution.evidence import Driver
 from pgguard.attribution.findings import Findings, Share
 from pgguard.attribution.threads import Waits
 from pgguard.faults.culprits import known_processes
@@ -56,14 +57,14 @@ def known_at_once(session: ProxiedSession) -> Findings:
     senders = dict(session.senders)
     opening = session.opening
     if opening is None:
-        return Findings(senders=senders)
+        return Findings(senders=senders, driver=session.driver)
     runtimes = {} if opening.opener is None else {opening.opener.pid: opening.runtime}
     return Findings(
         opener=opening.opener,
         opener_evidence=opening.evidence,
         connected=opening.connected,
         senders=senders,
-        driver=opening.driver,
+        driver=session.driver,
         runtimes=runtimes,
     )
 
@@ -156,13 +157,15 @@ class Investigation:
             watchers=session.sightings.watchers,
             alone_until=session.sightings.alone_until,
             declared=declared(None if protocol is None else protocol.application_name, texts),
+            driver=self._findings.driver,
             runtimes=self._findings.runtimes,
             thread_names=self._findings.thread_names,
         )
 
     def _look_for_the_closer(self, opening: Opening, heirs: Sequence[Process]) -> None:
         """Somebody has said Terminate, and it isn't known who."""
-        stays = self._witness.stays(opening, seconds=_STAYING_BUDGET)
+        libpq = self._findings.driver is Driver.LIBPQ
+        stays = libpq and self._witness.stays(opening, seconds=_STAYING_BUDGET)
         departed = self._gone((*self._session.sightings.late_holders(), *heirs))
         self._findings = replace(self._findings, opener_stays=stays, departed=departed)
 

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Literal
 
 import trio
 
+from pgguard.attribution.drivers import tell_driver
 from pgguard.attribution.evidence import Driver
+from pgguard.attribution.runtime import Runtime
 from pgguard.faults.fault import SessionFacts
 from pgguard.proxy.sightings import Sightings
 from pgguard.session.verdicts import Kind, Sender, Verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pgguard.attribution.evidence import Process
     from pgguard.attribution.sockets import ClientSocket
     from pgguard.attribution.witness import Opening
@@ -110,6 +114,8 @@ class ProxiedSession:
         self.opening: Opening | None = None
         """Who opened it, once that has been found out."""
         self.opening_known = trio.Event()
+        self.settings: Mapping[str, str] = {}
+        """What its client asked for as it connected: the parameters of its StartupMessage, in their order."""
         self.kernel_account: TcpAccount | None = None
         """The kernel's account of who sends on its TCP connection."""
         self.senders: dict[int, Process] = {}
@@ -146,13 +152,21 @@ class ProxiedSession:
         opening, tracker = self.opening, self.tracker
         if tracker is not None and opening is not None and opening.opener is not None and not self.names_senders:
             tracker.senders.introduce(Sender(opening.opener.pid, sampled=True))
-            tracker.asks_goodbye = opening.driver is Driver.LIBPQ
+            tracker.asks_goodbye = self.driver is Driver.LIBPQ
 
     def concern(self, kind: Kind, reason: str) -> Verdict:
         """Say that something is wrong with it that no message of its shows."""
         if self.protocol is None:
             return Verdict(kind=kind, reason=reason, message=None, requests=())
         return self.protocol.judge(kind, reason)
+
+    @property
+    def driver(self) -> Driver:
+        """What speaks on the connection, whoever inherits it."""
+        opening = self.opening
+        if opening is None:
+            return tell_driver(Driver.UNKNOWN, Runtime(), self.settings)
+        return tell_driver(opening.driver, opening.runtime, self.settings)
 
     @property
     def has_credentials(self) -> bool:

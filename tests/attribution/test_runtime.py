@@ -222,6 +222,26 @@ def test_what_is_no_regular_file_is_neither_waited_for_nor_read_without_end(tmp_
         assert runtime_of(pid) == Runtime(Language.RUBY)
 
 
+@pytest.mark.parametrize(
+    ("packages", "libraries"),
+    [
+        (["pg"], {Library.NODE_POSTGRES}),
+        (["postgres", "pg-native"], {Library.POSTGRES_JS}),
+        (["pg", "postgres"], {Library.NODE_POSTGRES, Library.POSTGRES_JS}),
+        ([], set()),
+    ],
+)
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_node_packages_are_known_by_what_is_installed_in_the_working_directory(
+    packages: list[str], libraries: set[Library], tmp_path: Path
+) -> None:
+    for package in packages:
+        (tmp_path / "node_modules" / package).mkdir(parents=True)
+        (tmp_path / "node_modules" / package / "package.json").touch()
+    with _running("node", "-e", "process.stdout.write('x'); process.stdin.resume()", cwd=tmp_path) as pid:
+        assert runtime_of(pid) == Runtime(Language.NODE, None, frozenset(libraries))
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="runs x86-64 code")
 @pytest.mark.parametrize(("note", "language"), [(b"Go\0\0", Language.GO), (b"GNU\0", None)])
 def test_a_go_program_is_known_by_its_build_id(note: bytes, language: Language | None, tmp_path: Path) -> None:

@@ -172,12 +172,6 @@ def test_findings_name_everybody_even_who_is_gone(tcp: socket.socket, puppet: Pu
 
 
 @pytest.fixture
-def libpq(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every client is taken for one with libpq, which closes its socket as soon as it has said Terminate."""
-    monkeypatch.setattr("pgguard.attribution.witness.driver_of", lambda _: Driver.LIBPQ)
-
-
-@pytest.fixture
 def opening(tcp: socket.socket, puppet: Puppets) -> Iterator[tuple[Witness, Puppet, Opening]]:
     """A witness, a process that has connected as ``c``, and what the witness says of that."""
     witness, client = Witness(), puppet()
@@ -190,27 +184,23 @@ def opening(tcp: socket.socket, puppet: Puppets) -> Iterator[tuple[Witness, Pupp
 Opened = tuple[Witness, Puppet, Opening]
 
 
-@pytest.mark.usefixtures("libpq")
 def test_an_opener_that_sleeps_with_its_socket_open_stays(opening: Opened) -> None:
     witness, _, opened = opening
     assert witness.stays(opened, seconds=5)
 
 
-@pytest.mark.usefixtures("libpq")
 def test_an_opener_that_has_closed_its_socket_does_not_stay(opening: Opened) -> None:
     witness, client, opened = opening
     client.do("c.close()")
     assert not witness.stays(opened, seconds=5)
 
 
-@pytest.mark.usefixtures("libpq")
 def test_an_opener_that_runs_may_be_about_to_close_it(opening: Opened) -> None:
     witness, client, opened = opening
     client.do("start(spin)")
     assert not witness.stays(opened, seconds=0.05)
 
 
-@pytest.mark.usefixtures("libpq")
 def test_an_opener_in_an_event_loop_may_wait_for_the_server_to_close(opening: Opened) -> None:
     witness, client, opened = opening
     client.do("start(lambda: epoll(c, other))")
@@ -219,17 +209,10 @@ def test_an_opener_in_an_event_loop_may_wait_for_the_server_to_close(opening: Op
     assert not witness.stays(opened, seconds=1)
 
 
-@pytest.mark.usefixtures("libpq")
 def test_an_opener_that_has_ended_does_not_stay(opening: Opened) -> None:
     witness, client, opened = opening
     client.end()
     assert not witness.stays(opened, seconds=1)
-
-
-def test_whether_other_drivers_stay_says_nothing(opening: Opened) -> None:
-    witness, _, opened = opening
-    assert opened.driver is Driver.PYTHON
-    assert not witness.stays(opened, seconds=0)
 
 
 def test_heirs_are_children_forked_since_that_run_the_same_program(tcp: socket.socket, puppet: Puppets) -> None:

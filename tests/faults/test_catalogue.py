@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from pgguard.attribution.evidence import Driver
@@ -38,17 +40,29 @@ def test_every_kind_has_the_severity_that_the_contract_says(kind: Kind) -> None:
     ("driver", "severity"),
     [
         (Driver.LIBPQ, Severity.ERROR),
+        (Driver.ASYNCPG, Severity.ERROR),
         (Driver.PYTHON, Severity.ERROR),
+        (Driver.PGJDBC, Severity.WARNING),
         (Driver.JAVA, Severity.WARNING),
+        (Driver.NODE_POSTGRES, Severity.WARNING),
+        (Driver.POSTGRES_JS, Severity.WARNING),
         (Driver.NODE, Severity.WARNING),
         (Driver.DOTNET, Severity.WARNING),
+        (Driver.LIB_PQ, Severity.ERROR),
+        (Driver.PGX, Severity.WARNING),
         (Driver.GO, Severity.WARNING),
+        (Driver.TOKIO_POSTGRES, Severity.WARNING),
         (Driver.UNKNOWN, Severity.WARNING),
     ],
 )
 def test_overlap_is_an_error_only_for_drivers_that_never_pipeline(driver: Driver, severity: Severity) -> None:
     """Otherwise ``reject`` would kill a correct application."""
     assert severity_of(verdict(Kind.REQUEST_WHILE_BUSY), driver) is severity
+
+
+@pytest.mark.parametrize("driver", Driver)
+def test_each_row_on_who_may_overlap_names_its_source(driver: Driver) -> None:
+    assert re.search(r"\w\(\)|\.(js|go|pyx|py|java)\b|https://\S+", OVERLAP[driver].source)
 
 
 @pytest.mark.parametrize("driver", Driver)

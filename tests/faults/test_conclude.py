@@ -176,7 +176,7 @@ def test_one_thread_that_waits_convicts_nobody() -> None:
 @pytest.mark.parametrize("driver", Driver)
 def test_requests_of_two_threads_are_a_fault_where_the_driver_multiplexes_none(driver: Driver) -> None:
     found = concluded(BY_TWO_THREADS, seen(driver=driver))
-    if OVERLAPPING[driver].may:
+    if OVERLAPPING[driver].may or driver is Driver.LIB_PQ:  # whose goroutines move between threads
         assert found == BY_TWO_THREADS
     else:
         assert found == replace(BY_TWO_THREADS, kind=Kind.SHARED_BY_THREADS)
