@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pgguard.attribution.findings import Findings
 from pgguard.faults.advice import advice_for
-from pgguard.faults.catalogue import severity_of
+from pgguard.faults.catalogue import SERVERS_ADVICE, STRANGERS_ADVICE, severity_of
 from pgguard.faults.culprits import find_culprits, sender_evidence, tell_story
 from pgguard.faults.fault import Culprit, Fault, Request
+from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode, sql_text
 from pgguard.faults.summaries import summarize
 from pgguard.faults.text import printable
-from pgguard.session.verdicts import Kind, Verdict
+from pgguard.session.verdicts import Direction, Kind, Party, Verdict
 
 if TYPE_CHECKING:
     from pgguard.attribution.runtime import Runtime
     from pgguard.faults.catalogue import Advice
     from pgguard.faults.fault import SessionFacts
-    from pgguard.faults.policy import Action
     from pgguard.session.verdicts import RequestSeen
+
+
+_OTHERS_ADVICE: Final = {Party.SERVER: SERVERS_ADVICE, Party.STRANGER: STRANGERS_ADVICE}
 
 
 def build_fault(
@@ -62,10 +65,22 @@ def build_fault(
         advice=_advice(verdict, findings, culprits),
         story=tell_story(findings, facts.opened_at),
         shares=findings.shares,
+        over=action is not Action.DROPPED and (verdict.ends or _says_goodbye(verdict)),
     )
 
 
+def _says_goodbye(verdict: Verdict) -> bool:
+    message = verdict.message
+    return message is not None and message.direction is Direction.FRONTEND and message.type == "X"
+
+
 def _advice(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> Advice:
+    if verdict.kind is Kind.PROTOCOL_VIOLATION and (advice := _OTHERS_ADVICE.get(verdict.by)) is not None:
+        return advice
+    return _clients_advice(verdict, findings, culprits)
+
+
+def _clients_advice(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> Advice:
     """Where requests overlap and several processes have the socket open, it is they who are to be kept apart."""
     shared = verdict.kind is Kind.REQUEST_WHILE_BUSY and len(findings.holders or ()) > 1
     runtimes: dict[int, Runtime] = {

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.attribution.evidence import Driver
-from pgguard.session.verdicts import Kind
+from pgguard.session.verdicts import Kind, Party
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -178,7 +178,30 @@ OVERLAP: Final[Mapping[Driver, Overlap]] = MappingProxyType(
 
 _LIBPQ_FORK: Final = "https://www.postgresql.org/docs/current/libpq-connect.html"
 _LIBPQ_THREADS: Final = "https://www.postgresql.org/docs/current/libpq-threading.html"
+_SHUTDOWN: Final = "https://www.postgresql.org/docs/current/server-shutdown.html"
+_ISREADY: Final = "https://www.postgresql.org/docs/current/app-pg-isready.html"
 _SETTINGS: Final = "https://www.postgresql.org/docs/current/runtime-config-"
+
+
+SERVERS_ADVICE: Final = Advice(
+    "Look into the server's log at this time",
+    "A stream that ends in the middle of a message is a server process that crashed or was killed (PostgreSQL's log: "
+    "'terminated by signal'; the kernel's: 'Out of memory'), pg_terminate_backend while the client wasn't reading, a "
+    "failover, or a proxy or network device that gave up the connection. A malformed message comes from a proxy or "
+    "pooler on the way: point --upstream straight at PostgreSQL. The application has only to cope with it: connect "
+    "anew, and repeat the transaction.",
+    sources=(_SHUTDOWN,),
+)
+"""What to change about a protocol-violation of the server's."""
+
+STRANGERS_ADVICE: Final = Advice(
+    "Find out what connects to this port, and why",
+    "The connection was closed without a word, as PostgreSQL does. A health check had better connect and close, or run "
+    "pg_isready; a load balancer must not send the PROXY protocol; and whoever wants TLS has to go without: "
+    "sslmode=disable or prefer.",
+    sources=(_ISREADY,),
+)
+"""What to change about a protocol-violation before login that isn't PostgreSQL's protocol at all."""
 
 
 def _table(*entries: Entry) -> Mapping[Kind, Entry]:
@@ -440,12 +463,14 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
     Entry(
         Kind.PROTOCOL_VIOLATION,
         Severity.ERROR,
-        "error",
-        "a message that PostgreSQL's protocol does not allow",
+        "error; info before login, when what came isn't PostgreSQL's protocol at all",
+        "a message that is malformed, torn, or out of place",
         "A message was malformed, torn, or not allowed at this point of the session. Whoever reads it can't tell "
         "where the next one begins.",
-        "Two threads or processes wrote to the socket at once, and their messages ran into each other; or a driver "
-        "or proxy is faulty; or something that doesn't speak PostgreSQL's protocol connected to the port.",
+        "The client's: two threads or processes wrote to the socket at once, and their messages ran into each other; "
+        "or a driver or proxy is faulty; or something that doesn't speak PostgreSQL's protocol connected to the port. "
+        "The server's: it, or what stands before it, crashed or gave up in the middle of an answer; then nobody on the "
+        "client's side did anything wrong.",
         Advice(
             "Find out who else writes to this socket",
             "If more than one process has the socket open, fix that first: connect after forking. Within one "
@@ -453,10 +478,8 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
             "the driver or a proxy on the way, and try the latest version of it.",
         ),
         (
-            (
-                "A health check or port scanner that connects and sends something else: have it send a proper "
-                "startup packet, as pg_isready does."
-            ),
+            f"The server's message: {SERVERS_ADVICE.text}",
+            f"What isn't PostgreSQL's protocol at all: {STRANGERS_ADVICE.text}",
         ),
     ),
     Entry(
@@ -482,6 +505,8 @@ def severity_of(verdict: Verdict, driver: Driver) -> Severity:
     """How grave this very fault is, given the driver of the process whose request is being judged."""
     if verdict.kind is Kind.UNCLEAN_CLOSE and (verdict.open_request or verdict.open_transaction):
         return Severity.ERROR
+    if verdict.by is Party.STRANGER:
+        return Severity.INFO
     if verdict.kind is Kind.REQUEST_WHILE_BUSY and OVERLAP[driver].may:
         return Severity.WARNING
     return CATALOGUE[verdict.kind].severity

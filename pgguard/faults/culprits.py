@@ -30,7 +30,7 @@ from pgguard.attribution.evidence import Evidence, Process
 from pgguard.attribution.runtime import Language
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Chapter, Culprit, Event, Role
-from pgguard.session.verdicts import Direction, Kind, Sender
+from pgguard.session.verdicts import Direction, Kind, Party, Sender
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -178,7 +178,7 @@ class _Bench:
         if frames is not None:
             return frames, None
         runtime = findings.runtimes.get(pid)
-        if runtime is None or runtime.language is not Language.PYTHON:
+        if self._verdict.by is not Party.CLIENT or runtime is None or runtime.language is not Language.PYTHON:
             return None, None
         return None, findings.stacks.problems.get(pid, _TOO_LATE)
 
@@ -228,7 +228,8 @@ def known_processes(findings: Findings) -> dict[int, Process]:
 
 
 def _client_did_it(verdict: Verdict) -> bool:
-    return verdict.message is not None and verdict.message.direction is Direction.FRONTEND
+    message = verdict.message
+    return verdict.by is Party.CLIENT and message is not None and message.direction is Direction.FRONTEND
 
 
 def _declared(findings: Findings) -> Culprit:

@@ -151,6 +151,8 @@ class Fault:
     """How the socket came to be where it is, oldest first."""
     shares: tuple[Share, ...] | None = None
     """Who had how many connections open; of kinds that it matters for."""
+    over: bool = False
+    """The session has ended with it."""
 
     def to_record(self) -> dict[str, Any]:
         """The fault as a JSON object: strings, numbers, booleans, ``None``, lists and dicts alone, and no passwords."""

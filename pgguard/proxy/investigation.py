@@ -12,7 +12,7 @@ from pgguard.attribution.evidence import Driver
 from pgguard.attribution.findings import Findings, Share
 from pgguard.attribution.threads import Waits
 from pgguard.faults.culprits import known_processes
-from pgguard.session.verdicts import Kind
+from pgguard.session.verdicts import Kind, Party
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,8 +115,9 @@ class Investigation:
             self._findings = replace(self._findings, departed=self._gone(self._session.sightings.late_holders()))
         if self._verdict.kind is Kind.CONNECTION_EXHAUSTION:
             self._count_connections()
-        self._look_at_threads(opening)
-        self._look_at_stacks()
+        if self._verdict.by is Party.CLIENT:
+            self._look_at_threads(opening)
+            self._look_at_stacks()
         self._look_at_programs()
 
     @property

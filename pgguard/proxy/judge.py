@@ -281,6 +281,8 @@ class Judge:
         action = self._policy.decide(verdict.kind, severity_of(verdict, findings.driver))
         if action is None:
             return Ruling(None)
+        if action is Action.REJECTED and verdict.ends:
+            action = Action.LOGGED
         fault = build_fault(
             verdict,
             session.facts(),

@@ -80,6 +80,7 @@ _ACTIONS: Final = {
     Action.REJECTED: "session rejected",
     Action.DROPPED: "message dropped, the session goes on",
 }
+_LOGGED_AND_OVER: Final = "logged, the session has ended"
 
 
 def summary_line(fault: Fault) -> str:
@@ -95,7 +96,8 @@ def render(fault: Fault) -> RenderableType:
     style = _STYLES[fault.severity]
     title = CATALOGUE[fault.kind].title
     head = Text.assemble((f"pgguard: {fault.severity.upper()}: {fault.kind}", style), f": {title}")
-    what = f"{fault.summary} ({rfc3339(fault.at)}; {_ACTIONS[fault.action]})"
+    done = _LOGGED_AND_OVER if fault.over and fault.action is Action.LOGGED else _ACTIONS[fault.action]
+    what = f"{fault.summary} ({rfc3339(fault.at)}; {done})"
     parts: list[RenderableType] = [head, _indented(_text(what))]
     parts.extend(_section("Who", _sides(fault)))
     parts.extend(_section(f"Session {fault.session.id}", [_text(_session(fault.session))]))

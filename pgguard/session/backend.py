@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from pgguard.session import libpq
 from pgguard.session.ledger import NOTHING
 from pgguard.session.session import ill_formed, seen, torn_end
 from pgguard.session.states import ANSWERS, ASYNCHRONOUS, COPY_IN, Owes
-from pgguard.session.verdicts import Direction, Kind, MessageSeen, RequestState
+from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestState
 from pgguard.wire.fields import parse_parameter_status, parse_severity
 from pgguard.wire.messages import BACKEND, HEADER_SIZE, SHORT, UNKNOWN, by_code, parse_header
 from pgguard.wire.startup import parse_backend_key_data
@@ -129,7 +130,8 @@ class BackendStream:
         if not self.rest and not held_back:
             return None
         reason, message = torn_end("server", self.rest, self.partial, held_back)
-        return self._session.judge(Kind.PROTOCOL_VIOLATION, reason, message, 0)
+        verdict = self._session.judge(Kind.PROTOCOL_VIOLATION, reason, message)
+        return replace(verdict, by=Party.SERVER, ends=True)
 
     def _special(self, buffer: bytearray, pos: int, end: int, code: int, length: int) -> bool:
         """Take a message that takes more than its row.
@@ -206,13 +208,14 @@ class BackendStream:
         session = self._session
         severity = parse_severity(body)
         if ledger.state == _LOGIN and severity.sqlstate == _TOO_MANY_CONNECTIONS and not session.overruled:
-            session.verdict = session.judge(
+            verdict = session.judge(
                 Kind.CONNECTION_EXHAUSTION,
                 "the server refused the connection for want of a slot",
                 seen(Direction.BACKEND, _MESSAGES[_ERROR_RESPONSE], _ERROR_RESPONSE, length),
                 pos,
                 open_request=False,
             )
+            session.verdict = replace(verdict, by=Party.CLIENT, ends=True)
             return False
         if ledger.state == _LOGIN or severity.ends_session:
             session.goodbye = session.over = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from pgguard.session import libpq
@@ -150,7 +151,7 @@ class FrontendStream:
                 open_request=open_request,
             )
         )
-        return verdicts
+        return [replace(verdict, ends=True) for verdict in verdicts]
 
     # Messages
 

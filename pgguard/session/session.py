@@ -10,7 +10,7 @@ from pgguard.session import libpq as symptoms
 from pgguard.session.ledger import NOTHING, Ledger
 from pgguard.session.requests import Request
 from pgguard.session.senders import Senders
-from pgguard.session.verdicts import Direction, Kind, MessageSeen, RequestSeen, Sender, Verdict
+from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestSeen, Sender, Verdict
 from pgguard.wire.messages import HEADER_SIZE
 
 if TYPE_CHECKING:
@@ -114,7 +114,11 @@ class Session:
         libpq: str | None = None,
         open_request: bool | None = None,
     ) -> Verdict:
-        """Put what is wrong together with all that is known of the session; the arguments are the verdict's fields."""
+        """Put what is wrong together with all that is known of the session; the arguments are the verdict's fields.
+
+        A message of the server's is the server's doing.
+        """
+        from_server = message is not None and message.direction is Direction.BACKEND
         return Verdict(
             kind=kind,
             reason=reason,
@@ -125,6 +129,7 @@ class Session:
             libpq=libpq,
             open_request=not self.idle if open_request is None else open_request,
             open_transaction=self.in_transaction,
+            by=Party.SERVER if from_server else Party.CLIENT,
             start=start,
         )
 

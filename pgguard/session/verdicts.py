@@ -36,6 +36,17 @@ class Direction(StrEnum):
     BACKEND = "backend"
 
 
+class Party(StrEnum):
+    """Whose doing it is."""
+
+    CLIENT = "client"
+    """A process on the client's side, whichever."""
+    SERVER = "server"
+    """The server, or what stands before it: nobody on the client's side has done anything wrong."""
+    STRANGER = "stranger"
+    """Somebody who speaks another protocol, and has come to the wrong port."""
+
+
 class RequestState(StrEnum):
     """How far the server has come with a request."""
 
@@ -115,5 +126,8 @@ class Verdict:
     """A request was still unanswered."""
     open_transaction: bool = False
     """The last ReadyForQuery said that a transaction block was open."""
+    by: Party = Party.CLIENT
+    ends: bool = False
+    """The session is over with it, whatever is decided: nothing is left to be rejected."""
     start: int = 0
     """Where the offending message begins in the chunk that was being examined."""

@@ -12,12 +12,12 @@ from pgguard.attribution.findings import Findings, Share
 from pgguard.attribution.runtime import Language, Library, Runtime, Server
 from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.attribution.threads import Waits
-from pgguard.faults.catalogue import Severity
+from pgguard.faults.catalogue import CATALOGUE, SERVERS_ADVICE, Severity
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Role, rfc3339
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
-from pgguard.session.verdicts import Direction, Kind, MessageSeen, RequestState, Sender, Verdict
+from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestState, Sender, Verdict
 from tests.faults.samples import (
     DATA_ROW,
     FACTS,
@@ -567,3 +567,23 @@ def test_requests_that_overlap_on_a_shared_connection_are_advised_about_sharing(
     shared, alone = fault(BUSY, SHARED_UNSEEN), fault(BUSY, ALONE)
     assert shared.advice == fault(OVERLAP, KERNEL).advice
     assert alone.advice != shared.advice
+
+
+def test_a_torn_message_of_the_servers_accuses_nobody_and_looks_at_the_server() -> None:
+    reason = "the server's stream ended 505 bytes before the end of a DataRow message"
+    torn = verdict(Kind.PROTOCOL_VIOLATION, reason, message=DATA_ROW, by=Party.SERVER, ends=True)
+    built = fault(replace(torn, requests=(OUTSTANDING,), requesters=(Sender(4866, 4871),)), KERNEL)
+    assert built.summary == reason
+    assert built.severity is Severity.ERROR
+    assert built.over
+    assert {culprit.role for culprit in built.culprits} == {REQUESTER, OWNER, HOLDER}
+    assert built.advice == SERVERS_ADVICE
+    unnamed = fault(replace(torn, message=None), ALONE)
+    assert {culprit.role for culprit in unnamed.culprits} == {OWNER, HOLDER}
+
+
+@pytest.mark.parametrize("message", [QUERY, None])
+def test_a_torn_message_of_the_clients_is_its_own_doing(message: MessageSeen | None) -> None:
+    built = fault(verdict(Kind.PROTOCOL_VIOLATION, message=message, intruder=Sender(4866)), KERNEL)
+    assert [culprit.pid for culprit in built.culprits if culprit.role is INTRUDER] == [4866]
+    assert built.advice == CATALOGUE[Kind.PROTOCOL_VIOLATION].advice

@@ -23,12 +23,13 @@ from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
 from pgguard.reporting.console import BACKLOG, ConsoleSink, print_fault, summary_line
 from pgguard.reporting.sinks import SinkError
-from pgguard.session.verdicts import Kind, Sender
+from pgguard.session.verdicts import Kind, Party, Sender
 from tests.faults.samples import (
     DATA_ROW,
     KERNEL,
     OUTSTANDING,
     OVERLAP,
+    TERMINATE,
     WORKER_0,
     WORKER_1,
     asleep,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pgguard.faults.fault import Fault
+    from pgguard.session.verdicts import Verdict
 
 SUMMARY = (
     "SUMMARY: pgguard: shared-by-processes: pid 4867 (puma: cluster worker 1) sent Query while the answer to pid 4866"
@@ -102,6 +104,30 @@ pgguard: ERROR: shared-by-processes: two processes use one connection
 def test_a_report_shows_both_sides_and_how_the_socket_came_to_be_shared() -> None:
     brief = fault(advice=fault().advice._replace(text="In before_fork."))
     assert printed(brief, width=100) == REPORT
+
+
+@pytest.mark.parametrize(
+    ("what", "action", "says"),
+    [
+        (verdict(Kind.SHARED_BY_PROCESSES), Action.LOGGED, "logged, the session goes on"),
+        (verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE), Action.LOGGED, "logged, the session has ended"),
+        (verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE), Action.DROPPED, "message dropped, the session goes on"),
+        (verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE), Action.REJECTED, "session rejected"),
+        (replace(verdict(Kind.UNCLEAN_CLOSE), ends=True), Action.LOGGED, "logged, the session has ended"),
+        (
+            replace(verdict(Kind.PROTOCOL_VIOLATION, message=DATA_ROW), by=Party.SERVER, ends=True),
+            Action.LOGGED,
+            "logged, the session has ended",
+        ),
+        (
+            replace(verdict(Kind.PROTOCOL_VIOLATION, message=DATA_ROW), by=Party.SERVER),
+            Action.LOGGED,
+            "logged, the session goes on",
+        ),
+    ],
+)
+def test_a_session_that_has_ended_does_not_go_on(what: Verdict, action: Action, says: str) -> None:
+    assert f"; {says})" in printed(fault(what, action=action), width=400)
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 120, 400])

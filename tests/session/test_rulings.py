@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pgguard.session.tracker import Tracker
-from pgguard.session.verdicts import Direction, Kind, RequestState, Sender
+from pgguard.session.verdicts import Direction, Kind, Party, RequestState, Sender
 from tests.session.protocol import BACKEND, IN_TRANSACTION, LOGIN, MODEL, Conversation, error, kinds, message, query
 
 
@@ -282,9 +282,41 @@ class TestEndOfTheServersStream:
         [verdict] = conversation.tracker.backend_eof(0)
         assert verdict.kind is Kind.PROTOCOL_VIOLATION
         assert verdict.reason == "the server's stream ended 505 bytes before the end of a DataRow message"
+        assert (verdict.by, verdict.ends, verdict.intruder) == (Party.SERVER, True, None)
 
     def test_in_the_middle_of_a_header(self) -> None:
         conversation = Conversation()
         conversation.backend(b"N\0")
         [verdict] = conversation.tracker.backend_eof(conversation.held(Direction.BACKEND))
         assert verdict.reason == "the server's stream ended 2 bytes into a message"
+        assert (verdict.by, verdict.ends, verdict.intruder) == (Party.SERVER, True, None)
+
+
+@pytest.mark.parametrize(
+    ("script", "sent", "kind"),
+    [
+        ("", BACKEND["D"], Kind.MESSAGE_WHILE_IDLE),
+        ("> Q", BACKEND["1"], Kind.UNEXPECTED_RESPONSE),
+        ("> Q", message("?"), Kind.PROTOCOL_VIOLATION),
+        ("> Q", message("Z"), Kind.PROTOCOL_VIOLATION),
+    ],
+)
+def test_what_the_server_sends_is_its_own_doing(script: str, sent: bytes, kind: Kind) -> None:
+    conversation = Conversation()
+    conversation.talk(script)
+    [verdict] = conversation.backend(sent)
+    assert (verdict.kind, verdict.by, verdict.ends, verdict.intruder) == (kind, Party.SERVER, False, None)
+
+
+def test_what_the_client_sends_and_leaves_undone_is_the_clients() -> None:
+    conversation = Conversation()
+    [sent] = conversation.frontend(message("?"))
+    assert (sent.kind, sent.by, sent.ends) == (Kind.PROTOCOL_VIOLATION, Party.CLIENT, False)
+    conversation.frontend(query("x" * 5000)[:1500])
+    for verdict in conversation.tracker.frontend_eof(0):
+        assert (verdict.by, verdict.ends) == (Party.CLIENT, True)
+
+
+def test_a_connection_refused_for_want_of_slots_is_over_and_not_the_servers_doing() -> None:
+    [verdict] = Conversation(login=False).backend(message("E", b"SFATAL\0VFATAL\0C53300\0\0"))
+    assert (verdict.kind, verdict.by, verdict.ends) == (Kind.CONNECTION_EXHAUSTION, Party.CLIENT, True)
