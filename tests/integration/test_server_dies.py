@@ -76,7 +76,7 @@ def _assert_it_was_the_servers(guard: GuardProcess, program: Program, fault: Fau
 @pytest.mark.parametrize("mode", ["log", "reject"])
 def test_killed_in_the_middle_of_a_row(mortal: Server, tmp_path: Path, mode: str) -> None:
     with running_guard(mortal.unix, "--mode", mode) as guard:
-        command = [sys.executable, PROGRAMS / "reads_late.py"]
+        command = [sys.executable, str(PROGRAMS / "reads_late.py")]
         with running(command, guard.tcp, tmp_path) as program:
             backend = _asks_and_waits(mortal, program)
             os.kill(backend, signal.SIGSTOP)
@@ -108,6 +108,6 @@ def test_a_client_that_reads_late_is_silent(server: Server, guard: GuardProcess,
     with running([sys.executable, PROGRAMS / "reads_late.py"], guard.tcp, tmp_path) as program:
         _asks_and_waits(server, program)
         program.go_on()
-        assert program.read()["error"] == ""
+        assert str(program.read()["error"]) == ""
         program.wait()
     guard.assert_no_faults(except_kinds={"unclean-close"})
