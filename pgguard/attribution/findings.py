@@ -27,8 +27,9 @@ class Findings:
     opener: Process | None = None
     """The process that opened the connection, remembered even when it is gone."""
     opener_evidence: Evidence = Evidence.UNKNOWN
-    connected: tuple[int, int] | None = None
-    """The process and the thread that opened it, as the kernel named them, even if they could not be looked at."""
+    connected: tuple[int, int | None] | None = None
+    """The process, and over TCP the thread, that opened it, as the kernel named them: known from when the connection
+    is accepted, and even if they could not be looked at."""
     thread_names: Mapping[tuple[int, int], str] = field(default_factory=dict)
     """By pid and tid, what the threads that have sent are called."""
     holders: tuple[Process, ...] | None = None
@@ -62,6 +63,13 @@ class Findings:
     """Who has how many connections open, the most first."""
     declared: Mapping[str, str] = field(default_factory=dict)
     """What the client says of itself."""
+
+    @property
+    def opener_pid(self) -> int | None:
+        """The pid of the process that opened the connection, even if nothing else is known of that."""
+        if self.connected is not None:
+            return self.connected[0]
+        return None if self.opener is None else self.opener.pid
 
     @property
     def language(self) -> Language | None:

@@ -65,6 +65,11 @@ class TcpClient:
     connected_on: int | None = None
     """The thread that did."""
 
+    @property
+    def connected(self) -> tuple[int, int | None] | None:
+        """The process and the thread that the kernel has named as those that called connect(2)."""
+        return None if self.connected_by is None else (self.connected_by, self.connected_on)
+
 
 @dataclass(frozen=True, slots=True)
 class UnixClient:
@@ -76,6 +81,11 @@ class UnixClient:
     """The pid that called connect(2), ``SO_PEERCRED``; ``None`` if it has none in the guard's pid namespace."""
     opened: float
     """When it was accepted, in seconds of CLOCK_BOOTTIME."""
+
+    @property
+    def connected(self) -> tuple[int, int | None] | None:
+        """As of a :class:`TcpClient`; the kernel doesn't say which thread it was."""
+        return None if self.connected_by is None else (self.connected_by, None)
 
 
 ClientSocket = TcpClient | UnixClient

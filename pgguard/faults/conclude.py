@@ -131,18 +131,19 @@ def _tidies_up(verdict: Verdict, findings: Findings) -> bool:
 
 
 def _is_foreign(verdict: Verdict, findings: Findings) -> bool:
-    opener = findings.opener
-    if opener is None or opener.name in HARMLESS_GOODBYES:
+    opener, holders = findings.opener_pid, findings.holders or ()
+    known = (process for process in (findings.opener, *holders) if process is not None and process.pid == opener)
+    if opener is None or any(process.name in HARMLESS_GOODBYES for process in known):
         return False
     if verdict.intruder is not None:
-        return any(holder.pid != verdict.intruder.pid for holder in findings.holders or ())
-    others = [process for process in (*(findings.holders or ()), *findings.departed) if process.pid != opener.pid]
+        return any(holder.pid != verdict.intruder.pid for holder in holders)
+    others = [process for process in (*holders, *findings.departed) if process.pid != opener]
     if not findings.opener_stays or not others:
         return False
     if not verdict.requests:
         return True
     last = verdict.requests[-1]
     if last.sender is not None:
-        return last.sender.pid == opener.pid
+        return last.sender.pid == opener
     alone = findings.alone_until is not None and last.at < findings.alone_until
     return alone or all(last.at < process.started_at for process in others)

@@ -50,9 +50,8 @@ def sender_evidence(sender: Sender, findings: Findings) -> Evidence:
     """How it is known who sent."""
     if not sender.sampled:
         return Evidence.KERNEL_SENDER
-    opener = findings.opener
-    if sender.tid is None and opener is not None and opener.pid == sender.pid:
-        return findings.opener_evidence  # it is known to have used the connection first, whatever it sent
+    if sender.tid is None and sender.pid == findings.opener_pid:
+        return _opener_evidence(findings)  # it is known to have used the connection first, whatever it sent
     return Evidence.THREAD_SAMPLE
 
 
@@ -103,17 +102,17 @@ class _Bench:
 
     def _owner(self) -> Iterator[Culprit]:
         opener, connected = self._findings.opener, self._findings.connected
-        if connected is not None and (opener is None or opener.pid == connected[0]):
+        if connected is not None:
             pid, tid = connected
             runtime = self._findings.runtimes.get(pid)
-            yield Culprit(Role.OWNER, pid, tid, _KERNEL, opener, tid_evidence=_KERNEL, runtime=runtime)
+            tid_evidence = None if tid is None else _KERNEL
+            yield Culprit(Role.OWNER, pid, tid, _KERNEL, opener, tid_evidence=tid_evidence, runtime=runtime)
         elif opener is not None:
             yield self._process(Role.OWNER, opener, self._findings.opener_evidence)
 
     def _only_opened(self, sender: Sender) -> bool:
         """Whether all that is known of a sender is that it opened the connection."""
-        opener = self._findings.opener
-        return sender.sampled and sender.tid is None and opener is not None and sender.pid == opener.pid
+        return sender.sampled and sender.tid is None and sender.pid == self._findings.opener_pid
 
     def _unnamed_intruder(self) -> Culprit:
         departed = self._findings.departed
@@ -184,9 +183,9 @@ class _Bench:
 
     def _closer(self) -> Culprit | None:
         verdict, findings = self._verdict, self._findings
-        opener = findings.opener
+        opener = findings.opener_pid
         last = {process.pid: process for process in (*findings.departed, *self._holders)}
-        if opener is not None and last and opener.pid not in last:
+        if opener is not None and last and opener not in last:
             # It had let go before, so that it isn't the last.
             heir = last.popitem()[1]
             return None if last else self._process(Role.CLOSER, heir, Evidence.SOCKET_HOLDER)
@@ -194,13 +193,15 @@ class _Bench:
         pids.update(request.sender.pid for request in verdict.requests if request.sender is not None)
         if verdict.intruder is not None:
             pids.add(verdict.intruder.pid)
+        if opener is not None:
+            pids.add(opener)
         if len(pids) != 1:
             return None
         pid = pids.pop()
         if findings.sole_holder is not None:
             evidence = Evidence.SOLE_HOLDER
-        elif opener is not None and opener.pid == pid:
-            evidence = findings.opener_evidence
+        elif pid == opener:
+            evidence = _opener_evidence(findings)
         else:
             evidence = next(
                 (
@@ -227,6 +228,10 @@ def known_processes(findings: Findings) -> dict[int, Process]:
     return known
 
 
+def _opener_evidence(findings: Findings) -> Evidence:
+    return findings.opener_evidence if findings.connected is None else _KERNEL
+
+
 def _client_did_it(verdict: Verdict) -> bool:
     message = verdict.message
     return verdict.by is Party.CLIENT and message is not None and message.direction is Direction.FRONTEND
@@ -246,14 +251,12 @@ def tell_story(findings: Findings, opened_at: float) -> tuple[Chapter, ...]:
         findings: what is known.
         opened_at: when the connection was opened, in seconds since the epoch.
     """
-    opener = findings.opener
-    chapters = [] if opener is None else [Chapter(Event.OPENED, opened_at, opener.pid, None, findings.opener_evidence)]
+    opener = findings.opener_pid
+    chapters = [] if opener is None else [Chapter(Event.OPENED, opened_at, opener, None, _opener_evidence(findings))]
     holders = findings.holders or ()
-    had_it = {process.pid for process in (*holders, *findings.departed)} | ({opener.pid} if opener else set())
+    had_it = {process.pid for process in (*holders, *findings.departed)} | ({opener} if opener is not None else set())
     evidence = Evidence.SOCKET_HOLDER if findings.sole_holder is None else Evidence.SOLE_HOLDER
-    others = {
-        process.pid: process for process in (*findings.departed, *holders) if not opener or process.pid != opener.pid
-    }
+    others = {process.pid: process for process in (*findings.departed, *holders) if process.pid != opener}
     for process in sorted(others.values(), key=lambda process: process.started):
         if process.started_at < opened_at - _TICK:
             if opener is not None:  # otherwise it may have opened it itself
@@ -262,7 +265,7 @@ def tell_story(findings: Findings, opened_at: float) -> tuple[Chapter, ...]:
             parent = process.ppid if process.ppid in had_it else None
             chapters.append(Chapter(Event.INHERITED, process.started_at, process.pid, parent, evidence))
     gone = {process.pid for process in findings.departed}
-    if opener is not None and findings.holders is not None and all(opener.pid != holder.pid for holder in holders):
-        gone.add(opener.pid)
+    if opener is not None and findings.holders is not None and all(opener != holder.pid for holder in holders):
+        gone.add(opener)
     chapters.extend(Chapter(Event.LEFT, None, pid, None, Evidence.SOCKET_HOLDER) for pid in sorted(gone))
     return tuple(chapters)

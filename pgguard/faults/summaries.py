@@ -83,7 +83,7 @@ def _violation(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ...]) -> 
 
 
 def _ended(_: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
-    owner = "another process" if findings.opener is None else named(findings.opener.pid, findings.opener)
+    owner = _opener(findings) or "another process"
     if not culprits or culprits[0].pid is None:
         return f"another process than {owner}, which opened the connection, sent Terminate on it"
     return f"{_who(culprits)} sent Terminate on the connection that {owner} opened"
@@ -91,15 +91,20 @@ def _ended(_: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str
 
 def _leaked(_: Verdict, findings: Findings, __: tuple[Culprit, ...]) -> str:
     heirs = [named(holder.pid, holder) for holder in findings.holders or ()]
-    owner = "the process" if findings.opener is None else named(findings.opener.pid, findings.opener)
+    owner = _opener(findings) or "the process"
     has = f": {listed(heirs)} {'has' if len(heirs) == 1 else 'have'} it open" if heirs else ""
     return f"the connection has outlived {owner}, which opened it{has}"
 
 
 def _owner(findings: Findings) -> str:
     """Whose connection it is: of the only process that has it open, otherwise of the one that opened it."""
-    process = findings.sole_holder or findings.opener
-    return "the client" if process is None else named(process.pid, process)
+    sole = findings.sole_holder
+    return (_opener(findings) or "the client") if sole is None else named(sole.pid, sole)
+
+
+def _opener(findings: Findings) -> str | None:
+    pid = findings.opener_pid
+    return None if pid is None else named(pid, findings.opener)
 
 
 def _idle(verdict: Verdict, findings: Findings, _: tuple[Culprit, ...]) -> str:
@@ -119,23 +124,23 @@ def _exhausted(_: Verdict, findings: Findings, __: tuple[Culprit, ...]) -> str:
 def _inherited(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
     if verdict.intruder is not None:
         return _used_out_of_turn(verdict, findings, culprits)
-    opener = findings.opener
-    heirs = [h for h in findings.holders or () if opener is None or h.pid != opener.pid]
+    opener = _opener(findings)
+    heirs = [h for h in findings.holders or () if h.pid != findings.opener_pid]
     if not heirs:
         return "more than one process has the connection's socket open"
     names = listed([named(h.pid, h) for h in heirs])
     have = "has" if len(heirs) == 1 else "have"
     if opener is None:
         return f"{names} {have} one connection's socket open"
-    return f"{names} {have} the connection open that {named(opener.pid, opener)} opened"
+    return f"{names} {have} the connection open that {opener} opened"
 
 
 def _closed(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
     when = verdict.reason.partition(", ")[2]
     if culprits and culprits[0].role is Role.CLOSER:
         return f"{_who(culprits)} closed its connection without Terminate, {when}"
-    if findings.opener is not None:
-        owner = named(findings.opener.pid, findings.opener)
+    owner = _opener(findings)
+    if owner is not None:
         return f"the connection that {owner} opened ended without Terminate, {when}"
     return f"the client's side ended without Terminate, {when}"
 

@@ -53,11 +53,11 @@ class Evidence:
 
 
 def known_at_once(session: ProxiedSession) -> Findings:
-    """What is known of a session's client without looking."""
+    """What is known of a session's client without looking: who opened it too, where the kernel has named that."""
     senders = dict(session.senders)
     opening = session.opening
     if opening is None:
-        return Findings(senders=senders, driver=session.driver)
+        return Findings(connected=session.connected, senders=senders, driver=session.driver)
     runtimes = {} if opening.opener is None else {opening.opener.pid: opening.runtime}
     return Findings(
         opener=opening.opener,
@@ -97,6 +97,32 @@ class Investigation:
         self._others = others
         self._ends = time.monotonic() + EVIDENCE_BUDGET
 
+    def note_known(self) -> None:
+        """Take over what is known by now of the session's client without looking."""
+        findings = self._findings
+        self._findings = replace(
+            known_at_once(self._session),
+            holders=findings.holders,
+            holders_complete=findings.holders_complete,
+            thread_names=findings.thread_names,
+        )
+
+    def look_at_named(self) -> None:
+        """Look at the processes that the kernel has named, as the opener or as senders: it takes a millisecond at most.
+
+        How many others there are on the machine makes no difference, so that this is there when they all have started
+        a moment ago, or nobody has had the time yet to find out who opened the connection.
+        """
+        self._look_at_senders()
+        client, connected = self._session.client_socket, self._session.connected
+        if client is None or connected is None:
+            return
+        intruder = self._verdict.intruder
+        holders = self._witness.holding(client, [connected[0], *self._named()])
+        # That somebody is alone with the connection can't be seen like this.
+        if any(intruder is None or holder.pid != intruder.pid for holder in holders):
+            self._findings = replace(self._findings, holders=holders, holders_complete=False)
+
     def run(self) -> None:
         """Look at everything, until there is nothing more to be found or the time is up."""
         opening = self._session.opening
@@ -105,7 +131,7 @@ class Investigation:
             return
         # Whoever says goodbye on its way out is gone in a moment.
         heirs = self._witness.heirs_of(opening) if unnamed and opening is not None else ()
-        self._look_at_senders()
+        self.look_at_named()
         if opening is None:
             return
         self._look_at_holders(opening)
@@ -135,7 +161,8 @@ class Investigation:
                 process = self._witness.sender(pid)
                 if process is not None:
                     session.senders[pid] = process
-        self._findings = replace(known_at_once(session), thread_names=self._thread_names())
+        self.note_known()
+        self._findings = replace(self._findings, thread_names=self._thread_names())
 
     def _thread_names(self) -> dict[tuple[int, int], str]:
         names = {}

@@ -44,6 +44,11 @@ _SAMPLING_SAVINGS: Final = 1.0
 _INVESTIGATIONS: Final = 4
 """Threads that take evidence at the same time."""
 
+_GOODBYE_BUDGET: Final = 1.0
+"""Seconds for which a Terminate may be held until it is seen whether somebody else has the connection open.
+
+Nobody waits for an answer to it. Looking takes a millisecond, unless the processors are busy with something else."""
+
 _DOUBTFUL: Final = frozenset({Kind.FOREIGN_TERMINATE})
 """Kinds of verdict of which evidence may show that they are no fault: known or not, each is looked into."""
 
@@ -261,11 +266,16 @@ class Judge:
         others = []
         if verdict.kind is Kind.CONNECTION_EXHAUSTION:
             others = [other.opening for other in self._sessions() if other is not session]
+        investigation = Investigation(witness, session, verdict, evidence, others)
+        if session.connected is not None and (session.opening is None or verdict.kind in _DOUBTFUL):
+            with trio.move_on_after(_GOODBYE_BUDGET if verdict.kind in _DOUBTFUL else EVIDENCE_BUDGET):
+                await trio.to_thread.run_sync(
+                    investigation.look_at_named, limiter=self._threads, abandon_on_cancel=True
+                )
         with trio.move_on_after(EVIDENCE_BUDGET):
             if session.opening is None:
                 await session.opening_known.wait()
-                evidence.findings = known_at_once(session)
-            investigation = Investigation(witness, session, verdict, evidence, others)
+                investigation.note_known()
             await trio.to_thread.run_sync(investigation.run, limiter=self._threads, abandon_on_cancel=True)
         return evidence.findings
 

@@ -137,6 +137,11 @@ class ProxiedSession:
         self.done = trio.Event()
         """Both sockets are closed."""
 
+    @property
+    def connected(self) -> tuple[int, int | None] | None:
+        """The process and the thread that opened it, if the kernel has named them: without looking at anything."""
+        return None if self.client_socket is None else self.client_socket.connected
+
     def connect(self, client: socket.socket, server: socket.socket, tracker: Tracker | None) -> None:
         """Give it its two sockets, which it owns from then on."""
         self.client = End(client, is_client=True, names_senders=self.has_credentials)
@@ -150,7 +155,11 @@ class ProxiedSession:
     def tell_tracker(self) -> None:
         """Tell what follows the session what attribution knows and the kernel doesn't say with each read."""
         opening, tracker = self.opening, self.tracker
-        if tracker is not None and opening is not None and opening.opener is not None and not self.names_senders:
+        if tracker is None or self.names_senders:
+            return
+        if self.connected is not None:
+            tracker.senders.introduce(Sender(self.connected[0], sampled=True))
+        if opening is not None and opening.opener is not None:
             tracker.senders.introduce(Sender(opening.opener.pid, sampled=True))
             tracker.asks_goodbye = self.driver is Driver.LIBPQ
 

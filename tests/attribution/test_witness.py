@@ -124,6 +124,37 @@ def test_a_process_younger_than_the_connection_did_not_connect_it(unix: socket.s
             assert _opener(witness.opened(reused)) == (None, Evidence.UNKNOWN)
 
 
+def test_an_heir_is_not_the_opener_where_the_kernel_has_named_one_that_is_gone(
+    unix: socket.socket, puppet: Puppets
+) -> None:
+    witness, client = Witness(), puppet()
+    outlive_a_tick()
+    with client.connect(unix) as accepted:
+        described = client_socket(accepted)
+        assert isinstance(described, UnixClient)
+        gone = replace(described, connected_by=2**22)  # beyond what any kernel gives: proc_sys_kernel(5), pid_max
+        opening = witness.opened(gone)
+        assert _opener(opening) == (None, Evidence.UNKNOWN)
+        assert opening.connected == (2**22, None)
+        assert opening.driver is witness.opened(described).driver
+
+
+@pytest.mark.parametrize("listener", ["tcp", "unix"])
+def test_of_some_processes_those_that_have_the_socket_open(
+    listener: str, request: pytest.FixtureRequest, puppet: Puppets
+) -> None:
+    witness, client, other = Witness(), puppet(), puppet()
+    with client.connect(request.getfixturevalue(listener)) as accepted:
+        child, grandchild = client.do("fork()"), client.do("fork()")
+        described = client_socket(accepted)
+        asked = [other.pid, client.pid, child, 2**22, client.pid]
+        assert [process.pid for process in witness.holding(described, asked)] == [client.pid, child]
+        assert witness.holding(described, [grandchild])[0].ppid == client.pid
+        client.do("c.close()")
+        assert [process.pid for process in witness.holding(described, asked)] == [child]
+        assert witness.holding(described, [other.pid]) == ()
+
+
 def test_a_connection_from_elsewhere_is_nobodys(tcp: socket.socket, puppet: Puppets) -> None:
     elsewhere = TcpClient(bytes([192, 0, 2, 1]), 50000, bytes([192, 0, 2, 2]), 5432, 0, 0.0)
     witness, client = Witness(), puppet()

@@ -309,8 +309,22 @@ def test_a_named_child_of_a_program_known_to_do_no_harm_is_spared(name: str) -> 
     assert conclude(NAMED, replace(findings, opener=replace(OPENER, name=f"not_{name}"))) == NAMED
 
 
-def test_a_named_goodbye_where_the_opener_can_not_be_looked_at_is_no_fault() -> None:
+def test_a_named_goodbye_where_it_is_not_known_who_opened_the_connection_is_no_fault() -> None:
     assert conclude(NAMED, replace(STAYED, opener=None)) is None
+
+
+def test_a_named_goodbye_is_foreign_if_nothing_but_the_openers_pid_is_known() -> None:
+    """The kernel has named it, and there was no time to look at it."""
+    unseen = replace(STAYED, opener=None, connected=(OPENER.pid, OPENER.pid), opener_stays=False)
+    assert conclude(NAMED, replace(unseen, holders=(WORKER_1, CHILD))) == NAMED
+    assert conclude(NAMED, replace(unseen, holders=(CHILD,))) is None
+    assert conclude(NAMED, replace(unseen, holders=None)) is None
+
+
+@pytest.mark.parametrize("name", HARMLESS_GOODBYES)
+def test_a_program_known_to_do_no_harm_is_spared_if_it_is_known_as_a_holder_alone(name: str) -> None:
+    unseen = replace(STAYED, opener=None, connected=(OPENER.pid, OPENER.pid))
+    assert conclude(NAMED, replace(unseen, holders=(replace(OPENER, name=name), CHILD))) is None
 
 
 # Everything else

@@ -446,6 +446,27 @@ def test_the_story_of_the_socket(findings: Findings, story: tuple[Chapter, ...])
     assert tell_story(findings, OPENED_AT) == story
 
 
+def test_an_opener_that_is_but_a_pid_has_opened_it_and_is_the_owner() -> None:
+    """The kernel has named it when the connection was accepted, and nobody could look at it yet, or any more."""
+    unseen = Findings(connected=(4864, None), holders=(WORKER_0,), holders_complete=False)
+    assert tell_story(unseen, OPENED_AT) == (
+        Chapter(Event.OPENED, OPENED_AT, 4864, None, KERNEL_SENDER),
+        inherited(WORKER_0, 4864),
+        left(4864),
+    )
+    assert short(find_culprits(IDLE, unseen)) == [
+        (OWNER, 4864, None, KERNEL_SENDER, None),
+        (HOLDER, WORKER_0.pid, None, HOLDS, None),
+    ]
+    over_tcp = replace(unseen, connected=(4864, 4870))
+    assert short(find_culprits(IDLE, over_tcp))[0] == (OWNER, 4864, 4870, KERNEL_SENDER, KERNEL_SENDER)
+
+
+def test_an_heir_is_not_the_owner_if_the_kernel_has_named_another() -> None:
+    heir = Findings(connected=(4864, 4864), opener=None, holders=(WORKER_0,))
+    assert [c.pid for c in find_culprits(IDLE, heir) if c.role is OWNER] == [4864]
+
+
 def test_the_opener_itself_has_not_inherited_what_it_opened() -> None:
     """Young as it may be: it connects as soon as it has started."""
     young = process(4864, 1, "script", age=12.5)
