@@ -375,7 +375,7 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
     Entry(
         Kind.UNCLEAN_CLOSE,
         Severity.WARNING,
-        "warning; error with a request or a transaction open",
+        "warning; error with work open: a Query, Execute, FunctionCall, COPY or transaction",
         "the client went away without saying goodbye",
         "The connection ended without Terminate. An open transaction is rolled back; a query that was running goes "
         "on until PostgreSQL notices, and nobody learns its outcome.",
@@ -394,6 +394,11 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
             ),
             "PostgreSQL 14 and later: client_connection_check_interval ends queries whose client has gone.",
             "Forked children that leave through os._exit or exit!: they must not own connections.",
+            (
+                "Terminate in the middle of COPY FROM STDIN loses all its rows (the server's log: 'unexpected message "
+                "type 0x58 during COPY from stdin'): end the COPY before the connection is closed, by leaving the "
+                "block that psycopg's cursor.copy() opens, or with libpq's PQputCopyEnd."
+            ),
         ),
         can_reject=False,
     ),

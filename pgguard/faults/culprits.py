@@ -7,7 +7,8 @@
 ``requester``
     Every other sender on the connection, the one whose turn it was first.
 ``closer``
-    Of a connection that ended without Terminate. The end of a stream has no sender, and it is the *last* process with
+    The sender of a Terminate that came in the middle of COPY data, where it is known; and of a connection that ended
+    without Terminate who closed it. The end of a stream has no sender, and it is the *last* process with
     the socket open that brings it about, so one is named only if no second process is known to have opened, used or
     held the connection: by ``sole-holder`` if the holders are this process alone, otherwise by what ties it to the
     connection as its opener, or as the only sender. If the opener had let go before, it is the only one that had the
@@ -71,7 +72,9 @@ class _Bench:
         verdict, findings = self._verdict, self._findings
         culprits: list[Culprit] = []
         requesters = [sender for sender in verdict.requesters if verdict.intruder or not self._only_opened(sender)]
-        if verdict.kind is Kind.UNCLEAN_CLOSE:
+        if verdict.kind is Kind.UNCLEAN_CLOSE and verdict.message is not None and verdict.intruder is not None:
+            culprits.append(self._sender(Role.CLOSER, verdict.intruder))
+        elif verdict.kind is Kind.UNCLEAN_CLOSE:
             closer = self._closer()
             if closer is not None:
                 culprits.append(closer)

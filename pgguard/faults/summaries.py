@@ -136,9 +136,13 @@ def _inherited(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ..
 
 
 def _closed(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
+    closer = _who(culprits) if culprits and culprits[0].role is Role.CLOSER else None
+    if verdict.message is not None:
+        cut_short = "sent Terminate in the middle of COPY data, which the server throws away"
+        return verdict.reason if closer is None else f"{closer} {cut_short}"
     when = verdict.reason.partition(", ")[2]
-    if culprits and culprits[0].role is Role.CLOSER:
-        return f"{_who(culprits)} closed its connection without Terminate, {when}"
+    if closer is not None:
+        return f"{closer} closed its connection without Terminate, {when}"
     owner = _opener(findings)
     if owner is not None:
         return f"the connection that {owner} opened ended without Terminate, {when}"

@@ -158,10 +158,10 @@ class ProxiedSession:
         if tracker is None or self.names_senders:
             return
         if self.connected is not None:
-            tracker.senders.introduce(Sender(self.connected[0], sampled=True))
+            tracker.introduce(Sender(self.connected[0], sampled=True), asks_goodbye=False)
         if opening is not None and opening.opener is not None:
-            tracker.senders.introduce(Sender(opening.opener.pid, sampled=True))
-            tracker.asks_goodbye = self.driver is Driver.LIBPQ
+            opener = Sender(opening.opener.pid, sampled=True)
+            tracker.introduce(opener, asks_goodbye=self.driver is Driver.LIBPQ)
 
     def concern(self, kind: Kind, reason: str) -> Verdict:
         """Say that something is wrong with it that no message of its shows."""

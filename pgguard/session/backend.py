@@ -74,12 +74,14 @@ _FUNCTION_CALL: Final = int(Owes.FUNCTION_CALL)
 class BackendStream:
     """Follows the server's messages of one session; see :class:`pgguard.session.tracker.Tracker`."""
 
-    __slots__ = ("_ledger", "_session", "partial", "rest")
+    __slots__ = ("_ledger", "_session", "overruled", "partial", "rest")
 
     def __init__(self, session: Session) -> None:
         self.rest = 0
         """Bytes still to come of a message that has been judged."""
         self.partial: MessageSeen | None = None
+        self.overruled: Kind | None = None
+        """The next message is to be taken whatever is wrong with it: the kind of the verdict that was overruled."""
         self._session = session
         self._ledger = session.ledger
 
@@ -168,7 +170,7 @@ class BackendStream:
                 session.cancel_key = parse_backend_key_data(body)
             self._move_head(follows)
         if taken:
-            session.overruled = False
+            self.overruled = None
         return taken
 
     def _move_head(self, follows: int) -> None:
@@ -207,7 +209,7 @@ class BackendStream:
         ledger = self._ledger
         session = self._session
         severity = parse_severity(body)
-        if ledger.state == _LOGIN and severity.sqlstate == _TOO_MANY_CONNECTIONS and not session.overruled:
+        if ledger.state == _LOGIN and severity.sqlstate == _TOO_MANY_CONNECTIONS and self.overruled is None:
             verdict = session.judge(
                 Kind.CONNECTION_EXHAUSTION,
                 "the server refused the connection for want of a slot",
@@ -237,7 +239,7 @@ class BackendStream:
     def _accept_undue(self, pos: int, code: int, length: int) -> bool:
         """Judge a message that the head's row doesn't have: True to pass it over."""
         session = self._session
-        if session.overruled or session.goodbye:
+        if self.overruled is not None or session.goodbye:
             return True
         ledger = self._ledger
         message = seen(Direction.BACKEND, _MESSAGES[code], code, length)
@@ -272,7 +274,7 @@ class BackendStream:
         framed = HEADER_SIZE - 1 <= length <= max(_MESSAGES[code].most, SHORT)
         message = seen(Direction.BACKEND, _MESSAGES[code], code, length)
         what = ill_formed(message, length, known=known)
-        if session.overruled or session.goodbye:
+        if self.overruled is not None or session.goodbye:
             if not framed:
                 session.lost = f"the server sent {what}, behind which nothing can be told apart"
             return framed

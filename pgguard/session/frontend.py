@@ -14,6 +14,7 @@ from pgguard.session.verdicts import Direction, Kind, MessageSeen, RequestState,
 from pgguard.wire.messages import FRONTEND, HEADER_SIZE, SMALL, UNKNOWN, by_code, parse_header
 
 if TYPE_CHECKING:
+    from pgguard.session.ledger import Entry
     from pgguard.session.requests import Request
     from pgguard.session.session import Session
     from pgguard.session.verdicts import Verdict
@@ -30,12 +31,14 @@ _TARGETED: Final = [chr(code) in "CD" for code in range(256)]
 _COPYING_IN: Final = [state in COPY_IN for state in Owes]
 _IN_COPY_IN: Final = [chr(code) in IN_COPY_IN for code in range(256)]
 
+_COPY_BOTH: Final = int(Owes.QUERY_COPY_BOTH)
 _LOGIN: Final = int(Owes.LOGIN)
 _DESCRIBE_STATEMENT: Final = int(Owes.DESCRIBE_STATEMENT)
 
 _BIND: Final = ord("B")
 _COPY_DATA: Final = ord("d")
 _DESCRIBE: Final = ord("D")
+_FLUSH: Final = ord("H")
 _PARSE: Final = ord("P")
 _PASSWORD_MESSAGE: Final = ord("p")
 _QUERY: Final = ord("Q")
@@ -53,12 +56,26 @@ class FrontendStream:
         sender: who sent the StartupMessage, if the kernel said so.
     """
 
-    __slots__ = ("_held_by", "_ledger", "_sender", "_session", "_simple", "_statements", "partial", "rest")
+    __slots__ = (
+        "_fed",
+        "_flushed",
+        "_held_by",
+        "_ledger",
+        "_sender",
+        "_session",
+        "_simple",
+        "_statements",
+        "overruled",
+        "partial",
+        "rest",
+    )
 
     def __init__(self, session: Session, sender: Sender | None) -> None:
         self.rest = 0
         """Bytes still to come of a message that has been judged."""
         self.partial: MessageSeen | None = None
+        self.overruled: Kind | None = None
+        """The next message is to be taken whatever is wrong with it: the kind of the verdict that was overruled."""
         self._session = session
         self._ledger = session.ledger
         self._sender = sender
@@ -67,6 +84,10 @@ class FrontendStream:
         """Who sent the bytes that were left with the caller."""
         self._simple: Request | None = None
         """The last simple Query or FunctionCall."""
+        self._flushed: Entry | None = None
+        """What stood last in the ledger when a Flush was sent: the client has asked for the answers up to it."""
+        self._fed: Request | None = None
+        """The request that stood first when the last CopyData was sent, until CopyDone or CopyFail is."""
         self._statements = Statements()
 
     def follow(self, buffer: bytearray, start: int, end: int, sender: Sender | None, at: float) -> int:
@@ -101,7 +122,7 @@ class FrontendStream:
                 taken = self._unanswered_message(pos, code, length)
             if not taken:
                 break
-            session.overruled = False
+            self.overruled = None
             pos += 1 + length
             if code == _TERMINATE_CODE:
                 return end  # nobody reads what is behind it
@@ -130,7 +151,7 @@ class FrontendStream:
         if reset and (session.requests == 0 or state in (Owes.QUERY_COPY_BOTH, Owes.QUERY_COPIED_BOTH)):
             return []
         verdicts: list[Verdict] = []
-        open_request = not session.idle
+        open_request = self._ledger.works()
         if self.rest or held_back:
             open_request = True
             reason, message = torn_end("client", self.rest, self.partial, held_back)
@@ -139,6 +160,8 @@ class FrontendStream:
             when = "in the middle of a request"
         elif session.in_transaction:
             when = "with a transaction open"
+        elif not session.idle:
+            when = "with no work open, before its last messages were answered"
         else:
             when = "between two requests"
         verdicts.append(
@@ -159,12 +182,16 @@ class FrontendStream:
         """Take a message that nothing is owed for; False when there is a verdict on it instead."""
         if code in b"dcf":
             return self._copy_message(pos, code, length)
+        if code == _FLUSH:
+            entries = self._ledger.entries
+            self._flushed = entries[-1] if entries else None
+            return True
         if code == _PASSWORD_MESSAGE:
             if self._ledger.state != _LOGIN:
                 text = libpq.invalid_type(code, copy_in=False)
                 return self._out_of_place(pos, code, length, "although no authentication is going on", text)
         elif code == _TERMINATE_CODE:
-            if self._is_foreign_goodbye(pos, length):
+            if self._is_foreign_goodbye(pos, length) or self._cuts_copy_short(pos, length):
                 return False
             self._session.terminated = self._session.over = True
         return True
@@ -174,7 +201,7 @@ class FrontendStream:
         session = self._session
         sender = self._sender
         asked = session.asks_goodbye if sender is None else session.senders.is_strange(sender)
-        if session.overruled or not asked:
+        if self.overruled is not None or not asked:
             return False
         session.verdict = session.judge(
             Kind.FOREIGN_TERMINATE,
@@ -186,11 +213,35 @@ class FrontendStream:
         )
         return True
 
+    def _cuts_copy_short(self, pos: int, length: int) -> bool:
+        """Whether a Terminate comes in the middle of copy data: a verdict, then.
+
+        The server takes it for an error, and none of what it has read is kept: ``CopyGetData()`` in
+        ``copyfromparse.c``. That a client stops a stream of replication with it is the usual end of one.
+        """
+        session = self._session
+        ledger = self._ledger
+        if ledger.state == _COPY_BOTH or not ledger.copying_in or ledger.entries[0][1] is not self._fed:
+            return False
+        # One from a stranger has been judged. One of which nobody knows who sent it may have been acquitted.
+        if self.overruled is not None and (self.overruled is not Kind.FOREIGN_TERMINATE or self._sender is not None):
+            return False
+        session.verdict = session.judge(
+            Kind.UNCLEAN_CLOSE,
+            "Terminate came in the middle of COPY data, which the server throws away",
+            seen(Direction.FRONTEND, _MESSAGES[_TERMINATE_CODE], _TERMINATE_CODE, length),
+            pos,
+            intruder=self._sender,
+            open_request=True,
+        )
+        return True
+
     def _simple_request(self, buffer: bytearray, pos: int, stop: int, code: int, length: int, at: float) -> bool:
         ledger = self._ledger
         session = self._session
         if ledger.state != NOTHING:
-            busy = next((other for other in ledger.outstanding() if not self._elsewhere(other.sender)), None)
+            asked = ledger.asked(self._flushed)
+            busy = next((other for other in asked if not self._elsewhere(other.sender)), None)
             if busy is not None and self._overlaps(busy, buffer, pos, stop, length):
                 return False
         request = self._simple = session.new_request(code, at, self._sender)
@@ -242,7 +293,10 @@ class FrontendStream:
         """CopyData, CopyDone or CopyFail: in place while a COPY is, or may be, or has just been, going on."""
         ledger = self._ledger
         if ledger.may_copy_in:
-            if code != _COPY_DATA:
+            if code == _COPY_DATA:
+                self._fed = ledger.entries[0][1]
+            else:
+                self._fed = None
                 ledger.end_copy_data()
             return True
         if self._session.copy_over or self._session.copied or ledger.skipping:
@@ -259,7 +313,7 @@ class FrontendStream:
     def _overlaps(self, busy: Request, buffer: bytearray, pos: int, stop: int, length: int) -> bool:
         """Whether a request sent before ``busy`` has been answered is a fault: a verdict, then."""
         session = self._session
-        if session.overruled:
+        if self.overruled is not None:
             return False
         sender = self._sender
         code = buffer[pos]
@@ -278,7 +332,7 @@ class FrontendStream:
     def _out_of_place(self, pos: int, code: int, length: int, why: str, text: str | None) -> bool:
         """A message that is not allowed here: a verdict, unless that has been overruled."""
         session = self._session
-        if session.overruled:
+        if self.overruled is not None:
             return True
         message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
         reason = f"the client sent {message.name} {why}"
@@ -293,7 +347,7 @@ class FrontendStream:
         known = _MESSAGES[code] is not UNKNOWN
         message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
         what = ill_formed(message, length, known=known)
-        if session.overruled:
+        if self.overruled is not None:
             framed = known and HEADER_SIZE - 1 <= length <= max(_MESSAGES[code].most, SMALL)
             if not framed:
                 session.lost = f"the client sent {what}, behind which nothing can be told apart"

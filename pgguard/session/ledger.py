@@ -7,9 +7,10 @@ one fails, and when a COPY begins and ends.
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-from pgguard.session.states import CAN_BECOME_COPY, COPY_IN, NO_REQUEST, Owes
+from pgguard.session.states import CAN_BECOME_COPY, COPY_IN, NO_REQUEST, UNASKED, WORK, Owes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +26,9 @@ COPY_END: Final = int(Owes.COPY_END)
 _SYNCS: Final = (SYNC, MAYBE_SYNC)
 _NO_DEBTS: Final = (MAYBE_SYNC, COPY_END)
 
+Entry = tuple[int, "Request"]
+"""A debt, :attr:`Owes.COPY_END` being none, and whose it is. One that has begun to be paid stands unchanged."""
+
 
 class Ledger:
     """A queue of what the server owes, and how far it has come with the entry at the head.
@@ -36,8 +40,7 @@ class Ledger:
     __slots__ = ("discarding", "entries", "skipping", "state")
 
     def __init__(self, login: Request) -> None:
-        self.entries: deque[tuple[int, Request]] = deque([(int(Owes.LOGIN), login)])
-        """A debt, :attr:`Owes.COPY_END` being none, and whose it is. One that has begun to be paid stands unchanged."""
+        self.entries: deque[Entry] = deque([(int(Owes.LOGIN), login)])
         self.state = int(Owes.LOGIN)
         """What is owed for the head, as far as it has come; ``NOTHING`` if there is none."""
         self.skipping = False
@@ -62,6 +65,25 @@ class Ledger:
     def outstanding(self) -> Iterator[Request]:
         """The requests that wait for an answer, one for each entry, in order."""
         return (request for owes, request in self.entries if owes not in NO_REQUEST)
+
+    def asked(self, flushed: Entry | None) -> Iterator[Request]:
+        """Those of :meth:`outstanding` of which the client has asked for the answer.
+
+        Of extended-protocol messages it does so with a Sync or Flush; of those without, the answers come with the next
+        that it asks for.
+
+        Args:
+            flushed: what stood last when the last Flush was sent, if there has been one.
+        """
+        entries = self.entries
+        count = len(entries)
+        while count and entries[count - 1] is not flushed and entries[count - 1][0] in UNASKED:
+            count -= 1
+        return (request for owes, request in islice(entries, count) if owes not in NO_REQUEST)
+
+    def works(self) -> bool:
+        """Whether anything is outstanding that is lost with the connection: the other debts change no data."""
+        return any(owes in WORK for owes, _ in self.entries)
 
     def answering(self) -> Request | None:
         """The request at the head, if the answer to the very message that the head stands for has begun."""

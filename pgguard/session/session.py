@@ -49,9 +49,6 @@ class Session:
         self.verdict: Verdict | None = None
         self.lost: str | None = None
         """Why the session can't be followed any further, once that is so; nothing may be fed after it."""
-        self.overruled = False
-        """The next message is to be taken whatever is wrong with it."""
-
         self.asks_goodbye = False
         """A Terminate of which nobody knows who sent it is a foreign-terminate until it has been looked into."""
 
@@ -66,6 +63,16 @@ class Session:
         self.requests = 0
         """How many the client has made."""
         self._recent: deque[Request] = deque(maxlen=_RECENT)
+
+    def introduce(self, opener: Sender, *, asks_goodbye: bool) -> None:
+        """Say who opened the connection, where the kernel doesn't name senders.
+
+        Args:
+            opener: the process, and so the first that used the connection.
+            asks_goodbye: a Terminate of which nobody knows who sent it is worth looking into.
+        """
+        self.senders.introduce(opener)
+        self.asks_goodbye = asks_goodbye
 
     @property
     def idle(self) -> bool:

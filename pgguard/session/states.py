@@ -41,6 +41,11 @@ ErrorResponse comes with nothing outstanding, and begins to skip like any other.
 *Pipelining.* Extended-protocol messages may be sent while earlier ones are unanswered; that is what they were made
 for, and every driver with a pipeline or batch mode does it. A simple Query or FunctionCall behind an unanswered
 request, or anything behind an unanswered Query, is no pipelining that libpq knows.
+
+*What was never asked for.* Extended-protocol messages without a Sync or Flush behind them ask for no answer
+(:data:`UNASKED`), and a simple Query behind them brings theirs along: libpq leaves a Parse behind when its Bind can't
+be sent (``PQsendQueryGuts()`` in ``fe-exec.c``). If one of them fails, the server discards the Query as well, up to a
+Sync that the client doesn't know it has to send.
 """
 
 from __future__ import annotations
@@ -214,6 +219,22 @@ CAN_BECOME_COPY: Final = frozenset(
     }
 )
 """Debts whose answer may still ask for copy data, so that copy data may be on its way already."""
+
+UNASKED: Final = frozenset(
+    {
+        Owes.PARSE,
+        Owes.BIND,
+        Owes.CLOSE,
+        Owes.DESCRIBE_STATEMENT,
+        Owes.DESCRIBE_PORTAL,
+        Owes.EXECUTE,
+        Owes.COPY_END,
+    }
+)
+"""Entries for messages that ask for no answer by themselves: a Sync or a Flush behind them does."""
+
+WORK: Final = frozenset({Owes.QUERY, Owes.FUNCTION_CALL, Owes.EXECUTE})
+"""What is owed for messages that can change data, copy it included."""
 
 NO_REQUEST: Final = frozenset({Owes.LOGIN, Owes.MAYBE_SYNC, Owes.COPY_END})
 """Entries that keep no client waiting for the answer to a request."""

@@ -13,7 +13,7 @@ connection in :mod:`pgguard.session.senders`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pgguard.session.backend import BackendStream
 from pgguard.session.frontend import FrontendStream
@@ -22,6 +22,9 @@ from pgguard.session.verdicts import Direction, Kind
 
 if TYPE_CHECKING:
     from pgguard.session.verdicts import Sender, Verdict
+
+_ABOUT_SENDERS: Final = frozenset({Kind.SHARED_BY_PROCESSES, Kind.INHERITED_CONNECTION})
+"""Kinds of verdict that are not about a message, though one brings them about."""
 
 
 class Tracker(Session):
@@ -80,12 +83,10 @@ class Tracker(Session):
 
     def overrule(self) -> None:
         """The message that :attr:`verdict` is about is forwarded all the same, and takes its effect."""
+        verdict, self.verdict = self.verdict, None
         # A change of sender is judged once, when it happens; the message itself is still to be judged.
-        self.overruled = self.verdict is not None and self.verdict.kind not in (
-            Kind.SHARED_BY_PROCESSES,
-            Kind.INHERITED_CONNECTION,
-        )
-        self.verdict = None
+        if verdict is not None and verdict.kind not in _ABOUT_SENDERS:
+            self._stream(verdict).overruled = verdict.kind
 
     def swallow(self) -> None:
         """The message that :attr:`verdict` is about is kept from the other side, and has no effect.
@@ -96,11 +97,17 @@ class Tracker(Session):
         verdict = self.verdict
         if verdict is None or verdict.message is None:
             raise ValueError("there is no message to swallow")
-        stream = self._frontend if verdict.message.direction is Direction.FRONTEND else self._backend
+        stream = self._stream(verdict)
         if stream.rest:
             raise ValueError("the message has been forwarded in part")
         self.verdict = None
         stream.swallow(verdict.message)
+
+    def _stream(self, verdict: Verdict) -> FrontendStream | BackendStream:
+        """The stream that a verdict's message is of."""
+        message = verdict.message
+        backend = message is not None and message.direction is Direction.BACKEND
+        return self._backend if backend else self._frontend
 
     @property
     def frontend_rest(self) -> int:

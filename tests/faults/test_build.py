@@ -58,6 +58,13 @@ PUMA = Runtime(Language.RUBY, Server.PUMA, frozenset({Library.RAILS, Library.ACT
 
 ENDED = "the client's side ended without Terminate, "
 CLOSED = replace(verdict(Kind.UNCLEAN_CLOSE), reason=ENDED + "between two requests")
+CUT_SHORT = verdict(
+    Kind.UNCLEAN_CLOSE,
+    "Terminate came in the middle of COPY data",
+    message=TERMINATE,
+    intruder=Sender(4864),
+    open_request=True,
+)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +214,15 @@ SUMMARIES = [
         ),
     ),
     (CLOSED, NOTHING, "the client's side ended without Terminate, between two requests"),
+    (
+        CUT_SHORT,
+        ALONE,
+        (
+            "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) sent Terminate in the middle of COPY data, "
+            "which the server throws away"
+        ),
+    ),
+    (replace(CUT_SHORT, intruder=None), SHARED_UNSEEN, "Terminate came in the middle of COPY data"),
     (
         BUSY,
         SHARED_UNSEEN,

@@ -243,6 +243,17 @@ OTHERS = [
         [(CLOSER, 4866, 4866, KERNEL_SENDER, ONLY)],
         id="closed: the one that has sent, and how that is known",
     ),
+    pytest.param(
+        verdict(Kind.UNCLEAN_CLOSE, message=TERMINATE, intruder=Sender(4866, 4871), open_request=True),
+        KERNEL,
+        [
+            (CLOSER, 4866, 4871, KERNEL_SENDER, KERNEL_SENDER),
+            (OWNER, 4864, None, SOLE, None),
+            (HOLDER, 4864, None, HOLDS, None),
+            (HOLDER, 4867, None, HOLDS, None),
+        ],
+        id="closed: whoever said Terminate in the middle of COPY data",
+    ),
 ]
 
 

@@ -319,6 +319,24 @@ class Scene:
         if wait:
             self.settle()
 
+    def left_behind(self) -> None:
+        """Send extended-protocol messages that ask for no answer, and a simple request behind them.
+
+        If one of them fails, the server discards the request too; a client that doesn't want to wait for ever sends a
+        Sync then.
+        """
+        for letter in self.draw(st.text("PBCD*E", min_size=1, max_size=3)):
+            answers = {"P": "1E", "B": "2E", "C": "3", "D": "nE", "*": "t", "E": "CIE"}[letter]
+            answer = self.draw(st.sampled_from(answers))
+            self.send(Sent(letter, "tn" if answer == "t" else answer))
+            self.meanwhile(2)
+        self.send(self.draw(simple_requests().filter(lambda sent: not sent.copies)))
+        self.meanwhile(3)
+        self.settle()
+        if self.server.ignoring_till_sync:
+            self.send(Sent("S"))
+            self.settle()
+
     def libpq_copy(self) -> None:
         """An extended COPY as libpq does it: Sync behind Execute, and again behind the data's end."""
         self.settle()
@@ -376,7 +394,7 @@ def recordings(draw: DrawFn, *, most: int = 5, terminate: bool = True) -> Record
     """A legitimate conversation behind the login, at whose end the server owes nothing."""
     scene = Scene(draw)
     for _ in range(draw(st.integers(1, most))):
-        match draw(st.sampled_from(["simple", "simple", "pipeline", "pipelines", "copy", "replication"])):
+        match draw(st.sampled_from(["simple", "simple", "pipeline", "pipelines", "left", "copy", "replication"])):
             case "simple":
                 scene.simple()
             case "pipeline":
@@ -385,6 +403,8 @@ def recordings(draw: DrawFn, *, most: int = 5, terminate: bool = True) -> Record
                 for _ in range(draw(st.integers(1, 3))):
                     scene.pipeline(wait=False)
                 scene.settle()
+            case "left":
+                scene.left_behind()
             case "copy":
                 scene.libpq_copy()
             case _:

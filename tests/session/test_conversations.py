@@ -171,14 +171,15 @@ def test_answer_cut_short(data: st.DataObject, answer: str, request: str) -> Non
 
 
 @thoroughly
-@given(recordings(terminate=False), st.sampled_from("QFPBDES"), st.sampled_from("QF"))
+@given(recordings(terminate=False), st.sampled_from(["Q", "F", "P", "B", "D", "E", "S", "PH"]), st.sampled_from("QF"))
 def test_request_while_busy(recording: Recording, first: str, second: str) -> None:
     conversation = play(recording.events)
     assert conversation.frontend(first) == []
-    assert kinds(conversation.frontend(second)) == [Kind.REQUEST_WHILE_BUSY]
+    asked = first not in "PBDE"
+    assert kinds(conversation.frontend(second)) == [Kind.REQUEST_WHILE_BUSY] * asked
     conversation = play(recording.events)
     assert conversation.frontend(second) == []
-    assert kinds(conversation.frontend(first)) == [Kind.REQUEST_WHILE_BUSY]
+    assert kinds(conversation.frontend(first[:1])) == [Kind.REQUEST_WHILE_BUSY]
 
 
 @thoroughly

@@ -161,8 +161,7 @@ class TestOfAnUnnamedSender:
 
     def relay(self, *, asks: bool = True) -> Relay:
         relay = Relay(None)
-        relay.tracker.asks_goodbye = asks
-        relay.tracker.senders.introduce(Sender(4866, sampled=True))
+        relay.tracker.introduce(Sender(4866, sampled=True), asks_goodbye=asks)
         return relay
 
     def test_is_asked_about(self) -> None:
@@ -238,7 +237,7 @@ class TestSwallowed:
 
     def test_of_an_unnamed_sender_leaves_no_trace_either(self) -> None:
         relay = Relay(None)
-        relay.tracker.asks_goodbye = True
+        relay.tracker.introduce(Sender(4866, sampled=True), asks_goodbye=True)
         relay.swallows(TERMINATE, None)
         assert relay.send(SELECT, None) == len(SELECT)
         assert relay.tracker.verdict is None

@@ -6,7 +6,18 @@ import pytest
 
 from pgguard.session.tracker import Tracker
 from pgguard.session.verdicts import Direction, Kind, Party, RequestState, Sender
-from tests.session.protocol import BACKEND, IN_TRANSACTION, LOGIN, MODEL, Conversation, error, kinds, message, query
+from tests.session.protocol import (
+    BACKEND,
+    FRONTEND,
+    IN_TRANSACTION,
+    LOGIN,
+    MODEL,
+    Conversation,
+    error,
+    kinds,
+    message,
+    query,
+)
 
 
 def logged_in() -> Tracker:
@@ -218,6 +229,13 @@ class TestEndOfTheClientsStream:
         ("> Q < TDCZ", False, False, "between two requests"),
         ("> Q", True, False, "in the middle of a request"),
         ("> PBES < 12", True, False, "in the middle of a request"),
+        ("> PBES < 12C", False, False, "with no work open, before its last messages were answered"),
+        ("> CS", False, False, "with no work open, before its last messages were answered"),
+        ("> PDH < 1", False, False, "with no work open, before its last messages were answered"),
+        ("> S", False, False, "with no work open, before its last messages were answered"),
+        ("> CS PBES < 3Z", True, False, "in the middle of a request"),
+        ("> F", True, False, "in the middle of a request"),
+        ("> Q < Gd", True, False, "in the middle of a request"),
         ("> Q < W", True, False, "in the middle of a request"),
         ("> Q < EZ", False, False, "between two requests"),
         ("> PBE < E", False, False, "between two requests"),
@@ -265,6 +283,74 @@ class TestEndOfTheClientsStream:
         conversation.talk(script)
         verdicts = conversation.tracker.frontend_eof(0, reset=True)
         assert [(verdict.kind, verdict.open_request) for verdict in verdicts] == expected
+
+
+class TestTerminateInTheMiddleOfCopyData:
+    """The server throws the rows away: unexpected message type 0x58 during COPY from stdin, says its log."""
+
+    REASON = "Terminate came in the middle of COPY data, which the server throws away"
+
+    @pytest.mark.parametrize("script", [
+        "> Q < G > d",
+        "> Q < TDC G > dddH",
+        "> Q < G > dc < C G > d",
+        "> PBE H < 12G > d",
+        "> PBDES < 12nG > dS",
+        "> Q d < G",
+    ])  # fmt: skip
+    def test_is_an_unclean_close_with_work_open(self, script: str) -> None:
+        conversation = Conversation()
+        conversation.talk(script)
+        [verdict] = conversation.frontend("X")
+        assert (verdict.kind, verdict.reason, verdict.intruder) == (Kind.UNCLEAN_CLOSE, self.REASON, MODEL)
+        assert verdict.open_request
+        assert verdict.message is not None
+        assert (verdict.message.name, verdict.message.size) == ("Terminate", 5)
+        assert verdict.libpq is None, "it is the server's log that says something, and the client has gone"
+        assert conversation.tracker.terminated
+        assert conversation.tracker.frontend_eof(0) == [], "it is told once"
+
+    @pytest.mark.parametrize("script", [
+        "> Q < G",
+        "> Q d",
+        "> Q < G > dc",
+        "> Q < G > ddf",
+        "> Q < G > dc < C",
+        "> Q < G > dc < CZ",
+        "> Q < G > dc < C G",
+        "> Q < G > d < E",
+        "> Q < G > d < EZ > d",
+        "> Q < G > d < EZ > Q < G",
+        "> PBES < 12G > dcS",
+        "> PBES < 12G > d < E",
+        "> Q < W > d",
+        "> Q < Wd > dd < d",
+        "> Q < Hd",
+        "> Q < TD",
+    ])  # fmt: skip
+    def test_is_a_clean_close_elsewhere(self, script: str) -> None:
+        """No rows on their way, their end said, the COPY failed already, or a stream of replication."""
+        conversation = Conversation()
+        assert conversation.talk(script + "> X") == []
+
+    @pytest.mark.parametrize("cut", [1, 4])
+    def test_torn_over_two_chunks_is_one_fault(self, cut: int) -> None:
+        conversation = Conversation()
+        conversation.talk("> Q < G > d")
+        assert conversation.frontend(FRONTEND["X"][:cut]) == []
+        assert kinds(conversation.frontend(FRONTEND["X"][cut:])) == [Kind.UNCLEAN_CLOSE]
+
+    def test_from_a_process_that_had_no_right_to_it_is_that_alone(self) -> None:
+        conversation = Conversation()
+        conversation.talk("> Q < G > d")
+        assert kinds(conversation.frontend("X", Sender(200))) == [Kind.FOREIGN_TERMINATE]
+
+    def test_from_nobody_knows_whom_is_asked_about_first(self) -> None:
+        """It may be found to be the opener's, and is its unclean close then."""
+        conversation = Conversation(None)
+        conversation.tracker.introduce(Sender(100, sampled=True), asks_goodbye=True)
+        conversation.talk("> Q < G > d")
+        assert kinds(conversation.frontend("X")) == [Kind.FOREIGN_TERMINATE, Kind.UNCLEAN_CLOSE]
 
 
 class TestEndOfTheServersStream:

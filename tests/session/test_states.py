@@ -148,9 +148,9 @@ def allowed(state: Owes, letter: str) -> Kind | None:
         return None if letter == "S" else Kind.PROTOCOL_VIOLATION
     if state in {Owes.NOTHING, Owes.LOGIN, Owes.MAYBE_SYNC}:
         return None
-    if letter in "QF" or state in SIMPLE:
+    if state in SIMPLE or (letter in "QF" and state is Owes.SYNC):
         return Kind.REQUEST_WHILE_BUSY
-    return None
+    return None  # extended messages without a Sync or Flush behind them have asked for no answer
 
 
 @pytest.mark.parametrize("letter", [*FRONTEND, "*"])

@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from pgguard.session.tracker import Tracker
-from pgguard.session.verdicts import Direction, Kind
+from pgguard.session.verdicts import Direction, Kind, RequestState
 from pgguard.wire.messages import LOOK_LIMIT
 from tests.session.protocol import BACKEND, LOGIN, MODEL, Conversation, error, kinds, message, query
 
@@ -30,6 +30,14 @@ FAULTLESS = {
     "a Query on its way after an error is discarded too": "> PBE < E > Q S < Z > Q < CZ",
     "and a FunctionCall": "> PBE < E > F S < Z > F < VZ",
     "a Query ends an extended query without Sync": "> PBE < 12C > Q < CZ",
+    "a Query behind a Parse that asked for no answer": "> P Q < 1 TDCZ > Q < CZ",
+    "a FunctionCall behind an extended query that asked for none": "> PBDE F < 12TDC VZ > Q < CZ",
+    "a Query behind messages that asked for none, behind others that did": "> PBES < 12CZ > PH < 1 > B Q < 2 CZ",
+    "a pipeline behind a Parse that asked for no answer": "> P PBES < 1 12CZ > Q < CZ",
+    "a Parse that asked for no answer fails, and the Query behind it is discarded": "> P Q < E > S < Z > Q < CZ",
+    "the same, with the error in front of the Query": "> P < E > Q > S < Z > Q < CZ",
+    "an Execute that asked for no answer fails, and two Queries are discarded": "> PBE Q < 12E > Q > S < Z > Q < CZ",
+    "a COPY that asked for no answer": "> PBE dc Q < 12GC CZ > Q < CZ",
     "Flush brings answers before any Sync": "> P*H < 1tT > BEH < 2DC > S < Z",
     "Flush and nothing else": "> H > H > S < Z",
     "a timeout reported when a Flush is read": "> PH < 1 > H < E > S < Z",
@@ -204,6 +212,44 @@ class TestGoodbye:
         assert kinds(conversation.frontend("Q")) == [Kind.PROTOCOL_VIOLATION]
         assert conversation.backend(error() + error("FATAL", "08P01")) == []
         assert conversation.tracker.goodbye
+
+
+class TestNeverAskedFor:
+    """Extended-protocol messages without Sync or Flush ask for no answer, so a Query behind them is in order."""
+
+    @pytest.mark.parametrize("script", [
+        "> PH Q",
+        "> PBEH B Q",
+        "> PBES Q",
+        "> PBES P Q",
+        "> PBES PBE < 12CZ > PH < 12C > F",
+        "> S P Q",
+        "> Q < TDC > P Q",
+    ])  # fmt: skip
+    def test_behind_what_was_asked_for_it_is_busy(self, script: str) -> None:
+        assert Kind.REQUEST_WHILE_BUSY in kinds(Conversation().talk(script))
+
+    @pytest.mark.parametrize("letters", ["PQ", "PBQ", "PBDEQ", "CF"])
+    def test_whichever_thread_sends_it(self, letters: str) -> None:
+        """A pool hands the connection on to another thread, with the Parse that its driver left in it."""
+        conversation = Conversation(MODEL)
+        assert conversation.frontend(letters[:-1]) == []
+        assert conversation.frontend(letters[-1], MODEL._replace(tid=2)) == []
+
+    def test_the_rest_of_a_torn_pipeline_is_busy(self) -> None:
+        """Another thread's Query has come in between: what goes on behind it doesn't wait for its answer."""
+        conversation = Conversation(MODEL)
+        assert conversation.frontend("PB") == []
+        assert conversation.frontend("Q", MODEL._replace(tid=2)) == []
+        assert kinds(conversation.frontend("ES")) == [Kind.REQUEST_WHILE_BUSY]
+
+    def test_query_that_is_discarded_with_them_is_recorded_as_such(self) -> None:
+        conversation = Conversation()
+        conversation.talk("> P Q < E")
+        states = [request.state for request in conversation.tracker.requests_seen()]
+        assert states == [RequestState.FAILED, RequestState.SKIPPED]
+        assert conversation.tracker.idle, "the server waits for a Sync, and owes nothing"
+        assert kinds(conversation.backend("Z")) == [Kind.MESSAGE_WHILE_IDLE], "as it would answer only a Sync"
 
 
 class TestPipelines:
