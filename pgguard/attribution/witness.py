@@ -134,6 +134,11 @@ class Witness:
                     found.append(process)
         return tuple(found)
 
+    def have_opened(self, processes: Iterable[Process]) -> frozenset[int]:
+        """Which of these processes have opened connections, by their pids, as far as that was found out."""
+        with self._lock:
+            return frozenset(process.pid for process in processes if (process.pid, process.started) in self._clients)
+
     def holders(self, opening: Opening) -> Holders:
         """Find out, by looking at every process, who has a connection's client socket open now.
 

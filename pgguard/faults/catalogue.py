@@ -328,11 +328,12 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
     Entry(
         Kind.INHERITED_CONNECTION,
         Severity.WARNING,
-        "warning",
+        "warning; info for an heir that has opened connections of its own and never used this one",
         "a fork took the connection along",
         "More than one process has the connection's socket open. Nothing has gone wrong yet; as soon as two of "
         "them use it, answers go astray. And even unused, the copy keeps the session alive after its owner has "
-        "gone, and a child that tidies up at exit sends Terminate on its parent's connection.",
+        "gone, and a child that tidies up at exit sends Terminate on its parent's connection. An heir is given a few "
+        "seconds to open a connection of its own; if it does, this is only information.",
         "A process that had a connection open forked. Every open file descriptor is inherited, and closing it on "
         "exec (FD_CLOEXEC) does not help a child that only forks. fork(2).",
         Advice(
@@ -511,6 +512,8 @@ def severity_of(verdict: Verdict, driver: Driver) -> Severity:
     if verdict.kind is Kind.UNCLEAN_CLOSE and (verdict.open_request or verdict.open_transaction):
         return Severity.ERROR
     if verdict.by is Party.STRANGER:
+        return Severity.INFO
+    if verdict.kind is Kind.INHERITED_CONNECTION and verdict.settled:
         return Severity.INFO
     if verdict.kind is Kind.REQUEST_WHILE_BUSY and OVERLAP[driver].may:
         return Severity.WARNING

@@ -43,6 +43,7 @@ class Count(NamedTuple):
 class _Key(NamedTuple):
     kind: Kind
     pids: frozenset[int]
+    settled: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -184,4 +185,4 @@ def _key(verdict: Verdict) -> _Key:
     pids = {sender.pid for sender in verdict.requesters}
     if verdict.intruder is not None:
         pids.add(verdict.intruder.pid)
-    return _Key(verdict.kind, frozenset(pids))
+    return _Key(verdict.kind, frozenset(pids), verdict.settled)

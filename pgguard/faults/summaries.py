@@ -130,9 +130,11 @@ def _inherited(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ..
         return "more than one process has the connection's socket open"
     names = listed([named(h.pid, h) for h in heirs])
     have = "has" if len(heirs) == 1 else "have"
+    settled = f", {have} others of {'its' if len(heirs) == 1 else 'their'} own, and {have} not used this one"
+    end = settled if verdict.settled else ""
     if opener is None:
-        return f"{names} {have} one connection's socket open"
-    return f"{names} {have} the connection open that {opener} opened"
+        return f"{names} {have} one connection's socket open{end}"
+    return f"{names} {have} the connection open that {opener} opened{end}"
 
 
 def _closed(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:

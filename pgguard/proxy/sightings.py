@@ -25,8 +25,10 @@ class Sightings:
         self.holders: tuple[Process, ...] = ()
         """The processes that had the client's socket open when that was last looked at."""
         self._lately: dict[tuple[int, int], tuple[Process, float]] = {}
-        self.holders_told: frozenset[int] = frozenset()
-        """The pids of the holders that an inherited-connection has been recorded for."""
+        self.idle_told: frozenset[int] = frozenset()
+        self.settled_told: frozenset[int] = frozenset()
+        """The pids of the heirs that an inherited-connection has been recorded for: of those that had done nothing, and
+        of those that had connections of their own."""
         self.alone_until: float | None = None
         """When the opener was last seen to be the only one of them, in seconds since the epoch."""
         self.asleep: frozenset[Sleep] = frozenset()

@@ -10,12 +10,14 @@ from __future__ import annotations
 import heapq
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
 from pgguard.attribution.threads import Thread, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE, readers
+from pgguard.faults.heirs import PATIENCE, SERVERS_PATIENCE, judge_heirs
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ does so soon."""
 _LASTING: Final = 0.2
 """Seconds for which a process must have a socket open to count as its heir: a child on its way to exec() has it open
 for less."""
+_OPENERS: Final = 1024
+"""Processes of which it is remembered that a child has followed the advice."""
 _ORPHANED: Final = 0.5
 """Seconds after the end of its opener after which a connection counts as leaked: the last to close is not always first
 to end."""
@@ -81,6 +85,9 @@ class Watch:
         self._accuse = accuse
         self._solitary: dict[tuple[int, int], float] = {}
         """By pid and start, until when a process is taken to have a single thread."""
+        self._settled_parents: dict[tuple[int, int], set[int]] = {}
+        """By an opener's pid and start, the pids of those who have had a child that opened connections of its own and
+        left the inherited ones alone; the opener that was asked about last is the last one."""
         self._last_arrival = 0.0
         self._arrived = trio.Event()
 
@@ -105,11 +112,12 @@ class Watch:
             openings = {inode: s.opening for inode, s in watched.items() if s.opening}
             at = time.time()
             try:
-                found, orphaned = await trio.to_thread.run_sync(
+                found, orphaned, have_opened = await trio.to_thread.run_sync(
                     _look_at_heirs, witness, openings, abandon_on_cancel=True
                 )
                 for inode, holders in found.items():
                     self._note_holders(watched[inode], holders, at)
+                    self._note_heirs(watched[inode], holders, have_opened)
                     self._note_orphan(watched[inode], holders, orphaned=inode in orphaned)
             except Exception:
                 logger.exception("who has the connections open could not be found out")
@@ -122,10 +130,49 @@ class Watch:
             session.sightings.alone_until = at
         lasting = frozenset(process.pid for process in heirs)
         session.client.contested = len(lasting) > 1 and not session.names_senders
-        if len(lasting) > 1 and not lasting <= session.sightings.holders_told:
-            reason = f"{len(lasting)} processes have the connection's socket open"
-            if self._accuse(session, session.concern(Kind.INHERITED_CONNECTION, reason)):
-                session.sightings.holders_told |= lasting
+
+    def _note_heirs(self, session: ProxiedSession, holders: Holders, have_opened: frozenset[int]) -> None:
+        lasting = {process.pid for process in holders.lasting(_LASTING)}
+        opening, tracker, sightings = session.opening, session.tracker, session.sightings
+        if len(lasting) < 2 or opening is None:
+            return
+        opener = opening.opener and opening.opener.pid
+        followed = self._followers(opening)
+        found = judge_heirs(
+            (
+                holding
+                for holding in holders.holdings
+                if holding.process.pid in lasting and holding.process.pid != opener
+            ),
+            used_by=() if tracker is None else tracker.senders.pids,
+            have_opened=have_opened,
+            settled_parents=followed,
+            patience=PATIENCE if opening.runtime.server is None else SERVERS_PATIENCE,
+        )
+        followed |= found.parents
+        warns = not found.idle <= sightings.idle_told
+        if not warns and found.settled <= sightings.settled_told:
+            return
+        reason = f"{len(lasting)} processes have the connection's socket open"
+        verdict = replace(session.concern(Kind.INHERITED_CONNECTION, reason), settled=not warns)
+        if not self._accuse(session, verdict):
+            return
+        if warns:
+            sightings.idle_told |= found.idle
+        else:
+            sightings.settled_told |= found.settled
+
+    def _followers(self, opening: Opening) -> set[int]:
+        """The processes that have had a child that followed the advice, of one opener's connections; to be added to."""
+        opener = opening.opener
+        if opener is None:
+            return set()
+        key = opener.pid, opener.started
+        followers = self._settled_parents.pop(key, set())
+        self._settled_parents[key] = followers
+        if len(self._settled_parents) > _OPENERS:
+            del self._settled_parents[next(iter(self._settled_parents))]
+        return followers
 
     def _note_orphan(self, session: ProxiedSession, holders: Holders, *, orphaned: bool) -> None:
         now = trio.current_time()
@@ -280,8 +327,13 @@ def _look_at_threads(witness: Witness, looks: list[_Look]) -> list[_Seen]:
     return seen
 
 
-def _look_at_heirs(witness: Witness, openings: Mapping[int, Opening]) -> tuple[dict[int, Holders], set[int]]:
-    """Find out who has sockets open, and which of these have outlived their opener; in a worker thread."""
+def _look_at_heirs(
+    witness: Witness, openings: Mapping[int, Opening]
+) -> tuple[dict[int, Holders], set[int], frozenset[int]]:
+    """Find out who has sockets open, which of these have outlived their opener, and who has connections of its own.
+
+    In a worker thread.
+    """
     found = witness.watch(openings)
     orphaned = set()
     for inode, holders in found.items():
@@ -289,4 +341,5 @@ def _look_at_heirs(witness: Witness, openings: Mapping[int, Opening]) -> tuple[d
         left = opener is not None and all(process.pid != opener.pid for process in holders.processes)
         if left and holders.processes and opener is not None and witness.is_gone(opener):
             orphaned.add(inode)
-    return found, orphaned
+    have_opened = witness.have_opened(process for holders in found.values() for process in holders.processes)
+    return found, orphaned, have_opened

@@ -114,8 +114,8 @@ def render(fault: Fault) -> RenderableType:
 
 
 def print_fault(console: Console, fault: Fault) -> None:
-    """Print a fault: a report and its summary line, or for a repeat the summary line alone."""
-    if fault.repeat_of is None:
+    """Print a fault: a report and its summary line, or for a repeat and for information the summary line alone."""
+    if fault.repeat_of is None and fault.severity is not Severity.INFO:
         console.rule(style="dim", characters="=")
         console.print(render(fault), highlight=False, crop=False)
         console.print()

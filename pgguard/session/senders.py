@@ -49,6 +49,11 @@ class Senders:
             if self.latest is None:
                 self.latest = opener
 
+    @property
+    def pids(self) -> frozenset[int]:
+        """Who has sent, or opened the connection."""
+        return frozenset(sender.pid for sender in self._seen)
+
     def is_strange(self, sender: Sender) -> bool:
         """Whether it is not for ``sender`` to end the session: neither has it opened it, nor taken it over for good."""
         opener, latest = self.opener, self.latest

@@ -129,5 +129,7 @@ class Verdict:
     by: Party = Party.CLIENT
     ends: bool = False
     """The session is over with it, whatever is decided: nothing is left to be rejected."""
+    settled: bool = False
+    """Of an inherited connection: its heirs have others of their own, and have never used this one."""
     start: int = 0
     """Where the offending message begins in the chunk that was being examined."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -69,6 +70,11 @@ def test_each_row_on_who_may_overlap_names_its_source(driver: Driver) -> None:
 def test_overlap_between_processes_is_an_error_whatever_the_driver(driver: Driver) -> None:
     assert OVERLAP[driver].reason
     assert severity_of(verdict(Kind.SHARED_BY_PROCESSES), driver) is Severity.ERROR
+
+
+def test_an_heir_that_has_followed_the_advice_is_only_information() -> None:
+    inherited = verdict(Kind.INHERITED_CONNECTION)
+    assert severity_of(replace(inherited, settled=True), Driver.LIBPQ) is Severity.INFO
 
 
 @pytest.mark.parametrize(

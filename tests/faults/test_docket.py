@@ -42,6 +42,7 @@ def test_the_same_kind_session_and_processes_are_a_repeat(again: Verdict) -> Non
     [
         (4, OVERLAP),
         (3, replace(OVERLAP, kind=Kind.INHERITED_CONNECTION)),
+        (3, replace(OVERLAP, settled=True)),
         (3, replace(OVERLAP, intruder=Sender(4868, 4868))),
         (3, replace(OVERLAP, requesters=(*OVERLAP.requesters, Sender(4868)))),
         (3, replace(OVERLAP, intruder=None)),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from tests.servers import Address, Transport
 import pytest
 
+from pgguard.faults.heirs import PATIENCE
 from tests.integration.running import every_transport, named_transport, sampled_transport
 
 pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
@@ -135,7 +139,7 @@ def test_taking_perfect_turns_unnoticed_is_seen_as_an_inherited_connection(
     guard: GuardProcess, transport: Transport
 ) -> None:
     with scenario("in_turn", guard.at(transport)) as pids:
-        found = guard.wait_for("inherited-connection", timeout=3)
+        found = guard.wait_for("inherited-connection", timeout=20)
         assert pids_named(found[-1]) == set(pids)
     guard.assert_no_faults(except_kinds={"inherited-connection"})
 
@@ -151,7 +155,7 @@ def test_a_third_process_is_an_error(guard: GuardProcess, transport: Transport) 
 @sampled_transport
 def test_a_third_process_that_nobody_names_is_among_the_holders(guard: GuardProcess, transport: Transport) -> None:
     with scenario("third_process", guard.at(transport)) as pids:
-        found = guard.wait_for("inherited-connection", timeout=3)
+        found = guard.wait_for("inherited-connection", timeout=20)
         assert pids_named(found[-1]) == set(pids)
 
 
@@ -159,7 +163,7 @@ def test_a_third_process_that_nobody_names_is_among_the_holders(guard: GuardProc
 def test_a_hand_over_is_only_a_warning(guard: GuardProcess, transport: Transport) -> None:
     """pg_basebackup does it: an error here would end correct programs in ``reject`` mode."""
     with scenario("handed_over", guard.at(transport)) as (parent, child):
-        found = guard.wait_for("inherited-connection", timeout=3)
+        found = guard.wait_for("inherited-connection", timeout=20)
         assert found[-1]["severity"] == "warning"
         assert pids_named(found[-1]) == {parent, child}
         named = {culprit["pid"] for culprit in found[0]["culprits"] if culprit["evidence"] == "kernel-sender"}
@@ -170,3 +174,38 @@ def test_a_hand_over_is_only_a_warning(guard: GuardProcess, transport: Transport
 def test_the_corrected_program_goes_unmentioned(guard: GuardProcess, transport: Transport) -> None:
     play("connect_after_fork", guard, transport)
     guard.assert_no_faults()
+
+
+@every_transport
+def test_heirs_that_forget_the_connection_and_open_their_own_are_only_mentioned(
+    guard: GuardProcess, transport: Transport
+) -> None:
+    with scenario("forgotten", guard.at(transport)) as (parent, idle, *active):
+        found = guard.wait_for("inherited-connection", timeout=20)
+        time.sleep(2 * PATIENCE)
+    guard.stop()
+    assert {fault["severity"] for fault in guard.faults()} == {"info"}
+    assert {fault["kind"] for fault in guard.faults()} == {"inherited-connection"}
+    assert pids_named(found[0]) == {parent, idle, *active}
+    assert "not used this one" in found[0]["summary"]
+    assert "What to change" not in guard.stderr, "a line is enough"
+
+
+@every_transport
+def test_an_heir_that_does_nothing_is_warned_of(guard: GuardProcess, transport: Transport) -> None:
+    with scenario("idle_heir", guard.at(transport)) as (parent, child):
+        [found] = guard.wait_for("inherited-connection", timeout=20)
+    assert found["severity"] == "warning"
+    assert pids_named(found) == {parent, child}
+
+
+@named_transport
+def test_an_heir_with_connections_of_its_own_that_uses_this_one_is_told_anew(
+    guard: GuardProcess, transport: Transport
+) -> None:
+    with scenario("forgotten_and_used", guard.at(transport)) as (parent, child):
+        guard.wait_for("inherited-connection", timeout=20)
+        os.kill(parent, signal.SIGUSR1)
+        found = guard.wait_for("inherited-connection", count=2, timeout=20)
+    assert [fault["severity"] for fault in found] == ["info", "warning"]
+    assert culprits(found[1])["intruder"] == [(child, "kernel-sender")]

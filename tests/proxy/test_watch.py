@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -13,14 +14,14 @@ import trio
 
 from pgguard.attribution.evidence import Driver, Evidence, Process
 from pgguard.attribution.holders import Holders, Holding
-from pgguard.attribution.runtime import Runtime
+from pgguard.attribution.runtime import Runtime, Server
 from pgguard.attribution.sockets import TcpClient
 from pgguard.attribution.threads import Sleep, Thread, Waiting, Waits
 from pgguard.attribution.witness import Opening, Witness
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.watch import Watch
 from pgguard.session.tracker import Tracker
-from pgguard.session.verdicts import Kind
+from pgguard.session.verdicts import Kind, Sender
 from tests.proxy.conftest import running, until
 from tests.proxy.messages import ANSWER, LOGGED_IN, SELECTED, message, query
 
@@ -246,6 +247,8 @@ class Scripted:
         self.gone: set[Process] = set()
         self.waits = Waits()
         self.watching: frozenset[Thread] = frozenset()
+        self.have_own: set[Process] = set()
+        """Those that have opened connections of their own."""
         self.solitary: set[Process] = set()
         """Those with a single thread."""
         self.fails = False
@@ -256,6 +259,9 @@ class Scripted:
             raise RuntimeError("injected")
         holdings = tuple(Holding(one, since, trio.current_time()) for one, since in self.holders.items())
         return {inode: Holders(holdings, self.complete and bool(holdings)) for inode in inodes}
+
+    def have_opened(self, processes: Iterable[Process]) -> frozenset[int]:
+        return frozenset(process.pid for process in processes if process in self.have_own)
 
     def is_gone(self, process: Process) -> bool:
         return process in self.gone
@@ -325,6 +331,75 @@ async def test_one_inheritance_is_told_once_and_the_next_heir_again(
     del witness.holders[OTHER]
     await trio.sleep(20)
     assert len(stage.accused) == 2
+
+
+def settled(stage: Stage) -> list[bool]:
+    """Of what it has been accused of, whether the heirs had connections of their own."""
+    assert set(stage.kinds) <= {Kind.INHERITED_CONNECTION}
+    return [verdict.settled for verdict in stage.accused]
+
+
+async def test_an_heir_that_opens_a_connection_of_its_own_in_time_is_only_mentioned(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    stage.session()
+    witness.holders = {PARENT: trio.current_time(), CHILD: trio.current_time()}
+    await trio.sleep(1.5)
+    assert settled(stage) == []
+    witness.have_own = {CHILD}
+    await trio.sleep(20)
+    assert settled(stage) == [True]
+
+
+async def test_an_heir_that_does_nothing_for_too_long_is_warned_of_and_mentioned_when_it_does(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    stage.session()
+    witness.holders = {PARENT: trio.current_time(), CHILD: trio.current_time()}
+    await trio.sleep(4)
+    assert settled(stage) == [False]
+    witness.have_own = {CHILD}
+    await trio.sleep(20)
+    assert settled(stage) == [False, True]
+
+
+async def test_a_worker_of_a_server_is_given_longer(stage: Stage, witness: Scripted, autojump_clock: MockClock) -> None:
+    session = stage.session()
+    assert session.opening is not None
+    session.opening = replace(session.opening, runtime=Runtime(server=Server.CELERY))
+    witness.holders = {PARENT: trio.current_time(), CHILD: trio.current_time()}
+    await trio.sleep(8)
+    assert settled(stage) == []
+    await trio.sleep(4)
+    assert settled(stage) == [False]
+
+
+async def test_an_heir_whose_sibling_follows_the_advice_is_not_suspected(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    """A pool's worker that has had nothing to do yet; even when the sibling is gone."""
+    stage.session()
+    stage.session()
+    witness.holders = dict.fromkeys((PARENT, CHILD, OTHER), trio.current_time())
+    witness.have_own = {CHILD}
+    await trio.sleep(20)
+    del witness.holders[CHILD]
+    await trio.sleep(20)
+    assert settled(stage) == [True, True]
+
+
+async def test_an_heir_that_has_used_the_connection_is_not_the_watchs_affair(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    """The session core speaks up with its first message."""
+    session = stage.session()
+    assert session.tracker is not None
+    data = bytearray(query("select 1"))
+    session.tracker.frontend(data, 0, len(data), Sender(CHILD.pid), 0.0)
+    witness.holders = {PARENT: trio.current_time(), CHILD: trio.current_time()}
+    witness.have_own = {CHILD}
+    await trio.sleep(20)
+    assert settled(stage) == []
 
 
 async def test_a_child_on_its_way_to_another_program_is_no_heir(

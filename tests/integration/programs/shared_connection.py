@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
 
@@ -126,6 +127,63 @@ def connect_after_fork() -> None:
         child.end()
 
 
+class Own:
+    """A connection of a child's own."""
+
+    connection: psycopg.Connection
+
+    def open(self) -> None:
+        self.connection = connect()
+        self.connection.execute("SELECT 1")
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+def forgotten() -> None:
+    """Two children forget what they have inherited and open their own; the third has not had to do anything yet."""
+    connection = connect()
+    owns = Own(), Own()
+    active = [Child(own.open, own.close) for own in owns]
+    idle = Child()
+    announce(idle, *active)
+    for child in active:
+        child.do(0)
+    hold()
+    for child in active:
+        child.do(1)
+        child.end()
+    idle.end()
+    connection.close()
+
+
+def forgotten_and_used() -> None:
+    """A child opens a connection of its own, and uses its parent's all the same when SIGUSR1 comes."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    connection = connect()
+    own = Own()
+    child = Child(own.open, lambda: connection.execute("SELECT 1"), own.close)
+    announce(child)
+    child.do(0)
+    print("done", flush=True)
+    signal.sigwait([signal.SIGUSR1])
+    child.do(1)
+    sys.stdin.read()
+    child.do(2)
+    child.end()
+    connection.close()
+
+
+def idle_heir() -> None:
+    """A child has its parent's connection open and does nothing."""
+    connection = connect()
+    child = Child()
+    announce(child)
+    hold()
+    child.end()
+    connection.close()
+
+
 def ask(socket: int, sql: str) -> None:
     """Send a Query message."""
     text = sql.encode() + b"\0"
@@ -153,7 +211,17 @@ def hold() -> None:
 
 
 SCENARIOS = {
-    scenario.__name__: scenario for scenario in (overlapping, in_turn, third_process, handed_over, connect_after_fork)
+    scenario.__name__: scenario
+    for scenario in (
+        overlapping,
+        in_turn,
+        third_process,
+        handed_over,
+        connect_after_fork,
+        forgotten,
+        forgotten_and_used,
+        idle_heir,
+    )
 }
 
 if __name__ == "__main__":
