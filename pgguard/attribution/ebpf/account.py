@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whose bytes these are: the events of connections, applied to what is read from them. No I/O, and no clock.
 
 The rules, all of which follow from what :mod:`programs` says of events:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An assembler for the few dozen eBPF instructions that the probe needs.
 
 It knows no more of the instruction set than :mod:`programs` uses. Every instruction is a ``struct bpf_insn`` of

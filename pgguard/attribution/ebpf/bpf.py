@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0 OR MIT OR GPL-2.0-only
 """The bpf(2) system call, as far as the probe needs it.
 
 Every object is a file descriptor (close-on-exec, as the kernel makes them) and lives as long as that, or as something
@@ -23,7 +24,8 @@ _LOG_LINES = 12
 """How much of the end of a log goes into an error: the instruction refused, and what led to it."""
 
 _LICENSE = b"Dual MIT/GPL\0"
-"""Of the programs, which consist of calls to functions that the kernel offers to GPL-compatible programs only."""
+"""Of the programs: some functions that they call the kernel offers to GPL-compatible programs only, and this is one of
+the strings that it takes for that (``license_is_gpl_compatible``, ``linux/license.h``). See LICENSE beside this."""
 
 
 class MapType(IntEnum):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the fields are in the running kernel's structures: its own type information, ``/sys/kernel/btf/vmlinux``.
 
 That file is in every kernel built with CONFIG_DEBUG_INFO_BTF, as those of the distributions have been since 2020/21.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel says which thread sends: loads the programs, attaches them, and reads what they report.
 
 **Why assembled in Python.** The programs are some three hundred instructions that consist of loads, stores and calls,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0 OR MIT OR GPL-2.0-only
 """The probe's programs: what runs in the kernel, when, and why what they report is certain.
 
 **What runs.** Only the first of the two runs for sockets that aren't connected to the guard, and there it does nothing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The consumer's side of a BPF ring buffer: ``kernel/bpf/ringbuf.c``, ``Documentation/bpf/ringbuf.rst``.
 
 The kernel maps a page with the consumer's position, which is ours to write; a page with the producers' position; and
