@@ -18,7 +18,8 @@ class Evidence(StrEnum):
     SOCKET_HOLDER = "socket-holder"
     """One of several processes that have the socket open."""
     ONLY_THREAD = "only-thread"
-    """Of a thread: its process, which is known for one of the reasons above, has no other."""
+    """Of a thread: its process, which is known for one of the reasons above, has no other, or none that can have done
+    it."""
     DECLARED = "declared"
     """The client said so: ``application_name`` or an SQL comment."""
     UNKNOWN = "unknown"

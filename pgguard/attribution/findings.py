@@ -44,6 +44,11 @@ class Findings:
     """The threads that were blocked on the socket while the session was parked."""
     before: frozenset[Sleep] = frozenset()
     """Those of them that were seen to wait already before what is judged had come."""
+    throughout: frozenset[Sleep] = frozenset()
+    """Sleeps that threads were in when everything that had been sent was known, and what is judged hadn't been."""
+    restless: Mapping[int, Mapping[int, Sleep | None]] = field(default_factory=dict)
+    """By pid, where that was looked at: the threads that have run since then, and so may have sent it, by tid, with the
+    sleep that they are in now if they are in one."""
     watchers: frozenset[Thread] = frozenset()
     """Threads that wait on the connection whether or not an answer is due."""
     stacks: Stacks = field(default_factory=Stacks)

@@ -29,6 +29,8 @@ from pgguard.attribution.threads import (
     all_asleep,
     has_one_thread,
     only_thread,
+    restless_threads,
+    sleeps_of,
     waiting_threads,
 )
 
@@ -221,6 +223,16 @@ class Witness:
             return Waits(), ()
         sample = Sample(None, None, waiting_threads(processes, opening.inode))
         return sample.waits, sample.blocked
+
+    @staticmethod
+    def sleeps(process: Process) -> frozenset[Sleep]:
+        """See which sleeps the threads of a process are in: see :func:`sleeps_of`."""
+        return sleeps_of(process)
+
+    @staticmethod
+    def restless(process: Process, sleeps: Collection[Sleep]) -> Mapping[int, Sleep | None]:
+        """See which threads of a process have run since it was in these sleeps: see :func:`restless_threads`."""
+        return restless_threads(process, sleeps)
 
     @staticmethod
     def has_one_thread(process: Process) -> bool:

@@ -7,6 +7,11 @@ the answer that the first one waits for (``PQexecStart()`` in ``fe-exec.c``). On
 one process a thread that only polls may leave the reading to whose turn it is, holding a lock: it counts if it polls as
 libpq itself does, or as Ruby does for all of libpq's waits, unless it waits when no answer is due as well.
 
+*A thread waits for its answer, and another one of its process asks.* Where the kernel names processes and no threads,
+or nobody: A thread that has been asleep, blocked reading this socket, since a moment when all that had been sent was
+known, hasn't sent what came afterwards. If its process alone has the connection open, another thread of that has; and
+in the middle of the first one's wait, unless that one waits when no answer is due as well and so may read for others.
+
 *Somebody says Terminate on another process's connection.* It does harm only to a process that has the connection still
 open. Where the kernel doesn't name who said it, it can only have been another process than the opener if the opener
 leaves the socket open (:meth:`pgguard.attribution.witness.Witness.stays`) and another one has, or had, it open; and it
@@ -117,9 +122,25 @@ def _overlap(verdict: Verdict, findings: Findings) -> Verdict:
         and intruder.tid != requester.tid
     )
     overlap = OVERLAP[findings.driver]
-    if two_threads and not overlap.may and overlap.threads_tell:
+    if overlap.may or not overlap.threads_tell:
+        return verdict
+    if two_threads:
         return replace(verdict, kind=Kind.SHARED_BY_THREADS)
+    sleeper = _sleeper(verdict, findings)
+    if sleeper is not None:
+        return replace(verdict, kind=Kind.SHARED_BY_THREADS, requesters=(_sender(sleeper),))
     return verdict
+
+
+def _sleeper(verdict: Verdict, findings: Findings) -> Waiting | None:
+    """The thread that has been waiting for its answer since before the request was sent, which so is another one's."""
+    sole = findings.sole_holder
+    if sole is None or (verdict.intruder is not None and verdict.intruder[:2] != (sole.pid, None)):
+        return None
+    asleep = [one for one in findings.waiting if one.blocked and one.sleep in findings.throughout]
+    if len(asleep) != 1 or asleep[0].thread in findings.watchers:
+        return None
+    return asleep[0] if findings.restless.get(sole.pid) else None
 
 
 def _tidies_up(verdict: Verdict, findings: Findings) -> bool:

@@ -20,14 +20,15 @@
     still has it open is a holder as well: that is what a fork looks like.
 
 A thread is named where the kernel named it; where it was seen to wait for an answer on this connection, or several of
-its process were but this one alone had begun to; or where its process has no other.
+its process were but this one alone had begun to; or where its process has no other, or none that has run since the
+request before. Who waits for the last answer isn't taken for the one that has asked once more, unless it uses libpq.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from pgguard.attribution.evidence import Evidence, Process
+from pgguard.attribution.evidence import Driver, Evidence, Process
 from pgguard.attribution.runtime import Language
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Chapter, Culprit, Event, Role
@@ -138,16 +139,29 @@ class _Bench:
 
     def _of(self, role: Role, pid: int, process: Process | None, evidence: Evidence) -> Culprit:
         """A process, with the thread that is meant if that can be told. Who opened it is about a time long ago."""
-        if role is not Role.OWNER:
+        restless = self._findings.restless.get(pid)
+        if role is Role.INTRUDER and restless:
+            # Another thread than the one that waits: which, is known only if no other has run meanwhile.
+            if len(restless) == 1:
+                return self._thread(role, pid, process, evidence, next(iter(restless)), Evidence.ONLY_THREAD)
+        elif role is not Role.OWNER:
             waiting = [one for one in self._findings.waiting if one.thread.pid == pid]
             fresh = [one for one in waiting if one.sleep not in self._findings.before]
             meant = fresh if role is Role.INTRUDER and len(waiting) > 1 else waiting
-            if len(meant) == 1:
-                return self._thread(role, pid, process, evidence, meant[0].thread.tid, Evidence.THREAD_SAMPLE)
             only = self._findings.only_threads.get(pid)
+            if len(meant) == 1 and (only is not None or len(waiting) > 1 or not self._may_be_the_requester(role)):
+                return self._thread(role, pid, process, evidence, meant[0].thread.tid, Evidence.THREAD_SAMPLE)
             if only is not None and not waiting:
                 return self._thread(role, pid, process, evidence, only.thread.tid, Evidence.ONLY_THREAD)
         return Culprit(role, pid, None, evidence, process, runtime=self._findings.runtimes.get(pid))
+
+    def _may_be_the_requester(self, role: Role) -> bool:
+        """Whether who waits may have sent the request that is being answered, and another one what is judged.
+
+        With libpq both would wait: see :mod:`pgguard.faults.conclude`.
+        """
+        busy = self._verdict.kind is Kind.REQUEST_WHILE_BUSY
+        return role is Role.INTRUDER and busy and self._findings.driver is not Driver.LIBPQ
 
     def _thread(
         self, role: Role, pid: int, process: Process | None, evidence: Evidence, tid: int, tid_evidence: Evidence
@@ -158,7 +172,7 @@ class _Bench:
         name = waiting.name if waiting is not None else findings.thread_names.get((pid, tid))
         if name is None and tid == pid and process is not None:
             name = process.name  # comm(5) of a process is that of its main thread
-        sleep = waiting.sleep if waiting is not None else only
+        sleep = waiting.sleep if waiting is not None else only or findings.restless.get(pid, {}).get(tid)
         stack, problem = self._stack(pid, sleep)
         return Culprit(
             role,

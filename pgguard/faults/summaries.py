@@ -40,10 +40,12 @@ def _shared_by_processes(verdict: Verdict, findings: Findings, culprits: tuple[C
 def _shared_by_threads(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ...]) -> str:
     if verdict.reason == AT_ONCE:
         return f"{_readers(culprits)} {verdict.reason}"
-    threads = [f"thread {s.tid}" for s in (verdict.intruder, *verdict.requesters[:1]) if s is not None]
-    intruder, requester = [*threads, "a thread", "another thread"][:2]
-    outstanding = f"while the answer to {requester} was outstanding"
-    return f"{intruder} of {_who(culprits)} sent {_message(verdict)} {outstanding}"
+    intruder, requester = (
+        next((f"thread {one.tid}" for one in culprits if one.role is role and one.tid is not None), None)
+        for role in (Role.INTRUDER, Role.REQUESTER)
+    )
+    outstanding = f"while the answer to {requester or 'another thread'} was outstanding"
+    return f"{intruder or 'a thread'} of {_who(culprits)} sent {_message(verdict)} {outstanding}"
 
 
 def _used_out_of_turn(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ...]) -> str:

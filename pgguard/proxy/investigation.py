@@ -29,6 +29,8 @@ _WAITING_BUDGET: Final = 0.005
 """Seconds for which a culprit is given to come from its send to its wait."""
 _STAYING_BUDGET: Final = 0.02
 """Seconds for which a process is given to close a connection that it has said Terminate on."""
+_SMALL: Final = 16384
+"""Bytes of a message that are read at once: far less than a socket's buffer."""
 _DESCRIBED: Final = 6
 """Processes of which it is looked at what they run and what their only thread does."""
 _PROGRAMS_BUDGET: Final = 0.01
@@ -182,13 +184,19 @@ class Investigation:
         self._findings = replace(
             self._witness.findings(opening, tuple(session.senders.values())),
             before=session.sightings.asleep,
+            throughout=session.sightings.throughout if self._is_small() else frozenset(),
             watchers=session.sightings.watchers,
             alone_until=session.sightings.alone_until,
             declared=declared(None if protocol is None else protocol.application_name, texts),
-            driver=self._findings.driver,
+            driver=self._driver(),
             runtimes=self._findings.runtimes,
             thread_names=self._findings.thread_names,
         )
+
+    def _driver(self) -> Driver:
+        """What speaks on the connection, unless one of its threads reads whatever comes: pg8000 has none that does."""
+        driver = self._findings.driver
+        return Driver.UNKNOWN if driver is Driver.PYTHON and self._session.sightings.watchers else driver
 
     def _look_for_the_closer(self, opening: Opening, heirs: Sequence[Process]) -> None:
         """Somebody has said Terminate, and it isn't known who."""
@@ -227,10 +235,31 @@ class Investigation:
             waits = self._witness.waits(opening, holders, enough=self._is_enough, seconds=_WAITING_BUDGET)
             session.sightings.asleep |= {one.sleep for one in waits.threads}
             self._findings = replace(self._findings, waits=self._with_earlier(waits))
+            if self._verdict.kind is Kind.REQUEST_WHILE_BUSY and any(
+                one.sleep in self._findings.throughout for one in waits.threads
+            ):
+                self._look_who_has_run()
         involved = {process.pid: process for process in holders}
         involved |= {pid: process for pid, process in self._findings.senders.items() if pid in self._named()}
         only = self._witness.only_threads(list(involved.values())[:_DESCRIBED])
         self._findings = replace(self._findings, only_threads=only)
+
+    def _is_small(self) -> bool:
+        """Whether the message that is judged has been read at once, and left the client's socket room to write."""
+        message = self._verdict.message
+        return message is not None and message.size <= _SMALL
+
+    def _look_who_has_run(self) -> None:
+        """A thread has been asleep since before a request was sent, which so is another one's."""
+        sole = self._findings.sole_holder
+        if sole is not None:
+            restless = self._witness.restless(sole, self._findings.throughout)
+            names = {(sole.pid, tid): name for tid in restless if (name := self._witness.thread_name(sole.pid, tid))}
+            self._findings = replace(
+                self._findings,
+                restless={sole.pid: restless},
+                thread_names={**self._findings.thread_names, **names},
+            )
 
     def _with_earlier(self, waits: Waits) -> Waits:
         """Add the threads that the verdict names and that waited a moment ago, if they don't any more."""
@@ -265,6 +294,7 @@ class Investigation:
     def _look_at_stacks(self) -> None:
         findings = self._findings
         sleeps: list[Sleep] = [one.sleep for one in findings.waiting]
+        sleeps += [sleep for threads in findings.restless.values() for sleep in threads.values() if sleep is not None]
         sleeps += [sleep for sleep in findings.only_threads.values() if sleep not in sleeps]
         remaining = self._ends - _PROGRAMS_BUDGET - time.monotonic()
         if sleeps and remaining > 0:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import socket
+import termios
 from collections import deque
 from typing import TYPE_CHECKING, Literal
 
@@ -87,6 +90,15 @@ class End:
         """Nothing more can be written to it."""
         self.interest: int | None = None
         """The epoll events that it is registered for; ``None``: it isn't."""
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether everything that has come from it has been read, and judged. A system call."""
+        if self.held or self.pieces:
+            return False
+        unread = array.array("i", [0])
+        fcntl.ioctl(self.fd, termios.FIONREAD, unread)  # tcp(7), unix(7)
+        return not unread[0]
 
     def wants(self, event: int) -> bool:
         """Whether it is registered for this one."""
@@ -186,6 +198,11 @@ class ProxiedSession:
     def names_senders(self) -> bool:
         """The kernel says who sends, with every read or in an account of its own."""
         return self.has_credentials or (self.kernel_account is not None and self.kernel_account.is_kept)
+
+    @property
+    def names_threads(self) -> bool:
+        """The kernel says not only which process sends, but which of its threads."""
+        return self.kernel_account is not None and self.kernel_account.is_kept
 
     def facts(self) -> SessionFacts:
         """What records say of it."""

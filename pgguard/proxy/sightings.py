@@ -39,6 +39,8 @@ class Sightings:
         """Those of them that no answer was due to."""
         self.waits = Waits()
         """The same, with all that was seen of them."""
+        self.throughout: frozenset[Sleep] = frozenset()
+        """The sleeps that the threads of its only process were in when nothing that they had sent was left unread."""
         self.watchers: frozenset[Thread] = frozenset()
         """The threads that wait on the socket even when no answer is due."""
         self.look_next = 0.0

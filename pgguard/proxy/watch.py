@@ -11,7 +11,7 @@ import heapq
 import logging
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import trio
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.evidence import Process
     from pgguard.attribution.holders import Holders
+    from pgguard.attribution.threads import Sleep
     from pgguard.attribution.witness import Opening, Witness
     from pgguard.proxy.session import ProxiedSession
     from pgguard.session.verdicts import Verdict
@@ -44,6 +45,10 @@ _ORPHANED: Final = 0.5
 to end."""
 
 _READERS_INTERVAL: Final = 0.05
+_EARLY_READERS_INTERVAL: Final = 0.01
+"""While a connection is new, and so its threads may have begun to share it just now."""
+_EARLY_READERS: Final = 64
+"""Sessions up to which that makes a difference: with more of them there always are new ones."""
 _BUSY_AT_A_TIME: Final = 6
 _IDLE_AT_A_TIME: Final = 2
 """Sessions of which it is looked at once who waits, while an answer is due and while none is."""
@@ -57,7 +62,7 @@ _READERS_RARELY: Final = 2.0
 """Seconds between two looks at one session when nothing has been found in it for long."""
 
 _SOLITUDE: Final = 1.0
-_YOUNG_SOLITUDE: Final = 0.2
+_YOUNG_SOLITUDE: Final = 0.005
 """Seconds for which a process that has been seen to have a single thread is taken to have no other: less when it has
 connected just now."""
 _SOLITARY: Final = 4096
@@ -200,7 +205,9 @@ class Watch:
                 except Exception:
                     logger.exception("who waits for answers could not be found out")
             took = time.monotonic() - began
-            pause = min(_READERS_PAUSE, max(_READERS_INTERVAL, took / _READERS_SHARE))
+            early = time.time() - self._last_arrival < _EARLY and len(self._sessions) <= _EARLY_READERS
+            interval = _EARLY_READERS_INTERVAL if early else _READERS_INTERVAL
+            pause = min(_READERS_PAUSE, max(interval, took / _READERS_SHARE))
 
     def _due(self, witness: Witness) -> list[ProxiedSession]:
         """The sessions that it is time to look at, those first that have waited for it the longest."""
@@ -254,17 +261,22 @@ class Watch:
                 sightings.looks += 1
                 pause = min(longest, _READERS_INTERVAL * 2 ** (sightings.looks // 4))
                 sightings.look_next = trio.current_time() + pause
-            look = _Look(opening, sightings.holders or (opening.opener,), tracker.idle)
+            look = _Look(opening, sightings.holders or (opening.opener,), tracker.idle, not session.names_threads)
             looks.append((session, tracker, tracker.requests, look))
         # One change of threads for all: each takes the interpreter's lock from the relay.
         found = await trio.to_thread.run_sync(
             _look_at_threads, witness, [look for *_, look in looks], abandon_on_cancel=True
         )
-        for (session, tracker, requests, look), (watchers, waits, blocked) in zip(looks, found, strict=True):
+        for (session, tracker, requests, look), seen in zip(looks, found, strict=True):
+            if session.done.is_set():
+                continue
             if look.idle and tracker.idle and tracker.requests == requests:
-                session.sightings.watchers = watchers
+                session.sightings.watchers = seen.watchers
             elif not look.idle:
-                self._note_readers(session, waits, blocked)
+                # Who was asleep then has sent nothing since, if nothing was on its way that the guard hasn't seen.
+                known = tracker.requests == requests and session.client.is_drained
+                session.sightings.throughout = seen.throughout(session.transport) if known else frozenset()
+                self._note_readers(session, seen.waits, seen.blocked)
 
     def _note_readers(self, session: ProxiedSession, waits: Waits, blocked: tuple[Waiting, ...]) -> None:
         before, session.sightings.asleep = session.sightings.asleep, frozenset(one.sleep for one in waits.threads)
@@ -311,19 +323,39 @@ class _Look(NamedTuple):
     processes: tuple[Process, ...]
     idle: bool
     """No answer is due."""
+    sleeps: bool
+    """The kernel doesn't name the threads that send: who sleeps can't be one of them."""
 
 
-_Seen = tuple[frozenset[Thread], Waits, tuple[Waiting, ...]]
+class _Seen(NamedTuple):
+    """What has been seen."""
+
+    watchers: frozenset[Thread] = frozenset()
+    """Those that wait although no answer is due."""
+    waits: Waits = Waits()
+    """Otherwise: those that wait."""
+    blocked: tuple[Waiting, ...] = ()
+    """Those of them that are blocked reading at the same moment."""
+    sleeps: frozenset[Sleep] = frozenset()
+    """Where somebody waits in the only process that has the connection open: the sleeps of all its threads."""
+
+    def throughout(self, transport: Literal["tcp", "unix"]) -> frozenset[Sleep]:
+        """The sleeps whose threads have sent nothing since, if they are in them still when a small message has come."""
+        if transport != "unix":
+            return self.sleeps
+        return self.sleeps | {one.when_read_from for one in self.waits.threads if one.sleep in self.sleeps}
 
 
 def _look_at_threads(witness: Witness, looks: list[_Look]) -> list[_Seen]:
     """See who waits on some connections: who although no answer is due, or else who, and who is blocked at once."""
     seen: list[_Seen] = []
-    for opening, processes, idle in looks:
+    for opening, processes, idle, sleeps in looks:
         if idle:
-            seen.append((witness.watchers(opening, processes), Waits(), ()))
-        else:
-            seen.append((frozenset(), *witness.look(opening, processes)))
+            seen.append(_Seen(witness.watchers(opening, processes)))
+            continue
+        waits, blocked = witness.look(opening, processes)
+        alone = sleeps and len(processes) == 1 and waits.threads
+        seen.append(_Seen(frozenset(), waits, blocked, witness.sleeps(processes[0]) if alone else frozenset()))
     return seen
 
 

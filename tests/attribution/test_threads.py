@@ -295,6 +295,54 @@ def test_a_sleep_ends_when_the_thread_runs(client: Puppet) -> None:
     assert not threads.sleeps_still(sleep)
 
 
+def test_threads_that_have_run_are_told_from_those_that_sleep_on(client: Puppet) -> None:
+    client.do("held, free = threading.Lock(), threading.Lock(); held.acquire(); free.acquire()")
+    reader = _start(client, "c.recv(1)", "recvfrom")
+    idle = _start(client, "held.acquire()", "futex")
+    worker = _start(client, "(free.acquire(), held.acquire())", "futex")
+    process = _process(client.pid)
+    sleeps = threads.sleeps_of(process)
+    assert {reader, idle, worker} <= {sleep.thread.tid for sleep in sleeps}
+    client.do("free.release()")  # which runs the main thread too
+    new = _start(client, "held.acquire()", "futex")
+    _until(lambda: threads.restless_threads(process, sleeps).get(worker) is not None)
+    restless = threads.restless_threads(process, sleeps)
+    assert set(restless) == {client.pid, worker, new}
+    sleep = restless[new]
+    assert sleep is not None
+    assert sleep.thread.tid == new
+
+
+def test_of_a_process_with_very_many_threads_the_sleeps_are_not_told_apart(
+    client: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _start(client, "c.recv(1)", "recvfrom")
+    monkeypatch.setattr(threads, "_SLEEPERS", 1)
+    assert threads.sleeps_of(_process(client.pid)) == frozenset()
+
+
+def test_of_a_process_that_has_ended_nobody_has_run(client: Puppet) -> None:
+    process = _process(client.pid)
+    client.end()
+    assert threads.sleeps_of(process) == frozenset()
+    assert threads.restless_threads(process, frozenset()) == {}
+
+
+@pytest.mark.parametrize("call", ["recvfrom", "poll"])
+def test_the_end_of_a_unix_socket_that_is_read_from_wakes_its_reader_for_nothing(client: Puppet, call: str) -> None:
+    """And nobody who polls. It is then found in another sleep, and has done nothing in between."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")  # the kernel chooses: unix(7), "Autobind feature"
+        listener.listen()
+        with client.connect(listener) as ours:
+            client.do("c.send(b'x')")
+            tid = _start(client, "c.recv(1)" if call == "recvfrom" else "poll(c)", call)
+            before = _the_one(_look(client), tid)
+            assert ours.recv(1) == b"x"
+            _until(lambda: [one.sleep for one in _look(client).threads] == [before.when_read_from])
+            assert (before.when_read_from == before.sleep) is (call == "poll")
+
+
 def test_each_of_several_threads_is_told_by_name_from_the_others(client: Puppet) -> None:
     reader = client.do("start(lambda: c.recv(1), 'puma srv tp 001')")
     poller = client.do("start(lambda: poll(c), 'puma srv tp 002')")

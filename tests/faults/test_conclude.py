@@ -200,6 +200,59 @@ def test_what_may_be_one_threads_own_doing_stays_what_it_is(
     assert conclude(what, seen(driver=Driver.LIBPQ)) == what
 
 
+ASLEEP = replace(
+    seen(waiting(WORKER_0, 4871, call="recvfrom", within_libpq=False), driver=Driver.PYTHON),
+    holders=(WORKER_0,),
+    throughout=frozenset({FIRST.sleep}),
+    restless={4866: {4872: None}},
+)
+"""A thread is blocked in recv(2), as it was before the request was sent; another one of its process has run."""
+
+
+@pytest.mark.parametrize("intruder", [None, Sender(4866)])
+def test_who_sleeps_throughout_has_not_sent_and_another_thread_has(intruder: Sender | None) -> None:
+    what = replace(BUSY, intruder=intruder)
+    found = concluded(what, ASLEEP)
+    assert found == replace(what, kind=Kind.SHARED_BY_THREADS, requesters=(sampled(FIRST),))
+
+
+@pytest.mark.parametrize(
+    ("what", "findings"),
+    [
+        pytest.param(BUSY, replace(ASLEEP, throughout=frozenset()), id="it isn't known since when it sleeps"),
+        pytest.param(
+            BUSY,
+            replace(ASLEEP, throughout=frozenset({waiting(WORKER_0, 4871, switches=2).sleep})),
+            id="it has run since it was seen",
+        ),
+        pytest.param(BUSY, replace(ASLEEP, waits=Waits()), id="it doesn't wait on this connection"),
+        pytest.param(BUSY, replace(ASLEEP, watchers=frozenset({FIRST.thread})), id="it reads for others"),
+        pytest.param(
+            BUSY,
+            replace(ASLEEP, waits=Waits((waiting(WORKER_0, 4871, call="epoll_wait", others=2),))),
+            id="it waits for other things as well",
+        ),
+        pytest.param(BUSY, replace(ASLEEP, holders=(WORKER_0, WORKER_1)), id="another process may have sent"),
+        pytest.param(BUSY, replace(ASLEEP, holders_complete=False), id="another process may be there"),
+        pytest.param(BUSY, replace(ASLEEP, restless={4866: {}}), id="no other thread can have sent"),
+        pytest.param(BUSY, replace(ASLEEP, restless={}), id="it wasn't looked at who else can have sent"),
+        pytest.param(replace(BUSY, intruder=Sender(4866, 4872)), ASLEEP, id="the kernel has named the thread"),
+        pytest.param(replace(BUSY, intruder=Sender(4867)), ASLEEP, id="the kernel has named another process"),
+    ],
+)
+def test_who_may_have_sent_convicts_no_other_thread(what: Verdict, findings: Findings) -> None:
+    assert conclude(what, findings) == what
+
+
+@pytest.mark.parametrize("driver", Driver)
+def test_a_sleeping_thread_convicts_no_other_where_the_driver_may_overlap_or_threads_tell_nothing(
+    driver: Driver,
+) -> None:
+    found = concluded(BUSY, replace(ASLEEP, driver=driver))
+    overlap = OVERLAPPING[driver]
+    assert (found.kind is Kind.SHARED_BY_THREADS) is (not overlap.may and overlap.threads_tell)
+
+
 # Terminate
 
 OPENED = FACTS.opened_at

@@ -171,6 +171,42 @@ THREADS = [
 ]
 
 
+READS = waiting(MASTER, 4871, call="recvfrom")
+ASLEEP = replace(ALONE, waits=Waits((READS,)), throughout=frozenset({READS.sleep}))
+SENT = asleep(MASTER, 4872)
+BEHIND_ONE_THAT_SLEEPS = verdict(
+    Kind.SHARED_BY_THREADS, message=QUERY, requesters=(Sender(4864, 4871, sampled=True),), open_request=True
+)
+THREADS += [
+    pytest.param(
+        replace(BEHIND_ONE_THAT_SLEEPS, intruder=Sender(4864)),
+        replace(ASLEEP, restless={4864: {4872: SENT}}),
+        [
+            (INTRUDER, 4864, 4872, KERNEL_SENDER, ONLY),
+            (REQUESTER, 4864, 4871, SAMPLE, SAMPLE),
+            (OWNER, 4864, None, SOLE, None),
+        ],
+        id="the only thread that has run since another one fell asleep",
+    ),
+    pytest.param(
+        BEHIND_ONE_THAT_SLEEPS,
+        replace(ASLEEP, restless={4864: {4872: SENT, 4873: None}}),
+        [
+            (INTRUDER, 4864, None, SOLE, None),
+            (REQUESTER, 4864, 4871, SAMPLE, SAMPLE),
+            (OWNER, 4864, None, SOLE, None),
+        ],
+        id="one of two threads that have run since",
+    ),
+    pytest.param(
+        replace(verdict(Kind.REQUEST_WHILE_BUSY, message=QUERY, open_request=True), intruder=Sender(4864)),
+        replace(ASLEEP, throughout=frozenset(), driver=Driver.PYTHON),
+        [(INTRUDER, 4864, None, KERNEL_SENDER, None), (OWNER, 4864, None, SOLE, None)],
+        id="who waits for the last answer need not have asked once more",
+    ),
+]
+
+
 @pytest.mark.parametrize(("what", "findings", "roles"), THREADS)
 def test_threads_are_named_where_that_is_known_and_nowhere_else(
     what: Verdict, findings: Findings, roles: list[Short]

@@ -45,7 +45,25 @@ def interpreter(name: str, *needs: str) -> str:
 
 @functools.cache
 def _loads(command: str, *needs: str) -> bool:
-    return subprocess.run([command, *needs, "-e", "1"], capture_output=True, check=False).returncode == 0
+    run = ("-r", "1;") if Path(command).name == "php" else ("-e", "1")
+    return subprocess.run([command, *needs, *run], capture_output=True, check=False).returncode == 0
+
+
+def compiled(source: str, directory: Path) -> Path:
+    """Compile a program in C and link it to libpq, or skip the test."""
+    compiler, pg_config = shutil.which("gcc"), shutil.which("pg_config")
+    if compiler is None or pg_config is None:
+        not_installed("gcc or libpq-dev")
+    headers, libraries = (
+        subprocess.run([pg_config, option], check=True, capture_output=True, text=True).stdout.strip()
+        for option in ("--includedir", "--libdir")
+    )
+    if not (Path(headers) / "libpq-fe.h").exists():
+        not_installed("libpq-dev")
+    program = directory / Path(source).stem
+    command = [compiler, "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{headers}", "-o", str(program)]
+    subprocess.run([*command, str(PROGRAMS / source), f"-L{libraries}", "-lpq"], check=True)
+    return program
 
 
 class Program:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.running import PROGRAMS, interpreter, named, running, threads_named
-from tests.servers import not_installed
+from tests.integration.running import PROGRAMS, compiled, every_transport, interpreter, running, threads_named
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.guard_process import GuardProcess
     from tests.servers import Transport
 
@@ -24,21 +22,8 @@ TIMES = 10
 
 @pytest.fixture(scope="module")
 def c_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program in C, compiled and linked to libpq."""
-    compiler, pg_config = shutil.which("gcc"), shutil.which("pg_config")
-    if compiler is None or pg_config is None:
-        not_installed("gcc or libpq-dev")
-    headers, libraries = (
-        subprocess.run([pg_config, option], check=True, capture_output=True, text=True).stdout.strip()
-        for option in ("--includedir", "--libdir")
-    )
-    if not (Path(headers) / "libpq-fe.h").exists():
-        not_installed("libpq-dev")
-    program = tmp_path_factory.mktemp("c") / "threads_sharing"
-    source = PROGRAMS / "threads_sharing.c"
-    command = [compiler, "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{headers}", "-o", str(program), str(source)]
-    subprocess.run([*command, f"-L{libraries}", "-lpq"], check=True)
-    return program
+    """The program in C."""
+    return compiled("threads_sharing.c", tmp_path_factory.mktemp("c"))
 
 
 @pytest.fixture(params=["c", "ruby", "python"])
@@ -76,19 +61,37 @@ def test_two_threads_that_overlap_are_both_named_every_time(
     assert guard.faults("shared-by-processes") == []
 
 
-def test_two_threads_whose_requests_are_on_their_way_at_once_are_an_error(
+@every_transport
+def test_a_thread_that_asks_while_another_one_sleeps_in_its_read(
     guard: GuardProcess, transport: Transport, tmp_path: Path
 ) -> None:
-    """In pg8000 only one of them reads: the other waits for a lock, so that it may not be told who it is."""
+    """In pg8000 only one of them reads: the other waits for a lock. It is known by being the only one that has run."""
     command = (sys.executable, PROGRAMS / "threads_pg8000.py")
     with running(command, guard.at(transport), tmp_path) as program:
+        said = program.read()
         assert program.wait() == 0, program.log
-        pid = program.pid
     guard.stop()
-    found = [fault for fault in guard.faults() if fault["kind"] in {"shared-by-threads", "request-while-busy"}]
-    assert found, guard.faults()
-    assert found[0]["severity"] == "error"
-    assert named(found) == {pid}
+    assert guard.faults("request-while-busy") == []
+    [fault] = guard.faults("shared-by-threads")
+    assert fault["severity"] == "error"
+    threads = {culprit["role"]: (culprit["pid"], culprit["tid"]) for culprit in fault["culprits"]}
+    assert threads["requester"] == (said["pid"], said["first"])
+    assert threads["intruder"] in {(said["pid"], said["second"]), (said["pid"], None)}
+    assert f"thread {said['first']}" in fault["summary"]
+
+
+@every_transport
+@pytest.mark.parametrize(("manner", "kinds"), [("in_turn", set()), ("pipelined", {"request-while-busy"})])
+def test_a_thread_that_reads_for_the_others_is_no_victim_of_theirs(
+    manner: str, kinds: set[str], guard: GuardProcess, transport: Transport, tmp_path: Path
+) -> None:
+    """It sleeps on its own account. Whether requests may overlap then is up to a driver that nobody knows."""
+    command = (sys.executable, PROGRAMS / "reader_thread.py", manner)
+    with running(command, guard.at(transport), tmp_path) as program:
+        assert program.wait() == 0, program.log
+    guard.stop()
+    assert {fault["kind"] for fault in guard.faults()} == kinds
+    assert {fault["severity"] for fault in guard.faults()} <= {"warning"}
 
 
 @pytest.mark.parametrize("scenario", ["psycopg2_locks", "psycopg_pipeline", "asyncpg_pool", "notification_watcher"])

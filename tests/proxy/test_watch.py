@@ -55,6 +55,8 @@ class Stage:
         self.ready = True
         """Whether a session can be judged now."""
         self.sessions: dict[int, ProxiedSession] = {}
+        self.clients: dict[int, socket.socket] = {}
+        """The clients' ends, by the sessions' numbers."""
         self.watch = Watch(self.sessions, accuse=self.accuse)
         self._stack = stack
 
@@ -72,9 +74,9 @@ class Stage:
         session = ProxiedSession(number, transport="tcp", client_name="here:1", client_socket=None, opened_at=0.0)
         tracker = Tracker({"user": "app"})
         tracker.backend(bytearray(LOGGED_IN), 0, len(LOGGED_IN))
-        client, server = socket.socketpair()
-        self._stack.enter_context(client)
-        self._stack.enter_context(server)
+        (client, self.clients[number]), (server, other) = socket.socketpair(), socket.socketpair()
+        for sock in (client, self.clients[number], server, other):
+            self._stack.enter_context(sock)
         session.connect(client, server, tracker)
         address = TcpClient(bytes(4), 1, bytes(4), 2, 0, 0.0)
         evidence = Evidence.UNKNOWN if opener is None else Evidence.SOLE_HOLDER
@@ -271,6 +273,9 @@ class Scripted:
 
     def watchers(self, _: Opening, __: Collection[Process]) -> frozenset[Thread]:
         return self.watching
+
+    def sleeps(self, process: Process) -> frozenset[Sleep]:
+        return frozenset(one.sleep for one in self.waits.threads if one.thread.pid == process.pid)
 
     def look(self, _: Opening, processes: Collection[Process]) -> tuple[Waits, tuple[Waiting, ...]]:
         self.looked.append(tuple(processes))
@@ -537,6 +542,65 @@ async def test_two_threads_that_wait_for_one_answer_are_accused(
     assert (verdict.intruder.pid, verdict.intruder.tid, verdict.intruder.sampled) == (100, 2, True)
     assert [sender.tid for sender in verdict.requesters] == [1]
     assert verdict.open_request
+
+
+def throughout(session: ProxiedSession) -> frozenset[Sleep]:
+    return session.sightings.throughout
+
+
+async def test_who_sleeps_is_remembered_as_long_as_nothing_is_left_unread(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    """Otherwise it may have sent before it fell asleep what the guard is yet to read."""
+    session = stage.session()
+    ask(session)
+    waiting = reader(PARENT, 1)
+    witness.waits = Waits((waiting,))
+    await trio.sleep(1)
+    assert throughout(session) == {waiting.sleep}
+    stage.clients[session.id].send(query("select 2"))
+    await trio.sleep(5)
+    assert throughout(session) == set()
+    session.client.sock.recv(4096)
+    await trio.sleep(5)
+    assert throughout(session) == {waiting.sleep}
+    session.client.held = b"Q"
+    await trio.sleep(5)
+    assert throughout(session) == set()
+
+
+async def test_who_sleeps_is_not_remembered_if_somebody_has_asked_meanwhile(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = stage.session()
+    ask(session)
+    witness.waits = Waits((reader(PARENT, 1),))
+
+    def sleeps(process: Process) -> frozenset[Sleep]:
+        answer(session, IDLE)
+        ask(session)
+        return Scripted.sleeps(witness, process)
+
+    monkeypatch.setattr(witness, "sleeps", sleeps)
+    await trio.sleep(5)
+    assert witness.looked
+    assert throughout(session) == set()
+
+
+async def test_nobody_needs_to_know_who_sleeps_where_several_processes_or_the_kernel_tell(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = stage.session()
+    ask(session)
+    witness.waits = Waits((reader(PARENT, 1),))
+    monkeypatch.setattr(ProxiedSession, "names_threads", True)
+    await trio.sleep(1)
+    assert witness.looked
+    assert throughout(session) == set()
+    monkeypatch.setattr(ProxiedSession, "names_threads", False)
+    witness.holders = {PARENT: 0.0, CHILD: 0.0}
+    await trio.sleep(5)
+    assert throughout(session) == set()
 
 
 async def test_readers_are_looked_for_among_all_that_have_the_socket_open(
