@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple
 
 from pgguard.attribution.evidence import Driver, Evidence, Process
@@ -12,12 +13,35 @@ from pgguard.attribution.stacks import Stacks
 from pgguard.attribution.threads import Sleep, Thread, Waiting, Waits
 
 
+class Activity(Enum):
+    """What a connection is being used for at one moment."""
+
+    BUSY = "a request is outstanding"
+    IDLE = "idle"
+    IDLE_IN_TRANSACTION = "idle, with a transaction open"
+    UNKNOWN = "not known"
+
+
 class Share(NamedTuple):
-    """How many of the guard's connections one process has open."""
+    """How many of the connections that count one process has open."""
 
     process: Process | None
     """``None``: those of clients that could not be found, on another host for one."""
     connections: int
+    idle: int = 0
+    """How many of them were idle, but not in a transaction."""
+    idle_in_transaction: int = 0
+    evidence: Evidence = Evidence.UNKNOWN
+    """How the process is known to have them open: of the weakest."""
+
+
+class Slots(NamedTuple):
+    """The connections that count toward a limit, each once, though several processes may have it open."""
+
+    connections: int
+    idle: int
+    """How many of them were idle, but not in a transaction."""
+    idle_in_transaction: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +89,9 @@ class Findings:
     departed: tuple[Process, ...] = ()
     """Those that had the socket open lately and have not any more."""
     shares: tuple[Share, ...] | None = None
-    """Who has how many connections open, the most first."""
+    """Who has how many of the connections open that count, the most first."""
+    slots: Slots | None = None
+    """The same, of all together."""
     declared: Mapping[str, str] = field(default_factory=dict)
     """What the client says of itself."""
 

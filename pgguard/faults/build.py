@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Final
 
 from pgguard.attribution.findings import Findings
 from pgguard.faults.advice import advice_for
+from pgguard.faults.advice.exhaustion import advice_on_exhaustion
 from pgguard.faults.catalogue import SERVERS_ADVICE, STRANGERS_ADVICE, severity_of
-from pgguard.faults.culprits import find_culprits, sender_evidence, tell_story
-from pgguard.faults.fault import Culprit, Fault, Request
+from pgguard.faults.culprits import find_culprits, foremost, sender_evidence, tell_story
+from pgguard.faults.docket import Instance
+from pgguard.faults.fault import Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode, sql_text
 from pgguard.faults.summaries import summarize
@@ -46,7 +48,7 @@ def build_fault(
         action: What is being done about it.
         sql_mode: How SQL text may appear.
     """
-    culprits = find_culprits(verdict, findings)
+    culprits, unnamed = foremost(find_culprits(verdict, findings))
     return Fault(
         id=fault_id,
         at=at,
@@ -65,8 +67,16 @@ def build_fault(
         advice=_advice(verdict, findings, culprits),
         story=tell_story(findings, facts.opened_at),
         shares=findings.shares,
+        limit=None if verdict.refusal is None else verdict.refusal.limit,
+        unnamed=unnamed,
         over=action is not Action.DROPPED and (verdict.ends or _says_goodbye(verdict)),
     )
+
+
+def build_instance(verdict: Verdict, facts: SessionFacts, findings: Findings) -> Instance:
+    """What the record of a repeat says that stands for another session than the first; arguments as above."""
+    culprits, _ = foremost(find_culprits(verdict, findings))
+    return Instance(facts, verdict.message, printable(summarize(verdict, findings, culprits)), culprits)
 
 
 def _says_goodbye(verdict: Verdict) -> bool:
@@ -83,9 +93,13 @@ def _advice(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...])
 def _clients_advice(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> Advice:
     """Where requests overlap and several processes have the socket open, it is they who are to be kept apart."""
     shared = verdict.kind is Kind.REQUEST_WHILE_BUSY and len(findings.holders or ()) > 1
+    # Those who hold the connections can give some back, rather than who was refused one.
+    described = sorted(culprits, key=lambda culprit: culprit.role is not Role.HOLDER) if verdict.refusal else culprits
     runtimes: dict[int, Runtime] = {
-        culprit.pid: culprit.runtime for culprit in culprits if culprit.pid is not None and culprit.runtime is not None
+        culprit.pid: culprit.runtime for culprit in described if culprit.pid is not None and culprit.runtime is not None
     }
+    if verdict.refusal is not None:
+        return advice_on_exhaustion(verdict.refusal.limit, findings.slots, tuple(runtimes.values()))
     return advice_for(Kind.SHARED_BY_PROCESSES if shared else verdict.kind, tuple(runtimes.values()))
 
 

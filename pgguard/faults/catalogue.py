@@ -445,10 +445,12 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "error",
         "the server has no connection left",
         "The server refused a connection for want of slots, SQLSTATE 53300 (too_many_connections). The record says "
-        "which processes hold how many of those that go through the guard.",
-        "More connections are asked for than max_connections allows, less those that are reserved: every process of "
-        "every server has a pool of its own, so pool size times workers times hosts is what counts, twice that during "
-        "a rolling restart. Or connections leak: they are opened for each request and never closed.",
+        "which limit it was, where the server says it, and which processes hold how many of the connections that count "
+        "toward it and go through the guard.",
+        "More connections are asked for than max_connections allows, less those that are reserved, or than the role or "
+        "the database may have: every process of every server has a pool of its own, so pool size times workers times "
+        "hosts is what counts, twice that during a rolling restart. Or connections are kept that nobody needs: opened "
+        "for each request and never closed, or idle in a transaction that nobody ends.",
         Advice(
             "Make all pools together fit into max_connections",
             "Multiply pool size by processes by hosts, allow for deployments and for psql, and size the pools to stay "
@@ -461,6 +463,10 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
             (
                 "superuser_reserved_connections and, since PostgreSQL 16, reserved_connections keep a few slots for "
                 "administrators: pg_stat_activity shows who is connected."
+            ),
+            (
+                "A role and a database can have limits of their own (ALTER ROLE, ALTER DATABASE … CONNECTION LIMIT), "
+                "and replication has max_wal_senders."
             ),
         ),
         # The server is refusing the client already, and with the SQLSTATE that drivers look at.

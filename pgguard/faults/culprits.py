@@ -17,7 +17,10 @@
     The process that opened the connection. Of a client that can't be looked at, what it says of itself.
 ``holder``
     Every process that has the socket open and doesn't stand above as intruder, closer or requester. An owner that
-    still has it open is a holder as well: that is what a fork looks like.
+    still has it open is a holder as well: that is what a fork looks like. Of a connection-exhaustion, every process
+    that has other connections open that count toward the limit, those with the most of them first.
+
+At most :data:`MOST` of them are named beside the owner.
 
 A thread is named where the kernel named it; where it was seen to wait for an answer on this connection, or several of
 its process were but this one alone had begun to; or where its process has no other, or none that has run since the
@@ -35,13 +38,15 @@ from pgguard.faults.fault import Chapter, Culprit, Event, Role
 from pgguard.session.verdicts import Direction, Kind, Party, Sender
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from pgguard.attribution.findings import Findings
     from pgguard.attribution.stacks import Frame
     from pgguard.attribution.threads import Sleep
     from pgguard.session.verdicts import Verdict
 
+MOST: Final = 8
+"""Culprits that a record names beside the owner."""
 _KERNEL: Final = Evidence.KERNEL_SENDER
 _TOO_LATE: Final = "there was no time to read it"
 _TICK: Final = 0.02
@@ -62,6 +67,13 @@ def find_culprits(verdict: Verdict, findings: Findings) -> tuple[Culprit, ...]:
     return _Bench(verdict, findings).culprits()
 
 
+def foremost(culprits: Sequence[Culprit]) -> tuple[tuple[Culprit, ...], int]:
+    """Those whom a record names, and how many there are besides."""
+    named = [n for n, culprit in enumerate(culprits) if culprit.role is not Role.OWNER][:MOST]
+    kept = tuple(culprit for n, culprit in enumerate(culprits) if n in named or culprit.role is Role.OWNER)
+    return kept, len(culprits) - len(kept)
+
+
 class _Bench:
     def __init__(self, verdict: Verdict, findings: Findings) -> None:
         self._verdict = verdict
@@ -73,6 +85,9 @@ class _Bench:
         verdict, findings = self._verdict, self._findings
         culprits: list[Culprit] = []
         requesters = [sender for sender in verdict.requesters if verdict.intruder or not self._only_opened(sender)]
+        if verdict.refusal is not None and findings.opener is not None:
+            # Nobody has made a request but for the login.
+            requesters = [sender for sender in requesters if sender.pid != findings.opener.pid]
         if verdict.kind is Kind.UNCLEAN_CLOSE and verdict.message is not None and verdict.intruder is not None:
             culprits.append(self._sender(Role.CLOSER, verdict.intruder))
         elif verdict.kind is Kind.UNCLEAN_CLOSE:
@@ -96,10 +111,17 @@ class _Bench:
         )
         active = {culprit.pid for culprit in culprits}
         culprits.extend(self._owner())
-        evidence = Evidence.SOCKET_HOLDER if findings.sole_holder is None else Evidence.SOLE_HOLDER
-        culprits.extend(
-            self._process(Role.HOLDER, holder, evidence) for holder in self._holders if holder.pid not in active
-        )
+        if verdict.refusal is not None:
+            culprits.extend(
+                self._process(Role.HOLDER, share.process, share.evidence)
+                for share in findings.shares or ()
+                if share.process is not None
+            )
+        else:
+            evidence = Evidence.SOCKET_HOLDER if findings.sole_holder is None else Evidence.SOLE_HOLDER
+            culprits.extend(
+                self._process(Role.HOLDER, holder, evidence) for holder in self._holders if holder.pid not in active
+            )
         if not any(culprit.pid for culprit in culprits) and findings.declared:
             culprits.append(_declared(findings))
         return tuple(culprits)

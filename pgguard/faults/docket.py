@@ -1,6 +1,11 @@
 """Repeats: a fault is recorded in full once, and after that briefly, not too often, and counted always.
 
-A repeat says that the fault it repeats has come again; message, summary and culprits are that one's.
+A repeat says that the fault it repeats has come again; message, summary and culprits are that one's, unless it has its
+own.
+
+A refused login is a session of its own, and there are as many as its client tries: its fault is the server's, known by
+the limit for which it was refused, on whichever session; after a while it is looked into anew, as others may hold the
+connections by then.
 
 A fault that its application commits at all, it commits thousands of times. What makes two faults the same is their
 kind, their session and the processes that the kernel named, in whichever roles: two workers fighting over a connection
@@ -18,8 +23,9 @@ from pgguard.faults.fault import Fault
 
 if TYPE_CHECKING:
     from pgguard.faults.catalogue import Severity
+    from pgguard.faults.fault import Culprit, SessionFacts
     from pgguard.faults.policy import Action
-    from pgguard.session.verdicts import Kind, Verdict
+    from pgguard.session.verdicts import Kind, MessageSeen, Refusal, Verdict
 
 RECORD_INTERVAL: Final = 1.0
 """Seconds between two records of one fault, at least."""
@@ -27,6 +33,12 @@ FAULTS_PER_SESSION: Final = 64
 """Faults of one session that repeats are told by. A job runner whose connection every child uses makes a new one
 with each child: beyond this many, the one that has been quiet for longest is forgotten, and recorded in full again
 if it comes back."""
+
+
+RENEWAL: Final = 60.0
+"""Seconds after which a refusal that comes again is recorded in full once more."""
+_SERVER: Final = 0
+"""Stands for the session of what is no single session's; those count from 1."""
 
 
 class Count(NamedTuple):
@@ -40,10 +52,20 @@ class Count(NamedTuple):
     repeats: int
 
 
+class Instance(NamedTuple):
+    """What a repeat says of itself, where it isn't what it repeats."""
+
+    session: SessionFacts
+    message: MessageSeen | None
+    summary: str
+    culprits: tuple[Culprit, ...]
+
+
 class _Key(NamedTuple):
     kind: Kind
     pids: frozenset[int]
     settled: bool
+    refusal: Refusal | None
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +74,8 @@ class _Case:
     """Without its requests, which no repeat needs."""
     recorded_at: float
     suppressed: int = 0
+    last: Instance | None = None
+    """The last repeat, if it says something of itself."""
 
     def repeat(self, fault_id: int, at: float) -> Fault:
         """The record of a repeat that happened just now."""
@@ -62,6 +86,8 @@ class _Case:
             repeat_of=self.first.id,
             suppressed=self.suppressed,
         )
+        if self.last is not None:
+            fault = replace(fault, shares=None, unnamed=0, **self.last._asdict())
         self.recorded_at = at
         self.suppressed = 0
         return fault
@@ -87,11 +113,19 @@ class Docket:
         self._last_id += 1
         return self._last_id
 
-    def known(self, session_id: int, verdict: Verdict) -> Fault | None:
-        """The first record of this fault, if it has been recorded; what was done then is to be done now."""
-        cases = self._sessions.get(session_id)
+    def known(self, session_id: int, verdict: Verdict, *, at: float) -> Fault | None:
+        """The first record of this fault, if it has been recorded; what was done then is to be done now.
+
+        Args:
+            session_id: The session.
+            verdict: The fault.
+            at: Seconds since the epoch.
+        """
+        cases = self._sessions.get(_place(session_id, verdict))
         case = None if cases is None else cases.get(_key(verdict))
-        return None if case is None else case.first
+        if case is None or (verdict.refusal is not None and not 0 <= at - case.first.at < RENEWAL):
+            return None
+        return case.first
 
     def enter(self, verdict: Verdict, fault: Fault) -> Fault | None:
         """Take note of a fault that is not :meth:`known` and is being recorded in full.
@@ -102,7 +136,7 @@ class Docket:
         """
         case = _Case(replace(fault, requests=(), story=()), fault.at)
         self._count(fault, faults=1)
-        return self._keep(fault.session.id, _key(verdict), case, fault.at)
+        return self._keep(_place(fault.session.id, verdict), _key(verdict), case, fault.at)
 
     def equate(self, session_id: int, verdict: Verdict, concluded: Verdict, *, at: float) -> Fault | None:
         """Know a fault by ``verdict`` too, which evidence has shown to be one that is :meth:`known`.
@@ -119,24 +153,28 @@ class Docket:
         Raises:
             KeyError: The fault is not known.
         """
-        return self._keep(session_id, _key(verdict), self._sessions[session_id][_key(concluded)], at)
+        place = _place(session_id, verdict)
+        return self._keep(place, _key(verdict), self._sessions[place][_key(concluded)], at)
 
-    def _keep(self, session_id: int, key: _Key, case: _Case, at: float) -> Fault | None:
-        cases = self._sessions.setdefault(session_id, OrderedDict())
+    def _keep(self, place: int, key: _Key, case: _Case, at: float) -> Fault | None:
+        cases = self._sessions.setdefault(place, OrderedDict())
+        forgotten = cases.pop(key, None)
         cases[key] = case
-        if len(cases) <= FAULTS_PER_SESSION:
+        if len(cases) > FAULTS_PER_SESSION:
+            _, forgotten = cases.popitem(last=False)
+        if forgotten is None:
             return None
-        _, forgotten = cases.popitem(last=False)
         # Known by another name too, it isn't forgotten yet.
         return None if forgotten in cases.values() else self._settle(forgotten, at)
 
-    def repeat(self, session_id: int, verdict: Verdict, *, at: float) -> Fault | None:
+    def repeat(self, session_id: int, verdict: Verdict, *, at: float, instance: Instance | None = None) -> Fault | None:
         """Count a fault that is :meth:`known` once more.
 
         Args:
             session_id: The session.
             verdict: The fault.
             at: Seconds since the epoch.
+            instance: What its record is to say of itself; without it, all is as the first time.
 
         Returns:
             The record to be made of it, or ``None`` if the last one is too recent.
@@ -145,19 +183,24 @@ class Docket:
             KeyError: The fault is not known.
         """
         key = _key(verdict)
-        cases = self._sessions[session_id]
+        cases = self._sessions[_place(session_id, verdict)]
         case = cases[key]
         cases.move_to_end(key)
         self._count(case.first, repeats=1)
+        case.last = instance
         if 0 <= at - case.recorded_at < self._interval:
             case.suppressed += 1
             return None
         return case.repeat(self.next_id(), at)
 
     def close(self, session_id: int, *, at: float) -> list[Fault]:
-        """Forget a session that has ended; returns the records that account for what was suppressed."""
+        """Forget a session that has ended; returns the records that account for what was suppressed.
+
+        Of what is no single session's, what was suppressed longer than the interval ago is accounted for too.
+        """
         cases: OrderedDict[_Key, _Case] = self._sessions.pop(session_id, OrderedDict())
-        return [fault for case in cases.values() if (fault := self._settle(case, at)) is not None]
+        quiet = [case for case in self._sessions.get(_SERVER, {}).values() if at - case.recorded_at >= self._interval]
+        return [fault for case in (*cases.values(), *quiet) if (fault := self._settle(case, at)) is not None]
 
     def close_all(self, *, at: float) -> list[Fault]:
         """:meth:`close` every session, as the guard ends."""
@@ -181,8 +224,14 @@ class Docket:
         self._counts[key] = (before[0] + faults, before[1] + repeats)
 
 
+def _place(session_id: int, verdict: Verdict) -> int:
+    return session_id if verdict.refusal is None else _SERVER
+
+
 def _key(verdict: Verdict) -> _Key:
+    if verdict.refusal is not None:
+        return _Key(verdict.kind, frozenset(), verdict.settled, verdict.refusal)
     pids = {sender.pid for sender in verdict.requesters}
     if verdict.intruder is not None:
         pids.add(verdict.intruder.pid)
-    return _Key(verdict.kind, frozenset(pids), verdict.settled)
+    return _Key(verdict.kind, frozenset(pids), verdict.settled, None)

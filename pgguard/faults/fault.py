@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.stacks import Frame
     from pgguard.faults.catalogue import Advice, Severity
     from pgguard.faults.policy import Action
-    from pgguard.session.verdicts import Kind, MessageSeen, RequestState
+    from pgguard.session.verdicts import Kind, Limit, MessageSeen, RequestState
 
 
 class Role(StrEnum):
@@ -33,7 +33,7 @@ class Role(StrEnum):
     OWNER = "owner"
     """Opened it."""
     HOLDER = "holder"
-    """Has its socket open."""
+    """Has its socket open; of a connection-exhaustion, has others open that count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,11 @@ class Fault:
     story: tuple[Chapter, ...] = ()
     """How the socket came to be where it is, oldest first."""
     shares: tuple[Share, ...] | None = None
-    """Who had how many connections open; of kinds that it matters for."""
+    """Who had how many of the connections open that count; of kinds that it matters for."""
+    limit: Limit | None = None
+    """Of a connection-exhaustion, which limit it was; ``None`` where the server doesn't say."""
+    unnamed: int = 0
+    """How many more culprits there are."""
     over: bool = False
     """The session has ended with it."""
 
@@ -170,8 +174,10 @@ class Fault:
             "message": _message_record(self.message),
             "libpq": self.libpq,
             "culprits": [_culprit_record(culprit) for culprit in self.culprits],
+            "more_culprits": self.unnamed,
             "requests": [_request_record(request) for request in self.requests],
             "story": [_chapter_record(chapter) for chapter in self.story],
+            "limit": None if self.limit is None else self.limit.value,
             "connections": None if self.shares is None else [_share_record(share) for share in self.shares],
             "advice": {**self.advice._asdict(), "sources": list(self.advice.sources)},
         }
@@ -262,6 +268,8 @@ def _share_record(share: Share) -> dict[str, Any]:
         "pid": None if share.process is None else share.process.pid,
         "process": _process_record(share.process),
         "count": share.connections,
+        "idle": share.idle,
+        "idle_in_transaction": share.idle_in_transaction,
     }
 
 

@@ -12,7 +12,11 @@ from pgguard.faults.text import listed, named
 from pgguard.session.verdicts import OUTSTANDING, Kind, Verdict
 
 if TYPE_CHECKING:
-    from pgguard.attribution.findings import Findings
+    from pgguard.attribution.findings import Findings, Share
+
+
+_SHARES: Final = 3
+"""Processes of which a summary says how many connections each has."""
 
 
 def summarize(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
@@ -113,14 +117,28 @@ def _idle(verdict: Verdict, findings: Findings, _: tuple[Culprit, ...]) -> str:
     return f"{_owner(findings)} {verdict.reason}"
 
 
-def _exhausted(_: Verdict, findings: Findings, __: tuple[Culprit, ...]) -> str:
-    shares = [
-        f"{'clients that are not known' if share.process is None else named(share.process.pid, share.process)} "
-        f"{'have' if share.process is None else 'has'} {share.connections}"
-        for share in findings.shares or ()
-    ]
-    through = f": of those through this guard {listed(shares)}" if shares else ""
-    return f"the server refused {_owner(findings)} a connection for want of slots{through}"
+def _exhausted(verdict: Verdict, findings: Findings, _: tuple[Culprit, ...]) -> str:
+    said = verdict.reason.replace("the connection", f"{_owner(findings)} a connection", 1)
+    shares = findings.shares or ()
+    named_shares = [_share(share) for share in shares[:_SHARES]]
+    if len(shares) > _SHARES:
+        more = shares[_SHARES:]
+        rest = f"{len(more)} other {'process has' if len(more) == 1 else 'processes have'}"
+        named_shares.append(f"{rest} {sum(share.connections for share in more)}")
+    if shares:
+        said += f"; of those that count and go through this guard {listed(named_shares)}"
+    slots = findings.slots
+    if slots is not None and slots.idle_in_transaction:
+        said += f"; {slots.idle_in_transaction} of the {slots.connections} sat idle in a transaction"
+    elif slots is not None and slots.idle:
+        said += f"; {slots.idle} of the {slots.connections} sat idle"
+    return said
+
+
+def _share(share: Share) -> str:
+    if share.process is None:
+        return f"clients that are not known have {share.connections}"
+    return f"{named(share.process.pid, share.process)} has {share.connections}"
 
 
 def _inherited(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:

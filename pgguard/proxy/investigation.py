@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from pgguard.attribution.declared import declared
 from pgguard.attribution.evidence import Driver
-from pgguard.attribution.findings import Findings, Share
+from pgguard.attribution.findings import Findings
 from pgguard.attribution.threads import Waits
 from pgguard.faults.culprits import known_processes
+from pgguard.proxy.rollcall import count
 from pgguard.session.verdicts import Kind, Party
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.evidence import Process
     from pgguard.attribution.threads import Sleep
     from pgguard.attribution.witness import Opening, Witness
+    from pgguard.proxy.rollcall import Counted
     from pgguard.proxy.session import ProxiedSession
     from pgguard.session.verdicts import Verdict
 
@@ -81,7 +82,7 @@ class Investigation:
         session: the session, parked.
         verdict: what is being judged.
         evidence: where what is found is put, piece by piece.
-        others: of a verdict that is about all connections, what is known of the other ones' clients.
+        counted: of a connection-exhaustion, the sessions that count toward the limit.
     """
 
     def __init__(
@@ -90,13 +91,13 @@ class Investigation:
         session: ProxiedSession,
         verdict: Verdict,
         evidence: Evidence,
-        others: Sequence[Opening | None],
+        counted: Sequence[Counted],
     ) -> None:
         self._witness = witness
         self._session = session
         self._verdict = verdict
         self._evidence = evidence
-        self._others = others
+        self._counted = counted
         self._ends = time.monotonic() + EVIDENCE_BUDGET
 
     def note_known(self) -> None:
@@ -211,22 +212,8 @@ class Investigation:
         return tuple({process.pid: process for process in once if process.pid not in still}.values())
 
     def _count_connections(self) -> None:
-        """Count the other sessions by who has them open; one that is shared counts for each."""
-        inodes = [opening.inode for opening in self._others if opening is not None and opening.inode is not None]
-        held = self._witness.watch(inodes)
-        counts: Counter[tuple[int, int] | None] = Counter()
-        processes: dict[tuple[int, int] | None, Process | None] = {None: None}
-        for opening in self._others:
-            found: tuple[Process | None, ...] = (None,)
-            if opening is not None:
-                holders = () if opening.inode is None else held[opening.inode].processes
-                found = holders or (opening.opener,)
-            for process in found:
-                key = None if process is None else (process.pid, process.started)
-                processes[key] = process
-                counts[key] += 1
-        shares = tuple(Share(processes[key], count) for key, count in counts.most_common())
-        self._findings = replace(self._findings, shares=shares)
+        shares, slots = count(self._witness, self._counted)
+        self._findings = replace(self._findings, shares=shares, slots=slots)
 
     def _look_at_threads(self, opening: Opening) -> None:
         session = self._session
@@ -286,6 +273,7 @@ class Investigation:
 
     def _look_at_programs(self) -> None:
         known = known_processes(self._findings)
+        known |= {share.process.pid: share.process for share in self._findings.shares or () if share.process}
         order = dict.fromkeys([*self._named(), *known])
         described = [known[pid] for pid in order if pid in known][:_DESCRIBED]
         runtimes = {**self._findings.runtimes, **self._witness.runtimes(described)}

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from pgguard.faults.build import build_fault
+from pgguard.faults.build import build_fault, build_instance
 from pgguard.faults.catalogue import severity_of
 from pgguard.faults.conclude import AT_ONCE, conclude, readers
 from pgguard.faults.policy import Action, KindAction, Policy
 from pgguard.faults.rejection import SQLSTATE, rejection
 from pgguard.proxy.investigation import EVIDENCE_BUDGET, Evidence, Investigation, known_at_once
+from pgguard.proxy.rollcall import call_roll
 from pgguard.session.verdicts import Kind, Sender, Verdict
 from pgguard.wire.fields import build_error_response
 
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
     from pgguard.faults.docket import Docket
     from pgguard.faults.fault import Fault
     from pgguard.faults.sql import SqlMode
+    from pgguard.proxy.rollcall import Counted
     from pgguard.proxy.session import ProxiedSession
     from pgguard.reporting.sinks import Fanout
+    from pgguard.session.verdicts import Refusal
 
 _SAMPLING_BUDGET: Final = 0.004
 """Seconds for which a request is held back until its sender is seen to wait for the answer."""
@@ -41,6 +44,9 @@ _SAMPLING_SHARE: Final = 0.1
 """Of the time, that is spent on sampling in the long run at most, for all contested sessions together."""
 _SAMPLING_SAVINGS: Final = 1.0
 """Seconds of sampling that may be taken at once."""
+_ROLL_CALL_BUDGET: Final = 0.25
+"""Seconds to find out who has opened the connections that have just been opened, before they are counted, and seconds
+to count them: a refusal is looked into once, and nobody but the client that it is about waits meanwhile."""
 _INVESTIGATIONS: Final = 4
 """Threads that take evidence at the same time."""
 
@@ -114,6 +120,8 @@ class Judge:
         self._sessions = sessions
         self._threads = trio.CapacityLimiter(_INVESTIGATIONS)
         self._allowance = _Allowance()
+        self._refusals: dict[Refusal, list[tuple[ProxiedSession, Verdict]]] = {}
+        """By what is being looked into, the sessions that have been refused for the same reason meanwhile."""
 
     def is_repeat(self, session: ProxiedSession, verdict: Verdict, now: float) -> bool:
         """Deal with a verdict for which the session needn't be parked: it is ignored, or logged and known.
@@ -124,11 +132,16 @@ class Judge:
             return True
         if verdict.kind in _DOUBTFUL:
             return self._is_rightful(session, verdict)
-        known = self._docket.known(session.id, verdict)
+        if verdict.refusal is not None and verdict.refusal in self._refusals:
+            self._refusals[verdict.refusal].append((session, verdict))
+            return True
+        known = self._docket.known(session.id, verdict, at=now)
         if known is None or known.action is not Action.LOGGED:
+            if verdict.refusal is not None:
+                self._refusals[verdict.refusal] = []
             return False
         with self._spared(session):
-            self._record(self._docket.repeat(session.id, verdict, at=now))
+            self._count_again(session, verdict, now)
         return True
 
     def _is_rightful(self, session: ProxiedSession, verdict: Verdict) -> bool:
@@ -144,13 +157,13 @@ class Judge:
             return Ruling(None)
         now = time.time()
         try:
-            if verdict.kind not in _DOUBTFUL and self._docket.known(session.id, verdict) is not None:
+            if verdict.kind not in _DOUBTFUL and self._docket.known(session.id, verdict, at=now) is not None:
                 return self._repeat(session, verdict, now)
             findings = await self._findings(session, verdict)
             concluded = conclude(verdict, findings)
             if concluded is None or self._ignores(concluded.kind):
                 return Ruling(None)
-            if self._docket.known(session.id, concluded) is not None:
+            if self._docket.known(session.id, concluded, at=now) is not None:
                 self._record(self._docket.equate(session.id, verdict, concluded, at=now))
                 return self._repeat(session, concluded, now)
             ruling = self._enter(session, concluded, findings, now)
@@ -159,7 +172,18 @@ class Judge:
         except Exception:
             logger.exception("session %d: a verdict of %s could not be ruled on", session.id, verdict.kind)
             return Ruling(Action.LOGGED)
+        finally:
+            if verdict.refusal is not None:
+                self._count_meanwhile(verdict.refusal)
         return ruling
+
+    def _count_meanwhile(self, refusal: Refusal) -> None:
+        """Count the sessions that were refused while the first one was looked into."""
+        now = time.time()
+        for session, verdict in self._refusals.pop(refusal, ()):
+            with self._spared(session):
+                if self._docket.known(session.id, verdict, at=now) is not None:
+                    self._count_again(session, verdict, now)
 
     def meet(self, session: ProxiedSession, sender: Sender | None) -> None:
         """Look at a process that sends for the first time: it may be on its way out. Never raises."""
@@ -263,16 +287,21 @@ class Judge:
         witness = self._witness
         if witness is None:
             return evidence.findings
-        others = []
+        counted: tuple[Counted, ...] = ()
+        budget = EVIDENCE_BUDGET
         if verdict.kind is Kind.CONNECTION_EXHAUSTION:
-            others = [other.opening for other in self._sessions() if other is not session]
-        investigation = Investigation(witness, session, verdict, evidence, others)
+            counted = call_roll(session, verdict.refusal, self._sessions())
+            budget = _ROLL_CALL_BUDGET
+            with trio.move_on_after(budget):
+                for one in counted:
+                    await one.session.opening_known.wait()
+        investigation = Investigation(witness, session, verdict, evidence, counted)
         if session.connected is not None and (session.opening is None or verdict.kind in _DOUBTFUL):
             with trio.move_on_after(_GOODBYE_BUDGET if verdict.kind in _DOUBTFUL else EVIDENCE_BUDGET):
                 await trio.to_thread.run_sync(
                     investigation.look_at_named, limiter=self._threads, abandon_on_cancel=True
                 )
-        with trio.move_on_after(EVIDENCE_BUDGET):
+        with trio.move_on_after(budget):
             if session.opening is None:
                 await session.opening_known.wait()
                 investigation.note_known()
@@ -283,9 +312,15 @@ class Judge:
 
     def _repeat(self, session: ProxiedSession, verdict: Verdict, now: float) -> Ruling:
         """Count a fault that is known once more, and do as was done then."""
-        known = self._docket.known(session.id, verdict)
-        self._record(self._docket.repeat(session.id, verdict, at=now))
+        known = self._docket.known(session.id, verdict, at=now)
+        self._count_again(session, verdict, now)
         return Ruling(None) if known is None else self._ruling(known)
+
+    def _count_again(self, session: ProxiedSession, verdict: Verdict, now: float) -> None:
+        instance = None
+        if verdict.refusal is not None:
+            instance = build_instance(verdict, session.facts(), known_at_once(session))
+        self._record(self._docket.repeat(session.id, verdict, at=now, instance=instance))
 
     def _enter(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
         action = self._policy.decide(verdict.kind, severity_of(verdict, findings.driver))

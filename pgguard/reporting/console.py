@@ -101,14 +101,15 @@ def render(fault: Fault) -> RenderableType:
     parts: list[RenderableType] = [head, _indented(_text(what))]
     parts.extend(_section("Who", _sides(fault)))
     parts.extend(_section(f"Session {fault.session.id}", [_text(_session(fault.session))]))
-    if len({culprit.pid for culprit in fault.culprits if culprit.process is not None}) > 1:
+    lineage = fault.shares is None and len({c.pid for c in fault.culprits if c.process is not None}) > 1
+    if lineage:
         parts.extend(_section("How the socket came to be shared", _lineage(fault)))
     if fault.requests:
         parts.extend(_section("Recent requests", [_timeline(fault)]))
     if fault.libpq is not None:
         parts.extend(_section("What libpq prints for this, to search logs for", [_text(fault.libpq)]))
     if fault.shares:
-        parts.extend(_section("Connections through this guard", [_shares(fault.shares)]))
+        parts.extend(_section("Connections that count and go through this guard", [_shares(fault.shares)]))
     parts.extend(_section("What to change", _advice(fault.advice)))
     return Group(*parts)
 
@@ -147,8 +148,10 @@ def _sides(fault: Fault) -> list[RenderableType]:
         sides.append(_text(f"{_ROLES[culprit.role]}: {_culprit(culprit)}"))
         sides.extend(_indented(_text(deed)) for deed in _deeds(fault, culprit))
     holders = [_who(culprit) for culprit in fault.culprits if culprit.role is Role.HOLDER]
-    if holders:
+    if holders and fault.shares is None:  # otherwise there is a table of them
         sides.append(_text(f"{_ROLES[Role.HOLDER]}: {listed(holders)}"))
+    if fault.unnamed and fault.shares is None:
+        sides.append(_text(f"And {fault.unnamed} more"))
     if not sides:
         sides.append(_text("not known: the kernel named no sender, and no process was found to have the socket open"))
     return sides
@@ -252,7 +255,9 @@ def _shares(shares: Sequence[Share]) -> Table:
     table.add_column(overflow="fold")
     for share in shares:
         who = "not known" if share.process is None else named(share.process.pid, share.process)
-        table.add_row(_text(str(share.connections)), _text(who))
+        doing = [f"{share.idle} idle"] if share.idle else []
+        doing += [f"{share.idle_in_transaction} idle in a transaction"] if share.idle_in_transaction else []
+        table.add_row(_text(str(share.connections)), _text(": ".join([who, *([listed(doing)] if doing else [])])))
     return table
 
 

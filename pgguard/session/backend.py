@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Final
 
 from pgguard.session import libpq
 from pgguard.session.ledger import NOTHING
+from pgguard.session.refusals import REFUSAL_LOOK, TOO_MANY_CONNECTIONS, reason_of, refusal_of
 from pgguard.session.session import ill_formed, seen, torn_end
 from pgguard.session.states import ANSWERS, ASYNCHRONOUS, COPY_IN, Owes
 from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestState
-from pgguard.wire.fields import parse_parameter_status, parse_severity
+from pgguard.wire.fields import parse_fields, parse_parameter_status, parse_severity
 from pgguard.wire.messages import BACKEND, HEADER_SIZE, SHORT, UNKNOWN, by_code, parse_header
 from pgguard.wire.startup import parse_backend_key_data
 
@@ -28,8 +29,6 @@ _UNDUE: Final = -1
 _SPECIAL: Final = -2
 _READY: Final = -3
 
-_TOO_MANY_CONNECTIONS: Final = "53300"
-"""The server's own limit, a role's or a database's: PostgreSQL documentation, appendix A, and ``miscinit.c``."""
 _ERROR_RESPONSE: Final = ord("E")
 _BACKEND_KEY_DATA: Final = ord("K")
 _PARAMETER_STATUS: Final = ord("S")
@@ -145,10 +144,11 @@ class BackendStream:
         well_formed = message.least <= length <= message.most
         if not well_formed and not self._accept_frame(pos, code, length):
             return False
-        size = min(1 + length, message.look)
+        ledger = self._ledger
+        refused = code == _ERROR_RESPONSE and ledger.state == _LOGIN
+        size = min(1 + length, HEADER_SIZE + REFUSAL_LOOK if refused else message.look)
         if end - pos < size:
             return False
-        ledger = self._ledger
         follows = _FOLLOWS[ledger.state][code]
         while follows == _UNDUE and ledger.step_aside():
             follows = _FOLLOWS[ledger.state][code]
@@ -209,15 +209,8 @@ class BackendStream:
         ledger = self._ledger
         session = self._session
         severity = parse_severity(body)
-        if ledger.state == _LOGIN and severity.sqlstate == _TOO_MANY_CONNECTIONS and self.overruled is None:
-            verdict = session.judge(
-                Kind.CONNECTION_EXHAUSTION,
-                "the server refused the connection for want of a slot",
-                seen(Direction.BACKEND, _MESSAGES[_ERROR_RESPONSE], _ERROR_RESPONSE, length),
-                pos,
-                open_request=False,
-            )
-            session.verdict = replace(verdict, by=Party.CLIENT, ends=True)
+        if ledger.state == _LOGIN and severity.sqlstate == TOO_MANY_CONNECTIONS and self.overruled is None:
+            self._refuse(body, pos, length)
             return False
         if ledger.state == _LOGIN or severity.ends_session:
             session.goodbye = session.over = True
@@ -235,6 +228,20 @@ class BackendStream:
         else:
             ledger.state = follows
         return True
+
+    def _refuse(self, body: bytearray, pos: int, length: int) -> None:
+        """Judge a login that is refused for want of slots."""
+        session = self._session
+        fields = parse_fields(body)
+        refusal = refusal_of(fields, user=session.user, database=session.database, replication=session.replication)
+        verdict = session.judge(
+            Kind.CONNECTION_EXHAUSTION,
+            reason_of(refusal, fields.get("M", "")),
+            seen(Direction.BACKEND, _MESSAGES[_ERROR_RESPONSE], _ERROR_RESPONSE, length),
+            pos,
+            open_request=False,
+        )
+        session.verdict = replace(verdict, by=Party.CLIENT, ends=True, refusal=refusal)
 
     def _accept_undue(self, pos: int, code: int, length: int) -> bool:
         """Judge a message that the head's row doesn't have: True to pass it over."""

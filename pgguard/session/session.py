@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from pgguard.session import libpq as symptoms
 from pgguard.session.ledger import NOTHING, Ledger
+from pgguard.session.refusals import replication_asked
 from pgguard.session.requests import Request
 from pgguard.session.senders import Senders
 from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestSeen, Sender, Verdict
@@ -36,6 +37,8 @@ class Session:
         self.user: str | None = parameters.get("user")
         self.database: str | None = parameters.get("database") or self.user
         self.application_name: str | None = parameters.get("application_name") or None
+        self.replication = replication_asked(parameters.get("replication", ""))
+        """Whether it streams WAL, of one database or of all, instead of running queries."""
         self.cancel_key: CancelKey | None = None
         """The content of BackendKeyData, once it has come."""
         self.transaction_status = ""

@@ -74,6 +74,30 @@ class Sender(NamedTuple):
     """The kernel didn't name it: it was seen to begin to wait for the answer."""
 
 
+class Limit(StrEnum):
+    """The limits for which a server refuses a connection."""
+
+    SERVER = "server"
+    """``max_connections``: every slot is taken."""
+    RESERVED = "reserved"
+    """The same, less the slots that ``superuser_reserved_connections`` and ``reserved_connections`` keep for others."""
+    ROLE = "role"
+    """``ALTER ROLE … CONNECTION LIMIT``."""
+    DATABASE = "database"
+    """``ALTER DATABASE … CONNECTION LIMIT``."""
+    WAL_SENDERS = "wal-senders"
+    """``max_wal_senders``, for replication connections."""
+
+
+class Refusal(NamedTuple):
+    """Why a server has refused a connection for want of slots."""
+
+    limit: Limit | None
+    """``None``: the server doesn't say which it was."""
+    name: str | None = None
+    """The role or the database whose limit it was."""
+
+
 @dataclass(frozen=True, slots=True)
 class MessageSeen:
     """One message as it stood on the wire."""
@@ -131,5 +155,7 @@ class Verdict:
     """The session is over with it, whatever is decided: nothing is left to be rejected."""
     settled: bool = False
     """Of an inherited connection: its heirs have others of their own, and have never used this one."""
+    refusal: Refusal | None = None
+    """Of a connection-exhaustion, which limit it was."""
     start: int = 0
     """Where the offending message begins in the chunk that was being examined."""

@@ -32,13 +32,18 @@ def _fields(body: bytes | bytearray) -> Iterator[tuple[str, str]]:
         yield chr(field[0]), field[1:].decode("utf-8", "replace")
 
 
+def parse_fields(body: bytes | bytearray) -> dict[str, str]:
+    """Read an ErrorResponse's fields by their codes; the last may be cut where the body is."""
+    return dict(_fields(body))
+
+
 def parse_severity(body: bytes | bytearray) -> Severity:
     """Read severity and SQLSTATE from an ErrorResponse's body, of which the beginning is enough.
 
     Field ``V`` is the severity in English since PostgreSQL 9.6; before that, and from servers that imitate it, only
     the possibly localized ``S`` is there.
     """
-    fields = dict(_fields(body))
+    fields = parse_fields(body)
     return Severity(fields.get("V") or fields.get("S", ""), fields.get("C", ""))
 
 

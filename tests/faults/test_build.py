@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pgguard.attribution.evidence import Driver, Evidence
-from pgguard.attribution.findings import Findings, Share
+from pgguard.attribution.findings import Findings, Share, Slots
 from pgguard.attribution.runtime import Language, Library, Runtime, Server
 from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.attribution.threads import Waits
@@ -17,7 +17,17 @@ from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Role, rfc3339
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
-from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestState, Sender, Verdict
+from pgguard.session.verdicts import (
+    Direction,
+    Kind,
+    Limit,
+    MessageSeen,
+    Party,
+    Refusal,
+    RequestState,
+    Sender,
+    Verdict,
+)
 from tests.faults.samples import (
     DATA_ROW,
     FACTS,
@@ -149,6 +159,12 @@ def test_a_sender_that_could_not_be_looked_at_is_named_by_its_pid_alone() -> Non
     assert built.culprits[0].process is None
     assert built.summary.startswith("pid 4867 sent Query")
 
+
+FULL = verdict(
+    Kind.CONNECTION_EXHAUSTION,
+    "the server refused the connection: all its slots are taken",
+    refusal=Refusal(Limit.SERVER),
+)
 
 SUMMARIES = [
     (OVERLAP, KERNEL, "pid 4867 (puma: cluster worker 1) sent Query while the answer to pid 4866 was outstanding"),
@@ -325,18 +341,32 @@ SUMMARIES = [
         "the client has left a transaction idle for more than 60 s",
     ),
     (
-        verdict(Kind.CONNECTION_EXHAUSTION),
+        FULL,
         replace(KERNEL, opener=WORKER_1, holders=(WORKER_1,), shares=(Share(WORKER_0, 12), Share(None, 3))),
         (
-            "the server refused pid 4867 (puma: cluster worker 1) a connection for want of slots: of those through this"
-            " guard pid 4866 (puma: cluster worker 0) has 12 and clients that are not known have 3"
+            "the server refused pid 4867 (puma: cluster worker 1) a connection: all its slots are taken; of those that"
+            " count and go through this guard pid 4866 (puma: cluster worker 0) has 12 and clients that are not known"
+            " have 3"
         ),
     ),
     (
-        verdict(Kind.CONNECTION_EXHAUSTION),
-        replace(NOTHING, shares=()),
-        "the server refused the client a connection for want of slots",
+        FULL,
+        replace(NOTHING, shares=tuple(Share(WORKER_1, n) for n in (5, 4, 3, 2, 1)), slots=Slots(15, 9, 0)),
+        (
+            "the server refused the client a connection: all its slots are taken; of those that count and go through"
+            " this guard pid 4867 (puma: cluster worker 1) has 5, pid 4867 (puma: cluster worker 1) has 4,"
+            " pid 4867 (puma: cluster worker 1) has 3 and 2 other processes have 3; 9 of the 15 sat idle"
+        ),
     ),
+    (
+        FULL,
+        replace(NOTHING, shares=(Share(WORKER_1, 3),), slots=Slots(3, 1, 2)),
+        (
+            "the server refused the client a connection: all its slots are taken; of those that count and go through"
+            " this guard pid 4867 (puma: cluster worker 1) has 3; 2 of the 3 sat idle in a transaction"
+        ),
+    ),
+    (FULL, replace(NOTHING, shares=()), "the server refused the client a connection: all its slots are taken"),
     (verdict(Kind.UNTRACKED, "the session is encrypted with GSS"), KERNEL, "the session is encrypted with GSS"),
 ]
 
@@ -427,6 +457,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
                 "declared": None,
             },
         ],
+        "more_culprits": 0,
         "requests": [
             {
                 "n": 41,
@@ -455,6 +486,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
                 "evidence": "socket-holder",
             },
         ],
+        "limit": None,
         "connections": None,
         "advice": {
             "title": built.advice.title,
@@ -465,7 +497,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
     }
     assert list(record) == [
         *("id", "at", "kind", "severity", "action", "repeat_of", "suppressed", "summary", "reason", "session"),
-        *("message", "libpq", "culprits", "requests", "story", "connections", "advice"),
+        *("message", "libpq", "culprits", "more_culprits", "requests", "story", "limit", "connections", "advice"),
     ]
     assert list(record["culprits"][0]) == [
         *("role", "pid", "tid", "evidence", "tid_evidence", "process", "runtime", "thread_name", "system_call"),

@@ -8,14 +8,14 @@ from itertools import product
 import pytest
 
 from pgguard.attribution.evidence import Driver, Evidence, Process
-from pgguard.attribution.findings import Findings
+from pgguard.attribution.findings import Findings, Share
 from pgguard.attribution.runtime import Language, Runtime
 from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.attribution.threads import Sleep, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE
-from pgguard.faults.culprits import find_culprits, known_processes, sender_evidence, tell_story
+from pgguard.faults.culprits import find_culprits, foremost, known_processes, sender_evidence, tell_story
 from pgguard.faults.fault import Chapter, Culprit, Event, Role
-from pgguard.session.verdicts import Kind, Sender, Verdict
+from pgguard.session.verdicts import Kind, Limit, Refusal, Sender, Verdict
 from tests.faults.samples import (
     DATA_ROW,
     FACTS,
@@ -28,6 +28,7 @@ from tests.faults.samples import (
     WORKER_0,
     WORKER_1,
     asleep,
+    fault,
     process,
     verdict,
     waiting,
@@ -296,6 +297,27 @@ OTHERS = [
 @pytest.mark.parametrize(("what", "findings", "roles"), OTHERS)
 def test_kinds_without_an_offending_message(what: Verdict, findings: Findings, roles: list[Short]) -> None:
     assert short(find_culprits(what, findings)) == roles
+
+
+def test_of_a_refusal_those_are_named_who_hold_the_most_and_who_was_refused() -> None:
+    full = verdict(Kind.CONNECTION_EXHAUSTION, message=DATA_ROW, refusal=Refusal(Limit.SERVER))
+    shares = (Share(WORKER_1, 9, evidence=HOLDS), Share(None, 3), Share(MASTER, 2, evidence=SOLE))
+    culprits = find_culprits(replace(full, requesters=(Sender(4864, 4864),)), replace(ALONE, shares=shares))
+    assert short(culprits) == [
+        (OWNER, 4864, None, SOLE, None),
+        (HOLDER, 4867, None, HOLDS, None),
+        (HOLDER, 4864, None, SOLE, None),
+    ]
+
+
+def test_a_record_names_eight_beside_the_owner_and_counts_the_others() -> None:
+    holders = [replace(WORKER_0, pid=5000 + n) for n in range(12)]
+    shared = replace(KERNEL, holders=tuple(holders))
+    named, more = foremost(find_culprits(OVERLAP, shared))
+    assert [c.role for c in named] == [INTRUDER, REQUESTER, OWNER, *[HOLDER] * 6]
+    assert more == 6
+    assert fault(OVERLAP, shared).to_record()["more_culprits"] == 6
+    assert fault(OVERLAP, KERNEL).to_record()["more_culprits"] == 0
 
 
 def test_a_client_that_can_not_be_looked_at_is_named_by_its_own_account() -> None:

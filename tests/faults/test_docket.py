@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from pgguard.attribution.evidence import Driver
 from pgguard.faults.catalogue import Severity
-from pgguard.faults.docket import FAULTS_PER_SESSION, Docket
+from pgguard.faults.docket import FAULTS_PER_SESSION, RENEWAL, Docket, Instance
 from pgguard.faults.fault import Fault
 from pgguard.faults.policy import Action
-from pgguard.session.verdicts import Kind, Sender, Verdict
+from pgguard.session.verdicts import Kind, Limit, Refusal, Sender, Verdict
 from tests.faults.samples import FACTS, KERNEL, NOW, OVERLAP, QUERY, fault, verdict
 
 
@@ -31,7 +31,7 @@ OTHER_THREAD = replace(OVERLAP, intruder=Sender(4867, 4999))
 def test_the_same_kind_session_and_processes_are_a_repeat(again: Verdict) -> None:
     docket = Docket()
     first = enter(docket)
-    known = docket.known(3, again)
+    known = docket.known(3, again, at=NOW)
     assert known is not None
     assert known.id == first.id
     assert known.action is first.action
@@ -51,7 +51,7 @@ def test_the_same_kind_session_and_processes_are_a_repeat(again: Verdict) -> Non
 def test_anything_else_is_news(session: int, other: Verdict) -> None:
     docket = Docket()
     enter(docket)
-    assert docket.known(session, other) is None
+    assert docket.known(session, other, at=NOW) is None
 
 
 def test_a_repeat_points_to_the_first_and_leaves_out_its_requests() -> None:
@@ -95,7 +95,7 @@ def test_closing_a_session_accounts_for_what_was_suppressed_and_forgets_it() -> 
     (last,) = docket.close(3, at=NOW + 0.6)
     # One of the five became this record, four stand behind it.
     assert (last.id, last.repeat_of, last.suppressed) == (2, 1, 4)
-    assert docket.known(3, OVERLAP) is None
+    assert docket.known(3, OVERLAP, at=NOW) is None
     assert docket.close(3, at=NOW + 0.7) == []
 
 
@@ -132,8 +132,8 @@ def test_memory_is_bounded_though_every_child_makes_a_new_fault() -> None:
     # The oldest went, and its suppressed repeat was not lost with it.
     assert [record.repeat_of for record in settled if record is not None] == [1]
     assert settled[-1] is not None
-    assert docket.known(3, OVERLAP) is None
-    assert docket.known(3, replace(OVERLAP, intruder=Sender(10_000))) is not None
+    assert docket.known(3, OVERLAP, at=NOW) is None
+    assert docket.known(3, replace(OVERLAP, intruder=Sender(10_000)), at=NOW) is not None
 
 
 def test_a_fault_that_keeps_repeating_is_not_the_one_that_is_forgotten() -> None:
@@ -142,7 +142,7 @@ def test_a_fault_that_keeps_repeating_is_not_the_one_that_is_forgotten() -> None
     for pid in range(10_000, 10_000 + FAULTS_PER_SESSION):
         docket.repeat(3, OVERLAP, at=NOW)
         enter(docket, replace(OVERLAP, intruder=Sender(pid)))
-    assert docket.known(3, OVERLAP) is not None
+    assert docket.known(3, OVERLAP, at=NOW) is not None
 
 
 def test_every_time_is_counted_and_the_gravest_come_first() -> None:
@@ -170,7 +170,7 @@ def test_nothing_is_ever_lost(gaps: list[float], closed_after: int) -> None:
         now += gap
         if number == closed_after:
             records += docket.close(3, at=now)
-        if docket.known(3, OVERLAP) is None:
+        if docket.known(3, OVERLAP, at=NOW) is None:
             records.append(enter(docket, at=now))
         elif (record := docket.repeat(3, OVERLAP, at=now)) is not None:
             records.append(record)
@@ -187,9 +187,9 @@ def test_what_evidence_has_shown_to_be_a_known_fault_is_known_from_then_on() -> 
     """The session core says request-while-busy each time; only the first time it takes evidence to know better."""
     docket = Docket()
     first = enter(docket)
-    assert docket.known(3, BUSY) is None
+    assert docket.known(3, BUSY, at=NOW) is None
     assert docket.equate(3, BUSY, OVERLAP, at=NOW) is None
-    known = docket.known(3, BUSY)
+    known = docket.known(3, BUSY, at=NOW)
     assert known is not None
     assert (known.id, known.kind) == (first.id, Kind.SHARED_BY_PROCESSES)
     again = docket.repeat(3, BUSY, at=NOW + 2)
@@ -212,7 +212,7 @@ def test_a_fault_equated_with_itself_stays_one() -> None:
     docket = Docket()
     enter(docket)
     assert docket.equate(3, OVERLAP, OVERLAP, at=NOW) is None
-    assert docket.known(3, OVERLAP) is not None
+    assert docket.known(3, OVERLAP, at=NOW) is not None
 
 
 def test_a_fault_can_not_be_equated_with_one_that_is_not_known() -> None:
@@ -234,4 +234,64 @@ def test_a_fault_by_another_name_counts_against_the_bound_but_is_settled_with_it
         what = replace(OVERLAP, intruder=Sender(pid))
         settled.append(docket.enter(what, fault(what, KERNEL, id=docket.next_id())))
     assert [record.repeat_of for record in settled if record is not None] == [1]
-    assert docket.known(3, BUSY) is None
+    assert docket.known(3, BUSY, at=NOW) is None
+
+
+# Refusals: of no session, and renewed
+
+FULL = verdict(Kind.CONNECTION_EXHAUSTION, refusal=Refusal(Limit.ROLE, "app"))
+AGAIN = Instance(replace(FACTS, id=9), None, "again", ())
+
+
+def test_a_refusal_is_known_on_every_session_by_its_limit_whoever_was_refused() -> None:
+    docket = Docket()
+    first = enter(docket, FULL)
+    known = docket.known(4, replace(FULL, requesters=(Sender(1),)), at=NOW + 1)
+    assert known is not None
+    assert known.id == first.id
+    for other in (Refusal(Limit.ROLE, "other"), Refusal(Limit.SERVER), Refusal(None)):
+        assert docket.known(3, replace(FULL, refusal=other), at=NOW) is None
+    docket.close(3, at=NOW)
+    assert docket.known(4, FULL, at=NOW) is not None, "its session has ended, the server is still full"
+
+
+def test_a_refusal_that_comes_again_says_whom_it_is_about() -> None:
+    docket = Docket()
+    first = enter(docket, FULL)
+    again = docket.repeat(9, FULL, at=NOW + 2, instance=AGAIN)
+    assert again is not None
+    assert (again.repeat_of, again.session.id, again.summary, again.culprits) == (first.id, 9, "again", ())
+    assert again.reason == first.reason
+    assert again.advice == first.advice
+
+
+def test_a_refusal_is_looked_into_anew_after_a_while_and_nothing_uncounted() -> None:
+    docket = Docket()
+    enter(docket, FULL)
+    docket.repeat(9, FULL, at=NOW + 0.5, instance=AGAIN)
+    assert docket.known(9, FULL, at=NOW + RENEWAL - 1) is not None
+    assert docket.known(9, FULL, at=NOW + RENEWAL) is None
+    anew = fault(FULL, id=docket.next_id(), at=NOW + RENEWAL)
+    left = docket.enter(FULL, anew)
+    assert left is not None
+    assert (left.repeat_of, left.suppressed) == (1, 0)
+    assert [(count.faults, count.repeats) for count in docket.counts()] == [(2, 1)]
+
+
+def test_what_was_suppressed_of_a_refusal_is_accounted_for_when_other_sessions_end() -> None:
+    docket = Docket(interval=1.0)
+    enter(docket, FULL)
+    for _ in range(3):
+        assert docket.repeat(9, FULL, at=NOW + 0.5, instance=AGAIN) is None
+    assert docket.close(9, at=NOW + 0.6) == []
+    [last] = docket.close(17, at=NOW + 1)
+    assert (last.repeat_of, last.suppressed, last.session.id) == (1, 2, 9)
+    assert docket.close_all(at=NOW + 5) == []
+
+
+def test_refusals_do_not_pile_up() -> None:
+    docket = Docket()
+    for n in range(FAULTS_PER_SESSION + 1):
+        enter(docket, replace(FULL, refusal=Refusal(Limit.ROLE, str(n))))
+    assert docket.known(3, replace(FULL, refusal=Refusal(Limit.ROLE, "0")), at=NOW) is None
+    assert docket.known(3, replace(FULL, refusal=Refusal(Limit.ROLE, "1")), at=NOW) is not None

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import psycopg
 import pytest
 
-from pgguard.demo.postgres import running_cluster
-from tests.guard_process import running_guard
 from tests.integration.running import PROGRAMS, named, running
-from tests.servers import Address
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.conftest import StartGuard
     from tests.guard_process import Fault, GuardProcess
-    from tests.servers import Server, Transport
+    from tests.servers import Transport
 
 pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
 
@@ -91,30 +85,3 @@ def test_a_connection_that_outlives_its_process_is_named_with_who_keeps_it(
         assert named([fault], "holder") == {said["child"]}
         [owner] = [culprit for culprit in fault["culprits"] if culprit["role"] == "owner"]
         assert owner["process"]["cmdline"][1:] == [str(BYSTANDER[1]), "leak"], "known though it is gone"
-
-
-@pytest.fixture
-def small_guard(server: Server) -> Iterator[GuardProcess]:
-    """A guard in front of a server with few slots."""
-    settings = {"max_connections": str(SLOTS), "superuser_reserved_connections": "0"}
-    with running_cluster(server.bindir, settings=settings, timeout=60) as cluster:
-        upstream = Address(str(cluster.socket_dir), cluster.port)
-        with running_guard(upstream, "--mode", "log") as guard:
-            yield guard
-
-
-def test_who_holds_the_servers_slots_is_told_when_there_are_none(
-    small_guard: GuardProcess, transport: Transport, tmp_path: Path
-) -> None:
-    address = small_guard.at(transport)
-    with ExitStack() as stack:
-        held: dict[int, int] = {}
-        for count in (3, SLOTS - 3):
-            program = stack.enter_context(running([*BYSTANDER, "many", str(count)], address, tmp_path, str(count)))
-            held[program.read()["pid"]] = count
-        with pytest.raises(psycopg.OperationalError, match="too many clients"):
-            psycopg.connect(address.conninfo).close()
-        fault = small_guard.wait_for("connection-exhaustion")[0]
-    assert fault["severity"] == "error"
-    assert {entry["pid"]: entry["count"] for entry in fault["connections"]} == held
-    assert all(entry["process"] for entry in fault["connections"])

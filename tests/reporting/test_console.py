@@ -252,8 +252,9 @@ def test_code_of_an_advice_is_shown_as_it_is_to_be_pasted_with_its_sources() -> 
 def test_who_has_how_many_connections_is_shown() -> None:
     full = verdict(Kind.CONNECTION_EXHAUSTION)
     text = printed(fault(full, replace(KERNEL, shares=(Share(WORKER_0, 90), Share(None, 2)))))
-    assert "Connections through this guard:\n    90  pid 4866 (puma: cluster worker 0)\n     2  not known\n" in text
-    assert "Connections through" not in printed(fault(full, replace(KERNEL, shares=())))
+    assert "Connections that count and go through this guard:\n    90  pid 4866 (puma: cluster worker 0)\n" in text
+    assert "     2  not known\n" in text
+    assert "Connections that count" not in printed(fault(full, replace(KERNEL, shares=())))
 
 
 def test_a_pid_in_a_container_is_shown_too() -> None:

@@ -615,7 +615,7 @@ ANSWERS: Final = (
         Advice(
             "Size Sequel's pool to the threads of a process",
             "Each process has a pool of max_connections (4 by default). The threads of a worker are enough; times "
-            "workers, times hosts, it must fit into PostgreSQL's max_connections.",
+            "workers, times hosts, it must fit into the limit.",
             code(
                 """
                 # db.rb
@@ -632,7 +632,7 @@ ANSWERS: Final = (
         Advice(
             "Size Active Record's pool to the threads of a process",
             "Each process has a pool for each database. The threads of a worker are enough; times workers, times "
-            "hosts, it must fit into PostgreSQL's max_connections.",
+            "hosts, it must fit into the limit.",
             code(
                 """
                 # config/database.yml

@@ -43,20 +43,11 @@ def leak(_connection: psycopg.Connection) -> None:
     os._exit(0)
 
 
-def many(connection: psycopg.Connection) -> None:
-    """Open as many connections as a second argument says."""
-    connections = [connection, *(psycopg.connect("") for _ in range(int(sys.argv[2]) - 1))]
-    say(pid=os.getpid(), connections=len(connections))
-    sys.stdin.readline()
-    for opened in connections:
-        opened.close()
-
-
 def say(**what: int) -> None:
     print(json.dumps(what), flush=True)
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (idle, transaction, request, leak, many)}
+SCENARIOS = {scenario.__name__: scenario for scenario in (idle, transaction, request, leak)}
 
 if __name__ == "__main__":
     with psycopg.connect("", autocommit=True) as own:

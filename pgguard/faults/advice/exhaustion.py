@@ -1,0 +1,96 @@
+"""Advice on connections that are refused for want of slots: by the limit, and by what those that have them do.
+
+What a framework's own advice says about the size of its pool holds whatever the limit. Connections that mostly sit idle
+in a transaction are another matter: they are kept, not needed, and no pool is too large for that.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from pgguard.faults.advice import advice_for
+from pgguard.faults.catalogue import Advice
+from pgguard.session.verdicts import Kind, Limit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pgguard.attribution.findings import Slots
+    from pgguard.attribution.runtime import Runtime
+
+_DOCUMENTATION: Final = "https://www.postgresql.org/docs/current/"
+
+_IN_TRANSACTIONS: Final = (
+    "Most of the connections that count sat idle in a transaction: each is kept from everybody else until its "
+    "transaction ends."
+)
+_IDLE: Final = "Most of the connections that count sat idle: the pools are larger than what is used of them."
+
+_WAL_SENDERS: Final = Advice(
+    "Count the replication connections",
+    "Each standby, each pg_receivewal, each logical subscription and each other reader of a replication slot takes one "
+    "of max_wal_senders, and pg_basebackup with --wal-method=stream takes two: pg_stat_replication shows who is "
+    "connected. One that was cut off keeps its slot until wal_sender_timeout. Raise max_wal_senders, which takes a "
+    "restart, if more are needed.",
+    sources=(f"{_DOCUMENTATION}runtime-config-replication.html#GUC-MAX-WAL-SENDERS",),
+)
+
+_LIMITS: Final[Mapping[Limit, Advice]] = MappingProxyType(
+    {
+        Limit.RESERVED: Advice(
+            "Make all pools together fit into max_connections",
+            "What is left is kept for administrators (superuser_reserved_connections and, since PostgreSQL 16, "
+            "reserved_connections): leave it to them, and make all pools together fit into max_connections less these.",
+            sources=(f"{_DOCUMENTATION}runtime-config-connection.html#GUC-SUPERUSER-RESERVED-CONNECTIONS",),
+        ),
+        Limit.ROLE: Advice(
+            "Make the pools of this role fit into its limit",
+            "It is the role's own limit that was reached, whatever max_connections is: SELECT rolconnlimit FROM "
+            "pg_roles shows it, ALTER ROLE … CONNECTION LIMIT sets it, and -1 is none. What counts are all connections "
+            "of this role, to any database.",
+            sources=(f"{_DOCUMENTATION}sql-alterrole.html",),
+        ),
+        Limit.DATABASE: Advice(
+            "Make the pools of this database fit into its limit",
+            "It is the database's own limit that was reached, whatever max_connections is: SELECT datconnlimit FROM "
+            "pg_database shows it, ALTER DATABASE … CONNECTION LIMIT sets it, and -1 is none. What counts are all "
+            "connections to this database, of any role.",
+            sources=(f"{_DOCUMENTATION}sql-alterdatabase.html",),
+        ),
+    }
+)
+
+_POOLS: Final = (
+    "Multiply pool size by processes by hosts, allow for deployments, and size the pools to stay below: a process "
+    "needs as many connections as threads of it run queries at once. A process with many more of them than its pool's "
+    "size leaks them."
+)
+
+
+def advice_on_exhaustion(limit: Limit | None, slots: Slots | None, runtimes: Sequence[Runtime]) -> Advice:
+    """What to change when the server refuses connections.
+
+    Args:
+        limit: The limit that was reached; ``None`` if that isn't known.
+        slots: What the connections that count were doing, as far as they go through the guard.
+        runtimes: What the processes that hold them run, the most telling first.
+    """
+    if limit is Limit.WAL_SENDERS:
+        return _WAL_SENDERS
+    if slots is not None and 2 * slots.idle_in_transaction > slots.connections:
+        advice = advice_for(Kind.IDLE_IN_TRANSACTION, runtimes)
+        return advice._replace(text=f"{_IN_TRANSACTIONS} {advice.text}")
+    general = advice_for(Kind.CONNECTION_EXHAUSTION, ())
+    advice = advice_for(Kind.CONNECTION_EXHAUSTION, runtimes)
+    about = None if limit is None else _LIMITS.get(limit)
+    texts = [advice.text]
+    if about is not None:
+        if advice == general:
+            advice = advice._replace(title=about.title, sources=())
+            texts = [_POOLS]
+        texts.insert(0, about.text)
+        advice = advice._replace(sources=(*about.sources, *advice.sources))
+    if slots is not None and 2 * slots.idle > slots.connections:
+        texts.insert(0, _IDLE)
+    return advice._replace(text=" ".join(texts))
