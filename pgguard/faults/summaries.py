@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Culprit, Role
 from pgguard.faults.text import listed, named
-from pgguard.session.verdicts import OUTSTANDING, Kind, Verdict
+from pgguard.session.verdicts import OUTSTANDING, Kind, Party, Verdict
 
 if TYPE_CHECKING:
     from pgguard.attribution.findings import Findings, Share
@@ -85,7 +85,8 @@ def _busy(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -
 
 
 def _violation(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ...]) -> str:
-    return verdict.reason if verdict.intruder is None else f"{_who(culprits)}: {verdict.reason}"
+    named = verdict.intruder is not None or (verdict.by is Party.STRANGER and bool(culprits))
+    return f"{_who(culprits)}: {verdict.reason}" if named else verdict.reason
 
 
 def _ended(_: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:

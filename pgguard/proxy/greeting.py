@@ -1,22 +1,35 @@
 """The start-up phase with one client: from accept to a StartupMessage that the server is to get.
 
-SSLRequest and GSSENCRequest are answered ``N``, one of each as PostgreSQL takes them; a CancelRequest is relayed; what
-is no start-up packet is refused. Nothing is read beyond the StartupMessage, and no upstream connection is made before
-it is whole, so that garbage costs the server nothing.
+A client can't tell it from PostgreSQL's own, ``ProcessStartupPacket()`` and its callers, of a server that offers no
+encryption:
+
+- SSLRequest and GSSENCRequest are answered ``N``, one of each.
+- A whole StartupMessage or CancelRequest goes to the server, which decides about it, whatever it says.
+- What the server is to refuse in words is answered in its own: a request for encryption that comes again, or with bytes
+  behind it that didn't wait for the answer. :mod:`pgguard.proxy.guard` asks it.
+- Whatever can't be a start-up packet is read and closed without a word, so far as PostgreSQL reads it, and costs the
+  server nothing. PostgreSQL says it in its log alone.
+
+What is not PostgreSQL's protocol at all is recorded for information; what is, but has no place here, as an error.
+A client that closes, or says Terminate, before it has said who it is, has changed its mind: that is neither.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-from typing import TYPE_CHECKING, Final, NamedTuple
+import socket
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import trio
 
 from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
-from pgguard.session.verdicts import Direction, Kind, MessageSeen, Sender, Verdict
+from pgguard.proxy.upstream import DECLINED
+from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, Sender, Verdict
 from pgguard.wire.fields import build_error_response
+from pgguard.wire.messages import FRONTEND, HEADER_SIZE, by_code, parse_header
 from pgguard.wire.startup import (
+    RECEIVE_BUFFER,
     TLS_HANDSHAKE,
     InvalidStartupPacket,
     PacketKind,
@@ -24,42 +37,62 @@ from pgguard.wire.startup import (
     parse_startup,
     startup_bytes_missing,
 )
+from pgguard.wire.strangers import recognize
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pgguard.proxy.kernel_senders import KernelSenders
     from pgguard.proxy.session import ProxiedSession
 
-_ENCRYPTION: Final = frozenset({PacketKind.SSL_REQUEST, PacketKind.GSSENC_REQUEST})
 _FAREWELL: Final = 2.0
 """Seconds for a client that is refused to read why."""
+_TERMINATE: Final = "X"
+_FIRST: Final = (1 << 24) - 1
+"""What can be the length of a message that somebody begins with; text would make a larger one."""
+_MESSAGES: Final = by_code(FRONTEND)
+_NO_TLS: Final = "this port offers no TLS"
+_NO_DIRECT_TLS: Final = f"{_NO_TLS}: connect with sslmode=disable or prefer, and without sslnegotiation=direct"
+_ALPN: Final = b"\x0apostgresql"
+"""As PostgreSQL's clients name their protocol in a TLS hello: "SSL Session Encryption" in the protocol chapter."""
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 
 class Greeting(NamedTuple):
-    """What a client has asked for, a StartupMessage or a CancelRequest, and who it was if the kernel said so."""
+    """What a client has asked for, and who it was if the kernel said so."""
 
     packet: StartupPacket
+    """A StartupMessage or a CancelRequest, which the server is to get; or a request for encryption, which it is to
+    refuse, after ``before`` and with ``behind``."""
     sender: Sender | None
+    before: tuple[bytes, ...] = ()
+    """The requests for encryption that have been declined, in order."""
+    behind: bytes = b""
+    """What came behind the packet without waiting for the answer."""
+    again: bool = False
+    """Encryption of this kind has been declined before."""
+    verdict: Verdict | None = None
+    """What is to be recorded of it, if anything is."""
 
 
-class Refused(Exception):
-    """The client is to be told no.
+class Dismissed(Exception):
+    """The client is to be left without a word.
 
     Args:
-        response: the ErrorResponse.
         verdict: what is to be recorded of it, if anything is.
     """
 
-    def __init__(self, response: bytes, verdict: Verdict | None = None) -> None:
+    def __init__(self, verdict: Verdict | None = None) -> None:
         super().__init__()
-        self.response = response
         self.verdict = verdict
 
 
 async def greet(
     sock: trio.socket.SocketType, session: ProxiedSession, *, senders: KernelSenders | None = None
-) -> Greeting | None:
+) -> Greeting:
     """Talk to a client until it has said what it wants.
 
     Args:
@@ -67,21 +100,18 @@ async def greet(
         session: the session that it is to become.
         senders: who sends on TCP.
 
-    Returns:
-        ``None`` if there is nobody to answer: it has gone, or speaks TLS to a port that doesn't, which PostgreSQL
-        without TLS leaves unanswered as well.
-
     Raises:
-        Refused: what it sent is no start-up packet, or not in this place.
+        Dismissed: it has gone, or what it sent is no start-up packet.
     """
     data = bytearray()
     sender: Sender | None = None
-    answered: set[PacketKind] = set()
+    declined: dict[PacketKind, bytes] = {}
     while True:
         try:
             packet = parse_startup(data)
-        except InvalidStartupPacket as error:
-            raise _no_startup_packet(str(error), data, sender) from error
+        except InvalidStartupPacket:
+            data += _already_there(sock, RECEIVE_BUFFER - len(data))
+            raise Dismissed(_no_startup_packet(data, sender, declined)) from None
         if packet is None:
             chunk, pid = await _receive(sock, startup_bytes_missing(data), has_credentials=session.has_credentials)
             if pid is not None:
@@ -91,22 +121,28 @@ async def greet(
             if not chunk:
                 if data:
                     logger.info("session %d: %s left an incomplete startup packet", session.id, session.client_name)
-                return None
+                raise Dismissed
             data += chunk
-            if data[0] == TLS_HANDSHAKE and not answered:
-                logger.warning(
-                    "session %d: the client speaks TLS at once, which pgguard doesn't offer: "
-                    "connect with sslmode=disable or prefer, and without sslnegotiation=direct",
-                    session.id,
-                )
-                return None
+            if data[0] == TLS_HANDSHAKE and not declined:
+                # Servers before PostgreSQL 17 wait for three bytes more.
+                data += _already_there(sock, RECEIVE_BUFFER - len(data))
+                raise Dismissed(_no_startup_packet(data, sender, declined))
             continue
-        if packet.kind not in _ENCRYPTION:
-            return Greeting(packet, sender)
-        if packet.kind in answered:
-            raise Refused(_unsupported_version(packet))
-        answered.add(packet.kind)
-        await trio.SocketStream(sock).send_all(b"N")
+        before = tuple(declined.values())
+        if packet.kind is PacketKind.STARTUP_MESSAGE:
+            return Greeting(packet, sender, before, verdict=None if packet.is_postgres else _stranger(data))
+        behind = _already_there(sock, RECEIVE_BUFFER - len(data))
+        if packet.kind is PacketKind.CANCEL_REQUEST:
+            return Greeting(packet, sender, before)
+        again = packet.kind in declined
+        if behind or again:
+            verdict = _out_of_place(packet, None if again else len(behind), sender)
+            return Greeting(packet, sender, before, behind, again, verdict)
+        declined[packet.kind] = packet.packet
+        try:
+            await trio.SocketStream(sock).send_all(DECLINED)
+        except trio.BrokenResourceError:
+            raise Dismissed from None
         data.clear()
 
 
@@ -122,6 +158,23 @@ async def _receive(sock: trio.socket.SocketType, size: int, *, has_credentials: 
     return chunk, sender_pid(ancillary[0][2]) if ancillary else None
 
 
+def _already_there(sock: trio.socket.SocketType, size: int) -> bytes:
+    """Read what has come already, and wait for nothing."""
+    try:
+        return as_plain(sock, lambda plain: plain.recv(size, socket.MSG_DONTWAIT)) if size > 0 else b""
+    except OSError:
+        return b""
+
+
+def as_plain(sock: trio.socket.SocketType, function: Callable[[socket.socket], T]) -> T:
+    """Do something with a socket that trio has and keeps."""
+    plain = socket.socket(fileno=sock.fileno())
+    try:
+        return function(plain)
+    finally:
+        plain.detach()
+
+
 async def send_last(sock: trio.socket.SocketType, response: bytes) -> None:
     """Send a client the last thing that it gets, and give it a moment to read it and to close."""
     with trio.move_on_after(_FAREWELL):
@@ -135,28 +188,78 @@ async def send_last(sock: trio.socket.SocketType, response: bytes) -> None:
             return
 
 
-def _no_startup_packet(text: str, data: bytearray, sender: Sender | None) -> Refused:
-    """Refuse what PostgreSQL only logs: a client that speaks something else may show its user an answer."""
-    response = build_error_response(
-        f"pgguard: {text}",
-        sqlstate="08P01",
-        detail="The first bytes on this connection are no PostgreSQL startup packet.",
-        hint="This port speaks PostgreSQL's frontend/backend protocol. Check what the client was told to connect to.",
+def refusal(greeting: Greeting) -> bytes:
+    """What PostgreSQL says to a request for encryption out of place, in place of a server that would offer some."""
+    kind = greeting.packet.kind
+    if not greeting.again:
+        what = "SSL request" if kind is PacketKind.SSL_REQUEST else "GSSAPI encryption request"
+        return DECLINED + build_error_response(
+            f"received unencrypted data after {what}",
+            sqlstate="08P01",
+            detail="This could be either a client-software bug or evidence of an attempted man-in-the-middle attack.",
+        )
+    major, minor = greeting.packet.version
+    return build_error_response(
+        f"unsupported frontend protocol {major}.{minor}: server supports 3.0 to 3.2", sqlstate="0A000"
     )
-    verdict = Verdict(
+
+
+# What is said of it
+
+
+def _no_startup_packet(data: bytearray, sender: Sender | None, declined: dict[PacketKind, bytes]) -> Verdict | None:
+    message = _message(data)
+    if message is None:
+        return _stranger(data, went_on=bool(declined))
+    if message.type == _TERMINATE:
+        return None
+    return Verdict(
         kind=Kind.PROTOCOL_VIOLATION,
-        reason=f"{text}: the connection began with {bytes(data[:4]).hex(' ')}",
-        message=MessageSeen(Direction.FRONTEND, None, "StartupMessage", len(data)),
+        reason=f"the client sent {message.name} before it had said who it is, and not a startup packet",
+        message=message,
         requests=(),
         intruder=sender,
+        ends=True,
     )
-    return Refused(response, verdict)
 
 
-def _unsupported_version(packet: StartupPacket) -> bytes:
-    major, minor = packet.version
-    return build_error_response(
-        f"pgguard: unsupported frontend protocol {major}.{minor}: server supports 3.0 to 3.2",
-        sqlstate="0A000",
-        detail=f"{packet.kind.value} came a second time, where PostgreSQL takes its code for a protocol version.",
+def _message(data: bytearray) -> MessageSeen | None:
+    """The message of a later phase that the bytes begin with, if they do."""
+    if len(data) < HEADER_SIZE:
+        return None
+    code, length = parse_header(data, 0)
+    message = _MESSAGES[code]
+    if not message.least <= length <= min(message.most, _FIRST):
+        return None
+    return MessageSeen(Direction.FRONTEND, chr(code), message.name, 1 + length)
+
+
+def _stranger(data: bytearray, *, went_on: bool = False) -> Verdict:
+    what = recognize(data)
+    began = "went on" if went_on else "began"
+    instead = "not with PostgreSQL's startup packet"
+    if data[0] == TLS_HANDSHAKE:
+        instead = _NO_DIRECT_TLS if _ALPN in data else _NO_TLS
+        if went_on:
+            instead = "though it had been told that there is no TLS"
+    return Verdict(
+        kind=Kind.PROTOCOL_VIOLATION,
+        reason=f"the connection {began} with {what}, {instead}",
+        message=None,
+        requests=(),
+        by=Party.STRANGER,
+        ends=True,
+    )
+
+
+def _out_of_place(packet: StartupPacket, behind: int | None, sender: Sender | None) -> Verdict:
+    name = packet.kind.value
+    what = "a second time" if behind is None else f"and {behind} bytes behind it, before it was answered"
+    return Verdict(
+        kind=Kind.PROTOCOL_VIOLATION,
+        reason=f"the client sent {name} {what}",
+        message=MessageSeen(Direction.FRONTEND, None, name, len(packet.packet)),
+        requests=(),
+        intruder=sender,
+        ends=True,
     )

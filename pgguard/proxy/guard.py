@@ -18,27 +18,25 @@ import resource
 import socket
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from pgguard.attribution.sockets import TcpClient, client_socket
 from pgguard.proxy.addresses import TcpAddress
-from pgguard.proxy.greeting import Refused, greet, send_last
+from pgguard.proxy.greeting import Dismissed, as_plain, greet, refusal, send_last
 from pgguard.proxy.judge import Judge
 from pgguard.proxy.kernel_senders import KernelSenders
 from pgguard.proxy.listeners import Listener, open_listeners, refuse_loop
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.sweep import Sweep
-from pgguard.proxy.upstream import UpstreamUnavailable, cancel_query, connect_upstream, relay_cancel
+from pgguard.proxy.upstream import UpstreamUnavailable, ask, cancel_query, connect_upstream, relay_cancel
 from pgguard.proxy.watch import Watch
 from pgguard.session.tracker import Tracker
 from pgguard.wire.fields import build_error_response
 from pgguard.wire.startup import PacketKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pgguard.attribution.ebpf.probe import SenderProbe
     from pgguard.attribution.sockets import ClientSocket
     from pgguard.attribution.witness import Witness
@@ -55,8 +53,6 @@ _ACCEPT_PAUSE: Final = 0.1
 """Seconds to wait for descriptors to become free."""
 _ACCEPT_COMPLAINTS: Final = 60.0
 """Seconds between two complaints that there are none."""
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -212,15 +208,12 @@ class Guard:
                 greeting = await greet(sock, session, senders=self._senders)
             if limit.cancelled_caught:
                 logger.info("session %d: %s said nothing in time", session.id, _who(session))
-            elif greeting is not None and greeting.packet.kind is PacketKind.CANCEL_REQUEST:
-                await relay_cancel(self._upstream, greeting.packet.packet)
-            elif greeting is not None:
-                await self._introduce(sock, session, greeting)
-        except Refused as refused:
-            if refused.verdict is not None:
-                await self._judge.rule(session, refused.verdict)
+            else:
+                await self._oblige(sock, session, greeting)
+        except Dismissed as dismissed:
+            if dismissed.verdict is not None:
+                await self._judge.rule(session, dismissed.verdict)
                 self._judge.closed(session)
-            await send_last(sock, refused.response)
         except UpstreamUnavailable as error:
             logger.warning("session %d: could not connect to the server: %s", session.id, error)
             await send_last(sock, _unavailable(str(error)))
@@ -232,6 +225,18 @@ class Guard:
             sock.close()
             if session.id not in self._sessions:
                 self._close_account(session.kernel_account)
+
+    async def _oblige(self, sock: trio.socket.SocketType, session: ProxiedSession, greeting: Greeting) -> None:
+        if greeting.verdict is not None:
+            await self._judge.rule(session, greeting.verdict)
+        if greeting.packet.kind is PacketKind.CANCEL_REQUEST:
+            await relay_cancel(self._upstream, greeting.packet.packet)
+        elif greeting.packet.encrypts:
+            self._judge.closed(session)
+            answer = await ask(self._upstream, greeting.before, greeting.packet.packet + greeting.behind)
+            await trio.SocketStream(sock).send_all(refusal(greeting) if answer is None else answer)
+        else:
+            await self._introduce(sock, session, greeting)
 
     def _new_session(self, sock: trio.socket.SocketType, listener: Listener) -> ProxiedSession:
         self._last_number += 1
@@ -267,7 +272,7 @@ class Guard:
         if self._senders is None:
             return None
         try:
-            return _plain(sock, self._senders.open)
+            return as_plain(sock, self._senders.open)
         except OSError:
             raise
         except Exception:
@@ -287,7 +292,7 @@ class Guard:
         session.connect(_detach(sock), _detach(server), tracker)
         session.client.sender = greeting.sender
         self._sessions[session.id] = session
-        if tracker is None:
+        if tracker is None and greeting.verdict is None:
             major, minor = packet.version
             self._judge.lost(session, f"it speaks protocol {major}.{minor}, which pgguard doesn't follow", time.time())
         self._sweep.add(session, packet.packet)
@@ -353,20 +358,11 @@ def _unavailable(why: str) -> bytes:
 
 def _describe(sock: trio.socket.SocketType, kernel_account: TcpAccount | None) -> ClientSocket:
     """Write down whose socket is at the other end of one that trio still has, and who connected it if that is known."""
-    client = _plain(sock, client_socket)
+    client = as_plain(sock, client_socket)
     opener = None if kernel_account is None else kernel_account.account.opener
     if opener is None or not isinstance(client, TcpClient):
         return client
     return replace(client, connected_by=opener.pid, connected_on=opener.tid)
-
-
-def _plain(sock: trio.socket.SocketType, function: Callable[[socket.socket], T]) -> T:
-    """Do something with a socket that trio has and keeps."""
-    plain = socket.socket(fileno=sock.fileno())
-    try:
-        return function(plain)
-    finally:
-        plain.detach()
 
 
 def _detach(sock: trio.socket.SocketType) -> socket.socket:

@@ -42,8 +42,8 @@ class Settings(BaseModel):
     sql: SqlMode = SqlMode.NORMALIZED
     idle_in_transaction: Annotated[float, Field(ge=0, le=86400)] = 60.0
     """Seconds for which a transaction may sit idle; 0 for ever."""
-    startup_timeout: Annotated[float, Field(gt=0, le=3600)] = 10.0
-    """Seconds for a client to say who it is."""
+    startup_timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """Seconds for a client to say who it is: as long as PostgreSQL's ``authentication_timeout`` unless that is set."""
     shutdown_timeout: Seconds = 8.0
     """Seconds for sessions to finish when the guard is told to stop."""
     kinds: dict[Kind, KindSettings] = {}

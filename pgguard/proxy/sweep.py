@@ -52,6 +52,8 @@ _REPEATS: Final = 64
 """Known faults in one chunk that are dealt with before other sessions get their turn."""
 _LINGER: Final = 2.0
 """Seconds for a client to close its side after the server's has ended."""
+_HEALTH_CHECK: Final = 1.0
+"""Seconds within which a client has gone again that logs in only to see whether it can, as HAProxy's pgsql-check."""
 _TRACKER_FAILED: Final = "the tracker failed; the guard's log says how"
 _LAST_WORDS: Final = 2.0
 """Seconds to reach the end of the message that a rejected client is just being sent."""
@@ -374,12 +376,20 @@ class Sweep:
         try:
             if end.is_client:
                 # An error in writing to a socket that was reset is not told again in reading it.
-                return tracker.frontend_eof(len(end.held), reset=end.broken)
+                reset = end.broken or (not tracker.requests and self._has_only_looked(end))
+                return tracker.frontend_eof(len(end.held), reset=reset)
             return tracker.backend_eof(len(end.held))
         except Exception:
             logger.exception("session %d: the tracker failed", session.id)
             self._lose(session, _TRACKER_FAILED, time.time())
             return []
+
+    @staticmethod
+    def _has_only_looked(end: End) -> bool:
+        """Whether a client that has asked for nothing was a health check, or closed before its login was answered."""
+        if time.time() - end.session.opened_at < _HEALTH_CHECK:
+            return True
+        return end.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
     def _after_end(self, end: End) -> None:
         """All that can be said about the end of ``end``'s stream is said: let its peer know."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -11,10 +12,20 @@ import trio
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, Upstream
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pgguard.wire.startup import CancelKey
 
 _CANCEL_TIMEOUT: Final = 10.0
 """Seconds for the server to take a CancelRequest and close its connection."""
+_REFUSAL_TIMEOUT: Final = 10.0
+"""Seconds for the server to refuse a client."""
+_REFUSAL_LIMIT: Final = 16 * 1024
+"""Bytes in which it does."""
+DECLINED: Final = b"N"
+"""The answer to a request for encryption that there is none."""
+_ENCRYPTS: Final = (b"S", b"G")
+"""And that there is: SSLRequest and GSSENCRequest in "Message Flow"."""
 _BACKLOG_PAUSE: Final = 0.01
 """Seconds to wait for room in the backlog of a Unix socket."""
 
@@ -106,6 +117,37 @@ async def relay_cancel(upstream: Upstream, packet: bytes) -> None:
             failures.append(f"{address}: {reason(error)}")
     if len(failures) == len(upstream.addresses):
         raise UpstreamUnavailable("; ".join(failures))
+
+
+async def ask(upstream: Upstream, before: Sequence[bytes], last: bytes) -> bytes | None:
+    """Have the server say what it says to a client that it has declined encryption to, and that is to be refused.
+
+    Args:
+        upstream: the server.
+        before: the requests for encryption that it declines.
+        last: what it refuses the client for; a request for encryption that is declined first, or is one too many.
+
+    Returns:
+        All that it says to ``last``, until it ends the connection. ``None``: it would offer encryption.
+
+    Raises:
+        UpstreamUnavailable: no address can be connected to.
+    """
+    sock, _ = await connect_upstream(upstream)
+    stream = trio.SocketStream(sock)
+    said = bytearray()
+    async with stream:
+        with trio.move_on_after(_REFUSAL_TIMEOUT), suppress(trio.BrokenResourceError):
+            for request in before:
+                await stream.send_all(request)
+                if await stream.receive_some(1) != DECLINED:
+                    return None
+            await stream.send_all(last)
+            while len(said) < _REFUSAL_LIMIT and (data := await stream.receive_some(_REFUSAL_LIMIT)):
+                said += data
+                if bytes(said[:1]) in _ENCRYPTS:
+                    return None
+    return bytes(said)
 
 
 async def cancel_query(address: Address, connect_timeout: float, key: CancelKey) -> None:

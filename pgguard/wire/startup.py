@@ -9,7 +9,12 @@ from enum import Enum
 from struct import Struct
 from typing import Final, NamedTuple
 
-MAX_STARTUP_PACKET_LENGTH: Final = 10_000  # libpq/pqcomm.h
+MAX_STARTUP_PACKET_LENGTH: Final = 10_000
+"""Bytes behind the length word: ``libpq/pqcomm.h``."""
+
+RECEIVE_BUFFER: Final = 8192
+"""Bytes that PostgreSQL takes from a socket at once, ``PQ_RECV_BUFFER_SIZE`` in ``pqcomm.c``. What of them it doesn't
+want is thrown away when it closes; if there are more, the kernel resets the connection."""
 
 TLS_HANDSHAKE: Final = 0x16
 """The first byte of a TLS ClientHello: TLS without SSLRequest, ``sslnegotiation=direct``."""
@@ -17,6 +22,9 @@ TLS_HANDSHAKE: Final = 0x16
 _CANCEL_REQUEST_CODE: Final = 80877102
 _SSL_REQUEST_CODE: Final = 80877103
 _GSSENC_REQUEST_CODE: Final = 80877104
+
+_VERSIONS: Final = frozenset({*range(1, 10), _CANCEL_REQUEST_CODE >> 16})
+"""Major versions: 1 and 2 were, 3 is, and what 1234 asks for aren't versions ("Message Formats")."""
 
 _HEAD: Final = Struct("!II")
 _INT32: Final = Struct("!I")
@@ -57,6 +65,16 @@ class StartupPacket(NamedTuple):
         return self.code >> 16, self.code & 0xFFFF
 
     @property
+    def encrypts(self) -> bool:
+        """Whether it asks for encryption."""
+        return self.kind in (PacketKind.SSL_REQUEST, PacketKind.GSSENC_REQUEST)
+
+    @property
+    def is_postgres(self) -> bool:
+        """Whether it can be somebody's who speaks PostgreSQL's protocol, of whatever version or to come."""
+        return self.version[0] in _VERSIONS
+
+    @property
     def parameters(self) -> dict[str, str]:
         """The parameters of a StartupMessage; what is malformed is left for the server to refuse."""
         fields = self.packet[_HEAD.size :].split(b"\0")
@@ -77,7 +95,7 @@ def parse_startup(data: bytes | bytearray) -> StartupPacket | None:
     if len(data) < 4:
         return None
     length = int.from_bytes(data[:4], "big")
-    if not _HEAD.size <= length <= MAX_STARTUP_PACKET_LENGTH:
+    if not _HEAD.size <= length <= _INT32.size + MAX_STARTUP_PACKET_LENGTH:
         raise InvalidStartupPacket("invalid length of startup packet")
     if len(data) < length:
         return None

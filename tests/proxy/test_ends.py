@@ -13,6 +13,7 @@ from tests.proxy.conftest import House, until
 from tests.proxy.messages import (
     ANSWER,
     COLUMNS,
+    LOGGED_IN,
     ONE_ROW,
     READY,
     SELECTED,
@@ -244,3 +245,50 @@ async def test_a_server_for_which_there_is_no_descriptor(house: House, monkeypat
     error = await client.message()
     assert error.fields["C"] == "08001"
     assert error.fields["M"].endswith(": Too many open files")
+
+
+async def test_a_client_that_only_looks_whether_it_can_log_in(house: House) -> None:
+    """As HAProxy's pgsql-check does every two seconds, and may under trust."""
+    client, server = await house.session()
+    await client.close()
+    assert await server.rest() == b""
+    await server.close()
+    await house.empty()
+    assert house.kinds == []
+
+
+@pytest.mark.parametrize("asks", [False, True])
+async def test_a_client_that_stays_or_asks_has_not_only_looked(
+    house: House, monkeypatch: pytest.MonkeyPatch, asks: bool
+) -> None:
+    client, server = await house.session()
+    if asks:
+        await client.send(query("select 1"))
+        await server.expect(query("select 1"))
+        await server.send(ANSWER)
+        await client.expect(ANSWER)
+    else:
+        monkeypatch.setattr("pgguard.proxy.sweep._HEALTH_CHECK", 0.0)
+    await client.close()
+    await house.recorded("unclean-close")
+
+
+async def test_a_client_that_is_gone_before_its_login_was_answered(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end may be read after the answer has been written: that hits nobody, and the kernel says so."""
+    monkeypatch.setattr("pgguard.proxy.sweep._HEALTH_CHECK", 0.0)
+    client = await house.connect()
+    await client.send(startup())
+    server = await house.backend.accept()
+    await server.packet()
+    [session] = house.guard._sessions.values()
+    house.guard._sweep._disarm(session.client)  # as if its end were still in the queue of the epoll
+    await client.close()
+    await server.send(LOGGED_IN)
+    await until(lambda: session.protocol is not None and session.protocol.logged_in)
+    house.guard._sweep._arm(session.client)
+    assert await server.rest() == b""
+    await server.close()
+    await house.empty()
+    assert house.kinds == []

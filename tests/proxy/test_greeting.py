@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 import struct
 
 import pytest
@@ -15,6 +14,7 @@ from tests.proxy.messages import (
     GSSENC_REQUEST,
     LOGGED_IN,
     SSL_REQUEST,
+    TERMINATE,
     Client,
     cancel_request,
     message,
@@ -63,13 +63,62 @@ async def test_encryption_is_declined_once_of_each_kind(house: House, requests: 
     assert await server.log_in() == startup()
 
 
-@pytest.mark.parametrize("request_", [SSL_REQUEST, GSSENC_REQUEST], ids=["SSLRequest", "GSSENCRequest"])
-async def test_the_second_request_of_a_kind_is_no_protocol_version(house: House, request_: bytes) -> None:
+both_requests = pytest.mark.parametrize("request_", [SSL_REQUEST, GSSENC_REQUEST], ids=["SSLRequest", "GSSENCRequest"])
+"""For what is the same of both."""
+
+
+@both_requests
+@pytest.mark.parametrize("before", [[], [SSL_REQUEST], [GSSENC_REQUEST]])
+async def test_the_server_refuses_a_second_request_itself(house: House, request_: bytes, before: list[bytes]) -> None:
+    first = [request for request in before if request != request_] + [request_]
     client = await house.connect()
+    for request in first:
+        await client.send(request)
+        await client.expect(b"N")
     await client.send(request_)
-    await client.expect(b"N")
-    await client.send(request_)
-    assert (await client.message()).fields["C"] == "0A000"
+    server = await house.backend.accept()
+    for request in first:
+        await server.expect(request)
+        await server.send(b"N")
+    await server.expect(request_)
+    await server.send(message("E", b"its own words"))
+    await server.close()
+    assert await client.rest() == message("E", b"its own words")
+    await house.recorded("protocol-violation")
+    assert house.faults[0].reason.endswith(" a second time")
+
+
+@both_requests
+async def test_the_server_refuses_what_is_stuffed_behind_a_request_itself(house: House, request_: bytes) -> None:
+    client = await house.connect()
+    await client.send(request_ + startup())
+    server = await house.backend.accept()
+    await server.expect(request_ + startup())
+    await server.send(b"N")
+    await server.send(message("E", b"its own words"))
+    await server.close()
+    assert await client.rest() == b"N" + message("E", b"its own words")
+    await house.recorded("protocol-violation")
+    assert house.faults[0].reason.endswith(f" and {len(startup())} bytes behind it, before it was answered")
+
+
+@both_requests
+@pytest.mark.parametrize("offer", [b"S", b"G"])
+@pytest.mark.parametrize(("stuffed", "says"), [(True, "received unencrypted data"), (False, "unsupported frontend")])
+async def test_a_server_that_offers_encryption_is_none_of_the_clients_business(
+    house: House, request_: bytes, offer: bytes, stuffed: bool, says: str
+) -> None:
+    client = await house.connect()
+    if not stuffed:
+        await client.send(request_)
+        await client.expect(b"N")
+    await client.send(request_ + b"x" * stuffed)
+    server = await house.backend.accept()
+    await server.expect(request_)
+    await server.send(offer)
+    if stuffed:
+        await client.expect(b"N")
+    assert says in (await client.message()).fields["M"]
     assert await client.rest() == b""
 
 
@@ -104,50 +153,71 @@ async def test_a_cancel_request_is_relayed_untouched(house: House, secret: bytes
         b"SSH-2.0-OpenSSH_9.2\r\n",
         b"\0" * 100,
         b"\xff" * 100,
-        struct.pack("!I", 11_000) + bytes(10_996),
+        struct.pack("!I", 11_000) + bytes(8_000),
         struct.pack("!I", 7) + bytes(3),
+        b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03",
     ],
-    ids=["HTTP", "SSH", "zeros", "ones", "11 kB", "too short"],
+    ids=["HTTP", "SSH", "zeros", "ones", "8 kB", "too short", "TLS"],
 )
+@pytest.mark.parametrize("declined", [[], [SSL_REQUEST], [GSSENC_REQUEST, SSL_REQUEST]], ids=["at once", "SSL", "both"])
 @pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
-async def test_garbage_is_refused_in_the_protocols_words_and_costs_the_server_nothing(
-    house: House, garbage: bytes, unix: bool
+async def test_garbage_is_left_without_a_word_and_costs_the_server_nothing(
+    house: House, garbage: bytes, declined: list[bytes], unix: bool
 ) -> None:
     client = await house.connect(unix=unix)
+    for request in declined:
+        await client.send(request)
+        await client.expect(b"N")
     await client.send(garbage)
-    error = await client.message()
-    assert error.fields["C"] == "08P01"
-    assert error.fields["M"] == "pgguard: invalid length of startup packet"
     assert await client.rest() == b""
     await house.backend.accept_nobody()
-    assert house.kinds == ["protocol-violation"]
+    await house.recorded("protocol-violation")
+    [fault] = house.faults
+    assert (fault.severity, fault.action, fault.over) == ("info", "logged", True)
+    assert fault.reason.startswith(f"the connection {'went on' if declined else 'began'} with ")
 
 
-async def test_garbage_behind_an_answered_request(house: House) -> None:
-    """Such as the TLS of a client that has overlooked the N."""
+@pytest.mark.parametrize("declined", [[], [SSL_REQUEST]], ids=["at once", "SSL"])
+async def test_a_goodbye_before_the_start_is_nothing(house: House, declined: list[bytes]) -> None:
+    """As node-postgres says it when it is ended before it is connected."""
     client = await house.connect()
-    await client.send(SSL_REQUEST)
-    await client.expect(b"N")
-    await client.send(b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03")
-    assert (await client.message()).fields["C"] == "08P01"
-
-
-async def test_tls_at_once_is_left_unanswered_and_explained_in_the_log(
-    house: House, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As by PostgreSQL without TLS: a TLS client can read no ErrorResponse."""
-    raw = await trio.open_tcp_stream("127.0.0.1", house.port)
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["postgresql"])
-    with pytest.raises((trio.BrokenResourceError, ssl.SSLError)):
-        await trio.SSLStream(raw, context, server_hostname="localhost").do_handshake()
-    await raw.aclose()
-    assert "sslmode=disable or prefer" in caplog.text
+    for request in declined:
+        await client.send(request)
+        await client.expect(b"N")
+    await client.send(TERMINATE)
+    assert await client.rest() == b""
+    await house.backend.accept_nobody()
     assert house.kinds == []
 
 
+async def test_a_message_before_the_start_is_an_error_and_left_without_a_word(backend: FakeBackend) -> None:
+    async with running(backend, mode="reject") as house:
+        client = await house.connect()
+        await client.send(query("select 1"))
+        assert await client.rest() == b""
+        await house.recorded("protocol-violation")
+        [fault] = house.faults
+        assert (fault.severity, fault.action, fault.over) == ("error", "logged", True)
+        assert fault.message is not None
+        assert fault.message.name == "Query"
+
+
+async def test_another_protocol_that_looks_like_a_start_is_for_the_server_to_refuse(house: House) -> None:
+    packet = b"\0\0\0\x14\xffSMBr" + bytes(11)
+    client = await house.connect()
+    await client.send(packet)
+    server = await house.backend.accept()
+    assert await server.packet() == packet
+    await server.send(message("E", b"its own words"))
+    await server.close()
+    assert await client.rest() == message("E", b"its own words")
+    await house.recorded("protocol-violation")
+    assert house.faults[0].severity == "info"
+    assert house.faults[0].reason == "the connection began with SMB, not with PostgreSQL's startup packet"
+
+
 @pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
-@pytest.mark.parametrize("said", [b"", b"\0\0", startup()[:-1], SSL_REQUEST + startup()[:20]])
+@pytest.mark.parametrize("said", [b"", b"\0\0", startup()[:-1], SSL_REQUEST])
 async def test_a_client_that_says_too_little_is_let_go(backend: FakeBackend, said: bytes, unix: bool) -> None:
     async with running(backend, startup_timeout=0.1) as house:
         client = await house.connect(unix=unix)

@@ -80,11 +80,16 @@ def test_what_stands_behind_is_left_alone() -> None:
     assert parsed.packet == STARTUP
 
 
-@pytest.mark.parametrize("length", [0, 7, MAX_STARTUP_PACKET_LENGTH + 1, 0xFFFFFFFF, 0x16030100, 0x47455420])
+@pytest.mark.parametrize("length", [0, 7, 4 + MAX_STARTUP_PACKET_LENGTH + 1, 0xFFFFFFFF, 0x16030100, 0x47455420])
 def test_lengths_that_postgresql_refuses(length: int) -> None:
     """Among them a TLS ClientHello and ``GET``: they are refused at the fourth byte, not waited for."""
     with pytest.raises(InvalidStartupPacket, match="invalid length of startup packet"):
         parse_startup(struct.pack("!I", length))
+
+
+@pytest.mark.parametrize("length", [8, 4 + MAX_STARTUP_PACKET_LENGTH])
+def test_lengths_that_postgresql_takes(length: int) -> None:
+    assert parse_startup(struct.pack("!I", length)) is None
 
 
 @given(st.binary(max_size=64))
