@@ -63,6 +63,7 @@ def build_fault(
         message=verdict.message,
         libpq=verdict.libpq,
         culprits=culprits,
+        sent_by=verdict.author if verdict.message is not None else None,
         requests=tuple(_request(request, findings, sql_mode) for request in verdict.requests),
         advice=_advice(verdict, findings, culprits),
         story=tell_story(findings, facts.opened_at),

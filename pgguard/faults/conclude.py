@@ -18,6 +18,10 @@ leaves the socket open (:meth:`pgguard.attribution.witness.Witness.stays`) and a
 is none of that one's business only if it hasn't taken the connection over, which is certain if the last request was
 made before it was there.
 
+*The opener's own message shows the sharing.* The process that opened a connection has a right to it. Where it is its
+message that comes out of turn, or it that is seen to wait beside another, the intruder is whoever else has used the
+connection, the latest first.
+
 *A launcher says Terminate on a connection that its child has taken over.* Once the child has let go of it, that harms
 nobody.
 """
@@ -33,7 +37,7 @@ from pgguard.faults.catalogue import OVERLAP
 from pgguard.session.verdicts import Kind, Sender
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from pgguard.attribution.findings import Findings
     from pgguard.attribution.threads import Sleep, Thread, Waiting
@@ -97,6 +101,11 @@ def _sender(waiting: Waiting) -> Sender:
 
 def conclude(verdict: Verdict, findings: Findings) -> Verdict | None:
     """Return what the verdict is in the light of the evidence; ``None`` if it is no fault."""
+    concluded = _weigh(verdict, findings)
+    return None if concluded is None else _spare_the_opener(concluded, findings.opener_pid)
+
+
+def _weigh(verdict: Verdict, findings: Findings) -> Verdict | None:
     match verdict.kind:
         case Kind.REQUEST_WHILE_BUSY:
             return _overlap(verdict, findings)
@@ -106,6 +115,35 @@ def conclude(verdict: Verdict, findings: Findings) -> Verdict | None:
             return None
         case _:
             return verdict
+
+
+def _spare_the_opener(verdict: Verdict, opener: int | None) -> Verdict:
+    """Who opened the connection has a right to it, and somebody else hasn't."""
+    if verdict.kind is not Kind.SHARED_BY_PROCESSES or opener is None:
+        return verdict
+    intruder = verdict.intruder
+    if intruder is None:
+        if verdict.reason != AT_ONCE or all(sender.pid != opener for sender in verdict.requesters):
+            return verdict
+    elif intruder.pid != opener:
+        return verdict
+    others = [sender for sender in verdict.requesters if sender.pid != opener]
+    other = _latest(others, verdict) if verdict.reason == AT_ONCE else next(iter(others), None)
+    if other is None and not others:
+        return verdict
+    rest = tuple(sender for sender in verdict.requesters if sender != other)
+    requesters = rest if intruder is None else (intruder, *rest)
+    sender = None if verdict.message is None else intruder
+    return replace(verdict, intruder=other, requesters=requesters, sender=sender)
+
+
+def _latest(senders: Sequence[Sender], verdict: Verdict) -> Sender | None:
+    """Which of them has sent last, if that is known."""
+    pids = {sender.pid for sender in senders}
+    if len(pids) > 1:
+        last = (request.sender.pid for request in reversed(verdict.requests) if request.sender is not None)
+        pids = set(next(([pid] for pid in last if pid in pids), []))
+    return next((sender for sender in senders if sender.pid in pids), None)
 
 
 def _overlap(verdict: Verdict, findings: Findings) -> Verdict:

@@ -1,7 +1,8 @@
 """Who is a culprit, in which role, and by what evidence.
 
 ``intruder``
-    The sender of the offending message, where it is known. Where it isn't, but the client sent the message: the one
+    The sender of the offending message, where it is known; or if that is who opened the connection, and has a right to
+    it, the latest other one that has used it. Where the sender isn't known, but the client sent the message: the one
     process that has the socket open, if there is exactly one; of a Terminate, the one that has had it open and hasn't
     any more; otherwise an intruder without a pid, and the holders say among whom to look.
 ``requester``
@@ -169,7 +170,9 @@ class _Bench:
         elif role is not Role.OWNER:
             waiting = [one for one in self._findings.waiting if one.thread.pid == pid]
             fresh = [one for one in waiting if one.sleep not in self._findings.before]
-            meant = fresh if role is Role.INTRUDER and len(waiting) > 1 else waiting
+            author = self._verdict.author
+            sent = role is Role.INTRUDER if author is None else pid == author.pid
+            meant = fresh if sent and len(waiting) > 1 else waiting
             only = self._findings.only_threads.get(pid)
             if len(meant) == 1 and (only is not None or len(waiting) > 1 or not self._may_be_the_requester(role)):
                 return self._thread(role, pid, process, evidence, meant[0].thread.tid, Evidence.THREAD_SAMPLE)

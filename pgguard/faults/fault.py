@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.stacks import Frame
     from pgguard.faults.catalogue import Advice, Severity
     from pgguard.faults.policy import Action
-    from pgguard.session.verdicts import Kind, Limit, MessageSeen, RequestState
+    from pgguard.session.verdicts import Kind, Limit, MessageSeen, RequestState, Sender
 
 
 class Role(StrEnum):
@@ -157,6 +157,8 @@ class Fault:
     """How many more culprits there are."""
     over: bool = False
     """The session has ended with it."""
+    sent_by: Sender | None = None
+    """Who sent the message, where that is known."""
 
     def to_record(self) -> dict[str, Any]:
         """The fault as a JSON object: strings, numbers, booleans, ``None``, lists and dicts alone, and no passwords."""
@@ -172,6 +174,7 @@ class Fault:
             "reason": self.reason,
             "session": _session_record(self.session),
             "message": _message_record(self.message),
+            "sent_by": None if self.sent_by is None else {"pid": self.sent_by.pid, "tid": self.sent_by.tid},
             "libpq": self.libpq,
             "culprits": [_culprit_record(culprit) for culprit in self.culprits],
             "more_culprits": self.unnamed,

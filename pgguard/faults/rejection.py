@@ -42,6 +42,8 @@ def rejection(fault: Fault) -> Rejection:
         people = [named(c.pid, c.process) for c in fault.culprits if c.role is role and c.pid not in unsaid and c.pid]
         if people:
             told.append(f"{listed(people)} {one if len(people) == 1 else many}.")
+    if fault.unnamed:
+        told.append(f"And {fault.unnamed} more.")
     cancelled = " and its query cancelled" if outstanding else ""
     told.append(f"The session was closed{cancelled} (pgguard fault {fault.id}).")
     return Rejection(

@@ -55,6 +55,11 @@ def _shared_by_threads(verdict: Verdict, _: Findings, culprits: tuple[Culprit, .
 def _used_out_of_turn(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ...]) -> str:
     # The reason says "another process" of the one whose turn it was, which is the first requester.
     reason = verdict.reason
+    sender, intruder = verdict.sender, verdict.intruder
+    if sender is not None and intruder is not None:
+        owner = next((named(c.pid, c.process) for c in culprits if c.pid == sender.pid), f"pid {sender.pid}")
+        reason = reason.replace("another process", f"pid {intruder.pid}")
+        return f"{_who(culprits)} uses the connection that {owner} opened, which sent {_message(verdict)} {reason}"
     if verdict.requesters:
         reason = reason.replace("another process", f"pid {verdict.requesters[0].pid}")
     return f"{_who(culprits)} sent {_message(verdict)} {reason}"

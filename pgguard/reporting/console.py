@@ -159,12 +159,15 @@ def _sides(fault: Fault) -> list[RenderableType]:
 
 def _deeds(fault: Fault, culprit: Culprit) -> Iterator[str]:
     message = fault.message
-    if culprit.role is Role.INTRUDER and message is not None and message.direction is Direction.FRONTEND:
+    if message is not None and message.direction is Direction.FRONTEND and _sent_it(fault, culprit):
         yield f"sent {message.name}, {message.size} bytes, at {_clock(fault.at)}"
+    own = [request for request in fault.requests if request.pid == culprit.pid]
     if culprit.role is Role.REQUESTER:
-        for request in fault.requests:
-            if request.pid == culprit.pid and request.state in OUTSTANDING:
-                yield f"its request {request.n}, sent at {_clock(request.at)}, was {_STATES[request.state]}"
+        told = [request for request in own if request.state in OUTSTANDING]
+    else:
+        told = own[-1:] if culprit.role is Role.INTRUDER and not _sent_it(fault, culprit) else []
+    for request in told:
+        yield f"its request {request.n}, sent at {_clock(request.at)}, was {_STATES[request.state]}"
     process = culprit.process
     if process is not None and culprit.role is not Role.OWNER:
         command = " ".join(redact_command(process.cmdline)).strip() or process.name
@@ -179,6 +182,14 @@ def _deeds(fault: Fault, culprit: Culprit) -> Iterator[str]:
         yield f"no stack: {culprit.stack_problem}"
     for key, value in (culprit.declared or {}).items():
         yield f"{key}: {value}"
+
+
+def _sent_it(fault: Fault, culprit: Culprit) -> bool:
+    """Whether a culprit, in this role, is the one that sent the message."""
+    sender = fault.sent_by
+    if sender is None or culprit.role not in (Role.INTRUDER, Role.REQUESTER, Role.CLOSER):
+        return culprit.role is Role.INTRUDER
+    return culprit.pid == sender.pid and (sender.tid is None or culprit.tid in (None, sender.tid))
 
 
 _STATES: Final = {

@@ -428,8 +428,10 @@ class FrontendStream:
         return False
 
     def _waiting(self, sender: Sender) -> Sender | None:
-        """The first other process that an answer is due to."""
-        for owes, request in self._ledger.entries:
+        """The first other process that an answer is due to; the last, if it is the opener that doesn't wait for it."""
+        opener = self._session.senders.opener
+        entries = self._ledger.entries
+        for owes, request in reversed(entries) if opener is not None and opener.pid == sender.pid else entries:
             if owes == _LOGIN or owes not in NO_REQUEST:
                 other = request.sender
                 if other is not None and other.pid != sender.pid:

@@ -141,7 +141,8 @@ class Verdict:
     requests: tuple[RequestSeen, ...]
     """The outstanding requests and a few before them, oldest first."""
     intruder: Sender | None = None
-    """Who sent the offending message, where that is known."""
+    """Who used the connection out of turn, where that is known: whoever sent the offending message, but see
+    ``sender``."""
     requesters: tuple[Sender, ...] = ()
     """Who else has sent on this connection, the one whose turn it was first."""
     libpq: str | None = None
@@ -159,3 +160,10 @@ class Verdict:
     """Of a connection-exhaustion, which limit it was."""
     start: int = 0
     """Where the offending message begins in the chunk that was being examined."""
+    sender: Sender | None = None
+    """Who sent the offending message, where it isn't the intruder: the opener, whose message shows the sharing."""
+
+    @property
+    def author(self) -> Sender | None:
+        """Who sent the offending message, where that is known."""
+        return self.sender or self.intruder

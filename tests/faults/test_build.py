@@ -174,6 +174,20 @@ SUMMARIES = [
         "pid 4867 (puma: cluster worker 1) sent Query after pid 4866 had used the connection in between",
     ),
     (
+        replace(
+            OVERLAP,
+            reason="after another process had used the connection in between",
+            requesters=(Sender(4864),),
+            sender=Sender(4864),
+        ),
+        KERNEL,
+        (
+            "pid 4867 (puma: cluster worker 1) uses the connection that pid 4864"
+            " (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) opened, which sent Query"
+            " after pid 4867 had used the connection in between"
+        ),
+    ),
+    (
         replace(OVERLAP, reason="in the middle of another process's Query"),
         KERNEL,
         "pid 4867 (puma: cluster worker 1) sent Query in the middle of pid 4866's Query",
@@ -414,6 +428,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
             "tls": False,
         },
         "message": {"direction": "frontend", "type": "Q", "code": "0x51", "name": "Query", "size": 61},
+        "sent_by": {"pid": 4867, "tid": 4880},
         "libpq": "message type 0x54 arrived from server while idle",
         "culprits": [
             {
@@ -497,7 +512,8 @@ def test_the_record_is_the_one_of_the_contract() -> None:
     }
     assert list(record) == [
         *("id", "at", "kind", "severity", "action", "repeat_of", "suppressed", "summary", "reason", "session"),
-        *("message", "libpq", "culprits", "more_culprits", "requests", "story", "limit", "connections", "advice"),
+        *("message", "sent_by", "libpq", "culprits", "more_culprits", "requests", "story", "limit", "connections"),
+        "advice",
     ]
     assert list(record["culprits"][0]) == [
         *("role", "pid", "tid", "evidence", "tid_evidence", "process", "runtime", "thread_name", "system_call"),

@@ -446,4 +446,61 @@ def test_a_launcher_may_say_goodbye_when_the_child_that_had_taken_over_has_let_g
     ],
 )
 def test_a_launcher_that_ends_what_its_child_uses_shares_the_connection(what: Verdict, findings: Findings) -> None:
-    assert conclude(what, findings) == what
+    launcher, child = Sender(4864), Sender(4866)
+    assert conclude(what, findings) == replace(what, intruder=child, requesters=(launcher,), sender=launcher)
+
+
+class TestTheOpener:
+    """It has a right to its connection: it is never the intruder, even where its own message shows the sharing."""
+
+    OPENS = Sender(4864, 4864)
+    FORMER = Sender(4866, 4866)
+    LATEST = Sender(4867, 4880)
+    KNOWN = Findings(opener=OPENER, holders=(OPENER, CHILD))
+    RETURNS = verdict(
+        Kind.SHARED_BY_PROCESSES,
+        "after another process had used the connection in between",
+        message=QUERY,
+        intruder=OPENS,
+        requesters=(LATEST, FORMER),
+    )
+
+    def test_that_sends_again_has_been_intruded_upon_by_whoever_used_it_last(self) -> None:
+        found = concluded(self.RETURNS, self.KNOWN)
+        assert (found.intruder, found.requesters) == (self.LATEST, (self.OPENS, self.FORMER))
+        assert (found.author, found.message) == (self.OPENS, QUERY), "it was the opener that sent it all the same"
+
+    def test_is_known_by_its_pid_alone(self) -> None:
+        assert concluded(self.RETURNS, Findings(connected=(4864, None))).intruder == self.LATEST
+
+    @pytest.mark.parametrize(
+        ("what", "findings"),
+        [
+            pytest.param(RETURNS, Findings(), id="who opened it isn't known"),
+            pytest.param(replace(RETURNS, intruder=FORMER, requesters=(OPENS,)), KNOWN, id="another has sent"),
+            pytest.param(replace(RETURNS, kind=Kind.PROTOCOL_VIOLATION), KNOWN, id="it is about the message itself"),
+        ],
+    )
+    def test_otherwise_who_sent_is_the_intruder(self, what: Verdict, findings: Findings) -> None:
+        assert conclude(what, findings) == what
+
+    def test_that_waits_beside_another_leaves_only_the_other(self) -> None:
+        """A parent that LISTENs, and a child that queries: who came last need not be known."""
+        parent, child = Sender(4864, 4864, sampled=True), Sender(4867, 4880, sampled=True)
+        at_once = verdict(Kind.SHARED_BY_PROCESSES, AT_ONCE, requesters=(parent, child))
+        found = concluded(at_once, self.KNOWN)
+        assert (found.intruder, found.requesters, found.author) == (child, (parent,), child)
+        found = concluded(replace(at_once, intruder=parent, requesters=(child,)), self.KNOWN)
+        assert (found.intruder, found.requesters) == (child, (parent,))
+
+    def test_that_waits_beside_several_leaves_the_one_that_asked_last(self) -> None:
+        parent, one, other = (Sender(pid, sampled=True) for pid in (4864, 4866, 4867))
+        at_once = verdict(Kind.SHARED_BY_PROCESSES, AT_ONCE, intruder=parent, requesters=(one, other))
+        assert concluded(at_once, self.KNOWN).intruder is None, "nothing tells which of them"
+        asked = replace(at_once, requests=(OUTSTANDING, replace(OUTSTANDING, n=42, sender=self.LATEST)))
+        found = concluded(asked, self.KNOWN)
+        assert (found.intruder, found.requesters) == (other, (parent, one))
+
+    def test_whose_threads_wait_at_once_is_judged_by_its_threads(self) -> None:
+        at_once = verdict(Kind.SHARED_BY_THREADS, AT_ONCE, intruder=self.OPENS, requesters=(Sender(4864, 9),))
+        assert conclude(at_once, self.KNOWN) == at_once

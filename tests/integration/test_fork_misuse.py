@@ -130,8 +130,23 @@ def test_taking_perfect_turns_is_an_error(guard: GuardProcess, transport: Transp
     assert inherited["id"] < shared["id"]
     assert child in pids_named(inherited)
     assert shared["severity"] == "error"
-    assert culprits(shared)["intruder"] == [(parent, "kernel-sender")]
-    assert (child, "kernel-sender") in culprits(shared)["requester"]
+    assert culprits(shared)["intruder"] == [(child, "kernel-sender")], "the parent has opened it, and has a right to it"
+    assert (parent, "kernel-sender") in culprits(shared)["requester"]
+    assert shared["sent_by"]["pid"] == parent, "whose message shows it"
+    assert f"pid {child} (" in shared["summary"].split(" uses the connection that ")[0]
+
+
+@every_transport
+def test_a_parent_that_listens_is_never_the_intruder_on_what_it_opened(
+    guard: GuardProcess, transport: Transport
+) -> None:
+    """Its child queries while it waits for notifications, and it asks something itself afterwards."""
+    parent, child = play("listening", guard, transport)
+    shared = guard.faults("shared-by-processes")
+    assert shared or transport == "sampled", "only who is told who sends can tell that"
+    assert [culprits(fault)["intruder"][0][0] for fault in shared] == [child] * len(shared)
+    assert all(parent in pids_named(fault) for fault in shared)
+    assert all(parent not in dict(culprits(fault).get("intruder", [])) for fault in guard.faults())
 
 
 @sampled_transport

@@ -93,8 +93,8 @@ def test_parent_and_child_in_strict_turns(guard: GuardProcess, tmp_path: Path) -
     guard.stop()
     parent, child = said["parent"], said["child"]
     [shared] = [fault for fault in guard.faults("shared-by-processes") if fault["repeat_of"] is None]
-    assert ("intruder", parent, parent, "kernel-sender") in culprits(shared)
-    assert ("requester", child, child, "kernel-sender") in culprits(shared)
+    assert ("intruder", child, child, "kernel-sender") in culprits(shared)
+    assert ("requester", parent, parent, "kernel-sender") in culprits(shared)
     found = Comparison(guard.faults())
     assert found.wrong == []
     assert found.unknown == 0

@@ -130,6 +130,20 @@ def test_a_session_that_has_ended_does_not_go_on(what: Verdict, action: Action, 
     assert f"; {says})" in printed(fault(what, action=action), width=400)
 
 
+def test_what_the_opener_sent_stands_beside_the_opener() -> None:
+    """Its message has shown the sharing, and the intruder is the one that used the connection before."""
+    swapped = replace(OVERLAP, intruder=Sender(4866, 4871), requesters=(Sender(4864, 4864),), sender=Sender(4864, 4864))
+    lines = [line.strip() for line in printed(fault(swapped), width=400).splitlines()]
+    intruder = next(n for n, line in enumerate(lines) if line.startswith("Intruder: pid 4866"))
+    opener = next(n for n, line in enumerate(lines) if line.startswith("Used by: pid 4864"))
+    assert lines[intruder + 1].startswith("its request 41, sent at")
+    assert lines[opener + 1].startswith("sent Query, 61 bytes, at")
+
+
+def test_culprits_that_a_record_leaves_out_are_counted() -> None:
+    assert "And 12 more\n" in printed(fault(unnamed=12))
+
+
 @pytest.mark.parametrize("width", [20, 40, 80, 120, 400])
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_summary_is_one_plain_line_at_any_width(width: int, terminal: bool) -> None:

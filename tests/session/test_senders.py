@@ -102,6 +102,15 @@ def test_whose_turn_it_was_comes_first(conversation: Conversation) -> None:
     assert verdict.requesters == (PARENT, CHILD)
 
 
+def test_an_opener_that_does_not_wait_is_told_of_the_last_that_waits(conversation: Conversation) -> None:
+    """It has a right to its connection, so the other is the intruder: the latest."""
+    conversation.frontend(SELECT, CHILD)
+    conversation.frontend(SELECT, OTHER)
+    [verdict] = conversation.frontend(SELECT, PARENT)
+    assert verdict.reason == "while the answer to another process was outstanding"
+    assert (verdict.intruder, verdict.requesters) == (PARENT, (OTHER, CHILD))
+
+
 def test_both_say_goodbye(conversation: Conversation) -> None:
     assert conversation.frontend("X") == []
     assert conversation.frontend("X", CHILD) == []

@@ -37,7 +37,13 @@ class Child:
         os.close(answers)
 
     def do(self, action: int = 0) -> None:
+        self.begin(action)
+        self.wait()
+
+    def begin(self, action: int = 0) -> None:
         os.write(self._orders, bytes([action]))
+
+    def wait(self) -> None:
         if not os.read(self._answers, 1):
             raise ChildProcessError(f"child {self.pid} ended")
 
@@ -79,6 +85,22 @@ def in_turn() -> None:
     for _ in range(3):
         connection.execute("SELECT 1 AS parent")
         child.do()
+    hold()
+    child.end()
+    connection.close()
+
+
+def listening() -> None:
+    """The parent waits for notifications while the child queries, and asks something itself afterwards."""
+    connection = connect()
+    connection.execute("LISTEN news")
+    child = Child(lambda: connection.execute("SELECT 2 AS child FROM pg_sleep(0.4)"))
+    announce(child)
+    for _ in range(2):
+        child.begin()
+        select.select([connection.pgconn.socket], [], [], 10)
+        child.wait()
+        connection.execute("SELECT 1 AS parent")
     hold()
     child.end()
     connection.close()
@@ -215,6 +237,7 @@ SCENARIOS = {
     for scenario in (
         overlapping,
         in_turn,
+        listening,
         third_process,
         handed_over,
         connect_after_fork,
