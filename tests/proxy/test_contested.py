@@ -105,9 +105,11 @@ async def test_taking_turns_is_convicted_with_process_and_thread(backend: FakeBa
         await until(lambda: "shared-by-processes" in house.kinds)
         [fault] = [fault for fault in house.faults if fault.kind == "shared-by-processes"]
         assert fault.reason == "after another process had used the connection in between"
-        assert ("intruder", application.pid, tid, "thread-sample") in roles(fault)
-        assert ("requester", family.child, first, "thread-sample") in roles(fault)
-        assert fault.culprits[0].system_call == "recvfrom"
+        assert ("intruder", family.child, first, "thread-sample") in roles(fault)
+        assert ("requester", application.pid, tid, "thread-sample") in roles(fault), "it is the opener's by right"
+        assert fault.sent_by is not None
+        assert (fault.sent_by.pid, fault.sent_by.tid) == (application.pid, tid)
+        assert fault.culprits[1].system_call == "recvfrom"
 
 
 @pytest.mark.usefixtures("patient")
