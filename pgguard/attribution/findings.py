@@ -79,6 +79,10 @@ class Findings:
     """What Python threads were doing."""
     only_threads: Mapping[int, Sleep] = field(default_factory=dict)
     """By pid, the sleep of the only thread of a process that has no other."""
+    sleeps: Mapping[tuple[int, int], Sleep] = field(default_factory=dict)
+    """By pid and tid, the sleep of threads that have sent, where it matters what they do now."""
+    calls: Mapping[Sleep, str] = field(default_factory=dict)
+    """The system calls that those, and only threads, are blocked in, whatever they wait for, where it matters."""
     runtimes: Mapping[int, Runtime] = field(default_factory=dict)
     """By pid, what the processes run."""
     opener_stays: bool = False

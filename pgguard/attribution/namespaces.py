@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -100,6 +101,28 @@ class NetworkNamespaces:
                     inodes[n] = inode
         return inodes
 
+    def unread(self, clients: Sequence[tuple[ClientSocket, int, Sequence[int]]]) -> list[int | None]:
+        """See how many bytes lie unread in the clients' sockets; in the order of ``clients``. Raises nothing.
+
+        ``None`` where that can't be told, or the socket isn't there any more: see :meth:`SockDiag.unread`. It is for
+        worker threads, and takes 20 µs a client. For each that isn't in the guard's own network namespace it takes what
+        it takes to look there, see :func:`find_in_namespace`.
+
+        Args:
+            clients: whose sockets, with their inodes, and with the pids of processes in the same network namespace.
+        """
+        found: list[int | None] = [None] * len(clients)
+        with contextlib.suppress(OSError), SockDiag() as diag:
+            found = [diag.unread(client, inode) for client, inode, _ in clients]
+        for n, (client, inode, pids) in enumerate(clients):
+            if found[n] is None and isinstance(client, TcpClient) and not _is_loopback(client):
+                own = _namespace_of(os.getpid())
+                elsewhere = [pid for pid in pids if _namespace_of(pid) not in (None, own)]
+                if elsewhere:
+                    with contextlib.suppress(RuntimeError):  # no thread can be started
+                        found[n] = in_a_new_thread(partial(_unread_in_namespace, elsewhere[0], client, inode))
+        return found
+
     def _search(self, candidates: _Candidates, clients: Sequence[TcpClient]) -> list[int | None]:
         """Look for clients in other namespaces, in a thread that changes its own."""
         deadline = time.monotonic() + self._seconds
@@ -159,13 +182,28 @@ def ask_in_namespace(pid: int, clients: Sequence[TcpClient]) -> list[int | None]
         PermissionError: the guard has no ptrace rights over it, or no CAP_SYS_ADMIN: setns(2).
         OSError: sock_diag isn't offered there, or didn't answer within a second.
     """
+    return _within(pid, lambda diag: [_everywhere(client, diag.client_inode) for client in clients])
+
+
+def _within(pid: int, ask: Callable[[SockDiag], T]) -> T:
+    """Ask sock_diag in the network namespace of a process, in which the calling thread stays. Raises OSError."""
     namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         _enter(namespace)
     finally:
         os.close(namespace)
     with SockDiag() as diag:
-        return [_ask_everywhere(diag, client) for client in clients]
+        return ask(diag)
+
+
+def _unread_in_namespace(pid: int, client: TcpClient, inode: int) -> int | None:
+    """As :meth:`SockDiag.unread`, in the network namespace of a process, in which the calling thread may stay."""
+    with contextlib.suppress(OSError):
+        return _within(pid, lambda diag: _everywhere(client, lambda one: diag.unread(one, inode)))
+    with contextlib.suppress(OSError):
+        [found] = _read_tables(pid, [client])
+        return None if found is None or found[0] != inode else found[1]
+    return None
 
 
 def in_a_new_thread(function: Callable[[], T]) -> T:
@@ -190,6 +228,11 @@ def read_tables(pid: int, clients: Sequence[TcpClient]) -> list[int | None]:
     Raises:
         OSError: they can't be read, or the process is gone.
     """
+    return [None if found is None else found[0] for found in _read_tables(pid, clients)]
+
+
+def _read_tables(pid: int, clients: Sequence[TcpClient]) -> list[tuple[int, int] | None]:
+    """As :func:`read_tables`; each inode with the number of bytes that lie unread in the socket."""
     # Who connects to a mapped address has an IPv6 socket, listed as such, for what is IPv4 on the wire.
     wanted: dict[bytes, int] = {}
     for n, client in enumerate(clients):
@@ -197,16 +240,17 @@ def read_tables(pid: int, clients: Sequence[TcpClient]) -> list[int | None]:
         wanted[_ends(address, client.port, guard_address, client.guard_port)] = n
         if len(address) == 4:
             wanted[_ends(_MAPPED + address, client.port, _MAPPED + guard_address, client.guard_port)] = n
-    inodes: list[int | None] = [None] * len(clients)
+    sockets: list[tuple[int, int] | None] = [None] * len(clients)
     for name in "tcp", "tcp6":
         with contextlib.suppress(FileNotFoundError), Path(f"/proc/{pid}/net/{name}").open("rb") as file:
             lines, _, _ = file.read(_TABLE_LIMIT).rpartition(b"\n")  # the last one may be cut off
             for line in lines.splitlines()[1:]:
                 fields = line.split(maxsplit=10)
                 if len(fields) > 9 and (n := wanted.get(b"%b %b" % (fields[1], fields[2]), -1)) >= 0:
-                    inodes[n] = int(fields[9]) or None
+                    inode, unread = int(fields[9]), int(fields[4].partition(b":")[2], 16)
+                    sockets[n] = (inode, unread) if inode else None
     Path(f"/proc/{pid}/net/tcp").stat()  # raises if the process has ended meanwhile, or before
-    return inodes
+    return sockets
 
 
 def _ask_own(clients: Sequence[ClientSocket]) -> list[int | None]:
@@ -217,11 +261,11 @@ def _ask_own(clients: Sequence[ClientSocket]) -> list[int | None]:
         return [None] * len(clients)
 
 
-def _ask_everywhere(diag: SockDiag, client: TcpClient) -> int | None:
+def _everywhere(client: TcpClient, ask: Callable[[TcpClient], int | None]) -> int | None:
     """Ask for a client in the calling thread's namespace, whose interfaces have other numbers than the guard's."""
     if not client.interface:
-        return diag.client_inode(client)
-    found = {diag.client_inode(replace(client, interface=index)) for index, _ in socket.if_nameindex()} - {None}
+        return ask(client)
+    found = {ask(replace(client, interface=index)) for index, _ in socket.if_nameindex()} - {None}
     return found.pop() if len(found) == 1 else None
 
 

@@ -23,6 +23,8 @@ _ALL_STATES = 0xFFFFFFFF
 _NO_COOKIE = b"\xff" * 8
 _UDIAG_SHOW_PEER = 4
 _UNIX_DIAG_PEER = 2
+_UDIAG_SHOW_RQLEN = 16
+_UNIX_DIAG_RQLEN = 4
 
 _HEADER = struct.Struct("=IHHII")
 """``struct nlmsghdr``: length, type, flags, sequence number, port."""
@@ -31,14 +33,16 @@ _ERROR = struct.Struct("=i")
 _INET_REQUEST = struct.Struct("=BBBxI2s2s16s16sI8s")
 """``struct inet_diag_req_v2``: family, protocol, extensions, states, then the socket: its own port, its peer's, its
 own address, its peer's, interface, cookie."""
-_INET_ANSWER = struct.Struct("=4x2s2s16s16s12x16xI")
-"""``struct inet_diag_msg``: its own port, its peer's, its own address, its peer's, inode."""
+_INET_ANSWER = struct.Struct("=4x2s2s16s16s12x4xI8xI")
+"""``struct inet_diag_msg``: its own port, its peer's, its own address, its peer's, the bytes that it has received
+and nobody has read, inode."""
 _UNIX_REQUEST = struct.Struct("=BxxxIII8s")
 """``struct unix_diag_req``: family, states, inode, what to show, cookie."""
 _UNIX_ANSWER_SIZE = 16
 """``struct unix_diag_msg``, which attributes follow."""
 _ATTRIBUTE = struct.Struct("=HHI")
-"""``struct nlattr``: length, type; then the 32 bits of the one attribute that is asked for."""
+"""``struct nlattr``: length, type; then the first 32 bits of the one attribute that is asked for: an inode; or of
+``struct unix_diag_rqlen``, what has been received and not read, in bytes."""
 
 _LAST_DATA_SENT_OFFSET = 44
 """Of ``tcpi_last_data_sent`` in ``struct tcp_info``, ``linux/tcp.h``."""
@@ -152,9 +156,29 @@ class SockDiag:
         ``None`` if the client is on another host or in another network namespace, or has closed its socket; or if
         the kernel was built without this kind of sock_diag, which answers alike.
         """
-        return self._peer_inode(client) if isinstance(client, UnixClient) else self._tcp_inode(client)
+        if isinstance(client, UnixClient):
+            return self._unix_attribute(client.guard_inode, _UDIAG_SHOW_PEER, _UNIX_DIAG_PEER) or None
+        found = self._tcp_socket(client)
+        return None if found is None else found[0]
 
-    def _tcp_inode(self, client: TcpClient) -> int | None:
+    def unread(self, client: ClientSocket, inode: int) -> int | None:
+        """How many bytes the client's socket has received that nobody has read from it.
+
+        Exact at the moment of the answer, for sockets that the sender probe watches as well. What is on the way, or
+        didn't fit, isn't counted; the end of the stream counts as a byte over TCP.
+
+        Args:
+            client: whose socket it is.
+            inode: what :meth:`client_inode` has said. ``None`` is returned if it isn't that socket any more, or can't
+                be found, for one of the reasons given there.
+        """
+        if isinstance(client, UnixClient):
+            return self._unix_attribute(inode, _UDIAG_SHOW_RQLEN, _UNIX_DIAG_RQLEN)
+        found = self._tcp_socket(client)
+        return None if found is None or found[0] != inode else found[1]
+
+    def _tcp_socket(self, client: TcpClient) -> tuple[int, int] | None:
+        """The inode of the client's socket, and what lies unread in it."""
         # To the kernel an IPv4-mapped address is the IPv4 address, whichever family either end's socket has.
         family = socket.AF_INET if len(client.address) == 4 else socket.AF_INET6
         ports = client.port.to_bytes(2, "big"), client.guard_port.to_bytes(2, "big")
@@ -173,21 +197,19 @@ class SockDiag:
         )
         if answer is None:
             return None
-        port, peer_port, _, _, inode = _INET_ANSWER.unpack_from(answer)
+        port, peer_port, _, _, unread, inode = _INET_ANSWER.unpack_from(answer)
         # Where no connection matches, the kernel falls back to a listener on the client's address and port.
         if (port, peer_port) != ports:
             return None
         # A connection that its owner has closed lives on without an inode until the last byte is acknowledged.
-        return inode or None
+        return (inode, unread) if inode else None
 
-    def _peer_inode(self, client: UnixClient) -> int | None:
-        answer = self._ask(
-            _UNIX_REQUEST.pack(socket.AF_UNIX, _ALL_STATES, client.guard_inode, _UDIAG_SHOW_PEER, _NO_COOKIE)
-        )
+    def _unix_attribute(self, inode: int, show: int, attribute: int) -> int | None:
+        answer = self._ask(_UNIX_REQUEST.pack(socket.AF_UNIX, _ALL_STATES, inode, show, _NO_COOKIE))
         if answer is None or len(answer) < _UNIX_ANSWER_SIZE + _ATTRIBUTE.size:
             return None
-        _, kind, inode = _ATTRIBUTE.unpack_from(answer, _UNIX_ANSWER_SIZE)
-        return inode if kind == _UNIX_DIAG_PEER and inode else None
+        _, kind, value = _ATTRIBUTE.unpack_from(answer, _UNIX_ANSWER_SIZE)
+        return int(value) if kind == attribute else None
 
     def _ask(self, request: bytes) -> bytes | None:
         header = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)

@@ -249,6 +249,54 @@ AARCH64 = {
 }
 """``include/uapi/asm-generic/unistd.h``: the newer architectures never had poll, select and epoll_wait."""
 
+SLEEPING_X86_64 = {
+    34: "pause",
+    35: "nanosleep",
+    42: "connect",
+    43: "accept",
+    61: "wait4",
+    65: "semop",
+    70: "msgrcv",
+    72: "fcntl",
+    73: "flock",
+    74: "fsync",
+    75: "fdatasync",
+    128: "rt_sigtimedwait",
+    130: "rt_sigsuspend",
+    202: "futex",
+    208: "io_getevents",
+    220: "semtimedop",
+    230: "clock_nanosleep",
+    243: "mq_timedreceive",
+    247: "waitid",
+    257: "openat",
+    288: "accept4",
+}
+"""System calls that threads sleep in without waiting for a descriptor to read from, from the same tables."""
+
+SLEEPING_AARCH64 = {
+    4: "io_getevents",
+    25: "fcntl",
+    32: "flock",
+    56: "openat",
+    82: "fsync",
+    83: "fdatasync",
+    95: "waitid",
+    98: "futex",
+    101: "nanosleep",
+    115: "clock_nanosleep",
+    133: "rt_sigsuspend",
+    137: "rt_sigtimedwait",
+    183: "mq_timedreceive",
+    188: "msgrcv",
+    192: "semtimedop",
+    193: "semop",
+    202: "accept",
+    203: "connect",
+    242: "accept4",
+    260: "wait4",
+}
+
 _ELF = struct.Struct("<4sBB12xH")
 """The beginning of an ELF file: magic, class, byte order; then, after the type, the machine. elf(5)."""
 _ABIS = {
@@ -256,6 +304,7 @@ _ABIS = {
     (b"\x7fELF", 2, 1, 183): AARCH64,
 }
 """By that beginning, for 64-bit little-endian programs: EM_X86_64, EM_AARCH64. An i386 or x32 one is of class 1."""
+_NAMES = (X86_64 | SLEEPING_X86_64, AARCH64 | SLEEPING_AARCH64)
 
 _POLLFD = struct.Struct("=ihh")
 """``struct pollfd``: descriptor, events waited for, events returned. poll(2)."""
@@ -380,6 +429,26 @@ def restless_threads(process: Process, sleeps: Collection[Sleep]) -> dict[int, S
     return {tid: sleep for tid, sleep in now.items() if sleep not in sleeps}
 
 
+def system_call(sleep: Sleep) -> str | None:
+    """Name the system call that a thread is blocked in, whatever it waits for; ``None`` if it can't be told.
+
+    That is so too if the thread has run since it was seen in this sleep.
+    """
+    thread = sleep.thread
+    try:
+        directory = os.open(f"/proc/{thread.pid}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            calls = _system_calls(directory, [str(thread.tid)])
+            number = _Task(directory, thread.tid).read("syscall").partition(b" ")[0]
+        finally:
+            os.close(directory)
+    except (OSError, _Unclear):
+        return None
+    names = next((names for names in _NAMES if calls and calls.items() <= names.items()), {})
+    name = names.get(int(number)) if number.isdigit() else None
+    return name if sleeps_still(sleep) else None
+
+
 def sleeps_still(sleep: Sleep) -> bool:
     """Whether a thread has been asleep ever since it was seen in this sleep."""
     thread = sleep.thread
@@ -391,6 +460,23 @@ def _tids(pid: int) -> list[str]:
         return os.listdir(f"/proc/{pid}/task")
     except OSError:
         return []
+
+
+def epoll_watches(pid: int, fd: int, inode: int) -> bool | None:
+    """Whether an epoll set, the descriptor ``fd`` of a process, watches a socket for something to read.
+
+    ``None`` if that can't be told. It says so also while no thread waits on the set. A descriptor that was added for
+    one event and has had it isn't watched any more: EPOLLONESHOT, epoll_ctl(2).
+    """
+    try:
+        directory = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            watched = _epoll_set(_Task(directory, pid), fd, inode)
+        finally:
+            os.close(directory)
+    except (OSError, _Unclear):
+        return None
+    return any(one.is_socket and one.events.readable for one in watched)
 
 
 def find_sleep(pid: int, started: int, tid: int) -> Sleep | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgguard.attribution.attention import Attention, attention
 from pgguard.attribution.descriptors import find_sockets, is_fork, link_to, list_children
 from pgguard.attribution.drivers import driver_of
 from pgguard.attribution.evidence import Driver, Evidence, Process
@@ -27,10 +28,12 @@ from pgguard.attribution.threads import (
     Waiting,
     Waits,
     all_asleep,
+    find_sleep,
     has_one_thread,
     only_thread,
     restless_threads,
     sleeps_of,
+    system_call,
     waiting_threads,
 )
 
@@ -224,6 +227,27 @@ class Witness:
         sample = Sample(None, None, waiting_threads(processes, opening.inode))
         return sample.waits, sample.blocked
 
+    def unread(self, looks: Sequence[tuple[Opening, Sequence[Process]]]) -> list[int | None]:
+        """See how many bytes lie unread in the clients' sockets; see :meth:`NetworkNamespaces.unread`.
+
+        Args:
+            looks: connections, and processes that have them open.
+        """
+        found: list[int | None] = [None] * len(looks)
+        known = [(n, opening, opening.inode, pids) for n, (opening, pids) in enumerate(looks)]
+        asked = [(n, opening.client, inode, pids) for n, opening, inode, pids in known if inode is not None]
+        unread = self._namespaces.unread(
+            [(client, inode, [process.pid for process in processes]) for _, client, inode, processes in asked]
+        )
+        for (n, *_), size in zip(asked, unread, strict=True):
+            found[n] = size
+        return found
+
+    @staticmethod
+    def attention(opening: Opening, processes: Collection[Process]) -> Attention:
+        """See whether any of the processes that have a connection open is about to read from it."""
+        return Attention.UNKNOWN if opening.inode is None else attention(processes, opening.inode)
+
     @staticmethod
     def sleeps(process: Process) -> frozenset[Sleep]:
         """See which sleeps the threads of a process are in: see :func:`sleeps_of`."""
@@ -308,6 +332,18 @@ class Witness:
             return Path(f"/proc/{pid}/task/{tid}/comm").read_text(errors="replace").rstrip("\n")
         except OSError:
             return None
+
+    @staticmethod
+    def sleeps_by_thread(threads: Iterable[tuple[Process, int]]) -> Mapping[tuple[int, int], Sleep]:
+        """By pid and tid, the sleep of those threads that sleep."""
+        sleeps = (((one.pid, tid), find_sleep(one.pid, one.started, tid)) for one, tid in threads)
+        return {key: sleep for key, sleep in sleeps if sleep is not None}
+
+    @staticmethod
+    def system_calls(sleeps: Iterable[Sleep]) -> Mapping[Sleep, str]:
+        """The system calls that threads are blocked in, whatever they wait for, where they can be told."""
+        calls = ((sleep, system_call(sleep)) for sleep in sleeps)
+        return {sleep: call for sleep, call in calls if call is not None}
 
     def only_threads(self, processes: Iterable[Process]) -> Mapping[int, Sleep]:
         """By pid, the sleep of the only thread of those processes that have no other."""

@@ -44,6 +44,7 @@ _LIBPQ: Final = {
     Kind.MESSAGE_WHILE_IDLE: libpq.while_idle("T"),
     Kind.SHARED_BY_PROCESSES: libpq.while_idle("T"),
     Kind.SHARED_BY_THREADS: libpq.while_idle("T"),
+    Kind.UNREAD_ANSWER: libpq.IN_PROGRESS,
     Kind.UNEXPECTED_RESPONSE: libpq.while_busy("D", function_call=False),
     Kind.FOREIGN_TERMINATE: "server closed the connection unexpectedly",
     Kind.CONNECTION_EXHAUSTION: "FATAL:  sorry, too many clients already",

@@ -26,7 +26,7 @@ app = typer.Typer(
 
 
 @app.command("serve")
-def serve_command(
+def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
     upstream: Annotated[
         str,
         typer.Option(
@@ -101,6 +101,15 @@ def serve_command(
             show_default=False,
         ),
     ] = "",
+    unread_answer: Annotated[
+        str,
+        typer.Option(
+            envvar="PGGUARD_UNREAD_ANSWER",
+            metavar="SECONDS",
+            help="How long a complete answer may lie unread in the client's socket; 0: for ever. Default: 5.",
+            show_default=False,
+        ),
+    ] = "",
 ) -> None:
     """Run the guard in front of one PostgreSQL until SIGINT or SIGTERM; a second signal ends it at once."""
     given = {
@@ -111,6 +120,7 @@ def serve_command(
         "attribution": attribution,
         "sql": sql,
         "idle_in_transaction": idle_in_transaction,
+        "unread_answer": unread_answer,
     }
     raise typer.Exit(serve(given, config))
 

@@ -326,6 +326,32 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         ),
     ),
     Entry(
+        Kind.UNREAD_ANSWER,
+        Severity.WARNING,
+        "warning; error when the next request was sent on top of it",
+        "an answer lies unread in the client's socket",
+        "The server has answered in full, the session is at rest, and the client hasn't taken the answer out of its "
+        "socket. Whoever uses the connection next finds it there: the driver takes it for the answer to the next "
+        "request, so that from then on every answer is off by one, or it gives up with an error of its own: 'another "
+        "command is already in progress' (libpq), 'unexpected Parse response' (lib/pq).",
+        "A timeout, a cancellation or an exception has abandoned the request between sending it and reading the "
+        "answer; or the rows of one query are still being read while the next one is sent on the same connection; or "
+        "two threads or tasks use one connection. An answer that is only read late is no fault unless something is "
+        "sent on top of it: the warning then says no more than that it has lain there for so long.",
+        Advice(
+            "Close a connection whose query was abandoned, or read its answer to the end",
+            "After a client-side timeout or an exception in the middle of a query close the connection instead of "
+            "returning it to the pool, or read until the driver says that the answer is complete. Let the server do "
+            "the timing: with statement_timeout the answer is an error, which the driver reads as usual. Close rows "
+            "and cursors before the next query on the same connection.",
+            sources=(f"{_SETTINGS}client.html#GUC-STATEMENT-TIMEOUT",),
+        ),
+        (
+            "C: read with PQgetResult until it returns NULL before the connection is used again.",
+            "Clients that read late on purpose: raise --unread-answer; 0 takes no notice of how late it is.",
+        ),
+    ),
+    Entry(
         Kind.INHERITED_CONNECTION,
         Severity.WARNING,
         "warning; info for an heir that has opened connections of its own and never used this one",
@@ -521,6 +547,8 @@ def severity_of(verdict: Verdict, driver: Driver) -> Severity:
         return Severity.INFO
     if verdict.kind is Kind.INHERITED_CONNECTION and verdict.settled:
         return Severity.INFO
+    if verdict.kind is Kind.UNREAD_ANSWER and verdict.message is not None:
+        return Severity.ERROR
     if verdict.kind is Kind.REQUEST_WHILE_BUSY and OVERLAP[driver].may:
         return Severity.WARNING
     return CATALOGUE[verdict.kind].severity

@@ -99,7 +99,7 @@ class _Bench:
                 # The last to send, which need not have been the last to close.
                 requesters.insert(0, verdict.intruder)
         elif verdict.intruder is not None:
-            culprits.append(self._sender(Role.INTRUDER, verdict.intruder))
+            culprits.append(self._sender(self._user(verdict.intruder.pid), verdict.intruder))
         elif _client_did_it(verdict) and verdict.reason != AT_ONCE:
             culprits.append(self._unnamed_intruder())
         threads = {culprit.pid for culprit in culprits} | {
@@ -141,13 +141,18 @@ class _Bench:
         """Whether all that is known of a sender is that it opened the connection."""
         return sender.sampled and sender.tid is None and sender.pid == self._findings.opener_pid
 
+    def _user(self, pid: int) -> Role:
+        """The role of the one that has sent: the opener that hasn't read its last answer intrudes on nobody."""
+        own = self._verdict.kind is Kind.UNREAD_ANSWER and self._findings.opener_pid == pid
+        return Role.REQUESTER if own else Role.INTRUDER
+
     def _unnamed_intruder(self) -> Culprit:
         departed = self._findings.departed
         if self._verdict.kind is Kind.FOREIGN_TERMINATE:
             if len(departed) == 1:
                 return self._process(Role.INTRUDER, departed[0], Evidence.SOCKET_HOLDER)
         elif (sole := self._findings.sole_holder) is not None:
-            return self._process(Role.INTRUDER, sole, Evidence.SOLE_HOLDER)
+            return self._process(self._user(sole.pid), sole, Evidence.SOLE_HOLDER)
         return Culprit(Role.INTRUDER, None, None, Evidence.UNKNOWN, None)
 
     def _sender(self, role: Role, sender: Sender) -> Culprit:
@@ -193,7 +198,7 @@ class _Bench:
     ) -> Culprit:
         findings = self._findings
         waiting = next((one for one in findings.waits.threads if (one.thread.pid, one.thread.tid) == (pid, tid)), None)
-        only = findings.only_threads.get(pid)
+        only = findings.sleeps.get((pid, tid)) or findings.only_threads.get(pid)
         name = waiting.name if waiting is not None else findings.thread_names.get((pid, tid))
         if name is None and tid == pid and process is not None:
             name = process.name  # comm(5) of a process is that of its main thread
@@ -207,7 +212,7 @@ class _Bench:
             process,
             tid_evidence=tid_evidence,
             thread_name=name,
-            system_call=None if waiting is None else waiting.call,
+            system_call=waiting.call if waiting is not None else None if only is None else findings.calls.get(only),
             stack=stack,
             stack_problem=problem,
             runtime=findings.runtimes.get(pid),

@@ -20,12 +20,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.faults.fault import Fault
+from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
     from pgguard.faults.catalogue import Severity
     from pgguard.faults.fault import Culprit, SessionFacts
     from pgguard.faults.policy import Action
-    from pgguard.session.verdicts import Kind, MessageSeen, Refusal, Verdict
+    from pgguard.session.verdicts import MessageSeen, Refusal, Verdict
 
 RECORD_INTERVAL: Final = 1.0
 """Seconds between two records of one fault, at least."""
@@ -66,6 +67,8 @@ class _Key(NamedTuple):
     pids: frozenset[int]
     settled: bool
     refusal: Refusal | None
+    graver: bool
+    """An answer was not only left unread, but something sent on top of it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -230,8 +233,9 @@ def _place(session_id: int, verdict: Verdict) -> int:
 
 def _key(verdict: Verdict) -> _Key:
     if verdict.refusal is not None:
-        return _Key(verdict.kind, frozenset(), verdict.settled, verdict.refusal)
+        return _Key(verdict.kind, frozenset(), verdict.settled, verdict.refusal, graver=False)
     pids = {sender.pid for sender in verdict.requesters}
     if verdict.intruder is not None:
         pids.add(verdict.intruder.pid)
-    return _Key(verdict.kind, frozenset(pids), verdict.settled, None)
+    graver = verdict.kind is Kind.UNREAD_ANSWER and verdict.message is not None
+    return _Key(verdict.kind, frozenset(pids), verdict.settled, None, graver)

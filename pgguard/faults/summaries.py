@@ -89,6 +89,13 @@ def _busy(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -
     return f"{who} sent {_message(verdict)} before the answer to {last} was complete"
 
 
+def _unread(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
+    if verdict.message is not None:
+        return f"{_who(culprits)} sent {_message(verdict)} {verdict.reason}"
+    who = _who(culprits) if culprits and culprits[0].role is Role.REQUESTER else _owner(findings)
+    return f"{who} {verdict.reason}"
+
+
 def _violation(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ...]) -> str:
     named = verdict.intruder is not None or (verdict.by is Party.STRANGER and bool(culprits))
     return f"{_who(culprits)}: {verdict.reason}" if named else verdict.reason
@@ -182,6 +189,7 @@ _SUMMARIES: Final = MappingProxyType[Kind, Callable[["Verdict", "Findings", tupl
         Kind.SHARED_BY_PROCESSES: _shared_by_processes,
         Kind.SHARED_BY_THREADS: _shared_by_threads,
         Kind.REQUEST_WHILE_BUSY: _busy,
+        Kind.UNREAD_ANSWER: _unread,
         Kind.INHERITED_CONNECTION: _inherited,
         Kind.FOREIGN_TERMINATE: _ended,
         Kind.UNCLEAN_CLOSE: _closed,

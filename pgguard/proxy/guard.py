@@ -30,6 +30,7 @@ from pgguard.proxy.kernel_senders import KernelSenders
 from pgguard.proxy.listeners import Listener, open_listeners, refuse_loop
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.sweep import Sweep
+from pgguard.proxy.unread import UnreadWatch
 from pgguard.proxy.upstream import UpstreamUnavailable, ask, cancel_query, connect_upstream, relay_cancel
 from pgguard.proxy.watch import Watch
 from pgguard.session.tracker import Tracker
@@ -86,7 +87,8 @@ class Guard:
             witness=witness,
             sessions=self._sessions.values,
         )
-        self._sweep = Sweep(self._judge, cancel=self._cancel, closed=self._forget)
+        self._unread = UnreadWatch(settings.unread_answer)
+        self._sweep = Sweep(self._judge, cancel=self._cancel, closed=self._forget, unread=self._unread)
         self._watch = Watch(self._sessions, accuse=self._sweep.accuse)
         self._senders: KernelSenders | None = None
         self._last_number = 0
@@ -145,6 +147,7 @@ class Guard:
                     nursery.start_soon(self._register, self._witness)
                     nursery.start_soon(self._watch.over_heirs, self._witness)
                     nursery.start_soon(self._watch.over_readers, self._witness)
+                    nursery.start_soon(self._watch_unread, self._witness)
                 async with trio.open_nursery() as accepting:
                     for listener in self._listeners:
                         accepting.start_soon(self._accept, listener)
@@ -177,6 +180,9 @@ class Guard:
         )
         for session in list(self._sessions.values()):
             self._sweep.dismiss(session, farewell)
+
+    async def _watch_unread(self, witness: Witness) -> None:
+        await self._unread.run(witness, accuse=self._sweep.accuse, set_alarm=self._sweep.set_alarm)
 
     # Arriving clients
 

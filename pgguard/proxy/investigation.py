@@ -230,6 +230,20 @@ class Investigation:
         involved |= {pid: process for pid, process in self._findings.senders.items() if pid in self._named()}
         only = self._witness.only_threads(list(involved.values())[:_DESCRIBED])
         self._findings = replace(self._findings, only_threads=only)
+        if self._verdict.kind is Kind.UNREAD_ANSWER:
+            self._look_elsewhere()
+
+    def _look_elsewhere(self) -> None:
+        """See what the threads do that have sent and don't read."""
+        processes = known_processes(self._findings)
+        senders = [sender for sender in (self._verdict.intruder, *self._verdict.requesters) if sender is not None]
+        sleeps = self._witness.sleeps_by_thread(
+            (processes[sender.pid], sender.tid)
+            for sender in dict.fromkeys(senders)
+            if sender.tid is not None and sender.pid in processes
+        )
+        calls = self._witness.system_calls([*sleeps.values(), *self._findings.only_threads.values()])
+        self._findings = replace(self._findings, sleeps=sleeps, calls=calls)
 
     def _is_small(self) -> bool:
         """Whether the message that is judged has been read at once, and left the client's socket room to write."""
@@ -283,7 +297,8 @@ class Investigation:
         findings = self._findings
         sleeps: list[Sleep] = [one.sleep for one in findings.waiting]
         sleeps += [sleep for threads in findings.restless.values() for sleep in threads.values() if sleep is not None]
-        sleeps += [sleep for sleep in findings.only_threads.values() if sleep not in sleeps]
+        others = (*findings.sleeps.values(), *findings.only_threads.values())
+        sleeps += [sleep for sleep in dict.fromkeys(others) if sleep not in sleeps]
         remaining = self._ends - _PROGRAMS_BUDGET - time.monotonic()
         if sleeps and remaining > 0:
             stacks = self._witness.stacks(sleeps[:_STACKED], seconds=remaining)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.witness import Opening
     from pgguard.proxy.addresses import Address
     from pgguard.proxy.kernel_senders import TcpAccount
+    from pgguard.proxy.unread import Leftover
     from pgguard.session.tracker import Tracker
 
 
@@ -33,6 +34,7 @@ class End:
     """One of a session's two sockets. The sweep reads it and writes it; nobody else does while it is in the sweep."""
 
     __slots__ = (
+        "attentive",
         "broken",
         "contested",
         "credentials",
@@ -70,6 +72,8 @@ class End:
         """The kernel says with every read who sent it."""
         self.contested = False
         """The kernel doesn't say, and several have it open: who sends is found out before a request is forwarded."""
+        self.attentive = False
+        """The next request is of interest, as its answer is to be looked after or the last one lies unread."""
         self.credentials: bytes | None = None
         """What it said last, undecoded."""
         self.sender: Sender | None = None
@@ -133,6 +137,8 @@ class ProxiedSession:
         self.senders: dict[int, Process] = {}
         """The processes that the kernel has named as senders, as they were when they were first looked at."""
         self.sightings = Sightings()
+        self.leftover: Leftover | None = None
+        """Its last answer, while it isn't known to have been read."""
         self.upstream: Address | None = None
         self.client: End
         self.server: End
@@ -158,6 +164,7 @@ class ProxiedSession:
         """Give it its two sockets, which it owns from then on."""
         self.client = End(client, is_client=True, names_senders=self.has_credentials)
         self.client.kernel_account = self.kernel_account
+        self.client.attentive = self.client_socket is not None
         self.server = End(server, is_client=False)
         self.client.peer, self.server.peer = self.server, self.client
         self.client.session = self.server.session = self

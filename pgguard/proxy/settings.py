@@ -42,6 +42,8 @@ class Settings(BaseModel):
     sql: SqlMode = SqlMode.NORMALIZED
     idle_in_transaction: Annotated[float, Field(ge=0, le=86400)] = 60.0
     """Seconds for which a transaction may sit idle; 0 for ever."""
+    unread_answer: Annotated[float, Field(ge=0, le=86400)] = 5.0
+    """Seconds for which a complete answer may lie unread; 0 for ever."""
     startup_timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """Seconds for a client to say who it is: as long as PostgreSQL's ``authentication_timeout`` unless that is set."""
     shutdown_timeout: Seconds = 8.0

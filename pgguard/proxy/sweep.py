@@ -25,9 +25,10 @@ import trio
 
 from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
 from pgguard.faults.policy import Action
+from pgguard.proxy.unread import ReadingAlarm
 from pgguard.session.verdicts import Sender
 from pgguard.wire.fields import build_error_response
-from pgguard.wire.messages import LOOK_LIMIT
+from pgguard.wire.messages import HEADER_SIZE, LOOK_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.judge import Judge, Ruling
     from pgguard.proxy.kernel_senders import KernelSenders
     from pgguard.proxy.session import End, ProxiedSession
+    from pgguard.proxy.unread import Leftover, UnreadWatch
     from pgguard.session.verdicts import Verdict
 
 _CHUNK: Final = 128 * 1024
@@ -60,6 +62,8 @@ _LAST_WORDS: Final = 2.0
 
 _REQUESTS: Final = frozenset(b"QFPBDECS")
 """The messages of a client that are answered, by their types."""
+_WANTED: Final = frozenset(b"QFPBDE")
+"""Those whose answers somebody wants."""
 
 _IN: Final = select.EPOLLIN
 _OUT: Final = select.EPOLLOUT
@@ -80,6 +84,7 @@ class Sweep:
         judge: rules on verdicts.
         cancel: starts to cancel what a session's backend is doing, without waiting for it.
         closed: is told of every session whose sockets have been closed.
+        unread: looks after what has been answered.
     """
 
     def __init__(
@@ -88,10 +93,14 @@ class Sweep:
         *,
         cancel: Callable[[ProxiedSession], None],
         closed: Callable[[ProxiedSession], None],
+        unread: UnreadWatch,
     ) -> None:
         self._judge = judge
         self._cancel = cancel
         self._closed = closed
+        self._unread = unread
+        self._alarms: dict[int, ReadingAlarm] = {}
+        """By descriptor, what tells that a client has read."""
         self._epoll = select.epoll()
         self._ends: dict[int, End] = {}
         """Those that are registered with the epoll, by descriptor."""
@@ -130,7 +139,9 @@ class Sweep:
                 self.senders.feed()
             for fd, mask in events:
                 end = ends.get(fd)
-                if end is None:  # its session has been parked or closed by an earlier event
+                if end is None:  # its session has been parked or closed by an earlier event, or it is an alarm
+                    if fd in self._alarms:
+                        self._alarms[fd].events += 1
                     continue
                 try:
                     if mask == _IN:
@@ -238,12 +249,57 @@ class Sweep:
             begin -= len(end.held)
             self._buffer[begin:_HEADROOM] = end.held
             end.held = b""
+        if end.attentive and self._attend(end, begin, size, now):
+            return
         if end.contested and self._begins_request(end, begin):
             end.held = bytes(self._view[begin : _HEADROOM + size])
             self._park(end.session)
             self._start(end.session, self._sample, end)
             return
         self._examine(end, begin, _HEADROOM + size, now)
+
+    def set_alarm(self, client: End) -> ReadingAlarm:
+        """Be told when a client takes something out of its end of a Unix connection. Raises OSError."""
+        return ReadingAlarm(self._epoll, self._alarms, client)
+
+    def _attend(self, end: End, begin: int, size: int, now: float) -> bool:
+        """A client sends for the first time since its last answer was looked after: look after the next one.
+
+        Returns True if what it sends has to wait, since it may have been sent on top of the last answer.
+        """
+        session, tracker, leftover = end.session, end.session.tracker, end.session.leftover
+        end.attentive = False
+        self._unread.stir(session)
+        if tracker is None or leftover is None or begin != _HEADROOM or size < HEADER_SIZE or end.contested:
+            return False
+        if tracker.frontend_rest or self._buffer[begin] not in _WANTED:
+            return False
+        if not self._unread.is_suspect(session, self._buffer[begin]):
+            return False
+        if leftover.is_certain:
+            header = bytes(self._view[begin : begin + HEADER_SIZE])
+            verdict = self._unread.sent_on_top(session, tracker, header)
+            if self._judge.is_repeat(session, verdict, now):
+                return False
+        end.held = bytes(self._view[begin : begin + size])
+        self._park(session)
+        self._start(session, self._weigh, end, leftover)
+        return True
+
+    async def _weigh(self, end: End, leftover: Leftover) -> None:
+        """Find out whether the request that is held back was sent on top of the last answer, and go on with it."""
+        session = end.session
+        self.hurry()
+        if leftover.is_certain or await self._unread.is_still_unread(session):
+            tracker = session.tracker
+            if session.done.is_set() or tracker is None:
+                return
+            verdict = self._unread.sent_on_top(session, tracker, end.held[:HEADER_SIZE])
+            if not self._judge.is_repeat(session, verdict, time.time()) and not await self._rule(session, verdict):
+                return
+        if not session.done.is_set():
+            self._unpark(session)
+            self._examine_held(end)
 
     def _cut(self, end: End, pieces: list[tuple[int, Sender | None]]) -> None:
         """Keep what has been read in pieces, each of one sender."""
@@ -485,6 +541,9 @@ class Sweep:
     def _finish(self, session: ProxiedSession) -> None:
         if session.done.is_set():
             return
+        if session.leftover is not None:
+            session.leftover.close()
+            session.leftover = None
         for end in (session.client, session.server):
             self._disarm(end)
             if session.parked:

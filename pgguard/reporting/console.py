@@ -33,7 +33,7 @@ from pgguard.faults.fault import Culprit, Fault, Request, Role, rfc3339
 from pgguard.faults.policy import Action
 from pgguard.faults.text import listed, named, printable, redact_command, shorten
 from pgguard.reporting.sinks import SinkError
-from pgguard.session.verdicts import OUTSTANDING, Direction, RequestState
+from pgguard.session.verdicts import OUTSTANDING, Direction, Kind, RequestState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -175,7 +175,9 @@ def _deeds(fault: Fault, culprit: Culprit) -> Iterator[str]:
     if process is not None and process.namespace_pid is not None:
         yield f"in its own container it is pid {process.namespace_pid}"
     if culprit.system_call is not None:
-        yield f"blocked in {culprit.system_call}, waiting for this connection"
+        # Of an unread answer it is told where its client is, whatever it waits for there.
+        waiting = "" if fault.kind is Kind.UNREAD_ANSWER else ", waiting for this connection"
+        yield f"blocked in {culprit.system_call}{waiting}"
     for n, frame in enumerate((culprit.stack or ())[:_FRAMES]):
         yield f"#{n} {frame.function} {frame.file}:{frame.line}"
     if culprit.stack_problem is not None:

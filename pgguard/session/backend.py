@@ -33,6 +33,8 @@ _ERROR_RESPONSE: Final = ord("E")
 _BACKEND_KEY_DATA: Final = ord("K")
 _PARAMETER_STATUS: Final = ord("S")
 _READY_FOR_QUERY: Final = ord("Z")
+_READY_SIZE: Final = 6
+"""Bytes of a ReadyForQuery."""
 
 _FOLLOWS: Final = [
     [
@@ -98,6 +100,8 @@ class BackendStream:
             if follows == _SPECIAL or not least <= length <= most:
                 if not self._special(buffer, pos, end, code, length):
                     break
+                if code == _READY_FOR_QUERY:
+                    self._session.answer_ended = self._session.position + pos - start + _READY_SIZE
                 state = ledger.state
                 row = _ROWS[state]
             elif follows != state:
@@ -106,7 +110,9 @@ class BackendStream:
                 elif follows == _READY:
                     if pos == last:
                         break  # its status is still to come
-                    self._session.transaction_status = chr(buffer[pos + HEADER_SIZE])
+                    session = self._session
+                    session.transaction_status = chr(buffer[pos + HEADER_SIZE])
+                    session.answer_ended = session.position + pos - start + _READY_SIZE
                     state = ledger.pay()
                 else:
                     ledger.state = state = follows
@@ -114,8 +120,10 @@ class BackendStream:
             pos += 1 + length
         if pos <= end:
             self.rest = 0
+            self._session.position += pos - start
             return pos
         self.rest = pos - end
+        self._session.position += end - start
         if code:
             self.partial = seen(Direction.BACKEND, _MESSAGES[code], code, length)
         return end
@@ -124,6 +132,7 @@ class BackendStream:
         """Pass over a message that was judged, as if it had never been sent."""
         self.rest = message.size
         self.partial = message
+        self._session.position -= message.size
 
     def end(self, held_back: int) -> Verdict | None:
         """The stream has ended: a verdict if that was in the middle of a message."""

@@ -27,6 +27,10 @@ _NO_ROWS: Final = frozenset(
 CLOSED: Final = "server closed the connection unexpectedly"
 """What libpq prints when the server ends the session of a client that hasn't said Terminate: ``fe-misc.c``."""
 
+IN_PROGRESS: Final = "another command is already in progress"
+"""What libpq says when a command is to be sent and the last answer has not been read to its end: ``fe-exec.c``,
+PQsendQueryStart()."""
+
 
 def first_answer(message: str, sql: bytes | bytearray | None) -> str | None:
     """The type of the message with which the server begins its answer, if all goes well; ``None`` if it can't be told.

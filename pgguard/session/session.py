@@ -12,7 +12,7 @@ from pgguard.session.refusals import replication_asked
 from pgguard.session.requests import Request
 from pgguard.session.senders import Senders
 from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestSeen, Sender, Verdict
-from pgguard.wire.messages import HEADER_SIZE
+from pgguard.wire.messages import FRONTEND, HEADER_SIZE, by_code
 
 if TYPE_CHECKING:
     from pgguard.wire.messages import Message
@@ -22,6 +22,7 @@ _RECENT: Final = 8
 """Requests that are remembered beyond their answer, for the timeline of a record."""
 _OUTSTANDING: Final = 16
 """Unanswered requests that a verdict shows."""
+_FRONTEND: Final = by_code(FRONTEND)
 _NO_TRANSACTION: Final = ("I", "")
 
 
@@ -63,9 +64,17 @@ class Session:
         """There has been a COPY FROM STDIN, of which something may come late."""
         self.copy_over = False
         """The last request has failed: if it was a COPY, what the client still sends of it is ignored."""
+        self.pipelines = False
+        """The client has made a request while another one was outstanding."""
         self.requests = 0
         """How many the client has made."""
         self._recent: deque[Request] = deque(maxlen=_RECENT)
+        self.position = 0
+        """Bytes of the server's stream that are in order, and have been forwarded."""
+        self.answer_began = 0
+        """Where in it the answer to the first request begins that was made when nothing was outstanding."""
+        self.answer_ended = 0
+        """Where in it the last ReadyForQuery ended."""
 
     def introduce(self, opener: Sender, *, asks_goodbye: bool) -> None:
         """Say who opened the connection, where the kernel doesn't name senders.
@@ -92,9 +101,23 @@ class Session:
         """Whether the last ReadyForQuery said that a transaction block was open."""
         return self.transaction_status not in _NO_TRANSACTION
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the last answer is complete, and nothing of another request has been sent."""
+        return self.ledger.state == NOTHING and self.unsynced is None and self.requests > 0
+
+    @property
+    def last_request(self) -> Request | None:
+        """The latest that has been made."""
+        return self._recent[-1] if self._recent else None
+
     def new_request(self, code: int, at: float, sender: Sender | None) -> Request:
         """A message has been sent that begins a request."""
         self.requests += 1
+        if self.ledger.state == NOTHING:
+            self.answer_began = self.position
+        else:
+            self.pipelines = True
         request = Request(self.requests, at, sender, chr(code))
         self._recent.append(request)
         return request
@@ -167,6 +190,30 @@ class Session:
         else:
             answer = symptoms.first_answer(chr(pending[0]), pending[HEADER_SIZE:]) if pending else None
         return self.judge(kind, reason, intruder=intruder, requesters=requesters, libpq=symptoms.while_idle(answer))
+
+    def judge_unread(self, reason: str, *, sender: Sender | None, pending: bytes = b"", libpq: str | None) -> Verdict:
+        """Put together what is known of the session when the last answer has been left unread.
+
+        Args:
+            reason: As in a verdict.
+            sender: Who sent ``pending``, if that is known.
+            pending: The request that is sent on top of it, from its beginning on.
+            libpq: As in a verdict.
+        """
+        last = self.last_request
+        message = None
+        if pending:
+            length = int.from_bytes(pending[1:HEADER_SIZE], "big")
+            message = seen(Direction.FRONTEND, _FRONTEND[pending[0]], pending[0], length)
+        before = None if last is None else last.sender
+        return self.judge(
+            Kind.UNREAD_ANSWER,
+            reason,
+            message,
+            intruder=sender,
+            requesters=() if before is None or before == sender else (before,),
+            libpq=libpq,
+        )
 
 
 def seen(direction: Direction, message: Message, code: int, length: int) -> MessageSeen:

@@ -19,6 +19,7 @@ class Kind(StrEnum):
     SHARED_BY_PROCESSES = "shared-by-processes"
     SHARED_BY_THREADS = "shared-by-threads"
     REQUEST_WHILE_BUSY = "request-while-busy"
+    UNREAD_ANSWER = "unread-answer"
     INHERITED_CONNECTION = "inherited-connection"
     FOREIGN_TERMINATE = "foreign-terminate"
     UNCLEAN_CLOSE = "unclean-close"

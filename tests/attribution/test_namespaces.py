@@ -216,6 +216,39 @@ def test_without_the_right_to_enter_the_tables_are_read(
         assert NetworkNamespaces().client_inodes([described]) == [_inode(client)]
 
 
+@pytest.mark.parametrize("may_enter", [True, False])
+@pytest.mark.parametrize(("listen_family", "listen_on", "family", "connect_to"), CASES)
+def test_what_lies_unread_in_another_namespace_is_counted(
+    container: Container,
+    puppet: Puppets,
+    monkeypatch: pytest.MonkeyPatch,
+    listen_family: int,
+    listen_on: str,
+    family: int,
+    connect_to: str,
+    *,
+    may_enter: bool,
+) -> None:
+    def refuse(_: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not may_enter:
+        monkeypatch.setattr(namespaces, "_enter", refuse)
+    client = container.enter(puppet())
+    places = {"ipv4": container.ipv4, "ipv6": container.ipv6, "link_local": "fe80::1"}
+    with (
+        _listen(listen_on.format(**places), listen_family) as listener,
+        _connect(client, family, connect_to.format(**places), listener) as accepted,
+    ):
+        look = _describe(accepted), _inode(client), [os.getpid(), client.pid]
+        accepted.sendall(b"x" * 500)
+        assert client.do("len(c.recv(500, socket.MSG_PEEK | socket.MSG_WAITALL))") == 500
+        assert client.do("len(c.recv(100))") == 100
+        assert NetworkNamespaces().unread([look]) == [400]
+        client.do("c.close()")
+        assert NetworkNamespaces().unread([look]) == [None]
+
+
 def test_a_process_without_the_right_to_enter_is_told_so(container: Container, puppet: Puppets) -> None:
     """What the kernel says to an ordinary user, who can read the tables all the same."""
     client, guard = container.enter(puppet()), puppet()

@@ -202,7 +202,7 @@ SNIPPETS = sorted({part for advice in ALL if advice.code for part in re.split(r"
 def test_code_can_be_pasted(snippet: str, tmp_path: Path) -> None:
     """It names its file, and its language understands it there."""
     head = snippet.splitlines()[0]
-    file = re.search(r"([\w/.]+\.(?:rb|ru|py|pl|php|yml))\b", head)
+    file = re.search(r"([\w/.]+\.(?:rb|ru|py|pl|php|yml|go))\b", head)
     assert file is not None, head
     assert "{" + "calls}" not in snippet
     suffix = file[1].rpartition(".")[2]
@@ -212,12 +212,19 @@ def test_code_can_be_pasted(snippet: str, tmp_path: Path) -> None:
     if suffix == "yml":
         assert re.fullmatch(r"# .*\n(?: *\w+:(?: .+)?\n?)+", snippet)
         return
-    program, option = {"rb": ("ruby", "-c"), "ru": ("ruby", "-c"), "pl": ("perl", "-c"), "php": ("php", "-l")}[suffix]
+    program, option = {
+        "rb": ("ruby", "-c"),
+        "ru": ("ruby", "-c"),
+        "pl": ("perl", "-c"),
+        "php": ("php", "-l"),
+        "go": ("gofmt", "-e"),
+    }[suffix]
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed")
-    path = tmp_path / "snippet"
+    path = tmp_path / f"snippet.{suffix}"
     path.write_text(snippet + "\n")
-    done = subprocess.run([program, option, str(path)], check=False, capture_output=True, text=True, timeout=30)
+    command = [program, option] if suffix == "go" else [program, option, str(path)]  # gofmt takes a part from there
+    done = subprocess.run(command, input=snippet, check=False, capture_output=True, text=True, timeout=30)
     if "Can't locate" in done.stderr or "This Perl not built to support threads" in done.stderr:
         pytest.skip(done.stderr.splitlines()[0])
     assert done.returncode == 0, done.stderr

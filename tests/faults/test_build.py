@@ -355,6 +355,38 @@ SUMMARIES = [
         "the client has left a transaction idle for more than 60 s",
     ),
     (
+        verdict(Kind.UNREAD_ANSWER, "has left an answer of 7 bytes unread for more than 5 s"),
+        ALONE,
+        "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) has left an answer of 7 bytes unread for more than 5 s",
+    ),
+    (
+        verdict(Kind.UNREAD_ANSWER, "has left an answer of 7 bytes unread for more than 5 s"),
+        NOTHING,
+        "the client has left an answer of 7 bytes unread for more than 5 s",
+    ),
+    (
+        verdict(
+            Kind.UNREAD_ANSWER,
+            "has left an answer of 7 bytes unread for more than 5 s",
+            requesters=(Sender(4866, 4871),),
+        ),
+        KERNEL,
+        "pid 4866 (puma: cluster worker 0) has left an answer of 7 bytes unread for more than 5 s",
+    ),
+    (
+        verdict(
+            Kind.UNREAD_ANSWER,
+            "on top of 7 bytes of the last answer, which had lain unread for 0.2 s",
+            message=QUERY,
+            intruder=Sender(4867, 4880),
+        ),
+        KERNEL,
+        (
+            "pid 4867 (puma: cluster worker 1) sent Query on top of 7 bytes of the last answer, which had lain unread"
+            " for 0.2 s"
+        ),
+    ),
+    (
         FULL,
         replace(KERNEL, opener=WORKER_1, holders=(WORKER_1,), shares=(Share(WORKER_0, 12), Share(None, 3))),
         (

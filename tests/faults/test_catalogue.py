@@ -11,7 +11,7 @@ from pgguard.attribution.evidence import Driver
 from pgguard.faults.catalogue import CATALOGUE, OVERLAP, Severity, severity_of
 from pgguard.faults.text import printable
 from pgguard.session.verdicts import Kind
-from tests.faults.samples import verdict
+from tests.faults.samples import QUERY, verdict
 
 SEVERITIES = {
     Kind.MESSAGE_WHILE_IDLE: Severity.ERROR,
@@ -19,6 +19,7 @@ SEVERITIES = {
     Kind.SHARED_BY_PROCESSES: Severity.ERROR,
     Kind.SHARED_BY_THREADS: Severity.ERROR,
     Kind.REQUEST_WHILE_BUSY: Severity.ERROR,
+    Kind.UNREAD_ANSWER: Severity.WARNING,
     Kind.INHERITED_CONNECTION: Severity.WARNING,
     Kind.FOREIGN_TERMINATE: Severity.ERROR,
     Kind.UNCLEAN_CLOSE: Severity.WARNING,
@@ -89,6 +90,12 @@ def test_an_heir_that_has_followed_the_advice_is_only_information() -> None:
 def test_a_close_is_grave_when_work_is_lost(request_open: bool, transaction: bool, severity: Severity) -> None:
     closed = verdict(Kind.UNCLEAN_CLOSE, open_request=request_open, open_transaction=transaction)
     assert severity_of(closed, Driver.UNKNOWN) is severity
+
+
+@pytest.mark.parametrize("driver", Driver)
+def test_an_unread_answer_is_grave_when_something_is_sent_on_top(driver: Driver) -> None:
+    assert severity_of(verdict(Kind.UNREAD_ANSWER), driver) is Severity.WARNING
+    assert severity_of(verdict(Kind.UNREAD_ANSWER, message=QUERY), driver) is Severity.ERROR
 
 
 def test_only_messages_that_nobody_waits_for_can_be_dropped() -> None:

@@ -548,3 +548,28 @@ def test_an_unused_waiting_thread_of_nobody_is_not_named() -> None:
     """A thread of a process that has no role stays out of the record."""
     other: Waiting = waiting(STRANGER)
     assert STRANGER.pid not in {c.pid for c in find_culprits(BUSY, replace(ALONE, waits=Waits((other,))))}
+
+
+UNREAD = verdict(Kind.UNREAD_ANSWER, requesters=(Sender(4866, 4871),))
+
+
+def test_who_left_an_answer_unread_is_named_with_what_it_does_instead() -> None:
+    elsewhere = asleep(WORKER_0, 4871)
+    found = replace(KERNEL, sleeps={(4866, 4871): elsewhere}, calls={elsewhere: "clock_nanosleep"})
+    first = find_culprits(UNREAD, found)[0]
+    assert (first.role, first.pid, first.tid, first.system_call) == (REQUESTER, 4866, 4871, "clock_nanosleep")
+
+
+def test_the_only_holder_is_named_with_what_its_only_thread_does_instead() -> None:
+    found = replace(ALONE, only_threads={4864: asleep(MASTER)}, calls={asleep(MASTER): "futex"})
+    last = find_culprits(verdict(Kind.UNREAD_ANSWER), found)[-1]
+    assert (last.role, last.pid, last.tid, last.system_call) == (HOLDER, 4864, 4864, "futex")
+
+
+def test_the_opener_that_sends_on_top_of_its_own_answer_intrudes_on_nobody() -> None:
+    on_top = replace(UNREAD, message=QUERY, intruder=Sender(4864, 4870), requesters=(Sender(4864, 4864),))
+    assert [(c.role, c.tid) for c in find_culprits(on_top, ALONE)][:2] == [(REQUESTER, 4870), (REQUESTER, 4864)]
+    unnamed = replace(UNREAD, message=QUERY, requesters=())
+    assert find_culprits(unnamed, ALONE)[0].role is REQUESTER
+    heir = replace(on_top, intruder=Sender(4866, 4871))
+    assert find_culprits(heir, KERNEL)[0].role is INTRUDER

@@ -295,3 +295,15 @@ def test_refusals_do_not_pile_up() -> None:
         enter(docket, replace(FULL, refusal=Refusal(Limit.ROLE, str(n))))
     assert docket.known(3, replace(FULL, refusal=Refusal(Limit.ROLE, "0")), at=NOW) is None
     assert docket.known(3, replace(FULL, refusal=Refusal(Limit.ROLE, "1")), at=NOW) is not None
+
+
+def test_what_is_sent_on_top_of_an_unread_answer_is_no_repeat_of_its_lying_there() -> None:
+    """A warning must not keep an error from being rejected."""
+    left = verdict(Kind.UNREAD_ANSWER, requesters=(Sender(4866),))
+    on_top = replace(left, message=QUERY)
+    docket = Docket()
+    enter(docket, left)
+    assert docket.known(3, left, at=NOW) is not None
+    assert docket.known(3, on_top, at=NOW) is None
+    enter(docket, on_top)
+    assert [count.severity for count in docket.counts()] == [Severity.ERROR, Severity.WARNING]

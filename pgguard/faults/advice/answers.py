@@ -29,6 +29,8 @@ from pgguard.session.verdicts import Kind
 
 _THREADS: Final = frozenset({Kind.SHARED_BY_THREADS})
 _BUSY: Final = frozenset({Kind.REQUEST_WHILE_BUSY})
+_UNREAD: Final = frozenset({Kind.UNREAD_ANSWER})
+_ABANDONED: Final = _BUSY | _UNREAD
 _IDLE: Final = frozenset({Kind.IDLE_IN_TRANSACTION})
 _EXHAUSTED: Final = frozenset({Kind.CONNECTION_EXHAUSTION})
 
@@ -277,7 +279,7 @@ ANSWERS: Final = (
         ),
     ),
     Answer(
-        _BUSY,
+        _ABANDONED,
         Language.RUBY,
         Library.SEQUEL,
         Advice(
@@ -295,7 +297,7 @@ ANSWERS: Final = (
         ),
     ),
     Answer(
-        _BUSY,
+        _ABANDONED,
         Language.RUBY,
         Library.ACTIVE_RECORD,
         Advice(
@@ -315,7 +317,7 @@ ANSWERS: Final = (
         ),
     ),
     Answer(
-        _BUSY,
+        _ABANDONED,
         Language.RUBY,
         None,
         Advice(
@@ -334,7 +336,7 @@ ANSWERS: Final = (
         ),
     ),
     Answer(
-        _BUSY,
+        _ABANDONED,
         Language.PYTHON,
         Library.SQLALCHEMY,
         Advice(
@@ -354,7 +356,7 @@ ANSWERS: Final = (
         ),
     ),
     Answer(
-        _BUSY,
+        _ABANDONED,
         Language.PYTHON,
         Library.DJANGO,
         Advice(
@@ -372,7 +374,7 @@ ANSWERS: Final = (
         ),
     ),
     Answer(
-        _BUSY,
+        _ABANDONED,
         Language.PYTHON,
         Library.ASYNCPG,
         Advice(
@@ -393,7 +395,7 @@ ANSWERS: Final = (
         ),
     ),
     Answer(
-        _BUSY,
+        _ABANDONED,
         Language.PYTHON,
         None,
         Advice(
@@ -413,7 +415,7 @@ ANSWERS: Final = (
         ),
     ),
     Answer(
-        _BUSY,
+        _ABANDONED,
         Language.PERL,
         None,
         Advice(
@@ -434,7 +436,7 @@ ANSWERS: Final = (
         ),
     ),
     Answer(
-        _BUSY,
+        _ABANDONED,
         Language.PHP,
         None,
         Advice(
@@ -465,6 +467,40 @@ ANSWERS: Final = (
             "flow of control and release it when its last query has been answered.",
             None,
             ("https://node-postgres.com/apis/pool",),
+        ),
+    ),
+    Answer(
+        _ABANDONED,
+        Language.GO,
+        Library.LIB_PQ,
+        Advice(
+            "Read the rows to the end, or close them, before the next query on the same connection",
+            "Within a transaction, or on a sql.Conn, all queries go over one connection: with lib/pq the rows of one "
+            "must have been read to the end or closed before the next. A transaction is for one goroutine. Time "
+            "queries out with the context that they are given: lib/pq then cancels them and closes the connection.",
+            code(
+                """
+                // within the transaction: orders.go
+                rows, err := tx.QueryContext(ctx, "SELECT id FROM orders")
+                if err != nil {
+                    return err
+                }
+                var ids []int64
+                for rows.Next() {
+                    var id int64
+                    if err := rows.Scan(&id); err != nil {
+                        rows.Close()
+                        return err
+                    }
+                    ids = append(ids, id)
+                }
+                if err := rows.Close(); err != nil {
+                    return err
+                }
+                // from here on other queries
+                """
+            ),
+            ("https://pkg.go.dev/database/sql#Rows.Close", "https://pkg.go.dev/github.com/lib/pq"),
         ),
     ),
     Answer(
