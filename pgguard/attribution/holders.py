@@ -91,6 +91,11 @@ def is_older(started: int, opened: float) -> bool:
     return started < int(opened * TICKS_PER_SECOND)
 
 
+def is_younger(started: int, opened: float) -> bool:
+    """True if a process is certainly younger than a connection, so that it can't have opened it; see above."""
+    return started > opened * TICKS_PER_SECOND
+
+
 @dataclass(slots=True)
 class _Seen:
     """A process in the list of processes."""

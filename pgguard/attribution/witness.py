@@ -15,9 +15,9 @@ from pgguard.attribution.descriptors import find_sockets, is_fork, link_to, list
 from pgguard.attribution.drivers import driver_of
 from pgguard.attribution.evidence import Driver, Evidence, Process
 from pgguard.attribution.findings import Findings
-from pgguard.attribution.holders import Holders, HolderWatch, is_older
+from pgguard.attribution.holders import Holders, HolderWatch, is_older, is_younger
 from pgguard.attribution.namespaces import NetworkNamespaces
-from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook, read_stat
+from pgguard.attribution.processes import ProcessBook, read_stat
 from pgguard.attribution.runtime import Runtime, runtime_of
 from pgguard.attribution.sampling import Sample, sample_sender
 from pgguard.attribution.sockets import ClientSocket
@@ -95,7 +95,7 @@ class Witness:
         The opener is, in this order,
 
         - who the kernel says has connected it: of Unix sockets always, over TCP through the probe (KERNEL_SENDER);
-        - the only process that has the socket open (SOLE_HOLDER);
+        - the only process that has the socket open, unless it is younger than the connection (SOLE_HOLDER);
         - of several, the only one that is older than the connection, as the others must have inherited it
           (SOCKET_HOLDER);
         - nobody (UNKNOWN).
@@ -360,6 +360,22 @@ class Witness:
                 found[process.pid] = runtime
         return found
 
+    def has_lost_opener(self, opening: Opening, holders: Collection[Process]) -> bool:
+        """Whether the process that opened a connection has certainly ended, known from ``holders`` not to be there.
+
+        Of one that nobody has had the time to look at it is enough that the kernel has named it.
+        """
+        opener, connected = opening.opener, opening.connected
+        if opener is not None:
+            return all(process.pid != opener.pid for process in holders) and self.is_gone(opener)
+        if connected is None:
+            return False
+        try:
+            stat = read_stat(connected[0])
+        except PermissionError:
+            return False
+        return stat is None or stat.holds_no_files or is_younger(stat.started, opening.client.opened)
+
     @staticmethod
     def is_gone(process: Process) -> bool:
         """Whether a process has certainly ended, as a zombie has."""
@@ -379,7 +395,7 @@ class Witness:
             return None
         process = self._book.look(client.connected_by)
         # If it is younger than the connection, who connected is gone and the pid is another's.
-        if process is None or process.started > client.opened * TICKS_PER_SECOND:
+        if process is None or is_younger(process.started, client.opened):
             return None
         return process
 
@@ -416,7 +432,10 @@ def _opener(client: ClientSocket, connected_by: Process | None, holders: Holders
     if client.connected is not None:
         return None, Evidence.UNKNOWN
     if holders.complete and len(holders.holdings) == 1:
-        return holders.processes[0], Evidence.SOLE_HOLDER
+        [holder] = holders.processes
+        if is_younger(holder.started, client.opened):
+            return None, Evidence.UNKNOWN  # it has inherited it, from somebody who has let go of it already
+        return holder, Evidence.SOLE_HOLDER
     older = [process for process in holders.processes if is_older(process.started, client.opened)]
     if len(older) == 1:
         return older[0], Evidence.SOCKET_HOLDER

@@ -452,8 +452,9 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         Severity.WARNING,
         "warning",
         "a connection outlived the process that opened it",
-        "The process that opened the connection has ended, and the session goes on: an heir keeps the socket open. It "
-        "holds one of the server's slots, and its locks if a transaction is open, though nobody may ever use it again.",
+        "The process that opened the connection has ended, and the session goes on: an heir keeps the socket open, and "
+        "neither uses it nor waits on it. It holds one of the server's slots, and its locks if a transaction is open. "
+        "A daemon that goes on with the connection of the process that started it has been handed it, and leaks none.",
         "The process forked while it had the connection open, and the child (a daemon, a background job, a worker that "
         "was left behind) inherited the socket and never closed it; or the command had ended and something that it "
         "started had not.",

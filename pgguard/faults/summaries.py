@@ -108,11 +108,11 @@ def _ended(_: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str
     return f"{_who(culprits)} sent Terminate on the connection that {owner} opened"
 
 
-def _leaked(_: Verdict, findings: Findings, __: tuple[Culprit, ...]) -> str:
+def _leaked(verdict: Verdict, findings: Findings, _: tuple[Culprit, ...]) -> str:
     heirs = [named(holder.pid, holder) for holder in findings.holders or ()]
     owner = _opener(findings) or "the process"
     has = f": {listed(heirs)} {'has' if len(heirs) == 1 else 'have'} it open" if heirs else ""
-    return f"the connection has outlived {owner}, which opened it{has}"
+    return f"{verdict.reason.replace('the process that opened it', f'{owner}, which opened it')}{has}"
 
 
 def _owner(findings: Findings) -> str:

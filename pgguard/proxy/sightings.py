@@ -49,8 +49,9 @@ class Sightings:
         """How often that was looked at."""
         self.watch_next = 0.0
         """When to look again, who waits when no answer is due."""
-        self.orphaned_since: float | None = None
-        """Since when its opener is known to have ended."""
+        self.unused_since: tuple[int, float] | None = None
+        """Since when nobody has used it, behind the request of this number, whose opener is known to have ended."""
+        self.leak_told = False
         self.idle_since: tuple[int, float] | None = None
         """Since when it is idle in a transaction, behind the request of this number."""
         self.idleness_told = False

@@ -11,6 +11,7 @@ import heapq
 import logging
 import time
 from dataclasses import replace
+from enum import Enum
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import trio
@@ -18,10 +19,11 @@ import trio
 from pgguard.attribution.threads import Thread, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE, readers
 from pgguard.faults.heirs import PATIENCE, SERVERS_PATIENCE, judge_heirs
+from pgguard.faults.orphans import is_used
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from pgguard.attribution.evidence import Process
     from pgguard.attribution.holders import Holders
@@ -40,9 +42,9 @@ _LASTING: Final = 0.2
 for less."""
 _OPENERS: Final = 1024
 """Processes of which it is remembered that a child has followed the advice."""
-_ORPHANED: Final = 0.5
-"""Seconds after the end of its opener after which a connection counts as leaked: the last to close is not always first
-to end."""
+UNUSED: Final = 5.0
+"""Seconds after which a connection whose opener has ended, and which nobody has used since, counts as leaked: the last
+to close is not always first to end, and a daemon that has been handed it may take a while to begin."""
 
 _READERS_INTERVAL: Final = 0.05
 _EARLY_READERS_INTERVAL: Final = 0.01
@@ -115,15 +117,16 @@ class Watch:
             if not watched:
                 continue
             openings = {inode: s.opening for inode, s in watched.items() if s.opening}
+            suspects = frozenset(inode for inode, session in watched.items() if self._may_be_leaked(session))
             at = time.time()
             try:
-                found, orphaned, have_opened = await trio.to_thread.run_sync(
-                    _look_at_heirs, witness, openings, abandon_on_cancel=True
+                found, have_opened, orphans = await trio.to_thread.run_sync(
+                    _look_at_heirs, witness, openings, suspects, abandon_on_cancel=True
                 )
                 for inode, holders in found.items():
                     self._note_holders(watched[inode], holders, at)
                     self._note_heirs(watched[inode], holders, have_opened)
-                    self._note_orphan(watched[inode], holders, orphaned=inode in orphaned)
+                    self._note_orphan(watched[inode], holders, orphans.get(inode))
             except Exception:
                 logger.exception("who has the connections open could not be found out")
 
@@ -179,16 +182,25 @@ class Watch:
             del self._settled_parents[next(iter(self._settled_parents))]
         return followers
 
-    def _note_orphan(self, session: ProxiedSession, holders: Holders, *, orphaned: bool) -> None:
-        now = trio.current_time()
-        if not orphaned:
-            session.sightings.orphaned_since = None
-        elif session.sightings.orphaned_since is None:
-            session.sightings.orphaned_since = now
-        elif now - session.sightings.orphaned_since >= _ORPHANED and holders.lasting(_LASTING):
-            verdict = session.concern(Kind.LEAKED_CONNECTION, "the connection has outlived the process that opened it")
-            if self._accuse(session, verdict):
-                session.sightings.orphaned_since = float("inf")
+    @staticmethod
+    def _may_be_leaked(session: ProxiedSession) -> bool:
+        """Whether nobody has used a connection since its opener ended, for long enough."""
+        since = session.sightings.unused_since
+        return since is not None and trio.current_time() - since[1] >= UNUSED and not session.sightings.leak_told
+
+    def _note_orphan(self, session: ProxiedSession, holders: Holders, orphan: _Orphan | None) -> None:
+        tracker, sightings = session.tracker, session.sightings
+        if orphan is None or tracker is None:
+            sightings.unused_since = None
+            return
+        unused = sightings.unused_since is not None and sightings.unused_since[0] == tracker.requests
+        if not unused or orphan is _Orphan.WAITED_FOR:
+            sightings.unused_since = tracker.requests, trio.current_time()
+        elif orphan is _Orphan.LEFT_ALONE and holders.lasting(_LASTING):
+            if is_used(holders.processes, tracker.senders.pids, tracker.requests_seen()):
+                return
+            reason = f"the connection has outlived the process that opened it, unused for more than {UNUSED:g} s"
+            sightings.leak_told = self._accuse(session, session.concern(Kind.LEAKED_CONNECTION, reason))
 
     # Threads
 
@@ -359,19 +371,30 @@ def _look_at_threads(witness: Witness, looks: list[_Look]) -> list[_Seen]:
     return seen
 
 
-def _look_at_heirs(
-    witness: Witness, openings: Mapping[int, Opening]
-) -> tuple[dict[int, Holders], set[int], frozenset[int]]:
-    """Find out who has sockets open, which of these have outlived their opener, and who has connections of its own.
+class _Orphan(Enum):
+    """What is seen of a connection that has outlived its opener."""
 
-    In a worker thread.
+    SEEN = "it was not looked at any closer"
+    WAITED_FOR = "a thread waits for something to come on it"
+    LEFT_ALONE = "no thread does"
+
+
+def _look_at_heirs(
+    witness: Witness, openings: Mapping[int, Opening], suspects: Collection[int]
+) -> tuple[dict[int, Holders], frozenset[int], dict[int, _Orphan]]:
+    """Find out who has sockets open, who has connections of its own, and which sockets have outlived their opener.
+
+    In a worker thread. Of the ``suspects`` among these last it is looked at whether somebody waits on them.
     """
     found = witness.watch(openings)
-    orphaned = set()
-    for inode, holders in found.items():
-        opener = openings[inode].opener
-        left = opener is not None and all(process.pid != opener.pid for process in holders.processes)
-        if left and holders.processes and opener is not None and witness.is_gone(opener):
-            orphaned.add(inode)
     have_opened = witness.have_opened(process for holders in found.values() for process in holders.processes)
-    return found, orphaned, have_opened
+    orphans = {
+        inode: _Orphan.SEEN
+        for inode, holders in found.items()
+        if holders.processes and witness.has_lost_opener(openings[inode], holders.processes)
+    }
+    for inode in orphans.keys() & suspects:
+        waits, _ = witness.look(openings[inode], found[inode].processes)
+        waited_for = any(one.readable for one in waits.threads)
+        orphans[inode] = _Orphan.WAITED_FOR if waited_for else _Orphan.LEFT_ALONE
+    return found, have_opened, orphans

@@ -304,3 +304,42 @@ def test_a_zombie_is_gone_and_so_is_one_whose_pid_is_anothers(opening: Opened) -
     assert witness.is_gone(child)
     client.do(f"os.waitpid({pid}, 0)")
     assert witness.is_gone(child)
+
+
+def test_an_heir_that_is_younger_than_the_connection_did_not_open_it_alone_as_it_is(
+    tcp: socket.socket, puppet: Puppets
+) -> None:
+    witness, client = Witness(), puppet()
+    outlive_a_tick()
+    with client.connect(tcp) as accepted:
+        described = client_socket(accepted)
+        outlive_a_tick()
+        heir = client.do("fork()")
+        client.do("c.close()")
+        opening = witness.opened(described)
+        assert [process.pid for process in opening.holders.processes] == [heir]
+        assert _opener(opening) == (None, Evidence.UNKNOWN)
+        assert not witness.has_lost_opener(opening, opening.holders.processes), "nobody knows who it was"
+
+
+def test_an_opener_is_lost_when_it_has_ended_and_not_when_it_has_only_closed(
+    unix: socket.socket, puppet: Puppets
+) -> None:
+    witness, client = Witness(), puppet()
+    outlive_a_tick()
+    with client.connect(unix) as accepted:
+        described = client_socket(accepted)
+        assert isinstance(described, UnixClient)
+        heir = witness.sender(client.do("fork()"))
+        assert heir is not None
+        opening = witness.opened(described)
+        assert not witness.has_lost_opener(opening, [heir])
+        unseen = replace(opening, opener=None)
+        assert not witness.has_lost_opener(unseen, [heir])
+        assert witness.has_lost_opener(replace(unseen, client=replace(described, connected_by=2**22)), [heir])
+        outlive_a_tick()
+        later = puppet().pid
+        assert witness.has_lost_opener(replace(unseen, client=replace(described, connected_by=later)), [heir])
+        client.end()
+        assert witness.has_lost_opener(opening, [heir])
+        assert not witness.has_lost_opener(opening, opening.holders.processes), "it was seen a moment ago"

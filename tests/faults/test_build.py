@@ -160,6 +160,9 @@ def test_a_sender_that_could_not_be_looked_at_is_named_by_its_pid_alone() -> Non
     assert built.summary.startswith("pid 4867 sent Query")
 
 
+LEAK = verdict(
+    Kind.LEAKED_CONNECTION, "the connection has outlived the process that opened it, unused for more than 5 s"
+)
 FULL = verdict(
     Kind.CONNECTION_EXHAUSTION,
     "the server refused the connection: all its slots are taken",
@@ -323,22 +326,22 @@ SUMMARIES = [
         ),
     ),
     (
-        verdict(Kind.LEAKED_CONNECTION),
+        LEAK,
         replace(KERNEL, holders=(WORKER_0,)),
         (
-            "the connection has outlived pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), which opened it:"
-            " pid 4866 (puma: cluster worker 0) has it open"
+            "the connection has outlived pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), which opened it, unused for"
+            " more than 5 s: pid 4866 (puma: cluster worker 0) has it open"
         ),
     ),
     (
-        verdict(Kind.LEAKED_CONNECTION),
+        LEAK,
         replace(KERNEL, holders=(WORKER_0, WORKER_1)),
         (
-            "the connection has outlived pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), which opened it:"
-            " pid 4866 (puma: cluster worker 0) and pid 4867 (puma: cluster worker 1) have it open"
+            "the connection has outlived pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), which opened it, unused for"
+            " more than 5 s: pid 4866 (puma: cluster worker 0) and pid 4867 (puma: cluster worker 1) have it open"
         ),
     ),
-    (verdict(Kind.LEAKED_CONNECTION), NOTHING, "the connection has outlived the process, which opened it"),
+    (LEAK, NOTHING, "the connection has outlived the process, which opened it, unused for more than 5 s"),
     (
         verdict(Kind.IDLE_IN_TRANSACTION, "has left a transaction idle for more than 60 s"),
         ALONE,

@@ -81,7 +81,7 @@ def test_every_kind_can_be_put_into_words(kind: Kind) -> None:
             "pid 4866 (puma: cluster worker 0) used this connection before.",
         ),
         (
-            verdict(Kind.LEAKED_CONNECTION),
+            verdict(Kind.LEAKED_CONNECTION, "the connection has outlived the process that opened it"),
             replace(KERNEL, holders=(WORKER_0,)),
             "pgguard: the connection has outlived pid 4864",
             "pid 4866 (puma: cluster worker 0) has it open as well.",

@@ -113,6 +113,16 @@ def answer(session: ProxiedSession, ready: bytes) -> None:
     session.tracker.backend(data, 0, len(data))
 
 
+def use(session: ProxiedSession, sender: Sender | None, *, at: float = 1000.0) -> None:
+    """Have a request sent and answered."""
+    assert session.tracker is not None
+    data = bytearray(query("select 1"))
+    if session.tracker.frontend(data, 0, len(data), sender, at) != len(data):
+        session.tracker.overrule()
+        session.tracker.frontend(data, 0, len(data), sender, at)
+    answer(session, IDLE)
+
+
 def feed(session: ProxiedSession, data: bytes) -> None:
     assert session.tracker is not None
     session.tracker.frontend(bytearray(data), 0, len(data), None, 0.0)
@@ -265,8 +275,8 @@ class Scripted:
     def have_opened(self, processes: Iterable[Process]) -> frozenset[int]:
         return frozenset(process.pid for process in processes if process in self.have_own)
 
-    def is_gone(self, process: Process) -> bool:
-        return process in self.gone
+    def has_lost_opener(self, opening: Opening, holders: Collection[Process]) -> bool:
+        return opening.opener is not None and opening.opener not in holders and opening.opener in self.gone
 
     def has_one_thread(self, process: Process) -> bool:
         return process in self.solitary
@@ -462,17 +472,19 @@ async def test_when_the_opener_was_last_alone_is_remembered(
     assert session.sightings.alone_until == alone
 
 
-async def test_a_connection_whose_opener_has_ended_is_leaked_once(
+async def test_a_connection_whose_opener_has_ended_and_that_nobody_uses_is_leaked_once(
     stage: Stage, witness: Scripted, autojump_clock: MockClock
 ) -> None:
     stage.session()
     witness.holders = {CHILD: 0.0}
     witness.gone = {PARENT}
+    await trio.sleep(4.9)
+    assert stage.kinds == []
     await trio.sleep(100)
     [verdict] = stage.accused
     assert (verdict.kind, verdict.reason) == (
         Kind.LEAKED_CONNECTION,
-        "the connection has outlived the process that opened it",
+        "the connection has outlived the process that opened it, unused for more than 5 s",
     )
 
 
@@ -495,14 +507,74 @@ async def test_a_connection_is_not_leaked(
 
 
 async def test_a_connection_whose_last_holder_ends_a_moment_later_is_not_leaked(
-    stage: Stage, witness: Scripted, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
 ) -> None:
     """A server is told to stop, and its workers follow."""
-    monkeypatch.setattr("pgguard.proxy.watch._HEIRS_INTERVAL", 0.1)
     stage.session()
     witness.holders, witness.gone = {CHILD: 0.0}, {PARENT}
-    await trio.sleep(0.45)
+    await trio.sleep(4.5)
     witness.holders = {}
+    await trio.sleep(100)
+    assert stage.kinds == []
+
+
+@pytest.mark.parametrize("sender", [Sender(101, 101), None])
+async def test_a_connection_that_was_handed_to_who_has_it_open_is_not_leaked(
+    stage: Stage, witness: Scripted, sender: Sender | None, autojump_clock: MockClock
+) -> None:
+    """It may lie idle for as long as it likes, once it was used; and who has sent need not be known."""
+    session = stage.session()
+    witness.holders, witness.gone = {CHILD: 0.0}, {PARENT}
+    await trio.sleep(3)
+    use(session, sender)
+    await trio.sleep(100)
+    assert stage.kinds == []
+
+
+async def test_what_the_opener_asked_before_it_had_heirs_is_no_use_by_them(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    session = stage.session()
+    use(session, None, at=CHILD.started_at - 1)
+    witness.holders, witness.gone = {CHILD: 0.0}, {PARENT}
+    await trio.sleep(100)
+    assert stage.kinds == [Kind.LEAKED_CONNECTION]
+
+
+async def test_a_connection_is_leaked_when_whom_it_was_handed_to_has_ended_as_well(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    session = stage.session()
+    witness.holders, witness.gone = {CHILD: 0.0, OTHER: 0.0}, {PARENT}
+    use(session, Sender(101, 101))
+    await trio.sleep(100)
+    kinds = [kind for kind in stage.kinds if kind is not Kind.INHERITED_CONNECTION]
+    assert kinds == []
+    del witness.holders[CHILD]
+    await trio.sleep(100)
+    kinds = [kind for kind in stage.kinds if kind is not Kind.INHERITED_CONNECTION]
+    assert kinds == [Kind.LEAKED_CONNECTION]
+
+
+async def test_a_connection_that_an_heir_waits_on_is_not_leaked(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    """Its opener has said LISTEN, and left the rest to a child."""
+    stage.session()
+    witness.waits = Waits((reader(CHILD, 1),))
+    witness.holders, witness.gone = {CHILD: 0.0}, {PARENT}
+    await trio.sleep(100)
+    assert stage.kinds == []
+    witness.waits = Waits()
+    await trio.sleep(100)
+    assert stage.kinds == [Kind.LEAKED_CONNECTION]
+
+
+async def test_of_a_session_that_is_not_followed_it_is_not_known_whether_it_is_used(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    stage.session().tracker = None
+    witness.holders, witness.gone = {CHILD: 0.0}, {PARENT}
     await trio.sleep(100)
     assert stage.kinds == []
 
