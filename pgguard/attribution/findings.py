@@ -88,8 +88,6 @@ class Findings:
     opener_stays: bool = False
     """The opener has the socket open still, and none of its threads was about to close it, as they all slept, not in an
     event loop with the socket in it."""
-    alone_until: float | None = None
-    """When the opener was last seen to be the only holder, in seconds since the epoch."""
     departed: tuple[Process, ...] = ()
     """Those that had the socket open lately and have not any more."""
     shares: tuple[Share, ...] | None = None

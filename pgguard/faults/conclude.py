@@ -13,17 +13,16 @@ known, hasn't sent what came afterwards. If its process alone has the connection
 in the middle of the first one's wait, unless that one waits when no answer is due as well and so may read for others.
 
 *Somebody says Terminate on another process's connection.* It does harm only to a process that has the connection still
-open. Where the kernel doesn't name who said it, it can only have been another process than the opener if the opener
-leaves the socket open (:meth:`pgguard.attribution.witness.Witness.stays`) and another one has, or had, it open; and it
-is none of that one's business only if it hasn't taken the connection over, which is certain if the last request was
-made before it was there.
+open, and then whatever the one that says it has done before. Where the kernel doesn't name who said it, it can only
+have been another process than the opener if the opener leaves the socket open
+(:meth:`pgguard.attribution.witness.Witness.stays`) and another one has, or had, it open.
 
 *The opener's own message shows the sharing.* The process that opened a connection has a right to it. Where it is its
 message that comes out of turn, or it that is seen to wait beside another, the intruder is whoever else has used the
 connection, the latest first.
 
-*A launcher says Terminate on a connection that its child has taken over.* Once the child has let go of it, that harms
-nobody.
+*The opener says Terminate, as it may, and somebody goes on.* That one has shared the connection, whether or not it had
+used it before. Where the kernel doesn't name who goes on, it is certainly not the opener if that has let go.
 """
 
 from __future__ import annotations
@@ -34,11 +33,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.attribution.runtime import Language
 from pgguard.faults.catalogue import OVERLAP
-from pgguard.session.verdicts import Kind, Sender
+from pgguard.session.verdicts import AFTER_END, Kind, Sender
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from pgguard.attribution.evidence import Process
     from pgguard.attribution.findings import Findings
     from pgguard.attribution.threads import Sleep, Thread, Waiting
     from pgguard.session.verdicts import Verdict
@@ -111,8 +111,8 @@ def _weigh(verdict: Verdict, findings: Findings) -> Verdict | None:
             return _overlap(verdict, findings)
         case Kind.FOREIGN_TERMINATE:
             return verdict if _is_foreign(verdict, findings) else None
-        case Kind.SHARED_BY_PROCESSES if _tidies_up(verdict, findings):
-            return None
+        case Kind.SHARED_BY_PROCESSES if verdict.reason == AFTER_END:
+            return verdict if _goes_on(verdict, findings) else None
         case _:
             return verdict
 
@@ -181,28 +181,30 @@ def _sleeper(verdict: Verdict, findings: Findings) -> Waiting | None:
     return asleep[0] if findings.restless.get(sole.pid) else None
 
 
-def _tidies_up(verdict: Verdict, findings: Findings) -> bool:
-    """Whether it is a goodbye by the last that has the connection open, to whom it has come back."""
-    message, intruder = verdict.message, verdict.intruder
-    if message is None or message.type != "X" or intruder is None or verdict.open_request:
-        return False
-    return bool(findings.holders) and {holder.pid for holder in findings.holders or ()} == {intruder.pid}
-
-
 def _is_foreign(verdict: Verdict, findings: Findings) -> bool:
-    opener, holders = findings.opener_pid, findings.holders or ()
-    known = (process for process in (findings.opener, *holders) if process is not None and process.pid == opener)
-    if opener is None or any(process.name in HARMLESS_GOODBYES for process in known):
+    if findings.opener_pid is None or _is_harmless(findings):
         return False
     if verdict.intruder is not None:
-        return any(holder.pid != verdict.intruder.pid for holder in holders)
-    others = [process for process in (*holders, *findings.departed) if process.pid != opener]
-    if not findings.opener_stays or not others:
+        return any(holder.pid != verdict.intruder.pid for holder in findings.holders or ())
+    return findings.opener_stays and bool(heirs(findings))
+
+
+def _goes_on(verdict: Verdict, findings: Findings) -> bool:
+    """Whether it is another process than the opener that uses a connection which has been ended."""
+    if _is_harmless(findings):
         return False
-    if not verdict.requests:
+    if verdict.intruder is not None:
         return True
-    last = verdict.requests[-1]
-    if last.sender is not None:
-        return last.sender.pid == opener
-    alone = findings.alone_until is not None and last.at < findings.alone_until
-    return alone or all(last.at < process.started_at for process in others)
+    opener = findings.opener_pid
+    left = opener is not None and all(holder.pid != opener for holder in findings.holders or ())
+    return left and bool(heirs(findings))
+
+
+def heirs(findings: Findings) -> tuple[Process, ...]:
+    """The processes other than the opener that have the connection open, or had lately."""
+    return tuple(one for one in (*(findings.holders or ()), *findings.departed) if one.pid != findings.opener_pid)
+
+
+def _is_harmless(findings: Findings) -> bool:
+    known = (findings.opener, *(findings.holders or ()))
+    return any(one.name in HARMLESS_GOODBYES for one in known if one is not None and one.pid == findings.opener_pid)

@@ -12,7 +12,7 @@ from pgguard.attribution.findings import Findings
 from pgguard.attribution.threads import Waits
 from pgguard.faults.culprits import known_processes
 from pgguard.proxy.rollcall import count
-from pgguard.session.verdicts import Kind, Party
+from pgguard.session.verdicts import AFTER_END, Kind, Party
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,7 +140,7 @@ class Investigation:
         self._look_at_holders(opening)
         if unnamed:
             self._look_for_the_closer(opening, heirs)
-        if self._verdict.kind is Kind.UNCLEAN_CLOSE:
+        if self._verdict.kind is Kind.UNCLEAN_CLOSE or self._verdict.reason == AFTER_END:
             self._findings = replace(self._findings, departed=self._gone(self._session.sightings.late_holders()))
         if self._verdict.kind is Kind.CONNECTION_EXHAUSTION:
             self._count_connections()
@@ -187,7 +187,6 @@ class Investigation:
             before=session.sightings.asleep,
             throughout=session.sightings.throughout if self._is_small() else frozenset(),
             watchers=session.sightings.watchers,
-            alone_until=session.sightings.alone_until,
             declared=declared(None if protocol is None else protocol.application_name, texts),
             driver=self._driver(),
             runtimes=self._findings.runtimes,

@@ -22,7 +22,7 @@ from pgguard.faults.policy import Action, KindAction, Policy
 from pgguard.faults.rejection import SQLSTATE, rejection
 from pgguard.proxy.investigation import EVIDENCE_BUDGET, Evidence, Investigation, known_at_once
 from pgguard.proxy.rollcall import call_roll
-from pgguard.session.verdicts import Kind, Sender, Verdict
+from pgguard.session.verdicts import AFTER_END, Kind, Sender, Verdict
 from pgguard.wire.fields import build_error_response
 
 if TYPE_CHECKING:
@@ -55,9 +55,6 @@ _GOODBYE_BUDGET: Final = 1.0
 
 Nobody waits for an answer to it. Looking takes a millisecond, unless the processors are busy with something else."""
 
-_DOUBTFUL: Final = frozenset({Kind.FOREIGN_TERMINATE})
-"""Kinds of verdict of which evidence may show that they are no fault: known or not, each is looked into."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -88,6 +85,12 @@ class _Allowance:
     def spend(self, seconds: float) -> None:
         """Account for a sample."""
         self._left -= seconds
+
+
+def _is_doubtful(verdict: Verdict) -> bool:
+    """Whether evidence may show that it is no fault: known or not, it is looked into then."""
+    unnamed = verdict.intruder is None and verdict.reason == AFTER_END
+    return verdict.kind is Kind.FOREIGN_TERMINATE or unnamed
 
 
 class Judge:
@@ -130,7 +133,7 @@ class Judge:
         """
         if self._ignores(verdict.kind):
             return True
-        if verdict.kind in _DOUBTFUL:
+        if _is_doubtful(verdict):
             return self._is_rightful(session, verdict)
         if verdict.refusal is not None and verdict.refusal in self._refusals:
             self._refusals[verdict.refusal].append((session, verdict))
@@ -147,9 +150,8 @@ class Judge:
     def _is_rightful(self, session: ProxiedSession, verdict: Verdict) -> bool:
         """Whether a Terminate of which nobody knows who sent it has come from the opener, which closes behind it."""
         witness, opening = self._witness, session.opening
-        if verdict.intruder is not None or witness is None or opening is None:
-            return False
-        return witness.has_closed(opening)
+        unnamed = verdict.kind is Kind.FOREIGN_TERMINATE and verdict.intruder is None
+        return unnamed and witness is not None and opening is not None and witness.has_closed(opening)
 
     async def rule(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
         """Take evidence, decide, record. Never raises but for cancellation."""
@@ -157,7 +159,7 @@ class Judge:
             return Ruling(None)
         now = time.time()
         try:
-            if verdict.kind not in _DOUBTFUL and self._docket.known(session.id, verdict, at=now) is not None:
+            if not _is_doubtful(verdict) and self._docket.known(session.id, verdict, at=now) is not None:
                 return self._repeat(session, verdict, now)
             findings = await self._findings(session, verdict)
             concluded = conclude(verdict, findings)
@@ -296,8 +298,9 @@ class Judge:
                 for one in counted:
                     await one.session.opening_known.wait()
         investigation = Investigation(witness, session, verdict, evidence, counted)
-        if session.connected is not None and (session.opening is None or verdict.kind in _DOUBTFUL):
-            with trio.move_on_after(_GOODBYE_BUDGET if verdict.kind in _DOUBTFUL else EVIDENCE_BUDGET):
+        doubtful = _is_doubtful(verdict)
+        if session.connected is not None and (session.opening is None or doubtful):
+            with trio.move_on_after(_GOODBYE_BUDGET if doubtful else EVIDENCE_BUDGET):
                 await trio.to_thread.run_sync(
                     investigation.look_at_named, limiter=self._threads, abandon_on_cancel=True
                 )

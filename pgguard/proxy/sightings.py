@@ -29,8 +29,6 @@ class Sightings:
         self.settled_told: frozenset[int] = frozenset()
         """The pids of the heirs that an inherited-connection has been recorded for: of those that had done nothing, and
         of those that had connections of their own."""
-        self.alone_until: float | None = None
-        """When the opener was last seen to be the only one of them, in seconds since the epoch."""
         self.asleep: frozenset[Sleep] = frozenset()
         """The threads that were blocked on the socket when that was last looked at."""
         self.sampled_asleep: frozenset[Sleep] = frozenset()

@@ -118,24 +118,20 @@ class Watch:
                 continue
             openings = {inode: s.opening for inode, s in watched.items() if s.opening}
             suspects = frozenset(inode for inode, session in watched.items() if self._may_be_leaked(session))
-            at = time.time()
             try:
                 found, have_opened, orphans = await trio.to_thread.run_sync(
                     _look_at_heirs, witness, openings, suspects, abandon_on_cancel=True
                 )
                 for inode, holders in found.items():
-                    self._note_holders(watched[inode], holders, at)
+                    self._note_holders(watched[inode], holders)
                     self._note_heirs(watched[inode], holders, have_opened)
                     self._note_orphan(watched[inode], holders, orphans.get(inode))
             except Exception:
                 logger.exception("who has the connections open could not be found out")
 
-    def _note_holders(self, session: ProxiedSession, holders: Holders, at: float) -> None:
+    def _note_holders(self, session: ProxiedSession, holders: Holders) -> None:
         heirs = holders.lasting(_LASTING)
         session.sightings.note_holders(holders.processes, heirs)
-        opener = session.opening and session.opening.opener
-        if opener and holders.complete and [process.pid for process in holders.processes] == [opener.pid]:
-            session.sightings.alone_until = at
         lasting = frozenset(process.pid for process in heirs)
         session.client.contested = len(lasting) > 1 and not session.names_senders
 

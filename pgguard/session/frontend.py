@@ -10,7 +10,7 @@ from pgguard.session.ledger import MAYBE_SYNC, NOTHING
 from pgguard.session.requests import Statements
 from pgguard.session.session import ill_formed, seen, torn_end
 from pgguard.session.states import COPY_IN, IN_COPY_IN, NO_REQUEST, OWED, Owes
-from pgguard.session.verdicts import Direction, Kind, MessageSeen, RequestState, Sender
+from pgguard.session.verdicts import AFTER_END, Direction, Kind, MessageSeen, RequestState, Sender
 from pgguard.wire.messages import FRONTEND, HEADER_SIZE, SMALL, UNKNOWN, by_code, parse_header
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ _QUERY: Final = ord("Q")
 _SYNC: Final = ord("S")
 _STATEMENT: Final = ord("S")
 _TERMINATE_CODE: Final = ord("X")
-_TERMINATE: Final = b"X\0\0\0\x04"
 
 
 class FrontendStream:
@@ -60,6 +59,7 @@ class FrontendStream:
         "_fed",
         "_flushed",
         "_held_by",
+        "_late",
         "_ledger",
         "_sender",
         "_session",
@@ -88,18 +88,20 @@ class FrontendStream:
         """What stood last in the ledger when a Flush was sent: the client has asked for the answers up to it."""
         self._fed: Request | None = None
         """The request that stood first when the last CopyData was sent, until CopyDone or CopyFail is."""
+        self._late: set[int | None] = set()
+        """The pids of those that have used the connection after its end: judged once each."""
         self._statements = Statements()
 
     def follow(self, buffer: bytearray, start: int, end: int, sender: Sender | None, at: float) -> int:
         """Follow ``buffer[start:end]``; the position returned is how far it is in order."""
         session = self._session
         ledger = self._ledger
+        if session.over:
+            return self._follow_late(buffer, start, end, sender)
         if (sender is not self._sender or self._held_by is not None) and not self._accept_sender(
             buffer, start, end, sender
         ):
             return start
-        if session.over:
-            return end
         pos = start + self.rest
         last = end - HEADER_SIZE
         code = length = 0
@@ -194,7 +196,44 @@ class FrontendStream:
             if self._is_foreign_goodbye(pos, length) or self._cuts_copy_short(pos, length):
                 return False
             self._session.terminated = self._session.over = True
+            self._session.terminator = self._sender
         return True
+
+    def _follow_late(self, buffer: bytearray, start: int, end: int, sender: Sender | None) -> int:
+        """Follow what comes when the session is over, and can have no effect: who else uses the connection still?
+
+        Terminate is no use: several that have the connection open may all say it, as pg_basebackup and its child do
+        when they exit, and only the first does harm.
+        """
+        session = self._session
+        last = session.terminator if session.terminated else session.senders.latest
+        if sender is None:
+            pid, strange = None, session.asks_goodbye and session.terminated
+        else:
+            pid, strange = sender.pid, last is not None and last.pid != sender.pid
+        if not strange or pid in self._late:
+            return end
+        pos = start
+        while end - pos >= HEADER_SIZE:
+            code, length = parse_header(buffer, pos)
+            if code != _TERMINATE_CODE:
+                self._late.add(pid)
+                session.verdict = self._judge_late(seen(Direction.FRONTEND, _MESSAGES[code], code, length), pos, sender)
+                return pos
+            pos += HEADER_SIZE
+        return pos
+
+    def _judge_late(self, message: MessageSeen, pos: int, sender: Sender | None) -> Verdict:
+        senders = self._session.senders
+        if self._session.terminated or sender is None:
+            kind, reason = Kind.SHARED_BY_PROCESSES, AFTER_END
+            requesters = senders.others(sender, first=self._session.terminator)
+        else:
+            kind, reason, requesters = senders.change(sender, waiting=None, torn=None, first=None)
+        verdict = self._session.judge(
+            kind, reason, message, pos, intruder=sender, requesters=requesters, libpq=libpq.CLOSED
+        )
+        return replace(verdict, ends=True)
 
     def _is_foreign_goodbye(self, pos: int, length: int) -> bool:
         """Whether a Terminate is one that whoever sent it may have no right to: a verdict, then."""
@@ -381,15 +420,9 @@ class FrontendStream:
         if sender is None or not (session.senders.changes(sender) or split):
             self._sender = sender
             return True
-        if session.over and buffer[start:end] == _TERMINATE:
-            # Both say goodbye, as pg_basebackup and its child do when they exit: the second does no harm any more.
-            self._sender = sender
-            return True
         torn = None
         first = session.senders.latest
-        if session.over:
-            message = MessageSeen(Direction.FRONTEND, None, "bytes after the end", end - start)
-        elif self.rest and self.partial is not None:
+        if self.rest and self.partial is not None:
             message = self.partial
             torn = message.name
         elif split:
@@ -406,9 +439,9 @@ class FrontendStream:
             least, most, look = _SHAPES[code]
             if least <= length <= most and end - start < min(1 + length, look):
                 return True
-            if code == _TERMINATE_CODE and session.senders.is_strange(sender):
+            if code == _TERMINATE_CODE and (session.senders.is_strange(sender) or self._waiting(sender) is None):
                 self._sender = sender
-                return True  # not a use, but an end: judged as such
+                return True  # not a use, but an end: judged as such, or when somebody goes on
             message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
         waiting = self._waiting(sender)
         change = session.senders.change(sender, waiting=waiting, torn=torn, first=first if torn else waiting)

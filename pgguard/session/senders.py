@@ -37,8 +37,6 @@ class Senders:
         """Who opened the connection, where that is known."""
         self.latest = opener
         """The last that is known to have sent."""
-        self.shared = False
-        """It was not a hand-over: two processes have taken turns."""
 
     def introduce(self, opener: Sender) -> None:
         """Say who opened the connection, and so used it first, where the kernel hasn't."""
@@ -55,11 +53,8 @@ class Senders:
         return frozenset(sender.pid for sender in self._seen)
 
     def is_strange(self, sender: Sender) -> bool:
-        """Whether it is not for ``sender`` to end the session: neither has it opened it, nor taken it over for good."""
-        opener, latest = self.opener, self.latest
-        if opener is None or latest is None or sender.pid == opener.pid:
-            return False
-        return self.shared or sender.pid != latest.pid
+        """Whether ``sender`` hasn't opened the connection: it may not end the session if another one has it open."""
+        return self.opener is not None and sender.pid != self.opener.pid
 
     def changes(self, sender: Sender) -> bool:
         """Whether ``sender`` is another process than the last that sent; if it isn't, it is the latest now."""
@@ -98,7 +93,6 @@ class Senders:
             reason = "as the third process to use the connection"
         else:
             kind, reason = Kind.INHERITED_CONNECTION, "on a connection that another process had used"
-        self.shared = self.shared or kind is Kind.SHARED_BY_PROCESSES
         return Change(kind, reason, requesters)
 
     def others(self, sender: Sender | None, *, first: Sender | None = None) -> tuple[Sender, ...]:

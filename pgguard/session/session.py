@@ -46,6 +46,8 @@ class Session:
         """``I``, ``T`` or ``E`` as the last ReadyForQuery said; empty before the first."""
         self.terminated = False
         """The client has sent Terminate."""
+        self.terminator: Sender | None = None
+        """Who has, if that is known."""
         self.goodbye = False
         """The server has said that it ends the session."""
         self.over = False

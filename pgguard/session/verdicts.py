@@ -30,6 +30,10 @@ class Kind(StrEnum):
     UNTRACKED = "untracked"
 
 
+AFTER_END: Final = "after another process had ended the session"
+"""The reason of a verdict on who uses a connection on which somebody else has said Terminate."""
+
+
 class Direction(StrEnum):
     """Which side a message came from, in PostgreSQL's words."""
 

@@ -13,7 +13,7 @@ from pgguard.attribution.runtime import Language
 from pgguard.attribution.threads import Obstacle, Waits
 from pgguard.faults.catalogue import OVERLAP as OVERLAPPING
 from pgguard.faults.conclude import AT_ONCE, HARMLESS_GOODBYES, conclude, readers
-from pgguard.session.verdicts import Kind, RequestState, Sender
+from pgguard.session.verdicts import AFTER_END, Kind, RequestState, Sender
 from tests.faults.samples import (
     FACTS,
     KERNEL,
@@ -258,15 +258,12 @@ def test_a_sleeping_thread_convicts_no_other_where_the_driver_may_overlap_or_thr
 OPENED = FACTS.opened_at
 OPENER = replace(MASTER, name="ruby")
 CHILD = process(4866, 4864, "worker", age=9)
-BEFORE_THE_FORK = CHILD.started_at - 1
-AFTER_THE_FORK = CHILD.started_at + 1
 
 GOODBYE = verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE)
 
 
-def last_asked(at: float, sender: Sender | None = None) -> tuple[RequestSeen, ...]:
-    earlier = replace(OUTSTANDING, n=40, at=OPENED, sender=None, state=RequestState.ANSWERED)
-    return earlier, replace(OUTSTANDING, at=at, sender=sender, state=RequestState.ANSWERED)
+def asked(sender: Sender | None) -> tuple[RequestSeen, ...]:
+    return (replace(OUTSTANDING, sender=sender, state=RequestState.ANSWERED),)
 
 
 STAYED = Findings(
@@ -283,56 +280,32 @@ STAYED = Findings(
 @pytest.mark.parametrize(
     ("requests", "findings"),
     [
-        pytest.param((), STAYED, id="there has been no request: nobody can have taken over"),
-        pytest.param(last_asked(BEFORE_THE_FORK), STAYED, id="the last request was made before there was a child"),
-        pytest.param(
-            last_asked(BEFORE_THE_FORK), replace(STAYED, holders=(OPENER, CHILD), departed=()), id="it is there still"
-        ),
-        pytest.param(
-            last_asked(AFTER_THE_FORK),
-            replace(STAYED, alone_until=AFTER_THE_FORK + 1),
-            id="the opener was alone after the last request",
-        ),
-        pytest.param(
-            last_asked(AFTER_THE_FORK, Sender(4864, 4864, sampled=True)), STAYED, id="the last request was the opener's"
-        ),
+        pytest.param((), STAYED, id="there has been no request"),
+        pytest.param(asked(None), STAYED, id="nobody knows who asked last"),
+        pytest.param(asked(Sender(4864, 4864, sampled=True)), STAYED, id="the opener asked last"),
+        pytest.param(asked(Sender(4866, 4866, sampled=True)), STAYED, id="the child asked last"),
+        pytest.param((), replace(STAYED, holders=(OPENER, CHILD), departed=()), id="the child is there still"),
     ],
 )
-def test_a_goodbye_of_nobody_knows_whom_is_foreign(requests: tuple[RequestSeen, ...], findings: Findings) -> None:
+def test_a_goodbye_of_nobody_knows_whom_is_foreign_whatever_has_been(
+    requests: tuple[RequestSeen, ...], findings: Findings
+) -> None:
     what = replace(GOODBYE, requests=requests)
     assert conclude(what, findings) == what
 
 
 @pytest.mark.parametrize(
-    ("requests", "findings"),
+    "findings",
     [
-        pytest.param((), replace(STAYED, opener_stays=False), id="the opener closes the connection, or may"),
-        pytest.param((), replace(STAYED, opener=None), id="the opener is not known"),
-        pytest.param((), Findings(), id="nothing is known"),
-        pytest.param(last_asked(AFTER_THE_FORK), STAYED, id="the child may have taken over"),
-        pytest.param(
-            last_asked(AFTER_THE_FORK, Sender(4866, 4866, sampled=True)), STAYED, id="the child has taken over"
-        ),
-        pytest.param(
-            last_asked(BEFORE_THE_FORK), replace(STAYED, departed=()), id="nobody else is known to have had it open"
-        ),
-        pytest.param(
-            last_asked(AFTER_THE_FORK),
-            replace(STAYED, departed=(), alone_until=AFTER_THE_FORK - 0.5),
-            id="the opener was alone only before the last request",
-        ),
-        pytest.param(
-            last_asked(AFTER_THE_FORK),
-            replace(STAYED, departed=(CHILD, process(4870, 4864, "later", age=1))),
-            id="of two children, one is older than the last request",
-        ),
-        pytest.param(
-            (), replace(STAYED, opener=replace(OPENER, name="pg_basebackup")), id="a program known to do no harm"
-        ),
+        pytest.param(replace(STAYED, opener_stays=False), id="the opener closes the connection, or may"),
+        pytest.param(replace(STAYED, opener=None), id="the opener is not known"),
+        pytest.param(Findings(), id="nothing is known"),
+        pytest.param(replace(STAYED, departed=()), id="nobody else is known to have had it open"),
+        pytest.param(replace(STAYED, opener=replace(OPENER, name="pg_basebackup")), id="a program that does no harm"),
     ],
 )
-def test_a_goodbye_that_may_be_rightful_is_no_fault(requests: tuple[RequestSeen, ...], findings: Findings) -> None:
-    assert conclude(replace(GOODBYE, requests=requests), findings) is None
+def test_a_goodbye_that_may_be_rightful_is_no_fault(findings: Findings) -> None:
+    assert conclude(GOODBYE, findings) is None
 
 
 NAMED = replace(GOODBYE, intruder=Sender(4866, 4866), requesters=(Sender(4864, 4864),))
@@ -423,31 +396,41 @@ def test_threads_that_read_without_polling_count_whatever_the_driver() -> None:
 
 def test_a_goodbye_on_a_connection_that_no_other_process_ever_had_is_not_foreign() -> None:
     """A driver may leave the socket open when it has said Terminate, and its process may sleep then."""
-    alone = replace(STAYED, holders=(OPENER,), departed=(), alone_until=AFTER_THE_FORK + 1)
+    alone = replace(STAYED, holders=(OPENER,), departed=())
     assert conclude(replace(GOODBYE, requests=()), alone) is None
 
 
-TIDY = verdict(Kind.SHARED_BY_PROCESSES, message=TERMINATE, intruder=Sender(4864), requesters=(Sender(4866),))
+# Behind the end
+
+GOES_ON = verdict(Kind.SHARED_BY_PROCESSES, AFTER_END, message=QUERY, requesters=(Sender(4864, sampled=True),))
 
 
-def test_a_launcher_may_say_goodbye_when_the_child_that_had_taken_over_has_let_go() -> None:
-    """As the driver does when the launcher exits; there is nobody left whom it could harm."""
-    assert conclude(TIDY, Findings(opener=OPENER, holders=(OPENER,))) is None
+def test_who_is_named_and_goes_on_behind_anothers_goodbye_shares_the_connection() -> None:
+    what = replace(GOES_ON, intruder=Sender(4866, 4866))
+    assert conclude(what, Findings()) == what
+    assert conclude(what, Findings(opener=replace(OPENER, name="pg_basebackup"))) is None
 
 
 @pytest.mark.parametrize(
-    ("what", "findings"),
+    ("findings", "convicts"),
     [
-        pytest.param(TIDY, Findings(opener=OPENER, holders=(OPENER, CHILD)), id="the child has it open"),
-        pytest.param(TIDY, Findings(opener=OPENER, holders=None), id="who has it open isn't known"),
+        pytest.param(Findings(opener=OPENER, holders=(CHILD,)), True, id="the opener has let go"),
+        pytest.param(Findings(opener=OPENER, departed=(CHILD,)), True, id="the other one as well, a moment ago"),
+        pytest.param(Findings(opener=OPENER, holders=(CHILD, WORKER_1)), True, id="there are two others"),
+        pytest.param(Findings(opener=OPENER, holders=(OPENER, CHILD)), False, id="it may be the opener itself"),
+        pytest.param(Findings(opener=OPENER), False, id="nobody else is known to have had it open"),
+        pytest.param(Findings(holders=(CHILD,)), False, id="the opener isn't known"),
         pytest.param(
-            replace(TIDY, open_request=True), Findings(opener=OPENER, holders=(OPENER,)), id="an answer is outstanding"
+            Findings(opener=replace(OPENER, name="pg_basebackup"), holders=(CHILD,)),
+            False,
+            id="a program that does no harm",
         ),
     ],
 )
-def test_a_launcher_that_ends_what_its_child_uses_shares_the_connection(what: Verdict, findings: Findings) -> None:
-    launcher, child = Sender(4864), Sender(4866)
-    assert conclude(what, findings) == replace(what, intruder=child, requesters=(launcher,), sender=launcher)
+def test_who_is_not_known_and_goes_on_is_another_than_the_opener_if_that_has_let_go(
+    findings: Findings, convicts: bool
+) -> None:
+    assert conclude(GOES_ON, findings) == (GOES_ON if convicts else None)
 
 
 class TestTheOpener:

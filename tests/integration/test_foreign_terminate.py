@@ -36,15 +36,6 @@ def terminating_child(request: pytest.FixtureRequest) -> list[str | Path]:
     return [sys.executable, PROGRAMS / "terminating_child.py", str(request.param)]
 
 
-def pause(transport: Transport) -> str:
-    """Seconds between the parent's last query and the fork.
-
-    Where nobody says who sent that query: If it was the child, the connection may have been handed over to it, and
-    it is its right to say goodbye; so the guard must have seen that there was no child yet.
-    """
-    return "0.3" if transport == "sampled" else "0"
-
-
 def errors(guard: GuardProcess) -> list[Fault]:
     return [fault for fault in guard.faults() if fault["severity"] == "error"]
 
@@ -53,7 +44,7 @@ def errors(guard: GuardProcess) -> list[Fault]:
 def test_the_child_is_named(
     terminating_child: list[str | Path], guard: GuardProcess, transport: Transport, tmp_path: Path
 ) -> None:
-    with running([*terminating_child, LONG_ENOUGH, pause(transport)], guard.at(transport), tmp_path) as program:
+    with running([*terminating_child, LONG_ENOUGH], guard.at(transport), tmp_path) as program:
         said = program.read()
         assert said["alive"] == 0, "the parent's connection is gone"
     guard.stop()
@@ -72,7 +63,7 @@ def test_the_child_is_named(
 def test_a_child_that_exits_at_once_does_not_go_unnoticed(
     terminating_child: list[str | Path], guard: GuardProcess, transport: Transport, tmp_path: Path
 ) -> None:
-    with running([*terminating_child, "0", pause(transport)], guard.at(transport), tmp_path) as program:
+    with running([*terminating_child, "0"], guard.at(transport), tmp_path) as program:
         said = program.read()
     guard.stop()
     [fault] = guard.faults("foreign-terminate")
@@ -89,7 +80,7 @@ def test_a_dropped_goodbye_leaves_the_parent_its_connection(
     configuration = tmp_path / "pgguard.toml"
     configuration.write_text('[kinds]\nforeign-terminate = "drop"\n')
     guard = start_guard("--config", str(configuration))
-    with running([*terminating_child, LONG_ENOUGH, pause(transport)], guard.at(transport), tmp_path) as program:
+    with running([*terminating_child, LONG_ENOUGH], guard.at(transport), tmp_path) as program:
         assert program.read()["alive"] == 1
         assert program.wait() == 0, program.log
     guard.stop()

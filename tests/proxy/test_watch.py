@@ -95,10 +95,6 @@ def is_contested(session: ProxiedSession) -> bool:
     return session.client.contested
 
 
-def alone_until(session: ProxiedSession) -> float | None:
-    return session.sightings.alone_until
-
-
 def is_parked(session: ProxiedSession) -> bool:
     return session.parked
 
@@ -453,23 +449,6 @@ async def test_an_heir_is_told_when_the_session_can_be_judged_again(
     stage.ready = True
     await trio.sleep(5)
     assert stage.kinds == [Kind.INHERITED_CONNECTION]
-
-
-async def test_when_the_opener_was_last_alone_is_remembered(
-    stage: Stage, witness: Scripted, autojump_clock: MockClock
-) -> None:
-    session = stage.session()
-    witness.holders = {PARENT: 0.0}
-    witness.complete = False
-    await trio.sleep(5)
-    assert alone_until(session) is None, "somebody may have been overlooked"
-    witness.complete = True
-    await trio.sleep(5)
-    alone = alone_until(session)
-    assert alone is not None
-    witness.holders = {CHILD: 0.0}
-    await trio.sleep(5)
-    assert session.sightings.alone_until == alone
 
 
 async def test_a_connection_whose_opener_has_ended_and_that_nobody_uses_is_leaked_once(

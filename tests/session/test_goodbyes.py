@@ -6,7 +6,7 @@ import pytest
 
 from pgguard.session.senders import Senders
 from pgguard.session.tracker import Tracker
-from pgguard.session.verdicts import Direction, Kind, RequestState, Sender
+from pgguard.session.verdicts import AFTER_END, Direction, Kind, RequestState, Sender
 from tests.session.protocol import LOGIN, Conversation, error, kinds, message, query
 
 PARENT = Sender(4866, 4866)
@@ -64,7 +64,9 @@ class TestOfANamedSender:
         [verdict] = conversation.frontend(SELECT, PARENT)
         assert verdict.kind is Kind.SHARED_BY_PROCESSES
         assert verdict.message is not None
-        assert (verdict.message.type, verdict.message.name) == (None, "bytes after the end")
+        assert (verdict.message.type, verdict.message.name) == ("Q", "Query")
+        assert verdict.reason == AFTER_END
+        assert (verdict.intruder, verdict.requesters) == (PARENT, (CHILD,))
 
     def test_while_an_answer_is_due_to_the_opener(self, conversation: Conversation) -> None:
         conversation.frontend(SELECT)
@@ -81,12 +83,13 @@ class TestOfANamedSender:
         conversation.talk("> Q < TDCZ")
         assert conversation.frontend("X", PARENT._replace(tid=9)) == []
 
-    def test_that_has_taken_over_for_good_is_its_right(self, conversation: Conversation) -> None:
-        """A launcher that connects, forks and never touches the connection again."""
+    def test_that_was_the_last_to_use_the_connection_has_not_opened_it(self, conversation: Conversation) -> None:
+        """Whether the opener has it open still, and so loses it, is for the rooms above to find out."""
         conversation.talk("> Q < TDCZ")
         assert kinds(conversation.frontend(SELECT, CHILD)) == [Kind.INHERITED_CONNECTION]
         conversation.backend("TDCZ")
-        assert conversation.frontend("X", CHILD) == []
+        [verdict] = conversation.frontend("X", CHILD)
+        assert (verdict.kind, verdict.intruder, verdict.requesters) == (Kind.FOREIGN_TERMINATE, CHILD, (PARENT,))
 
     def test_that_has_taken_turns_is_not(self, conversation: Conversation) -> None:
         conversation.talk("> Q < TDCZ")
@@ -96,13 +99,22 @@ class TestOfANamedSender:
         [verdict] = conversation.frontend("X", CHILD)
         assert (verdict.kind, verdict.intruder) == (Kind.FOREIGN_TERMINATE, CHILD)
 
-    def test_of_the_former_opener_is_a_use_out_of_turn(self, conversation: Conversation) -> None:
-        """It is the one that opened the connection, but another has taken it over meanwhile."""
+    def test_of_the_opener_is_its_right_whoever_has_used_the_connection(self, conversation: Conversation) -> None:
+        """It does harm only if somebody goes on to use it."""
         conversation.talk("> Q < TDCZ")
         conversation.frontend(SELECT, CHILD)
         conversation.backend("TDCZ")
+        assert conversation.frontend("X", PARENT) == []
+        assert conversation.tracker.terminated
+
+    def test_of_the_opener_while_an_answer_is_due_to_another_is_a_use_out_of_turn(
+        self, conversation: Conversation
+    ) -> None:
+        conversation.talk("> Q < TDCZ")
+        conversation.frontend(SELECT, CHILD)
         [verdict] = conversation.frontend("X", PARENT)
         assert (verdict.kind, verdict.requesters) == (Kind.SHARED_BY_PROCESSES, (CHILD,))
+        assert conversation.tracker.terminated
 
     def test_of_a_third_process_after_a_hand_over(self, conversation: Conversation) -> None:
         conversation.talk("> Q < TDCZ")
@@ -126,10 +138,9 @@ class TestOfANamedSender:
         assert (verdict.kind, verdict.intruder) == (Kind.FOREIGN_TERMINATE, CHILD)
         assert conversation.tracker.terminated
 
-    def test_behind_a_first_query_in_the_same_chunk_ends_what_it_has_taken_over(
-        self, conversation: Conversation
-    ) -> None:
-        assert kinds(conversation.frontend("QX", CHILD)) == [Kind.INHERITED_CONNECTION]
+    def test_behind_a_first_query_in_the_same_chunk(self, conversation: Conversation) -> None:
+        found = conversation.frontend("QX", CHILD)
+        assert kinds(found) == [Kind.INHERITED_CONNECTION, Kind.FOREIGN_TERMINATE]
         assert conversation.tracker.terminated
 
     def test_behind_a_query_out_of_turn_in_the_same_chunk(self, conversation: Conversation) -> None:
@@ -154,6 +165,91 @@ class TestOfANamedSender:
         conversation.backend(error("FATAL", "57P01"))
         assert conversation.frontend("X", CHILD) == []
         assert conversation.frontend("X", PARENT) == []
+
+
+class TestBehindTheEnd:
+    """Who uses a connection on which somebody else has said Terminate, or that the server has ended?"""
+
+    @pytest.fixture
+    def ended(self, conversation: Conversation) -> Conversation:
+        """The opener has said Terminate."""
+        assert conversation.talk("> Q < TDCZ > X") == []
+        return conversation
+
+    def test_another_process_names_both(self, ended: Conversation) -> None:
+        [verdict] = ended.frontend(SELECT, CHILD)
+        assert (verdict.kind, verdict.reason) == (Kind.SHARED_BY_PROCESSES, AFTER_END)
+        assert (verdict.intruder, verdict.requesters) == (CHILD, (PARENT,))
+        assert verdict.message is not None
+        assert (verdict.message.name, verdict.message.size) == ("Query", len(SELECT))
+        assert verdict.libpq == "server closed the connection unexpectedly"
+        assert verdict.ends
+
+    def test_another_process_is_judged_once(self, ended: Conversation) -> None:
+        assert len(ended.frontend(SELECT, CHILD)) == 1
+        assert ended.frontend(SELECT + SELECT, CHILD._replace(tid=9)) == []
+        assert len(ended.frontend(SELECT, OTHER)) == 1
+
+    def test_another_process_that_had_used_it_before(self, conversation: Conversation) -> None:
+        """The last to send, but for the end."""
+        conversation.talk("> Q < TDCZ")
+        conversation.frontend(SELECT, CHILD)
+        conversation.backend("TDCZ")
+        assert conversation.frontend("X", PARENT) == []
+        [verdict] = conversation.frontend(SELECT, CHILD)
+        assert (verdict.kind, verdict.intruder, verdict.requesters) == (Kind.SHARED_BY_PROCESSES, CHILD, (PARENT,))
+
+    @pytest.mark.parametrize("cuts", [(), (1,), (2, 4), (1, 2, 3, 4), (5,)])
+    @pytest.mark.parametrize("behind", ["", "S", "QS"])
+    def test_in_whatever_pieces_it_comes(self, ended: Conversation, cuts: tuple[int, ...], behind: str) -> None:
+        """It says Terminate as well, which is no use; what comes behind is one."""
+        data = TERMINATE + b"".join(message(code, b"\0" if code == "Q" else b"") for code in behind)
+        found = []
+        for start, stop in zip((0, *cuts), (*cuts, len(data)), strict=True):
+            found += ended.frontend(data[start:stop], CHILD)
+        assert [(one.kind, one.message and one.message.type) for one in found] == [
+            (Kind.SHARED_BY_PROCESSES, code) for code in behind[:1]
+        ]
+
+    def test_the_same_process_says_what_it_likes(self, ended: Conversation) -> None:
+        assert ended.frontend(SELECT + TERMINATE, PARENT) == []
+        assert ended.frontend(SELECT, PARENT._replace(tid=9)) == []
+
+    def test_of_an_unnamed_sender_is_asked_about(self) -> None:
+        relay = TestOfAnUnnamedSender().relay()
+        assert relay.send(TERMINATE, None) == 0
+        relay.tracker.overrule()
+        assert relay.send(TERMINATE, None) == len(TERMINATE)
+        assert relay.send(TERMINATE, None) == len(TERMINATE)
+        assert relay.send(SELECT, None) == 0
+        verdict = relay.tracker.verdict
+        assert verdict is not None
+        assert (verdict.kind, verdict.reason, verdict.intruder) == (Kind.SHARED_BY_PROCESSES, AFTER_END, None)
+        relay.tracker.overrule()
+        assert relay.send(SELECT, None) == len(SELECT), "once"
+
+    def test_of_an_unnamed_sender_is_not_asked_about_where_that_would_tell_nothing(self) -> None:
+        relay = TestOfAnUnnamedSender().relay(asks=False)
+        assert relay.send(TERMINATE, None) == len(TERMINATE)
+        assert relay.send(SELECT, None) == len(SELECT)
+
+    @pytest.mark.parametrize("goodbye", [True, False])
+    def test_of_the_servers_is_judged_as_ever(self, conversation: Conversation, goodbye: bool) -> None:
+        """Its end is nobody's fault, and whoever sends next finds out. Another process hasn't to."""
+        conversation.talk("> Q < TDCZ")
+        if goodbye:
+            conversation.backend(error("FATAL", "57P01"))
+        assert conversation.tracker.backend_eof(0) == []
+        assert conversation.frontend(SELECT, PARENT) == []
+        [verdict] = conversation.frontend(SELECT, CHILD)
+        assert (verdict.kind, verdict.intruder, verdict.ends) == (Kind.INHERITED_CONNECTION, CHILD, True)
+        [verdict] = conversation.frontend(SELECT, PARENT)
+        assert (verdict.kind, verdict.requesters, verdict.ends) == (Kind.SHARED_BY_PROCESSES, (CHILD,), True)
+
+    def test_of_the_servers_says_nothing_of_who_is_not_known(self) -> None:
+        relay = TestOfAnUnnamedSender().relay()
+        relay.tracker.backend_eof(0)
+        assert relay.send(SELECT, None) == len(SELECT)
 
 
 class TestOfAnUnnamedSender:
@@ -298,13 +394,13 @@ class TestSenders:
 
     @pytest.mark.parametrize(("turns", "strange"), [
         ([], {CHILD, OTHER}),
-        ([CHILD], {OTHER}),
+        ([CHILD], {CHILD, OTHER}),
         ([CHILD, PARENT], {CHILD, OTHER}),
         ([CHILD, PARENT, CHILD], {CHILD, OTHER}),
         ([CHILD, OTHER], {CHILD, OTHER}),
     ])  # fmt: skip
     def test_who_is_strange(self, turns: list[Sender], strange: set[Sender]) -> None:
-        """The opener never is; another process only isn't that has taken over once and for all."""
+        """The opener never is, whatever has been; and every other process is."""
         senders = Senders(PARENT)
         for sender in turns:
             assert senders.changes(sender)

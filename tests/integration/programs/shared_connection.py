@@ -120,13 +120,14 @@ def third_process() -> None:
 
 
 def handed_over() -> None:
-    """The child alone uses, and closes, what the parent opened."""
+    """The child alone uses what the parent opened, and closes it when the parent has let go."""
     connection = connect()
     child = Child(lambda: connection.execute("SELECT 1"), connection.close)
     announce(child)
     for _ in range(5):
         child.do(0)
     hold()
+    os.close(connection.pgconn.socket)
     child.do(1)
     child.end()
 

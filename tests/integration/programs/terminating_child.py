@@ -1,7 +1,7 @@
 """A parent connects with the driver that is named, and later forks a child that leaves the same ``with`` block.
 
-So the child closes the connection as well, with Terminate, after as many seconds as the second argument says, the third
-being that time. Says both processes, and whether the parent could go on.
+So the child closes the connection as well, with Terminate, after as many seconds as the second argument says. Says both
+processes, and whether the parent could go on.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from contextlib import closing
 from importlib import import_module
 
 
-def main(driver_name: str, life: float, pause: float) -> None:
+def main(driver_name: str, life: float) -> None:
     driver = import_module(driver_name)
     with closing(driver.connect("")) as connection:
         connection.autocommit = True
         cursor = connection.cursor()
         cursor.execute("SELECT 1")
-        time.sleep(pause)
         child = os.fork()
         if child == 0:
             time.sleep(life)
@@ -36,4 +35,4 @@ def main(driver_name: str, life: float, pause: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), float(sys.argv[3]))
+    main(sys.argv[1], float(sys.argv[2]))

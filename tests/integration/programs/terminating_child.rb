@@ -1,14 +1,13 @@
-# A parent connects, and some time later, as the second argument says, forks a child that never touches the connection.
-# The child exits after as many seconds as the first argument says: the finalizer of its copy of the object says goodbye to
+# A parent connects and forks a child that never touches the connection.
+# The child exits after as many seconds as the argument says: the finalizer of its copy of the object says goodbye to
 # the server, with Terminate, on the parent's connection. Says both processes, and whether the parent could go on.
 require "json"
 require "pg"
 
-life, pause = ARGV.map { Float(_1) }
+life = Float(ARGV[0])
 connection = PG.connect
 connection.exec("SELECT 1")
 
-sleep pause
 child = fork { sleep life }
 Process.wait(child)
 sleep 0.2
