@@ -12,6 +12,8 @@ from pgguard.session.verdicts import OUTSTANDING
 SQLSTATE: Final = "08P01"
 """protocol_violation: PostgreSQL documentation, appendix A."""
 
+_CLOSING: Final = "terminating connection"
+"""PostgreSQL's own words, by which SQLAlchemy knows in psycopg2's errors that a connection is of no more use."""
 _SQL_LENGTH: Final = 200
 _REQUESTS: Final = 3
 
@@ -47,7 +49,7 @@ def rejection(fault: Fault) -> Rejection:
     cancelled = " and its query cancelled" if outstanding else ""
     told.append(f"The session was closed{cancelled} (pgguard fault {fault.id}).")
     return Rejection(
-        message=f"pgguard: {fault.summary}",
+        message=f"pgguard: {_CLOSING}: {fault.summary}",
         detail=printable(" ".join(told)),
         hint=f"{fault.advice.title}. {fault.advice.text}",
     )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.addresses import Address
     from pgguard.proxy.kernel_senders import TcpAccount
     from pgguard.proxy.unread import Leftover
+    from pgguard.session.farewell import Farewell
     from pgguard.session.tracker import Tracker
 
 
@@ -150,6 +151,10 @@ class ProxiedSession:
         """Out of the sweep until a ruling has been made."""
         self.draining = False
         """The server's side is over; what the client still sends is thrown away until it ends too."""
+        self.farewell: Farewell | None = None
+        """What a client that was rejected is told again, if it asks for something before its stream ends."""
+        self.heard = False
+        """That client has sent something lately."""
         self.client_gone = False
         """The client can be neither read nor written any more."""
         self.done = trio.Event()

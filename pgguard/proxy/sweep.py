@@ -26,6 +26,7 @@ import trio
 from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
 from pgguard.faults.policy import Action
 from pgguard.proxy.unread import ReadingAlarm
+from pgguard.session.farewell import Farewell, asks, farewell
 from pgguard.session.verdicts import Sender
 from pgguard.wire.fields import build_error_response
 from pgguard.wire.messages import HEADER_SIZE, LOOK_LIMIT
@@ -59,6 +60,11 @@ _HEALTH_CHECK: Final = 1.0
 _TRACKER_FAILED: Final = "the tracker failed; the guard's log says how"
 _LAST_WORDS: Final = 2.0
 """Seconds to reach the end of the message that a rejected client is just being sent."""
+
+_SILENCE: Final = 0.25
+"""Seconds after which a rejected client that says nothing has nothing more to clean up."""
+_HEARING: Final = 5.0
+"""Seconds for which it may go on to send."""
 
 _REQUESTS: Final = frozenset(b"QFPBDECS")
 """The messages of a client that are answered, by their types."""
@@ -367,7 +373,11 @@ class Sweep:
             end.swallow -= swallowed
             begin += swallowed
         peer = end.peer
-        if begin == stop or peer.broken or (end.is_client and end.session.draining):
+        if begin == stop or peer.broken:
+            return
+        if end.is_client and end.session.draining:
+            if end.session.farewell is not None:
+                self._hear(end.session, end.session.farewell, self._view[begin:stop])
             return
         if peer.outgoing:
             peer.outgoing += self._view[begin:stop]
@@ -473,6 +483,8 @@ class Sweep:
         if session.client_gone or (session.client.eof and session.server.eof):
             self._finish(session)
             return
+        if session.farewell is not None:
+            return  # it may ask for something more
         try:
             end.sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -514,6 +526,29 @@ class Sweep:
         server.outgoing.clear()
         self._arm(session.client)
         self._flush(session.client)
+
+    def _hear(self, session: ProxiedSession, farewell: Farewell, data: memoryview) -> None:
+        """Take note of what a client says that was rejected, and tell it again if it asks for something."""
+        session.heard = True
+        if asks(data):
+            session.farewell = farewell.repeated()
+            session.client.outgoing += farewell.words
+            self._arm(session.client)
+            self._flush(session.client)
+
+    async def _hear_out(self, session: ProxiedSession) -> None:
+        """Let a client that was rejected come to the end of what it sends and cleans up, and end its stream then."""
+        with trio.move_on_after(_HEARING):
+            while session.farewell is not None and not session.done.is_set():
+                session.heard = False
+                with trio.move_on_after(_SILENCE):
+                    await session.done.wait()
+                if not session.heard:
+                    break
+        if session.farewell is not None and not session.done.is_set():
+            session.farewell = None
+            if not session.client.outgoing:
+                self._pass_end_on(session.client)
 
     async def _linger(self, session: ProxiedSession) -> None:
         """Let a client that has been sent everything close its side.
@@ -654,9 +689,22 @@ class Sweep:
         if session.done.is_set():
             return
         if finished and ruling.response is not None:
-            session.client.outgoing += ruling.response
+            last = self._farewell(session, ruling.response)
+            session.client.outgoing += last.words
+            if last.again:
+                session.farewell = last
+                self._start(session, self._hear_out, session)
         session.parked = False
         self.end_server_side(session)
+
+    @staticmethod
+    def _farewell(session: ProxiedSession, error: bytes) -> Farewell:
+        """What a rejected client is sent last, in the form that fits what it waits for."""
+        tracker, held = session.tracker, session.client.held
+        if tracker is None:
+            return Farewell(error)
+        asked = chr(held[0]) if held and not tracker.frontend_rest else None
+        return farewell(tracker, error, asked)
 
     async def _finish_message(self, session: ProxiedSession) -> bool:
         """Bring the client to the end of the message that it is being sent, so that another can follow.

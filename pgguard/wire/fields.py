@@ -1,6 +1,6 @@
 """The bodies of ErrorResponse and ParameterStatus, read and, where needed, built.
 
-Source: "Error and Notice Message Fields" (protocol-error-fields) in the PostgreSQL documentation.
+Source: "Error and Notice Message Fields" (protocol-error-fields) and "Message Formats" in the PostgreSQL documentation.
 """
 
 from __future__ import annotations
@@ -76,3 +76,8 @@ def build_error_response(
         for code, text in fields
     )
     return b"E" + _INT32.pack(len(body) + 5) + body + b"\0"
+
+
+def build_ready_for_query(status: str) -> bytes:
+    """Build a ReadyForQuery message whose transaction status is ``status``: ``I``, ``T`` or ``E``."""
+    return b"Z\0\0\0\x05" + status.encode()

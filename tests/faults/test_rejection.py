@@ -19,7 +19,8 @@ from tests.faults.samples import KERNEL, MASTER, OUTSTANDING, OVERLAP, WORKER_0,
 def test_a_client_is_told_what_happened_who_did_it_and_what_to_change() -> None:
     told = rejection(fault(action=Action.REJECTED))
     assert told.message == (
-        "pgguard: pid 4867 (puma: cluster worker 1) sent Query while the answer to pid 4866 was outstanding"
+        "pgguard: terminating connection: pid 4867 (puma: cluster worker 1) sent Query "
+        "while the answer to pid 4866 was outstanding"
     )
     assert told.detail == (
         "This is shared-by-processes: two processes use one connection. "
@@ -66,7 +67,7 @@ def test_every_kind_can_be_put_into_words(kind: Kind) -> None:
         (
             verdict(Kind.FOREIGN_TERMINATE, intruder=Sender(4867)),
             KERNEL,
-            "pgguard: pid 4867 (puma: cluster worker 1) sent Terminate on the connection that pid 4864",
+            "pgguard: terminating connection: pid 4867 (puma: cluster worker 1) sent Terminate on the connection",
             "This is foreign-terminate: a process ended a connection that another one has open.",
         ),
         (
@@ -77,19 +78,19 @@ def test_every_kind_can_be_put_into_words(kind: Kind) -> None:
                 requesters=(Sender(4866, 1, sampled=True),),
             ),
             KERNEL,
-            f"pgguard: threads 2 and 1 of pid 4866 (puma: cluster worker 0) {AT_ONCE}",
+            f"pgguard: terminating connection: threads 2 and 1 of pid 4866 (puma: cluster worker 0) {AT_ONCE}",
             "pid 4866 (puma: cluster worker 0) used this connection before.",
         ),
         (
             verdict(Kind.LEAKED_CONNECTION, "the connection has outlived the process that opened it"),
             replace(KERNEL, holders=(WORKER_0,)),
-            "pgguard: the connection has outlived pid 4864",
+            "pgguard: terminating connection: the connection has outlived pid 4864",
             "pid 4866 (puma: cluster worker 0) has it open as well.",
         ),
         (
             verdict(Kind.IDLE_IN_TRANSACTION, "has left a transaction idle for more than 60 s"),
             replace(KERNEL, holders=(MASTER,)),
-            "pgguard: pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) has left a transaction idle",
+            "pgguard: terminating connection: pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) has left",
             "This is idle-in-transaction: a transaction sits idle.",
         ),
     ],
@@ -105,4 +106,4 @@ def test_each_kind_says_who_and_what_in_the_message(
 
 def test_a_client_known_by_its_own_account_alone_is_not_told_to_itself() -> None:
     told = rejection(fault(verdict(Kind.IDLE_IN_TRANSACTION, "sits"), Findings(declared={"application_name": "app"})))
-    assert told.message == "pgguard: the client sits"
+    assert told.message == "pgguard: terminating connection: the client sits"

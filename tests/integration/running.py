@@ -12,7 +12,7 @@ import subprocess
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -82,12 +82,12 @@ class Program:
         """What it has written to standard error so far."""
         return self._log.read_text(errors="replace")
 
-    def read(self) -> dict[str, int]:
+    def read(self) -> dict[str, Any]:
         """Read the next line of its standard output, a JSON object; fail if it says nothing more."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, f"it ended early:\n{self.log}"
-        said: dict[str, int] = json.loads(line)
+        said: dict[str, Any] = json.loads(line)
         return said
 
     def go_on(self) -> None:

@@ -51,7 +51,7 @@ def _stuffed(server: Server, backend: int) -> bool:
 def _asks_and_waits(server: Server, program: Program) -> int:
     backend = program.read()["backend"]
     _until(lambda: _stuffed(server, backend), f"backend {backend} never filled the buffers")
-    return backend
+    return int(backend)
 
 
 def _assert_it_was_the_servers(guard: GuardProcess, program: Program, fault: Fault) -> None:

@@ -51,6 +51,7 @@ SECRET = b"key!"
 LOGGED_IN = message("R", bytes(4)) + message("K", struct.pack("!I", BACKEND_PID) + SECRET) + message("Z", b"I")
 
 READY = message("Z", b"I")
+FAILED = message("Z", b"E")
 COLUMNS = message("T", struct.pack("!H", 1) + b"x\0" + struct.pack("!IHIhih", 0, 0, 25, -1, -1, 0))
 
 

@@ -13,6 +13,7 @@ from tests.proxy.messages import (
     ANSWER,
     BACKEND_PID,
     COLUMNS,
+    FAILED,
     ONE_ROW,
     READY,
     SECRET,
@@ -102,7 +103,7 @@ async def test_reject_tells_the_client_and_closes_both_connections(backend: Fake
         assert error.fields["S"] == error.fields["V"] == "FATAL"
         assert error.fields["C"] == "08P01"
         assert {"M", "D", "H"} <= error.fields.keys()
-        assert await client.rest() == b""
+        assert await client.rest() == READY
         assert await server.rest() == b""
         await client.close()
         await house.empty()
@@ -122,7 +123,60 @@ async def test_a_rejected_request_never_reaches_the_server_and_what_runs_there_i
         canceller = await backend.accept()
         assert await canceller.packet() == cancel_request(BACKEND_PID, SECRET)
         await canceller.close()
+        assert await client.rest() == FAILED
+
+
+async def test_the_driver_of_a_rejected_client_may_clean_up_and_is_told_again(backend: FakeBackend) -> None:
+    """Or its user would see that the clean-up has failed, and nothing else: a transaction's, and then a pool's."""
+    async with running(backend, kinds={"request-while-busy": "reject"}) as house:
+        client, server = await house.session()
+        await client.send(query("select pg_sleep(60)"))
+        await server.expect(query("select pg_sleep(60)"))
+        await client.send(query("select 1"))
+        error = await client.message()
+        await client.expect(FAILED)
+        await client.send(query("rollback"))
+        assert await client.message() == error
+        await client.expect(FAILED)
+        await client.send(message("P", b"\0reset all\0\0\0") + message("S"))
+        assert await client.message() == error
+        assert await client.rest() == FAILED
+        assert await server.rest() == b""
+        await client.close()
+        await house.empty()
+        assert house.kinds == ["request-while-busy"]
+
+
+async def test_the_stream_of_a_rejected_client_does_not_end_while_it_is_sending(backend: FakeBackend) -> None:
+    """What libpq is told in a COPY it reads at the end, and not even then if it could not send so far."""
+    async with running(backend, mode="reject") as house:
+        client, server = await house.session()
+        await client.send(query("copy x from stdin"))
+        await server.expect(query("copy x from stdin"))
+        await server.send(message("G", bytes(3)))
+        await client.expect(message("G", bytes(3)))
+        await client.send(message("p", b"out of place\0"))
+        assert (await client.message()).fields["C"] == "08P01"
+        await client.expect(FAILED)
+        with trio.move_on_after(0.6):  # longer than it waits for one that is silent
+            while True:
+                await client.send(message("d", b"1\n"))
+                await client.nothing(0.02)
         assert await client.rest() == b""
+        await client.close()
+        await house.empty()
+
+
+async def test_a_warning_rejects_nobody(backend: FakeBackend) -> None:
+    async with running(backend, mode="reject", idle_in_transaction=0.05) as house:
+        client, server = await house.session()
+        await client.send(query("begin"))
+        await server.expect(query("begin"))
+        await server.send(message("C", b"BEGIN\0") + message("Z", b"T"))
+        await house.recorded("idle-in-transaction")
+        await client.send(query("commit"))
+        await server.expect(query("commit"))
+        assert [fault.action for fault in house.faults] == ["logged"]
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
@@ -134,8 +188,9 @@ async def test_what_a_rejected_client_goes_on_sending_is_thrown_away(backend: Fa
         await server.expect(query("select pg_sleep(60)"))
         await client.send(query("x" * size))
         assert (await client.message()).fields["C"] == "08P01"
+        await client.expect(FAILED)
         for _ in range(3):
-            await client.send(query("x" * size))
+            await client.send(message("d", b"x" * size))
         await client.send(TERMINATE)
         assert await server.rest() == b""
         assert await client.rest() == b""
@@ -160,7 +215,7 @@ async def test_a_rejection_waits_for_the_end_of_the_message_that_the_client_is_b
             nursery.start_soon(server.send, large[1_000_000:] + SELECTED + READY)
             await client.expect(large[1_000_000:])
             assert (await client.message()).fields["C"] == "08P01"
-            assert await client.rest() == b""
+            assert await client.rest() == FAILED
             nursery.cancel_scope.cancel()
 
 

@@ -760,7 +760,7 @@ async def test_an_idle_transaction_can_be_rejected(backend: FakeBackend) -> None
         error = (await client.message()).fields
         assert (error["S"], error["C"]) == ("FATAL", "08P01")
         assert "has left a transaction idle for more than 0.05 s" in error["M"]
-        assert await client.rest() == b""
+        assert await client.rest() == IDLE
         assert await server.rest() == b""
         await client.close()
         await house.empty()
@@ -791,7 +791,7 @@ async def test_an_accused_session_is_rejected_if_the_configuration_says_so(backe
         assert error["C"] == "08P01"
         assert error["D"].startswith("This is inherited-connection")
         assert await server.rest() == b""
-        assert await client.rest() == b""
+        assert await client.rest() == IDLE
         await client.close()
         await house.empty()
         assert [str(fault.action) for fault in house.faults] == ["rejected"]
