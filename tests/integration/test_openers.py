@@ -12,6 +12,7 @@ from tests.integration.running import PROGRAMS, named, named_transport, running
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.conftest import StartGuard
     from tests.guard_process import GuardProcess
     from tests.servers import Transport
 
@@ -39,12 +40,15 @@ def test_of_thirty_forks_right_after_connecting_every_opener_is_known(
 
 
 @named_transport
+@pytest.mark.parametrize(("mode", "action"), [("log", "logged"), ("reject", "rejected")])
 def test_of_thirty_goodbyes_right_after_connecting_every_one_is_foreign(
-    guard: GuardProcess, transport: Transport, tmp_path: Path
+    mode: str, action: str, start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
+    guard = start_guard("--mode", mode)
     command = (sys.executable, PROGRAMS / "forks_at_once.py", str(TIMES), "terminate")
     with running(command, guard.at(transport), tmp_path) as program:
         said = program.read()
         faults = guard.wait_for("foreign-terminate", count=TIMES)
     assert named(faults, "intruder") == set(cast("list[int]", said["children"]))
     assert named(faults, "owner") == {said["parent"]}
+    assert [fault["action"] for fault in faults] == [action] * TIMES
