@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.judge import Judge, Ruling
     from pgguard.proxy.kernel_senders import KernelSenders
     from pgguard.proxy.session import End, ProxiedSession
-    from pgguard.proxy.unread import Leftover, UnreadWatch
+    from pgguard.proxy.unread import UnreadWatch
     from pgguard.session.verdicts import Verdict
 
 _CHUNK: Final = 128 * 1024
@@ -282,21 +282,22 @@ class Sweep:
             return False
         if not self._unread.is_suspect(session, self._buffer[begin]):
             return False
-        if leftover.is_certain:
+        certain = self._unread.is_untouched(session)
+        if certain:
             header = bytes(self._view[begin : begin + HEADER_SIZE])
             verdict = self._unread.sent_on_top(session, tracker, header)
             if self._judge.is_repeat(session, verdict, now):
                 return False
         end.held = bytes(self._view[begin : begin + size])
         self._park(session)
-        self._start(session, self._weigh, end, leftover)
+        self._start(session, self._weigh, end, certain)
         return True
 
-    async def _weigh(self, end: End, leftover: Leftover) -> None:
+    async def _weigh(self, end: End, certain: bool) -> None:
         """Find out whether the request that is held back was sent on top of the last answer, and go on with it."""
         session = end.session
         self.hurry()
-        if leftover.is_certain or await self._unread.is_still_unread(session):
+        if certain or await self._unread.is_still_unread(session):
             tracker = session.tracker
             if session.done.is_set() or tracker is None:
                 return

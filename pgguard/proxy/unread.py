@@ -20,7 +20,7 @@ behind it, and take the old answer for the new one.
 
 - Over a Unix socket the guard's end is written to be told when the client reads: see :class:`ReadingAlarm`. So it is
   certain, for answers that had been found unread before, some tens of milliseconds after their end.
-- Over TCP the queue is looked at once more, before the request is forwarded. What is still there wasn't read. A client
+- Otherwise the queue is looked at once more, before the request is forwarded. What is still there wasn't read. A client
   that reads at once isn't convicted: it can't be told from one that has read before.
 """
 
@@ -133,11 +133,6 @@ class Leftover:
     alarm: ReadingAlarm | None = None
     undisturbed: int | None = None
     """How often the alarm had gone off when the answer was last seen to lie unread."""
-
-    @property
-    def is_certain(self) -> bool:
-        """Whether it is known without a look that the client hasn't read."""
-        return self.alarm is not None
 
     @property
     def is_untouched(self) -> bool:
@@ -313,8 +308,6 @@ class UnreadWatch:
         last = tracker.last_request
         if leftover.requests != tracker.requests or last is None or not _is_wanted(tracker):
             return False
-        if leftover.alarm is not None and not (leftover.is_untouched and tracker.position == tracker.answer_ended):
-            return False  # of what the kernel holds in one piece it doesn't tell that part has been read
         sender, before = session.client.sender, last.sender
         if sender is not None and before is not None and sender.pid != before.pid:
             return False  # they share the connection, which is worse
@@ -323,6 +316,15 @@ class UnreadWatch:
             return False
         # In its pipeline mode libpq sends extended queries on top of each other's answers, and nothing else.
         return driver is not Driver.LIBPQ or bool(_SIMPLE & {chr(code), last.messages[0]})
+
+    @staticmethod
+    def is_untouched(session: ProxiedSession) -> bool:
+        """Whether the client of a suspect session certainly hadn't read when it sent: it needs no look then."""
+        tracker, leftover = session.tracker, session.leftover
+        if tracker is None or leftover is None or not leftover.is_untouched:
+            return False
+        # Of what the kernel holds in one piece it doesn't tell that part has been read.
+        return tracker.position == tracker.answer_ended
 
     async def is_still_unread(self, session: ProxiedSession) -> bool:
         """Look whether part of the last answer lies unread still, now that the next request has been sent."""
