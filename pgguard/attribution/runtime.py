@@ -46,6 +46,7 @@ class Server(StrEnum):
     PHP_FPM = "PHP-FPM"
     PUMA = "Puma"
     RESQUE = "Resque"
+    RQ = "RQ"
     SIDEKIQ = "Sidekiq"
     UNICORN = "Unicorn"
     UWSGI = "uWSGI"
@@ -164,6 +165,8 @@ SIGNS = (
     _Sign(_Place.CMDLINE, _script("gunicorn"), Server.GUNICORN, "its title without", Language.PYTHON),
     _Sign(_Place.CMDLINE, _title(r"\[celeryd: "), Server.CELERY, "its title, with setproctitle", Language.PYTHON),
     _Sign(_Place.CMDLINE, _script("celery"), Server.CELERY, "its title without", Language.PYTHON),
+    _Sign(_Place.CMDLINE, _title("rq:worker:"), Server.RQ, "its title, with setproctitle", Language.PYTHON),
+    _Sign(_Place.CMDLINE, _script(r"rq(\.cli)?"), Server.RQ, "its title without", Language.PYTHON),
     _Sign(
         _Place.CMDLINE,
         re.compile(r" --multiprocessing-fork( |$)|^\S+ (?:-\S+ )*-c from multiprocessing\.forkserver import main;"),

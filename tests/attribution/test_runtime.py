@@ -85,11 +85,12 @@ def test_a_ruby_server_is_known_by_the_title_that_it_gives_itself(title: str, se
         (["gunicorn", "app:app"], Server.GUNICORN),
         (["-u", "./celery", "-A", "app", "worker"], Server.CELERY),
         (["-m", "celery", "worker"], Server.CELERY),
+        (["./rq", "worker", "-c", "settings"], Server.RQ),
         (["app.py", "celery"], None),
     ],
 )
 def test_a_python_server_is_known_by_its_script(arguments: list[str], server: Server | None, tmp_path: Path) -> None:
-    for name in "gunicorn", "celery", "celery.py", "app.py":
+    for name in "gunicorn", "celery", "celery.py", "app.py", "rq":
         (tmp_path / name).write_text(_PYTHON)
     with _running(sys.executable, *arguments, cwd=tmp_path) as pid:
         assert runtime_of(pid) == Runtime(Language.PYTHON, server)
@@ -97,7 +98,11 @@ def test_a_python_server_is_known_by_its_script(arguments: list[str], server: Se
 
 @pytest.mark.parametrize(
     ("title", "server"),
-    [("gunicorn: worker [app]", Server.GUNICORN), ("[celeryd: celery@host:MainProcess]", Server.CELERY)],
+    [
+        ("gunicorn: worker [app]", Server.GUNICORN),
+        ("[celeryd: celery@host:MainProcess]", Server.CELERY),
+        ("rq:worker:f00: Listening on default", Server.RQ),
+    ],
 )
 def test_a_python_server_is_known_by_its_title(title: str, server: Server) -> None:
     with _running(title, "-c", _PYTHON, executable=sys.executable) as pid:

@@ -51,7 +51,7 @@ def test_without_knowledge_the_advice_is_the_catalogues(kind: Kind) -> None:
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: f"{hook.language}-{hook.server}-{hook.side.name}")
 def test_each_hook_is_what_a_library_of_its_side_gets(hook: Hook) -> None:
     for call in CALLS:
-        if call.language is hook.language and call.side is hook.side:
+        if call.language is hook.language and call.side is hook.side and call.only:
             advice = advice_for(SHARED, [runtime(hook.language, hook.server, call.library)])
             assert advice.text.startswith(hook.text)
             assert call.text in advice.text
@@ -65,6 +65,7 @@ def test_each_hook_is_what_a_library_of_its_side_gets(hook: Hook) -> None:
 def test_each_call_is_what_a_process_with_its_library_gets(call: Call, kind: Kind) -> None:
     advice = advice_for(kind, [runtime(call.language, None, call.library)])
     assert call.text in advice.text
+    assert call.code in code(advice) or len(call.code.splitlines()) > 1
     if call.elsewhere is not None:
         assert code(advice).endswith(call.elsewhere)
 
@@ -146,8 +147,36 @@ def test_where_no_library_shows_the_ruby_code_calls_those_that_are_there() -> No
         "  Hanami.shutdown if defined?(Hanami)",
         "  Sequel::DATABASES.each(&:disconnect) if defined?(Sequel)",
         "  ActiveRecord::Base.connection_pool.disconnect! if defined?(ActiveRecord::Base)",
+        "  $connection.close if $connection && !$connection.finished?",
+        "end",
+        "",
+        "on_worker_boot do # before_worker_boot from Puma 7 on",
+        '  $connection = PG.connect(ENV.fetch("DATABASE_URL")) if $connection',
         "end",
     ]
+
+
+@pytest.mark.parametrize("server", [Server.PUMA, Server.UNICORN, Server.PASSENGER, Server.RESQUE, None])
+def test_a_bare_connection_in_ruby_is_closed_before_the_fork_and_made_anew_after_it(server: Server | None) -> None:
+    """The gem alone shows, as Sequel in plain Ruby doesn't: so what owns the connection is found out at run time."""
+    lines = code(advice_for(SHARED, [runtime(Language.RUBY, server, Library.PG)])).splitlines()
+    closes, connects = (
+        next(n for n, line in enumerate(lines) if text in line) for text in ("$connection.close", "PG.connect")
+    )
+    assert closes < connects
+    assert any("Sequel::DATABASES" in line for line in lines)
+
+
+@pytest.mark.parametrize("server", [Server.CELERY, Server.RQ, Server.MULTIPROCESSING, None])
+@pytest.mark.parametrize("call", [call for call in CALLS if call.language is Language.PYTHON], ids=lambda c: c.library)
+def test_where_children_leave_through_os_exit_the_code_says_what_closes_what_they_open(
+    server: Server | None, call: Call
+) -> None:
+    advice = advice_for(SHARED, [runtime(Language.PYTHON, server, call.library)])
+    assert call.closing is not None
+    for line in call.closing.splitlines():
+        assert line in code(advice)
+    assert "os._exit" in advice.text
 
 
 def test_where_no_library_shows_the_python_code_offers_those_of_the_language() -> None:

@@ -19,7 +19,7 @@ import pytest
 from tests.servers import not_installed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tests.guard_process import Fault
     from tests.servers import Address
@@ -104,6 +104,9 @@ class Program:
             time.sleep(0.02)
         return found
 
+    def send_signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         """End it without giving it a chance to say anything."""
         self._process.kill()
@@ -115,14 +118,30 @@ class Program:
 
 @contextmanager
 def running(
-    command: Sequence[str | Path], address: Address, directory: Path, name: str = "program"
+    command: Sequence[str | Path],
+    address: Address,
+    directory: Path,
+    name: str = "program",
+    *,
+    cwd: Path | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> Iterator[Program]:
-    """Run a program, and end it with all the processes of its group; its log is kept in the directory."""
+    """Run a program, and end it with all the processes of its group.
+
+    Args:
+        command: what to run.
+        address: where it connects to, in its environment.
+        directory: where its log is kept.
+        name: of the log.
+        cwd: its working directory, if not the tests' own.
+        environ: more of its environment.
+    """
     log = directory / f"{name}.log"
     with log.open("w") as stderr:
         process = subprocess.Popen(
             command,
-            env=address.environ(),
+            cwd=cwd,
+            env=address.environ() | dict(environ or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

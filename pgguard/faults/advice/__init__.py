@@ -31,7 +31,7 @@ _CONSTANT: Final = re.compile(r"[A-Z]\w*(?:::[A-Z][a-z]\w*)?")
 """What a line of Ruby calls something of: a module or class, but not a constant like DATABASES within it."""
 
 _ANY_CALL: Final = {
-    Side.PARENT: "disconnect whatever may have connected by then; it connects anew when needed.",
+    Side.PARENT: "disconnect whatever may have connected by then; a pool connects anew when needed.",
     Side.CHILD: "connect anew, and forget what was connected before without closing it.",
 }
 
@@ -114,40 +114,71 @@ def _about_fork(runtime: Runtime, kind: Kind) -> Advice | None:
     hooks = [hook for hook in hooks if hook.server is runtime.server] or [hook for hook in hooks if hook.server is None]
     calls = [call for call in CALLS if call.language is runtime.language]
     for call in calls:
-        if call.library not in runtime.libraries:
+        if call.library not in runtime.libraries or not call.only:
             continue
         if (hook := next((hook for hook in hooks if hook.side is call.side), None)) is not None:
-            return _composed(hook, call.text, call.code, call.sources, call.elsewhere)
+            return _composed(hook, call)
     if (answer := _answer(runtime, kind)) is not None or not hooks:
         return answer
-    others = [call for call in calls if call.side is hooks[0].side]
-    sources = tuple(call.sources[0] for call in others)
-    return _composed(hooks[0], _ANY_CALL[hooks[0].side], _alternatives(others, hooks[0].language), sources)
+    return _composed(hooks[0], _any_of([call for call in calls if call.side is hooks[0].side]))
 
 
-def _alternatives(calls: Sequence[Call], language: Language) -> str:
-    """All calls: those that apply run in Ruby, which can tell; elsewhere they are comments to choose from."""
+def _any_of(calls: Sequence[Call]) -> Call:
+    """What to do where it isn't known which library it is: what any of them needs."""
+    first = calls[0]
+    text = " ".join([_ANY_CALL[first.side], *(call.text for call in calls if not call.only)])
+    return first._replace(
+        text=text,
+        code=_alternatives([(call.code, call.library) for call in calls], first.language),
+        sources=tuple(call.sources[0] for call in calls),
+        elsewhere=None,
+        closing=_alternatives([(call.closing, call.library) for call in calls if call.closing], first.language) or None,
+        anew="\n".join(call.anew for call in calls if call.anew) or None,
+    )
+
+
+def _alternatives(calls: Sequence[tuple[str, str]], language: Language) -> str:
+    """All calls: those that apply run in Ruby and PHP, which can tell; elsewhere they are comments to choose from.
+
+    Args:
+        calls: the code of each, and whose it is.
+        language: theirs.
+    """
     users: dict[str, list[str]] = {}
-    for call in calls:
-        *_, line = call.code.splitlines()
-        users.setdefault(line, []).append(call.library)
+    for code, library in calls:
+        *_, line = code.splitlines()
+        users.setdefault(line, []).append(library)
+    if not users:
+        return ""
     if language is Language.RUBY:
-        return "\n".join(f"{line} if defined?({_CONSTANT.findall(line)[0]})" for line in users)
-    comment = "//" if language is Language.PHP else "#"
+        return "\n".join(
+            line if " if " in line else f"{line} if defined?({_CONSTANT.findall(line)[0]})" for line in users
+        )
+    if language is Language.PHP:
+        return "\n".join(users)
     width = max(map(len, users))
-    lines = [f"{comment} {line:{width}}  {comment} {', '.join(libraries)}" for line, libraries in users.items()]
+    lines = [f"# {line:{width}}  # {', '.join(libraries)}" for line, libraries in users.items()]
     # A Python function needs a statement.
     return "\n".join([*lines, "pass"] if language is Language.PYTHON else lines)
 
 
-def _composed(hook: Hook, text: str, calls: str, sources: tuple[str, ...], elsewhere: str | None = None) -> Advice:
-    def indented(match: re.Match[str]) -> str:
-        return "\n".join(f"{match[1]}{line}".rstrip() for line in calls.splitlines())
-
-    code = re.sub(r"^( *)\{calls\}", indented, hook.code, flags=re.MULTILINE)
+def _composed(hook: Hook, call: Call) -> Advice:
+    template = hook.code if call.anew is None or hook.anew is None else hook.anew
+    code = template
+    for name, lines in (("calls", call.code), ("closing", call.closing), ("anew", call.anew)):
+        code = _filled(code, name, lines or "pass")
     return Advice(
         "Close the pool before forking" if hook.side is Side.PARENT else "Connect anew after forking",
-        f"{hook.text}, {text}",
-        code if elsewhere is None else f"{code}\n\n{elsewhere}",
-        tuple(dict.fromkeys((*hook.sources, *sources))),
+        f"{hook.text}, {call.text}",
+        code if call.elsewhere is None else f"{code}\n\n{call.elsewhere}",
+        tuple(dict.fromkeys((*hook.sources, *call.sources))),
     )
+
+
+def _filled(code: str, name: str, lines: str) -> str:
+    """Put lines in the place of that name, as far indented as it is."""
+
+    def indented(match: re.Match[str]) -> str:
+        return "\n".join(f"{match[1]}{line}".rstrip() for line in lines.splitlines())
+
+    return re.sub(rf"^( *)\{{{name}\}}", indented, code, flags=re.MULTILINE)

@@ -36,6 +36,18 @@ HOOKS: Final = (
             """
         ),
         ("https://github.com/puma/puma#cluster-mode-hooks",),
+        code(
+            """
+            # config/puma.rb
+            before_fork do
+              {calls}
+            end
+
+            on_worker_boot do # before_worker_boot from Puma 7 on
+              {anew}
+            end
+            """
+        ),
     ),
     Hook(
         Language.RUBY,
@@ -52,6 +64,18 @@ HOOKS: Final = (
             """
         ),
         ("https://yhbt.net/unicorn/Unicorn/Configurator.html",),
+        code(
+            """
+            # config/unicorn.rb
+            before_fork do |_server, _worker|
+              {calls}
+            end
+
+            after_fork do |_server, _worker|
+              {anew}
+            end
+            """
+        ),
     ),
     Hook(
         Language.RUBY,
@@ -67,6 +91,17 @@ HOOKS: Final = (
             """
         ),
         ("https://www.phusionpassenger.com/library/indepth/ruby/spawn_methods/", SEQUEL_FORK),
+        code(
+            """
+            # config.ru, at its end
+            {calls}
+            if defined?(PhusionPassenger)
+              PhusionPassenger.on_event(:starting_worker_process) do |_forked|
+                {anew}
+              end
+            end
+            """
+        ),
     ),
     Hook(
         Language.RUBY,
@@ -96,6 +131,18 @@ HOOKS: Final = (
             """
         ),
         ("https://github.com/resque/resque/blob/master/docs/HOOKS.md",),
+        code(
+            """
+            # config/initializers/resque.rb
+            Resque.before_fork do |_job|
+              {calls}
+            end
+
+            Resque.after_fork do |_job|
+              {anew}
+            end
+            """
+        ),
     ),
     Hook(
         Language.RUBY,
@@ -110,6 +157,17 @@ HOOKS: Final = (
             """
         ),
         (RUBY_PROCESS,),
+        code(
+            """
+            # where the application forks: fork.rb
+            {calls}
+            pid = fork do
+              {anew}
+              work
+            end
+            {anew}
+            """
+        ),
     ),
     Hook(
         Language.PYTHON,
@@ -181,46 +239,116 @@ HOOKS: Final = (
         Language.PYTHON,
         Server.CELERY,
         Side.CHILD,
-        "Celery's prefork pool forks the worker after it has loaded the application. In a handler of the signal "
-        "worker_process_init, which runs in each child",
+        "Celery's prefork pool forks the worker after it has loaded the application, and its children leave through "
+        "os._exit, so that each has to close what it opens itself (worker_process_shutdown). In a handler of the "
+        "signal worker_process_init, which runs in each child",
         code(
             """
-            # celery.py, beside the application
-            from celery.signals import worker_process_init
+            # beside the Celery application: tasks.py
+            from celery.signals import worker_process_init, worker_process_shutdown
 
 
             @worker_process_init.connect
             def reconnect(**kwargs):
                 {calls}
+
+
+            @worker_process_shutdown.connect
+            def close(**kwargs):
+                {closing}
             """
         ),
-        ("https://docs.celeryq.dev/en/stable/userguide/signals.html#worker-process-init",),
+        (
+            "https://docs.celeryq.dev/en/stable/userguide/signals.html#worker-process-init",
+            "https://docs.celeryq.dev/en/stable/userguide/signals.html#worker-process-shutdown",
+        ),
     ),
     Hook(
         Language.PYTHON,
         Server.CELERY,
         Side.PARENT,
-        "Celery's prefork pool forks the worker after it has loaded the application. In a handler of the signal "
-        "worker_before_create_process, which runs in the parent",
+        "Celery's prefork pool forks the worker after it has loaded the application, and its children leave through "
+        "os._exit, so that each has to close what it opens itself (worker_process_shutdown). In a handler of the "
+        "signal worker_before_create_process, which runs in the parent",
         code(
             """
-            # celery.py, beside the application
-            from celery.signals import worker_before_create_process
+            # beside the Celery application: tasks.py
+            from celery.signals import worker_before_create_process, worker_process_shutdown
 
 
             @worker_before_create_process.connect
             def disconnect(**kwargs):
                 {calls}
+
+
+            @worker_process_shutdown.connect
+            def close(**kwargs):
+                {closing}
             """
         ),
-        ("https://docs.celeryq.dev/en/stable/userguide/signals.html#worker-before-create-process",),
+        (
+            "https://docs.celeryq.dev/en/stable/userguide/signals.html#worker-before-create-process",
+            "https://docs.celeryq.dev/en/stable/userguide/signals.html#worker-process-shutdown",
+        ),
+    ),
+    Hook(
+        Language.PYTHON,
+        Server.RQ,
+        Side.CHILD,
+        "RQ's worker forks a child for each job, which leaves through os._exit, so that it has to close what it opens "
+        "itself. In perform_job of a class of workers of your own (rq worker --worker-class worker.ForkingWorker), "
+        "which runs in each child",
+        code(
+            """
+            # where rq worker finds it: worker.py
+            from rq import Worker
+
+
+            class ForkingWorker(Worker):
+                def perform_job(self, *args, **kwargs):
+                    {calls}
+                    try:
+                        return super().perform_job(*args, **kwargs)
+                    finally:
+                        {closing}
+            """
+        ),
+        ("https://python-rq.org/docs/workers/#custom-worker-classes",),
+    ),
+    Hook(
+        Language.PYTHON,
+        Server.RQ,
+        Side.PARENT,
+        "RQ's worker forks a child for each job, which leaves through os._exit, so that it has to close what it opens "
+        "itself. In fork_work_horse of a class of workers of your own (rq worker --worker-class worker.ForkingWorker), "
+        "which runs in the parent",
+        code(
+            """
+            # where rq worker finds it: worker.py
+            from rq import Worker
+
+
+            class ForkingWorker(Worker):
+                def fork_work_horse(self, *args, **kwargs):
+                    {calls}
+                    super().fork_work_horse(*args, **kwargs)
+
+                def perform_job(self, *args, **kwargs):
+                    try:
+                        return super().perform_job(*args, **kwargs)
+                    finally:
+                        {closing}
+            """
+        ),
+        ("https://python-rq.org/docs/workers/#custom-worker-classes",),
     ),
     Hook(
         Language.PYTHON,
         Server.MULTIPROCESSING,
         Side.CHILD,
-        "multiprocessing forks by default on Linux before Python 3.14, and 'spawn' inherits nothing. In the pool's "
-        "initializer, which runs in each child",
+        "multiprocessing forks by default on Linux before Python 3.14, and 'spawn' inherits nothing. Its children "
+        "leave through os._exit: what they open they have to close where their work ends. In the pool's initializer, "
+        "which runs in each child",
         code(
             """
             # where the pool is made: pool.py
@@ -232,6 +360,12 @@ HOOKS: Final = (
 
 
             processes = multiprocessing.Pool(initializer=reconnect)
+
+            # in a child, around its work: task.py
+            try:
+                work()
+            finally:
+                {closing}
             """
         ),
         ("https://docs.python.org/3/library/multiprocessing.html#contexts-and-start-methods",),
@@ -240,8 +374,9 @@ HOOKS: Final = (
         Language.PYTHON,
         Server.MULTIPROCESSING,
         Side.PARENT,
-        "multiprocessing forks by default on Linux before Python 3.14, and 'spawn' inherits nothing. In the parent, "
-        "just before the processes are started",
+        "multiprocessing forks by default on Linux before Python 3.14, and 'spawn' inherits nothing. Its children "
+        "leave through os._exit: what they open they have to close where their work ends. In the parent, just before "
+        "the processes are started",
         code(
             """
             # where the pool is made: pool.py
@@ -249,6 +384,12 @@ HOOKS: Final = (
 
             {calls}
             processes = multiprocessing.Pool()
+
+            # in a child, around its work: task.py
+            try:
+                work()
+            finally:
+                {closing}
             """
         ),
         ("https://docs.python.org/3/library/multiprocessing.html#contexts-and-start-methods",),
@@ -257,8 +398,9 @@ HOOKS: Final = (
         Language.PYTHON,
         None,
         Side.CHILD,
-        "A connection belongs to the process that opened it. In a function given to os.register_at_fork as "
-        "after_in_child, which os.fork and multiprocessing run in each child",
+        "A connection belongs to the process that opened it. A child that leaves through os._exit, as "
+        "multiprocessing's do, has to close what it opens where its work ends. In a function given to "
+        "os.register_at_fork as after_in_child, which os.fork and multiprocessing run in each child",
         code(
             """
             # beside the connections: db.py
@@ -270,6 +412,12 @@ HOOKS: Final = (
 
 
             os.register_at_fork(after_in_child=reconnect)
+
+            # in a child, around its work: task.py
+            try:
+                work()
+            finally:
+                {closing}
             """
         ),
         (f"{PYTHON_OS}#os.register_at_fork",),
@@ -278,8 +426,9 @@ HOOKS: Final = (
         Language.PYTHON,
         None,
         Side.PARENT,
-        "A connection belongs to the process that opened it. In a function given to os.register_at_fork as before, "
-        "which os.fork and multiprocessing run in the parent",
+        "A connection belongs to the process that opened it. A child that leaves through os._exit, as "
+        "multiprocessing's do, has to close what it opens where its work ends. In a function given to "
+        "os.register_at_fork as before, which os.fork and multiprocessing run in the parent",
         code(
             """
             # where the application starts: main.py
@@ -291,6 +440,12 @@ HOOKS: Final = (
 
 
             os.register_at_fork(before=disconnect)
+
+            # in a child, around its work: task.py
+            try:
+                work()
+            finally:
+                {closing}
             """
         ),
         (f"{PYTHON_OS}#os.register_at_fork",),
@@ -355,6 +510,14 @@ HOOKS: Final = (
     ),
 )
 """Where to do it, those of a server in the order of preference."""
+
+_CLOSE_CONNECTION: Final = code(
+    """
+    import app
+
+    app.connection.close()
+    """
+)
 
 CALLS: Final = (
     Call(
@@ -426,13 +589,41 @@ CALLS: Final = (
         (RAILS_POOL, f"{RAILS_ADAPTERS}abstract/connection_handler.rb", f"{RAILS_ADAPTERS}pool_config.rb"),
     ),
     Call(
+        Language.RUBY,
+        Library.PG,
+        Side.PARENT,
+        "A PG::Connection of your own, here $connection, has to be made anew in each child; a ConnectionPool of the "
+        "gem connection_pool makes them after POOL.reload(&:close).",
+        "$connection.close if $connection && !$connection.finished?",
+        (
+            "https://deveiate.org/code/pg/PG/Connection.html#method-i-finish",
+            "https://github.com/mperham/connection_pool",
+        ),
+        anew='$connection = PG.connect(ENV.fetch("DATABASE_URL")) if $connection',
+        only=False,
+    ),
+    Call(
         Language.PYTHON,
         Library.SQLALCHEMY,
         Side.CHILD,
         "call engine.dispose(close=False) (SQLAlchemy 1.4.33 or later): it forgets the parent's connections without "
-        "closing them, and connects anew when needed.",
-        "engine.dispose(close=False)",
+        "closing them, and connects anew when needed. Their sockets stay open in the child, unused, which is recorded "
+        "as information; engine.dispose() in the parent before the fork leaves none.",
+        code(
+            """
+            from app import engine
+
+            engine.dispose(close=False)
+            """
+        ),
         (SQLALCHEMY_FORK,),
+        closing=code(
+            """
+            from app import engine
+
+            engine.dispose()
+            """
+        ),
     ),
     Call(
         Language.PYTHON,
@@ -448,66 +639,85 @@ CALLS: Final = (
             """
         ),
         ("https://github.com/django/django/blob/main/django/utils/connection.py", DJANGO_DATABASES),
+        closing=code(
+            """
+            from django.db import connections
+
+            connections.close_all()
+            """
+        ),
     ),
     Call(
         Language.PYTHON,
         Library.PSYCOPG,
         Side.CHILD,
-        "call pool.open(), of a pool that was created with ConnectionPool(..., open=False) and so had no connections "
-        "before; a connection that isn't from a pool is to be made there.",
-        "pool.open()",
-        (PSYCOPG_POOL, "https://www.psycopg.org/psycopg3/docs/advanced/async.html"),
-        elsewhere=code(
+        "connect anew, and use nothing that was connected before the fork. The old connection can simply be "
+        "forgotten: psycopg closes none that another process has opened, and its socket stays open in the child, "
+        "unused, which is recorded as information. A pool is created with ConnectionPool(conninfo, open=False), and "
+        "opened there: app.pool.open().",
+        code(
             """
-            # where the pool is made: pool.py
-            from psycopg_pool import ConnectionPool
+            import app
+            import psycopg
 
-            pool = ConnectionPool(conninfo, open=False)
+            app.connection = psycopg.connect(app.conninfo)
             """
         ),
+        (PSYCOPG_POOL, "https://www.psycopg.org/psycopg3/docs/advanced/async.html"),
+        closing=_CLOSE_CONNECTION,
     ),
     Call(
         Language.PYTHON,
         Library.PSYCOPG2,
         Side.CHILD,
         "connect anew, with psycopg2.connect or a new pool, and use nothing that was connected before the fork. The "
-        "old connection can simply be forgotten: psycopg2 closes none that another process has opened.",
+        "old connection can simply be forgotten: psycopg2 closes none that another process has opened, and its socket "
+        "stays open in the child, unused, which is recorded as information.",
         code(
             """
+            import app
             import psycopg2
 
-            app.connection = psycopg2.connect(dsn)
+            app.connection = psycopg2.connect(app.dsn)
             """
         ),
         (f"{PSYCOPG2_USAGE}#thread-and-process-safety",),
+        closing=_CLOSE_CONNECTION,
     ),
     Call(
         Language.PERL,
         Library.DBD_PG,
         Side.CHILD,
-        "connect with DBI anew, for instance with $dbh->clone, and with AutoInactiveDestroy => 1 on every handle from "
-        "the beginning: without it the child's copy of the parent's handle says goodbye to the server when it is "
+        "connect with DBI anew, for instance with $dbh->clone. Without InactiveDestroy, or AutoInactiveDestroy => 1 "
+        "from the beginning, on every handle, the child's copy of the parent's says goodbye to the server when it is "
         "destroyed.",
-        "$dbh = DBI->connect($dsn, $user, $password, { AutoInactiveDestroy => 1, RaiseError => 1 });",
+        code(
+            """
+            $dbh->{InactiveDestroy} = 1;
+            $dbh = DBI->connect($dsn, $user, $password, { AutoInactiveDestroy => 1, RaiseError => 1 });
+            """
+        ),
         (f"{DBI}#AutoInactiveDestroy",),
     ),
     Call(
         Language.PHP,
         Library.PDO_PGSQL,
         Side.PARENT,
-        "set every PDO object, and every statement made from it, to null, and connect anew in parent and child; don't "
+        "Set every PDO object, and every statement made from it, to null, and connect anew in parent and child; don't "
         "use PDO::ATTR_PERSISTENT in a script that forks.",
         "$pdo = null;",
         ("https://www.php.net/manual/en/pdo.connections.php",),
+        only=False,
     ),
     Call(
         Language.PHP,
         Library.PGSQL,
         Side.PARENT,
-        "call pg_close() on every connection, and connect anew in parent and child; don't use pg_pconnect in a script "
-        "that forks.",
-        "pg_close($connection);",
+        "Call pg_close() on every connection of pg_connect, and connect anew in parent and child; don't use "
+        "pg_pconnect in a script that forks.",
+        "if (isset($connection)) { pg_close($connection); }",
         ("https://www.php.net/manual/en/function.pg-close.php",),
+        only=False,
     ),
 )
 """What to do there. Of several libraries that a process shows, the first one here counts: what is built upon others

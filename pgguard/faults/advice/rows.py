@@ -30,8 +30,10 @@ class Hook(NamedTuple):
     text: str
     """A clause that ends in where to do it, to be followed by what to call."""
     code: str
-    """With a line ``{calls}`` for the calls."""
+    """With a line ``{calls}`` for the calls, and where children leave without closing anything a line ``{closing}``."""
     sources: tuple[str, ...]
+    anew: str | None = None
+    """The code for what doesn't connect anew by itself, with a line ``{anew}`` as well."""
 
 
 class Call(NamedTuple):
@@ -48,6 +50,13 @@ class Call(NamedTuple):
     """Code that another file needs for this to work, with that file's name in a comment."""
     server: Server | None = None
     """The server that it is mostly met with."""
+    closing: str | None = None
+    """How a process closes, before it leaves, what it has opened itself."""
+    anew: str | None = None
+    """How a process connects, where nothing does so when it is needed."""
+    only: bool = True
+    """That the library shows is enough to tell that it owns the connections; if it isn't, as others build upon it and
+    needn't show, this is offered beside what they need."""
 
 
 class Answer(NamedTuple):
