@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from pgguard.cli.doctor import doctor
 from pgguard.cli.explain import explain
 from pgguard.cli.serve import serve
+from pgguard.faults.text import redact
 from pgguard.proxy.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _CONFIGURATION_ERROR: Final = 2
+_MAY_HOLD_A_PASSWORD: Final = re.compile(r"://|passw|^(?!unix:).*:.*@", re.IGNORECASE | re.DOTALL)
 
 app = typer.Typer(
     name="pgguard",
@@ -179,5 +185,19 @@ def _open_missing_streams() -> None:
 
 
 def _complain(text: str) -> None:
-    line = " ".join(text.split())
+    # It may quote what was given in the wrong place, and mistyped, so that no end of a password in it is certain.
+    for given in _given():
+        if _MAY_HOLD_A_PASSWORD.search(given):
+            for quoted in (given, repr(given)[1:-1], str(Path(given))):
+                text = text.replace(quoted, "…")
+    line = redact(" ".join(text.split()))
     print(f"pgguard: {line}", file=sys.stderr)  # noqa: T201 - the one line that a user gets
+
+
+def _given() -> Iterator[str]:
+    """What was given by options, arguments and the guard's own variables."""
+    for argument in sys.argv[1:]:
+        yield argument.partition("=")[2] if argument.startswith("--") else argument
+    for name, value in os.environ.items():
+        if name.startswith("PGGUARD_"):
+            yield value

@@ -15,6 +15,7 @@ from pgguard.attribution.capabilities import check
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe, scope_remedy
 from pgguard.attribution.witness import Witness
 from pgguard.faults.docket import Docket
+from pgguard.faults.text import redact
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.guard import Guard
 from pgguard.proxy.settings import Settings, load_settings
@@ -40,7 +41,7 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.say(self.format(record))
+        self._console.say(redact(self.format(record)))
 
 
 def serve(given: dict[str, Any], config: Path | None) -> int:
@@ -133,6 +134,9 @@ async def _until_signalled(guard: Guard, missing: Sequence[Capability], attribut
             guard.use_probe(probe)
         for capability in missing:
             logger.warning("attribution does without %s: %s", capability.name, capability.explanation)
+        if guard.upstream.remark is not None:
+            logger.warning("%s", guard.upstream.remark)
+        logger.info("PostgreSQL is at %s", guard.upstream)
         logger.info("ready on %s", ", ".join(map(str, addresses)))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_obey, signals, guard, nursery.cancel_scope)

@@ -22,8 +22,9 @@ _OPTIONS_WITH_VALUE: Final = frozenset(
     {"-W", "-X", "-r", "-I", "-cp", "-classpath", "--class-path", "--require", "--import"}
 )
 
-_URI_PASSWORD: Final = re.compile(r"(://[^/\s:@]*):[^/\s]*@")
-"""Up to the last ``@`` before the path: a password may hold one itself."""
+_URI_PASSWORD: Final = re.compile(r"((?<=://)[^/\s:@]*|(?<![\w/])[A-Za-z_][\w.+-]*(?=:[^/@])):\S*@")
+"""Up to the last ``@``: a password may hold one itself, and a ``/`` that should have been encoded. The scheme may be
+missing, but then what is behind the colon is neither a path nor the name of an abstract socket."""
 _NAMED_PASSWORD: Final = re.compile(
     r"(\w*passw(?:or)?d\w*\s*[=:]\s*)(?:'(?:\\.|[^'\\])*'|\"[^\"]*\"|[^\s&;]+)", re.IGNORECASE
 )

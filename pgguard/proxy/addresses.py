@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import psycopg
 from psycopg import pq
-from psycopg.conninfo import conninfo_to_dict
 
+from pgguard.proxy.conninfo import read_connection_string
 from pgguard.proxy.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT: Final = 5432
 _SOCKET_DIRECTORIES: Final = ("/var/run/postgresql", "/tmp")  # noqa: S108 - where Debian's and PostgreSQL's own libpq look
+_NO_HOST: Final = re.compile(r"[@/?#\s]")
 _SUN_PATH_LIMIT: Final = 107  # unix(7): sun_path, less its terminator
 
 
@@ -60,6 +62,8 @@ class Upstream:
     addresses: tuple[Address, ...]
     connect_timeout: float
     """Seconds for each address."""
+    remark: str | None = None
+    """What was made of what the user wrote, where that has to be said."""
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.addresses))
@@ -77,7 +81,7 @@ def parse_listen(text: str) -> Address:
             directory, port = port, str(DEFAULT_PORT)
         if not directory:
             raise ConfigurationError(f"--listen {text}: name the socket's directory, as in unix:/run/pgguard:5432")
-        unix = UnixAddress(directory, _port(port, f"--listen {text}"))
+        unix = UnixAddress(directory, _port(port, f"--listen {text}", may_be_shown=False))
         if len(os.fsencode(unix.path)) > _SUN_PATH_LIMIT:
             raise ConfigurationError(f"--listen {text}: the socket's path is too long for the system, use another DIR")
         return unix
@@ -86,32 +90,49 @@ def parse_listen(text: str) -> Address:
         raise ConfigurationError(f"--listen {text}: write HOST:PORT or unix:DIR[:PORT], as in 127.0.0.1:6544")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ConfigurationError(f"--listen {text}: put the IPv6 address in brackets, as in [::1]:6544")
-    return TcpAddress(host.strip("[]"), _port(port, f"--listen {text}"))
+    return TcpAddress(host.strip("[]"), _port(port, f"--listen {text}", may_be_shown=False))
 
 
-def _port(text: str, where: str) -> int:
+def _port(text: str, where: str, *, may_be_shown: bool) -> int:
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
-        raise ConfigurationError(f"{where}: {text!r} is no port number, write one from 0 to 65535")
+        shown = repr(text) if may_be_shown else "what stands for the port"
+        raise ConfigurationError(f"{where}: {shown} is no port number, write one from 0 to 65535")
     return int(text)
 
 
+def _checked_host(host: str) -> str:
+    """Refuse what can't be a host and may hold a password, before it can get into a message."""
+    if _NO_HOST.search(host):
+        raise ConfigurationError(
+            "--upstream: what stands for a host holds more than a name: write HOST, without user and so on"
+        )
+    if ":" in host:
+        try:
+            ipaddress.ip_address(host.partition("%")[0])
+        except ValueError:
+            raise ConfigurationError(
+                "--upstream: what stands for a host holds a colon: give the port as port=PORT"
+            ) from None
+    return host
+
+
 def parse_upstream(conninfo: str) -> Upstream:
-    """Read a libpq connection string or URI, with libpq's own environment variables and defaults behind it.
+    """Read a libpq connection string or URI, or another library's, with libpq's variables and defaults behind it.
 
     Only where the server is matters; user, database and password are each client's own.
 
     Raises:
-        ConfigurationError: libpq can't read it, or it asks for encryption, which the guard doesn't speak to the server.
+        ConfigurationError: it can't be read, or asks for encryption, which the guard doesn't speak to the server. The
+            message holds no password.
     """
-    try:
-        given = {name: str(value) for name, value in conninfo_to_dict(conninfo).items() if value is not None}
-    except psycopg.ProgrammingError as error:
-        raise ConfigurationError(f"--upstream: {str(error).strip()}") from error
+    read = read_connection_string(conninfo)
+    given = read.settings
     with _service(given.pop("service", None)):
         defaults = _defaults()
     settings = defaults | given
     _refuse_encryption(settings)
-    return Upstream(tuple(_addresses(settings)), _connect_timeout(settings))
+    addresses = tuple(_addresses(settings, may_be_shown=not read.may_hold_secrets))
+    return Upstream(addresses, _connect_timeout(settings), read.remark)
 
 
 def _defaults() -> dict[str, str]:
@@ -163,7 +184,7 @@ def _refuse_encryption(settings: dict[str, str]) -> None:
         raise ConfigurationError("--upstream: gssencmode=require asks for GSSAPI encryption: use gssencmode=disable")
 
 
-def _addresses(settings: dict[str, str]) -> Iterator[Address]:
+def _addresses(settings: dict[str, str], *, may_be_shown: bool) -> Iterator[Address]:
     hosts = (settings.get("hostaddr") or settings.get("host") or "").split(",")
     ports = (settings.get("port") or str(DEFAULT_PORT)).split(",")
     if len(ports) == 1:
@@ -171,11 +192,11 @@ def _addresses(settings: dict[str, str]) -> Iterator[Address]:
     if len(ports) != len(hosts):
         raise ConfigurationError(f"--upstream: {len(ports)} ports for {len(hosts)} hosts: give one port, or one a host")
     for host, text in zip(hosts, ports, strict=True):
-        port = _port(text or str(DEFAULT_PORT), "--upstream")
+        port = _port(text or str(DEFAULT_PORT), "--upstream", may_be_shown=may_be_shown)
         if host.startswith(("/", "@")):
             yield UnixAddress(host, port)
         elif host:
-            yield TcpAddress(host, port)
+            yield TcpAddress(_checked_host(host), port)
         else:
             yield _default_address(port)
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.sockets import ClientSocket
     from pgguard.attribution.witness import Witness
     from pgguard.faults.docket import Docket
-    from pgguard.proxy.addresses import Address
+    from pgguard.proxy.addresses import Address, Upstream
     from pgguard.proxy.greeting import Greeting
     from pgguard.proxy.kernel_senders import TcpAccount
     from pgguard.proxy.settings import Settings
@@ -96,6 +96,11 @@ class Guard:
         self._stopping = trio.Event()
         self._openings_send, self._openings = trio.open_memory_channel[ProxiedSession](1024)
         self._nursery: trio.Nursery
+
+    @property
+    def upstream(self) -> Upstream:
+        """Where PostgreSQL is."""
+        return self._upstream
 
     @property
     def sessions(self) -> int:

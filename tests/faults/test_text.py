@@ -64,7 +64,13 @@ def test_control_characters_are_spelled_out(text: str, shown: str) -> None:
     [
         (["psql", "postgresql://app:s3cret@db/app"], ["psql", "postgresql://app:***@db/app"]),
         (["psql", "postgresql://app:s3c@ret@db/app"], ["psql", "postgresql://app:***@db/app"]),
+        (["psql", "postgresql://app:s3c/r@et@db/app"], ["psql", "postgresql://app:***@db/app"]),
         (["psql", "postgresql://db:5432/app"], ["psql", "postgresql://db:5432/app"]),
+        (["app", "app:s3cret@db:5432/app"], ["app", "app:***@db:5432/app"]),
+        (["app", "--dsn=app:s3cret@db"], ["app", "--dsn=app:***@db"]),
+        (["pgguard", "--listen", "unix:@name:5432"], ["pgguard", "--listen", "unix:@name:5432"]),
+        (["pgguard", "--listen", "unix:/run/a@b:1"], ["pgguard", "--listen", "unix:/run/a@b:1"]),
+        (["puma", "6.4 (tcp://0.0.0.0:9292) [app@host]"], ["puma", "6.4 (tcp://0.0.0.0:9292) [app@host]"]),
         (["psql", "host=db password=s3cret user=app"], ["psql", "host=db password=*** user=app"]),
         (["psql", "password='s3 \\'cret' user=app"], ["psql", "password=*** user=app"]),
         (

@@ -95,7 +95,7 @@ class Spawned:
 
 @contextmanager
 def spawned(
-    upstream: str,
+    upstream: str | None,
     *options: str,
     cwd: Path,
     listen: str | None = "127.0.0.1:0",
@@ -103,7 +103,9 @@ def spawned(
     **variables: str,
 ) -> Iterator[Spawned]:
     """Run a guard; what is left of it when the context is left is killed."""
-    command = [sys.executable, "-m", "pgguard", "serve", "--upstream", upstream, *options]
+    command = [sys.executable, "-m", "pgguard", "serve", *options]
+    if upstream is not None:
+        command += ["--upstream", upstream]
     if listen is not None:
         command += ["--listen", listen]
     if descriptors is not None:

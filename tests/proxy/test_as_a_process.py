@@ -336,3 +336,26 @@ async def test_a_client_that_is_killed(backend: FakeBackend, tmp_path: Path) -> 
         guard.wait_for("SUMMARY: pgguard: unclean-close")
         guard.signal(signal.SIGTERM)
         guard.end()
+
+
+@pytest.mark.parametrize("by", ["option", "environment", "file"])
+async def test_it_says_what_it_made_of_a_url_and_no_password(backend: FakeBackend, tmp_path: Path, by: str) -> None:
+    backend.close()
+    url = f"postgresql+asyncpg://app:s3cret@127.0.0.1:{backend.port}/app?password=s3cret"
+    in_environment = url if by == "environment" else ""
+    if by == "file":
+        (tmp_path / "pgguard.toml").write_text(f'upstream = "{url}"\n')
+    given = url if by == "option" else None
+    with spawned(given, cwd=tmp_path, PGPASSWORD="s3cret", PGGUARD_UPSTREAM=in_environment) as guard:
+        guard.wait_for(
+            r"pgguard: --upstream is taken for a postgresql: URL, without the driver asyncpg, user and password, the "
+            r"database, password\n"
+        )
+        guard.wait_for(rf"pgguard: PostgreSQL is at 127\.0\.0\.1:{backend.port}\npgguard: ready on ")
+        client = await Client.connect(guard.port)
+        await client.send(startup())
+        refusal = (await client.message()).fields["M"]
+        assert refusal == f"pgguard: could not connect to the server: 127.0.0.1:{backend.port}: Connection refused"
+        await client.close()
+        guard.wait_for("Connection refused")
+        assert b"s3cret" not in guard._said

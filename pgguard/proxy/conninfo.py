@@ -1,0 +1,175 @@
+"""Connection strings as users have them: libpq's two forms, and the URLs that other libraries have made of one.
+
+A URL is taken apart here. Of user, password and database nothing is kept, so that nothing can quote them; and where
+libpq complains of a string, what it quotes of it is shown only if no password can be in it.
+
+Sources: "Connection Strings" in the chapter on libpq and ``conninfo_uri_parse_options()`` in ``fe-connect.c``;
+"Connecting to the Database" of pgjdbc; "Database URLs" of SQLAlchemy; dj-database-url and Prisma for schemes and
+parameters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Final, NamedTuple
+from urllib.parse import unquote
+
+import psycopg
+from psycopg import pq
+from psycopg.conninfo import conninfo_to_dict
+
+from pgguard.proxy.errors import ConfigurationError
+
+_NATIVE: Final = frozenset({"postgresql", "postgres"})
+_SCHEMES: Final = _NATIVE | {"postgis", "pgsql", "psql", "timescale", "timescalegis"}
+_URL: Final = re.compile(
+    r"(?P<jdbc>jdbc:)?(?P<scheme>[a-z][a-z0-9.-]*)(?:\+(?P<driver>[a-z0-9_.-]+))?:(?P<rest>.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+_TRANSLATED: Final = {
+    "connectTimeout": "connect_timeout",
+    "gssEncMode": "gssencmode",
+    "targetServerType": "target_session_attrs",
+}
+"""What pgjdbc calls what libpq has another name for."""
+_SERVER_TYPES: Final = {
+    "master": "primary",
+    "slave": "standby",
+    "secondary": "standby",
+    "preferSecondary": "prefer-standby",
+}
+_NO_TLS: Final = frozenset({"false", "0", "off", "no", "disable", "allow", "prefer"})
+"""Values of ``ssl`` that don't insist on it: pgjdbc's, asyncpg's, node-postgres's."""
+_OWN: Final = {
+    "user": "user",
+    "password": "password",
+    "dbname": "database",
+    "passfile": "passfile",
+    "sslpassword": "sslpassword",
+    "oauth_client_secret": "oauth_client_secret",
+    "scram_client_key": "scram_client_key",
+    "scram_server_key": "scram_server_key",
+}
+"""What is each client's own, or its secret, and how it is called here."""
+_NAME: Final = re.compile(r"[A-Za-z][\w.-]{0,40}")
+_MAY_HOLD_SECRETS: Final = re.compile(r"pass|pwd|pw=|secret|key|token|@|://", re.IGNORECASE)
+_CLOSE: Final = 0.85
+"""How alike a parameter has to be to one that there is to be taken for a slip of the pen."""
+_HELP: Final = "write postgresql://HOST:PORT, or host=HOST port=PORT"
+
+
+class ConnectionString(NamedTuple):
+    """What a connection string says, without user, password and database if it was a URL."""
+
+    settings: dict[str, str]
+    """By libpq's keywords."""
+    may_hold_secrets: bool
+    """Parts of it must not be shown: if it is mistyped, any of them may be a password."""
+    remark: str | None
+    """What was made of it, where it isn't libpq's own."""
+
+
+def read_connection_string(text: str) -> ConnectionString:
+    """Read what ``--upstream`` was given.
+
+    Raises:
+        ConfigurationError: it can't be read; the message holds no password.
+    """
+    match = _URL.fullmatch(text.strip())
+    if match is None or not (match["jdbc"] or match["rest"].startswith("//")):
+        return ConnectionString(_parse(text), bool(_MAY_HOLD_SECRETS.search(text)), None)
+    return _read_url(match)
+
+
+def _parse(text: str) -> dict[str, str]:
+    try:
+        return {name: str(value) for name, value in conninfo_to_dict(text).items() if value is not None}
+    except psycopg.ProgrammingError as error:
+        said = str(error).strip()
+        if _MAY_HOLD_SECRETS.search(text):
+            said = f"{_without_quotations(said)}: {_HELP}"
+        raise ConfigurationError(f"--upstream: {said}") from None  # whoever shows its context shows the whole string
+
+
+def _without_quotations(said: str) -> str:
+    """What libpq says of a string, without what it quotes of it, which may have quotation marks in it itself."""
+    if said.startswith('missing "="'):
+        return 'a "=" is missing'
+    if said.startswith(("end of string reached", "IPv6 host address")):
+        return said.partition(" in URI")[0]
+    return said.partition('"')[0].rstrip(": ")
+
+
+def _read_url(match: re.Match[str]) -> ConnectionString:
+    jdbc, scheme, driver = match["jdbc"], match["scheme"].lower(), match["driver"]
+    if scheme not in _SCHEMES:
+        raise ConfigurationError(f"--upstream: {jdbc or ''}{scheme}: is no scheme of PostgreSQL's: {_HELP}")
+    credentials, hosts, database, query = _split(match["rest"])
+    parameters, own, unknown = _parameters(query)
+    if jdbc and not hosts and not parameters.keys() & {"host", "hostaddr"}:
+        hosts = "localhost"
+    settings = _parse(f"postgresql://{hosts}/?{'&'.join(f'{name}={value}' for name, value in parameters.items())}")
+    dropped = [f"the driver {driver}"] if driver else []
+    dropped += ["user and password"] if credentials else []
+    dropped += ["the database"] if database else []
+    remark = None
+    if unknown or jdbc or driver or scheme not in _NATIVE:
+        what = ", ".join(dropped + own + unknown)
+        remark = f"--upstream is taken for a postgresql: URL, {f'without {what}' if what else 'as it stands'}"
+    return ConnectionString(settings, may_hold_secrets=True, remark=remark)
+
+
+def _split(rest: str) -> tuple[str, str, str, str]:
+    """Take what stands behind the scheme apart: credentials, hosts, the database, the query.
+
+    As in libpq credentials may hold a ``?``; and since a password may have been written as it is, they reach to the
+    last ``@`` that can end them. One behind the hosts leaves in doubt what are hosts and what is a password.
+    """
+    if not rest.startswith("//"):
+        database, _, query = rest.partition("?")
+        return "", "", database.strip("/"), query
+    rest = rest[2:]
+    before = rest.partition("/")[0]
+    at = before.partition("?")[0].rfind("@")
+    if at < 0:
+        at = before.rfind("@")
+    end = next((n for n in range(at + 1, len(rest)) if rest[n] in "/?"), len(rest))
+    if "@" in rest[end:]:
+        raise ConfigurationError(
+            "--upstream: which @ ends the password can't be told: write others as %40 and / as %2F, or leave user and "
+            "password out, which aren't used"
+        )
+    database, _, query = rest[end:].partition("?")
+    return rest[: max(at, 0)], rest[at + 1 : end], database.strip("/"), query
+
+
+def _parameters(query: str) -> tuple[dict[str, str], list[str], list[str]]:
+    """A URL's parameters: those about the server as they stand there, what is the clients' own, what libpq hasn't."""
+    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    kept: dict[str, str] = {}
+    own: list[str] = []
+    unknown: list[str] = []
+    for pair in filter(None, query.split("&")):
+        name, equals, value = pair.partition("=")
+        name = _TRANSLATED.get(unquote(name), unquote(name))
+        if not equals or not _NAME.fullmatch(name):
+            raise ConfigurationError("--upstream: the URL's parameters have to be NAME=VALUE, with & in between")
+        if name in _OWN:
+            own.append(_OWN[name])
+        elif name == "ssl":
+            kept.setdefault("sslmode", "prefer" if unquote(value).lower() in _NO_TLS else "require")
+        elif name not in known:
+            unknown.append(name)
+        elif name in kept:
+            raise ConfigurationError(f"--upstream: {name} is there twice: separate several by commas")
+        else:
+            kept[name] = _SERVER_TYPES.get(value, value) if name == "target_session_attrs" else value
+    if unknown and _MAY_HOLD_SECRETS.search(query):
+        # A & in a password makes a parameter of what is behind it.
+        return kept, own, ["what libpq doesn't know"]
+    for name in unknown:
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=_CLOSE):
+            raise ConfigurationError(f"--upstream: there is no parameter {name}: did you mean {close[0]}?")
+    return kept, own, unknown
