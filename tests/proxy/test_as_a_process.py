@@ -95,9 +95,11 @@ async def test_a_message_of_a_gigabyte_passes_in_bounded_memory(
             while left:
                 left -= len(await receiver.receive(min(left, MB)))
         assert guard.resident() - before < 20 * MB
-        if direction == "DataRow":
-            await server.send(SELECTED + READY)
-            await client.expect(SELECTED + READY)
+        if direction == "CopyData":
+            await client.send(message("c"))
+            await server.expect(message("c"))
+        await server.send(SELECTED + READY)
+        await client.expect(SELECTED + READY)
         await client.send(TERMINATE)
         await client.close()
         await server.close()
