@@ -8,6 +8,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from pgguard.attribution.evidence import Driver, Evidence, Process
+from pgguard.attribution.fates import Fate
 from pgguard.attribution.runtime import Language, Runtime
 from pgguard.attribution.stacks import Stacks
 from pgguard.attribution.threads import Sleep, Thread, Waiting, Waits
@@ -88,8 +89,14 @@ class Findings:
     opener_stays: bool = False
     """The opener has the socket open still, and none of its threads was about to close it, as they all slept, not in an
     event loop with the socket in it."""
+    last_sole_holder: Process | None = None
+    """The process that was alone with the connection when that was looked at before."""
     departed: tuple[Process, ...] = ()
     """Those that had the socket open lately and have not any more."""
+    fate: Fate | None = None
+    """Of a connection that has ended, what has become of the only process that it may have been."""
+    was_reset: bool = False
+    """Of a connection that has ended, that it was reset instead of closed."""
     shares: tuple[Share, ...] | None = None
     """Who has how many of the connections open that count, the most first."""
     slots: Slots | None = None

@@ -79,6 +79,11 @@ class Holders:
         return tuple(holding.process for holding in self.holdings if holding.seen - holding.since >= seconds)
 
 
+def sole_holder(holders: Holders) -> Process | None:
+    """The process that certainly is the only one to have the socket open; ``None`` if there is no such."""
+    return holders.processes[0] if holders.complete and len(holders.holdings) == 1 else None
+
+
 def is_older(started: int, opened: float) -> bool:
     """True if a process is certainly older than a connection, so that it can't have inherited it.
 

@@ -14,8 +14,9 @@ from pgguard.attribution.attention import Attention, attention
 from pgguard.attribution.descriptors import find_sockets, is_fork, link_to, list_children
 from pgguard.attribution.drivers import driver_of
 from pgguard.attribution.evidence import Driver, Evidence, Process
+from pgguard.attribution.fates import Fate, fate_of
 from pgguard.attribution.findings import Findings
-from pgguard.attribution.holders import Holders, HolderWatch, is_older, is_younger
+from pgguard.attribution.holders import Holders, HolderWatch, is_older, is_younger, sole_holder
 from pgguard.attribution.namespaces import NetworkNamespaces
 from pgguard.attribution.processes import ProcessBook, read_stat
 from pgguard.attribution.runtime import Runtime, runtime_of
@@ -360,6 +361,18 @@ class Witness:
                 found[process.pid] = runtime
         return found
 
+    def fate(self, opening: Opening, pid: int, process: Process | None, *, seconds: float) -> Fate | None:
+        """Find out what has become of a process whose connection has just ended: see :func:`fate_of`.
+
+        Args:
+            opening: the connection.
+            pid: the process.
+            process: the same, as far as it was looked at.
+            seconds: how long to wait for it to end.
+        """
+        started = None if process is None else process.started
+        return fate_of(pid, started, opening.inode, seconds=seconds)
+
     def has_lost_opener(self, opening: Opening, holders: Collection[Process]) -> bool:
         """Whether the process that opened a connection has certainly ended, known from ``holders`` not to be there.
 
@@ -431,8 +444,7 @@ def _opener(client: ClientSocket, connected_by: Process | None, holders: Holders
         return connected_by, Evidence.KERNEL_SENDER
     if client.connected is not None:
         return None, Evidence.UNKNOWN
-    if holders.complete and len(holders.holdings) == 1:
-        [holder] = holders.processes
+    if (holder := sole_holder(holders)) is not None:
         if is_younger(holder.started, client.opened):
             return None, Evidence.UNKNOWN  # it has inherited it, from somebody who has let go of it already
         return holder, Evidence.SOLE_HOLDER

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from pgguard.attribution.findings import Findings
 from pgguard.faults.advice import advice_for
+from pgguard.faults.advice.closing import COPY_ADVICE, advice_on_closing
 from pgguard.faults.advice.exhaustion import advice_on_exhaustion
 from pgguard.faults.catalogue import SERVERS_ADVICE, STRANGERS_ADVICE, severity_of
 from pgguard.faults.culprits import find_culprits, foremost, sender_evidence, tell_story
@@ -99,9 +100,21 @@ def _clients_advice(verdict: Verdict, findings: Findings, culprits: tuple[Culpri
     runtimes: dict[int, Runtime] = {
         culprit.pid: culprit.runtime for culprit in described if culprit.pid is not None and culprit.runtime is not None
     }
+    if verdict.kind is Kind.UNCLEAN_CLOSE:
+        return _advice_on_closing(verdict, findings, culprits, tuple(runtimes.values()))
     if verdict.refusal is not None:
         return advice_on_exhaustion(verdict.refusal.limit, findings.slots, tuple(runtimes.values()))
     return advice_for(Kind.SHARED_BY_PROCESSES if shared else verdict.kind, tuple(runtimes.values()))
+
+
+def _advice_on_closing(
+    verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...], runtimes: tuple[Runtime, ...]
+) -> Advice:
+    if verdict.message is not None:
+        return COPY_ADVICE
+    closer = next((culprit.pid for culprit in culprits if culprit.role is Role.CLOSER), None)
+    is_heir = closer is not None and findings.opener_pid not in (None, closer)
+    return advice_on_closing(findings.fate, was_reset=findings.was_reset, is_heir=is_heir, runtimes=runtimes)
 
 
 def _request(seen: RequestSeen, findings: Findings, sql_mode: SqlMode) -> Request:

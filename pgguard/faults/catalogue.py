@@ -406,13 +406,16 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "the client went away without saying goodbye",
         "The connection ended without Terminate. An open transaction is rolled back; a query that was running goes "
         "on until PostgreSQL notices, and nobody learns its outcome.",
-        "The process was killed (SIGKILL, the kernel's out-of-memory killer, a supervisor's timeout), crashed, or "
-        "left through os._exit; or the driver dropped the socket after an error of its own.",
+        "The process was killed (SIGKILL, the kernel's out-of-memory killer, a supervisor's timeout), crashed, exited "
+        "without closing its connections, or left through os._exit; or it lives, and its driver dropped the socket "
+        "after a timeout or an error of its own, or something in between cut the connection. The record says which of "
+        "these it was, as far as the kernel does: how a process has ended can be seen until its parent has asked.",
         Advice(
-            "Find out why the process ended, and close connections on the way out",
-            "Look for the process in the logs of its supervisor and of the kernel (dmesg: 'Out of memory: Killed "
-            "process'). Where it ends on purpose, close the pool first: at SIGTERM finish or cancel the running "
-            "query, then disconnect.",
+            "Find out how the process ended, and close connections on the way out",
+            "If it was killed: look in the logs of its supervisor and of the kernel (dmesg: 'Out of memory: Killed "
+            "process'), and at SIGTERM finish or cancel the running query, then disconnect. If it has exited: close "
+            "the pool first, on every path, and before os._exit. If it lives: look for a timeout after which the "
+            "driver drops the connection, or a proxy or firewall in between.",
         ),
         (
             (

@@ -10,11 +10,12 @@
     Every other sender on the connection, the one whose turn it was first.
 ``closer``
     The sender of a Terminate that came in the middle of COPY data, where it is known; and of a connection that ended
-    without Terminate who closed it. The end of a stream has no sender, and it is the *last* process with
-    the socket open that brings it about, so one is named only if no second process is known to have opened, used or
-    held the connection: by ``sole-holder`` if the holders are this process alone, otherwise by what ties it to the
-    connection as its opener, or as the only sender. If the opener had let go before, it is the only one that had the
-    socket open then. With two processes or none there is no closer: they stand in their other roles.
+    without Terminate who closed it, or was ended with it. The end of a stream has no sender that the kernel could name,
+    and it is the *last* process with the socket open that brings it about, so one is named only if no second process is
+    known to have opened, used or held the connection: by ``sole-holder`` if it was alone with it when that was last
+    looked at, otherwise by ``socket-holder``. If the opener had let go before, it is the only one that had the socket
+    open then. With two processes or none there is no closer: they stand in their other roles; and neither is there
+    one if the process lives and has the socket open, and the connection was reset: something in between did that.
 ``owner``
     The process that opened the connection. Of a client that can't be looked at, what it says of itself.
 ``holder``
@@ -232,36 +233,37 @@ class _Bench:
         return None, findings.stacks.problems.get(pid, _TOO_LATE)
 
     def _closer(self) -> Culprit | None:
-        verdict, findings = self._verdict, self._findings
-        opener = findings.opener_pid
-        last = {process.pid: process for process in (*findings.departed, *self._holders)}
-        if opener is not None and last and opener not in last:
-            # It had let go before, so that it isn't the last.
-            heir = last.popitem()[1]
-            return None if last else self._process(Role.CLOSER, heir, Evidence.SOCKET_HOLDER)
-        pids = set(self._known) | {sender.pid for sender in verdict.requesters}
-        pids.update(request.sender.pid for request in verdict.requests if request.sender is not None)
-        if verdict.intruder is not None:
-            pids.add(verdict.intruder.pid)
-        if opener is not None:
-            pids.add(opener)
-        if len(pids) != 1:
+        findings = self._findings
+        pid = last_holder(self._verdict, findings)
+        fate = findings.fate
+        cut_off = findings.was_reset and fate is not None and fate.has_socket
+        if pid is None or cut_off:
             return None
-        pid = pids.pop()
-        if findings.sole_holder is not None:
-            evidence = Evidence.SOLE_HOLDER
-        elif pid == opener:
-            evidence = _opener_evidence(findings)
-        else:
-            evidence = next(
-                (
-                    sender_evidence(request.sender, findings)
-                    for request in reversed(verdict.requests)
-                    if request.sender is not None
-                ),
-                Evidence.KERNEL_SENDER,
-            )
+        alone = findings.sole_holder or findings.last_sole_holder
+        was_alone = alone is not None and alone.pid == pid
+        evidence = Evidence.SOLE_HOLDER if was_alone else Evidence.SOCKET_HOLDER
         return self._of(Role.CLOSER, pid, self._known.get(pid), evidence)
+
+
+def last_holder(verdict: Verdict, findings: Findings) -> int | None:
+    """The pid of the only process that can have had a connection open when it ended, if there is but one.
+
+    Args:
+        verdict: on the connection's end.
+        findings: what is known.
+    """
+    opener = findings.opener_pid
+    last = {process.pid for process in (*findings.departed, *(findings.holders or ()))}
+    if opener is not None and last and opener not in last:
+        # It had let go before, so that it isn't the last.
+        return last.pop() if len(last) == 1 else None
+    pids = set(known_processes(findings)) | {sender.pid for sender in verdict.requesters}
+    pids.update(request.sender.pid for request in verdict.requests if request.sender is not None)
+    if verdict.intruder is not None:
+        pids.add(verdict.intruder.pid)
+    if opener is not None:
+        pids.add(opener)
+    return pids.pop() if len(pids) == 1 else None
 
 
 def known_processes(findings: Findings) -> dict[int, Process]:

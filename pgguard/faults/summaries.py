@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from pgguard.attribution.fates import State
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Culprit, Role
 from pgguard.faults.text import listed, named
 from pgguard.session.verdicts import OUTSTANDING, Kind, Party, Verdict
 
 if TYPE_CHECKING:
+    from pgguard.attribution.fates import Fate
     from pgguard.attribution.findings import Findings, Share
 
 
@@ -170,6 +173,31 @@ def _inherited(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ..
     return f"{names} {have} the connection open that {opener} opened{end}"
 
 
+def _end(who: str, fate: Fate | None) -> str:
+    """How a process and its connection have ended."""
+    ended = "its connection ended"
+    if fate is None:
+        return f"the connection of {who} ended"
+    match fate.state:
+        case State.ALIVE if fate.has_socket:
+            return f"{who}, which lives on, shut its connection down"
+        case State.ALIVE:
+            return f"{who}, which lives on, closed its connection"
+        case State.EXITED:
+            return f"{who} exited with status {fate.code}, and {ended}"
+        case State.KILLED:
+            return f"{who} was killed by {_signal(fate.code)}, and {ended}"
+        case State.ENDED:
+            return f"{who} exited or was killed, and {ended}"
+
+
+def _signal(number: int | None) -> str:
+    try:
+        return signal.Signals(number or 0).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def _closed(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
     closer = _who(culprits) if culprits and culprits[0].role is Role.CLOSER else None
     if verdict.message is not None:
@@ -177,10 +205,12 @@ def _closed(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...])
         return verdict.reason if closer is None else f"{closer} {cut_short}"
     when = verdict.reason.partition(", ")[2]
     if closer is not None:
-        return f"{closer} closed its connection without Terminate, {when}"
+        return f"{_end(closer, findings.fate)} without Terminate, {when}"
     owner = _opener(findings)
     if owner is not None:
-        return f"the connection that {owner} opened ended without Terminate, {when}"
+        cut = findings.was_reset and findings.fate is not None and findings.fate.has_socket
+        ended = "was reset by neither side," if cut else "ended"
+        return f"the connection that {owner} opened {ended} without Terminate, {when}"
     return f"the client's side ended without Terminate, {when}"
 
 

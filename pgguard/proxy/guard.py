@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from pgguard.attribution.holders import sole_holder
 from pgguard.attribution.sockets import TcpClient, client_socket
 from pgguard.proxy.addresses import TcpAddress
 from pgguard.proxy.greeting import Dismissed, as_plain, greet, refusal, send_last
@@ -350,6 +351,7 @@ class Guard:
             else:
                 for session, opening in zip(sessions, openings, strict=True):
                     session.opening = opening
+                    session.last_sole_holder = sole_holder(opening.holders)
                     session.tell_tracker()
             for session in sessions:
                 session.opening_known.set()

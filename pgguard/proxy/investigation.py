@@ -10,7 +10,7 @@ from pgguard.attribution.declared import declared
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.findings import Findings
 from pgguard.attribution.threads import Waits
-from pgguard.faults.culprits import known_processes
+from pgguard.faults.culprits import known_processes, last_holder
 from pgguard.proxy.rollcall import count
 from pgguard.session.verdicts import AFTER_END, Kind, Party
 
@@ -32,6 +32,9 @@ _STAYING_BUDGET: Final = 0.02
 """Seconds for which a process is given to close a connection that it has said Terminate on."""
 _SMALL: Final = 16384
 """Bytes of a message that are read at once: far less than a socket's buffer."""
+_ENDING_BUDGET: Final = 0.1
+"""Seconds for which a process that has closed a connection is given to end as well: an interpreter that ends closes its
+sockets a moment before."""
 _DESCRIBED: Final = 6
 """Processes of which it is looked at what they run and what their only thread does."""
 _PROGRAMS_BUDGET: Final = 0.01
@@ -69,6 +72,7 @@ def known_at_once(session: ProxiedSession) -> Findings:
         senders=senders,
         driver=session.driver,
         runtimes=runtimes,
+        last_sole_holder=session.last_sole_holder,
     )
 
 
@@ -140,7 +144,9 @@ class Investigation:
         self._look_at_holders(opening)
         if unnamed:
             self._look_for_the_closer(opening, heirs)
-        if self._verdict.kind is Kind.UNCLEAN_CLOSE or self._verdict.reason == AFTER_END:
+        if self._verdict.kind is Kind.UNCLEAN_CLOSE:
+            self._look_at_the_closer(opening)
+        elif self._verdict.reason == AFTER_END:
             self._findings = replace(self._findings, departed=self._gone(self._session.sightings.late_holders()))
         if self._verdict.kind is Kind.CONNECTION_EXHAUSTION:
             self._count_connections()
@@ -187,6 +193,7 @@ class Investigation:
             before=session.sightings.asleep,
             throughout=session.sightings.throughout if self._is_small() else frozenset(),
             watchers=session.sightings.watchers,
+            last_sole_holder=session.last_sole_holder,
             declared=declared(None if protocol is None else protocol.application_name, texts),
             driver=self._driver(),
             runtimes=self._findings.runtimes,
@@ -204,6 +211,16 @@ class Investigation:
         stays = libpq and self._witness.stays(opening, seconds=_STAYING_BUDGET)
         departed = self._gone((*self._session.sightings.late_holders(), *heirs))
         self._findings = replace(self._findings, opener_stays=stays, departed=departed)
+
+    def _look_at_the_closer(self, opening: Opening) -> None:
+        """Find out what has become of who had a connection open that has ended, and tell it from being cut off."""
+        departed = self._gone(self._session.sightings.late_holders())
+        self._findings = replace(self._findings, departed=departed, was_reset=self._session.client_gone)
+        pid = last_holder(self._verdict, self._findings)
+        if pid is not None and self._verdict.message is None:
+            process = known_processes(self._findings).get(pid)
+            fate = self._witness.fate(opening, pid, process, seconds=_ENDING_BUDGET)
+            self._findings = replace(self._findings, fate=fate)
 
     def _gone(self, once: Sequence[Process]) -> tuple[Process, ...]:
         """Those of the processes that had the socket open once and haven't any more."""

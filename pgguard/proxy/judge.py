@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -47,6 +47,8 @@ _SAMPLING_SAVINGS: Final = 1.0
 _ROLL_CALL_BUDGET: Final = 0.25
 """Seconds to find out who has opened the connections that have just been opened, before they are counted, and seconds
 to count them: a refusal is looked into once, and nobody but the client that it is about waits meanwhile."""
+_ENDED_BUDGET: Final = 0.25
+"""Seconds to look at a connection that has ended: nobody is left to wait for it but the server."""
 _INVESTIGATIONS: Final = 4
 """Threads that take evidence at the same time."""
 
@@ -286,6 +288,10 @@ class Judge:
 
     async def _findings(self, session: ProxiedSession, verdict: Verdict) -> Findings:
         evidence = Evidence(known_at_once(session))
+        if verdict.kind is Kind.LEAKED_CONNECTION:
+            # It is they who have brought it about.
+            holders = session.sightings.holders or None
+            evidence.findings = replace(evidence.findings, holders=holders, holders_complete=False)
         witness = self._witness
         if witness is None:
             return evidence.findings
@@ -297,6 +303,8 @@ class Judge:
             with trio.move_on_after(budget):
                 for one in counted:
                     await one.session.opening_known.wait()
+        elif verdict.kind is Kind.UNCLEAN_CLOSE:
+            budget = _ENDED_BUDGET
         investigation = Investigation(witness, session, verdict, evidence, counted)
         doubtful = _is_doubtful(verdict)
         if session.connected is not None and (session.opening is None or doubtful):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.attribution.evidence import Evidence
 from pgguard.attribution.findings import Activity, Share, Slots
-from pgguard.attribution.holders import Holders
+from pgguard.attribution.holders import Holders, sole_holder
 from pgguard.session.refusals import Replication
 from pgguard.session.verdicts import Limit
 
@@ -109,8 +109,7 @@ def _holders(
     if opening is not None:
         holders = Holders() if opening.inode is None else held[opening.inode]
         if holders.processes:
-            alone = holders.complete and len(holders.processes) == 1
-            evidence = Evidence.SOLE_HOLDER if alone else Evidence.SOCKET_HOLDER
+            evidence = Evidence.SOCKET_HOLDER if sole_holder(holders) is None else Evidence.SOLE_HOLDER
             return [(process, evidence) for process in holders.processes]
         if opening.opener is not None and not witness.is_gone(opening.opener):
             return [(opening.opener, opening.evidence)]

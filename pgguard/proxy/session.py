@@ -130,6 +130,8 @@ class ProxiedSession:
         self.opened_at = opened_at
         self.opening: Opening | None = None
         """Who opened it, once that has been found out."""
+        self.last_sole_holder: Process | None = None
+        """The process that was alone with it when anybody was last seen to have it open."""
         self.opening_known = trio.Event()
         self.settings: Mapping[str, str] = {}
         """What its client asked for as it connected: the parameters of its StartupMessage, in their order."""

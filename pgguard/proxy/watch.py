@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import trio
 
+from pgguard.attribution.holders import sole_holder
 from pgguard.attribution.threads import Thread, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE, readers
 from pgguard.faults.heirs import PATIENCE, SERVERS_PATIENCE, judge_heirs
@@ -132,6 +133,8 @@ class Watch:
     def _note_holders(self, session: ProxiedSession, holders: Holders) -> None:
         heirs = holders.lasting(_LASTING)
         session.sightings.note_holders(holders.processes, heirs)
+        if holders.processes:
+            session.last_sole_holder = sole_holder(holders)
         lasting = frozenset(process.pid for process in heirs)
         session.client.contested = len(lasting) > 1 and not session.names_senders
 

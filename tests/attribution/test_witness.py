@@ -11,7 +11,6 @@ import pytest
 
 from pgguard.attribution.evidence import Driver, Evidence
 from pgguard.attribution.sockets import TcpClient, UnixClient, client_socket
-from pgguard.attribution.threads import Waits
 from pgguard.attribution.witness import Opening, Witness
 from tests.attribution.puppets import THREADS, Puppet, outlive_a_tick
 
@@ -264,7 +263,8 @@ def test_heirs_are_children_forked_since_that_run_the_same_program(tcp: socket.s
 def test_of_one_process_with_one_thread_there_is_nothing_to_see(opening: Opened) -> None:
     witness, client, opened = opening
     assert opened.opener is not None
-    assert witness.look(opened, [opened.opener]) == (Waits(), ())
+    waits, blocked = witness.look(opened, [opened.opener])
+    assert (waits.threads, blocked) == ((), ())
     client.do("start(lambda: poll(c)); start(lambda: c.recv(1))")
     witness.waits(opened, [opened.opener], enough=lambda waits: len(waits.threads) == 2, seconds=5)
     waits, blocked = witness.look(opened, [opened.opener])

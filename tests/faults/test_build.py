@@ -130,7 +130,7 @@ CUT_SHORT = verdict(
         pytest.param(
             replace(CLOSED, intruder=Sender(4866)),
             KNOWN_SENDER,
-            [(CLOSER, 4866, None, KERNEL_SENDER)],
+            [(CLOSER, 4866, None, HOLDS)],
             id="closed, and one process is all that was ever seen",
         ),
         pytest.param(
@@ -234,8 +234,8 @@ SUMMARIES = [
         replace(CLOSED, open_request=True, reason=ENDED + "in the middle of a request"),
         ALONE,
         (
-            "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app])"
-            " closed its connection without Terminate, in the middle of a request"
+            "the connection of pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app])"
+            " ended without Terminate, in the middle of a request"
         ),
     ),
     (

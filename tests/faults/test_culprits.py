@@ -277,8 +277,8 @@ OTHERS = [
     pytest.param(
         verdict(Kind.UNCLEAN_CLOSE, intruder=Sender(4866, 4866, sampled=True), requests=(OUTSTANDING,)),
         Findings(senders={4866: WORKER_0}, only_threads=only(WORKER_0)),
-        [(CLOSER, 4866, 4866, KERNEL_SENDER, ONLY)],
-        id="closed: the one that has sent, and how that is known",
+        [(CLOSER, 4866, 4866, HOLDS, ONLY)],
+        id="closed: the one that has sent, which says nothing of how it is known to have closed",
     ),
     pytest.param(
         verdict(Kind.UNCLEAN_CLOSE, message=TERMINATE, intruder=Sender(4866, 4871), open_request=True),

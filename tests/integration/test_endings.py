@@ -1,0 +1,82 @@
+"""Connections that end without Terminate: who did it, as far as that can be known, how, and what to change."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.integration.running import PROGRAMS, every_transport, named, running
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import StartGuard
+    from tests.guard_process import Fault, GuardProcess
+    from tests.servers import Transport
+
+pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
+
+ENDINGS = {
+    "closes": ("which lives on, closed its connection without Terminate", "lives and hasn't the socket open any more"),
+    "shuts_down": ("which lives on, shut its connection down without Terminate", "has the socket open still"),
+    "exits": ("exited with status 3, and its connection ended without Terminate", "has exited by itself"),
+    "is_killed": ("was killed by SIGKILL, and its connection ended without Terminate", "out-of-memory killer"),
+    "is_asked_to_end": ("was killed by SIGTERM, and its connection ended without Terminate", "Nothing has closed"),
+    "crashes": ("was killed by SIGSEGV, and its connection ended without Terminate", "core dump"),
+    "ends_unseen": ("exited or was killed, and its connection ended without Terminate", "If it was killed:"),
+}
+"""By what the program does, what the summary and the advice say."""
+
+
+def closers(fault: Fault) -> list[tuple[int, str]]:
+    return [(one["pid"], one["evidence"]) for one in fault["culprits"] if one["role"] == "closer"]
+
+
+@every_transport
+def test_how_a_process_and_its_connection_have_ended(guard: GuardProcess, transport: Transport, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        for number, (ending, (summary, advice)) in enumerate(ENDINGS.items(), 1):
+            command: list[str | Path] = [sys.executable, PROGRAMS / "endings.py", ending]
+            program = stack.enter_context(running(command, guard.at(transport), tmp_path, ending))
+            pid = program.read()["pid"]
+            program.go_on()
+            fault = guard.wait_for("unclean-close", count=number)[-1]
+            # The end of a stream has no sender that the kernel could name.
+            assert closers(fault) == [(pid, "sole-holder")]
+            assert fault["summary"].startswith(f"pid {pid} (python")
+            assert summary in fault["summary"]
+            assert advice in fault["advice"]["text"]
+            assert fault["severity"] == "warning"
+    assert {fault["kind"] for fault in guard.faults()} == {"unclean-close"}
+
+
+@every_transport
+def test_who_had_inherited_the_connection_is_the_last_and_not_to_blame(
+    guard: GuardProcess, transport: Transport, tmp_path: Path
+) -> None:
+    with running([sys.executable, PROGRAMS / "endings.py", "is_inherited"], guard.at(transport), tmp_path) as program:
+        pid = program.read()["pid"]
+        program.wait()
+        time.sleep(3)  # what happened lately counts
+        program.go_on()
+        [fault] = guard.wait_for("unclean-close")
+    assert closers(fault) == [(pid, "socket-holder")]
+    assert named([fault], "owner") == {program.pid}
+    assert "a process that a fork had given it to" in fault["advice"]["text"]
+
+
+@pytest.mark.parametrize("transport", ["unix"], indirect=True)
+def test_a_session_that_was_rejected_has_not_ended_uncleanly_as_well(
+    start_guard: StartGuard, transport: Transport, tmp_path: Path
+) -> None:
+    guard = start_guard("--mode", "reject")
+    command: list[str | Path] = [sys.executable, PROGRAMS / "shared_connection.py", "in_turn"]
+    with running(command, guard.at(transport), tmp_path) as program:
+        program.wait()
+    [fault] = guard.wait_for("shared-by-processes")
+    assert fault["action"] == "rejected"
+    guard.assert_no_faults(except_kinds={"shared-by-processes", "inherited-connection"})
