@@ -22,7 +22,8 @@ from typing import Self
 
 from pgguard.attribution.descriptors import find_sockets, link_to, list_processes
 from pgguard.attribution.ebpf.account import Accounts
-from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe, connection_key, scope_remedy
+from pgguard.attribution.ebpf.probe import ProbeUnavailable, connection_key, scope_remedy
+from pgguard.attribution.ebpf.selftest import start as start_probe
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.namespaces import ask_in_namespace, in_a_new_thread, read_tables
 from pgguard.attribution.processes import read_process
@@ -211,14 +212,14 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
 
 
 def _try_tcp_senders() -> str | None:
-    """Have the kernel name ourselves as the sender of a byte."""
+    """Have the kernel name ourselves as the sender of a byte, by a probe that changes nothing."""
     try:
-        probe = SenderProbe([], blocking=True)
+        probe, _ = start_probe([], insist=False)
     except ProbeUnavailable as error:
         raise _Missing(error.problem, error.remedy) from error
     with probe, socket.create_server(("127.0.0.1", 0)) as listener:
         probe.add(*listener.getsockname())
-        with socket.create_connection(listener.getsockname(), _SECONDS) as client, _accepted(listener) as accepted:
+        with _connecting(listener.getsockname()) as client, _accepted(listener) as accepted:
             client.send(b"x")
             accepted.recv(1)
             accounts = Accounts()
@@ -227,12 +228,27 @@ def _try_tcp_senders() -> str | None:
             _expect(account.split(1) == [(1, (os.getpid(), threading.get_native_id()))])
         if probe.scope is not None:
             raise _Missing(f"it sees no process outside of the cgroup {probe.scope}", scope_remedy())
-    return None
+        purpose = _TCP_SENDERS.purpose
+        if not probe.watches_blocking:
+            purpose += ", on sockets that don't block; with --attribution ebpf on all"
+        if not probe.openers:
+            purpose += "; not who opened the connection, which takes Linux 6.10"
+    return purpose
+
+
+@contextlib.contextmanager
+def _connecting(address: tuple[str, int]) -> Iterator[socket.socket]:
+    """Connect as libpq does: with a socket that doesn't block."""
+    with socket.socket() as client:
+        client.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            client.connect(address)
+        yield client
 
 
 _TCP_SENDERS = _Check(
     "kernel senders on TCP",
-    "names the process and the thread that sent each byte, on sockets that don't block; with --attribution ebpf on all",
+    "names the process and the thread that sent each byte",
     _try_tcp_senders,
     "run the guard on the host's own kernel, not on a sandbox's imitation of one",
     unix_instead=True,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from pgguard.attribution.capabilities import check
-from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe, scope_remedy
+from pgguard.attribution.ebpf.probe import ProbeUnavailable
+from pgguard.attribution.ebpf.selftest import start as start_probe
 from pgguard.attribution.witness import Witness
 from pgguard.faults.docket import Docket
 from pgguard.faults.text import redact
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pgguard.attribution.capabilities import Capability
+    from pgguard.attribution.ebpf.probe import SenderProbe
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,8 @@ def serve(given: dict[str, Any], config: Path | None) -> int:
             sinks.record(fault)
         for line in summary_lines(guard.sessions, docket.counts()):
             console.say(line)
+        for remark in guard.remarks():
+            console.say(f"pgguard: attribution: {remark}")
     finally:
         sinks.close()
     return 0
@@ -109,18 +113,19 @@ def _start_probe(attribution: str, listeners: Sequence[tuple[str, int]]) -> Send
     """
     if attribution == "off" or not listeners:
         return None
+    insisted = attribution == "ebpf"
     try:
-        probe = SenderProbe(listeners, blocking=attribution == "ebpf")
+        probe, comparison = start_probe(listeners, insist=insisted)
     except ProbeUnavailable as error:
-        if attribution == "ebpf":
+        if insisted:
             raise ConfigurationError(f"--attribution ebpf: {error}; or use --attribution auto") from error
         logger.warning("attribution does without kernel senders on TCP: %s", error)
         return None
-    insisted = attribution == "ebpf"
-    those = "every sender" if insisted else "senders whose sockets don't block (libpq's, asyncio's), or with ebpf all,"
-    logger.info("attribution: on TCP the kernel names %s by process and thread", those)
-    if probe.scope is not None:
-        logger.warning("of senders on TCP only those in the cgroup %s are seen: %s", probe.scope, scope_remedy())
+    logger.info("attribution: on TCP the kernel names every sender by process and thread")
+    for limit in probe.limits:
+        logger.warning("attribution: %s", limit)
+    if not comparison.alike:
+        logger.warning("attribution: as is insisted on, clients are watched though %s", comparison)
     return probe
 
 

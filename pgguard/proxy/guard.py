@@ -138,6 +138,10 @@ class Guard:
         """Have the kernel name the senders on TCP connections that are made from now on; not closed by the guard."""
         self._senders = self._sweep.senders = KernelSenders(probe)
 
+    def remarks(self) -> list[str]:
+        """What the kernel couldn't say about senders on TCP: clauses for the end, none if all was known."""
+        return [] if self._senders is None else self._senders.remarks()
+
     async def serve(self) -> None:
         """Relay until :meth:`stop`, then until the sessions are done or time is up.
 

@@ -6,7 +6,7 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING
 
-from pgguard.attribution.ebpf.account import Account, Accounts
+from pgguard.attribution.ebpf.account import Account, Accounts, Tally
 from pgguard.attribution.ebpf.bpf import BpfError
 from pgguard.attribution.ebpf.probe import connection_key
 from pgguard.session.verdicts import Sender
@@ -44,6 +44,7 @@ class KernelSenders:
     def __init__(self, probe: SenderProbe) -> None:
         self._probe = probe
         self._accounts = Accounts()
+        self._tally = Tally()
 
     def feed(self) -> None:
         """Take what the kernel has reported into account. Costs a quarter of a microsecond when that is nothing."""
@@ -68,7 +69,12 @@ class KernelSenders:
 
     def close(self, kernel_account: TcpAccount) -> None:
         """End an account."""
+        self._tally.count(kernel_account.account)
         self._accounts.close(kernel_account.key, kernel_account.account)
+
+    def remarks(self) -> list[str]:
+        """What wasn't known of the connections that are closed: clauses, none if all was."""
+        return self._tally.remarks(self._probe.lost)
 
     def pieces(self, kernel_account: TcpAccount, size: int) -> list[tuple[int, Sender | None]]:
         """Tell who sent the bytes that have just been read, in pieces by different threads."""

@@ -12,8 +12,9 @@ import pytest
 
 from pgguard.attribution import capabilities
 from pgguard.attribution.capabilities import Capability, check
-from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
+from pgguard.attribution.ebpf.probe import ProbeUnavailable
 from pgguard.attribution.ebpf.ring import Event
+from pgguard.attribution.ebpf.selftest import Comparison, start
 from pgguard.attribution.processes import read_process
 from pgguard.attribution.stacks import Stacks, find_py_spy
 from pgguard.attribution.threads import Obstacle, Waits
@@ -126,14 +127,24 @@ class TestKernelSendersOnTcp:
     def test_they_are_tried_on_ourselves_or_the_probes_own_reason_is_given(self) -> None:
         found = _named(self.NAME)
         expected: tuple[str | None, str | None] = None, None
+        purpose = "names the process and the thread that sent each byte"
         try:
-            SenderProbe([]).close()
+            probe, _ = start([], insist=False)
         except ProbeUnavailable as unavailable:
             expected = unavailable.problem, unavailable.remedy
+        else:
+            probe.close()
+            purpose += "" if probe.watches_blocking else ", on sockets that don't block; with --attribution ebpf on all"
         assert (found.problem, found.remedy) == expected
-        assert found.purpose == (
+        assert found.purpose == purpose
+
+    def test_where_the_kernel_knows_less_it_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of sockets that block, and of who connects."""
+        monkeypatch.setattr(capabilities, "start_probe", _start_blind)
+        monkeypatch.setattr(capabilities, "_expect", lambda _: None)
+        assert _named(self.NAME).purpose == (
             "names the process and the thread that sent each byte, on sockets that don't block; "
-            "with --attribution ebpf on all"
+            "with --attribution ebpf on all; not who opened the connection, which takes Linux 6.10"
         )
 
     def test_they_are_not_essential_and_unix_sockets_do_instead(self) -> None:
@@ -145,24 +156,24 @@ class TestKernelSendersOnTcp:
         def refuse(*_: object, **__: object) -> None:
             raise AssertionError("it was tried")
 
-        monkeypatch.setattr(capabilities, "SenderProbe", refuse)
+        monkeypatch.setattr(capabilities, "start_probe", refuse)
         assert self.NAME not in [capability.name for capability in check(probe=False)]
 
     def test_a_probe_that_can_not_be_had_is_reported_with_what_to_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: object, **__: object) -> None:
             raise ProbeUnavailable("the guard lacks CAP_BPF", "run the guard as root")
 
-        monkeypatch.setattr(capabilities, "SenderProbe", refuse)
+        monkeypatch.setattr(capabilities, "start_probe", refuse)
         assert _named(self.NAME).explanation == "the guard lacks CAP_BPF; run the guard as root"
 
     def test_a_probe_that_names_nobody_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(capabilities, "SenderProbe", _Blind)
+        monkeypatch.setattr(capabilities, "start_probe", _start_blind)
         found = _named(self.NAME)
         assert found.problem == "does not find what is certainly there"
         assert found.remedy is not None
 
     def test_a_probe_that_sees_only_a_part_of_the_host_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(capabilities, "SenderProbe", _Blind)
+        monkeypatch.setattr(capabilities, "start_probe", _start_blind)
         monkeypatch.setattr(capabilities, "_expect", lambda _: None)
         monkeypatch.setattr(_Blind, "scope", "/sys/fs/cgroup/inner")
         found = _named(self.NAME)
@@ -174,9 +185,8 @@ class _Blind:
     """A probe that reports nothing."""
 
     scope: str | None = None
-
-    def __init__(self, _: object, *, blocking: bool) -> None:
-        pass
+    watches_blocking = False
+    openers = False
 
     def __enter__(self) -> None:
         pass
@@ -189,6 +199,11 @@ class _Blind:
 
     def read(self) -> list[Event]:
         return []
+
+
+def _start_blind(_: object, *, insist: bool) -> tuple[_Blind, Comparison]:
+    assert not insist
+    return _Blind(), Comparison()
 
 
 class TestPtraceRights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgguard.attribution.ebpf.account import Account, Accounts, Segment, Sender
+from pgguard.attribution.ebpf.account import Account, Accounts, Segment, Sender, Tally
 from pgguard.attribution.ebpf.assembler import R0, R1, R2, Assembler
 from pgguard.attribution.ebpf.programs import EVENT_SIZE, Kind
 from pgguard.attribution.ebpf.ring import Event, Ring
@@ -61,6 +62,25 @@ def test_what_contradicts_itself_is_unknown() -> None:
     account = account_of(event(Kind.SENDING, 0, 10), event(Kind.SENDING, 4, 2, who=2))
     assert account.contradictions == 1
     assert account.split(8) == [Segment(4, sender(1)), Segment(2, sender(2)), Segment(2, None)]
+
+
+def test_what_was_not_known_is_counted_and_said_at_the_end() -> None:
+    tally = Tally()
+    assert tally.remarks(0) == []
+    tally.count(account_of(event(Kind.WATCHED, 3), event(Kind.SENDING, 0, 10)))
+    tally.count(Account())  # of a client on another host, whom the kernel can't know
+    assert tally.remarks(0) == []
+    tally.count(account_of(event(Kind.WATCHED, 4), event(Kind.SENDING, 0, 10), event(Kind.SENDING, 4, 2, who=2)))
+    for problem in (errno.E2BIG, errno.EWOULDBLOCK, errno.E2BIG, errno.EPERM):
+        tally.count(account_of(event(Kind.UNWATCHED, size=problem)))
+    assert tally.remarks(17) == [
+        (
+            "the kernel did not say who sent on 4 of 6 connections: 2 for want of room in the map, "
+            "1 because the client's socket blocks, 1 (Operation not permitted)"
+        ),
+        "17 of the kernel's reports were lost, as they came too fast: who sent those is not known",
+        "1 of the kernel's reports contradicted others: who sent that may be wrong",
+    ]
 
 
 def test_another_connection_of_the_same_addresses_counts_for_nothing() -> None:
@@ -245,3 +265,4 @@ def test_the_ring_wraps_around_and_passes_over_what_is_not_ready() -> None:
     os.pwrite(fake.lost, struct.pack("=Q", 3), 0)
     assert fake.ring.lost == 3
     fake.close()
+    assert fake.ring.lost == 3, "it is asked for at the end"

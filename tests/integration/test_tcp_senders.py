@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import signal
 import socket
 import struct
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +20,11 @@ import pytest
 
 from pgguard.attribution.ebpf import bpf
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
+from pgguard.attribution.ebpf.programs import Way
 from tests.integration.running import PROGRAMS, running
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from tests.conftest import StartGuard
     from tests.guard_process import Fault, GuardProcess
@@ -199,7 +202,7 @@ def test_six_senders_of_three_processes_every_request_of_every_record_right_or_u
 
 OBJECTS = {"programs": 11, "maps": 12, "links": 31}
 """``linux/bpf.h``: BPF_PROG_GET_NEXT_ID, BPF_MAP_GET_NEXT_ID, BPF_LINK_GET_NEXT_ID."""
-_MAP_GET_NEXT_KEY, _MAP_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD = 4, 14, 15
+_MAP_LOOKUP_ELEM, _MAP_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD = 1, 14, 15
 _SO_COOKIE = 57
 
 
@@ -233,8 +236,8 @@ def held_by(pid: int) -> set[tuple[str, int]]:
     return found
 
 
-def watched_sockets(objects: set[tuple[str, int]]) -> Iterator[int]:
-    """The cookies of the sockets in the one map, among these, that is for sockets."""
+def map_of_sockets(objects: set[tuple[str, int]]) -> int:
+    """Open the one map, among these, that is for what is watched; its descriptor."""
     for kind, number in objects:
         if kind != "maps":
             continue
@@ -243,17 +246,18 @@ def watched_sockets(objects: set[tuple[str, int]]) -> Iterator[int]:
         info = ctypes.create_string_buffer(80)
         ask(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", descriptor, 80, ctypes.addressof(info)))
         if info.raw[24:40].rstrip(b"\0") == b"pgguard_sockets":
-            key, following = None, ctypes.create_string_buffer(8)
-            while True:
-                at = 0 if key is None else ctypes.addressof(key)
-                result, _ = ask(
-                    _MAP_GET_NEXT_KEY, struct.pack("=IIQQQ", descriptor, 0, at, ctypes.addressof(following), 0)
-                )
-                if result < 0:
-                    break
-                key = ctypes.create_string_buffer(following.raw[:8], 8)
-                yield struct.unpack("=Q", key.raw)[0]
+            return descriptor
         os.close(descriptor)
+    raise AssertionError("there is none")
+
+
+def is_watched(descriptor: int, connection: psycopg.Connection, way: Way) -> bool:
+    """Whether a client's socket is in the map, or has storage in it: it is asked for by cookie, or by descriptor."""
+    key = cookie(connection) if way is Way.MAP else connection.pgconn.socket
+    data = ctypes.create_string_buffer(struct.pack("=Q" if way is Way.MAP else "=i", key), 8)
+    value = ctypes.create_string_buffer(64)
+    attributes = struct.pack("=IxxxxQQQ", descriptor, ctypes.addressof(data), ctypes.addressof(value), 0)
+    return ask(_MAP_LOOKUP_ELEM, attributes)[0] == 0
 
 
 def cookie(connection: psycopg.Connection) -> int:
@@ -266,15 +270,43 @@ def test_only_connections_to_the_guard_are_watched(start_guard: StartGuard, serv
     made = held_by(guard.pid)
     assert {kind for kind, _ in made} == set(OBJECTS)
     assert made <= existing()
+    with SenderProbe([]) as probe:
+        way = probe.way
     with (
         psycopg.connect(guard.at("tcp").conninfo) as through,
         psycopg.connect(server.at("tcp").conninfo) as direct,
     ):
         for connection in (through, direct):
             connection.execute("SELECT 1")
-        assert list(watched_sockets(made)) == [cookie(through)]
+        descriptor = map_of_sockets(made)
+        assert is_watched(descriptor, through, way)
+        assert not is_watched(descriptor, direct, way)
+        os.close(descriptor)
     guard.stop()
     gone(made)
+
+
+def unread(connection: psycopg.Connection) -> int:
+    """FIONREAD of a client that has an answer of more than 500 bytes to come."""
+    deadline = time.monotonic() + 10
+    while True:
+        size = int(struct.unpack("=i", fcntl.ioctl(connection.pgconn.socket, termios.FIONREAD, bytes(4)))[0])
+        if size > 500:
+            return size
+        assert time.monotonic() < deadline, size
+        time.sleep(0.005)
+
+
+def test_a_client_is_told_what_lies_unread_as_without_the_guard(start_guard: StartGuard, server: Server) -> None:
+    """What available() of pgjdbc asks."""
+    guard = start_guard()
+    told = []
+    for address in (server.at("tcp"), guard.at("tcp")):
+        connection = psycopg.connect(address.conninfo)
+        connection.pgconn.send_query(b"SELECT repeat('x', 500)")
+        told.append(unread(connection))
+        connection.close()
+    assert told[0] == told[1]
 
 
 def gone(made: set[tuple[str, int]]) -> None:

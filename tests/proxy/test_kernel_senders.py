@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
-from pgguard.attribution.ebpf.programs import Kind
+from pgguard.attribution.ebpf.programs import Kind, Way
 from pgguard.attribution.ebpf.ring import Event
 from pgguard.faults.policy import KindAction
 from pgguard.proxy.kernel_senders import KernelSenders
@@ -813,10 +813,10 @@ async def test_many_connections_leave_no_account_and_no_event_behind(house: Hous
 
 
 @pytest.mark.usefixtures("probed")
-async def test_a_client_that_the_probe_has_no_room_for_is_unknown_and_works(house: House) -> None:
-    with SenderProbe(house.guard.tcp_listeners(), max_connections=1) as probe:
+async def test_a_client_that_a_map_has_no_room_for_is_unknown_and_works_and_is_counted(house: House) -> None:
+    with SenderProbe(house.guard.tcp_listeners(), max_connections=1, way=Way.MAP) as probe:
         house.guard.use_probe(probe)
-        first, _ = await house.session()
+        first, other = await house.session()
         client, server = await house.session()
         with plain(client) as sock:
             in_child(sock, asked("child"))
@@ -827,3 +827,10 @@ async def test_a_client_that_the_probe_has_no_room_for_is_unknown_and_works(hous
         assert not unwatched.names_senders
         assert "shared-by-processes" not in house.kinds
         await first.nothing()
+        assert house.guard.remarks() == []
+        for end in (first, other, client, server):
+            await end.close()
+        await house.empty()
+        assert house.guard.remarks() == [
+            "the kernel did not say who sent on 1 of 2 connections: 1 for want of room in the map"
+        ]

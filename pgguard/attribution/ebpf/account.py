@@ -22,7 +22,8 @@ PostgreSQL client sends, would be taken out of the stream: set ``SO_OOBINLINE`` 
 from __future__ import annotations
 
 import errno
-from collections import OrderedDict, deque
+import os
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -150,6 +151,62 @@ def _append(segments: list[Segment], length: int, sender: Sender | None) -> None
         segments[-1] = Segment(segments[-1].length + length, sender)
     else:
         segments.append(Segment(length, sender))
+
+
+_REASONS = {
+    errno.E2BIG: "for want of room in the map",
+    errno.EWOULDBLOCK: "because the client's socket blocks",
+    errno.ENOMEM: "because of a limit for TCP's memory",
+    errno.EBUSY: "because another program watches it",
+    errno.EOPNOTSUPP: "because it is not TCP's alone",
+}
+"""Why the kernel doesn't watch a connection, by :attr:`Account.problem`."""
+
+
+class Tally:
+    """What became of all connections so far."""
+
+    def __init__(self) -> None:
+        self.watched = 0
+        """Connections of which the kernel has told who sends."""
+        self.unwatched: Counter[int] = Counter()
+        """Those of this host's that it hasn't, or not to the end, by :attr:`Account.problem`."""
+        self.contradictions = 0
+        """As of an :class:`Account`, of all of them."""
+
+    def count(self, account: Account) -> None:
+        """Take an account in that is at its end."""
+        self.contradictions += account.contradictions
+        if account.problem is not None:
+            self.unwatched[account.problem] += 1
+        elif account.cookie is not None:
+            self.watched += 1
+
+    def remarks(self, lost: int) -> list[str]:
+        """Say what wasn't known: clauses, none if there is nothing to be said.
+
+        Args:
+            lost: how many events were.
+        """
+        remarks = []
+        if self.unwatched:
+            all_in_all = self.watched + self.unwatched.total()
+            reasons = [
+                f"{count} {_REASONS.get(why, f'({os.strerror(why)})')}" for why, count in self.unwatched.most_common()
+            ]
+            remarks.append(
+                f"the kernel did not say who sent on {self.unwatched.total()} of {all_in_all} connections: "
+                + ", ".join(reasons)
+            )
+        if lost:
+            remarks.append(
+                f"{lost} of the kernel's reports were lost, as they came too fast: who sent those is not known"
+            )
+        if self.contradictions:
+            remarks.append(
+                f"{self.contradictions} of the kernel's reports contradicted others: who sent that may be wrong"
+            )
+        return remarks
 
 
 class Accounts:

@@ -34,6 +34,7 @@ class MapType(IntEnum):
     HASH = 1
     ARRAY = 2
     SOCKHASH = 18
+    SK_STORAGE = 24
     RINGBUF = 27
 
 
@@ -59,6 +60,7 @@ class _Command(IntEnum):
     MAP_DELETE_ELEM = 3
     PROG_LOAD = 5
     PROG_ATTACH = 8
+    BTF_LOAD = 18
     LINK_CREATE = 28
 
 
@@ -86,6 +88,42 @@ def create_map(kind: MapType, key: int, value: int, entries: int, name: str, fla
     """
     attributes = struct.pack("=IIIIIII16s", kind, key, value, entries, flags, 0, 0, name.encode())
     return _bpf(_Command.MAP_CREATE, attributes, f"creating the map {name}")
+
+
+NO_PREALLOC = 1
+"""``BPF_F_NO_PREALLOC``: a map flag, which storage with sockets must have."""
+
+_BTF = struct.pack(
+    "=HBBIIIII" + "4I" * 2 + "6I" + "5s",
+    *(0xEB9F, 1, 0, 24, 0, 56, 56, 5),  # a header, and where types and strings are behind it
+    *(1, 1 << 24, 4, 32),  # 1: an integer of 32 bits, called u32
+    *(1, 1 << 24, 8, 64),  # 2: one of 64 bits; names needn't differ
+    *(0, 3 << 24, 0, 2, 1, 0),  # 3: an array of the second, with as many elements as are filled in
+    b"\0u32\0",
+)
+_BTF_ELEMENTS = len(_BTF) - 5 - 4
+"""Where in it the number of elements stands."""
+
+
+def create_socket_storage(size: int, name: str) -> int:
+    """Create a map that keeps ``size`` bytes, a multiple of 8, with each socket for as long as both exist.
+
+    For such maps the kernel wants to know the types of keys and values. Returns its descriptor.
+
+    Raises:
+        BpfError: as for :func:`create_map`; since Linux 5.2.
+    """
+    types = bytearray(_BTF)
+    struct.pack_into("=I", types, _BTF_ELEMENTS, size // 8)
+    data, where = _buffer(bytes(types))
+    btf = _bpf(_Command.BTF_LOAD, struct.pack("=QQIII", where, 0, len(types), 0, 0), f"loading the types of {name}")
+    del data
+    try:
+        attributes = struct.pack("=IIIIIII16s", MapType.SK_STORAGE, 4, size, 0, NO_PREALLOC, 0, 0, name.encode())
+        attributes += struct.pack("=IIII", 0, btf, 1, 3)  # map_ifindex, then BTF: the object, key's and value's types
+        return _bpf(_Command.MAP_CREATE, attributes, f"creating the map {name}")
+    finally:
+        os.close(btf)
 
 
 def put(map_fd: int, key: bytes, value: bytes) -> None:

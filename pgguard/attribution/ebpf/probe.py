@@ -12,18 +12,24 @@ the initial user namespace, and no lockdown for confidentiality; a cgroup v2 hie
 Before Linux 6.10 sock_ops programs may not ask who runs, so that openers are unknown, and the guard must be in the
 initial pid namespace. (Versions are from the kernel's history; tried on 6.18, x86-64.)
 
-**What it changes**: nothing in what clients send or receive. ``tcp_bpf_sendmsg`` copies what would have been sent
-without copying (sendfile, splice, MSG_ZEROCOPY); and a client that asks for MSG_ZEROCOPY, as no PostgreSQL client does,
-gets a notification for each of the pieces that a send was cut into, rather than one for it all.
+**What it changes**: where TCP can call back at sends (:attr:`Way.CALLBACK`, Linux 6.15), nothing: the socket has one
+bit more set, and a few bytes of ours. On older kernels (:attr:`Way.MAP`) the client's socket is put into a map, and
+then sends and receives through other functions of the kernel's, which answer differently in ways that depend on the
+kernel: :mod:`selftest` compares them at each start, and where a program can tell, nobody is watched, unless it is
+insisted on. Of all such kernels ``tcp_bpf_sendmsg`` copies what would have been sent without copying (sendfile, splice,
+MSG_ZEROCOPY); and a client that asks for MSG_ZEROCOPY, as no PostgreSQL client does, gets a notification for each of
+the pieces that a send was cut into, rather than one for it all.
 
-**What it leaves**: nothing. One program is attached through a link that is a file descriptor, the other to the map of
-sockets, which that program holds; all goes when the process does. The sockets in the map are ordinary ones again.
+**What it leaves**: nothing. The program for connections is attached through a link that is a file descriptor, the one
+for a map of sockets to that map, which it holds; all goes when the process does. The sockets in the map are ordinary
+ones again, and have what lies unread in them (what is received stays in the socket's own queue all the time). The bit
+in the socket stays set, for no program to be called.
 
 **What it doesn't see**: connections that existed before; clients on other hosts; processes outside of the cgroup that
 is mounted, if that isn't the whole tree (:attr:`SenderProbe.scope`); sockets that another program has put into a map
-with an sk_msg program of its own, as Cilium's socket acceleration does, those of cgroups with a limit for TCP's
-memory, those beyond ``max_connections``, and, unless it is told to, those that block (all ``UNWATCHED``). Their bytes
-have no sender, never a wrong one.
+with an sk_msg program of its own, as Cilium's socket acceleration does, those of Multipath TCP, those of cgroups with a
+limit for TCP's memory; in a map also those beyond ``max_connections``, and, unless it is told to, those that block (all
+``UNWATCHED``). Their bytes have no sender, never a wrong one.
 """
 
 from __future__ import annotations
@@ -48,9 +54,11 @@ from pgguard.attribution.ebpf.programs import (
     LISTENER_KEY_SIZE,
     LOOPBACK_NETWORK,
     SAME_NAMESPACE,
+    STORAGE_SIZE,
     Maps,
     Namespaces,
     Programs,
+    Way,
 )
 from pgguard.attribution.ebpf.ring import Event, Ring
 
@@ -113,13 +121,17 @@ class SenderProbe:
     There is nothing to wait on: who has read bytes asks for events, and those of the bytes are there. A process that is
     forked and doesn't execute another program keeps the probe alive for as long as it lives.
 
+    Attributes:
+        way: how the kernel is asked.
+
     Args:
         addresses: of the guard's listeners, IP address and port. ``0.0.0.0`` stands for all of this host's IPv4
             addresses, ``::`` for those of both families.
-        max_connections: how many connections can be watched at a time; clients beyond that are not kept from
-            connecting, nor from sending, but unknown.
-        blocking: whether to watch sockets that block too. A recv(2) in which one waits can then fail with EAGAIN when a
-            signal arrives: see :meth:`Programs._watch`.
+        max_connections: how many connections a map has room for; clients beyond that are not kept from connecting, nor
+            from sending, but unknown.
+        blocking: whether to put sockets that block into a map too. A recv(2) in which one waits can then fail with
+            EAGAIN when a signal arrives: see :meth:`Programs._watch`.
+        way: how to ask the kernel; ``None`` for the best that it offers.
 
     Raises:
         ProbeUnavailable: what is missing, and the one thing to do about it.
@@ -132,8 +144,10 @@ class SenderProbe:
         *,
         max_connections: int = _MAX_CONNECTIONS,
         blocking: bool = False,
+        way: Way | None = None,
     ) -> None:
         self._stack = contextlib.ExitStack()
+        self._wanted = way
         self._blocking = blocking
         with contextlib.ExitStack() as stack:
             self.openers = True
@@ -183,14 +197,42 @@ class SenderProbe:
                 bpf.put(self._listeners, entry, struct.pack("=I", SAME_NAMESPACE if _is_loopback(address) else 0))
                 self._known.add(entry)
 
+    def remove(self, host: str, port: int) -> None:
+        """Take back what :meth:`add` has said of an address that is no wildcard. Raises BpfError: it was never said."""
+        entry = _packed(host) + struct.pack("!Hxx", port)
+        bpf.remove(self._listeners, entry)
+        self._known.discard(entry)
+
+    @property
+    def watches_blocking(self) -> bool:
+        """Clients whose sockets block are watched as well."""
+        return self._blocking or self.way is Way.CALLBACK
+
     def release(self, cookie: int) -> None:
         """Watch a connection no more; nothing happens if it isn't any more.
 
         Args:
             cookie: what :attr:`Account.cookie` says.
         """
+        if self.way is Way.CALLBACK:
+            return
         with contextlib.suppress(BpfError):
             bpf.remove(self._sockets, struct.pack("=Q", cookie))
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What it can't do here, and what would help: clauses, to be said where it is put to use."""
+        limits = []
+        if self.scope is not None:
+            limits.append(f"of senders on TCP only those in the cgroup {self.scope} are seen: {scope_remedy()}")
+        if not self.openers:
+            limits.append("who opens a connection on TCP the kernel does not say: it does since Linux 6.10")
+        if not self.watches_blocking:
+            limits.append(
+                "of senders on TCP those whose sockets block are not seen (pg8000's, PHP's streams; libpq's and "
+                "asyncio's never do), as the kernel would let a signal end their wait: --attribution ebpf takes them in"
+            )
+        return tuple(limits)
 
     def read(self) -> list[Event]:
         """Take the events that there are: see :meth:`Ring.read`, which this is."""
@@ -227,18 +269,26 @@ class SenderProbe:
         def create(kind: MapType, key: int, value: int, entries: int, name: str, flags: int = 0) -> int:
             return held(bpf.create_map(kind, key, value, entries, name, flags))
 
+        self.way = self._wanted or (Way.CALLBACK if _calls_back(btf) else Way.MAP)
+        sockets = (
+            held(bpf.create_socket_storage(STORAGE_SIZE, "pgguard_sockets"))
+            if self.way is Way.CALLBACK
+            else create(MapType.SOCKHASH, 8, 4, max_connections, "pgguard_sockets")
+        )
         maps = Maps(
             ring=create(MapType.RINGBUF, 0, 0, _RING_SIZE, "pgguard_events"),
             lost=create(MapType.ARRAY, 4, 8, 1, "pgguard_lost", bpf.MMAPABLE),
             listeners=create(MapType.HASH, LISTENER_KEY_SIZE, 4, _MAX_LISTENERS, "pgguard_listen"),
-            sockets=create(MapType.SOCKHASH, 8, 4, max_connections, "pgguard_sockets"),
+            sockets=sockets,
         )
         self._listeners, self._sockets = maps.listeners, maps.sockets
         ring = Ring(maps.ring, _RING_SIZE, maps.lost)
         stack.callback(ring.close)
-        programs = Programs(btf, maps, _namespaces(), blocking=self._blocking)
-        sends = bpf.load_program(ProgramType.SK_MSG, programs.sk_msg(), AttachType.SK_MSG_VERDICT, "pgguard_sending")
-        bpf.attach_to_map(held(sends), maps.sockets)
+        programs = Programs(btf, maps, _namespaces(), way=self.way, blocking=self._blocking)
+        if self.way is Way.MAP:
+            code = programs.sk_msg()
+            sends = bpf.load_program(ProgramType.SK_MSG, code, AttachType.SK_MSG_VERDICT, "pgguard_sending")
+            bpf.attach_to_map(held(sends), maps.sockets)
         connections = held(self._load_sock_ops(programs))
         directory = held(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         held(bpf.attach_to_cgroup(connections, directory))
@@ -255,6 +305,15 @@ class SenderProbe:
             descriptor = load(pids=False)
             self.openers = False
             return descriptor
+
+
+def _calls_back(btf: Btf) -> bool:
+    """Whether this kernel's TCP can call programs at sends: Linux 6.15, "bpf: Add BPF_SOCK_OPS_TSTAMP_SENDMSG_CB"."""
+    try:
+        btf.offset("sock", "sk_bpf_cb_flags")
+    except KeyError:
+        return False
+    return True
 
 
 def scope_remedy() -> str:

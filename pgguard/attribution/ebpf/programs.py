@@ -1,31 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0 OR MIT OR GPL-2.0-only
 """The probe's programs: what runs in the kernel, when, and why what they report is certain.
 
-**What runs.** Only the first of the two runs for sockets that aren't connected to the guard, and there it does nothing
-but compare addresses, twice per connection.
+**What runs**, in each of two ways (:class:`Way`). For sockets that aren't connected to the guard only the first program
+runs, and there it does nothing but compare addresses, twice per connection.
 
 ======== ========================================== ===================================================================
 program  runs                                       and reports
 ======== ========================================== ===================================================================
-sock_ops when any TCP connection is made in the     ``OPENED`` by whom, in connect(2)'s caller; puts the client's socket
-         cgroup or below                            into the sockhash when it is established, or says ``UNWATCHED``;
-                                                    ``ACCEPTED`` for the guard's own end
-sk_msg   for every send on a socket in the          ``SENDING`` so many bytes from here on, or ``UNCERTAIN``
-         sockhash, in the sender's context
+sock_ops when any TCP connection is made in the     ``OPENED`` by whom, in connect(2)'s caller; ``WATCHED`` when it is
+         cgroup or below                            established, or ``UNWATCHED``; ``ACCEPTED`` for the guard's own end
+sock_ops CALLBACK: at the end of every send on a    ``SENDING`` so many bytes from where the last report ended, or
+         socket that is watched, in the sender's    ``UNCERTAIN``
+         context, under the socket's lock
+sk_msg   MAP: the same, at the beginning            ``SENDING`` so many bytes from here on, or ``UNCERTAIN``
 ======== ========================================== ===================================================================
 
-**Why sizes are not enough.** ``tcp_bpf_sendmsg`` (net/ipv4/tcp_bpf.c) takes the socket's lock, copies what is to be
-sent, runs the sk_msg program on it, and hands it to TCP (``tcp_bpf_push``), with the verdict stored in the socket,
-``psock->eval``, until that has been done. If the socket's buffer fills up meanwhile, TCP gives the lock away and waits.
-Another thread that gets the lock finds a verdict there already, skips the program, and sends bytes that nobody
-reports, in the middle of those that were. If the send doesn't wait (O_NONBLOCK) or is interrupted, it ends with fewer
-bytes than were reported, and since the verdict stays behind, the next sender is skipped. So sizes run ahead of the
-stream, and behind it, and no sum reveals it when they do both by the same amount. Nor is it enough to report where
+**By CALLBACK** (Linux 6.15, "bpf: Add BPF_SOCK_OPS_TSTAMP_SENDMSG_CB"). A bit in the socket, which only programs can
+set, has ``tcp_sendmsg_locked`` (net/ipv4/tcp.c) call the program when it has taken what it takes, before it pushes the
+last of it. Nothing else is different for that socket: made for time stamps, of which the program asks for none. So the
+report is there before the bytes are; of a send of more than a segment (64 KiB on loopback) the first ones can be read
+earlier, and then are unknown.
+
+All that has been written into the stream since the last report is this thread's, unless there was a send that gave up
+the lock, or ended, without being reported: one that came to wait for room, and waits still; or that had got only part
+of its bytes in and was refused the rest (O_NONBLOCK, a signal), when all that had been sent already, so that TCP has no
+segment to show to the program. Either takes a full buffer. So it is remembered with each socket what its buffer was
+like at the last report, and whether it can have been full since is computed from how much has been written (see below,
+"What is"): if so, all of it is UNCERTAIN. Of a bulk transfer that keeps the buffer full that is much; of requests that
+wait for answers nothing. As what is remembered stays in the kernel, each report stands for itself, and may be lost.
+
+**By MAP: why sizes are not enough.** ``tcp_bpf_sendmsg`` (net/ipv4/tcp_bpf.c) takes the socket's lock, copies what is
+to be sent, runs the sk_msg program on it, and hands it to TCP (``tcp_bpf_push``), with the verdict stored in the
+socket, ``psock->eval``, until that has been done. If the socket's buffer fills up meanwhile, TCP gives the lock away
+and waits. Another thread that gets the lock finds a verdict there already, skips the program, and sends bytes that
+nobody reports, in the middle of those that were. If the send doesn't wait (O_NONBLOCK) or is interrupted, it ends with
+fewer bytes than were reported, and since the verdict stays behind, the next sender is skipped. So sizes run ahead of
+the stream, and behind it, and no sum reveals it when they do both by the same amount. Nor is it enough to report where
 the stream stood at the beginning of a send, for a send of 1,000 bytes may end after 400 of them.
 
-**What is.** The program reports, under the lock: from this position in the stream on, so many bytes are this thread's;
-and it reports no more than what TCP will take without waiting. Then nobody else gets the lock before they are in the
-stream, and the report is true whatever happens before or after, and whichever other report is missing.
+**By MAP: what is.** The program reports, under the lock: from this position in the stream on, so many bytes are this
+thread's; and it reports no more than what TCP will take without waiting. Then nobody else gets the lock before they are
+in the stream, and the report is true whatever happens before or after, and whichever other report is missing.
 
 - The position is that of the byte that TCP writes next, computed from ``write_seq``, ``snd_una`` and ``bytes_acked``,
   none of which changes while the lock is held.
@@ -43,9 +58,10 @@ stream, and the report is true whatever happens before or after, and whichever o
 - Where sends can fail or grow for other reasons the program reports nothing else than UNCERTAIN either: a socket with
   SO_ZEROCOPY (ENOBUFS), or with kernel TLS or anything of that kind on top.
 
-What that is worth, measured with two threads that send 1 MB at a time, 40 MB in all, over one connection: adding up the
-sizes reported names 28 % of the bytes wrongly (44 % if they don't block), positions and sizes 6 % (2 %), these rules
-none, with 3 % unknown.
+What that is worth by MAP, measured with two threads that send 1 MB at a time, 40 MB in all, over one connection: adding
+up the sizes reported names 28 % of the bytes wrongly (44 % if they don't block), positions and sizes 6 % (2 %), these
+rules none, with 3 % unknown. By CALLBACK no name was wrong either, of 100,000 sends by six threads of three processes
+at once.
 
 **What is assumed.** That a sender's cgroup which has used up its ``memory.max`` gets something back by reclaiming, or
 has a process killed, before the kernel gives up on memory for TCP: if it gave up, TCP would wait. That no thread sends
@@ -65,7 +81,8 @@ Addresses and remote ports in ``struct sock`` are in network order, the local po
 have everything in network order, and IPv4 addresses in IPv6's form ``::ffff:a.b.c.d``, since a socket of either family
 may be at either end.
 
-A register keeps one meaning through a program: R6 the context, R7 the ``struct tcp_sock``, R8 the size, R9 the event.
+A register keeps one meaning through a program: R6 the context, R7 the ``struct tcp_sock``, R8 the size, or by CALLBACK
+what is remembered with the socket, R9 the event.
 """
 
 from __future__ import annotations
@@ -73,10 +90,19 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 
 from pgguard.attribution.ebpf.assembler import FRAME, R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, Assembler
 from pgguard.attribution.ebpf.btf import Btf
+
+
+class Way(StrEnum):
+    """How the kernel is asked who sends."""
+
+    CALLBACK = "callback"
+    """TCP calls the sock_ops program at the end of every send, and all else is as it was: since Linux 6.15."""
+    MAP = "map"
+    """An sk_msg program, for which the socket must be in a map, and then receives in another way."""
 
 
 class Kind(IntEnum):
@@ -87,15 +113,15 @@ class Kind(IntEnum):
     ACCEPTED = 2
     """The guard's end of the connection is established; who runs then is by chance."""
     UNWATCHED = 3
-    """The client's socket was not put into the map; ``size`` is the errno. Its sends will go unreported."""
+    """The client's socket is not watched; ``size`` is the errno. Its sends will go unreported."""
     SENDING = 4
     """The ``size`` bytes from ``position`` on are this thread's. This is certain, whatever else happens."""
     UNCERTAIN = 5
     """This thread wants to send, but how many of the next ``size`` bytes are its own can't be told."""
     WATCHED = 6
-    """The client's socket was put into the map, where ``position`` is its key."""
+    """The client's socket is watched; ``position`` is its cookie, and its key in the map."""
     BLOCKING = 7
-    """As UNCERTAIN; and the socket blocks, so that it should be taken out of the map."""
+    """As UNCERTAIN; and the socket blocks, so that it should be taken out of the map. By MAP alone."""
 
 
 EVENT_SIZE = 72
@@ -117,8 +143,10 @@ LOOPBACK_NETWORK = bytes(10) + b"\xff\xff\x7f\x00\x00\x00"
 _MAP_LOOKUP_ELEM = 1
 _GET_CURRENT_PID_TGID = 14
 _GET_SOCKET_COOKIE = 46
+_SETSOCKOPT = 49
 _MSG_APPLY_BYTES = 61
 _SOCK_HASH_UPDATE = 70
+_SK_STORAGE_GET = 107
 _PROBE_READ_KERNEL = 113
 _GET_NS_CURRENT_PID_TGID = 120
 _RINGBUF_RESERVE = 131
@@ -131,6 +159,17 @@ _NO_WAKEUP = 1
 # struct bpf_sock_ops, linux/bpf.h.
 _OPS_OP, _OPS_SK = 0, 184
 _TCP_CONNECT_CB, _ACTIVE_ESTABLISHED_CB, _PASSIVE_ESTABLISHED_CB = 3, 4, 5
+_TSTAMP_SENDMSG_CB = 20
+
+_SOL_SOCKET = 1
+_SK_BPF_CB_FLAGS, _SK_BPF_CB_TX_TIMESTAMPING = 1009, 1
+"""The socket option that only programs can set, and its bit: have TCP call back at sends. ``linux/bpf.h``."""
+
+STORAGE_SIZE = 32
+"""Of what is remembered with each socket that is watched: see the offsets."""
+_REPORTED, _LIMIT, _QUEUED, _UNSENT = 0, 8, 16, 24
+"""Offsets in it: up to where in the stream senders have been reported, and what the buffer was like then: its limit in
+bytes (0: it may have had none to give), how many were queued in it, and how many of them not sent."""
 
 # struct sk_msg_md, linux/bpf.h.
 _MSG_SIZE, _MSG_SK = 68, 72
@@ -155,6 +194,9 @@ is at most 2 n + 8 KiB for segments of a page or more, and less than 4 n + 8 KiB
 _SMALL_SEGMENT = 1024
 """Bytes. Below that, as on no real network, nothing is reported."""
 
+_LARGE_SEGMENT = 32_768
+"""Bytes. As on loopback: those that are queued can't be cut into so many that it takes a sixteenth more memory."""
+
 _AF_INET, _AF_INET6 = 2, 10
 _LOOPBACK_OCTET = 127
 _IPV4_MAPPED = -0x10000
@@ -166,6 +208,11 @@ _STACK_LISTENER = -64
 _STACK_PIDS = -72
 _STACK_COOKIE = -80
 _STACK_PRESSURE = -88
+_STACK_START = -96
+_STACK_SENT = -104
+_STACK_ORIGIN = -112
+_STACK_KIND = -120
+_STACK_OPTION = -128
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +224,7 @@ class Maps:
     """An array of one u64: how many events didn't fit into the ring buffer."""
     listeners: int
     sockets: int
+    """A sockhash for :attr:`Way.MAP`, storage that goes with each socket for :attr:`Way.CALLBACK`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,12 +286,15 @@ class Programs:
     Raises KeyError if the kernel's structures lack what they need.
     """
 
-    def __init__(self, btf: Btf, maps: Maps, namespaces: Namespaces, *, blocking: bool = False) -> None:
+    def __init__(
+        self, btf: Btf, maps: Maps, namespaces: Namespaces, *, way: Way = Way.MAP, blocking: bool = False
+    ) -> None:
+        self._way = way
         self._fields = _Fields(btf)
         self._maps = maps
         self._namespaces = namespaces
         self._blocking = blocking
-        """Sockets that block are watched too."""
+        """Sockets that block are put into the map too."""
 
     def sock_ops(self, *, pids: bool = True) -> bytes:
         """Assemble the program that finds connections to the guard.
@@ -256,6 +307,8 @@ class Programs:
         code = Assembler()
         code.compute(R6, "=", R1)
         code.load(R2, R6, _OPS_OP, 4)
+        if self._way is Way.CALLBACK:
+            code.jump_if(R2, "==", _TSTAMP_SENDMSG_CB, "sent")
         code.jump_if(R2, "==", _TCP_CONNECT_CB, "wanted")
         code.jump_if(R2, "==", _ACTIVE_ESTABLISHED_CB, "wanted")
         code.jump_if(R2, "!=", _PASSIVE_ESTABLISHED_CB, "end")  # TCP asks programs many things: not our business
@@ -289,6 +342,10 @@ class Programs:
         self._own_namespace(code, "end")
         self._match(code, "end", prefix="passive ")
         self._accepted(code)
+        if self._way is Way.CALLBACK:
+            code.jump("end")
+            code.label("sent")
+            self._sent(code)
 
         code.label("end")
         code.compute_constant(R0, "=", 1)
@@ -296,17 +353,21 @@ class Programs:
         return code.assemble()
 
     def _watch(self, code: Assembler) -> None:
-        """Put the socket into the map, or say why it isn't.
+        """Have the socket watched, or say why it isn't.
 
         One whose cgroup has a limit for TCP's memory is left alone: what is sent through a map is charged twice for a
         moment, so a send as large as the limit would wait forever. A socket's cgroup is settled when it is made.
 
-        One that blocks is left alone as well. A socket in a map receives through ``tcp_bpf_recvmsg``, which waits once:
-        woken without data, by a signal's handler for one, it returns EAGAIN where ``tcp_recvmsg`` would wait on. libpq
-        and whoever has an event loop never block in it.
+        By MAP one that blocks is left alone as well. A socket in a map receives through ``tcp_bpf_recvmsg``, which
+        waits once: woken without data, by a signal's handler for one, it returns EAGAIN where ``tcp_recvmsg`` would
+        wait on. libpq and whoever has an event loop never block in it.
         """
         fields = self._fields
-        if not self._blocking:
+        if self._way is Way.CALLBACK:  # above TCP others send, as Multipath TCP does, and aren't called back for
+            code.compute_constant(R8, "=", errno.EOPNOTSUPP)
+            code.load(R2, R7, fields.upper_layer, 8)
+            code.jump_if(R2, "!=", 0, "unwatched")
+        elif not self._blocking:
             code.compute_constant(R8, "=", errno.EWOULDBLOCK)
             self._does_not_block(code, "unwatched")
         if fields.memory_cgroup is not None and fields.tcp_limited is not None:
@@ -319,12 +380,10 @@ class Programs:
         code.compute(R1, "=", R6)
         code.call(_GET_SOCKET_COOKIE)  # addresses may occur twice, in two network namespaces; this doesn't
         code.store(FRAME, _STACK_COOKIE, R0, 8)
-        code.compute(R1, "=", R6)
-        code.load_map(R2, self._maps.sockets)
-        code.compute(R3, "=", FRAME)
-        code.compute_constant(R3, "+", _STACK_COOKIE)
-        code.compute_constant(R4, "=", 0)
-        code.call(_SOCK_HASH_UPDATE)
+        if self._way is Way.MAP:
+            self._put_into_map(code)
+        else:
+            self._ask_to_be_called(code)
         code.jump_if(R0, "!=", 0, "refused")
         self._reserve(code, Kind.WATCHED, "end")
         code.store_constant(R9, TID, 0, 8)
@@ -336,13 +395,145 @@ class Programs:
         code.jump("end")
         code.label("refused")
         code.compute_constant(R8, "=", 0)
-        code.compute(R8, "-", R0)  # E2BIG: the map is full; EBUSY: in a map of somebody else's with such a program
+        code.compute(R8, "-", R0)
         code.label("unwatched")
         self._reserve(code, Kind.UNWATCHED, "end")
         code.store_constant(R9, TID, 0, 8)
         self._position(code)
         code.store(R9, SIZE, R8, 4)
         self._submit(code)
+
+    def _put_into_map(self, code: Assembler) -> None:
+        """R0 = 0, or why not: E2BIG, the map is full; EBUSY, the socket is in somebody else's with such a program."""
+        code.compute(R1, "=", R6)
+        code.load_map(R2, self._maps.sockets)
+        code.compute(R3, "=", FRAME)
+        code.compute_constant(R3, "+", _STACK_COOKIE)
+        code.compute_constant(R4, "=", 0)
+        code.call(_SOCK_HASH_UPDATE)
+
+    def _ask_to_be_called(self, code: Assembler) -> None:
+        """R0 = 0, or why it can't be done. Remembers the socket, R7, and has TCP call back at its sends."""
+        code.compute_constant(R0, "=", -errno.ENOMEM)
+        self._storage(code, create=True, otherwise="refused")
+        code.compute(R8, "=", R0)
+        self._compute_position(code)
+        code.store(R8, _REPORTED, R4, 8)
+        self._remember_buffer(code)
+        code.store_constant(FRAME, _STACK_OPTION, _SK_BPF_CB_TX_TIMESTAMPING, 8)
+        code.compute(R1, "=", R6)
+        code.compute_constant(R2, "=", _SOL_SOCKET)
+        code.compute_constant(R3, "=", _SK_BPF_CB_FLAGS)
+        code.compute(R4, "=", FRAME)
+        code.compute_constant(R4, "+", _STACK_OPTION)
+        code.compute_constant(R5, "=", 4)
+        code.call(_SETSOCKOPT)
+
+    def _storage(self, code: Assembler, *, create: bool, otherwise: str) -> None:
+        """R0 = the address of what is remembered with the context's socket."""
+        code.load(R2, R6, _OPS_SK, 8)
+        code.jump_if(R2, "==", 0, otherwise)
+        code.load_map(R1, self._maps.sockets)
+        code.compute_constant(R3, "=", 0)
+        code.compute_constant(R4, "=", int(create))  # BPF_SK_STORAGE_GET_F_CREATE
+        code.call(_SK_STORAGE_GET)
+        code.jump_if(R0, "==", 0, otherwise)
+
+    def _remember_buffer(self, code: Assembler) -> None:
+        """Write down at R8 what the socket's buffer, R7's, is like; R2 and R3 are used."""
+        fields = self._fields
+        code.load(R2, R7, fields.buffer_limit, 4)
+        code.store(R8, _LIMIT, R2, 8)
+        code.load(R2, R7, fields.buffered, 4)
+        code.store(R8, _QUEUED, R2, 8)
+        code.load(R2, R7, fields.write_seq, 4)
+        code.load(R3, R7, fields.snd_nxt, 4)
+        code.compute(R2, "-", R3, bits=32)
+        code.store(R8, _UNSENT, R2, 8)
+
+    def _sent(self, code: Assembler) -> None:
+        """Report what has been sent since the last report: a send has come to its end, under the socket's lock."""
+        fields = self._fields
+        code.load(R1, R6, _OPS_SK, 8)
+        code.jump_if(R1, "==", 0, "end")
+        self._tcp_socket(code, "end")
+        self._storage(code, create=False, otherwise="end")
+        code.compute(R8, "=", R0)
+        self._key(code, client=True, prefix="sent ")
+        self._compute_position(code)
+        code.store(FRAME, _STACK_ORIGIN, R2, 8)
+        code.load(R3, R8, _REPORTED, 8)
+        code.jump_if_register(R4, "==", R3, "end")  # those who went on while this one waited have reported it all
+        code.store(FRAME, _STACK_START, R3, 8)
+        code.store(R8, _REPORTED, R4, 8)
+        code.compute(R4, "-", R3)
+        code.store(FRAME, _STACK_SENT, R4, 8)
+        code.store_constant(FRAME, _STACK_KIND, Kind.UNCERTAIN, 8)
+
+        code.load(R2, R7, fields.upper_layer, 8)
+        code.jump_if(R2, "!=", 0, "doubtful")
+        code.load(R2, R7, fields.flags, 8)
+        code.jump_if(R2, "&", fields.zero_copy, "doubtful")
+        self._memory(code, "doubtful")
+        self._room_since(code, "remembered")
+        code.load(R4, FRAME, _STACK_SENT, 8)
+        code.jump_if_register(R4, "<=", R2, "nobody else")
+        code.jump("remembered")
+        code.label("nobody else")
+        code.store_constant(FRAME, _STACK_KIND, Kind.SENDING, 8)
+        code.label("remembered")
+        self._remember_buffer(code)
+        code.jump("to report")
+        code.label("doubtful")
+        code.store_constant(R8, _LIMIT, 0, 8)
+
+        code.label("to report")
+        self._reserve(code, Kind.SENDING, "end")
+        code.load(R2, FRAME, _STACK_KIND, 8)
+        code.store(R9, KIND, R2, 4)
+        self._pids(code)
+        code.load(R2, FRAME, _STACK_START, 8)
+        code.store(R9, POSITION, R2, 8)
+        code.load(R2, FRAME, _STACK_ORIGIN, 8)
+        code.store(R9, ORIGIN, R2, 4)
+        code.load(R2, FRAME, _STACK_SENT, 8)
+        code.store(R9, SIZE, R2, 4)
+        self._submit(code)
+
+    def _room_since(self, code: Assembler, otherwise: str) -> None:
+        """R2 = how many bytes could be sent since the last report without filling the buffer, whoever sent them.
+
+        As in :meth:`_room`; and what was queued then may have been cut into as many segments as it fits into.
+        """
+        fields = self._fields
+        code.load(R2, R8, _LIMIT, 8)
+        code.load(R3, R7, fields.buffer_limit, 4)
+        code.jump_if_register(R2, "<=", R3, "least limit")
+        code.compute(R2, "=", R3)
+        code.label("least limit")
+        code.load(R3, R8, _QUEUED, 8)
+        code.compute(R2, "-", R3)
+        code.compute_constant(R2, "-", _OVERHEAD)
+        code.load(R5, R7, fields.segment_size, 4)
+        code.jump_if(R5, "<", _SMALL_SEGMENT, otherwise)
+        code.jump_if(R5, "<", _PAGE, "small segments")
+        code.jump_if(R5, "<", _LARGE_SEGMENT, "segments")
+        code.compute_constant(R3, ">>", 3)
+        code.label("segments")
+        code.compute_constant(R3, ">>", 1)
+        code.compute(R2, "-", R3)
+        code.jump_if(R2, "signed <", 0, otherwise)
+        code.compute_constant(R2, ">>", 1)
+        code.jump("unsent since")
+        code.label("small segments")
+        code.compute(R3, "+", R3)
+        code.compute(R2, "-", R3)
+        code.jump_if(R2, "signed <", 0, otherwise)
+        code.compute_constant(R2, ">>", 2)
+        code.label("unsent since")
+        self._unsent_limit(code)
+        code.load(R4, R8, _UNSENT, 8)
+        self._least(code, otherwise)
 
     def _does_not_block(self, code: Assembler, otherwise: str) -> None:
         """Go on if the socket's file has O_NONBLOCK; one without a file has been closed, or is the kernel's own."""
@@ -453,16 +644,25 @@ class Programs:
         code.label("quarter")
         code.compute_constant(R2, ">>", 1)
 
-        # R3 = how many until TCP_NOTSENT_LOWAT is reached: the socket's, or else its network namespace's
         code.label("unsent")
+        self._unsent_limit(code)
+        code.load(R4, R7, fields.write_seq, 4)
+        code.load(R5, R7, fields.snd_nxt, 4)
+        code.compute(R4, "-", R5, bits=32)
+        self._least(code, otherwise)
+
+    def _unsent_limit(self, code: Assembler) -> None:
+        """R3 = TCP_NOTSENT_LOWAT: the socket's, or else its network namespace's."""
+        fields = self._fields
         code.load(R3, R7, fields.unsent_limit, 4)
         code.jump_if(R3, "!=", 0, "own limit")
         code.load(R3, R7, fields.namespace, 8)
         code.load(R3, R3, fields.namespace_unsent_limit, 4)
         code.label("own limit")
-        code.load(R4, R7, fields.write_seq, 4)
-        code.load(R5, R7, fields.snd_nxt, 4)
-        code.compute(R4, "-", R5, bits=32)
+
+    @staticmethod
+    def _least(code: Assembler, otherwise: str) -> None:
+        """Bring R2 down to how many bytes there may be until R3 are unsent, if R4 are."""
         code.compute(R3, "-", R4)
         code.compute_constant(R3, "-", 1)
         code.jump_if(R3, "signed <", 0, otherwise)
@@ -494,12 +694,12 @@ class Programs:
         code.jump_if(R0, "==", 0, otherwise)
         code.compute(R7, "=", R0)
 
-    def _key(self, code: Assembler, *, client: bool) -> None:
+    def _key(self, code: Assembler, *, client: bool, prefix: str | None = None) -> None:
         """Put the connection's key on the stack, R7 being its client's end, or the guard's."""
         fields = self._fields
         local, remote = (_CLIENT_ADDRESS, _GUARD_ADDRESS) if client else (_GUARD_ADDRESS, _CLIENT_ADDRESS)
         local_port, remote_port = (_CLIENT_PORT, _GUARD_PORT) if client else (_GUARD_PORT, _CLIENT_PORT)
-        prefix = "client " if client else "guard "
+        prefix = prefix or ("client " if client else "guard ")
         code.load(R2, R7, fields.family, 2)
         code.jump_if(R2, "==", _AF_INET6, f"{prefix}ipv6")
         for offset, where in ((fields.local_address, local), (fields.remote_address, remote)):
@@ -604,7 +804,13 @@ class Programs:
             code.store(R9, TID, R2, 8)
 
     def _position(self, code: Assembler) -> None:
-        """Store the position in the stream of the byte to be written next, and the sequence number of the first.
+        """Store the position in the stream of the byte to be written next, and the sequence number of the first."""
+        self._compute_position(code)
+        code.store(R9, POSITION, R4, 8)
+        code.store(R9, ORIGIN, R2, 4)
+
+    def _compute_position(self, code: Assembler) -> None:
+        """R4 = the position in the stream of the byte to be written next; R2 = the sequence number of the first.
 
         ``bytes_acked`` counts everything acknowledged, the SYN too; it and ``snd_una``, up to where that is, change
         together, so ``bytes_acked - 1`` is the position of ``snd_una``, in 64 bits that don't wrap around.
@@ -615,9 +821,7 @@ class Programs:
         code.compute(R4, "-", R2, bits=32)  # what is written and not acknowledged, modulo 2**32
         code.compute_constant(R3, "+", -1)
         code.compute(R4, "+", R3)
-        code.store(R9, POSITION, R4, 8)
         code.compute(R2, "-", R3, bits=32)
-        code.store(R9, ORIGIN, R2, 4)
 
     @staticmethod
     def _submit(code: Assembler) -> None:

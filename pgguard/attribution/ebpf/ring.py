@@ -86,11 +86,12 @@ class Ring:
         self._busy: list[int] = []
         """Positions before that of records that weren't ready."""
         self._barrier = threading.Lock()
+        self._lost_in_all = 0
 
     @property
     def lost(self) -> int:
-        """How many events found no room, and were lost."""
-        return self._losses[0]
+        """How many events found no room, and were lost; after the end, how many in all."""
+        return self._lost_in_all if self._lost.closed else self._losses[0]
 
     def read(self) -> list[Event]:
         """Take all events that are there, those of any one connection in order. Never waits, nor makes a system call.
@@ -115,7 +116,8 @@ class Ring:
         return events
 
     def close(self) -> None:
-        """Unmap everything; nothing can be called then."""
+        """Unmap everything; nothing can be read then."""
+        self._lost_in_all = self._losses[0]
         for view in (self._consumed, self._produced, self._losses, self._words, self._data):
             view.release()
         for mapped in (self._consumer, self._producer, self._lost):
