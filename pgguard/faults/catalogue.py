@@ -176,6 +176,7 @@ OVERLAP: Final[Mapping[Driver, Overlap]] = MappingProxyType(
 """May requests from *within one process* overlap? Between two processes they never may, whatever the driver."""
 
 
+_PGBOUNCER: Final = "https://www.pgbouncer.org/"
 _LIBPQ_FORK: Final = "https://www.postgresql.org/docs/current/libpq-connect.html"
 _LIBPQ_THREADS: Final = "https://www.postgresql.org/docs/current/libpq-threading.html"
 _SHUTDOWN: Final = "https://www.postgresql.org/docs/current/server-shutdown.html"
@@ -501,6 +502,36 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         ),
         # The server is refusing the client already, and with the SQLSTATE that drivers look at.
         can_reject=False,
+    ),
+    Entry(
+        Kind.SESSION_STATE_LOST,
+        Severity.WARNING,
+        "warning",
+        "the server does not know what this session has prepared",
+        "The server's error contradicts what this session has done: a prepared statement exists that it never made "
+        "(42P05), or one that it made and has not closed is gone (26000). Between the guard and PostgreSQL the "
+        "server's session has been swapped for another one. What else belongs to a session is lost with it: settings, "
+        "temporary tables, advisory locks, LISTEN.",
+        "A pooler in transaction mode (pgbouncer with pool_mode = transaction, and hosted ones like it) gives each "
+        "transaction the next server session that is free, and the driver prepares statements by name: psycopg after "
+        "the fifth execution, asyncpg and Rails from the first, pgjdbc from the fifth. Rarely it is a trigger or a "
+        "view that calls a function which drops statements.",
+        Advice(
+            "Let the pooler keep track of prepared statements, or have the driver make none",
+            "pgbouncer 1.21 and later does with max_prepared_statements above 0. Otherwise switch them off: psycopg "
+            "prepare_threshold=None, asyncpg statement_cache_size=0, pgjdbc prepareThreshold=0, Rails "
+            "prepared_statements: false, pgx default_query_exec_mode=exec, postgres.js prepare: false. Or use "
+            "pool_mode = session where sessions matter.",
+            "; pgbouncer.ini\nmax_prepared_statements = 200",
+            (f"{_PGBOUNCER}config.html#max_prepared_statements", f"{_PGBOUNCER}features.html"),
+        ),
+        (
+            "What a session sets, locks or listens to must stay within one transaction behind such a pooler.",
+            (
+                "Names that two clients make alike can be told apart (asyncpg: prepared_statement_name_func), but a "
+                "statement that is gone stays gone."
+            ),
+        ),
     ),
     Entry(
         Kind.PROTOCOL_VIOLATION,

@@ -9,6 +9,7 @@ from pgguard.session import libpq
 from pgguard.session.ledger import NOTHING
 from pgguard.session.refusals import REFUSAL_LOOK, TOO_MANY_CONNECTIONS, reason_of, refusal_of
 from pgguard.session.session import ill_formed, seen, torn_end
+from pgguard.session.statements import Named, Statement
 from pgguard.session.states import ANSWERS, ASYNCHRONOUS, COPY_IN, Owes
 from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestState
 from pgguard.wire.fields import parse_fields, parse_parameter_status, parse_severity
@@ -29,6 +30,10 @@ _UNDUE: Final = -1
 _SPECIAL: Final = -2
 _READY: Final = -3
 
+_EXISTS: Final = "42P05"
+_DOES_NOT_EXIST: Final = "26000"
+_ABOUT_STATEMENTS: Final = frozenset({_EXISTS, _DOES_NOT_EXIST})
+"""duplicate_prepared_statement and invalid_sql_statement_name: PostgreSQL documentation, appendix A."""
 _ERROR_RESPONSE: Final = ord("E")
 _BACKEND_KEY_DATA: Final = ord("K")
 _PARAMETER_STATUS: Final = ord("S")
@@ -69,6 +74,8 @@ _ROWS: Final = [
 
 _COPYING_IN: Final = [state in COPY_IN for state in Owes]
 _LOGIN: Final = int(Owes.LOGIN)
+_PARSE: Final = int(Owes.PARSE)
+_USES: Final = (int(Owes.BIND), int(Owes.DESCRIBE_STATEMENT))
 _FUNCTION_CALL: Final = int(Owes.FUNCTION_CALL)
 
 
@@ -225,6 +232,12 @@ class BackendStream:
             session.goodbye = session.over = True
             ledger.clear()
             return True
+        if (
+            severity.sqlstate in _ABOUT_STATEMENTS
+            and follows == _SKIP
+            and self._contradicts(severity.sqlstate, pos, length)
+        ):
+            return False
         if follows != _UNDUE:
             ledger.entries[0][1].ended = RequestState.FAILED
         elif ledger.state == NOTHING and session.unsynced is not None:
@@ -251,6 +264,27 @@ class BackendStream:
             open_request=False,
         )
         session.verdict = replace(verdict, by=Party.CLIENT, ends=True, refusal=refusal)
+
+    def _contradicts(self, sqlstate: str, pos: int, length: int) -> bool:
+        """Whether an error about a prepared statement contradicts what this session has done: a verdict, then."""
+        owes, _, named = self._ledger.entries[0]
+        if self.overruled is not None or not isinstance(named, Statement):
+            return False
+        name = named.name.decode("utf-8", "replace")
+        if sqlstate == _EXISTS and owes == _PARSE and isinstance(named, Named) and named.contradicts_existence:
+            done = "has never made" if named.closed is None else "has closed"
+            text = f'prepared statement "{name}" already exists'
+            reason = f'the server says that prepared statement "{name}" exists, which this session {done}'
+        elif sqlstate == _DOES_NOT_EXIST and owes in _USES and not named.refused:
+            what = f'prepared statement "{name}"' if name else "unnamed prepared statement"
+            text = f"{what} does not exist"
+            reason = f"the server says that {'' if name else 'the '}{text}, which this session has made and not closed"
+        else:
+            return False
+        session = self._session
+        message = seen(Direction.BACKEND, _MESSAGES[_ERROR_RESPONSE], _ERROR_RESPONSE, length)
+        session.verdict = session.judge(Kind.SESSION_STATE_LOST, reason, message, pos, libpq=text)
+        return True
 
     def _accept_undue(self, pos: int, code: int, length: int) -> bool:
         """Judge a message that the head's row doesn't have: True to pass it over."""

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Final
 
 from pgguard.session import libpq
 from pgguard.session.ledger import MAYBE_SYNC, NOTHING
-from pgguard.session.requests import Statements
 from pgguard.session.session import ill_formed, seen, torn_end
 from pgguard.session.states import COPY_IN, IN_COPY_IN, NO_REQUEST, OWED, Owes
 from pgguard.session.verdicts import AFTER_END, Direction, Kind, MessageSeen, RequestState, Sender
 from pgguard.wire.messages import FRONTEND, HEADER_SIZE, SMALL, UNKNOWN, by_code, parse_header
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pgguard.session.ledger import Entry
     from pgguard.session.requests import Request
     from pgguard.session.session import Session
+    from pgguard.session.statements import Closing, Statement
     from pgguard.session.verdicts import Verdict
 
 # The tables, compiled for the loop: lists indexed by type byte instead of dictionaries of characters.
@@ -36,6 +38,7 @@ _LOGIN: Final = int(Owes.LOGIN)
 _DESCRIBE_STATEMENT: Final = int(Owes.DESCRIBE_STATEMENT)
 
 _BIND: Final = ord("B")
+_CLOSE: Final = ord("C")
 _COPY_DATA: Final = ord("d")
 _DESCRIBE: Final = ord("D")
 _FLUSH: Final = ord("H")
@@ -44,6 +47,7 @@ _PASSWORD_MESSAGE: Final = ord("p")
 _QUERY: Final = ord("Q")
 _SYNC: Final = ord("S")
 _STATEMENT: Final = ord("S")
+_PORTAL: Final = ord("P")
 _TERMINATE_CODE: Final = ord("X")
 
 
@@ -61,6 +65,7 @@ class FrontendStream:
         "_held_by",
         "_late",
         "_ledger",
+        "_notes",
         "_sender",
         "_session",
         "_simple",
@@ -90,7 +95,14 @@ class FrontendStream:
         """The request that stood first when the last CopyData was sent, until CopyDone or CopyFail is."""
         self._late: set[int | None] = set()
         """The pids of those that have used the connection after its end: judged once each."""
-        self._statements = Statements()
+        self._statements = statements = session.statements
+        self._notes: dict[int, Callable[[Request, bytearray, int, int], Statement | Closing | None]] = {
+            _PARSE: statements.parse,
+            _BIND: statements.bind,
+            _DESCRIBE: statements.describe,
+            _CLOSE: statements.close,
+        }
+        """What is to be noted of a message that names a prepared statement."""
 
     def follow(self, buffer: bytearray, start: int, end: int, sender: Sender | None, at: float) -> int:
         """Follow ``buffer[start:end]``; the position returned is how far it is in order."""
@@ -286,7 +298,11 @@ class FrontendStream:
         request = self._simple = session.new_request(code, at, self._sender)
         if code == _QUERY:
             request.sql_cut = cut = buffer[stop - 1] != 0
-            request.sql = buffer[pos + HEADER_SIZE : stop if cut else stop - 1]
+            request.sql = sql = buffer[pos + HEADER_SIZE : stop if cut else stop - 1]
+            if self._statements.watching:
+                self._statements.query(sql, cut=cut)
+        else:
+            self._statements.call()
         session.unsynced = None
         session.copy_over = False
         ledger.enter(_OWED[code], request)
@@ -294,6 +310,8 @@ class FrontendStream:
 
     def _extended_message(self, buffer: bytearray, pos: int, stop: int, code: int, length: int, at: float) -> bool:
         owes = _OWED[code]
+        target = 0
+        named: Statement | Closing | None = None
         if _TARGETED[code]:
             target = buffer[pos + HEADER_SIZE] if stop - pos > HEADER_SIZE else 0
             if target == _STATEMENT and code == _DESCRIBE:
@@ -320,12 +338,11 @@ class FrontendStream:
             ledger.skipping = False
             if _COPYING_IN[ledger.state] and ledger.copying_in:
                 owes = MAYBE_SYNC
-        elif code == _BIND:
-            if request.sql is None:
-                self._statements.bind(request, buffer, pos + HEADER_SIZE, stop)
-        elif code == _PARSE and not ledger.skipping:
-            self._statements.parse(request, buffer, pos + HEADER_SIZE, stop)
-        ledger.enter(owes, request)
+        elif target != _PORTAL and not ledger.skipping:
+            note = self._notes.get(code)
+            if note is not None:
+                named = note(request, buffer, pos + HEADER_SIZE, stop)
+        ledger.enter(owes, request, named)
         return True
 
     def _copy_message(self, pos: int, code: int, length: int) -> bool:
@@ -464,7 +481,7 @@ class FrontendStream:
         """The first other process that an answer is due to; the last, if it is the opener that doesn't wait for it."""
         opener = self._session.senders.opener
         entries = self._ledger.entries
-        for owes, request in reversed(entries) if opener is not None and opener.pid == sender.pid else entries:
+        for owes, request, _ in reversed(entries) if opener is not None and opener.pid == sender.pid else entries:
             if owes == _LOGIN or owes not in NO_REQUEST:
                 other = request.sender
                 if other is not None and other.pid != sender.pid:

@@ -16,18 +16,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pgguard.session.requests import Request
+    from pgguard.session.statements import Closing, Statement
 
 NOTHING: Final = int(Owes.NOTHING)
-PARSE: Final = int(Owes.PARSE)
 SYNC: Final = int(Owes.SYNC)
 MAYBE_SYNC: Final = int(Owes.MAYBE_SYNC)
 COPY_END: Final = int(Owes.COPY_END)
 
 _SYNCS: Final = (SYNC, MAYBE_SYNC)
+_NAMING: Final = (int(Owes.PARSE), int(Owes.CLOSE))
 _NO_DEBTS: Final = (MAYBE_SYNC, COPY_END)
 
-Entry = tuple[int, "Request"]
-"""A debt, :attr:`Owes.COPY_END` being none, and whose it is. One that has begun to be paid stands unchanged."""
+Entry = tuple[int, "Request", "Statement | Closing | None"]
+"""A debt, :attr:`Owes.COPY_END` being none, whose it is, and which prepared statement it is about, as far as that is
+certain. One that has begun to be paid stands unchanged."""
 
 
 class Ledger:
@@ -40,7 +42,7 @@ class Ledger:
     __slots__ = ("discarding", "entries", "skipping", "state")
 
     def __init__(self, login: Request) -> None:
-        self.entries: deque[Entry] = deque([(int(Owes.LOGIN), login)])
+        self.entries: deque[Entry] = deque([(int(Owes.LOGIN), login, None)])
         self.state = int(Owes.LOGIN)
         """What is owed for the head, as far as it has come; ``NOTHING`` if there is none."""
         self.skipping = False
@@ -60,11 +62,11 @@ class Ledger:
         """Whether copy data has a place here, or may turn out to have."""
         if self.state in CAN_BECOME_COPY:
             return True
-        return any(index and owes in CAN_BECOME_COPY for index, (owes, _) in enumerate(self.entries))
+        return any(index and owes in CAN_BECOME_COPY for index, (owes, *_) in enumerate(self.entries))
 
     def outstanding(self) -> Iterator[Request]:
         """The requests that wait for an answer, one for each entry, in order."""
-        return (request for owes, request in self.entries if owes not in NO_REQUEST)
+        return (request for owes, request, _ in self.entries if owes not in NO_REQUEST)
 
     def asked(self, flushed: Entry | None) -> Iterator[Request]:
         """Those of :meth:`outstanding` of which the client has asked for the answer.
@@ -79,33 +81,33 @@ class Ledger:
         count = len(entries)
         while count and entries[count - 1] is not flushed and entries[count - 1][0] in UNASKED:
             count -= 1
-        return (request for owes, request in islice(entries, count) if owes not in NO_REQUEST)
+        return (request for owes, request, _ in islice(entries, count) if owes not in NO_REQUEST)
 
     def works(self) -> bool:
         """Whether anything is outstanding that is lost with the connection: the other debts change no data."""
-        return any(owes in WORK for owes, _ in self.entries)
+        return any(entry[0] in WORK for entry in self.entries)
 
     def answering(self) -> Request | None:
         """The request at the head, if the answer to the very message that the head stands for has begun."""
         return self.entries[0][1] if self.entries and self.state != self.entries[0][0] else None
 
     def _marked(self) -> bool:
-        return any(owes == COPY_END for owes, _ in self.entries)
+        return any(entry[0] == COPY_END for entry in self.entries)
 
     # What happens to it
 
-    def enter(self, owes: int, request: Request) -> None:
+    def enter(self, owes: int, request: Request, named: Statement | Closing | None = None) -> None:
         """A message has been sent that has an answer."""
         if self.skipping:
-            request.skip(parse=False)
+            request.skip()
             return
         if self.state == NOTHING:
             self.state = owes
-        self.entries.append((owes, request))
+        self.entries.append((owes, request, named))
 
     def end_copy_data(self) -> None:
         """CopyDone or CopyFail has been sent behind what stands in the ledger, which is something."""
-        self.entries.append((COPY_END, self.entries[-1][1]))
+        self.entries.append((COPY_END, self.entries[-1][1], None))
 
     def pay(self) -> int:
         """The head is complete: the next entry that owes something is the head. Returns the new state."""
@@ -130,9 +132,9 @@ class Ledger:
         discarding, self.discarding = self.discarding, False
         self.pay()
         if in_doubt:
-            for index, (owes, request) in enumerate(self.entries):
+            for index, (owes, request, _) in enumerate(self.entries):
                 if owes == SYNC:
-                    self.entries[index] = (MAYBE_SYNC, request)
+                    self.entries[index] = (MAYBE_SYNC, request, None)
                     if index == 0:
                         self.state = MAYBE_SYNC
                 if owes not in _NO_DEBTS:
@@ -143,13 +145,15 @@ class Ledger:
         """An error in the extended query protocol: drop what the server discards, up to the next Sync."""
         entries = self.entries
         while entries:
-            owes, request = entries[0]
+            owes, request, named = entries[0]
             if owes in _SYNCS:
                 self.state = owes
                 self.discarding = owes == MAYBE_SYNC
                 return
             if owes != COPY_END:
-                request.skip(parse=owes == PARSE)
+                request.skip()
+            if named is not None and owes in _NAMING:
+                named.refused = True
             entries.popleft()
         self.state = NOTHING
         self.skipping = True
@@ -167,11 +171,11 @@ class Ledger:
         self.state = state
         entries = self.entries
         for index in range(1, len(entries)):
-            owes, request = entries[index]
+            owes, request, _ = entries[index]
             if owes == COPY_END:
                 return
             if owes == SYNC:
-                entries[index] = (MAYBE_SYNC, request)
+                entries[index] = (MAYBE_SYNC, request, None)
 
     def leave_copy_in(self) -> None:
         """The head's COPY has been completed: each Sync in front of its CopyDone has been discarded for certain."""

@@ -11,6 +11,7 @@ from pgguard.session.ledger import NOTHING, Ledger
 from pgguard.session.refusals import replication_asked
 from pgguard.session.requests import Request
 from pgguard.session.senders import Senders
+from pgguard.session.statements import Statements
 from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestSeen, Sender, Verdict
 from pgguard.wire.messages import FRONTEND, HEADER_SIZE, by_code
 
@@ -60,6 +61,7 @@ class Session:
 
         self.ledger = Ledger(Request(0, 0.0, sender, ""))
         self.senders = Senders(sender)
+        self.statements = Statements()
         self.unsynced: Request | None = None
         """The extended query that more messages may be added to, until its Sync."""
         self.copied = False

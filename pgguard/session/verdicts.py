@@ -26,6 +26,7 @@ class Kind(StrEnum):
     IDLE_IN_TRANSACTION = "idle-in-transaction"
     LEAKED_CONNECTION = "leaked-connection"
     CONNECTION_EXHAUSTION = "connection-exhaustion"
+    SESSION_STATE_LOST = "session-state-lost"
     PROTOCOL_VIOLATION = "protocol-violation"
     UNTRACKED = "untracked"
 

@@ -19,6 +19,9 @@ HEADER_SIZE: Final = 5
 TEXT_LIMIT: Final = 1024
 """Bytes of an SQL text that are kept for records."""
 
+_NAME_LIMIT: Final = (
+    1 + 64
+)  # what it is of, and an identifier of at most NAMEDATALEN - 1 = 63 bytes with its terminator
 _NAMES_LIMIT: Final = 128  # two identifiers of at most NAMEDATALEN - 1 = 63 bytes, each with its terminator
 _FIELDS_LIMIT: Final = 128  # severity, its non-localized twin and SQLSTATE stand at the front of an ErrorResponse
 _PARAMETER_LIMIT: Final = 128  # "application_name" and its value, which is an identifier too
@@ -54,11 +57,11 @@ class Message(NamedTuple):
 
 FRONTEND: Final = (
     Message("B", "Bind", 12, LARGE, HEADER_SIZE + _NAMES_LIMIT),
-    Message("C", "Close", 6, SMALL, HEADER_SIZE + 1),
+    Message("C", "Close", 6, SMALL, HEADER_SIZE + _NAME_LIMIT),
     Message("d", "CopyData", 4, LARGE),
     Message("c", "CopyDone", 4, SMALL),
     Message("f", "CopyFail", 5, SMALL),
-    Message("D", "Describe", 6, SMALL, HEADER_SIZE + 1),
+    Message("D", "Describe", 6, SMALL, HEADER_SIZE + _NAME_LIMIT),
     Message("E", "Execute", 9, SMALL),
     Message("H", "Flush", 4, 4),
     Message("F", "FunctionCall", 14, LARGE),

@@ -81,8 +81,16 @@ def parse(sql: str, name: str = "") -> bytes:
     return message("P", name.encode() + b"\0" + sql.encode() + b"\0\0\0")
 
 
-def bind(name: str = "") -> bytes:
-    return message("B", b"\0" + name.encode() + b"\0\0\0\0\0\0\0")
+def bind(name: str = "", portal: str = "") -> bytes:
+    return message("B", portal.encode() + b"\0" + name.encode() + b"\0\0\0\0\0\0\0")
+
+
+def describe(name: str = "") -> bytes:
+    return message("D", b"S" + name.encode() + b"\0")
+
+
+def close(name: str = "") -> bytes:
+    return message("C", b"S" + name.encode() + b"\0")
 
 
 def spell(direction: Direction, letters: str) -> bytes:

@@ -40,7 +40,7 @@ def outcome(conversation: Conversation) -> tuple[object, ...]:
         tracker.ledger.skipping,
         tracker.copy_over,
         tracker.unsynced is None,
-        [(owes, request.n) for owes, request in tracker.ledger.entries],
+        [(owes, request.n) for owes, request, _ in tracker.ledger.entries],
         [(r.n, r.messages, r.sql, r.sql_cut, r.state) for r in tracker.requests_seen()],
     )
 

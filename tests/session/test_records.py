@@ -110,8 +110,8 @@ class TestText:
         conversation.frontend(bind("s999") + message("S") + bind("s100") + message("S"))
         assert [request.sql for request in conversation.tracker.requests_seen()] == [
             b"SELECT 0",
+            b"SELECT 999",
             None,
-            b"SELECT 100",
         ]
 
     def test_of_a_name_longer_than_is_looked_at(self) -> None:

@@ -8,13 +8,20 @@ from pgguard.attribution.runtime import Language, Library
 from pgguard.faults.advice.rows import TAKEN_ALONG, Answer, code
 from pgguard.faults.advice.sources import (
     ASYNCPG_API,
+    ASYNCPG_FAQ,
     DBI,
     DJANGO_DATABASES,
+    DJANGO_POOLERS,
     DJANGO_TRANSACTIONS,
+    PGBOUNCER_PREPARED,
+    PGJDBC_PREPARE,
+    PGX_MODES,
     PHP_PERSISTENT,
+    POSTGRES_JS_PREPARE,
     PSYCOPG2_POOL,
     PSYCOPG2_USAGE,
     PSYCOPG_POOL,
+    PSYCOPG_PREPARE,
     PSYCOPG_TRANSACTIONS,
     RAILS_CONFIGURING,
     RAILS_POOL,
@@ -33,6 +40,10 @@ _UNREAD: Final = frozenset({Kind.UNREAD_ANSWER})
 _ABANDONED: Final = _BUSY | _UNREAD
 _IDLE: Final = frozenset({Kind.IDLE_IN_TRANSACTION})
 _EXHAUSTED: Final = frozenset({Kind.CONNECTION_EXHAUSTION})
+_SWAPPED: Final = frozenset({Kind.SESSION_STATE_LOST})
+_TRACK: Final = (
+    "Or let the pooler keep track of them: pgbouncer 1.21 and later does with max_prepared_statements above 0."
+)
 
 ANSWERS: Final = (
     Answer(
@@ -768,6 +779,119 @@ ANSWERS: Final = (
             "those, and put a pooler in between if connecting takes too long.",
             None,
             (PHP_PERSISTENT,),
+        ),
+    ),
+    Answer(
+        _SWAPPED,
+        Language.PYTHON,
+        Library.ASYNCPG,
+        Advice(
+            "Have asyncpg keep no prepared statements",
+            "Behind a pooler in transaction mode a statement that asyncpg keeps is gone with the next transaction. "
+            "Without its cache of statements it makes none by name. " + _TRACK,
+            code(
+                """
+                # where the pool is created: main.py
+                pool = await asyncpg.create_pool(dsn, statement_cache_size=0)
+                """
+            ),
+            (ASYNCPG_FAQ, PGBOUNCER_PREPARED),
+        ),
+    ),
+    Answer(
+        _SWAPPED,
+        Language.PYTHON,
+        Library.DJANGO,
+        Advice(
+            "Have Django's connections prepare nothing",
+            "Behind a pooler in transaction mode a prepared statement is gone with the next transaction, and so is a "
+            "server-side cursor. Switch both off. " + _TRACK,
+            code(
+                """
+                # settings.py
+                DATABASES["default"]["OPTIONS"] = {"prepare_threshold": None}
+                DATABASES["default"]["DISABLE_SERVER_SIDE_CURSORS"] = True
+                """
+            ),
+            (DJANGO_POOLERS, PSYCOPG_PREPARE, PGBOUNCER_PREPARED),
+        ),
+    ),
+    Answer(
+        _SWAPPED,
+        Language.PYTHON,
+        Library.PSYCOPG,
+        Advice(
+            "Have psycopg prepare nothing",
+            "Behind a pooler in transaction mode a prepared statement is gone with the next transaction, and psycopg "
+            "prepares what is executed more than five times. " + _TRACK,
+            code(
+                """
+                # where the connection is made: db.py
+                # A pool: ConnectionPool(conninfo, kwargs={"prepare_threshold": None})
+                connection = psycopg.connect(conninfo, prepare_threshold=None)
+                """
+            ),
+            (PSYCOPG_PREPARE, PGBOUNCER_PREPARED),
+        ),
+    ),
+    Answer(
+        _SWAPPED,
+        Language.RUBY,
+        Library.ACTIVE_RECORD,
+        Advice(
+            "Have Active Record prepare nothing",
+            "Behind a pooler in transaction mode a prepared statement is gone with the next transaction, "
+            "and Active Record prepares every query that has parameters. " + _TRACK,
+            code(
+                """
+                # config/database.yml
+                production:
+                  prepared_statements: false
+                """
+            ),
+            (RAILS_CONFIGURING, PGBOUNCER_PREPARED),
+        ),
+    ),
+    Answer(
+        _SWAPPED,
+        Language.JAVA,
+        None,
+        Advice(
+            "Have pgjdbc prepare nothing by name",
+            "Behind a pooler in transaction mode a prepared statement is gone with the next transaction, "
+            "and pgjdbc makes one with a name when a PreparedStatement is executed for the fifth time. It makes none "
+            "with prepareThreshold=0 in the URL (jdbc:postgresql://host/database?prepareThreshold=0). " + _TRACK,
+            None,
+            (PGJDBC_PREPARE, PGBOUNCER_PREPARED),
+        ),
+    ),
+    Answer(
+        _SWAPPED,
+        Language.GO,
+        Library.PGX,
+        Advice(
+            "Have pgx prepare nothing by name",
+            "Behind a pooler in transaction mode a prepared statement is gone with the next transaction, "
+            "and pgx prepares what it executes and keeps it. " + _TRACK,
+            code(
+                """
+                // where the pool is configured: main.go
+                config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeExec
+                """
+            ),
+            (PGX_MODES, PGBOUNCER_PREPARED),
+        ),
+    ),
+    Answer(
+        _SWAPPED,
+        Language.NODE,
+        Library.POSTGRES_JS,
+        Advice(
+            "Have postgres.js prepare nothing",
+            "Behind a pooler in transaction mode a prepared statement is gone with the next transaction, "
+            "and postgres.js prepares every query. Create its client with postgres(url, { prepare: false }). " + _TRACK,
+            None,
+            (POSTGRES_JS_PREPARE, PGBOUNCER_PREPARED),
         ),
     ),
 )
