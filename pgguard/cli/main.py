@@ -195,9 +195,9 @@ def _complain(text: str) -> None:
 
 
 def _given() -> Iterator[str]:
-    """What was given by options, arguments and the guard's own variables."""
+    """What was given by options, arguments, and the guard's and libpq's variables."""
     for argument in sys.argv[1:]:
         yield argument.partition("=")[2] if argument.startswith("--") else argument
     for name, value in os.environ.items():
-        if name.startswith("PGGUARD_"):
+        if name.startswith("PG"):
             yield value

@@ -71,6 +71,7 @@ def build_fault(
         shares=findings.shares,
         limit=None if verdict.refusal is None else verdict.refusal.limit,
         unnamed=unnamed,
+        by=verdict.by,
         over=action is not Action.DROPPED and (verdict.ends or _says_goodbye(verdict)),
     )
 

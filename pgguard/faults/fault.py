@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from pgguard.faults.text import redact_command
+from pgguard.session.verdicts import Party
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -155,6 +156,7 @@ class Fault:
     """Of a connection-exhaustion, which limit it was; ``None`` where the server doesn't say."""
     unnamed: int = 0
     """How many more culprits there are."""
+    by: Party = Party.CLIENT
     over: bool = False
     """The session has ended with it."""
     sent_by: Sender | None = None

@@ -33,7 +33,7 @@ from pgguard.faults.fault import Culprit, Fault, Request, Role, rfc3339
 from pgguard.faults.policy import Action
 from pgguard.faults.text import listed, named, printable, redact_command, shorten
 from pgguard.reporting.sinks import SinkError
-from pgguard.session.verdicts import OUTSTANDING, Direction, Kind, RequestState
+from pgguard.session.verdicts import OUTSTANDING, Direction, Kind, Party, RequestState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -142,6 +142,8 @@ def _text(text: str, style: str = "") -> Text:
 def _sides(fault: Fault) -> list[RenderableType]:
     """Who did what, one after the other, each with how that is known."""
     sides: list[RenderableType] = []
+    if fault.by is Party.SERVER:
+        sides.append(_text("The server, or what stands between it and the guard; nobody on the client's side."))
     for culprit in fault.culprits:
         if culprit.role is Role.HOLDER:
             continue

@@ -142,12 +142,13 @@ class BackendStream:
         self._session.position -= message.size
 
     def end(self, held_back: int) -> Verdict | None:
-        """The stream has ended: a verdict if that was in the middle of a message."""
-        self._session.over = True
-        if not self.rest and not held_back:
+        """The stream has ended: a verdict if that was in the middle of a message, with the client still there."""
+        session = self._session
+        session.over = True
+        if session.left or session.terminated or not (self.rest or held_back):
             return None
         reason, message = torn_end("server", self.rest, self.partial, held_back)
-        verdict = self._session.judge(Kind.PROTOCOL_VIOLATION, reason, message)
+        verdict = session.judge(Kind.PROTOCOL_VIOLATION, reason, message, libpq=libpq.CLOSED)
         return replace(verdict, by=Party.SERVER, ends=True)
 
     def _special(self, buffer: bytearray, pos: int, end: int, code: int, length: int) -> bool:

@@ -159,6 +159,7 @@ class FrontendStream:
     def end(self, held_back: int, *, reset: bool) -> list[Verdict]:
         """The stream has ended: what was wrong with that."""
         session = self._session
+        session.left = True
         if session.over or not session.logged_in:
             return []
         state = self._ledger.state

@@ -49,6 +49,8 @@ class Session:
         """The client has sent Terminate."""
         self.terminator: Sender | None = None
         """Who has, if that is known."""
+        self.left = False
+        """The client's stream has ended."""
         self.goodbye = False
         """The server has said that it ends the session."""
         self.over = False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from tests.guard_process import Fault, GuardProcess, running_guard
 from tests.integration.running import PROGRAMS, Program, named, running
+from tests.proxy.messages import query, startup
 from tests.servers import Server, installations, not_installed, running_server
 
 if TYPE_CHECKING:
@@ -60,6 +63,7 @@ def _assert_it_was_the_servers(guard: GuardProcess, program: Program, fault: Fau
     assert fault["reason"].startswith("the server's stream ended ")
     assert fault["reason"].endswith(" bytes before the end of a DataRow message")
     assert fault["summary"] == fault["reason"]
+    assert fault["libpq"] == "server closed the connection unexpectedly"
     assert fault["advice"]["title"] == "Look into the server's log at this time"
     assert "driver" not in fault["advice"]["text"]
     assert named([fault], "intruder") == set()
@@ -111,3 +115,20 @@ def test_a_client_that_reads_late_is_silent(server: Server, guard: GuardProcess,
         assert str(program.read()["error"]) == ""
         program.wait()
     guard.assert_no_faults(except_kinds={"unclean-close"})
+
+
+def test_a_client_that_has_gone_first_is_not_left_by_the_server(guard: GuardProcess) -> None:
+    """The server, told to look whether its client is still there, gives up in the middle of a message."""
+    packet = startup((3, 0), user="postgres", options="-c client_connection_check_interval=20ms")
+    with socket.create_connection((guard.tcp.host, guard.tcp.port), timeout=_SECONDS) as client:
+        client.sendall(packet + query("SELECT repeat('x', 10000), generate_series(1, 100000000)"))
+        received = 0
+        while received < 1_000_000:
+            received += len(client.recv(65536))
+        client.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            while client.recv(65536):
+                pass
+    guard.wait_for("unclean-close")
+    guard.stop()
+    assert [fault["kind"] for fault in guard.faults()] == ["unclean-close"]

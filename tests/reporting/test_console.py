@@ -395,3 +395,14 @@ def test_a_terminal_gets_colour_and_its_own_width() -> None:
     os.close(terminal)
     assert "\x1b[1;31m" in received
     assert "\n" + summary_line(fault()) in received.replace("\r", "")
+
+
+@pytest.mark.parametrize("findings", [KERNEL, Findings()])
+def test_what_the_server_did_is_not_said_of_its_client(findings: Findings) -> None:
+    reason = "the server's stream ended 505 bytes before the end of a DataRow message"
+    torn = replace(verdict(Kind.PROTOCOL_VIOLATION, reason, message=DATA_ROW), by=Party.SERVER, ends=True)
+    shown = printed(fault(torn, findings), width=200)
+    assert "  Who:\n    The server, or what stands between it and the guard; nobody on the client's side.\n" in shown
+    assert "not known" not in shown
+    assert "Intruder" not in shown
+    assert "What to change:\n    Look into the server's log at this time." in shown

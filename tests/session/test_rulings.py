@@ -370,6 +370,18 @@ class TestEndOfTheServersStream:
         assert verdict.reason == "the server's stream ended 505 bytes before the end of a DataRow message"
         assert (verdict.by, verdict.ends, verdict.intruder) == (Party.SERVER, True, None)
 
+    @pytest.mark.parametrize("how", ["Terminate", "end", "reset"])
+    def test_in_the_middle_of_a_message_to_a_client_that_has_gone(self, how: str) -> None:
+        """A server that looks whether its client is still there gives up wherever it is."""
+        conversation = Conversation()
+        conversation.talk("> Q < T")
+        conversation.backend(message("D", bytes(1000))[:500])
+        if how == "Terminate":
+            conversation.frontend("X")
+        else:
+            conversation.tracker.frontend_eof(0, reset=how == "reset")
+        assert conversation.tracker.backend_eof(0) == []
+
     def test_in_the_middle_of_a_header(self) -> None:
         conversation = Conversation()
         conversation.backend(b"N\0")
