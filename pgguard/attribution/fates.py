@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from pgguard.attribution.descriptors import find_sockets, link_to
+from pgguard.attribution.holders import is_younger
 
 _PF_EXITING: Final = 0x4
 """In field 9 of ``/proc/PID/stat``: ``include/linux/sched.h``."""
@@ -41,14 +42,16 @@ class Fate(NamedTuple):
     """Of one that lives, whether it has the socket open still; ``None`` if that can't be seen."""
 
 
-def fate_of(pid: int, started: int | None, inode: int | None, *, seconds: float) -> Fate | None:
+def fate_of(
+    pid: int, started: int | None, inode: int | None, *, opened: float | None = None, seconds: float
+) -> Fate | None:
     """Find out what has become of a process whose connection has just ended.
 
     Args:
         pid: the process.
-        started: as in :class:`pgguard.attribution.evidence.Process`; ``None`` if it isn't known, which is to be asked
-            only of a process that was seen lately, or named by the kernel.
+        started: as in :class:`pgguard.attribution.evidence.Process`; ``None`` if it was never looked at.
         inode: its socket's.
+        opened: of a process that has opened the connection, when, in seconds of CLOCK_BOOTTIME.
         seconds: how long to wait for a process that lives, as it may be about to end.
 
     Returns:
@@ -57,7 +60,7 @@ def fate_of(pid: int, started: int | None, inode: int | None, *, seconds: float)
     deadline = time.monotonic() + seconds
     while True:
         try:
-            found = _look(pid, started)
+            found = _look(pid, started, opened)
         except PermissionError:
             return None
         if found is not None and found.state is not State.ALIVE:
@@ -67,7 +70,7 @@ def fate_of(pid: int, started: int | None, inode: int | None, *, seconds: float)
         time.sleep(_PAUSE)
 
 
-def _look(pid: int, started: int | None) -> Fate | None:
+def _look(pid: int, started: int | None, opened: float | None) -> Fate | None:
     """One look; ``None`` while the process is ending. Raises PermissionError where ``/proc`` hides it."""
     try:
         line = Path(f"/proc/{pid}/stat").read_bytes()
@@ -75,7 +78,8 @@ def _look(pid: int, started: int | None) -> Fate | None:
         return Fate(State.ENDED)
     # The fields behind the name, from the third on.
     fields = line.rsplit(b")", 1)[1].split()
-    if started is not None and int(fields[19]) != started:
+    began = int(fields[19])
+    if (started is not None and began != started) or (opened is not None and is_younger(began, opened)):
         return Fate(State.ENDED)  # the pid is another's by now
     if fields[0] in b"ZXx":
         # Its other threads may live on without the first one.

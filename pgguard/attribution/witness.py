@@ -371,7 +371,8 @@ class Witness:
             seconds: how long to wait for it to end.
         """
         started = None if process is None else process.started
-        return fate_of(pid, started, opening.inode, seconds=seconds)
+        opened = opening.client.opened if opening.connected is not None and opening.connected[0] == pid else None
+        return fate_of(pid, started, opening.inode, opened=opened, seconds=seconds)
 
     def has_lost_opener(self, opening: Opening, holders: Collection[Process]) -> bool:
         """Whether the process that opened a connection has certainly ended, known from ``holders`` not to be there.

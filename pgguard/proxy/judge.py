@@ -124,6 +124,8 @@ class Judge:
         self._witness = witness
         self._sessions = sessions
         self._threads = trio.CapacityLimiter(_INVESTIGATIONS)
+        # They wait for processes to end, and must not keep anybody waiting who is in a hurry.
+        self._waiting_threads = trio.CapacityLimiter(_INVESTIGATIONS)
         self._allowance = _Allowance()
         self._refusals: dict[Refusal, list[tuple[ProxiedSession, Verdict]]] = {}
         """By what is being looked into, the sessions that have been refused for the same reason meanwhile."""
@@ -305,6 +307,7 @@ class Judge:
                     await one.session.opening_known.wait()
         elif verdict.kind is Kind.UNCLEAN_CLOSE:
             budget = _ENDED_BUDGET
+        threads = self._threads if verdict.kind is not Kind.UNCLEAN_CLOSE else self._waiting_threads
         investigation = Investigation(witness, session, verdict, evidence, counted)
         doubtful = _is_doubtful(verdict)
         if session.connected is not None and (session.opening is None or doubtful):
@@ -316,7 +319,7 @@ class Judge:
             if session.opening is None:
                 await session.opening_known.wait()
                 investigation.note_known()
-            await trio.to_thread.run_sync(investigation.run, limiter=self._threads, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(investigation.run, limiter=threads, abandon_on_cancel=True)
         return evidence.findings
 
     # Rulings and records

@@ -55,11 +55,14 @@ _COMMAND_LENGTH: Final = 160
 _FRAMES: Final = 8
 """Calls of a stack that are printed, the innermost ones."""
 
+_ROWS: Final = 16
+"""Processes whose connections are printed, those with the most of them."""
+
 _STYLES: Final = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "bold cyan"}
 
 _ROLES: Final = {
     Role.INTRUDER: "Intruder",
-    Role.CLOSER: "Closed by",
+    Role.CLOSER: "Ended by",
     Role.REQUESTER: "Used by",
     Role.OWNER: "Opened by",
     Role.HOLDER: "Also open in",
@@ -268,11 +271,13 @@ def _shares(shares: Sequence[Share]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
-    for share in shares:
+    for share in shares[:_ROWS]:
         who = "not known" if share.process is None else named(share.process.pid, share.process)
         doing = [f"{share.idle} idle"] if share.idle else []
         doing += [f"{share.idle_in_transaction} idle in a transaction"] if share.idle_in_transaction else []
         table.add_row(_text(str(share.connections)), _text(": ".join([who, *([listed(doing)] if doing else [])])))
+    if more := shares[_ROWS:]:
+        table.add_row(_text(str(sum(share.connections for share in more))), _text(f"{len(more)} other processes"))
     return table
 
 

@@ -74,6 +74,7 @@ def test_of_a_process_that_was_collected_nobody_knows_how_it_ended(children: lis
     os.waitpid(pid, 0)
     assert fate_of(pid, at, None, seconds=SECONDS) == Fate(State.ENDED)
     assert fate_of(os.getpid(), at - 1, None, seconds=SECONDS) == Fate(State.ENDED), "the pid is another's"
+    assert fate_of(os.getpid(), None, None, opened=0.0, seconds=SECONDS) == Fate(State.ENDED), "and so is this one"
 
 
 def test_a_process_that_lives_may_have_the_socket_open(children: list[int]) -> None:

@@ -268,6 +268,8 @@ def test_who_has_how_many_connections_is_shown() -> None:
     text = printed(fault(full, replace(KERNEL, shares=(Share(WORKER_0, 90), Share(None, 2)))))
     assert "Connections that count and go through this guard:\n    90  pid 4866 (puma: cluster worker 0)\n" in text
     assert "     2  not known\n" in text
+    many = printed(fault(full, replace(KERNEL, shares=tuple(Share(WORKER_0, n) for n in range(30, 0, -1)))))
+    assert "    15  pid 4866 (puma: cluster worker 0)\n    105  14 other processes\n" in many
     assert "Connections that count" not in printed(fault(full, replace(KERNEL, shares=())))
 
 
