@@ -66,7 +66,7 @@ class Findings:
     driver: Driver = Driver.UNKNOWN
     """What speaks on the connection: the driver of the process that opened it, when it did."""
     waits: Waits = field(default_factory=Waits)
-    """The threads that were blocked on the socket while the session was parked."""
+    """The threads that were blocked on the socket when evidence was taken."""
     before: frozenset[Sleep] = frozenset()
     """Those of them that were seen to wait already before what is judged had come."""
     throughout: frozenset[Sleep] = frozenset()

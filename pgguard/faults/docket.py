@@ -9,8 +9,8 @@ connections by then.
 
 A fault that its application commits at all, it commits thousands of times. What makes two faults the same is their
 kind, their session and the processes that the kernel named, in whichever roles: two workers fighting over a connection
-are one fault, whoever interrupts whom. All of that is known before any evidence is taken, so a session doesn't have to
-be parked to learn that there is nothing new.
+are one fault, whoever interrupts whom. All of that is known before any evidence is taken, so nothing has to
+be held to learn that there is nothing new.
 """
 
 from __future__ import annotations

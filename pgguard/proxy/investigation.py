@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pgguard.session.verdicts import Verdict
 
 EVIDENCE_BUDGET: Final = 0.05
-"""Seconds for which a session may be parked while evidence is taken."""
+"""Seconds for which what has been sent may be held while evidence is taken."""
 _WAITING_BUDGET: Final = 0.005
 """Seconds for which a culprit is given to come from its send to its wait."""
 _STAYING_BUDGET: Final = 0.02
@@ -83,7 +83,7 @@ class Investigation:
 
     Args:
         witness: attribution.
-        session: the session, parked.
+        session: the session; what the verdict is about is held.
         verdict: what is being judged.
         evidence: where what is found is put, piece by piece.
         counted: of a connection-exhaustion, the sessions that count toward the limit.

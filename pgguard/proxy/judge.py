@@ -1,7 +1,7 @@
 """From a verdict to a ruling: evidence, fault, policy, record.
 
-The session in question is parked meanwhile, and it alone. What evidence can't be had within the budget is left out of
-the record; whatever fails here, the session gets its bytes.
+What the verdict is about is held meanwhile, and nothing else. What evidence can't be had within the budget is left out
+of the record; whatever fails here, the session gets its bytes.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Judge:
         """By what is being looked into, the sessions that have been refused for the same reason meanwhile."""
 
     def is_repeat(self, session: ProxiedSession, verdict: Verdict, now: float) -> bool:
-        """Deal with a verdict for which the session needn't be parked: it is ignored, or logged and known.
+        """Deal with a verdict for which nothing needs to be held: it is ignored, or logged and known.
 
         Returns True if that was so; the message is then to be forwarded. Never raises.
         """
@@ -205,7 +205,7 @@ class Judge:
                 session.senders[sender.pid] = process
 
     async def sample(self, session: ProxiedSession) -> Verdict | None:
-        """Find out who has sent the request that a contested session is parked with: the sender at its client's end.
+        """Find out who has sent the request that is held of a contested session: the sender at its client's end.
 
         Returns:
             A verdict, if another process is seen to wait on the connection as well. Never raises but for cancellation.

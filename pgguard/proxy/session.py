@@ -6,6 +6,7 @@ import array
 import fcntl
 import socket
 import termios
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Literal
 
@@ -56,6 +57,7 @@ class End:
         "session",
         "sock",
         "swallow",
+        "waits",
     )
 
     peer: End
@@ -89,6 +91,8 @@ class End:
         """Bytes of a dropped message that are still to come."""
         self.outgoing = bytearray()
         """Bytes that its socket had no room for. While there are any, its peer is not read."""
+        self.waits = False
+        """It isn't read until a ruling has been made about what it has sent."""
         self.eof = False
         """Nothing more will come from it."""
         self.broken = False
@@ -128,6 +132,9 @@ class ProxiedSession:
         self.client_socket = client_socket
         """The client's end for attribution to look up; ``None`` with attribution off."""
         self.opened_at = opened_at
+        """Seconds since the epoch, for records."""
+        self.arrived = time.monotonic()
+        """The same for whatever is due some time later, in seconds of time.monotonic()."""
         self.opening: Opening | None = None
         """Who opened it, once that has been found out."""
         self.last_sole_holder: Process | None = None
@@ -149,8 +156,8 @@ class ProxiedSession:
         """What follows it; ``None`` when it isn't followed, or not any more."""
         self.protocol: Tracker | None = None
         """The same, kept for what it had learned when it lost its way."""
-        self.parked = False
-        """Out of the sweep until a ruling has been made."""
+        self.rejected = False
+        """It is being ended, and out of the sweep until its client has been told."""
         self.draining = False
         """The server's side is over; what the client still sends is thrown away until it ends too."""
         self.farewell: Farewell | None = None

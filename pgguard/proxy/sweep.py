@@ -8,8 +8,10 @@ all are done the epoll is asked again, for up to a millisecond, before the task 
 Back-pressure: what a socket has no room for is kept with it, and its peer is not read until it is gone. A session
 buffers at most one chunk in each direction.
 
-Parking: when a verdict falls, its session alone leaves the epoll, bytes and all, until the ruling; see
-:mod:`pgguard.proxy.judge`.
+Holding: when a verdict falls on what one end has sent, that end isn't read until the ruling
+(:mod:`pgguard.proxy.judge`), and what it has sent waits. The other direction flows on: two answers that would have
+reached the client one after the other must not reach it together, or one of two readers swallows both, and the other
+waits for ever, in a program that would have ended without the guard.
 """
 
 from __future__ import annotations
@@ -111,6 +113,8 @@ class Sweep:
         self._ends: dict[int, End] = {}
         """Those that are registered with the epoll, by descriptor."""
         self._sessions: set[ProxiedSession] = set()
+        self._accused: set[ProxiedSession] = set()
+        """Those about which a verdict is being ruled on that is not about a message."""
         self.senders: KernelSenders | None = None
         """Who sends on TCP, where the kernel says it."""
         self._hurried_until = 0.0
@@ -137,15 +141,16 @@ class Sweep:
     async def _sweep_while_busy(self) -> None:
         ends = self._ends
         poll = self._epoll.poll
-        now = time.time()
-        turn_ends = now + _TURN
-        while events := poll(0 if now < self._hurried_until else _PATIENCE, _EVENTS):
+        clock = time.monotonic
+        began = clock()
+        turn_ends = began + _TURN
+        while events := poll(0 if began < self._hurried_until else _PATIENCE, _EVENTS):
             now = time.time()
             if self.senders is not None:
                 self.senders.feed()
             for fd, mask in events:
                 end = ends.get(fd)
-                if end is None:  # its session has been parked or closed by an earlier event, or it is an alarm
+                if end is None:  # it has been held, or its session closed, by an earlier event, or it is an alarm
                     if fd in self._alarms:
                         self._alarms[fd].events += 1
                     continue
@@ -157,21 +162,22 @@ class Sweep:
                 except Exception:
                     logger.exception("session %d: it had to be closed", end.session.id)
                     self._finish(end.session)
-            if now > turn_ends or now < self._hurried_until:
+            began = clock()
+            if began > turn_ends or began < self._hurried_until:
                 await trio.lowlevel.checkpoint()
-                now = time.time()
-                turn_ends = now + _TURN
+                began = clock()
+                turn_ends = began + _TURN
 
     def _read_and_flush(self, end: End, mask: int, now: float) -> None:
         # That it is over is reported of an end whose peer is stuffed as well, and it must not be read for that.
-        if mask & _READABLE and (end.wants(_IN) or end.eof):
+        if mask & _READABLE and (end.wants(_IN) or (end.eof and not end.waits)):
             self._read(end, now)
         if mask & _WRITABLE and end.wants(_OUT):
             self._flush(end)
 
     def hurry(self) -> None:
         """Don't keep trio's other tasks waiting for a moment: a client waits for one of them."""
-        self._hurried_until = time.time() + _HURRY
+        self._hurried_until = time.monotonic() + _HURRY
 
     # Into and out of the epoll
 
@@ -192,9 +198,9 @@ class Sweep:
             # Gone for good, it would be reported again and again until what it sent has been written.
             self._disarm(end)
             return
-        interest = (0 if end.eof or end.peer.outgoing else _IN) | (_OUT if end.outgoing else 0)
-        if not interest and not end.eof:
-            # Its peer is stuffed. Whether it is over is found out when it is its turn to be read again.
+        interest = (0 if end.eof or end.waits or end.peer.outgoing else _IN) | (_OUT if end.outgoing else 0)
+        if not interest and (end.waits or not end.eof):
+            # Its peer is stuffed, or it is held. Whether it is over is found out when it is its turn to be read again.
             self._disarm(end)
         elif end.interest is None:
             self._epoll.register(end.fd, interest)
@@ -210,16 +216,14 @@ class Sweep:
             del self._ends[end.fd]
             end.interest = None
 
-    def _park(self, session: ProxiedSession) -> None:
-        session.parked = True
-        self._disarm(session.client)
-        self._disarm(session.server)
+    def _hold(self, end: End) -> None:
+        """Read nothing more from ``end`` until :meth:`_release`; what goes to it goes on."""
+        end.waits = True
+        self._arm(end)
 
-    def _unpark(self, session: ProxiedSession) -> None:
-        session.parked = False
-        if not session.draining:
-            self._arm(session.server)
-        self._arm(session.client)
+    def _release(self, end: End) -> None:
+        end.waits = False
+        self._arm(end)
 
     # Bytes
 
@@ -259,7 +263,7 @@ class Sweep:
             return
         if end.contested and self._begins_request(end, begin):
             end.held = bytes(self._view[begin : _HEADROOM + size])
-            self._park(end.session)
+            self._hold(end)
             self._start(end.session, self._sample, end)
             return
         self._examine(end, begin, _HEADROOM + size, now)
@@ -289,7 +293,7 @@ class Sweep:
             if self._judge.is_repeat(session, verdict, now):
                 return False
         end.held = bytes(self._view[begin : begin + size])
-        self._park(session)
+        self._hold(end)
         self._start(session, self._weigh, end, certain)
         return True
 
@@ -299,14 +303,12 @@ class Sweep:
         self.hurry()
         if certain or await self._unread.is_still_unread(session):
             tracker = session.tracker
-            if session.done.is_set() or tracker is None:
-                return
-            verdict = self._unread.sent_on_top(session, tracker, end.held[:HEADER_SIZE])
-            if not self._judge.is_repeat(session, verdict, time.time()) and not await self._rule(session, verdict):
-                return
-        if not session.done.is_set():
-            self._unpark(session)
-            self._examine_held(end)
+            if tracker is not None:
+                verdict = self._unread.sent_on_top(session, tracker, end.held[:HEADER_SIZE])
+                if not self._judge.is_repeat(session, verdict, time.time()) and not await self._rule(session, verdict):
+                    return
+        if self._is_relayed(session):
+            self._go_on(end)
 
     def _cut(self, end: End, pieces: list[tuple[int, Sender | None]]) -> None:
         """Keep what has been read in pieces, each of one sender."""
@@ -317,7 +319,7 @@ class Sweep:
 
     def _examine_pieces(self, end: End, now: float) -> None:
         """Follow what several have sent, one after the other, as far as it is in order."""
-        while end.pieces and not end.session.parked:
+        while end.pieces and not end.waits:
             piece, end.sender = end.pieces.popleft()
             self._judge.meet(end.session, end.sender)
             held, end.held = end.held, b""
@@ -364,8 +366,8 @@ class Sweep:
                 repeats += 1
             else:
                 end.held = bytes(self._view[begin:stop])
-                self._park(session)
-                self._start(session, self._adjudicate, end, tracker.verdict)
+                self._hold(end)
+                self._start(session, self._adjudicate, end, tracker.set_aside())
                 return
 
     def _forward(self, end: End, begin: int, stop: int) -> None:
@@ -393,9 +395,8 @@ class Sweep:
             return
         if begin + sent != stop:
             peer.outgoing += self._view[begin + sent : stop]
-            if not end.session.parked:
-                self._arm(peer)
-                self._arm(end)
+            self._arm(peer)
+            self._arm(end)
 
     def _flush(self, end: End) -> None:
         """Write what waits for ``end``, and when it is all gone go on with what waited for that."""
@@ -409,7 +410,7 @@ class Sweep:
                 end.outgoing.clear()
             if end.outgoing:
                 return
-        if end.peer.eof:
+        if end.peer.eof and not end.peer.waits:
             self._pass_end_on(end)
         if not end.session.done.is_set():
             self._arm(end)
@@ -430,7 +431,7 @@ class Sweep:
                 self._arm(end.peer)
         verdicts = self._last_verdicts(end) if first and not session.draining else []
         if verdicts:
-            self._park(session)
+            self._hold(end)
             self._start(session, self._adjudicate_end, end, verdicts)
         else:
             self._after_end(end)
@@ -520,6 +521,7 @@ class Sweep:
         session.tracker = None
         session.client.held = b""
         session.client.pieces.clear()
+        session.client.waits = session.server.waits = False
         server = session.server
         self._disarm(server)
         server.sock.close()
@@ -582,7 +584,7 @@ class Sweep:
             session.leftover = None
         for end in (session.client, session.server):
             self._disarm(end)
-            if session.parked:
+            if session.rejected and not session.draining:  # it is being brought to the end of a message
                 trio.lowlevel.notify_closing(end.sock)
             end.sock.close()
         session.done.set()
@@ -598,6 +600,8 @@ class Sweep:
             except Exception:
                 logger.exception("session %d: it had to be closed", session.id)
                 self._finish(session)
+            if session.done.is_set():
+                self._judge.closed(session)  # of what has been recorded since it ended
 
         self._nursery.start_soon(run)
 
@@ -609,44 +613,54 @@ class Sweep:
         self._judge.lost(session, reason, now)
 
     async def _adjudicate(self, end: End, verdict: Verdict) -> None:
-        """Have a parked session's verdict ruled on, do as the ruling says, and put the session back."""
+        """Have a verdict ruled on that is about what is held of ``end``, do as the ruling says, and go on with it."""
         session = end.session
         self.hurry()
         ruling = await self._judge.rule(session, verdict)
-        tracker = session.tracker
-        if tracker is None or session.done.is_set():
+        if not self._is_relayed(session):
             return
         if ruling.action is Action.REJECTED:
             await self._reject(session, ruling)
             return
-        if ruling.action is Action.DROPPED and verdict.message is not None:
-            tracker.swallow()
+        tracker = session.tracker
+        dropped = ruling.action is Action.DROPPED and verdict.message is not None
+        if dropped and verdict.message is not None:
             end.swallow = verdict.message.size
-        else:
-            tracker.overrule()
-        self._unpark(session)
-        self._examine_held(end)
+        if tracker is not None:
+            tracker.take_up(verdict)
+            if dropped:
+                tracker.swallow()
+            else:
+                tracker.overrule()
+        self._go_on(end)
+
+    @staticmethod
+    def _is_relayed(session: ProxiedSession) -> bool:
+        """Whether it goes on after what has been waited for: it has not ended, and hasn't been rejected meanwhile."""
+        return not (session.done.is_set() or session.draining or session.rejected)
 
     def accuse(self, session: ProxiedSession, verdict: Verdict) -> bool:
-        """Have a verdict ruled on that no message has brought about, with the session parked meanwhile.
+        """Have a verdict ruled on that no message has brought about. Nothing is held for it.
 
-        Returns False, and nothing is done, if the session is busy with another one, or over.
+        Returns False, and nothing is done, if another one about the session is being ruled on, or it is over.
         """
-        if session not in self._sessions or session.parked or session.draining:
+        if session not in self._sessions or session in self._accused or not self._is_relayed(session):
             return False
-        self._park(session)
+        self._accused.add(session)
         self._start(session, self._try, session, verdict)
         return True
 
     async def _try(self, session: ProxiedSession, verdict: Verdict) -> None:
-        if await self._rule(session, verdict):
-            self._unpark(session)
+        try:
+            await self._rule(session, verdict)
+        finally:
+            self._accused.discard(session)
 
     async def _rule(self, session: ProxiedSession, verdict: Verdict) -> bool:
-        """Have a parked session's verdict ruled on that is not about a message; False if that was its end."""
+        """Have a verdict ruled on that is not about a message; False if the session doesn't go on."""
         self.hurry()
         ruling = await self._judge.rule(session, verdict)
-        if session.done.is_set():
+        if not self._is_relayed(session):
             return False
         if ruling.action is Action.REJECTED:
             await self._reject(session, ruling)
@@ -658,25 +672,22 @@ class Sweep:
         session = end.session
         self.hurry()
         verdict = await self._judge.sample(session)
-        if session.done.is_set() or (verdict is not None and not await self._rule(session, verdict)):
-            return
-        self._unpark(session)
-        self._examine_held(end)
+        if self._is_relayed(session) and (verdict is None or await self._rule(session, verdict)):
+            self._go_on(end)
 
-    def _examine_held(self, end: End) -> None:
+    def _go_on(self, end: End) -> None:
+        """Go on with what is held of ``end``."""
+        self._release(end)
         held, end.held = end.held, b""
         self._buffer[_HEADROOM : _HEADROOM + len(held)] = held
         self._examine(end, _HEADROOM, _HEADROOM + len(held), time.time())
         self._examine_pieces(end, time.time())
 
     async def _adjudicate_end(self, end: End, verdicts: list[Verdict]) -> None:
-        session = end.session
         for verdict in verdicts:
-            if not await self._rule(session, verdict):
+            if not await self._rule(end.session, verdict):
                 return
-        session.parked = False
-        if not session.server.eof:
-            self._arm(session.server)
+        self._release(end)
         self._after_end(end)
 
     async def _reject(self, session: ProxiedSession, ruling: Ruling) -> None:
@@ -684,6 +695,9 @@ class Sweep:
         tracker = session.tracker
         if tracker is not None and not tracker.idle:
             self._cancel(session)
+        session.rejected = True
+        self._disarm(session.client)
+        self._disarm(session.server)
         finished = False
         with trio.move_on_after(_LAST_WORDS), suppress(OSError, trio.ClosedResourceError):
             finished = await self._finish_message(session)
@@ -695,7 +709,6 @@ class Sweep:
             if last.again:
                 session.farewell = last
                 self._start(session, self._hear_out, session)
-        session.parked = False
         self.end_server_side(session)
 
     @staticmethod

@@ -217,7 +217,7 @@ class UnreadWatch:
             if session.done.is_set() or session.draining or tracker is None or (opening and opening.inode is None):
                 self._forget(session)
                 continue
-            if opening is None or session.parked or not tracker.at_rest:
+            if opening is None or session.client.waits or not tracker.at_rest:
                 continue
             leftover = session.leftover
             if leftover is None or leftover.requests != tracker.requests:

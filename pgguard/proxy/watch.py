@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import time
 from dataclasses import replace
 from enum import Enum
@@ -96,12 +97,12 @@ class Watch:
         self._settled_parents: dict[tuple[int, int], set[int]] = {}
         """By an opener's pid and start, the pids of those who have had a child that opened connections of its own and
         left the inherited ones alone; the opener that was asked about last is the last one."""
-        self._last_arrival = 0.0
+        self._last_arrival = -math.inf
         self._arrived = trio.Event()
 
     def arrival(self) -> None:
         """A client has come, and may soon fork."""
-        self._last_arrival = time.time()
+        self._last_arrival = time.monotonic()
         self._arrived.set()
 
     # Heirs
@@ -109,7 +110,7 @@ class Watch:
     async def over_heirs(self, witness: Witness) -> None:
         """Look who has inherited connections, and who has outlived them; until cancelled."""
         while True:
-            if time.time() - self._last_arrival >= _EARLY:
+            if time.monotonic() - self._last_arrival >= _EARLY:
                 self._arrived = trio.Event()
                 with trio.move_on_after(_HEIRS_INTERVAL - _EARLY_INTERVAL):
                     await self._arrived.wait()
@@ -227,7 +228,7 @@ class Watch:
         idle: list[ProxiedSession] = []
         for session in self._sessions.values():
             tracker, sightings = session.tracker, session.sightings
-            if tracker is None or session.parked:
+            if tracker is None or session.client.waits:
                 continue
             some = idle if tracker.idle else busy
             if (sightings.watch_next if tracker.idle else sightings.look_next) <= now:
@@ -244,7 +245,7 @@ class Watch:
     def _solitary_until(self, witness: Witness, session: ProxiedSession, now: float) -> float:
         """Until when a single thread is taken to be all that can wait on a connection; a time in the past: it isn't."""
         opener = None if session.opening is None else session.opening.opener
-        young = time.time() - session.opened_at < _EARLY
+        young = time.monotonic() - session.arrived < _EARLY
         until = now + (_YOUNG_SOLITUDE if young else _SOLITUDE)
         if opener is None:
             return until
@@ -266,7 +267,7 @@ class Watch:
                 continue
             longest = _CONTESTED_INTERVAL if session.client.contested else _READERS_RARELY
             if tracker.idle:
-                young = time.time() - session.opened_at < _EARLY
+                young = time.monotonic() - session.arrived < _EARLY
                 sightings.watch_next = trio.current_time() + (_READERS_INTERVAL if young else longest)
             else:
                 sightings.looks += 1

@@ -81,6 +81,23 @@ class Tracker(Session):
         verdict = self._backend.end(held_back)
         return [] if verdict is None else [verdict]
 
+    def set_aside(self) -> Verdict:
+        """Take :attr:`verdict` away while it is ruled on: the other direction may be followed meanwhile.
+
+        Nothing more may be fed of the direction that it is about before :meth:`take_up`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        verdict, self.verdict = self.verdict, None
+        if verdict is None:
+            raise ValueError("there is no verdict")
+        return verdict
+
+    def take_up(self, verdict: Verdict) -> None:
+        """Put a verdict back that was set aside: what becomes of its message is to be said now."""
+        self.verdict = verdict
+
     def overrule(self) -> None:
         """The message that :attr:`verdict` is about is forwarded all the same, and takes its effect."""
         verdict, self.verdict = self.verdict, None

@@ -177,4 +177,4 @@ async def test_requests_arrive_complete_and_in_order_whatever_the_sampling_says(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send)
             await server.expect(b"".join(pieces))
-        assert not session.parked
+        assert not session.client.waits

@@ -26,6 +26,20 @@ def fail(*_: Any, **__: Any) -> Any:
     raise RuntimeError("injected")
 
 
+@pytest.fixture
+def rule(monkeypatch: pytest.MonkeyPatch) -> trio.Event:
+    """No ruling is made before this."""
+    event = trio.Event()
+    ruled = Judge.rule
+
+    async def wait(self: Judge, *args: Any) -> Any:
+        await event.wait()
+        return await ruled(self, *args)
+
+    monkeypatch.setattr(Judge, "rule", wait)
+    return event
+
+
 async def converse(client: Client, server: BackendConnection) -> None:
     await client.send(query("select 1"))
     await server.expect(query("select 1"))
@@ -138,32 +152,71 @@ async def test_a_witness_that_hangs(backend: FakeBackend, method: str, monkeypat
         go_on.set()
 
 
-async def test_a_parked_session_holds_up_no_other(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the ruling nothing of it moves, and everything of the others does."""
-    rule = trio.Event()
-    ruled = Judge.rule
-
-    async def wait(self: Judge, *args: Any) -> Any:
-        await rule.wait()
-        return await ruled(self, *args)
-
-    monkeypatch.setattr(Judge, "rule", wait)
+async def test_what_is_judged_waits_and_nothing_else_does(backend: FakeBackend, rule: trio.Event) -> None:
+    """Until the ruling nothing moves that the server sends; what its client sends does, and all that is others'."""
     async with running(backend) as house:
         other = await house.session()
         client, server = await house.session()
         await server.send(COLUMNS + ANSWER)
         await client.nothing()
         await client.send(query("select 1"))
-        await server.nothing()
+        await server.expect(query("select 1"))
+        await client.nothing()
         for _ in range(10):
             await converse(*other)
         rule.set()
         await client.expect(COLUMNS + ANSWER)
-        await server.expect(query("select 1"))
+        await server.send(ANSWER)
+        await client.expect(ANSWER)
+        await converse(client, server)
+
+
+async def test_answers_come_as_they_are_while_a_request_is_judged(house: House, rule: trio.Event) -> None:
+    """Kept back with the request, and let go with its own answer, two readers' answers would reach one of them."""
+    client, server = await house.session()
+    await client.send(query("select 1"))
+    await server.expect(query("select 1"))
+    await client.send(query("select 2"))
+    await server.nothing()
+    await server.send(ANSWER)
+    await client.expect(ANSWER)
+    rule.set()
+    await server.expect(query("select 2"))
+    await server.send(ANSWER)
+    await client.expect(ANSWER)
+
+
+async def test_a_server_that_ends_while_a_request_is_judged(house: House, rule: trio.Event) -> None:
+    """Its end is passed on at once; the ruling finds nothing to go on with, and leaves nothing behind."""
+    client, server = await house.session()
+    await client.send(query("select 1"))
+    await server.expect(query("select 1"))
+    await client.send(query("select 2"))
+    await server.nothing()
+    await server.close()
+    assert (await client.message()).fields["C"] == "08006"
+    await client.close()
+    await house.empty()
+    rule.set()
+    await house.recorded("request-while-busy")
+    await until(lambda: not house.docket._sessions)
+
+
+async def test_a_client_that_ends_while_an_answer_is_judged(house: House, rule: trio.Event) -> None:
+    client, server = await house.session()
+    await server.send(COLUMNS)
+    await client.nothing()
+    await client.reset()
+    rule.set()
+    assert await server.rest() == b""
+    await server.close()
+    await house.empty()
+    await house.recorded("message-while-idle")
+    await until(lambda: not house.docket._sessions)
 
 
 @pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "cancelled"])
-async def test_a_guard_that_ends_while_a_session_is_parked(
+async def test_a_guard_that_ends_while_a_session_is_judged(
     backend: FakeBackend, stopped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def never(*_: Any) -> None:

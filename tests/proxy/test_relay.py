@@ -216,7 +216,7 @@ async def test_a_client_that_goes_frees_a_session_that_is_stuffed_both_ways(hous
 
 
 async def test_a_session_with_nothing_to_do_takes_no_time(house: House) -> None:
-    """Half closed, parked or stuffed: nothing is reported of it again and again."""
+    """Half closed, held or stuffed: nothing is reported of it again and again."""
     half_closed, its_server = await house.session()
     await half_closed.send(query("select pg_sleep(60)"))
     await half_closed.stream.send_eof()

@@ -95,10 +95,6 @@ def is_contested(session: ProxiedSession) -> bool:
     return session.client.contested
 
 
-def is_parked(session: ProxiedSession) -> bool:
-    return session.parked
-
-
 def ask(session: ProxiedSession) -> None:
     feed(session, query("select 1"))
 
@@ -676,10 +672,10 @@ async def test_nobody_is_looked_at_while_no_answer_is_due(
     await trio.sleep(100)
     assert witness.looked == []
     ask(session)
-    session.parked = True
+    session.client.waits = True
     await trio.sleep(100)
     assert witness.looked == []
-    session.parked, session.tracker = False, None
+    session.client.waits, session.tracker = False, None
     await trio.sleep(100)
     assert (witness.looked, stage.kinds) == ([], [])
 
@@ -772,13 +768,28 @@ async def concerned(house: House) -> tuple[ProxiedSession, Verdict]:
     return session, session.concern(Kind.INHERITED_CONNECTION, "2 processes have the connection's socket open")
 
 
-async def test_an_accused_session_goes_on_when_it_is_ruled_on(house: House) -> None:
+def delayed_rulings(house: House, monkeypatch: pytest.MonkeyPatch) -> trio.Event:
+    """Have every ruling wait for an event."""
+    go_on = trio.Event()
+    judge = house.guard._judge
+    rule = judge.rule
+
+    async def wait(*args: Any) -> Any:
+        await go_on.wait()
+        return await rule(*args)
+
+    monkeypatch.setattr(judge, "rule", wait, raising=False)
+    return go_on
+
+
+async def test_an_accused_session_goes_on_while_it_is_ruled_on(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     client, server = await house.session()
     session, verdict = await concerned(house)
+    go_on = delayed_rulings(house, monkeypatch)
     assert house.guard._sweep.accuse(session, verdict)
-    assert is_parked(session)
     await converse(client, server)
-    assert not is_parked(session)
+    assert house.kinds == []
+    go_on.set()
     await house.recorded("inherited-connection")
 
 
@@ -806,26 +817,18 @@ async def test_a_session_rejected_in_the_middle_of_an_answer_gets_to_the_end_of_
         await client.expect(ANSWER[:20])
         session, verdict = await concerned(house)
         assert house.guard._sweep.accuse(session, verdict)
+        await house.recorded("inherited-connection")
         rest = len(message("T", b"")) + int.from_bytes(ANSWER[1:5], "big") - 4 - 20
         await server.send(ANSWER[20:])
         await client.expect(ANSWER[20 : 20 + rest])
         assert (await client.message()).fields["C"] == "08P01"
 
 
-async def test_accusing_a_session_that_is_parked_does_nothing(
-    house: House, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+async def test_accusing_a_session_that_is_accused_already_does_nothing(
+    house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    del backend
-    go_on = trio.Event()
     client, server = await house.session()
-    judge = house.guard._judge
-    rule = judge.rule
-
-    async def wait(*args: Any) -> Any:
-        await go_on.wait()
-        return await rule(*args)
-
-    monkeypatch.setattr(judge, "rule", wait, raising=False)
+    go_on = delayed_rulings(house, monkeypatch)
     session, verdict = await concerned(house)
     assert house.guard._sweep.accuse(session, verdict)
     assert not house.guard._sweep.accuse(session, verdict)
@@ -859,26 +862,18 @@ async def test_accusing_a_session_that_is_gone_does_nothing(house: House) -> Non
 async def test_a_client_that_goes_while_it_is_accused_leaves_nothing_behind(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on = trio.Event()
+    go_on = delayed_rulings(house, monkeypatch)
     client, server = await house.session()
-    judge = house.guard._judge
-    rule = judge.rule
-
-    async def wait(*args: Any) -> Any:
-        await go_on.wait()
-        return await rule(*args)
-
-    monkeypatch.setattr(judge, "rule", wait, raising=False)
     session, verdict = await concerned(house)
     assert house.guard._sweep.accuse(session, verdict)
     await client.send(message("X"))
     await client.close()
-    await server.nothing()
-    go_on.set()
     assert await server.rest() == message("X")
     await server.close()
     await house.empty()
-    assert house.kinds == ["inherited-connection"]
+    go_on.set()
+    await house.recorded("inherited-connection")
+    await until(lambda: not house.docket._sessions)
 
 
 async def test_a_process_with_a_single_thread_is_hardly_looked_at(
