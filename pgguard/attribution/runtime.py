@@ -157,6 +157,7 @@ SIGNS = (
     _Sign(_Place.CMDLINE, _title(r"puma[: ]"), Server.PUMA, "puma 6.4.2 (…), puma: cluster worker 0: …", Language.RUBY),
     _Sign(_Place.CMDLINE, _script("puma"), Server.PUMA, "before it sets its title", Language.RUBY),
     _Sign(_Place.CMDLINE, _title(r"\S*unicorn(_rails)? (master|worker)"), Server.UNICORN, "its $0", Language.RUBY),
+    _Sign(_Place.CMDLINE, _script("unicorn(_rails)?"), Server.UNICORN, "before it sets its title", Language.RUBY),
     _Sign(_Place.CMDLINE, _title("Passenger "), Server.PASSENGER, "Passenger RubyApp: …", Language.RUBY),
     _Sign(_Place.CMDLINE, _title(r"sidekiq \d"), Server.SIDEKIQ, "sidekiq 7.2.1 app [0 of 5 busy]", Language.RUBY),
     _Sign(_Place.CMDLINE, _script("sidekiq"), Server.SIDEKIQ, "before it sets its title", Language.RUBY),

@@ -66,6 +66,7 @@ def test_php_is_known_by_its_program() -> None:
         ("puma 6.4.2 (tcp://0.0.0.0:3000) [app]", Server.PUMA),
         ("puma: cluster worker 1: 4864 [app]", Server.PUMA),
         ("unicorn worker[0] -c config/unicorn.rb", Server.UNICORN),
+        ("ruby /usr/bin/unicorn -c config/unicorn.rb", Server.UNICORN),
         ("/usr/bin/unicorn_rails master -c config/unicorn.rb", Server.UNICORN),
         ("Passenger RubyApp: /srv/app (production)", Server.PASSENGER),
         ("sidekiq 7.2.1 app [0 of 5 busy]", Server.SIDEKIQ),

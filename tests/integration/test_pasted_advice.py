@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import time
 from contextlib import contextmanager
@@ -116,6 +117,26 @@ def _gunicorn() -> list[str | Path]:
     return [sys.executable, "-m", "gunicorn", *options]
 
 
+def _uwsgi() -> list[str | Path]:
+    """Debian's, which runs Debian's Python with what the tests have installed."""
+    major, minor = sys.version_info[:2]
+    command = shutil.which("uwsgi")
+    if command is None or not Path(f"/usr/lib/uwsgi/plugins/python{major}{minor}_plugin.so").exists():
+        not_installed("uWSGI for this Python")
+    paths = [".", "/usr/lib/python3/dist-packages", sysconfig.get_path("purelib")]
+    options = [
+        "--http-socket",
+        "127.0.0.1:0",
+        "--master",
+        "--die-on-term",
+        "--processes",
+        "2",
+        "--wsgi-file",
+        "wsgi.py",
+    ]
+    return [command, "--plugins", "python3", *(f"--pythonpath={path}" for path in paths), *options]
+
+
 def _celery() -> list[str | Path]:
     return [sys.executable, "-m", "celery", "-A", "tasks", "worker", "--concurrency", "2", "--without-mingle"]
 
@@ -143,6 +164,7 @@ def _php() -> list[str | Path]:
 _RQ = ("worker", "-c", "settings", "--burst")
 _ON_GUNICORN = _loaded(r"Listening at: http://127\.0\.0\.1:(\d+)", r"Booting worker with pid: (\d+)")
 _ON_PUMA = _loaded(r"Listening on http://127\.0\.0\.1:(\d+)", r"Worker \d \(PID: (\d+)\) booted")
+_ON_UWSGI = _loaded(r"bound to TCP address 127\.0\.0\.1:(\d+)", r"spawned uWSGI worker \d \(pid: (\d+)")
 _ON_UNICORN = _loaded(r"listening on addr=127\.0\.0\.1:(\d+)", r"#(\d+)\]  INFO -- : worker=\d ready")
 
 CASES = {
@@ -155,7 +177,9 @@ CASES = {
     "gunicorn_psycopg": Case(_gunicorn, _ON_GUNICORN),
     "gunicorn_psycopg2": Case(_gunicorn, _ON_GUNICORN),
     "gunicorn_django": Case(_gunicorn, _ON_GUNICORN),
+    "uwsgi_sqlalchemy": Case(_uwsgi, _ON_UWSGI),
     "celery_sqlalchemy": Case(_celery, _worked),
+    "celery_django": Case(_celery, _worked),
     "rq_sqlalchemy": Case(_rq, ends=None, more=("--worker-class", "worker.ForkingWorker")),
     "multiprocessing_sqlalchemy": Case(_python, ends=None),
     "multiprocessing_django": Case(_python, ends=None),
@@ -235,5 +259,9 @@ def test_the_advice_cures_the_program_that_it_is_pasted_into(
         log = program.log
     assert status == 0 or case.ends is not None, log
     guard.stop()
-    left = [fault for fault in guard.faults() if (fault["kind"], fault["severity"]) != ("inherited-connection", "info")]
+    left = [
+        f"{fault['kind']}, {fault['severity']}: {fault['summary']}"
+        for fault in guard.faults()
+        if (fault["kind"], fault["severity"]) != ("inherited-connection", "info")
+    ]
     assert left == [], f"{code}\n{log}"

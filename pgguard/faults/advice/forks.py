@@ -204,16 +204,26 @@ HOOKS: Final = (
         Server.UWSGI,
         Side.CHILD,
         "uWSGI loads the application once and then forks its workers. Set lazy-apps = true, so that each worker loads "
-        "it for itself, or in a function decorated with uwsgidecorators.postfork, which runs in each worker",
+        "it for itself, or close what is open at the end of wsgi.py, which the master loads, and when a worker ends "
+        "(uwsgi.atexit), and in a function decorated with uwsgidecorators.postfork, which runs in each worker",
         code(
             """
-            # wsgi.py
+            # wsgi.py, at its end
+            import uwsgi
             from uwsgidecorators import postfork
 
 
             @postfork
             def reconnect():
                 {calls}
+
+
+            def close():
+                {closing}
+
+
+            uwsgi.atexit = close
+            close()
             """
         ),
         (
@@ -230,6 +240,14 @@ HOOKS: Final = (
         code(
             """
             # wsgi.py, at its end
+            import uwsgi
+
+
+            def close():
+                {closing}
+
+
+            uwsgi.atexit = close
             {calls}
             """
         ),
@@ -268,17 +286,22 @@ HOOKS: Final = (
         Server.CELERY,
         Side.PARENT,
         "Celery's prefork pool forks the worker after it has loaded the application, and its children leave through "
-        "os._exit, so that each has to close what it opens itself (worker_process_shutdown). In a handler of the "
-        "signal worker_before_create_process, which runs in the parent",
+        "os._exit, so that each has to close what it opens itself (worker_process_shutdown). In a function given to "
+        "os.register_at_fork as before, which runs in the parent (as the signal worker_before_create_process does, but "
+        "with some brokers alone)",
         code(
             """
             # beside the Celery application: tasks.py
-            from celery.signals import worker_before_create_process, worker_process_shutdown
+            import os
+
+            from celery.signals import worker_process_shutdown
 
 
-            @worker_before_create_process.connect
-            def disconnect(**kwargs):
+            def disconnect():
                 {calls}
+
+
+            os.register_at_fork(before=disconnect)
 
 
             @worker_process_shutdown.connect
@@ -287,7 +310,7 @@ HOOKS: Final = (
             """
         ),
         (
-            "https://docs.celeryq.dev/en/stable/userguide/signals.html#worker-before-create-process",
+            f"{PYTHON_OS}#os.register_at_fork",
             "https://docs.celeryq.dev/en/stable/userguide/signals.html#worker-process-shutdown",
         ),
     ),

@@ -1,0 +1,5 @@
+"""What uWSGI loads."""
+
+from app import application  # noqa: F401
+
+# here goes the advice
