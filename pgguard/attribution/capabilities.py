@@ -23,7 +23,6 @@ from typing import Self
 from pgguard.attribution.descriptors import find_sockets, link_to, list_processes
 from pgguard.attribution.ebpf.account import Accounts
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, connection_key, scope_remedy
-from pgguard.attribution.ebpf.selftest import start as start_probe
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.namespaces import ask_in_namespace, in_a_new_thread, read_tables
 from pgguard.attribution.processes import read_process
@@ -31,6 +30,7 @@ from pgguard.attribution.senders import CREDENTIALS_SPACE, ask_for_credentials, 
 from pgguard.attribution.sockets import SockDiag, TcpClient, client_socket
 from pgguard.attribution.stacks import find_py_spy, python_stacks
 from pgguard.attribution.threads import Obstacle, Waiting, waiting_threads
+from pgguard.attribution.transparency import start as start_probe
 
 _SECONDS = 2.0
 """How long each thing that is started for a check may take: many times what it does take."""

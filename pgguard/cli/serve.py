@@ -13,7 +13,7 @@ import trio
 
 from pgguard.attribution.capabilities import check
 from pgguard.attribution.ebpf.probe import ProbeUnavailable
-from pgguard.attribution.ebpf.selftest import start as start_probe
+from pgguard.attribution.transparency import start as start_probe
 from pgguard.attribution.witness import Witness
 from pgguard.faults.docket import Docket
 from pgguard.faults.text import redact

@@ -14,10 +14,10 @@ from pgguard.attribution import capabilities
 from pgguard.attribution.capabilities import Capability, check
 from pgguard.attribution.ebpf.probe import ProbeUnavailable
 from pgguard.attribution.ebpf.ring import Event
-from pgguard.attribution.ebpf.selftest import Comparison, start
 from pgguard.attribution.processes import read_process
 from pgguard.attribution.stacks import Stacks, find_py_spy
 from pgguard.attribution.threads import Obstacle, Waits
+from pgguard.attribution.transparency import Comparison, start
 from tests.attribution.puppets import Puppet
 
 Puppets = Callable[[], Puppet]

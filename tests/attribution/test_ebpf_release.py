@@ -1,7 +1,7 @@
 """No byte is lost, and nobody hangs, when a socket is watched no more: whatever lies unread in it at that moment.
 
 In a map a socket receives through ``tcp_bpf_recvmsg``, but what it receives stays in its own queue, as there is no
-program that would take it out (see :mod:`pgguard.attribution.ebpf.selftest` for one that does, and loses it). Each test
+program that would take it out (see :mod:`pgguard.attribution.transparency` for one that does, and loses it). Each test
 does it hundreds of times, from all sides.
 """
 

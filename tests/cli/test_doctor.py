@@ -17,6 +17,7 @@ import pytest
 
 from pgguard.attribution.capabilities import KERNEL_SENDERS, Capability
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
+from pgguard.attribution.transparency import Comparison
 from pgguard.cli import doctor as command
 from pgguard.cli import serve
 from pgguard.cli.doctor import doctor
@@ -285,6 +286,52 @@ def test_the_doctor_says_the_same_of_the_probe_as_the_guard(wrapper: list[str], 
     assert checked["unix_instead"]
     assert checked["problem"] == problem
     assert checked["remedy"].startswith(remedy)
+
+
+class _Probe:
+    """One that the kernel of this machine may not be able to give."""
+
+    limits = ("who opens a connection on TCP the kernel does not say: it does since Linux 6.10",)
+
+
+@pytest.mark.parametrize(
+    ("attribution", "comparison", "said"),
+    [
+        ("auto", Comparison(), None),
+        (
+            "ebpf",
+            Comparison(("FIONREAD", "splice")),
+            "on this kernel a watched socket answers differently from others (FIONREAD, splice)",
+        ),
+        (
+            "ebpf",
+            Comparison(problem="no route"),
+            "whether watched sockets answer as others do can't be tried (no route)",
+        ),
+    ],
+)
+def test_what_the_probe_can_not_do_here_is_said_at_the_start(
+    attribution: str,
+    comparison: Comparison,
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    insisted: list[bool] = []
+
+    def start(_: object, *, insist: bool) -> tuple[_Probe, Comparison]:
+        insisted.append(insist)
+        return _Probe(), comparison
+
+    monkeypatch.setattr(serve, "start_probe", start)
+    assert serve._start_probe(attribution, [("127.0.0.1", 1)]) is not None
+    assert insisted == [attribution == "ebpf"]
+    assert caplog.messages == [
+        "attribution: on TCP the kernel names every sender by process and thread",
+        f"attribution: {_Probe.limits[0]}",
+        *([] if said is None else [f"attribution: as is insisted on, clients are watched though {said}"]),
+    ]
 
 
 def test_without_a_tcp_listener_no_probe_is_missed() -> None:

@@ -15,10 +15,10 @@ initial pid namespace. (Versions are from the kernel's history; tried on 6.18, x
 **What it changes**: where TCP can call back at sends (:attr:`Way.CALLBACK`, Linux 6.15), nothing: the socket has one
 bit more set, and a few bytes of ours. On older kernels (:attr:`Way.MAP`) the client's socket is put into a map, and
 then sends and receives through other functions of the kernel's, which answer differently in ways that depend on the
-kernel: :mod:`selftest` compares them at each start, and where a program can tell, nobody is watched, unless it is
-insisted on. Of all such kernels ``tcp_bpf_sendmsg`` copies what would have been sent without copying (sendfile, splice,
-MSG_ZEROCOPY); and a client that asks for MSG_ZEROCOPY, as no PostgreSQL client does, gets a notification for each of
-the pieces that a send was cut into, rather than one for it all.
+kernel: :mod:`pgguard.attribution.transparency` compares them at each start, and where a program can tell, nobody is
+watched, unless it is insisted on. Of all such kernels ``tcp_bpf_sendmsg`` copies what would have been sent without
+copying (sendfile, splice, MSG_ZEROCOPY); and a client that asks for MSG_ZEROCOPY, as no PostgreSQL client does, gets a
+notification for each of the pieces that a send was cut into, rather than one for it all.
 
 **What it leaves**: nothing. The program for connections is attached through a link that is a file descriptor, the one
 for a map of sockets to that map, which it holds; all goes when the process does. The sockets in the map are ordinary

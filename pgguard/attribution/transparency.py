@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Whether a socket that is watched answers as one that isn't: tried at each start, on this very kernel.
 
 What a program can ask of its socket must not depend on whether it is looked at, and whether it does depends on the
@@ -36,6 +35,7 @@ from pgguard.attribution.ebpf.account import Accounts
 from pgguard.attribution.ebpf.bpf import BpfError
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe, connection_key
 from pgguard.attribution.ebpf.programs import Way
+from pgguard.attribution.sockets import SockDiag, client_socket
 
 _SECONDS = 1.0
 """How long anything may take that takes microseconds."""
@@ -232,6 +232,20 @@ def _in_queue(pair: Pair) -> Answer:
     return pair.client.recvmsg(100, 100)[:3]
 
 
+def _receive_queue(pair: Pair) -> Answer:
+    """What the kernel tells the guard of what nobody has read: :meth:`SockDiag.unread`."""
+    inode = os.fstat(pair.client.fileno()).st_ino
+    described = client_socket(pair.guard)
+    answers = []
+    with SockDiag() as diag:
+        for size in (500, 0, 0):
+            if size:
+                _send(pair, size)
+            answers.append(diag.unread(described, inode))
+            pair.client.recv(100)
+    return answers
+
+
 def _urgent(pair: Pair) -> Answer:
     pair.guard.send(b"ab!", socket.MSG_OOB)
     _arrived(pair)
@@ -328,6 +342,15 @@ def _is_asleep(tid: int) -> bool:
     return False
 
 
+def _sleeps(tid: int) -> str | None:
+    """How often a thread has gone to sleep, ``None`` if it has ended: proc_pid_status(5)."""
+    try:
+        lines = Path(f"/proc/self/task/{tid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return next(line for line in lines if line.startswith("voluntary_ctxt_switches"))
+
+
 _RECVFROM = {"x86_64": "45", "aarch64": "207"}.get(os.uname().machine, "")
 """The number of recvfrom(2), as ``/proc/PID/syscall`` shows it."""
 
@@ -354,9 +377,11 @@ def _interrupted(pair: Pair) -> Answer:
     try:
 
         def interrupt(tid: int) -> None:
-            for _ in range(3):
-                _libc.tgkill(os.getpid(), tid, number)
-                time.sleep(0.0005)
+            slept = _sleeps(tid)
+            _libc.tgkill(os.getpid(), tid, number)
+            deadline = time.monotonic() + _SECONDS
+            while (now := _sleeps(tid)) is not None and now == slept and time.monotonic() < deadline:
+                time.sleep(0.0002)  # until it has ended, or sleeps again
             pair.guard.sendall(b"x" * 50)
 
         return _blocked(pair, 100, 0, interrupt)
@@ -385,6 +410,7 @@ BEHAVIOURS = (
     Behaviour("SO_RCVLOWAT", _rcvlowat),
     Behaviour("splice", _splice),
     Behaviour("TCP_INQ", _in_queue),
+    Behaviour("idiag_rqueue", _receive_queue),
     Behaviour("urgent data", _urgent),
     Behaviour("recv with nothing to read", _empty),
     Behaviour("the end of the stream", _end),

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pgguard.attribution.ebpf import selftest
+from pgguard.attribution import transparency
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.attribution.ebpf.programs import Way
-from pgguard.attribution.ebpf.selftest import BEHAVIOURS, Behaviour, Comparison, Pair, compare, start
-from pgguard.attribution.sockets import SockDiag, TcpClient, client_socket
+from pgguard.attribution.transparency import BEHAVIOURS, Behaviour, Comparison, Pair, compare, start
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,22 +65,6 @@ def _sigio(pair: Pair) -> object:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
 
 
-def _receive_queue(pair: Pair) -> object:
-    """``idiag_rqueue`` of the client's end, which tells the guard what nobody has read."""
-    pair.guard.sendall(bytes(500))
-    pair.client.setblocking(True)
-    pair.client.recv(100)
-    client = client_socket(pair.guard)
-    assert isinstance(client, TcpClient)
-    ports = client.port.to_bytes(2, "big") + client.guard_port.to_bytes(2, "big")
-    request = struct.pack("=BBBxI", socket.AF_INET, socket.IPPROTO_TCP, 0, 0xFFFFFFFF) + ports
-    request += client.address.ljust(16, b"\0") + client.guard_address.ljust(16, b"\0") + bytes(4) + b"\xff" * 8
-    with SockDiag() as diag:
-        answer = diag._ask(request)
-    assert answer is not None
-    return struct.unpack_from("=I", answer, 56)[0]
-
-
 def _much(pair: Pair) -> object:
     """A megabyte, read in pieces of all sizes while it is sent."""
     data = os.urandom(1) * 1_000_000
@@ -97,7 +80,6 @@ def _much(pair: Pair) -> object:
 
 MORE = (
     Behaviour("SIGIO", _sigio),
-    Behaviour("idiag_rqueue", _receive_queue),
     Behaviour("a megabyte", _much),
 )
 
@@ -196,7 +178,7 @@ class TestStart:
             probes.append(probe)
             return answers.get(probe.way, Comparison(("FIONREAD",)))
 
-        monkeypatch.setattr(selftest, "compare", compare)
+        monkeypatch.setattr(transparency, "compare", compare)
         return probes
 
     def test_a_probe_that_changes_nothing_is_taken(self) -> None:
@@ -232,7 +214,7 @@ class TestStart:
                 probe.read()
 
     def test_nobody_is_watched_where_it_can_not_be_tried(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(selftest, "_SECONDS", 0.05)
+        monkeypatch.setattr(transparency, "_SECONDS", 0.05)
         monkeypatch.setattr(SenderProbe, "read", lambda _: [])
         with pytest.raises(ProbeUnavailable, match=r"can't be tried \(.*a connection is not watched"):
             start([], insist=False)
