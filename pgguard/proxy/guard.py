@@ -32,7 +32,7 @@ from pgguard.proxy.listeners import Listener, open_listeners, refuse_loop
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.sweep import Sweep
 from pgguard.proxy.unread import UnreadWatch
-from pgguard.proxy.upstream import UpstreamUnavailable, ask, cancel_query, connect_upstream, relay_cancel
+from pgguard.proxy.upstream import DECLINED, UpstreamUnavailable, ask, cancel_query, connect_upstream, relay_cancel
 from pgguard.proxy.watch import Watch
 from pgguard.session.tracker import Tracker
 from pgguard.wire.fields import build_error_response
@@ -307,6 +307,7 @@ class Guard:
         session.settings = packet.parameters
         session.connect(_detach(sock), _detach(server), tracker)
         session.client.sender = greeting.sender
+        session.preamble = len(greeting.before) * len(DECLINED)
         self._sessions[session.id] = session
         if tracker is None and greeting.verdict is None:
             major, minor = packet.version

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class TcpAccount:
     """One connection's account, and the last thread that it named, as the session core knows it."""
 
-    __slots__ = ("account", "key", "named", "sender")
+    __slots__ = ("account", "key", "named", "sender", "unread")
 
     def __init__(self, key: bytes, account: Account) -> None:
         self.key = key
@@ -27,6 +27,8 @@ class TcpAccount:
         """What the account called the sender of the last bytes."""
         self.sender: Sender | None = None
         """The same for the session core: one object for as long as it is the same thread."""
+        self.unread: tuple[int, int] | None = None
+        """What lay unread when the bytes were sent that have just been read: see :meth:`Account.unread`."""
 
     @property
     def is_kept(self) -> bool:
@@ -85,6 +87,7 @@ class KernelSenders:
         if not account.covers(size) and account.problem is None:
             # They came after the last look at what was reported; their report was there before them.
             self.feed()
+        kernel_account.unread = account.unread() if account.unread_sends else None
         found: list[tuple[int, Sender | None]] = []
         for length, sender in account.split(size):
             if sender != kernel_account.named:

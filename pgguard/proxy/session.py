@@ -135,6 +135,8 @@ class ProxiedSession:
         """Seconds since the epoch, for records."""
         self.arrived = time.monotonic()
         """The same for whatever is due some time later, in seconds of time.monotonic()."""
+        self.preamble = 0
+        """Bytes that the client has been sent before the first of the server's: one for each encryption declined."""
         self.opening: Opening | None = None
         """Who opened it, once that has been found out."""
         self.last_sole_holder: Process | None = None

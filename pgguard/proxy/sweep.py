@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.judge import Judge, Ruling
     from pgguard.proxy.kernel_senders import KernelSenders
     from pgguard.proxy.session import End, ProxiedSession
-    from pgguard.proxy.unread import UnreadWatch
+    from pgguard.proxy.unread import Unread, UnreadWatch
     from pgguard.session.verdicts import Verdict
 
 _CHUNK: Final = 128 * 1024
@@ -259,7 +259,8 @@ class Sweep:
             begin -= len(end.held)
             self._buffer[begin:_HEADROOM] = end.held
             end.held = b""
-        if end.attentive and self._attend(end, begin, size, now):
+        account = end.kernel_account
+        if (end.attentive or (account is not None and account.unread)) and self._attend(end, begin, size, now):
             return
         if end.contested and self._begins_request(end, begin):
             end.held = bytes(self._view[begin : _HEADROOM + size])
@@ -273,40 +274,47 @@ class Sweep:
         return ReadingAlarm(self._epoll, self._alarms, client)
 
     def _attend(self, end: End, begin: int, size: int, now: float) -> bool:
-        """A client sends for the first time since its last answer was looked after: look after the next one.
+        """A client sends for the first time since its last answer was looked after, or on top of something unread.
 
         Returns True if what it sends has to wait, since it may have been sent on top of the last answer.
         """
         session, tracker, leftover = end.session, end.session.tracker, end.session.leftover
         end.attentive = False
         self._unread.stir(session)
-        if tracker is None or leftover is None or begin != _HEADROOM or size < HEADER_SIZE or end.contested:
+        if tracker is None or begin != _HEADROOM or size < HEADER_SIZE or end.contested:
             return False
         if tracker.frontend_rest or self._buffer[begin] not in _WANTED:
             return False
         if not self._unread.is_suspect(session, self._buffer[begin]):
             return False
-        certain = self._unread.is_untouched(session)
-        if certain:
+        unread = self._unread.known_unread(session)
+        if (not leftover or not leftover.size) if unread is None else not unread.size:
+            return False
+        if unread is not None:
             header = bytes(self._view[begin : begin + HEADER_SIZE])
-            verdict = self._unread.sent_on_top(session, tracker, header)
-            if self._judge.is_repeat(session, verdict, now):
+            if self._judge.is_repeat(session, self._unread.sent_on_top(session, tracker, unread, header), now):
                 return False
         end.held = bytes(self._view[begin : begin + size])
         self._hold(end)
-        self._start(session, self._weigh, end, certain)
+        self._start(session, self._weigh, end, unread)
         return True
 
-    async def _weigh(self, end: End, certain: bool) -> None:
-        """Find out whether the request that is held back was sent on top of the last answer, and go on with it."""
+    async def _weigh(self, end: End, unread: Unread | None) -> None:
+        """Find out whether the request that is held back was sent on top of the last answer, and go on with it.
+
+        Args:
+            end: the client's.
+            unread: how much of that was unread, if it is known without a look.
+        """
         session = end.session
         self.hurry()
-        if certain or await self._unread.is_still_unread(session):
-            tracker = session.tracker
-            if tracker is not None:
-                verdict = self._unread.sent_on_top(session, tracker, end.held[:HEADER_SIZE])
-                if not self._judge.is_repeat(session, verdict, time.time()) and not await self._rule(session, verdict):
-                    return
+        if unread is None:
+            unread = await self._unread.still_unread(session)
+        tracker = session.tracker
+        if unread.size and tracker is not None:
+            verdict = self._unread.sent_on_top(session, tracker, unread, end.held[:HEADER_SIZE])
+            if not self._judge.is_repeat(session, verdict, time.time()) and not await self._rule(session, verdict):
+                return
         if self._is_relayed(session):
             self._go_on(end)
 

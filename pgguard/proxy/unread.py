@@ -20,6 +20,7 @@ behind it, and take the old answer for the new one.
 
 - Over a Unix socket the guard's end is written to be told when the client reads: see :class:`ReadingAlarm`. So it is
   certain, for answers that had been found unread before, some tens of milliseconds after their end.
+- Over TCP the kernel's probe reports with each send how far its sender had read: certain, and of every request.
 - Otherwise the queue is looked at once more, before the request is forwarded. What is still there wasn't read. A client
   that reads at once isn't convicted: it can't be told from one that has read before.
 """
@@ -55,6 +56,8 @@ _TICK: Final = 0.025
 """Seconds between two rounds of looking, while there is something to look at."""
 _FIRST: Final = 0.025
 """Seconds from when an answer is seen to be complete to the first look whether it has been read: one tick."""
+_FIRST_REPORTED: Final = 0.25
+"""The same where the kernel reports of each send what was unread, so that only a warning takes a look."""
 _AT_A_TIME: Final = 32
 """Sessions that are looked at in one round: those that have waited the longest come first."""
 _INTERVAL: Final = 0.5
@@ -71,6 +74,9 @@ _WORK: Final = frozenset("QFPBDE")
 _SIMPLE: Final = frozenset("QF")
 _SIOCOUTQNSD: Final = 0x894B
 """``linux/sockios.h``: bytes in a TCP socket's send queue that haven't been sent, for want of room at the other end."""
+
+_MODULO: Final = (1 << 32) - 1
+"""What sequence numbers of TCP are counted by, less one."""
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +150,15 @@ class Leftover:
         if self.alarm is not None:
             self.alarm.close()
             self.alarm = None
+
+
+class Unread(NamedTuple):
+    """What was unread when a request was sent."""
+
+    size: int
+    """Bytes of the last answer."""
+    arrived: bool = True
+    """All of that answer lay in the client's socket; otherwise part of it was still on its way."""
 
 
 class _Look(NamedTuple):
@@ -223,7 +238,9 @@ class UnreadWatch:
             if leftover is None or leftover.requests != tracker.requests:
                 if leftover is not None:
                     leftover.close()
-                leftover = session.leftover = Leftover(tracker.requests, since=now, next=now + _FIRST, looked=now)
+                leftover = session.leftover = Leftover(
+                    tracker.requests, since=now, next=now + self._first(session), looked=now
+                )
             if leftover.next <= now:
                 holders = session.sightings.holders or (() if opening.opener is None else (opening.opener,))
                 events = 0 if leftover.alarm is None else leftover.alarm.events
@@ -231,6 +248,11 @@ class UnreadWatch:
                 due.append(_Look(session, tracker, leftover, opening, holders, tracker.position, events, closely))
         due.sort(key=lambda look: look.leftover.next)
         return due[:_AT_A_TIME]
+
+    def _first(self, session: ProxiedSession) -> float:
+        account = session.kernel_account
+        reported = account is not None and account.is_kept
+        return min(_FIRST_REPORTED, self._interval) if reported else _FIRST
 
     def _forget(self, session: ProxiedSession) -> None:
         """Take a session off the list."""
@@ -254,8 +276,8 @@ class UnreadWatch:
     def _note(self, look: _Look, unread: int, attention: Attention, now: float) -> None:
         session, tracker, leftover = look.session, look.tracker, look.leftover
         read = tracker.position - unread
-        size = tracker.answer_ended - _READY_SIZE - read
-        if size <= 0:
+        size = _size(tracker, read)
+        if not size:
             # Read to its end. The next request puts it on the list again.
             self._forget(session)
             session.client.attentive = True
@@ -297,16 +319,15 @@ class UnreadWatch:
 
     # When the next request comes
 
-    def is_suspect(self, session: ProxiedSession, code: int) -> bool:
-        """Whether a request, a message of this type, may have been sent on top of an answer by one who never may.
+    @staticmethod
+    def is_suspect(session: ProxiedSession, code: int) -> bool:
+        """Whether a request, a message of this type, must not be sent before the last answer has been read.
 
-        A driver that may pipeline may also do so; it then proves that it does.
+        It may be where the client's driver may pipeline, and the last answer may be left where nobody wants it.
         """
-        tracker, leftover = session.tracker, session.leftover
-        if tracker is None or leftover is None or not leftover.size or not tracker.at_rest:
-            return False
-        last = tracker.last_request
-        if leftover.requests != tracker.requests or last is None or not _is_wanted(tracker):
+        tracker = session.tracker
+        last = None if tracker is None else tracker.last_request
+        if tracker is None or last is None or not tracker.at_rest or not _is_wanted(tracker):
             return False
         sender, before = session.client.sender, last.sender
         if sender is not None and before is not None and sender.pid != before.pid:
@@ -318,37 +339,73 @@ class UnreadWatch:
         return driver is not Driver.LIBPQ or bool(_SIMPLE & {chr(code), last.messages[0]})
 
     @staticmethod
-    def is_untouched(session: ProxiedSession) -> bool:
-        """Whether the client of a suspect session certainly hadn't read when it sent: it needs no look then."""
-        tracker, leftover = session.tracker, session.leftover
-        if tracker is None or leftover is None or not leftover.is_untouched:
-            return False
-        # Of what the kernel holds in one piece it doesn't tell that part has been read.
-        return tracker.position == tracker.answer_ended
+    def known_unread(session: ProxiedSession) -> Unread | None:
+        """How many bytes of the last answer were unread when the request was sent that has just been read.
 
-    async def is_still_unread(self, session: ProxiedSession) -> bool:
-        """Look whether part of the last answer lies unread still, now that the next request has been sent."""
+        ``None`` if it takes a look to find out what certainly was.
+        """
+        tracker, leftover, account = session.tracker, session.leftover, session.kernel_account
+        if tracker is None:
+            return None
+        if account is not None and account.is_kept and session.client.sender is not None:
+            return _unread_at(account.unread, session, tracker)
+        if leftover is None or leftover.requests != tracker.requests or not leftover.is_untouched:
+            return None
+        # Of what the kernel holds in one piece it doesn't tell that part has been read.
+        return Unread(leftover.size) if tracker.position == tracker.answer_ended else None
+
+    async def still_unread(self, session: ProxiedSession) -> Unread:
+        """Look how much of the last answer lies unread still, now that the next request has been sent."""
         tracker, leftover, opening, witness = session.tracker, session.leftover, session.opening, self._witness
         if tracker is None or leftover is None or opening is None or witness is None:
-            return False
+            return Unread(0)
         position = tracker.position
-        holders = session.sightings.holders
+        look = [(opening, session.sightings.holders)]
         try:
-            [size] = await trio.to_thread.run_sync(witness.unread, [(opening, holders)], abandon_on_cancel=True)
+            [size] = await trio.to_thread.run_sync(witness.unread, look, abandon_on_cancel=True)
         except Exception:
             logger.exception("session %d: whether the last answer has been read could not be found out", session.id)
-            return False
+            return Unread(0)
         if size is None or tracker.position != position or session.leftover is not leftover:
-            return False
-        leftover.size = tracker.answer_ended - _READY_SIZE - (position - size - _waiting(session.client))
-        return leftover.size > 0
+            return Unread(0)
+        return Unread(_size(tracker, position - size - _waiting(session.client)))
 
-    def sent_on_top(self, session: ProxiedSession, tracker: Tracker, pending: bytes) -> Verdict:
-        """Say that a request has been sent on top of an answer, which has been seen to be so."""
+    def sent_on_top(self, session: ProxiedSession, tracker: Tracker, unread: Unread, pending: bytes) -> Verdict:
+        """Say that a request has been sent on top of an answer.
+
+        Args:
+            session: the session.
+            tracker: what follows it.
+            unread: how much of the answer was unread.
+            pending: the request, from its beginning on.
+        """
+        if not unread.arrived:
+            return tracker.judge_hidden_overlap(sender=session.client.sender, pending=pending)
         leftover = session.leftover
-        size, seconds = (0, 0.0) if leftover is None else (leftover.size, trio.current_time() - leftover.since)
-        reason = f"on top of {size} bytes of the last answer, which had lain unread for {seconds:.1f} s"
+        since = ""
+        if leftover is not None and leftover.requests == tracker.requests:
+            since = f" for {trio.current_time() - leftover.since:.1f} s"
+        reason = f"on top of {unread.size} bytes of the last answer, which lay unread{since}"
         return tracker.judge_unread(reason, sender=session.client.sender, pending=pending, libpq=None)
+
+
+def _unread_at(unread: tuple[int, int] | None, session: ProxiedSession, tracker: Tracker) -> Unread:
+    """How much of the last answer hadn't been read, by the kernel's account of a send."""
+    if unread is None:
+        return Unread(0)
+    read, received = (_signed(position - session.preamble - tracker.answer_ended) for position in unread)
+    return Unread(_size(tracker, tracker.answer_ended + read), arrived=received >= 0)
+
+
+def _signed(number: int) -> int:
+    """What a small difference is that has been taken modulo 2**32."""
+    number &= _MODULO
+    return number - _MODULO - 1 if number >> 31 else number
+
+
+def _size(tracker: Tracker, read: int) -> int:
+    """How many bytes of the last answer lie beyond a position; its ReadyForQuery doesn't count."""
+    return max(0, min(tracker.answer_ended - _READY_SIZE - read, tracker.answer_ended - tracker.answer_began))
 
 
 def _is_wanted(tracker: Tracker) -> bool:

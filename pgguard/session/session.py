@@ -197,6 +197,25 @@ class Session:
             answer = symptoms.first_answer(chr(pending[0]), pending[HEADER_SIZE:]) if pending else None
         return self.judge(kind, reason, intruder=intruder, requesters=requesters, libpq=symptoms.while_idle(answer))
 
+    def judge_hidden_overlap(self, *, sender: Sender | None, pending: bytes) -> Verdict:
+        """Say that a request had been sent before the last answer came, though it has come to be read only after that.
+
+        Args:
+            sender: Who sent it, if that is known.
+            pending: The request, from its beginning on.
+        """
+        length = int.from_bytes(pending[1:HEADER_SIZE], "big")
+        message = seen(Direction.FRONTEND, _FRONTEND[pending[0]], pending[0], length)
+        last = self.last_request
+        which = "" if last is None else f" to request {last.n} ({last.messages})"
+        return self.judge(
+            Kind.REQUEST_WHILE_BUSY,
+            f"{message.name} was sent before the answer{which} was complete",
+            message,
+            intruder=sender,
+            requesters=self.senders.others(sender, first=None if last is None else last.sender),
+        )
+
     def judge_unread(self, reason: str, *, sender: Sender | None, pending: bytes = b"", libpq: str | None) -> Verdict:
         """Put together what is known of the session when the last answer has been left unread.
 

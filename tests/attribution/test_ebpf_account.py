@@ -266,3 +266,51 @@ def test_the_ring_wraps_around_and_passes_over_what_is_not_ready() -> None:
     assert fake.ring.lost == 3
     fake.close()
     assert fake.ring.lost == 3, "it is asked for at the end"
+
+
+# What lay unread when something was sent
+
+
+def sent(position: int, size: int, read: int, received: int) -> Event:
+    return event(Kind.SENDING, position, size)._replace(read=read, received=received)
+
+
+def accepted(first: int) -> Event:
+    return event(Kind.ACCEPTED)._replace(read=first)
+
+
+def test_what_lay_unread_is_told_of_the_byte_that_was_sent_then() -> None:
+    account = account_of(accepted(1000), sent(0, 10, 1100, 1100), sent(10, 10, 1100, 1500), sent(20, 10, 1600, 1600))
+    for unread in (None, (100, 500), None):
+        assert account.unread() == unread
+        assert account.split(10) == [(10, sender(1))]
+
+
+def test_of_what_is_sent_in_pieces_or_read_together_only_the_beginning_counts() -> None:
+    account = account_of(accepted(0), sent(0, 10, 0, 5), sent(10, 10, 0, 6), sent(20, 10, 0, 7))
+    assert account.unread() == (0, 5)
+    account.split(15)
+    assert account.unread() is None
+    account.split(5)
+    assert account.unread() == (0, 7)
+
+
+def test_sequence_numbers_may_wrap_around() -> None:
+    first = (1 << 32) - 100
+    account = account_of(accepted(first), sent(0, 10, 20, 50))
+    assert account.unread() == (120, 150)
+
+
+def test_nothing_is_told_of_a_connection_whose_beginning_was_not_reported() -> None:
+    accounts = Accounts()
+    account = Account(7)
+    account.apply(sent(0, 10, 20, 50))
+    assert account.unread() is None
+    assert accounts.open(KEY).unread() is None
+
+
+def test_a_client_that_pipelines_takes_a_bounded_amount_of_memory() -> None:
+    account = account_of(accepted(0))
+    for n in range(10_000):
+        account.apply(sent(n * 10, 10, 0, 5 + n))
+    assert len(account.unread_sends) <= 64

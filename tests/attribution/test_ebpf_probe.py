@@ -199,6 +199,36 @@ def random_size(rng: random.Random) -> int:
     return next(rng.randint(low, high) for limit, low, high in SIZES if chance < limit)
 
 
+@pytest.mark.parametrize("blocking", [True, False])
+def test_each_send_says_how_far_its_sender_had_read(watched: Watched, *, blocking: bool) -> None:
+    """However soon it reads behind it, and however late the guard looks."""
+    with socket.create_connection(watched.listener.getsockname()) as client, watched.listener.accept()[0] as accepted:
+        watched.feed()
+        account = watched.accounts.open(connection_key(accepted))
+        accepted.sendall(b"N")
+        assert client.recv(1) == b"N"
+        accepted.sendall(b"x" * 500)
+        assert len(client.recv(500, socket.MSG_PEEK | socket.MSG_WAITALL)) == 500
+        client.setblocking(blocking)
+        expected = []
+        read = 1
+        for size in (0, 100, 150, 0, 250):
+            client.recv(size)
+            read += size
+            client.send(b"request")
+            expected.append((read, 501) if read < 501 else None)
+        client.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            client.recv(500)
+        found = []
+        for _ in expected:
+            assert accepted.recv(7, socket.MSG_WAITALL) == b"request"
+            watched.feed()
+            found.append(account.unread())
+            assert account.split(7) == [(7, me())]
+        assert found == expected
+
+
 @pytest.mark.parametrize(("mode", "total"), [("free", 100_000), ("turns", 20_000), ("unblocking", 20_000)])
 def test_every_byte_of_six_senders_in_three_processes(watched: Watched, mode: str, total: int) -> None:
     """Every sender sends bytes of one value, its own, so that the stream itself says for each byte whose it is."""

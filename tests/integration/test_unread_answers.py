@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.running import PROGRAMS, compiled, every_transport, interpreter, running
+from tests.integration.running import PROGRAMS, compiled, every_transport, interpreter, named_transport, running
 from tests.languages import go_program
 
 if TYPE_CHECKING:
@@ -83,11 +83,12 @@ def test_an_answer_that_a_driver_has_abandoned_is_found_before_somebody_gets_it(
             assert says in str(rest(program)["error"])
 
 
+@named_transport
 def test_after_a_timeout_pg8000_is_off_by_one_and_every_query_on_top_is_an_error(
-    start_guard: StartGuard, tmp_path: Path
+    start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
     guard = start(start_guard)
-    with running(pg8000("alarm"), guard.unix, tmp_path) as program:
+    with running(pg8000("alarm"), guard.at(transport), tmp_path) as program:
         program.read()
         guard.wait_for("unread-answer", timeout=20)
         assert rest(program) == {"got": [["", "first"]]}

@@ -15,6 +15,7 @@ import trio
 import trio.testing
 
 from pgguard.attribution.attention import Attention
+from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.witness import Witness
 from pgguard.proxy import unread
@@ -22,7 +23,7 @@ from pgguard.proxy.session import ProxiedSession
 from pgguard.session.verdicts import Sender
 from tests.attribution.puppets import THREADS, Puppet
 from tests.proxy.conftest import running, until
-from tests.proxy.messages import ANSWER, LOGGED_IN, READY, message, query, startup
+from tests.proxy.messages import ANSWER, LOGGED_IN, READY, SSL_REQUEST, message, query, startup
 from tests.proxy.test_watch import Stage, feed
 
 if TYPE_CHECKING:
@@ -71,12 +72,14 @@ class Scene:
     async def do(self, code: str) -> Any:
         return await trio.to_thread.run_sync(self.puppet.do, code)
 
-    async def log_in(self, transport: str) -> None:
+    async def log_in(self, transport: str, *before: bytes) -> None:
         await self.do(THREADS + CLIENT)
         if transport == "unix":
             await self.do(f"c = socket.socket(socket.AF_UNIX); c.connect({self.house.unix!r})")
         else:
             await self.do(f"c = socket.create_connection(('127.0.0.1', {self.house.port}))")
+        for request in before:
+            await self.do(f"c.sendall({request!r}); take(1)")
         await self.do(f"c.sendall({startup()!r})")
         self.server = await self.house.backend.accept()
         await self.server.log_in()
@@ -122,10 +125,22 @@ class Scene:
 
 @asynccontextmanager
 async def playing(backend: FakeBackend, puppet: Puppet, transport: str, **settings: Any) -> AsyncIterator[Scene]:
-    async with running(backend, witness=Witness(), **({"unread_answer": THRESHOLD} | settings)) as house:
-        scene = Scene(house, puppet)
-        await scene.log_in(transport)
-        yield scene
+    with ExitStack() as stack:
+        probe = stack.enter_context(probing()) if transport == "probed" else None
+        async with running(backend, witness=Witness(), **({"unread_answer": THRESHOLD} | settings)) as house:
+            if probe is not None:
+                probe.add(*house.guard.tcp_listeners()[0])
+                house.guard.use_probe(probe)
+            scene = Scene(house, puppet)
+            await scene.log_in(transport)
+            yield scene
+
+
+def probing() -> SenderProbe:
+    try:
+        return SenderProbe([], blocking=True)
+    except ProbeUnavailable as unavailable:
+        pytest.skip(str(unavailable))
 
 
 # A warning, in time
@@ -333,6 +348,43 @@ async def test_who_reads_late_and_then_sends_is_never_convicted(
             await scene.do("take_and_ask()")
             await scene.server.expect(SECOND)
             await scene.server.send(ANSWER)
+        assert scene.house.kinds == []
+
+
+async def test_where_the_kernel_reports_it_no_silence_is_too_short(backend: FakeBackend, puppet: Puppet) -> None:
+    """Nothing has been looked at by then, and the answer is gone from the queue before the guard has the request."""
+    async with playing(backend, puppet, "probed", unread_answer=60) as scene:
+        for declined in range(2):
+            if declined:  # what it was told before it logged in counts, too
+                await scene.do("c.close()")
+                await scene.house.empty()
+                await scene.log_in("probed", SSL_REQUEST)
+            await scene.ask()
+            for times in range(1, 11):
+                await scene.do(f"len(c.recv({len(ANSWER)}, socket.MSG_PEEK | socket.MSG_WAITALL))")
+                await scene.do("ask_and_take()")
+                await scene.server.expect(SECOND)
+                await scene.server.send(ANSWER)
+                counts = {str(count.kind): count.faults + count.repeats for count in scene.house.docket.counts()}
+                assert counts["unread-answer"] == times + 10 * declined
+
+
+async def test_where_the_kernel_reports_it_who_has_read_is_never_convicted(
+    backend: FakeBackend, puppet: Puppet
+) -> None:
+    async with playing(backend, puppet, "probed", unread_answer=60) as scene:
+        await scene.ask(answer=ANSWER + NOTIFICATION)
+        for _ in range(10):
+            await scene.do(f"len(c.recv({len(ANSWER)}, socket.MSG_PEEK | socket.MSG_WAITALL))")
+            await scene.do("take_and_ask()")
+            await scene.server.expect(SECOND)
+            await scene.server.send(ANSWER)
+            await scene.do(f"take({len(NOTIFICATION)})")
+            await scene.do(f"take({len(ANSWER) - len(READY)})")
+            await scene.do(f"c.sendall({SECOND!r})")  # the ReadyForQuery alone is left
+            await scene.server.expect(SECOND)
+            await scene.do(f"take({len(READY)})")
+            await scene.server.send(ANSWER + NOTIFICATION)
         assert scene.house.kinds == []
 
 

@@ -52,6 +52,12 @@ _EARLY_EVENTS = 32
 client that waits to be accepted sends a startup packet, and waits for the answer."""
 
 
+_UNREAD_EVENTS = 64
+"""Sends on top of something unread that are remembered until they are read: of a client that pipelines, say, whose next
+ones say nothing new."""
+_MODULO = (1 << 32) - 1
+
+
 class Account:
     """One connection's: see the module for the rules.
 
@@ -72,6 +78,11 @@ class Account:
         """The errno for which the kernel doesn't watch this connection, whose senders then all are unknown."""
         self.cookie: int | None = None
         """Under which the probe watches the connection."""
+        self.first_answer: int | None = None
+        """The sequence number of the guard's first byte; ``None`` if it isn't known."""
+        self.unread_sends: deque[tuple[int, int, int]] = deque(maxlen=_UNREAD_EVENTS)
+        """Sends by those that hadn't read all that they had received: where in the stream, how far they had read, and
+        what they had received."""
         self.contradictions = 0
         """How often two threads were said to have sent the same bytes, as it happens if something that is assumed
         doesn't hold (:mod:`programs`). Those that are still to be read are unknown then."""
@@ -83,8 +94,12 @@ class Account:
         if event.kind == _SENDING:
             if self._runs and self._runs[-1][1] > event.position:
                 self._contradict(event.position)
+            if event.read != event.received:
+                self.unread_sends.append((event.position, event.read, event.received))
             if event.pid:  # else a thread that the guard's pid namespace doesn't have
                 self._add(event.position, event.position + event.size, event.pid, event.tid)
+        elif event.kind == Kind.ACCEPTED:
+            self.first_answer = event.read
         elif event.kind == Kind.OPENED:
             self.opener = Sender(event.pid, event.tid) if event.pid else None
         elif event.kind == Kind.UNWATCHED:
@@ -109,6 +124,21 @@ class Account:
     def covers(self, length: int) -> bool:
         """Whether something has been said of the last of the next ``length`` bytes, or of what is behind it."""
         return bool(self._runs) and self._runs[-1][1] >= self._position + length
+
+    def unread(self) -> tuple[int, int] | None:
+        """What lay unread when the byte that is to be read next was sent, if it was the first of a send.
+
+        Returns:
+            How far its sender had read, and how far received: positions in what the guard has sent, modulo 2**32.
+            ``None`` if it had read everything, or that isn't known.
+        """
+        unread = self.unread_sends
+        while unread and unread[0][0] < self._position:
+            unread.popleft()
+        if not unread or unread[0][0] != self._position or self.first_answer is None:
+            return None
+        _, read, received = unread.popleft()
+        return read - self.first_answer & _MODULO, received - self.first_answer & _MODULO
 
     def split(self, length: int) -> list[Segment]:
         """Tell who sent the next bytes that were read, ``length`` of them.

@@ -124,9 +124,10 @@ class Kind(IntEnum):
     """As UNCERTAIN; and the socket blocks, so that it should be taken out of the map. By MAP alone."""
 
 
-EVENT_SIZE = 72
-POSITION, SIZE, KIND, TID, PID, ORIGIN, KEY = 0, 8, 12, 16, 20, 24, 32
-"""Offsets in an event: an u64, five u32 in host order, four bytes of nothing, the key, and four bytes of nothing."""
+EVENT_SIZE = 80
+POSITION, SIZE, KIND, TID, PID, ORIGIN, KEY, READ, RECEIVED = 0, 8, 12, 16, 20, 24, 32, 68, 72
+"""Offsets in an event: an u64, five u32 in host order, four bytes of nothing, the key, two u32, and four bytes of
+nothing."""
 
 KEY_SIZE = 36
 """The client's address, the guard's, 16 bytes each; the client's port, the guard's: all in network order."""
@@ -267,6 +268,7 @@ class _Fields:
         self.tcp_limited = _optional_offset(btf, "mem_cgroup", "tcpmem_active")
         self.zero_copy = 1 << btf.enumerator("sock_flags", "SOCK_ZEROCOPY")
         self.rcv_nxt = btf.offset("tcp_sock", "rcv_nxt")
+        self.copied_seq = btf.offset("tcp_sock", "copied_seq")
         self.socket = btf.offset("tcp_sock", "inet_conn.icsk_inet.sk.sk_socket")
         self.file = btf.offset("socket", "file")
         self.file_flags = btf.offset("file", "f_flags")
@@ -498,6 +500,7 @@ class Programs:
         code.store(R9, ORIGIN, R2, 4)
         code.load(R2, FRAME, _STACK_SENT, 8)
         code.store(R9, SIZE, R2, 4)
+        self._reading(code)
         self._submit(code)
 
     def _room_since(self, code: Assembler, otherwise: str) -> None:
@@ -555,6 +558,8 @@ class Programs:
         code.load(R2, R7, self._fields.rcv_nxt, 4)  # the client's first byte, seen from here
         code.store(R9, ORIGIN, R2, 4)
         code.store_constant(R9, SIZE, 0, 4)
+        code.load(R2, R7, self._fields.write_seq, 4)  # the guard's first byte
+        code.store(R9, READ, R2, 4)
         self._submit(code)
 
     def sk_msg(self) -> bytes:
@@ -613,7 +618,18 @@ class Programs:
         self._pids(code)
         self._position(code)
         code.store(R9, SIZE, R8, 4)
+        self._reading(code)
         self._submit(code)
+
+    def _reading(self, code: Assembler) -> None:
+        """Store how far the socket, R7, has read, and how far it has received, in the other direction's numbers.
+
+        Neither changes while the lock is held: nobody reads meanwhile, and what arrives has to wait.
+        """
+        code.load(R2, R7, self._fields.copied_seq, 4)
+        code.store(R9, READ, R2, 4)
+        code.load(R2, R7, self._fields.rcv_nxt, 4)
+        code.store(R9, RECEIVED, R2, 4)
 
     def _memory(self, code: Assembler, otherwise: str) -> None:
         """Go on if TCP is going to get memory. What is neither the socket's nor constant can't be followed by type."""
@@ -782,7 +798,8 @@ class Programs:
             code.store(R9, KEY + part, R2, 8)
         code.load(R2, FRAME, _STACK_KEY + 32, 4)
         code.store(R9, KEY + 32, R2, 4)
-        code.store_constant(R9, KEY + 36, 0, 4)
+        code.store_constant(R9, READ, 0, 4)
+        code.store_constant(R9, RECEIVED, 0, 8)
 
     def _pids(self, code: Assembler, *, known: bool = True) -> None:
         """Store thread and process in the event: tid, then pid, both 0 for who has none in the guard's namespace."""

@@ -34,7 +34,7 @@ _DISCARDED = 1 << 30
 _HEADER = 8
 """``BPF_RINGBUF_HDR_SZ``."""
 
-_EVENT = struct.Struct(f"=QIIIII4x{KEY_SIZE}s")
+_EVENT = struct.Struct(f"=QIIIII4x{KEY_SIZE}sII4x")
 _WEAKLY_ORDERED = platform.machine() != "x86_64"
 
 
@@ -55,6 +55,11 @@ class Event(NamedTuple):
     """The TCP sequence number of the first byte. Two connections of one key differ in it, but for one in 2**32."""
     key: bytes
     """Which connection: see :func:`~pgguard.attribution.ebpf.probe.connection_key`."""
+    read: int = 0
+    """Of a send, the sequence number of the next byte that its process would have read, in the other direction; of the
+    guard's own end (``ACCEPTED``) that of its first byte."""
+    received: int = 0
+    """Of a send, the sequence number of the next byte that was to come."""
 
 
 class Ring:
