@@ -163,6 +163,12 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
                 essential=True,
             ),
             _Check(
+                "receive queues",
+                "tells how much of an answer a client has not read, over TCP and on Unix sockets",
+                _try_receive_queues,
+                f"{netlink}s tcp_diag and unix_diag",
+            ),
+            _Check(
                 KERNEL_SENDERS,
                 "names the process that sent each byte",
                 client.try_senders,
@@ -270,6 +276,15 @@ def _try_tcp() -> None:
 def _try_unix() -> None:
     with _unix_connection() as (client, accepted), SockDiag() as diag:
         _expect(diag.client_inode(client_socket(accepted)) == _inode(client))
+
+
+def _try_receive_queues() -> None:
+    """Leave something unread, and look whether it is counted."""
+    for connection in (_tcp_connection, _unix_connection):
+        with connection() as (client, accepted), SockDiag() as diag:
+            accepted.sendall(b"answer")
+            client.recv(6, socket.MSG_PEEK | socket.MSG_WAITALL)
+            _expect(diag.unread(client_socket(accepted), _inode(client)) == 6)
 
 
 def _try_other_users() -> None:

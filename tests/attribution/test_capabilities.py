@@ -15,6 +15,7 @@ from pgguard.attribution.capabilities import Capability, check
 from pgguard.attribution.ebpf.probe import ProbeUnavailable
 from pgguard.attribution.ebpf.ring import Event
 from pgguard.attribution.processes import read_process
+from pgguard.attribution.sockets import SockDiag
 from pgguard.attribution.stacks import Stacks, find_py_spy
 from pgguard.attribution.threads import Obstacle, Waits
 from pgguard.attribution.transparency import Comparison, start
@@ -63,6 +64,18 @@ def test_processes_that_can_not_be_looked_at_are_reported_with_what_to_do(puppet
     assert "run the guard as root" in explanation
 
 
+def test_a_kernel_that_does_not_count_what_lies_unread_is_reported_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert _named("receive queues").available
+    monkeypatch.setattr(SockDiag, "unread", lambda *_: 0)
+    queues = _named("receive queues")
+    assert queues.problem == "does not find what is certainly there"
+    assert not queues.essential
+    assert queues.remedy is not None
+    assert "tcp_diag and unix_diag" in queues.remedy
+
+
 def test_a_sandbox_without_netlink_is_reported_with_what_to_do(puppet: Puppets) -> None:
     """RestrictAddressFamilies= and the like make socket(2) fail."""
     guard = puppet()
@@ -77,7 +90,7 @@ def test_a_sandbox_without_netlink_is_reported_with_what_to_do(puppet: Puppets) 
     )
     checked = guard.do("{c.name: [c.available, c.explanation] for c in capabilities.check()}")
     assert checked["/proc"][0] is True
-    for name in "sock_diag for TCP", "sock_diag for Unix sockets":
+    for name in "sock_diag for TCP", "sock_diag for Unix sockets", "receive queues":
         available, explanation = checked[name]
         assert not available
         assert explanation.startswith("no such family; allow AF_NETLINK")
