@@ -15,7 +15,7 @@ from pgguard.session.verdicts import OUTSTANDING, Kind, Party, Verdict
 
 if TYPE_CHECKING:
     from pgguard.attribution.fates import Fate
-    from pgguard.attribution.findings import Findings, Share
+    from pgguard.attribution.findings import Findings, Share, Slots
 
 
 _SHARES: Final = 3
@@ -145,10 +145,14 @@ def _exhausted(verdict: Verdict, findings: Findings, _: tuple[Culprit, ...]) -> 
         said += f"; of those that count and go through this guard {listed(named_shares)}"
     slots = findings.slots
     if slots is not None and slots.idle_in_transaction:
-        said += f"; {slots.idle_in_transaction} of the {slots.connections} sat idle in a transaction"
+        said += f"; {_some(slots.idle_in_transaction, slots)} sat idle in a transaction"
     elif slots is not None and slots.idle:
-        said += f"; {slots.idle} of the {slots.connections} sat idle"
+        said += f"; {_some(slots.idle, slots)} sat idle"
     return said
+
+
+def _some(number: int, slots: Slots) -> str:
+    return f"all {number}" if 1 < number == slots.connections else f"{number} of the {slots.connections}"
 
 
 def _share(share: Share) -> str:
@@ -180,9 +184,9 @@ def _end(who: str, fate: Fate | None) -> str:
         return f"the connection of {who} ended"
     match fate.state:
         case State.ALIVE if fate.has_socket:
-            return f"{who}, which lives on, shut its connection down"
+            return f"{who}, alive a moment later, shut its connection down"
         case State.ALIVE:
-            return f"{who}, which lives on, closed its connection"
+            return f"{who}, alive a moment later, closed its connection"
         case State.EXITED:
             return f"{who} exited with status {fate.code}, and {ended}"
         case State.KILLED:

@@ -32,7 +32,7 @@ _STAYING_BUDGET: Final = 0.02
 """Seconds for which a process is given to close a connection that it has said Terminate on."""
 _SMALL: Final = 16384
 """Bytes of a message that are read at once: far less than a socket's buffer."""
-_ENDING_BUDGET: Final = 0.1
+_ENDING_BUDGET: Final = 0.15
 """Seconds for which a process that has closed a connection is given to end as well: an interpreter that ends closes its
 sockets a moment before."""
 _DESCRIBED: Final = 6

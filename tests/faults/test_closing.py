@@ -27,8 +27,8 @@ OPEN = Fate(State.ALIVE, None, has_socket=True)
 @pytest.mark.parametrize(
     ("fate", "was_reset", "says"),
     [
-        (Fate(State.ALIVE, None, has_socket=False), False, "hasn't the socket open any more"),
-        (Fate(State.ALIVE, None, has_socket=False), True, "hasn't the socket open any more"),
+        (Fate(State.ALIVE, None, has_socket=False), False, "hadn't the socket open any more"),
+        (Fate(State.ALIVE, None, has_socket=False), True, "hadn't the socket open any more"),
         (OPEN, False, "shutdown(2)"),
         (OPEN, True, "Something in between"),
         (Fate(State.EXITED, 0), False, "exited by itself"),

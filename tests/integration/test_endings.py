@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.integration.running import PROGRAMS, every_transport, named, running
+from tests.servers import not_installed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,8 +25,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
 
 ENDINGS = {
-    "closes": ("which lives on, closed its connection without Terminate", "lives and hasn't the socket open any more"),
-    "shuts_down": ("which lives on, shut its connection down without Terminate", "has the socket open still"),
+    "closes": ("alive a moment later, closed its connection without Terminate", "hadn't the socket open any more"),
+    "shuts_down": ("alive a moment later, shut its connection down without Terminate", "has the socket open still"),
     "exits": ("exited with status 3, and its connection ended without Terminate", "has exited by itself"),
     "is_killed": ("was killed by SIGKILL, and its connection ended without Terminate", "out-of-memory killer"),
     "is_asked_to_end": ("was killed by SIGTERM, and its connection ended without Terminate", "Nothing has closed"),
@@ -80,3 +84,25 @@ def test_a_session_that_was_rejected_has_not_ended_uncleanly_as_well(
     [fault] = guard.wait_for("shared-by-processes")
     assert fault["action"] == "rejected"
     guard.assert_no_faults(except_kinds={"shared-by-processes", "inherited-connection"})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to cut another process's connection")
+@pytest.mark.parametrize("transport", ["tcp"], indirect=True)
+def test_a_connection_that_was_cut_in_between_was_closed_by_nobody(
+    guard: GuardProcess, transport: Transport, tmp_path: Path
+) -> None:
+    """As a firewall does: both ends get a reset."""
+    if shutil.which("ss") is None:
+        not_installed("ss")
+    address = guard.at(transport)
+    with running([sys.executable, PROGRAMS / "endings.py", "exits"], address, tmp_path) as program:
+        pid = program.read()["pid"]
+        cut = ["ss", "--kill", "--no-header", "--tcp", "dport", "=", f":{address.port}"]
+        done = subprocess.run(cut, check=False, capture_output=True, text=True)
+        if not done.stdout:
+            not_installed(f"a kernel that ends connections on demand ({done.stderr})")
+        [fault] = guard.wait_for("unclean-close")
+    assert closers(fault) == []
+    assert named([fault], "owner") == {pid}
+    assert "was reset by neither side" in fault["summary"]
+    assert "Something in between" in fault["advice"]["text"]

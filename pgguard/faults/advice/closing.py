@@ -27,22 +27,23 @@ COPY_ADVICE: Final = Advice(
 
 _CLOSED: Final = Advice(
     "Find out what closes the socket of a process that lives on",
-    "The process lives and hasn't the socket open any more. Usual causes: a timeout or a cancelled task, after which "
-    "the driver drops the connection (let the server do the timing with statement_timeout); a connection object that "
-    "was forgotten, whose socket the garbage collector closes; code that closes descriptors that aren't its own, as "
-    "daemons do; an exec, which closes libpq's sockets. If it is a proxy or a tunnel, look at who was connected to it.",
+    "The process was alive a moment later and hadn't the socket open any more. Usual causes: a timeout or a cancelled "
+    "task, after which the driver drops the connection (let the server do the timing with statement_timeout); a "
+    "connection object that was forgotten, whose socket the garbage collector closes; code that closes descriptors "
+    "that aren't its own, as daemons do; an exec, which closes libpq's sockets. If it is a proxy or a tunnel, look at "
+    "who was connected to it.",
     sources=(f"{_SETTINGS}client.html#GUC-STATEMENT-TIMEOUT",),
 )
 _SHUT_DOWN: Final = Advice(
     "Find out what shuts the socket down",
-    "The process lives and has the socket open still, so it was shut down and not closed: by shutdown(2), which "
+    "The process is alive and has the socket open still, so it was shut down and not closed: by shutdown(2), which "
     "works on the connection for all that have it open. Look for it where the connection is given up after an error, "
     "and close the connection through its driver instead.",
 )
 _CUT: Final = Advice(
     "Look for what has cut the connection",
-    "The process lives and has the socket open still, and the connection was reset. Something in between did that: a "
-    "firewall, a proxy, or address translation that forgets idle connections. Keepalives keep it from that "
+    "The process is alive and has the socket open still, and the connection was reset. Something in between did that: "
+    "a firewall, a proxy, or address translation that forgets idle connections. Keepalives keep it from that "
     "(libpq's keepalives_idle), as does a pool that closes connections before they have been idle for as long.",
     sources=("https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-KEEPALIVES-IDLE",),
 )
