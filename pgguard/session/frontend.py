@@ -62,8 +62,10 @@ class FrontendStream:
     __slots__ = (
         "_fed",
         "_flushed",
+        "_held",
         "_held_by",
         "_late",
+        "_late_by",
         "_ledger",
         "_notes",
         "_sender",
@@ -87,6 +89,8 @@ class FrontendStream:
         """Who sent the chunk that is being followed; ``None`` if the kernel didn't say."""
         self._held_by: Sender | None = None
         """Who sent the bytes that were left with the caller."""
+        self._held = 0
+        """How many they were."""
         self._simple: Request | None = None
         """The last simple Query or FunctionCall."""
         self._flushed: Entry | None = None
@@ -95,6 +99,8 @@ class FrontendStream:
         """The request that stood first when the last CopyData was sent, until CopyDone or CopyFail is."""
         self._late: set[int | None] = set()
         """The pids of those that have used the connection after its end: judged once each."""
+        self._late_by: int | None = None
+        """Who sent what was last followed after the end: the next messages of another begin with its own bytes."""
         self._statements = statements = session.statements
         self._notes: dict[int, Callable[[Request, bytearray, int, int], Statement | Closing | None]] = {
             _PARSE: statements.parse,
@@ -139,11 +145,12 @@ class FrontendStream:
             self.overruled = None
             pos += 1 + length
             if code == _TERMINATE_CODE:
-                return end  # nobody reads what is behind it
+                break  # nobody reads what is behind it
         if pos <= end:
             self.rest = 0
             self._held_by = sender if pos < end else None
-            return pos
+            self._held = end - pos
+            return self._follow_late(buffer, pos, end, sender) if session.terminated else pos
         self.rest = pos - end
         self._held_by = None
         if code:
@@ -224,17 +231,29 @@ class FrontendStream:
             pid, strange = None, session.asks_goodbye and session.terminated
         else:
             pid, strange = sender.pid, last is not None and last.pid != sender.pid
-        if not strange or pid in self._late:
-            return end
         pos = start
+        if self._held_by is not None and self._held_by.pid != pid:
+            pos += self._held
+        elif self._late_by == pid:
+            pos += self.rest
+        self._late_by = pid
+        self._held_by = None
+        if not strange or pid in self._late:
+            self.rest = 0
+            return end
         while end - pos >= HEADER_SIZE:
             code, length = parse_header(buffer, pos)
-            if code != _TERMINATE_CODE:
+            least, most, _ = _SHAPES[code]
+            if code != _TERMINATE_CODE or not least <= length <= most:
                 self._late.add(pid)
                 session.verdict = self._judge_late(seen(Direction.FRONTEND, _MESSAGES[code], code, length), pos, sender)
                 return pos
-            pos += HEADER_SIZE
-        return pos
+            pos += 1 + length
+        self.rest = max(0, pos - end)
+        if pos < end:
+            self._held_by = sender
+            self._held = end - pos
+        return min(pos, end)
 
     def _judge_late(self, message: MessageSeen, pos: int, sender: Sender | None) -> Verdict:
         senders = self._session.senders
@@ -439,15 +458,16 @@ class FrontendStream:
             self._sender = sender
             return True
         torn = None
+        least = length = most = look = code = 0
         first = session.senders.latest
         if self.rest and self.partial is not None:
             message = self.partial
             torn = message.name
         elif split:
             first = held_by
-            code, length = (
-                parse_header(buffer, start) if end - start >= HEADER_SIZE else (buffer[start], end - start - 1)
-            )
+            # Of a header that is torn itself only so much is known as there is of it.
+            whole = self._held >= HEADER_SIZE
+            code, length = parse_header(buffer, start) if whole else (buffer[start], self._held - 1)
             message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
             torn = message.name
         elif end - start < HEADER_SIZE:
@@ -465,8 +485,8 @@ class FrontendStream:
         change = session.senders.change(sender, waiting=waiting, torn=torn, first=first if torn else waiting)
         self._sender = self._held_by = sender
         answer = None
-        if torn is None and change.kind is Kind.SHARED_BY_PROCESSES and message.type is not None:
-            answer = libpq.first_answer(message.type, buffer[start + HEADER_SIZE : min(start + message.size, end)])
+        if torn is None and change.kind is Kind.SHARED_BY_PROCESSES and least <= length <= most:
+            answer = libpq.first_answer(chr(code), buffer[start + HEADER_SIZE : start + min(1 + length, look)])
         session.verdict = session.judge(
             change.kind,
             change.reason,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pgguard.session.verdicts import Direction, Kind, Sender, Verdict
 from pgguard.wire.messages import LOOK_LIMIT
 from tests.session.model import Recording, cuts, recordings, split_messages
-from tests.session.protocol import BACKEND, FRONTEND, LOGIN, MODEL, Conversation, kinds
+from tests.session.protocol import BACKEND, FRONTEND, LOGIN, MODEL, Conversation, error, kinds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -117,6 +117,92 @@ def test_chunks_make_no_difference_to_verdicts(data: st.DataObject, recording: R
     assert cut.tracker.lost == whole.tracker.lost
     if whole.tracker.lost is None:
         assert outcome(cut) == outcome(whole)
+
+
+Run = tuple[Direction, Sender | None, bytes]
+"""Bytes of one direction, and of one sender if they are the client's."""
+
+
+@st.composite
+def sent_by_several(draw: st.DrawFn) -> list[Run]:
+    """A conversation, mutated or not, whose client's bytes are of several processes and threads, known or not.
+
+    They change where a message ends, or in the middle of one; and the session may have been ended before its end.
+    """
+    senders = st.sampled_from(
+        [MODEL, MODEL, MODEL, MODEL._replace(tid=101), Sender(200), Sender(200), Sender(300), None]
+    )
+    runs: list[Run] = []
+    recording = draw(st.one_of(mutated(), recordings(most=2)))
+    sender: Sender | None = MODEL
+    restless = draw(st.integers(0, 6))
+    for direction, data in recording.events:
+        if direction is Direction.BACKEND:
+            runs.append((direction, None, data))
+            continue
+        at = 0
+        if draw(st.integers(0, 9)) < restless:
+            at = draw(st.sampled_from([0, 0, 0, 1, 4, 5, 6, len(data) - 1]))
+            runs.append((direction, sender, data[:at]))
+            sender = draw(senders)
+        runs.append((direction, sender, data[at:]))
+    ending = draw(st.sampled_from(["", "X", "QX", "FATAL"]))
+    if ending == "FATAL":
+        runs.append((Direction.BACKEND, None, error("FATAL", "57P01")))
+    elif ending:
+        runs.append((Direction.FRONTEND, draw(senders), b"".join(FRONTEND[letter] for letter in ending)))
+    if ending:
+        late = st.sampled_from([*(FRONTEND[letter] for letter in "XXQPBSdH"), FRONTEND["X"] * 2, b"GET / HTTP/1.1"])
+        for data in draw(st.lists(late, max_size=4)):
+            at = draw(st.sampled_from([0, 0, 1, 4, 5, len(data)]))
+            runs += [(Direction.FRONTEND, draw(senders), data[:at]), (Direction.FRONTEND, draw(senders), data[at:])]
+    return joined(runs)
+
+
+def joined(runs: Iterable[Run]) -> list[Run]:
+    """The same, with neighbours of one sender put together."""
+    found: list[Run] = []
+    for direction, sender, data in runs:
+        if found and found[-1][:2] == (direction, sender):
+            found[-1] = (direction, sender, found[-1][2] + data)
+        elif data:
+            found.append((direction, sender, data))
+    return found
+
+
+def play_runs(runs: Iterable[Run], asks: bool) -> Conversation:
+    conversation = Conversation()
+    if asks:
+        conversation.tracker.introduce(MODEL, asks_goodbye=True)
+    for direction, sender, data in runs:
+        conversation.feed(direction, data, sender)
+    if conversation.tracker.lost is None:
+        held = conversation.held(Direction.FRONTEND), conversation.held(Direction.BACKEND)
+        conversation.verdicts += conversation.tracker.frontend_eof(held[0])
+        conversation.verdicts += conversation.tracker.backend_eof(held[1])
+    return conversation
+
+
+def named(verdicts: Iterable[Verdict]) -> list[tuple[object, ...]]:
+    """Of each, who is said to have done what."""
+    return [(v.intruder, v.requesters, v.sender, [r.sender for r in v.requests], v.ends) for v in verdicts]
+
+
+def differ_in_nothing(runs: list[Run], pieces: list[Run], *, asks: bool) -> None:
+    whole, cut = play_runs(runs, asks), play_runs(pieces, asks)
+    assert told(cut.verdicts) == told(whole.verdicts)
+    assert named(cut.verdicts) == named(whole.verdicts)
+    assert cut.tracker.lost == whole.tracker.lost
+    if whole.tracker.lost is None:
+        assert outcome(cut) == outcome(whole)
+
+
+@thoroughly
+@given(st.data(), sent_by_several(), st.booleans())
+def test_chunks_make_no_difference_to_verdicts_whoever_sends(data: st.DataObject, runs: list[Run], asks: bool) -> None:
+    """Kind, message, wording and culprits are the same, however the bytes of one sender come in pieces."""
+    pieces = [(d, sender, piece) for d, sender, stream in runs for piece in data.draw(cuts(stream))]
+    differ_in_nothing(runs, pieces, asks=asks)
 
 
 # Mutations that can be observed

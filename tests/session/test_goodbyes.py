@@ -161,6 +161,27 @@ class TestOfANamedSender:
         assert conversation.frontend("X") == []
         assert conversation.frontend("X", CHILD) == []
 
+    @pytest.mark.parametrize("cut", [1, 2, 3, 4])
+    @pytest.mark.parametrize("terminate", [TERMINATE, message("X", b"bye")])
+    def test_behind_the_openers_own_does_no_harm_in_two_pieces_either(
+        self, conversation: Conversation, terminate: bytes, cut: int
+    ) -> None:
+        """It was an inherited-connection when it arrived split, and nothing when whole."""
+        assert conversation.frontend(terminate) == []
+        assert conversation.frontend(terminate[:cut], CHILD) == []
+        assert conversation.frontend(terminate[cut:] + terminate, CHILD) == []
+        [verdict] = conversation.frontend(SELECT, CHILD)
+        assert (verdict.reason, verdict.message and verdict.message.size) == (AFTER_END, len(SELECT))
+
+    @pytest.mark.parametrize("left", [b"", SELECT[:3], SELECT[:7], TERMINATE[:4]])
+    def test_what_the_opener_leaves_unfinished_behind_its_own_is_no_part_of_anothers(
+        self, conversation: Conversation, left: bytes
+    ) -> None:
+        assert conversation.frontend(TERMINATE + left) == []
+        [verdict] = conversation.frontend(SELECT, CHILD)
+        assert verdict.message is not None
+        assert (verdict.message.name, verdict.message.size) == ("Query", len(SELECT))
+
     def test_behind_the_servers_goodbye_does_no_harm(self, conversation: Conversation) -> None:
         conversation.backend(error("FATAL", "57P01"))
         assert conversation.frontend("X", CHILD) == []

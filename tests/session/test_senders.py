@@ -135,6 +135,17 @@ class TestTornMessages:
         assert verdict.reason == "in the middle of another process's Query"
         assert (verdict.intruder, verdict.requesters) == (CHILD, (PARENT,))
 
+    @pytest.mark.parametrize("torn_at", [1, 4, 5, 9])
+    @pytest.mark.parametrize("piece", [1, 3, len(SELECT)])
+    def test_tells_of_the_message_what_its_own_bytes_tell(
+        self, conversation: Conversation, torn_at: int, piece: int
+    ) -> None:
+        """A length word that two processes have written says nothing, however the second one's bytes come."""
+        assert conversation.frontend(SELECT[:torn_at]) == []
+        verdict = conversation.frontend(SELECT[:piece], CHILD)[0]
+        assert verdict.message is not None
+        assert (verdict.message.name, verdict.message.size) == ("Query", len(SELECT) if torn_at >= 5 else torn_at)
+
     def test_by_a_few_bytes_that_are_no_message_yet(self, conversation: Conversation) -> None:
         assert conversation.frontend(SELECT[:2]) == []
         [verdict] = conversation.frontend(SELECT[:1], CHILD)
@@ -257,6 +268,15 @@ def test_too_few_bytes_wait_for_the_rest(conversation: Conversation) -> None:
     assert conversation.held(Direction.FRONTEND) == len(SELECT) - 1
     assert kinds(conversation.frontend(SELECT[-1:], CHILD)) == [Kind.INHERITED_CONNECTION]
     assert conversation.backend("TDCZ") == []
+
+
+@pytest.mark.parametrize("piece", [1200, 3000])
+def test_what_libpq_will_print_is_told_by_as_much_as_is_always_there(conversation: Conversation, piece: int) -> None:
+    """SELECT INTO returns no rows: seen or not, depending on how the text came in pieces."""
+    conversation.frontend(SELECT)
+    text = query("SELECT '" + "x" * 1500 + "' INTO t")
+    [verdict] = conversation.frontend(text[:piece], CHILD)
+    assert verdict.libpq == "message type 0x54 arrived from server while idle"
 
 
 def test_change_of_sender_is_no_licence(conversation: Conversation) -> None:
