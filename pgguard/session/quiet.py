@@ -29,7 +29,7 @@ _LASTING: Final = re.compile(rb"\b(?:create|alter|declare)\b")
 """What makes something that may run a function later, without a text that says so."""
 _NAMED_AHEAD: Final = frozenset(b"as copy exists into recursive references table with".split())
 """Words between which and a parenthesis a table or an alias stands, with its columns behind."""
-_KNOWN: Final = frozenset(
+KNOWN: Final = frozenset(
     b"""
     all and any array as between by case cast check coalesce conflict constraint cross cube current_time
     current_timestamp distinct else except exclude exists extract filter from full greatest group grouping having ilike
@@ -158,4 +158,4 @@ def _is_quiet(text: bytes) -> bool:
 
 def _is_known(ahead: bytes, name: bytes) -> bool:
     """Whether what stands before a parenthesis is no function, or one of PostgreSQL's own."""
-    return ahead in _NAMED_AHEAD or name.removeprefix(b"pg_catalog.") in _KNOWN
+    return ahead in _NAMED_AHEAD or name.removeprefix(b"pg_catalog.") in KNOWN

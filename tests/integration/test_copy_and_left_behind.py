@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from tests.integration.running import PROGRAMS, every_transport
-from tests.session.protocol import message, parse, query
+from tests.session.protocol import bind, close, message, parse, query
 
 if TYPE_CHECKING:
     from tests.guard_process import GuardProcess
@@ -59,6 +59,10 @@ class Wire:
     def close(self) -> None:
         self.send(message("X"))
         assert self._stream.read() == b""
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close it without a word."""
         self._stream.close()
         self._socket.close()
 
@@ -86,6 +90,28 @@ class TestTerminateWithinCopy:
     def test_elsewhere_is_a_goodbye_like_any_other(self, how: str, guard: GuardProcess, transport: Transport) -> None:
         run("copy_cut_short.py", how, address=guard.at(transport))
         guard.assert_no_faults()
+
+
+@pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
+@pytest.mark.parametrize("transport", ["unix"], indirect=True)
+@pytest.mark.parametrize(("left", "severity"), [
+    ((close("s"), message("S")), "warning"),
+    ((parse("SELECT 1"), message("D", b"S\0"), message("H")), "warning"),
+    ((query("SELECT pg_sleep(0.5)"),), "error"),
+    ((parse("SELECT pg_sleep(0.5)"), bind(), message("E", b"\0\0\0\0\0"), message("S")), "error"),
+])  # fmt: skip
+def test_a_close_without_terminate_is_an_error_only_with_work_open(
+    left: tuple[bytes, ...], severity: str, guard: GuardProcess, transport: Transport
+) -> None:
+    """As tokio-postgres drops a statement, and is dropped itself."""
+    wire = Wire(guard.at(transport))
+    wire.send(parse("SELECT 1", "s"), message("S"))
+    assert wire.read("Z") == "1Z"
+    wire.send(*left)
+    wire.abandon()
+    [fault] = guard.wait_for("unclean-close")
+    assert fault["severity"] == severity
+    guard.assert_no_faults(except_kinds={"unclean-close"})
 
 
 @pytest.mark.parametrize("transport", ["unix"], indirect=True)

@@ -17,6 +17,7 @@ import asyncpg
 import psycopg
 import pytest
 
+from pgguard.session.quiet import KNOWN
 from tests.guard_process import GuardProcess, running_guard
 from tests.servers import Address, not_installed
 
@@ -197,3 +198,14 @@ def test_a_client_that_drops_its_statements_by_sql_is_silent(server: Server, dro
         assert result.error_field(psycopg.pq.DiagnosticField.SQLSTATE) == b"26000"
         assert libpq.prepare(b"own", b"SELECT 1").status == psycopg.pq.ExecStatus.COMMAND_OK
     guard.assert_no_faults()
+
+
+def test_what_is_taken_for_postgresqls_own_is(server: Server) -> None:
+    """Whoever calls a function that isn't may call one that drops statements."""
+    with psycopg.connect(server.unix.conninfo) as connection:
+        own = connection.execute(
+            "SELECT proname FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace "
+            "UNION SELECT typname FROM pg_type WHERE typnamespace = 'pg_catalog'::regnamespace "
+            "UNION SELECT word FROM pg_get_keywords()"
+        ).fetchall()
+    assert {name.encode() for (name,) in own} >= KNOWN
