@@ -75,8 +75,8 @@ class KernelSenders:
         self._accounts.close(kernel_account.key, kernel_account.account)
 
     def remarks(self) -> list[str]:
-        """What wasn't known of the connections that are closed: clauses, none if all was."""
-        return self._tally.remarks(self._probe.lost)
+        """What wasn't known of the connections that are closed, and what can't be: clauses, none if all was."""
+        return [*self._probe.limits, *self._tally.remarks(self._probe.lost)]
 
     def pieces(self, kernel_account: TcpAccount, size: int) -> list[tuple[int, Sender | None]]:
         """Tell who sent the bytes that have just been read, in pieces by different threads."""

@@ -60,16 +60,20 @@ in the stream, and the report is true whatever happens before or after, and whic
 
 What that is worth by MAP, measured with two threads that send 1 MB at a time, 40 MB in all, over one connection: adding
 up the sizes reported names 28 % of the bytes wrongly (44 % if they don't block), positions and sizes 6 % (2 %), these
-rules none, with 3 % unknown. By CALLBACK no name was wrong either, of 100,000 sends by six threads of three processes
-at once.
+rules none, with 3 % unknown. By CALLBACK no name was wrong either: of six threads in three processes that keep the
+buffer full, 44 % of the bytes are unknown (MAP: 2 %); of 6,000 requests of 40 bytes to 1 MB through the guard, none.
+What it takes of the processor: 0.36 µs a send (MAP: 0.52), 4.5 % of a transaction over loopback (MAP: 6.2 %).
 
 **What is assumed.** That a sender's cgroup which has used up its ``memory.max`` gets something back by reclaiming, or
-has a process killed, before the kernel gives up on memory for TCP: if it gave up, TCP would wait. That no thread sends
-with MSG_FASTOPEN on a connection that is established: that fails with EISCONN after the program has run. In both cases
-it takes a second thread that sends on the same connection next for a name to be wrong; ``Account.contradictions``
-counts what shows it afterwards. (Programs at ``sk_stream_wait_memory`` and ``sk_msg_free`` would see both; but not
-every kernel allows tracing programs: the one that this was written on doesn't.) No other program can change what is
-sent: a socket that is in a map with an sk_msg program already can't be put into a second one.
+has a process killed, before the kernel gives up on memory for TCP: if it gave up, TCP would wait. By MAP, that no
+thread sends with MSG_FASTOPEN on a connection that is established: that fails with EISCONN after the program has run.
+By CALLBACK, that no send fails in its middle for want of the memory that it sends from (EFAULT), nor splices pages with
+next to nothing in each, and that nobody lowers the limits of the buffer and raises them again between two sends. In all
+these cases it takes another thread that sends on the same connection next for a name to be wrong;
+``Account.contradictions`` counts what shows it afterwards. (Programs at ``sk_stream_wait_memory`` and ``sk_msg_free``
+would see it all; but not every kernel allows tracing programs: the one that this was written on doesn't.) No other
+program can change what is sent: a socket that is in a map with an sk_msg program already can't be put into a second
+one.
 
 **What they rely on.** The positions are in ``struct tcp_sock``, none of whose stable views (``bpf_sock``,
 ``bpf_tcp_sock``, ``bpf_sock_ops``) has ``write_seq``. So fields are found through the kernel's own type information
