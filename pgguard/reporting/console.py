@@ -87,11 +87,17 @@ _LOGGED_AND_OVER: Final = "logged, the session has ended"
 
 
 def summary_line(fault: Fault) -> str:
-    """The line for grep: ``SUMMARY: pgguard: KIND: …``, with the fault's number and, for a repeat, of which."""
+    """The line for grep: ``SUMMARY: pgguard: KIND: …``, with the fault's number and, for a repeat, of which.
+
+    Of a stranger of whom no process is known, as of a port scan from elsewhere, it says the address.
+    """
     number = f"fault {fault.id}" if fault.repeat_of is None else f"fault {fault.id}, again {fault.repeat_of}"
     if fault.suppressed:
         number += f", {fault.suppressed} more not printed"
-    return printable(f"SUMMARY: pgguard: {fault.kind}: {fault.summary} ({number}, session {fault.session.id})")
+    session = f"session {fault.session.id}"
+    if fault.by is Party.STRANGER and not fault.culprits and fault.session.client is not None:
+        session += f" from {fault.session.client}"
+    return printable(f"SUMMARY: pgguard: {fault.kind}: {fault.summary} ({number}, {session})")
 
 
 def render(fault: Fault) -> RenderableType:

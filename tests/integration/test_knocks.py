@@ -6,13 +6,16 @@ import http.client
 import os
 import pwd
 import re
+import shutil
 import socket
 import ssl
 import struct
 import subprocess
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -28,7 +31,6 @@ from tests.servers import Address, Server, installations, not_installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from tests.conftest import StartGuard
     from tests.servers import Transport
@@ -67,32 +69,32 @@ def test_a_client_can_not_tell_it_from_the_server(server: Server, guard: GuardPr
 
 
 @pytest.fixture(scope="module")
-def encrypting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def encrypting() -> Iterator[Server]:
     """Debian's server, with TLS over TCP, and GSSAPI encryption, which it was built with."""
     bindir = next((bindir for name, bindir in installations().items() if name != "embedded"), None)
     if bindir is None:
         not_installed("Debian's PostgreSQL")
-    home = tmp_path_factory.mktemp("tls")
-    key, certificate = home / "key.pem", home / "certificate.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
-    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    if os.geteuid() == 0:
-        group = pwd.getpwnam("nobody").pw_gid
-        os.chown(key, 0, group)
-        key.chmod(0o640)
-        for directory in (home, *list(home.parents)[:2]):
-            directory.chmod(0o755)
-    with socket.socket() as probe:
+    if shutil.which("openssl") is None:
+        not_installed("openssl")
+    with tempfile.TemporaryDirectory(prefix="pgguard-test-") as name, socket.socket() as probe:
+        key, certificate = Path(name) / "key.pem", Path(name) / "certificate.pem"
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "1"]
+        subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+        if os.geteuid() == 0:  # the server runs as another user then
+            Path(name).chmod(0o755)
+            os.chown(key, 0, pwd.getpwnam("nobody").pw_gid)
+            key.chmod(0o640)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = {
-        "listen_addresses": "127.0.0.1",
-        "ssl": "on",
-        "ssl_key_file": str(key),
-        "ssl_cert_file": str(certificate),
-    }
-    with running_cluster(bindir, port=port, settings=settings, timeout=60) as cluster:
-        yield Server(bindir, Address("127.0.0.1", port), Address(str(cluster.socket_dir), port))
+        probe.close()
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "ssl": "on",
+            "ssl_key_file": str(key),
+            "ssl_cert_file": str(certificate),
+        }
+        with running_cluster(bindir, port=port, settings=settings, timeout=60) as cluster:
+            yield Server(bindir, Address("127.0.0.1", port), Address(str(cluster.socket_dir), port))
 
 
 def test_what_encryption_the_server_offers_changes_nothing(encrypting: Server) -> None:
@@ -217,7 +219,9 @@ def test_another_protocol_is_for_information_and_one_line(start_guard: StartGuar
     guard.stop()
     lines = [line for line in guard.stderr.removeprefix(before).splitlines() if line.startswith("SUMMARY")]
     for line, (_, says) in zip(lines, _STRANGERS, strict=True):
-        assert re.match(rf"SUMMARY: pgguard: protocol-violation: pid {os.getpid()} \(.*\): .* began with ", line), line
+        assert re.match(rf"SUMMARY: pgguard: protocol-violation: pid {os.getpid()}( \(.*\))?: .* began with ", line), (
+            line
+        )
         assert says in line
     assert "=====" not in guard.stderr
     assert "secret" not in guard.stderr.removeprefix(before)

@@ -408,3 +408,13 @@ def test_what_the_server_did_is_not_said_of_its_client(findings: Findings) -> No
     assert "not known" not in shown
     assert "Intruder" not in shown
     assert "What to change:\n    Look into the server's log at this time." in shown
+
+
+def test_a_stranger_is_named_or_else_where_it_came_from_is_said() -> None:
+    reason = "the connection began with HTTP, not with PostgreSQL's startup packet"
+    what = replace(verdict(Kind.PROTOCOL_VIOLATION, reason), by=Party.STRANGER, ends=True)
+    said = "SUMMARY: pgguard: protocol-violation: "
+    unknown = printed(fault(what, Findings()))
+    assert unknown == f"{said}{reason} (fault 7, session 3 from 127.0.0.1:53984)"
+    known = printed(fault(what, Findings(opener=process(77, 1, "curl", name="curl"))))
+    assert known == f"{said}pid 77 (curl): {reason} (fault 7, session 3)"
