@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from pgguard.attribution.evidence import Driver
 from pgguard.attribution.findings import Findings
 from pgguard.faults.advice import advice_for
 from pgguard.faults.advice.closing import COPY_ADVICE, advice_on_closing
 from pgguard.faults.advice.exhaustion import advice_on_exhaustion
-from pgguard.faults.catalogue import SERVERS_ADVICE, STRANGERS_ADVICE, severity_of
+from pgguard.faults.catalogue import SERVERS_ADVICE, SETTLED_ADVICE, STRANGERS_ADVICE, severity_of
 from pgguard.faults.culprits import find_culprits, foremost, sender_evidence, tell_story
 from pgguard.faults.docket import Instance
 from pgguard.faults.fault import Culprit, Fault, Request, Role
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from pgguard.session.verdicts import RequestSeen
 
 
+_MAY_BE_LIBPQ: Final = frozenset({Driver.LIBPQ, Driver.UNKNOWN})
+"""Drivers whose users may find libpq's texts in their logs."""
 _OTHERS_ADVICE: Final = {Party.SERVER: SERVERS_ADVICE, Party.STRANGER: STRANGERS_ADVICE}
 
 
@@ -62,7 +65,7 @@ def build_fault(
         reason=printable(verdict.reason),
         session=facts,
         message=verdict.message,
-        libpq=verdict.libpq,
+        libpq=_libpq(verdict, findings),
         culprits=culprits,
         sent_by=verdict.author if verdict.message is not None else None,
         requests=tuple(_request(request, findings, sql_mode) for request in verdict.requests),
@@ -82,6 +85,12 @@ def build_instance(verdict: Verdict, facts: SessionFacts, findings: Findings) ->
     return Instance(facts, verdict.message, printable(summarize(verdict, findings, culprits)), culprits)
 
 
+def _libpq(verdict: Verdict, findings: Findings) -> str | None:
+    """What libpq prints: of another driver's users only what it repeats after the server, as they all do."""
+    repeats = verdict.kind is Kind.SESSION_STATE_LOST
+    return verdict.libpq if repeats or findings.driver in _MAY_BE_LIBPQ else None
+
+
 def _says_goodbye(verdict: Verdict) -> bool:
     message = verdict.message
     return message is not None and message.direction is Direction.FRONTEND and message.type == "X"
@@ -90,6 +99,8 @@ def _says_goodbye(verdict: Verdict) -> bool:
 def _advice(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> Advice:
     if verdict.kind is Kind.PROTOCOL_VIOLATION and (advice := _OTHERS_ADVICE.get(verdict.by)) is not None:
         return advice
+    if verdict.settled:
+        return SETTLED_ADVICE
     return _clients_advice(verdict, findings, culprits)
 
 

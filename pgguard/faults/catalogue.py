@@ -195,6 +195,15 @@ SERVERS_ADVICE: Final = Advice(
 )
 """What to change about a protocol-violation of the server's."""
 
+SETTLED_ADVICE: Final = Advice(
+    "Nothing has to change",
+    "The heirs have opened connections of their own and leave this one alone, as they should. Its socket stays open in "
+    "them until they end, and keeps the session alive for as long. Closing the pool in the parent just before the fork "
+    "leaves nothing to inherit. To hear no more of it, say ignore for this kind.",
+    sources=(_LIBPQ_FORK,),
+)
+"""What to change about an inherited connection whose heirs have others of their own."""
+
 STRANGERS_ADVICE: Final = Advice(
     "Find out what connects to this port, and why",
     "The connection was closed without a word, as PostgreSQL does. A health check had better connect and close, or run "

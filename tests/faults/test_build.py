@@ -12,7 +12,7 @@ from pgguard.attribution.findings import Findings, Share, Slots
 from pgguard.attribution.runtime import Language, Library, Runtime, Server
 from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.attribution.threads import Waits
-from pgguard.faults.catalogue import CATALOGUE, SERVERS_ADVICE, Severity
+from pgguard.faults.catalogue import CATALOGUE, SERVERS_ADVICE, SETTLED_ADVICE, Severity
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Role, rfc3339
 from pgguard.faults.policy import Action
@@ -686,3 +686,24 @@ def test_a_torn_message_of_the_clients_is_its_own_doing(message: MessageSeen | N
     built = fault(verdict(Kind.PROTOCOL_VIOLATION, message=message, intruder=Sender(4866)), KERNEL)
     assert [culprit.pid for culprit in built.culprits if culprit.role is INTRUDER] == [4866]
     assert built.advice == CATALOGUE[Kind.PROTOCOL_VIOLATION].advice
+
+
+@pytest.mark.parametrize("driver", Driver)
+def test_what_libpq_prints_is_not_told_of_another_driver(driver: Driver) -> None:
+    shown = fault(OVERLAP, replace(KERNEL, driver=driver)).libpq
+    assert shown == (OVERLAP.libpq if driver in {Driver.LIBPQ, Driver.UNKNOWN} else None)
+    assert OVERLAP.libpq
+
+
+def test_of_heirs_that_have_followed_the_advice_nothing_more_is_asked() -> None:
+    inherited = verdict(Kind.INHERITED_CONNECTION)
+    assert fault(replace(inherited, settled=True), KERNEL).advice == SETTLED_ADVICE
+    assert fault(inherited, KERNEL).advice != SETTLED_ADVICE
+
+
+def test_the_summary_says_that_the_heirs_have_others_of_their_own() -> None:
+    inherited = replace(verdict(Kind.INHERITED_CONNECTION), settled=True)
+    told = fault(inherited, replace(KERNEL, opener=MASTER, holders=(MASTER, WORKER_0))).summary
+    assert told.endswith("opened, has others of its own, and has not used this one")
+    told = fault(inherited, replace(KERNEL, opener=MASTER, holders=(MASTER, WORKER_0, WORKER_1))).summary
+    assert told.endswith("opened, have others of their own, and have not used this one")
