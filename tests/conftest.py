@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import pytest
 
-from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
+from pgguard.attribution.ebpf.probe import ProbeUnavailable
+from pgguard.attribution.transparency import start
 from tests.guard_process import GuardProcess, running_guard
 from tests.servers import Server, Transport, installations, not_installed, running_server
 
@@ -39,7 +40,7 @@ def transport(request: pytest.FixtureRequest) -> Transport:
     """How the client reaches the guard."""
     if request.param == "probed":
         try:
-            SenderProbe([]).close()
+            start([], insist=False)[0].close()
         except ProbeUnavailable as unavailable:
             pytest.skip(str(unavailable))
     return cast("Transport", request.param)

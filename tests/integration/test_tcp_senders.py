@@ -21,6 +21,7 @@ import pytest
 from pgguard.attribution.ebpf import bpf
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.attribution.ebpf.programs import Way
+from pgguard.attribution.transparency import start
 from tests.integration.running import PROGRAMS, running
 
 if TYPE_CHECKING:
@@ -196,6 +197,23 @@ def test_six_senders_of_three_processes_every_request_of_every_record_right_or_u
         for culprit in fault["culprits"]:
             if culprit["evidence"] == "kernel-sender":
                 assert culprit["pid"] in named
+
+
+def test_a_client_whose_socket_blocks_is_named_and_its_waits_are_left_alone(
+    start_guard: StartGuard, tmp_path: Path
+) -> None:
+    """In a map each of the signals would end a wait with EAGAIN, and such clients are left out."""
+    with start([], insist=False)[0] as probe:
+        if not probe.watches_blocking:
+            pytest.skip("this kernel's TCP calls nobody back")
+    guard = start_guard()
+    with running((sys.executable, PROGRAMS / "blocking_child.py"), guard.at("tcp"), tmp_path) as program:
+        said = program.read()
+        assert said["status"] == 0, program.log
+        assert program.wait() == 0, program.log
+    fault = guard.wait_for("inherited-connection")[-1]
+    assert ("intruder", said["child"], said["child"], "kernel-sender") in culprits(fault)
+    assert ("owner", said["parent"], said["parent"], "kernel-sender") in culprits(fault)
 
 
 # The kernel's objects
