@@ -120,7 +120,7 @@ async def greet(
                 sender = senders.pieces(session.kernel_account, len(chunk))[-1][1]
             if not chunk:
                 if data:
-                    logger.info("session %d: %s left an incomplete startup packet", session.id, session.client_name)
+                    logger.info("session %d: the client left an incomplete startup packet", session.id)
                 raise Dismissed
             data += chunk
             if data[0] == TLS_HANDSHAKE and not declined:

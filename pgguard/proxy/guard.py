@@ -229,7 +229,6 @@ class Guard:
         except Dismissed as dismissed:
             if dismissed.verdict is not None:
                 await self._judge.rule(session, dismissed.verdict)
-                self._judge.closed(session)
         except UpstreamUnavailable as error:
             logger.warning("session %d: could not connect to the server: %s", session.id, error)
             await send_last(sock, _unavailable(str(error)))
@@ -240,6 +239,7 @@ class Guard:
         finally:
             sock.close()
             if session.id not in self._sessions:
+                self._judge.closed(session)
                 self._close_account(session.kernel_account)
 
     async def _oblige(self, sock: trio.socket.SocketType, session: ProxiedSession, greeting: Greeting) -> None:
@@ -248,7 +248,6 @@ class Guard:
         if greeting.packet.kind is PacketKind.CANCEL_REQUEST:
             await relay_cancel(self._upstream, greeting.packet.packet)
         elif greeting.packet.encrypts:
-            self._judge.closed(session)
             answer = await ask(self._upstream, greeting.before, greeting.packet.packet + greeting.behind)
             await trio.SocketStream(sock).send_all(refusal(greeting) if answer is None else answer)
         else:

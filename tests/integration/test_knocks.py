@@ -23,10 +23,10 @@ import pytest
 
 from pgguard.demo.postgres import running_cluster
 from tests.guard_process import GuardProcess, running_guard
-from tests.integration.knocks import HTTP, KNOCKS, START, Knock, Outcome, knock_at
+from tests.integration.knocks import HTTP, KNOCKS, READY, START, USER, Knock, Outcome, knock_at
 from tests.integration.running import PROGRAMS
 from tests.languages import node_directory
-from tests.proxy.messages import SSL_REQUEST, TERMINATE, query
+from tests.proxy.messages import SSL_REQUEST, TERMINATE, cancel_request, query, startup
 from tests.servers import Address, Server, installations, not_installed
 
 if TYPE_CHECKING:
@@ -66,6 +66,34 @@ def test_a_client_can_not_tell_it_from_the_server(server: Server, guard: GuardPr
         if outcome != other
     ]
     assert not differing, "\n".join(differing)
+
+
+@pytest.mark.parametrize("version", [(3, 0), (3, 2)], ids=["3.0", "3.2"])
+def test_a_real_query_is_cancelled(guard: GuardProcess, version: tuple[int, int]) -> None:
+    """With the key that the server gave out, which is longer since protocol 3.2 where the server knows that."""
+    with socket.create_connection((guard.tcp.host, guard.tcp.port), timeout=_SECONDS) as client:
+        client.sendall(startup(version, user=USER))
+        login = _until(client, READY)
+        at = login.rindex(b"K\0\0")
+        key = login[at + 5 : at + 1 + int.from_bytes(login[at + 1 : at + 5], "big")]
+        client.sendall(query("SELECT pg_sleep(60)"))
+        for secret in (bytes(len(key) - 4), key[4:]):  # the first one is wrong, and no answer to either says so
+            with socket.create_connection((guard.tcp.host, guard.tcp.port), timeout=_SECONDS) as other:
+                other.sendall(cancel_request(int.from_bytes(key[:4], "big"), secret))
+                assert other.recv(1) == b""
+        assert b"57014" in _until(client, READY)
+        client.sendall(TERMINATE)
+        assert client.recv(1) == b""
+    guard.assert_no_faults()
+
+
+def _until(client: socket.socket, end: bytes) -> bytes:
+    received = b""
+    while not received.endswith(end):
+        data = client.recv(65536)
+        assert data, received
+        received += data
+    return received
 
 
 @pytest.fixture(scope="module")
