@@ -255,7 +255,10 @@ def knock_at(address: Address, knock: Knock) -> Outcome:
         for step in knock.steps:
             match step:
                 case bytes():
-                    sock.sendall(step)
+                    try:
+                        sock.sendall(step)
+                    except (BrokenPipeError, ConnectionResetError):  # it isn't told again in reading
+                        return Outcome(_masked(received), "reset")
                     if len(step) == 1:
                         time.sleep(0.001)  # so that it travels alone
                 case Shut():
