@@ -132,13 +132,14 @@ def asyncpg_sleeps() -> None:
 
 
 def asyncpg_computes() -> None:
-    asyncio.run(late_asyncpg(lambda: compute(2.0)))
+    asyncio.run(late_asyncpg(compute))
 
 
-def compute(seconds: float) -> None:
-    ends = time.monotonic() + seconds
+def compute() -> None:
+    ends = time.monotonic() + 2.0
     while time.monotonic() < ends:
         pass
+    sys.stdin.readline()
 
 
 async def late_asyncpg(blocks: Any) -> None:
