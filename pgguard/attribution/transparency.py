@@ -533,24 +533,45 @@ def start(addresses: Iterable[tuple[str, int]], *, insist: bool) -> tuple[Sender
         ProbeUnavailable: what is missing, and the one thing to do about it.
         ValueError: something isn't an IP address.
     """
-    found: list[Comparison] = []
+    tried: list[tuple[SenderProbe, Comparison]] = []
+    chosen: SenderProbe | None = None
+    try:
+        _try_ways(tried, blocking=insist)
+        probe, comparison = min(tried, key=_by_what_is_noticed)
+        if not (comparison.alike or insist):
+            remedy = "run Linux 6.15 or later, where watching changes nothing, or accept it with --attribution ebpf"
+            raise ProbeUnavailable(str(comparison), remedy)
+        for host, port in addresses:
+            probe.add(host, port)
+        chosen = probe
+    except BpfError as error:
+        raise ProbeUnavailable(str(error.strerror), "listen on fewer addresses") from error
+    finally:
+        for other, _ in tried:
+            if other is not chosen:
+                other.close()
+    return probe, comparison
+
+
+def _try_ways(tried: list[tuple[SenderProbe, Comparison]], *, blocking: bool) -> None:
+    """Make probes, the best first, until one changes nothing. Raises ProbeUnavailable: none can be had."""
+    refused: list[ProbeUnavailable] = []
     for way in (None, Way.MAP):
-        probe = SenderProbe([], blocking=insist, way=way)
-        comparison = compare(probe)
-        if comparison.alike or insist:
-            try:
-                for host, port in addresses:
-                    probe.add(host, port)
-            except BpfError as error:
-                probe.close()
-                raise ProbeUnavailable(str(error.strerror), "listen on fewer addresses") from error
-            return probe, comparison
-        probe.close()
-        found.append(comparison)
-        if probe.way is Way.MAP:
+        try:
+            probe = SenderProbe([], blocking=blocking, way=way)
+        except ProbeUnavailable as error:
+            refused.append(error)
+            continue
+        tried.append((probe, compare(probe)))
+        if tried[-1][1].alike or probe.way is Way.MAP:
             break
-    remedy = "run Linux 6.15 or later, where watching changes nothing, or accept it with --attribution ebpf"
-    raise ProbeUnavailable(str(found[-1]), remedy)
+    if not tried:
+        raise refused[0]
+
+
+def _by_what_is_noticed(tried: tuple[SenderProbe, Comparison]) -> tuple[bool, int]:
+    comparison = tried[1]
+    return comparison.problem is not None, len(comparison.differing)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -12,11 +12,12 @@ import struct
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pgguard.attribution import transparency
+from pgguard.attribution.ebpf import bpf
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.attribution.ebpf.programs import Way
 from pgguard.attribution.transparency import BEHAVIOURS, Behaviour, Comparison, Pair, compare, start
@@ -202,7 +203,7 @@ class TestStart:
             assert [limit for limit in probe.limits if limit.startswith("of senders on TCP those whose sockets block")]
 
     def test_nobody_is_watched_where_watching_shows(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        probes = self._comparing(monkeypatch, {Way.MAP: Comparison(("FIONREAD", "splice"))})
+        probes = self._comparing(monkeypatch, dict.fromkeys(Way, Comparison(("FIONREAD", "splice"))))
         with pytest.raises(ProbeUnavailable) as refused:
             start([], insist=False)
         assert str(refused.value) == (
@@ -218,6 +219,37 @@ class TestStart:
         monkeypatch.setattr(SenderProbe, "read", lambda _: [])
         with pytest.raises(ProbeUnavailable, match=r"can't be tried \(.*a connection is not watched"):
             start([], insist=False)
+
+    def test_a_kernel_that_refuses_the_program_for_callbacks_is_asked_for_the_map(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        load = bpf.load_program
+
+        def refuse(kind: bpf.ProgramType, code: bytes, attach: bpf.AttachType, name: str) -> int:
+            if made[-1] is None and kind is bpf.ProgramType.SOCK_OPS:
+                raise bpf.BpfError(errno.EINVAL, "loading the program")
+            return load(kind, code, attach, name)
+
+        make = SenderProbe.__init__
+        made: list[Way | None] = []
+
+        def init(probe: SenderProbe, addresses: Any, *, blocking: bool = False, way: Way | None = None) -> None:
+            made.append(way)
+            make(probe, addresses, blocking=blocking, way=way)
+
+        self._comparing(monkeypatch, {Way.MAP: Comparison()})
+        monkeypatch.setattr(bpf, "load_program", refuse)
+        monkeypatch.setattr(SenderProbe, "__init__", init)
+        probe, comparison = start([], insist=False)
+        with probe:
+            assert (probe.way, comparison) == (Way.MAP, Comparison())
+        assert made == [None, Way.MAP]
+
+    def test_who_insists_gets_what_shows_least(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._comparing(monkeypatch, {Way.CALLBACK: Comparison(problem="no"), Way.MAP: Comparison(("splice",))})
+        probe, comparison = start([], insist=True)
+        with probe:
+            assert (probe.way, comparison) == (Way.MAP, Comparison(("splice",)))
 
     def test_who_insists_gets_it_and_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         told = Comparison(("FIONREAD",))
