@@ -143,6 +143,8 @@ def _exhausted(verdict: Verdict, findings: Findings, _: tuple[Culprit, ...]) -> 
         named_shares.append(f"{rest} {sum(share.connections for share in more)}")
     if shares:
         said += f"; of those that count and go through this guard {listed(named_shares)}"
+    elif findings.shares is not None:
+        said += "; none of those that count goes through this guard"
     slots = findings.slots
     if slots is not None and slots.idle_in_transaction:
         said += f"; {_some(slots.idle_in_transaction, slots)} sat idle in a transaction"

@@ -415,7 +415,15 @@ SUMMARIES = [
             " this guard pid 4867 (puma: cluster worker 1) has 3; 2 of the 3 sat idle in a transaction"
         ),
     ),
-    (FULL, replace(NOTHING, shares=()), "the server refused the client a connection: all its slots are taken"),
+    (FULL, NOTHING, "the server refused the client a connection: all its slots are taken"),
+    (
+        FULL,
+        replace(NOTHING, shares=(), slots=Slots(0, 0, 0)),
+        (
+            "the server refused the client a connection: all its slots are taken;"
+            " none of those that count goes through this guard"
+        ),
+    ),
     (verdict(Kind.UNTRACKED, "the session is encrypted with GSS"), KERNEL, "the session is encrypted with GSS"),
 ]
 
