@@ -28,6 +28,10 @@ missing, but then what is behind the colon is neither a path nor the name of an 
 _NAMED_PASSWORD: Final = re.compile(
     r"(\w*passw(?:or)?d\w*\s*[=:]\s*)(?:'(?:\\.|[^'\\])*'|\"[^\"]*\"|[^\s&;]+)", re.IGNORECASE
 )
+_SQL_PASSWORD: Final = re.compile(
+    r"(\bpassword\s+)(?:e?'(?:''|\\.|[^'\\])*'?|\$(\w*)\$.*?(?:\$\2\$|$))", re.IGNORECASE | re.DOTALL
+)
+"""Of ``ALTER ROLE`` and its like, also if the text ends within it."""
 _PASSWORD_OPTION: Final = re.compile(r"--?\w*passw(?:or)?d", re.IGNORECASE)
 _HIDDEN: Final = "***"
 
@@ -48,8 +52,9 @@ def shorten(text: str, length: int) -> str:
 
 
 def redact(text: str) -> str:
-    """Text without the passwords of connection URIs and of ``password=…`` settings."""
-    return _NAMED_PASSWORD.sub(rf"\1{_HIDDEN}", _URI_PASSWORD.sub(rf"\1:{_HIDDEN}@", text))
+    """Text without the passwords of connection URIs, of ``password=…`` settings and of SQL's ``PASSWORD '…'``."""
+    text = _SQL_PASSWORD.sub(rf"\1{_HIDDEN}", _URI_PASSWORD.sub(rf"\1:{_HIDDEN}@", text))
+    return _NAMED_PASSWORD.sub(rf"\1{_HIDDEN}", text)
 
 
 def redact_command(arguments: Sequence[str]) -> list[str]:

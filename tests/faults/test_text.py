@@ -77,6 +77,18 @@ def test_control_characters_are_spelled_out(text: str, shown: str) -> None:
             ["psql", "postgresql:///app?user=a&password=s3cret&x=1"],
             ["psql", "postgresql:///app?user=a&password=***&x=1"],
         ),
+        (
+            ["psql", "-c", "ALTER ROLE app PASSWORD 's3''cret' LOGIN"],
+            ["psql", "-c", "ALTER ROLE app PASSWORD *** LOGIN"],
+        ),
+        (
+            ["psql", "-c", "alter user app encrypted password e's3\\'cret'"],
+            ["psql", "-c", "alter user app encrypted password ***"],
+        ),
+        (["psql", "-c", "CREATE USER a PASSWORD $x$s3cret$x$;"], ["psql", "-c", "CREATE USER a PASSWORD ***;"]),
+        (["psql", "-c", "ALTER ROLE app PASSWORD 's3cret"], ["psql", "-c", "ALTER ROLE app PASSWORD ***"]),
+        (["psql", "-c", "ALTER ROLE app PASSWORD NULL"], ["psql", "-c", "ALTER ROLE app PASSWORD NULL"]),
+        (["psql", "-c", "SELECT 'password' FROM t"], ["psql", "-c", "SELECT 'password' FROM t"]),
         (["app", "--db-password=s3cret"], ["app", "--db-password=***"]),
         (["app", "--password", "s3cret", "-v"], ["app", "--password", "***", "-v"]),
         (["PGPASSWORD=s3cret", "app"], ["PGPASSWORD=***", "app"]),
