@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.running import PROGRAMS, named, running
+from tests.integration.running import PROGRAMS, every_transport, named, running
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,13 +73,14 @@ def test_who_is_not_in_a_transaction_or_not_idle_is_left_alone(
             guard.wait_for("idle-in-transaction", timeout=1)
 
 
+@every_transport
 def test_a_connection_that_outlives_its_process_is_named_with_who_keeps_it(
     guard: GuardProcess, transport: Transport, tmp_path: Path
 ) -> None:
     with running([*BYSTANDER, "leak"], guard.at(transport), tmp_path) as program:
         said = program.read()
         assert program.wait() == 0, program.log
-        [fault] = guard.wait_for("leaked-connection", timeout=10)
+        [fault] = guard.wait_for("leaked-connection", timeout=20)
         assert fault["severity"] == "warning"
         assert named([fault], "owner") == {said["pid"]}
         assert named([fault], "holder") == {said["child"]}
