@@ -105,8 +105,8 @@ class NetworkNamespaces:
         """See how many bytes lie unread in the clients' sockets; in the order of ``clients``. Raises nothing.
 
         ``None`` where that can't be told, or the socket isn't there any more: see :meth:`SockDiag.unread`. It is for
-        worker threads, and takes 20 µs a client. For each that isn't in the guard's own network namespace it takes what
-        it takes to look there, see :func:`find_in_namespace`.
+        worker threads, and takes 20 µs a client, and for each other network namespace that there are clients in what it
+        takes to look there: see :func:`find_in_namespace`.
 
         Args:
             clients: whose sockets, with their inodes, and with the pids of processes in the same network namespace.
@@ -114,13 +114,20 @@ class NetworkNamespaces:
         found: list[int | None] = [None] * len(clients)
         with contextlib.suppress(OSError), SockDiag() as diag:
             found = [diag.unread(client, inode) for client, inode, _ in clients]
+        own = _namespace_of(os.getpid())
+        elsewhere: dict[str, dict[int, tuple[int, TcpClient, int]]] = {}
         for n, (client, inode, pids) in enumerate(clients):
             if found[n] is None and isinstance(client, TcpClient) and not _is_loopback(client):
-                own = _namespace_of(os.getpid())
-                elsewhere = [pid for pid in pids if _namespace_of(pid) not in (None, own)]
-                if elsewhere:
-                    with contextlib.suppress(RuntimeError):  # no thread can be started
-                        found[n] = in_a_new_thread(partial(_unread_in_namespace, elsewhere[0], client, inode))
+                for pid in pids:
+                    namespace = _namespace_of(pid)
+                    if namespace not in (None, own):
+                        elsewhere.setdefault(str(namespace), {})[n] = pid, client, inode
+                        break
+        for looks in elsewhere.values():
+            with contextlib.suppress(RuntimeError):  # no thread can be started
+                unread = in_a_new_thread(partial(_unread_in_namespace, list(looks.values())))
+                for n, size in zip(looks, unread, strict=True):
+                    found[n] = size
         return found
 
     def _search(self, candidates: _Candidates, clients: Sequence[TcpClient]) -> list[int | None]:
@@ -196,14 +203,26 @@ def _within(pid: int, ask: Callable[[SockDiag], T]) -> T:
         return ask(diag)
 
 
-def _unread_in_namespace(pid: int, client: TcpClient, inode: int) -> int | None:
-    """As :meth:`SockDiag.unread`, in the network namespace of a process, in which the calling thread may stay."""
+def _unread_in_namespace(looks: Sequence[tuple[int, TcpClient, int]]) -> list[int | None]:
+    """As :meth:`SockDiag.unread`, in the network namespace of some processes, in which the calling thread may stay.
+
+    Args:
+        looks: processes in it, each with a client's socket and its inode.
+    """
+
+    def ask(diag: SockDiag) -> list[int | None]:
+        return [_everywhere(client, partial(diag.unread, inode=inode)) for _, client, inode in looks]
+
+    pid = looks[0][0]
     with contextlib.suppress(OSError):
-        return _within(pid, lambda diag: _everywhere(client, lambda one: diag.unread(one, inode)))
+        return _within(pid, ask)
     with contextlib.suppress(OSError):
-        [found] = _read_tables(pid, [client])
-        return None if found is None or found[0] != inode else found[1]
-    return None
+        found = _read_tables(pid, [client for _, client, _ in looks])
+        return [
+            one[1] if one is not None and one[0] == inode else None
+            for one, (*_, inode) in zip(found, looks, strict=True)
+        ]
+    return [None] * len(looks)
 
 
 def in_a_new_thread(function: Callable[[], T]) -> T:

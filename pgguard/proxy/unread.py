@@ -18,9 +18,11 @@ didn't look, as it was stopped itself for one, doesn't count either.
 sends before it has read. It has to be certain that the client hadn't read when it sent: it may well do so at once
 behind it, and take the old answer for the new one.
 
-- Over a Unix socket the guard's end is written to be told when the client reads: see :class:`ReadingAlarm`. So it is
-  certain, for answers that had been found unread before, some tens of milliseconds after their end.
-- Over TCP the kernel's probe reports with each send how far its sender had read: certain, and of every request.
+- Over a Unix socket the guard's end is told, in order, when the client reads and when it sends: see
+  :class:`ReadingAlarm`. So it is certain, for answers that had been found unread before, some tens of milliseconds
+  after their end.
+- Over TCP the kernel reports with each send, where it can, how far its sender had read. So it is certain, of every
+  request, however short the silence.
 - Otherwise the queue is looked at once more, before the request is forwarded. What is still there wasn't read. A client
   that reads at once isn't convicted: it can't be told from one that has read before.
 """
@@ -33,6 +35,7 @@ import logging
 import os
 import select
 import struct
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -60,6 +63,9 @@ _FIRST_REPORTED: Final = 0.25
 """The same where the kernel reports of each send what was unread, so that only a warning takes a look."""
 _AT_A_TIME: Final = 32
 """Sessions that are looked at in one round: those that have waited the longest come first."""
+_TIME_SHARE: Final = 0.1
+_LONGEST_PAUSE: Final = 1.0
+"""Of the time, that is spent on looking at most; and seconds between two rounds then at most."""
 _INTERVAL: Final = 0.5
 _SHARE: Final = 0.1
 """Seconds between two looks at an answer that lies unread, and their share of the threshold: the less counts."""
@@ -212,17 +218,21 @@ class UnreadWatch:
             set_alarm: makes an alarm for the guard's end of a Unix connection; raises OSError.
         """
         self._witness, self._accuse, self._set_alarm = witness, accuse, set_alarm
+        pause = _TICK
         while True:
             if not self._listed:
                 self._stirred = trio.Event()
                 await self._stirred.wait()
-            await trio.sleep(_TICK)
+            await trio.sleep(pause)
+            began = time.monotonic()
             due = self._due(trio.current_time())
             if due:
                 try:
                     await self._look(witness, due)
                 except Exception:
                     logger.exception("whether answers have been read could not be found out")
+            took = time.monotonic() - began
+            pause = min(_LONGEST_PAUSE, max(_TICK, took / _TIME_SHARE))
 
     def _due(self, now: float) -> list[_Look]:
         """What it is time to look at, that first which has waited the longest."""
