@@ -247,7 +247,7 @@ class BackendStream:
             return self._accept_undue(pos, _ERROR_RESPONSE, length)
         session.copy_over = True
         if follows == _SKIP:
-            ledger.skip_to_sync()
+            ledger.skip_to_sync(session.statements.refuse)
         else:
             ledger.state = follows
         return True
@@ -271,12 +271,13 @@ class BackendStream:
         owes, _, named = self._ledger.entries[0]
         if self.overruled is not None or not isinstance(named, Statement):
             return False
+        statements = self._session.statements
         name = named.name.decode("utf-8", "replace")
-        if sqlstate == _EXISTS and owes == _PARSE and isinstance(named, Named) and named.contradicts_existence:
-            done = "has never made" if named.closed is None else "has closed"
+        if sqlstate == _EXISTS and owes == _PARSE and statements.contradicts_existence(named):
+            done = "has closed" if isinstance(named, Named) and named.closed is not None else "has never made"
             text = f'prepared statement "{name}" already exists'
             reason = f'the server says that prepared statement "{name}" exists, which this session {done}'
-        elif sqlstate == _DOES_NOT_EXIST and owes in _USES and not named.refused:
+        elif sqlstate == _DOES_NOT_EXIST and owes in _USES and statements.contradicts_absence(named):
             what = f'prepared statement "{name}"' if name else "unnamed prepared statement"
             text = f"{what} does not exist"
             reason = f"the server says that {'' if name else 'the '}{text}, which this session has made and not closed"

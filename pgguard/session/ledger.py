@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from pgguard.session.states import CAN_BECOME_COPY, COPY_IN, NO_REQUEST, UNASKED, WORK, Owes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pgguard.session.requests import Request
     from pgguard.session.statements import Closing, Statement
@@ -141,8 +141,12 @@ class Ledger:
                     return owes == SYNC or not discarding
         return True
 
-    def skip_to_sync(self) -> None:
-        """An error in the extended query protocol: drop what the server discards, up to the next Sync."""
+    def skip_to_sync(self, refuse: Callable[[Statement | Closing], None]) -> None:
+        """An error in the extended query protocol: drop what the server discards, up to the next Sync.
+
+        Args:
+            refuse: is told of each Parse and Close among it.
+        """
         entries = self.entries
         while entries:
             owes, request, named = entries[0]
@@ -153,7 +157,7 @@ class Ledger:
             if owes != COPY_END:
                 request.skip()
             if named is not None and owes in _NAMING:
-                named.refused = True
+                refuse(named)
             entries.popleft()
         self.state = NOTHING
         self.skipping = True

@@ -28,9 +28,9 @@ _LIMIT: Final = 256
 _LONGEST: Final = 63
 """Bytes by which the server tells names apart: NAMEDATALEN - 1."""
 _PATIENCE: Final = 1000
-"""Simple texts that are looked at in a session that prepares nothing by name."""
+"""Texts that are looked at in a session that prepares nothing by name."""
 _LOOK: Final = 10
-"""How many of them a text counts for that takes a closer look."""
+"""How many of them a simple Query counts for whose text takes a closer look."""
 _NEVER: Final = -1
 _PARENTHESIS: Final = ord("(")
 _SEMICOLON: Final = ord(";")
@@ -39,7 +39,7 @@ _SEMICOLON: Final = ord(";")
 class Statement:
     """The text of a Parse."""
 
-    __slots__ = ("cut", "epoch", "name", "quiet", "refused", "sql")
+    __slots__ = ("cut", "epoch", "in_doubt", "name", "quiet", "refused", "sql")
 
     def __init__(self, name: bytes, sql: bytearray | None, *, cut: bool, epoch: int) -> None:
         self.name = name
@@ -52,35 +52,33 @@ class Statement:
         """The server has not parsed it, or that isn't sure: its name may stand for another text, which isn't known."""
         self.quiet = False
         """To execute it leaves the names of statements alone."""
+        self.in_doubt = False
+        """If it is refused, its name may stand for a text that doesn't."""
 
 
 class Named(Statement):
-    """One with a name, and whether that was certainly free."""
+    """One with a name, and whether that was free."""
 
     __slots__ = ("closed", "is_new")
 
     def __init__(self, name: bytes, sql: bytearray | None, *, cut: bool, epoch: int) -> None:
         super().__init__(name, sql, cut=cut, epoch=epoch)
         self.is_new = False
-        """There was certainly no statement of this name before, unless :attr:`closed` has been discarded."""
+        """This session has made no statement of this name before, or closed it."""
         self.closed: Closing | None = None
-        """The Close that has made the name free."""
-
-    @property
-    def contradicts_existence(self) -> bool:
-        """Whether the server, if it says that the name is taken, contradicts what this session has done."""
-        return self.is_new and (self.closed is None or not self.closed.refused)
+        """The Close, if that is so."""
 
 
 class Closing:
-    """The Close of a statement."""
+    """The Close of a statement; of the unnamed one also a simple Query, which drops it."""
 
-    __slots__ = ("epoch", "refused")
+    __slots__ = ("epoch", "in_doubt", "refused")
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self.refused = False
         """The server has discarded it."""
+        self.in_doubt = False
 
 
 class Statements:
@@ -97,7 +95,7 @@ class Statements:
         self._sure = 0
         """The same for statements that are certain; ``_NEVER`` if what lasts may make or drop statements any time."""
         self._named = False
-        """The session has prepared a statement by name."""
+        """The session has prepared a statement by name, or closed one."""
         self._patience = _PATIENCE
         self.watching = True
         """What simple queries say matters."""
@@ -106,8 +104,9 @@ class Statements:
 
     def query(self, sql: bytearray, *, cut: bool) -> None:
         """A simple Query has been sent. It drops the unnamed statement: ``exec_simple_query()`` in ``postgres.c``."""
-        self._by_name.pop(b"", None)
-        if self._sure == _NEVER or (self._unsure and not self._named):
+        if b"" in self._by_name:
+            self._by_name[b""] = Closing(self._epoch)
+        if self._sure == _NEVER:
             self.watching = bool(self._by_name)
             return
         self._count(1)
@@ -135,32 +134,31 @@ class Statements:
         if request.sql is None:
             request.sql, request.sql_cut = sql, cut
         statement: Statement
+        self.watching = True
         if text == body + 1:
+            before = self._by_name.get(b"")
             self._by_name[b""] = statement = Statement(b"", sql, cut=cut, epoch=self._epoch)
         else:
-            statement = self._parse_named(bytes(buffer[body : min(text - 1, body + _LONGEST)]), sql, cut=cut)
-        if self._named or not self._unsure:
-            self._count(_LOOK)
+            name = bytes(buffer[body : min(text - 1, body + _LONGEST)])
+            self._named = True
+            before = self._by_name.pop(name, None)
+            statement = named = Named(name, sql, cut=cut, epoch=self._epoch)
+            if isinstance(before, Closing):
+                named.closed = before
+            named.is_new = not isinstance(before, Statement)
+            named.in_doubt = before is None and self._unsure
+            self._keep(name, named)
+        if before is not None:
+            statement.in_doubt = not isinstance(before, Statement) or before.in_doubt or not before.quiet
+        if self._sure != _NEVER:
+            self._count(1)
             statement.quiet = not cut and judge(bytes(sql)).effect is Effect.NONE
-        return statement
-
-    def _parse_named(self, name: bytes, sql: bytearray, *, cut: bool) -> Named:
-        statement = Named(name, sql, cut=cut, epoch=self._epoch)
-        self._named = self.watching = True
-        before = self._by_name.pop(name, None)
-        if before is None:
-            statement.is_new = not self._unsure
-        elif isinstance(before, Closing):
-            statement.is_new = before.epoch == self._sure
-            statement.closed = before
-        self._keep(name, statement)
         return statement
 
     def bind(self, request: Request, buffer: bytearray, body: int, stop: int) -> Statement | None:
         """A Bind has been sent, whose body is a portal, NUL, a statement, NUL, and more.
 
-        Returns the statement that it names, if that is certainly there unless its Parse fails. What it says will be
-        executed.
+        Returns the statement that it names, unless it isn't known. What it says will be executed.
         """
         name = buffer.find(0, body, stop) + 1 if buffer[body] else body + 1
         if 0 < name < stop and not buffer[name]:
@@ -175,23 +173,23 @@ class Statements:
             return None
         if request.sql is None and not found.refused:
             request.sql, request.sql_cut = found.sql, found.cut
-        certain = found if found.epoch == self._sure or not found.name else None
-        if not found.quiet and (self._named or not self._unsure):
+        if (not found.quiet or (found.refused and found.in_doubt)) and self._sure != _NEVER:
             if buffer[body]:
                 self._go_blind()  # a portal that has a name may be executed whenever
             else:
                 self._unsettle()
-        return certain
+        return found
 
     def describe(self, _: Request, buffer: bytearray, body: int, stop: int) -> Statement | None:
         """The Describe of a statement has been sent, whose body is ``S``, a name, and NUL; as :meth:`bind`."""
         found = self._by_name.get(_name(buffer, body, stop))
-        return found if isinstance(found, Statement) and self._is_certain(found) else None
+        return found if isinstance(found, Statement) else None
 
     def close(self, _: Request, buffer: bytearray, body: int, stop: int) -> Closing:
         """The Close of a statement has been sent, whose body is ``S``, a name, and NUL."""
         name = _name(buffer, body, stop)
         closing = Closing(self._epoch)
+        self._named = self.watching = True
         self._by_name.pop(name, None)
         self._keep(name, closing)
         return closing
@@ -200,18 +198,36 @@ class Statements:
         """A FunctionCall has been sent: of which function, only its number says."""
         self._unsettle()
 
-    # What is sure
+    # What the server says
 
-    def _is_certain(self, statement: Statement) -> bool:
+    def refuse(self, what: Statement | Closing) -> None:
+        """The server has refused or discarded a Parse or Close."""
+        what.refused = True
+        if what.in_doubt:
+            self._unsettle()  # another text may have been executed since, under its name
+
+    def contradicts_existence(self, statement: Statement) -> bool:
+        """Whether the server, if it says to a Parse that the name is taken, contradicts what this session has done."""
+        if not isinstance(statement, Named) or not statement.is_new:
+            return False
+        closed = statement.closed
+        if closed is None:
+            return not self._unsure
+        return not closed.refused and closed.epoch == self._sure
+
+    def contradicts_absence(self, statement: Statement) -> bool:
+        """Whether the server, if it says that a statement isn't there, contradicts what this session has done."""
         # No text drops the unnamed statement but by being a simple Query.
-        return statement.epoch == self._sure or not statement.name
+        return not statement.refused and (statement.epoch == self._sure or not statement.name)
+
+    # What is sure
 
     def _run(self, sql: bytes | None) -> None:
         """A text will be executed; ``None`` if it isn't known whole."""
         effect, name = (Effect.ANY, b"") if sql is None else judge(sql)
         if effect is Effect.ONE_NAME:
             unsure = Named(name, None, cut=False, epoch=self._epoch)
-            unsure.refused = True
+            unsure.refused = unsure.in_doubt = True
             self._by_name.pop(name, None)
             self._keep(name, unsure)
         elif effect is Effect.LASTING:
@@ -244,7 +260,7 @@ class Statements:
         if not self._named:
             self._patience -= cost
             if self._patience < 0:
-                self._unsure = True
+                self._go_blind()
 
 
 def _name(buffer: bytearray, body: int, stop: int) -> bytes:

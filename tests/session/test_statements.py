@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
+from typing import TYPE_CHECKING
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pgguard.session.quiet import Effect, judge
 from pgguard.session.verdicts import Direction, Kind, Verdict
 from tests.session.protocol import Conversation, bind, close, describe, error, kinds, message, parse, query
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 EXISTS = error(sqlstate="42P05")
 GONE = error(sqlstate="26000")
@@ -132,7 +140,7 @@ class TestItsOwn:
         assert kinds(session.refused(bind("s"), GONE)) == [Kind.SESSION_STATE_LOST]
 
     def test_is_told_in_a_session_that_has_said_much(self, session: Session) -> None:
-        for n in range(300):
+        for n in range(90):
             session.say(f"SELECT app.f({n})")
         session.prepare("s")
         session.say("SELECT 1")
@@ -323,3 +331,112 @@ def test_texts_that_say_which_name_they_mean(text: str, name: bytes) -> None:
 )
 def test_texts_that_may_mean_any(text: str) -> None:
     assert judge(text.encode()).effect is Effect.ANY
+
+
+class Server:
+    """What a backend does with prepared statements, and what it answers; it knows nothing of what is certain."""
+
+    def __init__(self, chance: Callable[[], bool]) -> None:
+        self._chance = chance
+        self._texts: dict[str, str] = {}
+        self._bound = ""
+
+    def answer(self, request: list[tuple[str, str, str]]) -> bytes:
+        """Take messages up to a Sync, or a Query alone: what it says."""
+        said = b""
+        for letter, name, text in request:
+            answer = self._take(letter, name, text)
+            said += answer
+            if answer[:1] == b"E":
+                break
+        return said + READY
+
+    def _take(self, letter: str, name: str, text: str) -> bytes:
+        if letter == "Q":
+            self._texts.pop("", None)
+            return self._run(text) or message("C", b"DONE\0")
+        if letter == "P":
+            if not name:
+                self._texts.pop("", None)
+            elif name in self._texts:
+                return EXISTS
+            if text == "SELEKT":
+                return error()
+            self._texts[name] = text
+            return message("1")
+        if letter == "C":
+            self._texts.pop(name, None)
+            return message("3")
+        if letter == "E":
+            return self._run(self._bound) or message("C", b"DONE\0")
+        if name not in self._texts:
+            return GONE
+        self._bound = self._texts[name]
+        return message("2") if letter == "B" else message("t", b"\0\0") + message("n")
+
+    def _run(self, text: str) -> bytes | None:
+        verb, _, name = text.partition(" ")
+        if text in {"DEALLOCATE ALL", "DISCARD ALL"} or (text == "SELECT f()" and self._chance()):
+            self._texts = {"": self._texts[""]} if "" in self._texts else {}
+        elif text == "SELECT f()":
+            self._texts.setdefault("a", "SELECT 1")
+        elif verb == "PREPARE":
+            if name[0] in self._texts:
+                return EXISTS
+            self._texts[name[0]] = "SELECT 1"
+        elif verb in {"DEALLOCATE", "EXECUTE"}:
+            if name not in self._texts:
+                return GONE
+            if verb == "DEALLOCATE":
+                del self._texts[name]
+            elif not self._texts[name].startswith(verb):
+                return self._run(self._texts[name])
+        return None
+
+
+TEXTS = ["SELECT 1", "SELECT 1", "BEGIN", "SELEKT", "DEALLOCATE a", "DEALLOCATE ALL", "DISCARD ALL", "SELECT f()"]
+TEXTS += ["PREPARE a AS SELECT 1", "EXECUTE a", "EXECUTE b"]
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> list[tuple[str, str, str]]:
+    texts = st.sampled_from(TEXTS)
+    if draw(st.integers(0, 3)) == 0:
+        return [("Q", "", draw(texts.filter(lambda text: text != "SELEKT")))]
+    letters = draw(st.sampled_from(["P", "B", "BE", "PBE", "PBEPBE", "C", "D", "CP", "CPB", "PD", "BECB"]))
+    return [(letter, draw(st.sampled_from(["a", "a", "b", ""])), draw(texts)) for letter in letters]
+
+
+def spelled(request: list[tuple[str, str, str]]) -> bytes:
+    said = b""
+    for letter, name, text in request:
+        match letter:
+            case "Q":
+                said += query(text)
+            case "P":
+                said += parse(text, name)
+            case "E":
+                said += message("E", b"\0\0\0\0\0")
+            case _:
+                said += {"B": bind, "C": close, "D": describe}[letter](name)
+    return said if request[0][0] == "Q" else said + SYNC
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data(), st.lists(requests(), max_size=14))
+def test_a_server_that_keeps_its_session_never_contradicts_it(
+    data: st.DataObject, talk: list[list[tuple[str, str, str]]]
+) -> None:
+    """Whatever the client does by messages and by texts, pipelined or not, mistaken or not."""
+    server, session = Server(lambda: data.draw(st.booleans())), Session()
+    waiting: deque[list[tuple[str, str, str]]] = deque()
+    answered = st.sampled_from([True, True, False])
+    for request in talk:
+        session.frontend(spelled(request))
+        waiting.append(request)
+        while waiting and bool(data.draw(answered)):
+            assert Kind.SESSION_STATE_LOST not in kinds(session.backend(server.answer(waiting.popleft())))
+    while waiting:
+        assert Kind.SESSION_STATE_LOST not in kinds(session.backend(server.answer(waiting.popleft())))
+    assert set(kinds(session.verdicts)) <= {Kind.REQUEST_WHILE_BUSY}, "a Query in a pipeline"
+    assert session.tracker.idle
