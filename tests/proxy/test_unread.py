@@ -148,8 +148,9 @@ def probing() -> SenderProbe:
 
 @either_transport
 async def test_an_answer_that_nobody_reads_is_told_with_what_its_client_does_instead(
-    backend: FakeBackend, puppet: Puppet, transport: str
+    backend: FakeBackend, puppet: Puppet, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pgguard.proxy.judge.EVIDENCE_BUDGET", 6.0)  # a busy machine takes its time
     async with playing(backend, puppet, transport) as scene:
         await scene.ask()
         await scene.house.recorded("unread-answer")
@@ -516,6 +517,7 @@ async def watched(
     await trio.testing.wait_all_tasks_blocked()
     session = stage.session()
     session.transport = "unix"  # so that nothing is added that the kernel would say of a TCP socket
+    session.client.sock.send(ANSWER)
     feed(session, FIRST)
     watch.stir(session)
     assert session.tracker is not None
