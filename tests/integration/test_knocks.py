@@ -23,7 +23,7 @@ import pytest
 
 from pgguard.demo.postgres import running_cluster
 from tests.guard_process import GuardProcess, running_guard
-from tests.integration.knocks import HTTP, KNOCKS, READY, START, USER, Knock, Outcome, knock_at
+from tests.integration.knocks import KNOCKS, READY, START, USER, Knock, Outcome, knock_at
 from tests.integration.running import PROGRAMS
 from tests.languages import node_directory
 from tests.proxy.messages import SSL_REQUEST, TERMINATE, cancel_request, query, startup
@@ -270,17 +270,3 @@ def test_data_behind_a_request_for_encryption_is_an_error(guard: GuardProcess) -
     [fault] = guard.wait_for("protocol-violation")
     assert (fault["severity"], fault["message"]["name"]) == ("error", "SSLRequest")
     assert fault["reason"] == f"the client sent SSLRequest and {len(START)} bytes behind it, before it was answered"
-
-
-def test_another_protocol_costs_the_server_nothing(server: Server, guard: GuardProcess) -> None:
-    with psycopg.connect(server.unix.conninfo, autocommit=True) as connection:
-        before = _last_pid(server)
-        for _ in range(20):
-            _say(guard.tcp, HTTP)
-        assert connection.execute("SELECT 1").fetchone() == (1,)
-        assert 0 < _last_pid(server) - before < 20 * 3
-
-
-def _last_pid(server: Server) -> int:
-    with psycopg.connect(server.unix.conninfo) as connection:
-        return connection.info.backend_pid
