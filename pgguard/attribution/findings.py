@@ -91,6 +91,8 @@ class Findings:
     event loop with the socket in it."""
     last_sole_holder: Process | None = None
     """The process that was alone with the connection when that was looked at before."""
+    survivors: tuple[Process, ...] = ()
+    """Of a connection that has been ended: who went on to have it open when the opener had let go."""
     departed: tuple[Process, ...] = ()
     """Those that had the socket open lately and have not any more."""
     fate: Fate | None = None

@@ -22,7 +22,9 @@ message that comes out of turn, or it that is seen to wait beside another, the i
 connection, the latest first.
 
 *The opener says Terminate, as it may, and somebody goes on.* That one has shared the connection, whether or not it had
-used it before. Where the kernel doesn't name who goes on, it is certainly not the opener if that has let go.
+used it before. Where the kernel doesn't name who goes on, it is certainly not the opener if that has let go; and who
+else it is, is known if there was one other process when it had. Who has the connection open afterwards says nothing, as
+libpq closes it when it finds the end.
 """
 
 from __future__ import annotations
@@ -195,9 +197,9 @@ def _goes_on(verdict: Verdict, findings: Findings) -> bool:
         return False
     if verdict.intruder is not None:
         return True
-    opener = findings.opener_pid
-    left = opener is not None and all(holder.pid != opener for holder in findings.holders or ())
-    return left and bool(heirs(findings))
+    opener, holders = findings.opener_pid, findings.holders or ()
+    left = opener is not None and all(holder.pid != opener for holder in holders)
+    return left and bool(findings.survivors or holders)
 
 
 def heirs(findings: Findings) -> tuple[Process, ...]:

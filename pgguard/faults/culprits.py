@@ -4,7 +4,7 @@
     The sender of the offending message, where it is known; or if that is who opened the connection, and has a right to
     it, the latest other one that has used it. Where the sender isn't known, but the client sent the message: the one
     process that has the socket open, if there is exactly one; of a Terminate, the one that has had it open and hasn't
-    any more; of what comes behind the opener's Terminate, the only other one that has or had it open; otherwise an
+    any more; of what comes behind the opener's Terminate, the only one that still had it open then; otherwise an
     intruder without a pid, and the holders say among whom to look.
 ``requester``
     Every other sender on the connection, the one whose turn it was first.
@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Final
 
 from pgguard.attribution.evidence import Driver, Evidence, Process
 from pgguard.attribution.runtime import Language
-from pgguard.faults.conclude import AT_ONCE, heirs
+from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Chapter, Culprit, Event, Role
 from pgguard.session.verdicts import AFTER_END, Direction, Kind, Party, Sender
 
@@ -153,8 +153,9 @@ class _Bench:
         if self._verdict.kind is Kind.FOREIGN_TERMINATE:
             if len(departed) == 1:
                 return self._process(Role.INTRUDER, departed[0], Evidence.SOCKET_HOLDER)
-        elif self._verdict.reason == AFTER_END and len(others := heirs(self._findings)) == 1:
-            return self._process(Role.INTRUDER, others[0], Evidence.SOCKET_HOLDER)
+        elif self._verdict.reason == AFTER_END:
+            if len(survivors := self._findings.survivors) == 1:
+                return self._process(Role.INTRUDER, survivors[0], Evidence.SOCKET_HOLDER)
         elif (sole := self._findings.sole_holder) is not None:
             return self._process(self._user(sole.pid), sole, Evidence.SOLE_HOLDER)
         return Culprit(Role.INTRUDER, None, None, Evidence.UNKNOWN, None)
@@ -275,6 +276,7 @@ def known_processes(findings: Findings) -> dict[int, Process]:
     if findings.opener is not None:
         known[findings.opener.pid] = findings.opener
     known.update((process.pid, process) for process in findings.departed)
+    known.update((process.pid, process) for process in findings.survivors)
     known.update((process.pid, process) for process in findings.holders or ())
     known.update(findings.senders)
     return known

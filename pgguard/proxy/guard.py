@@ -179,6 +179,7 @@ class Guard:
         self._stopping.set()
 
     async def _finish_sessions(self) -> None:
+        self._sweep.stop_lingering()
         if self._sessions:
             timeout = self._settings.shutdown_timeout
             logger.info("waiting up to %g s for sessions to finish: %d open", timeout, len(self._sessions))

@@ -12,7 +12,7 @@ from pgguard.attribution.findings import Findings
 from pgguard.attribution.threads import Waits
 from pgguard.faults.culprits import known_processes, last_holder
 from pgguard.proxy.rollcall import count
-from pgguard.session.verdicts import AFTER_END, Kind, Party
+from pgguard.session.verdicts import Kind, Party
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,6 +73,7 @@ def known_at_once(session: ProxiedSession) -> Findings:
         driver=session.driver,
         runtimes=runtimes,
         last_sole_holder=session.last_sole_holder,
+        survivors=session.sightings.survivors,
     )
 
 
@@ -146,8 +147,6 @@ class Investigation:
             self._look_for_the_closer(opening, heirs)
         if self._verdict.kind is Kind.UNCLEAN_CLOSE:
             self._look_at_the_closer(opening)
-        elif self._verdict.reason == AFTER_END:
-            self._findings = replace(self._findings, departed=self._gone(self._session.sightings.late_holders()))
         if self._verdict.kind is Kind.CONNECTION_EXHAUSTION:
             self._count_connections()
         if self._verdict.by is Party.CLIENT:
@@ -193,6 +192,7 @@ class Investigation:
             before=session.sightings.asleep,
             throughout=session.sightings.throughout if self._is_small() else frozenset(),
             watchers=session.sightings.watchers,
+            survivors=session.sightings.survivors,
             last_sole_holder=session.last_sole_holder,
             declared=declared(None if protocol is None else protocol.application_name, texts),
             driver=self._driver(),

@@ -17,7 +17,7 @@ import trio
 
 from pgguard.faults.build import build_fault, build_instance
 from pgguard.faults.catalogue import severity_of
-from pgguard.faults.conclude import AT_ONCE, conclude, readers
+from pgguard.faults.conclude import AT_ONCE, conclude, heirs, readers
 from pgguard.faults.policy import Action, KindAction, Policy
 from pgguard.faults.rejection import SQLSTATE, rejection
 from pgguard.proxy.investigation import EVIDENCE_BUDGET, Evidence, Investigation, known_at_once
@@ -261,6 +261,30 @@ class Judge:
             requesters=found.requesters,
             pending=session.client.held,
         )
+
+    async def is_shared(self, session: ProxiedSession) -> bool:
+        """Find out whether somebody can use a connection that somebody else has ended.
+
+        Of one that the opener has ended, or nobody knows who, that is any other process that has it open; of one that
+        the server has ended, it takes two. If another process than the opener has ended it, that is a fault by itself.
+        Never raises but for cancellation.
+        """
+        witness, opening, tracker = self._witness, session.opening, session.afterwards
+        if witness is None or opening is None or tracker is None:
+            return False
+        if tracker.terminator is not None and tracker.senders.is_strange(tracker.terminator):
+            return False
+        try:
+            findings = await trio.to_thread.run_sync(
+                witness.findings, opening, limiter=self._threads, abandon_on_cancel=True
+            )
+        except Exception:
+            logger.exception("session %d: who has it open could not be found out", session.id)
+            return False
+        others = heirs(findings)
+        if findings.opener_pid is not None and len(others) == len(findings.holders or ()):
+            session.sightings.survivors = others
+        return bool(others) if tracker.terminated else len(findings.holders or ()) > 1
 
     def lost(self, session: ProxiedSession, reason: str, now: float) -> None:
         """Record that a session is no longer followed. Never raises."""

@@ -160,6 +160,10 @@ class ProxiedSession:
         """The same, kept for what it had learned when it lost its way."""
         self.rejected = False
         """It is being ended, and out of the sweep until its client has been told."""
+        self.afterwards: Tracker | None = None
+        """What has followed it, when it is over: who uses the connection still?"""
+        self.lingers = False
+        """Its client has been sent everything, and the end of the stream: whatever it still sends is for nobody."""
         self.draining = False
         """The server's side is over; what the client still sends is thrown away until it ends too."""
         self.farewell: Farewell | None = None

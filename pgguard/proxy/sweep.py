@@ -12,6 +12,9 @@ Holding: when a verdict falls on what one end has sent, that end isn't read unti
 (:mod:`pgguard.proxy.judge`), and what it has sent waits. The other direction flows on: two answers that would have
 reached the client one after the other must not reach it together, or one of two readers swallows both, and the other
 waits for ever, in a program that would have ended without the guard.
+
+Listening: when a session is over and several processes have the client's end open, it is kept for a while, to hear
+which of them goes on to use it. That one learns what it would from the server's host, by an RST.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import logging
 import select
 import socket
+import struct
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVarTuple
@@ -27,6 +31,7 @@ import trio
 
 from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
 from pgguard.faults.policy import Action
+from pgguard.proxy.judge import Ruling
 from pgguard.proxy.unread import ReadingAlarm
 from pgguard.session.farewell import Farewell, asks, farewell
 from pgguard.session.verdicts import Sender
@@ -36,7 +41,7 @@ from pgguard.wire.messages import HEADER_SIZE, LOOK_LIMIT
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from pgguard.proxy.judge import Judge, Ruling
+    from pgguard.proxy.judge import Judge
     from pgguard.proxy.kernel_senders import KernelSenders
     from pgguard.proxy.session import End, ProxiedSession
     from pgguard.proxy.unread import Unread, UnreadWatch
@@ -59,6 +64,14 @@ _LINGER: Final = 2.0
 """Seconds for a client to close its side after the server's has ended."""
 _HEALTH_CHECK: Final = 1.0
 """Seconds within which a client has gone again that logs in only to see whether it can, as HAProxy's pgsql-check."""
+_ALONE: Final = 0.2
+"""Seconds after which it is looked who else has a connection open that has been ended: by then most are closed."""
+_LISTENING: Final = 3600.0
+"""Seconds for which it is listened to who uses a connection that has been ended and that several processes had open."""
+_LISTENED: Final = 256
+"""Connections that are listened to at once, the latest: each takes a descriptor."""
+_RESET: Final = struct.pack("ii", 1, 0)
+"""``struct linger`` with which close(2) resets a TCP connection: socket(7)."""
 _TRACKER_FAILED: Final = "the tracker failed; the guard's log says how"
 _LAST_WORDS: Final = 2.0
 """Seconds to reach the end of the message that a rejected client is just being sent."""
@@ -113,6 +126,9 @@ class Sweep:
         self._ends: dict[int, End] = {}
         """Those that are registered with the epoll, by descriptor."""
         self._sessions: set[ProxiedSession] = set()
+        self._listened: dict[ProxiedSession, None] = {}
+        """Those that are over and listened to, the first first."""
+        self._stopping = False
         self._accused: set[ProxiedSession] = set()
         """Those about which a verdict is being ruled on that is not about a message."""
         self.senders: KernelSenders | None = None
@@ -348,6 +364,9 @@ class Sweep:
         while True:
             tracker = session.tracker
             if tracker is None:
+                if session.lingers:
+                    self._note_late(end, begin, stop, now)
+                    return
                 done = stop
             else:
                 try:
@@ -500,6 +519,7 @@ class Sweep:
         except OSError:
             end.broken = True
         if session.draining:
+            session.lingers = not session.rejected
             self._start(session, self._linger, session)
 
     def _server_ended(self, session: ProxiedSession, *, torn: bool) -> None:
@@ -525,8 +545,8 @@ class Sweep:
     def end_server_side(self, session: ProxiedSession) -> None:
         """Close the server's connection; the client gets what waits for it, then the end of its stream."""
         session.draining = True
-        # What the client still sends is no more judged than forwarded.
-        session.tracker = None
+        # What the client still sends isn't forwarded, and judged only by who sends it.
+        session.afterwards, session.tracker = session.tracker, None
         session.client.held = b""
         session.client.pieces.clear()
         session.client.waits = session.server.waits = False
@@ -564,11 +584,64 @@ class Sweep:
     async def _linger(self, session: ProxiedSession) -> None:
         """Let a client that has been sent everything close its side.
 
-        Closing a TCP socket with unread data resets it, and what the server said last would be lost on the way.
+        Closing a TCP socket with unread data resets it, and what the server said last would be lost on the way. With a
+        Unix socket it isn't. If another process has the client's end open, it is waited longer for that to close, or to
+        send: see _note_late.
         """
-        with trio.move_on_after(_LINGER):
+        patience = _LINGER
+        if session.lingers:
+            with trio.move_on_after(_ALONE):
+                await session.done.wait()
+            if session.done.is_set():
+                return
+            if not self._stopping and await self._judge.is_shared(session):
+                patience = _LISTENING
+                self._listen(session)
+            elif session.transport == "unix":
+                patience = 0
+        with trio.move_on_after(patience):
             await session.done.wait()
         self._finish(session)
+
+    def _listen(self, session: ProxiedSession) -> None:
+        """Keep a session that is over, to hear who goes on to use its connection; the one kept longest makes room."""
+        if not session.done.is_set():
+            self._listened[session] = None
+            if len(self._listened) > _LISTENED:
+                self._finish(next(iter(self._listened)))
+
+    def stop_lingering(self) -> None:
+        """Close the sessions that are over already, and from now on listen to none that is."""
+        self._stopping = True
+        for session in [session for session in self._sessions if session.lingers]:
+            self._finish(session)
+
+    def _note_late(self, end: End, begin: int, stop: int, now: float) -> None:
+        """Take what a client sends when its session is over as the server's host would, with an RST; judge who sends.
+
+        PostgreSQL has closed its socket by then, and the kernel resets a connection on which something comes for nobody
+        (``tcp_rcv_state_process()`` in ``tcp_input.c``). Over a Unix socket the client would be told at once, by EPIPE,
+        without the guard's knowing who it was; as long as it is listened to, it is told when it writes once more.
+        """
+        session = end.session
+        tracker = session.afterwards
+        verdict = None
+        if tracker is not None:
+            done = tracker.frontend(self._buffer, begin, stop, end.sender, now)
+            if tracker.verdict is not None:
+                verdict = tracker.set_aside()
+            elif done < stop:
+                end.held = bytes(self._view[done:stop])
+                return
+        with suppress(OSError):
+            end.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self._finish(session)
+        if verdict is not None:
+            self._start(session, self._judge_late, session, verdict)
+
+    async def _judge_late(self, session: ProxiedSession, verdict: Verdict) -> None:
+        """Have a verdict ruled on about a session of which nothing is left."""
+        await self._have_ruled(session, verdict)
 
     @staticmethod
     def _inside_message(session: ProxiedSession) -> int:
@@ -596,6 +669,7 @@ class Sweep:
                 trio.lowlevel.notify_closing(end.sock)
             end.sock.close()
         session.done.set()
+        self._listened.pop(session, None)
         self._sessions.discard(session)
         self._closed(session)
 
@@ -623,8 +697,7 @@ class Sweep:
     async def _adjudicate(self, end: End, verdict: Verdict) -> None:
         """Have a verdict ruled on that is about what is held of ``end``, do as the ruling says, and go on with it."""
         session = end.session
-        self.hurry()
-        ruling = await self._judge.rule(session, verdict)
+        ruling = await self._have_ruled(session, verdict)
         if not self._is_relayed(session):
             return
         if ruling.action is Action.REJECTED:
@@ -641,6 +714,14 @@ class Sweep:
             else:
                 tracker.overrule()
         self._go_on(end)
+
+    async def _have_ruled(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
+        """Have a verdict ruled on, even if the guard is to end meanwhile, as it may when the session has."""
+        self.hurry()
+        ruling = Ruling(None)
+        with trio.CancelScope(shield=verdict.ends):
+            ruling = await self._judge.rule(session, verdict)
+        return ruling  # noqa: RET504 - a scope that is cancelled ends its block
 
     @staticmethod
     def _is_relayed(session: ProxiedSession) -> bool:
@@ -666,8 +747,7 @@ class Sweep:
 
     async def _rule(self, session: ProxiedSession, verdict: Verdict) -> bool:
         """Have a verdict ruled on that is not about a message; False if the session doesn't go on."""
-        self.hurry()
-        ruling = await self._judge.rule(session, verdict)
+        ruling = await self._have_ruled(session, verdict)
         if not self._is_relayed(session):
             return False
         if ruling.action is Action.REJECTED:

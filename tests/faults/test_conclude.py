@@ -415,8 +415,9 @@ def test_who_is_named_and_goes_on_behind_anothers_goodbye_shares_the_connection(
     ("findings", "convicts"),
     [
         pytest.param(Findings(opener=OPENER, holders=(CHILD,)), True, id="the opener has let go"),
-        pytest.param(Findings(opener=OPENER, departed=(CHILD,)), True, id="the other one as well, a moment ago"),
+        pytest.param(Findings(opener=OPENER, survivors=(CHILD,)), True, id="and so has the other one"),
         pytest.param(Findings(opener=OPENER, holders=(CHILD, WORKER_1)), True, id="there are two others"),
+        pytest.param(Findings(opener=OPENER, holders=(OPENER,), survivors=(CHILD,)), False, id="the opener hasn't"),
         pytest.param(Findings(opener=OPENER, holders=(OPENER, CHILD)), False, id="it may be the opener itself"),
         pytest.param(Findings(opener=OPENER), False, id="nobody else is known to have had it open"),
         pytest.param(Findings(holders=(CHILD,)), False, id="the opener isn't known"),

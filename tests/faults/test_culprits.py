@@ -15,7 +15,7 @@ from pgguard.attribution.threads import Sleep, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.culprits import find_culprits, foremost, known_processes, sender_evidence, tell_story
 from pgguard.faults.fault import Chapter, Culprit, Event, Role
-from pgguard.session.verdicts import Kind, Limit, Refusal, Sender, Verdict
+from pgguard.session.verdicts import AFTER_END, Kind, Limit, Refusal, Sender, Verdict
 from tests.faults.samples import (
     DATA_ROW,
     FACTS,
@@ -243,6 +243,23 @@ GOODBYES = [
         ALONE,
         [(INTRUDER, None, None, UNKNOWN, None), (OWNER, 4864, None, SOLE, None), (HOLDER, 4864, None, SOLE, None)],
         id="nobody is known to have: the only holder is the victim",
+    ),
+]
+
+
+BEHIND_THE_END = verdict(Kind.SHARED_BY_PROCESSES, AFTER_END, message=QUERY, requesters=(Sender(4864, sampled=True),))
+GOODBYES += [
+    pytest.param(
+        BEHIND_THE_END,
+        Findings(opener=MASTER, opener_evidence=SOLE, survivors=(WORKER_0,)),
+        [(INTRUDER, 4866, None, HOLDS, None), (OWNER, 4864, None, SOLE, None)],
+        id="behind the opener's, the only other one that had the connection open",
+    ),
+    pytest.param(
+        BEHIND_THE_END,
+        Findings(opener=MASTER, opener_evidence=SOLE, holders=(WORKER_0,)),
+        [(INTRUDER, None, None, UNKNOWN, None), (OWNER, 4864, None, SOLE, None), (HOLDER, 4866, None, SOLE, None)],
+        id="who has it open then need not be the one that has gone on",
     ),
 ]
 

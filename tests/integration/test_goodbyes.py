@@ -15,11 +15,13 @@ from tests.integration.running import (
     named,
     named_transport,
     running,
+    sampled_transport,
 )
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.conftest import StartGuard
     from tests.guard_process import Fault, GuardProcess
     from tests.servers import Transport
 
@@ -79,6 +81,19 @@ def assert_ended_by_the_child(guard: GuardProcess, said: dict[str, int], transpo
     assert named([fault], "intruder") <= {said["child"]}
 
 
+def assert_used_after_its_end(guard: GuardProcess, said: dict[str, int]) -> None:
+    assert said["alive"] == 0, "the connection had been ended"
+    [fault] = guard.faults("shared-by-processes")
+    assert (fault["severity"], fault["action"]) == ("error", "logged")
+    assert fault["reason"] == "after another process had ended the session"
+    assert fault["message"]["name"] in {"Query", "Parse"}
+    assert named([fault], "intruder") == {said["child"]}
+    assert said["parent"] in named([fault], "owner")
+    assert f"pid {said['child']}" in fault["summary"]
+    assert f"pid {said['parent']}" in fault["summary"]
+    assert guard.faults("foreign-terminate") == []
+
+
 @every_transport
 @pytest.mark.parametrize("scenario", ["last_user", "between_turns"])
 def test_a_child_that_was_the_last_to_use_the_connection_ends_its_parents(
@@ -95,6 +110,55 @@ def test_so_it_does_in_every_language(
 ) -> None:
     said = play(language, "last_user", guard, transport, tmp_path, request)
     assert_ended_by_the_child(guard, said, transport)
+
+
+@every_transport
+@pytest.mark.parametrize("scenario", ["daemon", "late_daemon"])
+def test_a_child_that_goes_on_with_what_its_parent_has_ended_is_named(
+    scenario: str, guard: GuardProcess, transport: Transport, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    said = play("psycopg2", scenario, guard, transport, tmp_path, request)
+    assert_used_after_its_end(guard, said)
+
+
+@named_transport
+@pytest.mark.parametrize("scenario", ["hasty_daemon", "heir_of_many"])
+def test_so_it_is_while_the_server_ends_the_session_and_among_several_children(
+    scenario: str, guard: GuardProcess, transport: Transport, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    said = play("psycopg2", scenario, guard, transport, tmp_path, request)
+    assert_used_after_its_end(guard, said)
+
+
+@sampled_transport
+def test_of_several_children_nobody_knows_which_it_is_that_goes_on(
+    guard: GuardProcess, transport: Transport, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    said = play("psycopg2", "heir_of_many", guard, transport, tmp_path, request)
+    [fault] = guard.faults("shared-by-processes")
+    assert named([fault], "intruder") == set()
+    assert said["parent"] in named([fault], "owner")
+
+
+@named_transport
+def test_what_has_ended_is_not_rejected(start_guard: StartGuard, transport: Transport, tmp_path: Path) -> None:
+    """Nothing is left to be."""
+    guard = start_guard("--mode", "reject")
+    command = (sys.executable, PROGRAMS / "goodbye.py", "daemon", "psycopg2")
+    with running(command, guard.at(transport), tmp_path) as program:
+        said = program.read()
+        program.wait()
+    guard.stop()
+    assert_used_after_its_end(guard, said)
+
+
+@named_transport
+@pytest.mark.parametrize("language", [*LANGUAGES, "psycopg"])
+def test_so_it_is_in_every_language(
+    language: str, guard: GuardProcess, transport: Transport, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    said = play(language, "daemon", guard, transport, tmp_path, request)
+    assert_used_after_its_end(guard, said)
 
 
 @every_transport

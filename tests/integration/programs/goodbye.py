@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-PAUSE = 0.2
+PAUSE = 0.6
 """Seconds after which whoever is left tries to go on."""
 
 
@@ -62,7 +62,7 @@ class Family:
 
 def linger() -> None:
     """Live long enough for a guard that isn't told who sends to look who has the socket."""
-    time.sleep(3 * PAUSE)
+    time.sleep(PAUSE)
 
 
 # Misused
@@ -101,7 +101,7 @@ def hasty_daemon(family: Family) -> None:
 def late_daemon(family: Family) -> None:
     """The same, after a long time."""
     child = family.become_daemon(family.connection.close)
-    time.sleep(3)
+    time.sleep(2)
     family.tell(child, family.ask())
 
 
