@@ -10,7 +10,7 @@ import pytest
 from pgguard.attribution.evidence import Evidence
 from pgguard.attribution.fates import Fate, State
 from pgguard.attribution.findings import Findings
-from pgguard.attribution.runtime import Language, Library, Runtime
+from pgguard.attribution.runtime import Language, Library, Runtime, Server
 from pgguard.faults.advice import advice_for
 from pgguard.faults.advice.closing import advice_on_closing
 from pgguard.faults.catalogue import CATALOGUE
@@ -84,3 +84,19 @@ def test_an_heir_that_was_the_last_is_told_from_the_opener() -> None:
 def test_a_goodbye_in_the_middle_of_a_copy_is_another_matter() -> None:
     terminate = MessageSeen(Direction.FRONTEND, "X", "Terminate", 5)
     assert "COPY" in fault(replace(CLOSED, message=terminate, intruder=Sender(4864)), ALONE).advice.title
+
+
+@pytest.mark.parametrize("fate", [Fate(State.EXITED, 0), Fate(State.ENDED)])
+@pytest.mark.parametrize(
+    ("server", "hook"),
+    [(Server.CELERY, "worker_process_shutdown"), (Server.RQ, "perform_job"), (Server.UWSGI, "uwsgi.atexit")],
+)
+def test_of_a_servers_child_that_leaves_at_once_the_hook_is_said_that_closes_what_it_opened(
+    server: Server, hook: str, fate: Fate
+) -> None:
+    shown = Runtime(Language.PYTHON, server, frozenset({Library.SQLALCHEMY}))
+    advice = advice_on_closing(fate, was_reset=False, is_heir=False, runtimes=[shown])
+    assert advice.code is not None
+    assert hook in advice.code
+    assert "engine.dispose()" in advice.code
+    assert advice.title == "Close connections on the way out"

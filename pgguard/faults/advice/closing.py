@@ -6,6 +6,7 @@ import signal
 from typing import TYPE_CHECKING, Final
 
 from pgguard.attribution.fates import State
+from pgguard.attribution.runtime import Server
 from pgguard.faults.advice import advice_for
 from pgguard.faults.catalogue import CATALOGUE, Advice
 from pgguard.session.verdicts import Kind
@@ -47,6 +48,7 @@ _CUT: Final = Advice(
     "(libpq's keepalives_idle), as does a pool that closes connections before they have been idle for as long.",
     sources=("https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-KEEPALIVES-IDLE",),
 )
+_LEFT_OPEN: Final = "The process has ended and left open what it had connected."
 _EXITED: Final = Advice(
     "Close connections on the way out",
     "The process has exited by itself and left the connection open. Close connections and pools on every path that "
@@ -78,6 +80,9 @@ _CRASHED: Final = Advice(
     "that share a connection, are suspects.",
 )
 
+_LEAVE_AT_ONCE: Final = frozenset({Server.CELERY, Server.RQ, Server.UWSGI})
+"""Those whose children run no exit handlers, and which have a hook of their own for that."""
+
 _CRASHES: Final = frozenset(
     {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP}
 )
@@ -105,4 +110,12 @@ def advice_on_closing(fate: Fate | None, *, was_reset: bool, is_heir: bool, runt
     if is_heir:
         advice = advice_for(Kind.INHERITED_CONNECTION, runtimes)
         return advice._replace(text=f"{_HANDED_DOWN} {advice.text}")
+    return _on_leaving(fate, runtimes)
+
+
+def _on_leaving(fate: Fate, runtimes: Sequence[Runtime]) -> Advice:
+    """Of a process that has left, and wasn't killed as far as is known."""
+    if any(runtime.server in _LEAVE_AT_ONCE for runtime in runtimes):
+        advice = advice_for(Kind.SHARED_BY_PROCESSES, runtimes)
+        return advice._replace(title=_EXITED.title, text=f"{_LEFT_OPEN} {advice.text}")
     return _EXITED if fate.state is State.EXITED else CATALOGUE[Kind.UNCLEAN_CLOSE].advice
