@@ -294,7 +294,7 @@ class Sweep:
 
         Returns True if what it sends has to wait, since it may have been sent on top of the last answer.
         """
-        session, tracker, leftover = end.session, end.session.tracker, end.session.leftover
+        session, tracker = end.session, end.session.tracker
         end.attentive = False
         self._unread.stir(session)
         if tracker is None or begin != _HEADROOM or size < HEADER_SIZE or end.contested:
@@ -304,7 +304,7 @@ class Sweep:
         if not self._unread.is_suspect(session, self._buffer[begin]):
             return False
         unread = self._unread.known_unread(session)
-        if (not leftover or not leftover.size) if unread is None else not unread.size:
+        if not (self._unread.was_seen_unread(session) if unread is None else unread.size):
             return False
         if unread is not None:
             header = bytes(self._view[begin : begin + HEADER_SIZE])

@@ -372,6 +372,14 @@ class UnreadWatch:
         # Of what the kernel holds in one piece it doesn't tell that part has been read.
         return Unread(leftover.size) if tracker.position == tracker.answer_ended else None
 
+    @staticmethod
+    def was_seen_unread(session: ProxiedSession) -> bool:
+        """Whether part of the last answer lay unread when that was last looked at."""
+        tracker, leftover = session.tracker, session.leftover
+        if tracker is None or leftover is None:
+            return False
+        return leftover.requests == tracker.requests and leftover.size > 0
+
     async def still_unread(self, session: ProxiedSession) -> Unread:
         """Look how much of the last answer lies unread still, now that the next request has been sent."""
         tracker, leftover, opening, witness = session.tracker, session.leftover, session.opening, self._witness
