@@ -76,7 +76,7 @@ _TRACKER_FAILED: Final = "the tracker failed; the guard's log says how"
 _LAST_WORDS: Final = 2.0
 """Seconds to reach the end of the message that a rejected client is just being sent."""
 
-_SILENCE: Final = 0.25
+_SILENCE: Final = 1.0
 """Seconds after which a rejected client that says nothing has nothing more to clean up."""
 _HEARING: Final = 5.0
 """Seconds for which it may go on to send."""
