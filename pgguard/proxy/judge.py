@@ -269,8 +269,12 @@ class Judge:
         the server has ended, it takes two. If another process than the opener has ended it, that is a fault by itself.
         Never raises but for cancellation.
         """
-        witness, opening, tracker = self._witness, session.opening, session.afterwards
-        if witness is None or opening is None or tracker is None:
+        witness, tracker = self._witness, session.afterwards
+        if witness is None or tracker is None:
+            return False
+        await session.opening_known.wait()
+        opening = session.opening
+        if opening is None:
             return False
         if tracker.terminator is not None and tracker.senders.is_strange(tracker.terminator):
             return False
