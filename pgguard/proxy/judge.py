@@ -317,14 +317,22 @@ class Judge:
     # Evidence
 
     async def _findings(self, session: ProxiedSession, verdict: Verdict) -> Findings:
+        """What can be found out within the budget. What goes wrong meanwhile is left out, and changes no ruling."""
         evidence = Evidence(known_at_once(session))
+        try:
+            await self._investigate(session, verdict, evidence)
+        except Exception:
+            logger.exception("session %d: evidence of %s could not be taken", session.id, verdict.kind)
+        return evidence.findings
+
+    async def _investigate(self, session: ProxiedSession, verdict: Verdict, evidence: Evidence) -> None:
         if verdict.kind is Kind.LEAKED_CONNECTION:
             # It is they who have brought it about.
             holders = session.sightings.holders or None
             evidence.findings = replace(evidence.findings, holders=holders, holders_complete=False)
         witness = self._witness
         if witness is None:
-            return evidence.findings
+            return
         counted: tuple[Counted, ...] = ()
         budget = EVIDENCE_BUDGET
         if verdict.kind is Kind.CONNECTION_EXHAUSTION:
@@ -348,7 +356,6 @@ class Judge:
                 await session.opening_known.wait()
                 investigation.note_known()
             await trio.to_thread.run_sync(investigation.run, limiter=threads, abandon_on_cancel=True)
-        return evidence.findings
 
     # Rulings and records
 

@@ -15,7 +15,7 @@ from pgguard.proxy.judge import Judge
 from pgguard.reporting.sinks import Fanout
 from pgguard.session.tracker import Tracker
 from tests.proxy.conftest import House, running, until
-from tests.proxy.messages import ANSWER, COLUMNS, TERMINATE, query
+from tests.proxy.messages import ANSWER, COLUMNS, FAILED, TERMINATE, message, query
 
 if TYPE_CHECKING:
     from tests.proxy.fake_backend import BackendConnection, FakeBackend
@@ -148,6 +148,27 @@ async def test_a_witness_that_hangs(backend: FakeBackend, method: str, monkeypat
             await until(lambda: house.kinds == ["message-while-idle"])
             started = time.monotonic()
         assert time.monotonic() - started < 1
+    finally:
+        go_on.set()
+
+
+@pytest.mark.parametrize("method", ["opened_many", "findings", "sender", "waits", "runtimes", "holding"])
+@pytest.mark.parametrize("how", ["fails", "hangs"])
+async def test_evidence_that_can_not_be_had_changes_nothing_about_a_rejection(
+    backend: FakeBackend, how: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(Witness, method, fail if how == "fails" else lambda *_, **__: go_on.wait(30))
+    try:
+        async with running(backend, witness=Witness(), mode="reject") as house:
+            client, server = await house.session(unix=True)
+            await client.send(query("select pg_sleep(60)"))
+            await server.expect(query("select pg_sleep(60)"))
+            await client.send(message("p", b"out of place\0"))
+            assert (await client.message()).fields["C"] == "08P01"
+            await client.expect(FAILED)
+            assert await server.rest() == b""
+            assert [str(fault.action) for fault in house.faults] == ["rejected"]
     finally:
         go_on.set()
 
