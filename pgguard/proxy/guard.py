@@ -155,6 +155,7 @@ class Guard:
                 nursery.start_soon(self._watch.over_transactions, self._settings.idle_in_transaction)
                 if self._witness is not None:
                     nursery.start_soon(self._register, self._witness)
+                    nursery.start_soon(self._judge.look_at_strangers, self._witness)
                     nursery.start_soon(self._watch.over_heirs, self._witness)
                     nursery.start_soon(self._watch.over_readers, self._witness)
                     nursery.start_soon(self._watch_unread, self._witness)

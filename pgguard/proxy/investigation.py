@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from pgguard.attribution.declared import declared
@@ -53,9 +53,21 @@ _READ_BY_CLIENTS: Final = frozenset(Kind) - {
 
 @dataclass(slots=True)
 class Evidence:
-    """What an investigation has found so far; read whole by whoever stops waiting for it."""
+    """What an investigation has found so far; read whole by whoever stops waiting for it.
+
+    The investigation writes here and nowhere else: it may go on when nobody waits for it any more.
+    """
 
     findings: Findings
+    met: dict[int, Process] = field(default_factory=dict)
+    """By pid, the senders that it has looked at for the first time."""
+    asleep: frozenset[Sleep] = frozenset()
+    """The threads that it has seen to be blocked on the connection."""
+
+    def keep(self, session: ProxiedSession) -> None:
+        """Remember with the session what matters later on too. On trio's thread."""
+        session.senders.update(dict(self.met))
+        session.sightings.asleep |= self.asleep
 
 
 def known_at_once(session: ProxiedSession) -> Findings:
@@ -107,9 +119,10 @@ class Investigation:
 
     def note_known(self) -> None:
         """Take over what is known by now of the session's client without looking."""
-        findings = self._findings
+        findings, known = self._findings, known_at_once(self._session)
         self._findings = replace(
-            known_at_once(self._session),
+            known,
+            senders={**self._evidence.met, **known.senders},
             holders=findings.holders,
             holders_complete=findings.holders_complete,
             thread_names=findings.thread_names,
@@ -163,12 +176,11 @@ class Investigation:
         self._evidence.findings = findings
 
     def _look_at_senders(self) -> None:
-        session = self._session
         for pid in self._named():
-            if pid not in session.senders:
+            if pid not in self._session.senders:
                 process = self._witness.sender(pid)
                 if process is not None:
-                    session.senders[pid] = process
+                    self._evidence.met[pid] = process
         self.note_known()
         self._findings = replace(self._findings, thread_names=self._thread_names())
 
@@ -188,7 +200,7 @@ class Investigation:
         requests = self._verdict.requests
         texts = [request.sql for request in requests if request.sql is not None and not request.sql_cut]
         self._findings = replace(
-            self._witness.findings(opening, tuple(session.senders.values())),
+            self._witness.findings(opening, tuple(self._findings.senders.values())),
             before=session.sightings.asleep,
             throughout=session.sightings.throughout if self._is_small() else frozenset(),
             watchers=session.sightings.watchers,
@@ -232,11 +244,10 @@ class Investigation:
         self._findings = replace(self._findings, shares=shares, slots=slots)
 
     def _look_at_threads(self, opening: Opening) -> None:
-        session = self._session
         holders = self._findings.holders or ()
         if self._verdict.kind in _READ_BY_CLIENTS and holders:
             waits = self._witness.waits(opening, holders, enough=self._is_enough, seconds=_WAITING_BUDGET)
-            session.sightings.asleep |= {one.sleep for one in waits.threads}
+            self._evidence.asleep |= {one.sleep for one in waits.threads}
             self._findings = replace(self._findings, waits=self._with_earlier(waits))
             if self._verdict.kind is Kind.REQUEST_WHILE_BUSY and any(
                 one.sleep in self._findings.throughout for one in waits.threads

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -28,6 +28,7 @@ from pgguard.wire.fields import build_error_response
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from pgguard.attribution.evidence import Process
     from pgguard.attribution.findings import Findings
     from pgguard.attribution.witness import Witness
     from pgguard.faults.docket import Docket
@@ -49,6 +50,10 @@ _ROLL_CALL_BUDGET: Final = 0.25
 to count them: a refusal is looked into once, and nobody but the client that it is about waits meanwhile."""
 _ENDED_BUDGET: Final = 0.25
 """Seconds to look at a connection that has ended: nobody is left to wait for it but the server."""
+_BY_SEVERAL: Final = frozenset({Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS})
+
+_STRANGERS: Final = 1024
+"""Processes that may wait to be looked at."""
 _INVESTIGATIONS: Final = 4
 """Threads that take evidence at the same time."""
 
@@ -127,6 +132,7 @@ class Judge:
         # They wait for processes to end, and must not keep anybody waiting who is in a hurry.
         self._waiting_threads = trio.CapacityLimiter(_INVESTIGATIONS)
         self._allowance = _Allowance()
+        self._strangers_send, self._strangers = trio.open_memory_channel[tuple["ProxiedSession", int]](_STRANGERS)
         self._refusals: dict[Refusal, list[tuple[ProxiedSession, Verdict]]] = {}
         """By what is being looked into, the sessions that have been refused for the same reason meanwhile."""
 
@@ -138,7 +144,7 @@ class Judge:
         if self._ignores(verdict.kind):
             return True
         if _is_doubtful(verdict):
-            return self._is_rightful(session, verdict)
+            return False
         if verdict.refusal is not None and verdict.refusal in self._refusals:
             self._refusals[verdict.refusal].append((session, verdict))
             return True
@@ -150,12 +156,6 @@ class Judge:
         with self._spared(session):
             self._count_again(session, verdict, now)
         return True
-
-    def _is_rightful(self, session: ProxiedSession, verdict: Verdict) -> bool:
-        """Whether a Terminate of which nobody knows who sent it has come from the opener, which closes behind it."""
-        witness, opening = self._witness, session.opening
-        unnamed = verdict.kind is Kind.FOREIGN_TERMINATE and verdict.intruder is None
-        return unnamed and witness is not None and opening is not None and witness.has_closed(opening)
 
     async def rule(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
         """Take evidence, decide, record. Never raises but for cancellation."""
@@ -172,6 +172,8 @@ class Judge:
             if self._docket.known(session.id, concluded, at=now) is not None:
                 self._record(self._docket.equate(session.id, verdict, concluded, at=now))
                 return self._repeat(session, concluded, now)
+            if concluded.kind in _BY_SEVERAL and session.tracker is not None:
+                session.tracker.expect_readers()
             ruling = self._enter(session, concluded, findings, now)
             if ruling.action is not None:
                 self._record(self._docket.equate(session.id, verdict, concluded, at=now))
@@ -192,17 +194,34 @@ class Judge:
                     self._count_again(session, verdict, now)
 
     def meet(self, session: ProxiedSession, sender: Sender | None) -> None:
-        """Look at a process that sends for the first time: it may be on its way out. Never raises."""
+        """Have a process looked at that sends for the first time: it may be on its way out. Doesn't wait for it."""
         kernel_account = session.kernel_account
-        if self._witness is None or sender is None or kernel_account is None or sender.pid in session.senders:
+        if self._witness is None or sender is None or kernel_account is None or sender.pid in session.met:
             return
+        session.met.add(sender.pid)
         opener = kernel_account.account.opener
         if opener is not None and opener.pid == sender.pid:
-            return  # it is looked at beside the relay
-        with self._spared(session):
-            process = self._witness.sender(sender.pid)
-            if process is not None:
-                session.senders[sender.pid] = process
+            return  # it is looked at as such
+        # If there are more of them than this, those are looked at that a verdict is about.
+        with suppress(trio.WouldBlock):
+            self._strangers_send.send_nowait((session, sender.pid))
+
+    async def look_at_strangers(self, witness: Witness) -> None:
+        """Look at the processes that have been met, until cancelled."""
+        async for first in self._strangers:
+            met = [first]
+            with suppress(trio.WouldBlock):
+                while True:
+                    met.append(self._strangers.receive_nowait())
+            pids = {pid for _, pid in met}
+            try:
+                found = await trio.to_thread.run_sync(_look_at, witness, pids, abandon_on_cancel=True)
+            except Exception:
+                logger.exception("who sends could not be looked at")
+                continue
+            for session, pid in met:
+                if pid in found:
+                    session.senders.setdefault(pid, found[pid])
 
     async def sample(self, session: ProxiedSession) -> Verdict | None:
         """Find out who has sent the request that is held of a contested session: the sender at its client's end.
@@ -323,6 +342,7 @@ class Judge:
             await self._investigate(session, verdict, evidence)
         except Exception:
             logger.exception("session %d: evidence of %s could not be taken", session.id, verdict.kind)
+        evidence.keep(session)
         return evidence.findings
 
     async def _investigate(self, session: ProxiedSession, verdict: Verdict, evidence: Evidence) -> None:
@@ -401,3 +421,8 @@ class Judge:
     def _record(self, fault: Fault | None) -> None:
         if fault is not None:
             self._sinks.record(fault)
+
+
+def _look_at(witness: Witness, pids: Iterable[int]) -> dict[int, Process]:
+    """Look at processes, in a worker thread; those that are gone are left out."""
+    return {pid: process for pid in pids if (process := witness.sender(pid)) is not None}

@@ -148,6 +148,8 @@ class ProxiedSession:
         """The kernel's account of who sends on its TCP connection."""
         self.senders: dict[int, Process] = {}
         """The processes that the kernel has named as senders, as they were when they were first looked at."""
+        self.met: set[int] = set()
+        """The pids of those that have sent on its TCP connection, looked at or not."""
         self.sightings = Sightings()
         self.leftover: Leftover | None = None
         """Its last answer, while it isn't known to have been read."""

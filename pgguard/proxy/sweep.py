@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.kernel_senders import KernelSenders
     from pgguard.proxy.session import End, ProxiedSession
     from pgguard.proxy.unread import Unread, UnreadWatch
+    from pgguard.session.tracker import Tracker
     from pgguard.session.verdicts import Verdict
 
 _CHUNK: Final = 128 * 1024
@@ -80,6 +81,9 @@ _SILENCE: Final = 1.0
 """Seconds after which a rejected client that says nothing has nothing more to clean up."""
 _HEARING: Final = 5.0
 """Seconds for which it may go on to send."""
+
+_APART: Final = 0.1
+"""Seconds for which an answer is kept from one that hasn't been read, where several read."""
 
 _REQUESTS: Final = frozenset(b"QFPBDECS")
 """The messages of a client that are answered, by their types."""
@@ -334,6 +338,23 @@ class Sweep:
         if self._is_relayed(session):
             self._go_on(end)
 
+    def _keep_apart(self, server: End, tracker: Tracker) -> None:
+        """Where several read, go on behind an answer when it has been read, if somebody waits for the next one."""
+        if tracker.at_answers_end and (server.held or not tracker.idle):
+            self.hurry()
+            self._hold(server)
+            self._start(server.session, self._let_read, server)
+
+    async def _let_read(self, server: End) -> None:
+        """Let one of several readers take an answer before the next one follows.
+
+        A relay is late now and then, on a busy machine by more than lies between two answers: read together, or one
+        late and the next one not, they would reach the same reader.
+        """
+        await self._unread.until_read(server.session, _APART)
+        if self._is_relayed(server.session):
+            self._go_on(server)
+
     def _cut(self, end: End, pieces: list[tuple[int, Sender | None]]) -> None:
         """Keep what has been read in pieces, each of one sender."""
         at = _HEADROOM
@@ -367,23 +388,24 @@ class Sweep:
                 if session.lingers:
                     self._note_late(end, begin, stop, now)
                     return
-                done = stop
-            else:
-                try:
-                    if end.is_client:
-                        done = tracker.frontend(self._buffer, begin, stop, end.sender, now)
-                    else:
-                        done = tracker.backend(self._buffer, begin, stop)
-                except Exception:
-                    logger.exception("session %d: the tracker failed", session.id)
-                    self._lose(session, _TRACKER_FAILED, now)
-                    continue
+                self._forward(end, begin, stop)
+                return
+            try:
+                if end.is_client:
+                    done = tracker.frontend(self._buffer, begin, stop, end.sender, now)
+                else:
+                    done = tracker.backend(self._buffer, begin, stop)
+            except Exception:
+                logger.exception("session %d: the tracker failed", session.id)
+                self._lose(session, _TRACKER_FAILED, now)
+                continue
             if done != begin:
                 self._forward(end, begin, done)
-            if done == stop:
-                return
-            if tracker is None or (tracker.verdict is None and tracker.lost is None):
-                end.held = bytes(self._view[done:stop])
+            if tracker.verdict is None and tracker.lost is None:
+                if done != stop:
+                    end.held = bytes(self._view[done:stop])
+                if tracker.several_read and not end.is_client:
+                    self._keep_apart(end, tracker)
                 return
             begin = done
             if tracker.verdict is None:
@@ -767,8 +789,9 @@ class Sweep:
         """Go on with what is held of ``end``."""
         self._release(end)
         held, end.held = end.held, b""
-        self._buffer[_HEADROOM : _HEADROOM + len(held)] = held
-        self._examine(end, _HEADROOM, _HEADROOM + len(held), time.time())
+        if held:
+            self._buffer[_HEADROOM : _HEADROOM + len(held)] = held
+            self._examine(end, _HEADROOM, _HEADROOM + len(held), time.time())
         self._examine_pieces(end, time.time())
 
     async def _adjudicate_end(self, end: End, verdicts: list[Verdict]) -> None:

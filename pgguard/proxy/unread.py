@@ -74,6 +74,9 @@ _LEAST_INTERVAL: Final = 0.05
 _RARELY: Final = 10.0
 """Seconds between two looks, in the end, at an answer that has been reported."""
 
+_GLANCES: Final = 0.001
+"""Seconds between two looks whether an answer has been read that another one waits behind."""
+
 _READY_SIZE: Final = 6
 """Bytes of a ReadyForQuery."""
 _WORK: Final = frozenset("QFPBDE")
@@ -379,6 +382,26 @@ class UnreadWatch:
         if tracker is None or leftover is None:
             return False
         return leftover.requests == tracker.requests and leftover.size > 0
+
+    async def until_read(self, session: ProxiedSession, seconds: float) -> None:
+        """Wait until a client has read all that it has been sent, for ``seconds`` at most."""
+        with trio.move_on_after(seconds):
+            while not session.done.is_set() and await self._has_unread(session):  # noqa: ASYNC110 - nobody is called back
+                await trio.sleep(_GLANCES)
+
+    async def _has_unread(self, session: ProxiedSession) -> bool:
+        if session.transport == "unix":
+            return not _has_all_been_read(session)
+        opening, witness = session.opening, self._witness
+        if opening is None or witness is None:
+            return False
+        look = [(opening, session.sightings.holders)]
+        try:
+            [size] = await trio.to_thread.run_sync(witness.unread, look, abandon_on_cancel=True)
+        except Exception:
+            logger.exception("session %d: whether it has read could not be found out", session.id)
+            return False
+        return size is not None and size + _waiting(session.client) > 0
 
     async def still_unread(self, session: ProxiedSession) -> Unread:
         """Look how much of the last answer lies unread still, now that the next request has been sent."""

@@ -138,6 +138,8 @@ class Watch:
             session.last_sole_holder = sole_holder(holders)
         lasting = frozenset(process.pid for process in heirs)
         session.client.contested = len(lasting) > 1 and not session.names_senders
+        if len(lasting) > 1 and session.tracker is not None:
+            session.tracker.expect_readers()
 
     def _note_heirs(self, session: ProxiedSession, holders: Holders, have_opened: frozenset[int]) -> None:
         lasting = {process.pid for process in holders.lasting(_LASTING)}

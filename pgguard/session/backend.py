@@ -109,6 +109,9 @@ class BackendStream:
                     break
                 if code == _READY_FOR_QUERY:
                     self._session.answer_ended = self._session.position + pos - start + _READY_SIZE
+                    if self._session.several_read:
+                        pos += 1 + length
+                        break
                 state = ledger.state
                 row = _ROWS[state]
             elif follows != state:
@@ -121,6 +124,9 @@ class BackendStream:
                     session.transaction_status = chr(buffer[pos + HEADER_SIZE])
                     session.answer_ended = session.position + pos - start + _READY_SIZE
                     state = ledger.pay()
+                    if session.several_read:
+                        pos += 1 + length
+                        break
                 else:
                     ledger.state = state = follows
                 row = _ROWS[state]

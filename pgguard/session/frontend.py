@@ -482,6 +482,7 @@ class FrontendStream:
                 return True  # not a use, but an end: judged as such, or when somebody goes on
             message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
         waiting = self._waiting(sender)
+        session.several_read = True
         change = session.senders.change(sender, waiting=waiting, torn=torn, first=first if torn else waiting)
         self._sender = self._held_by = sender
         answer = None

@@ -61,8 +61,20 @@ class Tracker(Session):
         return self._frontend.follow(buffer, start, end, sender, at)
 
     def backend(self, buffer: bytearray, start: int, end: int) -> int:
-        """Follow a chunk of the server's, ``buffer[start:end]``; see the class for what is returned."""
+        """Follow a chunk of the server's, ``buffer[start:end]``; see the class for what is returned.
+
+        If :attr:`several_read`, it stops behind each answer: :attr:`at_answers_end` says so.
+        """
         return self._backend.follow(buffer, start, end)
+
+    def expect_readers(self) -> None:
+        """Say that several processes or threads have been seen to read the answers."""
+        self.several_read = True
+
+    @property
+    def at_answers_end(self) -> bool:
+        """The server's stream has been followed to the end of an answer."""
+        return self.position == self.answer_ended
 
     def frontend_eof(self, held_back: int, *, reset: bool = False) -> list[Verdict]:
         """The client's stream has ended.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
+import termios
 import time
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
@@ -11,6 +14,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pgguard.attribution.witness import Witness
 from pgguard.proxy.sweep import _CHUNK
 from pgguard.wire.messages import LOOK_LIMIT
 from tests.proxy.conftest import House, running, until
@@ -250,3 +254,60 @@ async def test_a_storm_of_faults_in_one_session(backend: FakeBackend, action: st
         await house.empty()
     seen = sum(1 + fault.suppressed for fault in house.faults if fault.kind == "request-while-busy")
     assert seen == (2999 if action == "log" else 0)
+
+
+# Several readers
+
+
+def unread(client: Peer) -> int:
+    size = array.array("i", [0])
+    fcntl.ioctl(client.stream.socket.fileno(), termios.FIONREAD, size)
+    return size[0]
+
+
+@pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
+async def test_two_answers_that_come_together_reach_several_readers_one_by_one(
+    backend: FakeBackend, unix: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever of them reads first would swallow both, and the other wait for ever."""
+    monkeypatch.setattr("pgguard.proxy.sweep._APART", 1000.0)
+    async with running(backend, witness=Witness()) as house:
+        client, server = await house.session(unix=unix)
+        [session] = house.guard._sessions.values()
+        await session.opening_known.wait()
+        assert session.tracker is not None
+        session.tracker.expect_readers()
+        for number in range(3):
+            await client.send(query(f"select {number}"))
+            await server.expect(query(f"select {number}"))
+        await server.send(ANSWER * 2)
+        await until(lambda: session.server.waits)
+        await server.send(ANSWER)
+        for _ in range(3):
+            await until(lambda: unread(client) == len(ANSWER))
+            await client.expect(ANSWER)
+        await until(lambda: not session.server.waits)
+
+
+async def test_answers_that_come_together_are_passed_on_together_where_one_reads(house: House) -> None:
+    client, server = await house.session()
+    [session] = house.guard._sessions.values()
+    for number in range(3):
+        await client.send(query(f"select {number}"))
+        await server.expect(query(f"select {number}"))
+    await server.send(ANSWER * 3)
+    await until(lambda: unread(client) == len(ANSWER) * 3)
+    assert not session.server.waits
+    await client.expect(ANSWER * 3)
+
+
+async def test_who_does_not_read_is_waited_for_no_longer_than_a_moment(backend: FakeBackend) -> None:
+    async with running(backend, witness=Witness()) as house:
+        client, server = await house.session(unix=True)
+        [session] = house.guard._sessions.values()
+        assert session.tracker is not None
+        session.tracker.expect_readers()
+        await client.send(query("select 1") + query("select 2"))
+        await server.expect(query("select 1") + query("select 2"))
+        await server.send(ANSWER * 2)
+        await until(lambda: unread(client) == len(ANSWER) * 2)
