@@ -504,7 +504,7 @@ class Sweep:
     @staticmethod
     def _has_only_looked(end: End) -> bool:
         """Whether a client that has asked for nothing was a health check, or closed before its login was answered."""
-        if time.time() - end.session.opened_at < _HEALTH_CHECK:
+        if time.monotonic() - end.session.arrived < _HEALTH_CHECK:
             return True
         return end.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 

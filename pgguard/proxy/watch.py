@@ -219,7 +219,7 @@ class Watch:
                 except Exception:
                     logger.exception("who waits for answers could not be found out")
             took = time.monotonic() - began
-            early = time.time() - self._last_arrival < _EARLY and len(self._sessions) <= _EARLY_READERS
+            early = time.monotonic() - self._last_arrival < _EARLY and len(self._sessions) <= _EARLY_READERS
             interval = _EARLY_READERS_INTERVAL if early else _READERS_INTERVAL
             pause = min(_READERS_PAUSE, max(interval, took / _READERS_SHARE))
 

@@ -26,7 +26,7 @@ from tests.proxy.conftest import running, until
 from tests.proxy.messages import ANSWER, LOGGED_IN, SELECTED, message, query
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator, ValuesView
 
     from trio.testing import MockClock
 
@@ -689,6 +689,29 @@ async def test_a_long_query_is_looked_at_less_and_less_often(
     await trio.sleep(100)
     assert often > 10
     assert len(witness.looked) - often <= 55
+
+
+class Counted(dict[int, ProxiedSession]):
+    """Sessions, of which there are none, that count how often they are gone through."""
+
+    rounds = 0
+
+    def values(self) -> ValuesView[ProxiedSession]:  # type: ignore[override]
+        self.rounds += 1
+        return super().values()
+
+
+async def test_it_is_looked_more_often_when_a_client_has_just_come(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    sessions = Counted()
+    watch = Watch(sessions, accuse=lambda *_: True)
+    nursery.start_soon(watch.over_readers, cast("Witness", None))
+    await trio.sleep(1)
+    quiet, sessions.rounds = sessions.rounds, 0
+    watch.arrival()
+    await trio.sleep(1)
+    assert sessions.rounds > 2 * quiet
 
 
 @pytest.mark.parametrize("fails", [True, False])
