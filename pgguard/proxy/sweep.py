@@ -404,7 +404,7 @@ class Sweep:
             if tracker.verdict is None and tracker.lost is None:
                 if done != stop:
                     end.held = bytes(self._view[done:stop])
-                if tracker.several_read and not end.is_client:
+                if tracker.several_read and done != begin and not end.is_client:
                     self._keep_apart(end, tracker)
                 return
             begin = done

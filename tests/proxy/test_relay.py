@@ -289,6 +289,24 @@ async def test_two_answers_that_come_together_reach_several_readers_one_by_one(
         await until(lambda: not session.server.waits)
 
 
+@pytest.mark.parametrize("size", [1, 4, 5])
+async def test_a_message_that_is_cut_behind_an_answer_reaches_several_readers(backend: FakeBackend, size: int) -> None:
+    """What can't be judged yet is nothing that could be kept from the answer: the rest of it is to be read."""
+    async with running(backend, witness=Witness()) as house:
+        client, server = await house.session()
+        [session] = house.guard._sessions.values()
+        assert session.tracker is not None
+        session.tracker.expect_readers()
+        for number in range(2):
+            await client.send(query(f"select {number}"))
+            await server.expect(query(f"select {number}"))
+        ready = message("Z", b"I")
+        await server.send(ANSWER + ready[:size])
+        await client.expect(ANSWER)
+        await server.send(ready[size:])
+        await client.expect(ready)
+
+
 async def test_answers_that_come_together_are_passed_on_together_where_one_reads(house: House) -> None:
     client, server = await house.session()
     [session] = house.guard._sessions.values()
