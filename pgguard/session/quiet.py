@@ -86,9 +86,9 @@ _UNCLEAR: Final = re.compile(rb"\\|\$(?:[a-z_\x80-\xff][\w\x80-\xff]*)?\$")
 _HIDDEN: Final = re.compile(rb"""'[^']*'|--[^\n]*|/\*[^*]*\*+(?:[^/*][^*]*\*+)*/""")
 """Literals and comments."""
 _QUOTED: Final = re.compile(rb'"(?:[^"]|"")*"')
-_CALL: Final = re.compile(
-    rb"(?:\b(\w+)\s+)?((?:[\w$\x80-\xff]+|\x00)(?:\s*\.\s*(?:[\w$\x80-\xff]+|\x00))*)\s*\(",
-)
+_WORD: Final = rb"(?:(?<![\w$\x80-\xff])[\w$\x80-\xff]++|\x00)"
+"""From its first byte to its last: a word is not looked at again from its second on, however long it is."""
+_CALL: Final = re.compile(rb"(?:\b(\w++)\s++)?(" + _WORD + rb"(?:\s*+\.\s*+" + _WORD + rb")*+)\s*+\(")
 _NAME: Final = rb'([a-z_\x80-\xff][\w$\x80-\xff]*|"(?:[^"]|"")+")'
 _ONE_NAME: Final = re.compile(
     rb"\s*(?:deallocate\s+(?:prepare\s+)?(?!all\b|prepare\b)"

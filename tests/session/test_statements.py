@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -440,3 +441,11 @@ def test_a_server_that_keeps_its_session_never_contradicts_it(
         assert Kind.SESSION_STATE_LOST not in kinds(session.backend(server.answer(waiting.popleft())))
     assert set(kinds(session.verdicts)) <= {Kind.REQUEST_WHILE_BUSY}, "a Query in a pipeline"
     assert session.tracker.idle
+
+
+@pytest.mark.parametrize("word", ["a", "1", "\xe9"])
+def test_a_long_word_takes_no_longer_to_look_at_than_its_length_asks_for(word: str) -> None:
+    """It is looked at on the relay's own thread. Looked at anew from each of its bytes on, this one took 6 s."""
+    began = time.process_time()
+    assert judge(f"select {word * 20_000}".encode()).effect is Effect.NONE
+    assert time.process_time() - began < 2
