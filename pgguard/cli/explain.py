@@ -46,7 +46,7 @@ _LIBPQ: Final = {
     Kind.SHARED_BY_THREADS: libpq.while_idle("T"),
     Kind.UNREAD_ANSWER: libpq.IN_PROGRESS,
     Kind.UNEXPECTED_RESPONSE: libpq.while_busy("D", function_call=False),
-    Kind.FOREIGN_TERMINATE: "server closed the connection unexpectedly",
+    Kind.FOREIGN_TERMINATE: libpq.CLOSED,
     Kind.CONNECTION_EXHAUSTION: "FATAL:  sorry, too many clients already",
     Kind.PROTOCOL_VIOLATION: libpq.lost_synchronization("D", 1 << 30),
 }

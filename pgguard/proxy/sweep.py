@@ -34,6 +34,7 @@ from pgguard.faults.policy import Action
 from pgguard.proxy.judge import Ruling
 from pgguard.proxy.unread import ReadingAlarm
 from pgguard.session.farewell import Farewell, asks, farewell
+from pgguard.session.states import OWED, WANTED
 from pgguard.session.verdicts import Sender
 from pgguard.wire.fields import build_error_response
 from pgguard.wire.messages import HEADER_SIZE, LOOK_LIMIT
@@ -85,9 +86,9 @@ _HEARING: Final = 5.0
 _APART: Final = 0.1
 """Seconds for which an answer is kept from one that hasn't been read, where several read."""
 
-_REQUESTS: Final = frozenset(b"QFPBDECS")
+_REQUESTS: Final = frozenset(map(ord, OWED))
 """The messages of a client that are answered, by their types."""
-_WANTED: Final = frozenset(b"QFPBDE")
+_WANTED: Final = frozenset(map(ord, WANTED))
 """Those whose answers somebody wants."""
 
 _IN: Final = select.EPOLLIN

@@ -46,6 +46,8 @@ from pgguard.attribution.attention import Attention
 from pgguard.attribution.evidence import Driver
 from pgguard.faults.catalogue import OVERLAP
 from pgguard.session import libpq
+from pgguard.session.states import WANTED
+from pgguard.wire.messages import READY_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,10 +79,6 @@ _RARELY: Final = 10.0
 _GLANCES: Final = 0.001
 """Seconds between two looks whether an answer has been read that another one waits behind."""
 
-_READY_SIZE: Final = 6
-"""Bytes of a ReadyForQuery."""
-_WORK: Final = frozenset("QFPBDE")
-"""Messages whose answers somebody wants: Close and Sync have none that would be missed."""
 _SIMPLE: Final = frozenset("QF")
 _SIOCOUTQNSD: Final = 0x894B
 """``linux/sockios.h``: bytes in a TCP socket's send queue that haven't been sent, for want of room at the other end."""
@@ -454,12 +452,12 @@ def _signed(number: int) -> int:
 
 def _size(tracker: Tracker, read: int) -> int:
     """How many bytes of the last answer lie beyond a position; its ReadyForQuery doesn't count."""
-    return max(0, min(tracker.answer_ended - _READY_SIZE - read, tracker.answer_ended - tracker.answer_began))
+    return max(0, min(tracker.answer_ended - READY_SIZE - read, tracker.answer_ended - tracker.answer_began))
 
 
 def _is_wanted(tracker: Tracker) -> bool:
     last = tracker.last_request
-    return last is not None and not _WORK.isdisjoint(last.messages)
+    return last is not None and not WANTED.isdisjoint(last.messages)
 
 
 def _waiting(client: End) -> int:

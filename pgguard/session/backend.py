@@ -13,7 +13,7 @@ from pgguard.session.statements import Named, Statement
 from pgguard.session.states import ANSWERS, ASYNCHRONOUS, COPY_IN, Owes
 from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestState
 from pgguard.wire.fields import parse_fields, parse_parameter_status, parse_severity
-from pgguard.wire.messages import BACKEND, HEADER_SIZE, SHORT, UNKNOWN, by_code, parse_header
+from pgguard.wire.messages import BACKEND, HEADER_SIZE, READY_SIZE, SHORT, UNKNOWN, by_code, parse_header
 from pgguard.wire.startup import parse_backend_key_data
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ _ERROR_RESPONSE: Final = ord("E")
 _BACKEND_KEY_DATA: Final = ord("K")
 _PARAMETER_STATUS: Final = ord("S")
 _READY_FOR_QUERY: Final = ord("Z")
-_READY_SIZE: Final = 6
-"""Bytes of a ReadyForQuery."""
 
 _FOLLOWS: Final = [
     [
@@ -108,7 +106,7 @@ class BackendStream:
                 if not self._special(buffer, pos, end, code, length):
                     break
                 if code == _READY_FOR_QUERY:
-                    self._session.answer_ended = self._session.position + pos - start + _READY_SIZE
+                    self._session.answer_ended = self._session.position + pos - start + READY_SIZE
                     if self._session.several_read:
                         pos += 1 + length
                         break
@@ -122,7 +120,7 @@ class BackendStream:
                         break  # its status is still to come
                     session = self._session
                     session.transaction_status = chr(buffer[pos + HEADER_SIZE])
-                    session.answer_ended = session.position + pos - start + _READY_SIZE
+                    session.answer_ended = session.position + pos - start + READY_SIZE
                     state = ledger.pay()
                     if session.several_read:
                         pos += 1 + length

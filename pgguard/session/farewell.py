@@ -41,16 +41,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pgguard.session.states import Owes
+from pgguard.session.states import OWED, Owes
 from pgguard.wire.fields import build_ready_for_query
 from pgguard.wire.messages import HEADER_SIZE, parse_header
 
 if TYPE_CHECKING:
     from pgguard.session.session import Session
 
-_ANSWERED: Final = frozenset("QFPBDECSH")
+_ANSWERED: Final = frozenset(OWED.keys() | {"H"})
 """The messages of a client that an ErrorResponse may be the answer to; Flush asks for one as well."""
-
 
 _CLEAN_UPS: Final = 2
 """Of a transaction, and of the connection as it goes back to its pool."""

@@ -14,6 +14,8 @@ from enum import Enum
 from functools import lru_cache
 from typing import Final, NamedTuple
 
+from pgguard.wire.messages import NAME_LENGTH
+
 SIMPLY_QUIET: Final = frozenset(b"SsIiUuBbRrVv")
 """First bytes of texts that are quiet if there is no parenthesis in them, and no semicolon but the last: SELECT, SET,
 SHOW, START, SAVEPOINT, INSERT, UPDATE, BEGIN, ROLLBACK, RELEASE, RESET, VALUES and others, of which none is not."""
@@ -98,8 +100,6 @@ _ONE_NAME: Final = re.compile(
     + rb"\s*(?:\(|as\b))",
     re.IGNORECASE,
 )
-_LONGEST: Final = 63
-"""Bytes of a name: NAMEDATALEN - 1."""
 
 
 class Effect(Enum):
@@ -137,8 +137,8 @@ def judge(text: bytes) -> Judgement:
 def folded(name: bytes) -> bytes:
     """An identifier as it stands in SQL, as the name that it is: downcase_truncate_identifier() in scansup.c."""
     if name.startswith(b'"'):
-        return name[1:-1].replace(b'""', b'"')[:_LONGEST]
-    return name.lower()[:_LONGEST]
+        return name[1:-1].replace(b'""', b'"')[:NAME_LENGTH]
+    return name.lower()[:NAME_LENGTH]
 
 
 def _is_quiet(text: bytes) -> bool:

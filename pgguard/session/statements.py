@@ -19,14 +19,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from pgguard.session.quiet import SIMPLY_QUIET, Effect, judge
-from pgguard.wire.messages import TEXT_LIMIT
+from pgguard.wire.messages import NAME_LENGTH, TEXT_LIMIT
 
 if TYPE_CHECKING:
     from pgguard.session.requests import Request
 
 _LIMIT: Final = 256
-_LONGEST: Final = 63
-"""Bytes by which the server tells names apart: NAMEDATALEN - 1."""
 _PATIENCE: Final = 1000
 """Texts that are looked at in a session that prepares nothing by name."""
 _LOOK: Final = 10
@@ -139,7 +137,7 @@ class Statements:
             before = self._by_name.get(b"")
             self._by_name[b""] = statement = Statement(b"", sql, cut=cut, epoch=self._epoch)
         else:
-            name = bytes(buffer[body : min(text - 1, body + _LONGEST)])
+            name = bytes(buffer[body : min(text - 1, body + NAME_LENGTH)])
             self._named = True
             before = self._by_name.pop(name, None)
             statement = named = Named(name, sql, cut=cut, epoch=self._epoch)
@@ -165,8 +163,8 @@ class Statements:
             found = self._by_name.get(b"")
         else:
             end = buffer.find(0, name, stop) if name else -1
-            if end - name > _LONGEST:
-                end = name + _LONGEST
+            if end - name > NAME_LENGTH:
+                end = name + NAME_LENGTH
             found = self._by_name.get(bytes(buffer[name:end])) if end >= 0 else None
         if not isinstance(found, Statement):
             self._unsettle()
@@ -267,4 +265,4 @@ def _name(buffer: bytearray, body: int, stop: int) -> bytes:
     """The name in a Describe or Close, behind the byte that says what it is of."""
     start = body + 1
     end = buffer.find(0, start, stop)
-    return bytes(buffer[start : min(end if end >= 0 else stop, start + _LONGEST)])
+    return bytes(buffer[start : min(end if end >= 0 else stop, start + NAME_LENGTH)])

@@ -115,6 +115,9 @@ OWED: Final[dict[str, Owes]] = {
 }
 """What a frontend message adds to the ledger. Flush, Terminate, CopyData and passwords add nothing."""
 
+WANTED: Final = frozenset(OWED.keys() - {"C", "S"})
+"""Those of them whose answers somebody wants: Close and Sync have none that would be missed."""
+
 ASYNCHRONOUS: Final = frozenset("NSA")
 """NoticeResponse, ParameterStatus, NotificationResponse: "Asynchronous Operations" in the protocol chapter."""
 

@@ -16,6 +16,12 @@ from typing import Final, NamedTuple
 HEADER_SIZE: Final = 5
 """Bytes of the type byte and the length word."""
 
+READY_SIZE: Final = HEADER_SIZE + 1
+"""Bytes of a ReadyForQuery."""
+
+NAME_LENGTH: Final = 63
+"""Bytes of an identifier that PostgreSQL tells from another: NAMEDATALEN - 1."""
+
 TEXT_LIMIT: Final = 1024
 """Bytes of an SQL text that are kept for records."""
 
