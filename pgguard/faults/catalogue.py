@@ -29,7 +29,7 @@ class Severity(StrEnum):
     WARNING = "warning"
     """It is about to, or may only look as if it did."""
     INFO = "info"
-    """Something about the guard's own view, not about the application."""
+    """Nothing that the application has to change: what the guard can't see, or what is as it should be by now."""
 
     @property
     def rank(self) -> int:

@@ -132,7 +132,8 @@ class Fault:
     severity: Severity
     action: Action
     repeat_of: int | None
-    """The id of the first record of this kind, session and culprits; its requests are not repeated."""
+    """The id of the first record of the same fault, in the sense of :mod:`pgguard.faults.docket`; its requests aren't
+    repeated."""
     suppressed: int
     """Repeats since the last record of this fault that were counted and not recorded."""
     summary: str
@@ -142,7 +143,7 @@ class Fault:
     session: SessionFacts
     message: MessageSeen | None
     libpq: str | None
-    """What libpq prints for the symptom, where it has a text for it."""
+    """What libpq prints for the symptom, where it has a text for it and the client may be libpq."""
     culprits: tuple[Culprit, ...]
     """Who used the connection out of turn or ended it first, those who only have it open last."""
     requests: tuple[Request, ...]

@@ -100,8 +100,8 @@ def _unread(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...])
 
 
 def _violation(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ...]) -> str:
-    named = verdict.intruder is not None or (verdict.by is Party.STRANGER and bool(culprits))
-    return f"{_who(culprits)}: {verdict.reason}" if named else verdict.reason
+    is_known = verdict.intruder is not None or (verdict.by is Party.STRANGER and bool(culprits))
+    return f"{_who(culprits)}: {verdict.reason}" if is_known else verdict.reason
 
 
 def _ended(_: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:

@@ -92,7 +92,7 @@ class End:
         self.outgoing = bytearray()
         """Bytes that its socket had no room for. While there are any, its peer is not read."""
         self.waits = False
-        """It isn't read until a ruling has been made about what it has sent."""
+        """It isn't read: what it has sent is being ruled on, or waits for the answer in front of it to be read."""
         self.eof = False
         """Nothing more will come from it."""
         self.broken = False
