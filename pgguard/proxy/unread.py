@@ -11,7 +11,8 @@ ReadyForQuery alone, which some client may leave to be read with the next answer
 
 *A warning* takes an answer of which nothing has been read, by a client that has been at rest for as long as the
 threshold says: all its threads slept and none waited for this socket (:mod:`pgguard.attribution.attention`). Whoever
-has begun to read is reading, however slowly; whoever runs may come to it; who is stopped can't. Time in which the guard
+has begun to read is reading, however slowly; whoever runs may come to it; who is stopped can't; and who awaits an
+answer on another connection may have asked on several at once, and read one after the other. Time in which the guard
 didn't look, as it was stopped itself for one, doesn't count either.
 
 *An error* takes a request that was sent while part of the last answer was still unread, by a client whose driver never
@@ -47,6 +48,7 @@ from pgguard.attribution.evidence import Driver
 from pgguard.faults.catalogue import OVERLAP
 from pgguard.session import libpq
 from pgguard.session.states import WANTED
+from pgguard.session.verdicts import Sender
 from pgguard.wire.messages import READY_SIZE
 
 if TYPE_CHECKING:
@@ -304,6 +306,8 @@ class UnreadWatch:
         passed = min(now - leftover.looked, 2 * self._interval)
         if attention is Attention.STOPPED or (leftover.size and leftover.read != read):
             leftover.silence = 0.0
+        elif look.closely and self._awaits_another(session):
+            pass  # it may well read this one when it has got the other
         elif attention is Attention.ELSEWHERE or not look.closely:
             leftover.silence += passed
         leftover.looked, leftover.read, leftover.size = (
@@ -327,6 +331,18 @@ class UnreadWatch:
             idle = attention is Attention.ELSEWHERE and read <= tracker.answer_began
             if idle and not tracker.pipelines and _is_wanted(tracker):
                 leftover.told = self._accuse(session, self._abandoned(session, tracker, leftover))
+
+    def _awaits_another(self, session: ProxiedSession) -> bool:
+        """Whether the client awaits an answer on another connection, as one does that asks several servers at once."""
+        asker = _asker(session)
+        return asker is not None and any(
+            other is not session
+            and not other.done.is_set()
+            and other.tracker is not None
+            and not other.tracker.at_rest
+            and _is_same(asker, _asker(other))
+            for other in self._listed.values()
+        )
 
     def _abandoned(self, session: ProxiedSession, tracker: Tracker, leftover: Leftover) -> Verdict:
         driver = session.driver
@@ -453,6 +469,20 @@ def _signed(number: int) -> int:
 def _size(tracker: Tracker, read: int) -> int:
     """How many bytes of the last answer lie beyond a position; its ReadyForQuery doesn't count."""
     return max(0, min(tracker.answer_ended - READY_SIZE - read, tracker.answer_ended - tracker.answer_began))
+
+
+def _asker(session: ProxiedSession) -> Sender | None:
+    """Who made the last request, as far as the kernel has named it; else the process that opened the connection."""
+    last = None if session.tracker is None else session.tracker.last_request
+    if last is not None and last.sender is not None:
+        return last.sender
+    opening = session.opening
+    return None if opening is None or opening.opener is None else Sender(opening.opener.pid)
+
+
+def _is_same(one: Sender, other: Sender | None) -> bool:
+    """Whether they may be one thread: where the threads aren't known, the processes count."""
+    return other is not None and one.pid == other.pid and (None in (one.tid, other.tid) or one.tid == other.tid)
 
 
 def _is_wanted(tracker: Tracker) -> bool:

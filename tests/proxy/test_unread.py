@@ -74,6 +74,13 @@ class Scene:
 
     async def log_in(self, transport: str, *before: bytes) -> None:
         await self.do(THREADS + CLIENT)
+        await self.connect(transport, *before)
+        self.server = await self.house.backend.accept()
+        await self.server.log_in()
+        await self.do(f"take({len(LOGGED_IN)})")
+        await self.session.opening_known.wait()
+
+    async def connect(self, transport: str, *before: bytes) -> None:
         if transport == "unix":
             await self.do(f"c = socket.socket(socket.AF_UNIX); c.connect({self.house.unix!r})")
         else:
@@ -81,10 +88,6 @@ class Scene:
         for request in before:
             await self.do(f"c.sendall({request!r}); take(1)")
         await self.do(f"c.sendall({startup()!r})")
-        self.server = await self.house.backend.accept()
-        await self.server.log_in()
-        await self.do(f"take({len(LOGGED_IN)})")
-        await self.session.opening_known.wait()
 
     @property
     def session(self) -> ProxiedSession:
@@ -254,6 +257,30 @@ async def test_an_event_loop_that_is_kept_busy_is_not_told(
         await scene.do("loop = select.epoll(); loop.register(c, select.EPOLLIN)")
         await scene.ask()
         await scene.is_not_told()
+
+
+@either_transport
+async def test_who_has_asked_on_several_connections_and_awaits_another_one_first_is_not_told(
+    backend: FakeBackend, puppet: Puppet, transport: str
+) -> None:
+    """As a program that asks all shards at once and reads their answers in turn."""
+    async with playing(backend, puppet, transport) as scene:
+        [session] = scene.house.guard._sessions.values()
+        await scene.do("first = c")
+        await scene.connect(transport)
+        slow = await scene.house.backend.accept()
+        await slow.log_in()
+        await scene.do(f"take({len(LOGGED_IN)}); c.sendall({FIRST!r})")
+        await slow.expect(FIRST)
+        await scene.do(f"first.sendall({FIRST!r})")
+        await scene.server.expect(FIRST)
+        await scene.server.send(ANSWER)
+        await scene.is_not_told()
+        assert session.leftover is not None
+        await slow.send(ANSWER)
+        await scene.do(f"take({len(ANSWER)})")
+        await scene.house.recorded("unread-answer")
+        assert scene.house.faults[0].session.id == session.id
 
 
 async def test_who_computes_is_not_told(backend: FakeBackend, puppet: Puppet) -> None:
