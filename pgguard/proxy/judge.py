@@ -364,13 +364,17 @@ class Judge:
         elif verdict.kind is Kind.UNCLEAN_CLOSE:
             budget = _ENDED_BUDGET
         threads = self._threads if verdict.kind is not Kind.UNCLEAN_CLOSE else self._waiting_threads
-        investigation = Investigation(witness, session, verdict, evidence, counted)
         doubtful = _is_doubtful(verdict)
         if session.connected is not None and (session.opening is None or doubtful):
-            with trio.move_on_after(_GOODBYE_BUDGET if doubtful else EVIDENCE_BUDGET):
-                await trio.to_thread.run_sync(
-                    investigation.look_at_named, limiter=self._threads, abandon_on_cancel=True
-                )
+            # With evidence of its own: if it comes too late, it goes on beside the next look.
+            first = Evidence(evidence.findings)
+            look = Investigation(witness, session, verdict, first, counted).look_at_named
+            try:
+                with trio.move_on_after(_GOODBYE_BUDGET if doubtful else EVIDENCE_BUDGET):
+                    await trio.to_thread.run_sync(look, limiter=self._threads, abandon_on_cancel=True)
+            finally:
+                evidence.findings, evidence.met = first.findings, dict(first.met)
+        investigation = Investigation(witness, session, verdict, evidence, counted)
         with trio.move_on_after(budget):
             if session.opening is None:
                 await session.opening_known.wait()
