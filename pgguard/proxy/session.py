@@ -46,6 +46,7 @@ class End:
         "interest",
         "is_client",
         "kernel_account",
+        "late",
         "names_senders",
         "outgoing",
         "peer",
@@ -91,6 +92,8 @@ class End:
         """Bytes of a dropped message that are still to come."""
         self.outgoing = bytearray()
         """Bytes that its socket had no room for. While there are any, its peer is not read."""
+        self.late = False
+        """The relay has been late for what was read from it: answers are kept apart, where several read them."""
         self.waits = False
         """It isn't read: what it has sent is being ruled on, or waits for the answer in front of it to be read."""
         self.eof = False

@@ -32,6 +32,7 @@ import trio
 from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
 from pgguard.faults.policy import Action
 from pgguard.proxy.judge import Ruling
+from pgguard.proxy.lateness import Lateness
 from pgguard.proxy.unread import ReadingAlarm
 from pgguard.session.farewell import Farewell, asks, farewell
 from pgguard.session.states import OWED, WANTED
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from pgguard.proxy.kernel_senders import KernelSenders
     from pgguard.proxy.session import End, ProxiedSession
     from pgguard.proxy.unread import Unread, UnreadWatch
-    from pgguard.session.tracker import Tracker
     from pgguard.session.verdicts import Verdict
 
 _CHUNK: Final = 128 * 1024
@@ -127,6 +127,7 @@ class Sweep:
         self._unread = unread
         self._alarms: dict[int, ReadingAlarm] = {}
         """By descriptor, what tells that a client has read."""
+        self._lateness = Lateness()
         self._epoll = select.epoll()
         self._ends: dict[int, End] = {}
         """Those that are registered with the epoll, by descriptor."""
@@ -158,6 +159,7 @@ class Sweep:
             for session in list(self._sessions):
                 self._finish(session)
             self._epoll.close()
+            self._lateness.close()
 
     async def _sweep_while_busy(self) -> None:
         ends = self._ends
@@ -288,6 +290,8 @@ class Sweep:
             self._hold(end)
             self._start(end.session, self._sample, end)
             return
+        if not end.is_client and end.session.tracker is not None and end.session.tracker.several_read:
+            end.late = self._lateness.has_grown()
         self._examine(end, begin, _HEADROOM + size, now)
 
     def set_alarm(self, client: End) -> ReadingAlarm:
@@ -339,22 +343,25 @@ class Sweep:
         if self._is_relayed(session):
             self._go_on(end)
 
-    def _keep_apart(self, server: End, tracker: Tracker) -> None:
-        """Where several read, go on behind an answer when it has been read, if somebody waits for the next one."""
-        if tracker.at_answers_end and (server.held or not tracker.idle):
-            self.hurry()
-            self._hold(server)
-            self._start(server.session, self._let_read, server)
-
     async def _let_read(self, server: End) -> None:
         """Let one of several readers take an answer before the next one follows.
 
-        A relay is late now and then, on a busy machine by more than lies between two answers: read together, or one
-        late and the next one not, they would reach the same reader.
+        The relay was woken late and has read both at once. On time it would have passed on the one before the other
+        had come; together they would reach the same reader.
         """
-        await self._unread.until_read(server.session, _APART)
-        if self._is_relayed(server.session):
-            self._go_on(server)
+        session = server.session
+        await self._unread.until_read(session, _APART)
+        if not self._is_relayed(session):
+            return
+        self._go_on(server)
+        if server.waits:
+            return  # there is one more, or something is wrong with it
+        # What has come in the meantime must not catch up with it.
+        self._hold(server)
+        await self._unread.until_read(session, _APART)
+        if self._is_relayed(session):
+            server.late = False
+            self._release(server)
 
     def _cut(self, end: End, pieces: list[tuple[int, Sender | None]]) -> None:
         """Keep what has been read in pieces, each of one sender."""
@@ -395,7 +402,7 @@ class Sweep:
                 if end.is_client:
                     done = tracker.frontend(self._buffer, begin, stop, end.sender, now)
                 else:
-                    done = tracker.backend(self._buffer, begin, stop)
+                    done = tracker.backend(self._buffer, begin, stop, apart=end.late)
             except Exception:
                 logger.exception("session %d: the tracker failed", session.id)
                 self._lose(session, _TRACKER_FAILED, now)
@@ -405,8 +412,10 @@ class Sweep:
             if tracker.verdict is None and tracker.lost is None:
                 if done != stop:
                     end.held = bytes(self._view[done:stop])
-                if tracker.several_read and done != begin and not end.is_client:
-                    self._keep_apart(end, tracker)
+                    if end.late and tracker.at_answers_end and done != begin:
+                        self.hurry()
+                        self._hold(end)
+                        self._start(session, self._let_read, end)
                 return
             begin = done
             if tracker.verdict is None:

@@ -91,7 +91,7 @@ class BackendStream:
         self._session = session
         self._ledger = session.ledger
 
-    def follow(self, buffer: bytearray, start: int, end: int) -> int:
+    def follow(self, buffer: bytearray, start: int, end: int, *, apart: bool = False) -> int:
         """Follow ``buffer[start:end]``; the position returned is how far it is in order."""
         pos = start + self.rest
         ledger = self._ledger
@@ -107,7 +107,7 @@ class BackendStream:
                     break
                 if code == _READY_FOR_QUERY:
                     self._session.answer_ended = self._session.position + pos - start + READY_SIZE
-                    if self._session.several_read:
+                    if apart:
                         pos += 1 + length
                         break
                 state = ledger.state
@@ -122,7 +122,7 @@ class BackendStream:
                     session.transaction_status = chr(buffer[pos + HEADER_SIZE])
                     session.answer_ended = session.position + pos - start + READY_SIZE
                     state = ledger.pay()
-                    if session.several_read:
+                    if apart:
                         pos += 1 + length
                         break
                 else:

@@ -71,7 +71,7 @@ class Session:
         self.copy_over = False
         """The last request has failed: if it was a COPY, what the client still sends of it is ignored."""
         self.several_read = False
-        """Several read the answers: they are told apart, so that each can be let go alone."""
+        """Several read the answers, as far as that is known."""
         self.pipelines = False
         """The client has made a request while another one was outstanding."""
         self.requests = 0

@@ -60,12 +60,12 @@ class Tracker(Session):
         """
         return self._frontend.follow(buffer, start, end, sender, at)
 
-    def backend(self, buffer: bytearray, start: int, end: int) -> int:
+    def backend(self, buffer: bytearray, start: int, end: int, *, apart: bool = False) -> int:
         """Follow a chunk of the server's, ``buffer[start:end]``; see the class for what is returned.
 
-        If :attr:`several_read`, it stops behind each answer: :attr:`at_answers_end` says so.
+        With ``apart`` it stops behind each answer: :attr:`at_answers_end` says so.
         """
-        return self._backend.follow(buffer, start, end)
+        return self._backend.follow(buffer, start, end, apart=apart)
 
     def expect_readers(self) -> None:
         """Say that several processes or threads have been seen to read the answers."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import array
 import fcntl
+import os
+import subprocess
+import sys
 import termios
 import time
 from itertools import accumulate, pairwise
@@ -15,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgguard.attribution.witness import Witness
+from pgguard.proxy.lateness import Lateness
 from pgguard.proxy.sweep import _CHUNK
 from pgguard.wire.messages import LOOK_LIMIT
 from tests.proxy.conftest import House, running, until
@@ -266,11 +270,12 @@ def unread(client: Peer) -> int:
 
 
 @pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
-async def test_two_answers_that_come_together_reach_several_readers_one_by_one(
+async def test_a_relay_that_is_late_lets_answers_reach_several_readers_one_by_one(
     backend: FakeBackend, unix: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever of them reads first would swallow both, and the other wait for ever."""
     monkeypatch.setattr("pgguard.proxy.sweep._APART", 1000.0)
+    monkeypatch.setattr(Lateness, "has_grown", lambda _: True)
     async with running(backend, witness=Witness()) as house:
         client, server = await house.session(unix=unix)
         [session] = house.guard._sessions.values()
@@ -290,8 +295,11 @@ async def test_two_answers_that_come_together_reach_several_readers_one_by_one(
 
 
 @pytest.mark.parametrize("size", [1, 4, 5])
-async def test_a_message_that_is_cut_behind_an_answer_reaches_several_readers(backend: FakeBackend, size: int) -> None:
+async def test_a_message_that_is_cut_behind_an_answer_reaches_several_readers(
+    backend: FakeBackend, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What can't be judged yet is nothing that could be kept from the answer: the rest of it is to be read."""
+    monkeypatch.setattr(Lateness, "has_grown", lambda _: True)
     async with running(backend, witness=Witness()) as house:
         client, server = await house.session()
         [session] = house.guard._sessions.values()
@@ -307,9 +315,17 @@ async def test_a_message_that_is_cut_behind_an_answer_reaches_several_readers(ba
         await client.expect(ready)
 
 
-async def test_answers_that_come_together_are_passed_on_together_where_one_reads(house: House) -> None:
+@pytest.mark.parametrize(("late", "several"), [(False, True), (True, False)])
+async def test_answers_that_come_together_are_passed_on_together(
+    house: House, late: bool, several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they would be without a relay; and where one alone reads it makes no difference."""
+    monkeypatch.setattr(Lateness, "has_grown", lambda _: late)
     client, server = await house.session()
     [session] = house.guard._sessions.values()
+    assert session.tracker is not None
+    if several:
+        session.tracker.expect_readers()
     for number in range(3):
         await client.send(query(f"select {number}"))
         await server.expect(query(f"select {number}"))
@@ -319,7 +335,10 @@ async def test_answers_that_come_together_are_passed_on_together_where_one_reads
     await client.expect(ANSWER * 3)
 
 
-async def test_who_does_not_read_is_waited_for_no_longer_than_a_moment(backend: FakeBackend) -> None:
+async def test_who_does_not_read_is_waited_for_no_longer_than_a_moment(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lateness, "has_grown", lambda _: True)
     async with running(backend, witness=Witness()) as house:
         client, server = await house.session(unix=True)
         [session] = house.guard._sessions.values()
@@ -329,3 +348,29 @@ async def test_who_does_not_read_is_waited_for_no_longer_than_a_moment(backend: 
         await server.expect(query("select 1") + query("select 2"))
         await server.send(ANSWER * 2)
         await until(lambda: unread(client) == len(ANSWER) * 2)
+
+
+async def test_a_thread_that_is_kept_from_running_is_late() -> None:
+    """It shares one processor with a process that never sleeps."""
+
+    def measure() -> list[bool]:
+        processors = os.sched_getaffinity(0)
+        one = min(processors)
+        os.sched_setaffinity(0, {one})  # of this thread alone
+        rival = subprocess.Popen(
+            [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{one}}})\nwhile 1: pass"]
+        )
+        lateness = Lateness()
+        try:
+            assert not lateness.has_grown()
+            deadline = time.monotonic() + SECONDS
+            while not (late := lateness.has_grown()) and time.monotonic() < deadline:
+                sum(range(200_000))
+            return [late]
+        finally:
+            lateness.close()
+            rival.kill()
+            rival.wait()
+            os.sched_setaffinity(0, processors)
+
+    assert await trio.to_thread.run_sync(measure) == [True]

@@ -135,10 +135,8 @@ class Conversation:
             else:
                 done = tracker.backend(buffer, pos, end)
             assert pos <= done <= end
-            moved, pos = done != pos, done
+            pos = done
             if tracker.verdict is None:
-                if direction is Direction.BACKEND and moved and tracker.several_read and tracker.at_answers_end:
-                    continue  # it stops behind each answer
                 break
             assert tracker.verdict.start == pos or tracker.verdict.message is None
             new.append(tracker.verdict)
