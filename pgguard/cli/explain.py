@@ -118,15 +118,21 @@ def _print_entry(console: Console, entry: Entry) -> None:
             console.print()
             _verbatim(console, advice.code)
         _sources(console, advice)
-    rejected = entry.can_reject and entry.severity is Severity.ERROR
     _section(
         console,
         "What pgguard can do about it",
-        f"In mode log it is recorded; in mode reject {'its session is ended' if rejected else 'likewise'}, unless the "
-        "configuration file says otherwise:",
+        f"In mode log it is recorded; in mode reject {_in_mode_reject(entry)}, unless the configuration file says "
+        "otherwise:",
     )
     console.print()
     _verbatim(console, "\n".join(_settings(entry)))
+
+
+def _in_mode_reject(entry: Entry) -> str:
+    if not entry.can_reject or Severity.ERROR not in entry.severity_rule:
+        return "likewise"
+    always = entry.severity_rule == Severity.ERROR
+    return "its session is ended" if always else "its session is ended where it is an error"
 
 
 def _fixes(kind: Kind) -> Iterator[tuple[str, Advice]]:

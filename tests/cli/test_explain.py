@@ -48,6 +48,21 @@ def test_it_says_everything_about_a_kind(kind: Kind, tmp_path: Path) -> None:
             assert f"\n  See {source}\n" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (Kind.SHARED_BY_THREADS, "its session is ended,"),
+        (Kind.UNREAD_ANSWER, "its session is ended where it is an error,"),
+        (Kind.PROTOCOL_VIOLATION, "its session is ended where it is an error,"),
+        (Kind.UNCLEAN_CLOSE, "likewise,"),
+        (Kind.IDLE_IN_TRANSACTION, "likewise,"),
+    ],
+)
+def test_it_says_what_mode_reject_does(kind: Kind, says: str, tmp_path: Path) -> None:
+    words = " ".join(run("explain", kind, cwd=tmp_path).stdout.split())
+    assert f"In mode log it is recorded; in mode reject {says} unless" in words
+
+
 def test_no_fix_is_said_twice(tmp_path: Path) -> None:
     said = run("explain", "shared-by-processes", cwd=tmp_path, variables={"COLUMNS": "10000"}).stdout
     paragraphs = [line for line in said.splitlines() if len(line) > 200]
