@@ -168,7 +168,10 @@ def main() -> None:
         sys.exit(_CONFIGURATION_ERROR)
     except typer.TyperException as error:
         if str(error):  # it is empty when the help has been printed for want of a command
-            _complain(f"{str(error).rstrip('.')}: see pgguard --help")
+            # Typer names the nearest options, the nearest first, of one that doesn't exist.
+            nearest = next(iter(getattr(error, "possibilities", None) or ()), None)
+            what_to_do = "see pgguard --help" if nearest is None else f"did you mean {nearest}?"
+            _complain(f"{str(error).rstrip('.')}: {what_to_do}")
         sys.exit(_CONFIGURATION_ERROR)
     sys.exit(status)
 

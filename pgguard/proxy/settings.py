@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -106,14 +107,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _first_problem(error: ValidationError, given: dict[str, Any], config: Path | None) -> str:
     """One problem in one line: the place, what is wrong with it, what stands there."""
-    problem = error.errors()[0]
+    problems = error.errors()
+    # A misspelt key comes first: it is why another one is missing.
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
     name = str(problem["loc"][0])
     if name in given:
         place = f"--{name.replace('_', '-')} or PGGUARD_{name.upper()}"
     else:
         place = f"{config}: " + ".".join(str(part) for part in problem["loc"] if part != "[key]")
     if problem["type"] == "extra_forbidden":
-        return f"{place} is no setting, remove it"
+        known = KindSettings.model_fields if problem["loc"][0] == "kinds" else Settings.model_fields
+        key = str(problem["loc"][-1]).lower().replace("-", "_")
+        nearest = difflib.get_close_matches(key, known, n=1)
+        return f"{place} is no setting" + (f": did you mean {nearest[0]}?" if nearest else ", remove it")
     stands = problem["input"]
     shown = f", not {stands!r}" if isinstance(stands, str | int | float | bool) else ""
     text = problem["msg"].removeprefix("Input ")

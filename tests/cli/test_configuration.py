@@ -22,6 +22,7 @@ from tests.proxy.spawned import environment, run, spawned
     ("arguments", "says"),
     [
         (["serve", "--bogus"], "No such option: --bogus: see pgguard --help"),
+        (["serve", "--unread-anwser", "3"], "No such option: --unread-anwser: did you mean --unread-answer?"),
         (["bogus"], "No such command 'bogus': see pgguard --help"),
         (["serve", "extra"], "unexpected extra argument"),
         (["serve", "--mode"], "'--mode' requires an argument"),
@@ -79,7 +80,9 @@ def test_a_guard_in_front_of_itself(refused: Refused) -> None:
     [
         ("mode = ", "is not valid TOML"),
         ("mode = 'strict'", "mode should be 'log' or 'reject', not 'strict'"),
-        ("moed = 'log'", "moed is no setting, remove it"),
+        ("moed = 'log'", "moed is no setting: did you mean mode?"),
+        ("unread-answer = 3", "unread-answer is no setting: did you mean unread_answer?"),
+        ("bogus = 3", "bogus is no setting, remove it"),
         ("listen = '127.0.0.1:0'", "listen should be a valid list"),
         ("listen = []", "listen "),
         ("listen = [5432]", "listen.0 should be a valid string, not 5432"),
@@ -87,7 +90,8 @@ def test_a_guard_in_front_of_itself(refused: Refused) -> None:
         ("shutdown_timeout = nan", "shutdown_timeout "),
         ("[kinds]\nbogus = 'log'", "kinds.bogus should be 'message-while-idle'"),
         ("[kinds]\nunclean-close = 'forgive'", "kinds.unclean-close.action should be 'log', 'reject'"),
-        ("[kinds]\nunclean-close = {action = 'log', then = 1}", "kinds.unclean-close.then is no setting"),
+        ("[kinds]\nunclean-close = {action = 'log', then = 1}", "kinds.unclean-close.then is no setting, remove it"),
+        ("[kinds]\nunclean-close = {acton = 'log'}", "unclean-close.acton is no setting: did you mean action?"),
         ("[kinds]\nunclean-close = 'drop'", "unclean-close can't be dropped"),
         ("[kinds]\nuntracked = 'reject'", "untracked leaves nothing to reject"),
         ("kinds = 1", "kinds should be"),
