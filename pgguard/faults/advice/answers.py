@@ -809,7 +809,7 @@ ANSWERS: Final = (
             code(
                 """
                 # settings.py
-                DATABASES["default"]["OPTIONS"] = {"prepare_threshold": None}
+                DATABASES["default"].setdefault("OPTIONS", {})["prepare_threshold"] = None
                 DATABASES["default"]["DISABLE_SERVER_SIDE_CURSORS"] = True
                 """
             ),
