@@ -127,7 +127,8 @@ class Sweep:
         self._unread = unread
         self._alarms: dict[int, ReadingAlarm] = {}
         """By descriptor, what tells that a client has read."""
-        self._lateness = Lateness()
+        self._lateness: Lateness
+        """Of the thread that sweeps."""
         self._epoll = select.epoll()
         self._ends: dict[int, End] = {}
         """Those that are registered with the epoll, by descriptor."""
@@ -149,6 +150,7 @@ class Sweep:
 
     async def run(self) -> None:
         """Sweep until cancelled; then every session that is left is closed."""
+        self._lateness = Lateness()
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
