@@ -66,7 +66,7 @@ class Evidence:
 
     def keep(self, session: ProxiedSession) -> None:
         """Remember with the session what matters later on too. On trio's thread."""
-        session.senders.update(dict(self.met))
+        session.remember(dict(self.met))
         session.sightings.asleep |= self.asleep
 
 

@@ -196,9 +196,8 @@ class Judge:
     def meet(self, session: ProxiedSession, sender: Sender | None) -> None:
         """Have a process looked at that sends for the first time: it may be on its way out. Doesn't wait for it."""
         kernel_account = session.kernel_account
-        if self._witness is None or sender is None or kernel_account is None or sender.pid in session.met:
+        if self._witness is None or sender is None or kernel_account is None or not session.meets(sender.pid):
             return
-        session.met.add(sender.pid)
         opener = kernel_account.account.opener
         if opener is not None and opener.pid == sender.pid:
             return  # it is looked at as such
@@ -220,8 +219,8 @@ class Judge:
                 logger.exception("who sends could not be looked at")
                 continue
             for session, pid in met:
-                if pid in found:
-                    session.senders.setdefault(pid, found[pid])
+                if pid in found and pid not in session.senders:
+                    session.remember({pid: found[pid]})
 
     async def sample(self, session: ProxiedSession) -> Verdict | None:
         """Find out who has sent the request that is held of a contested session: the sender at its client's end.

@@ -8,7 +8,7 @@ import socket
 import termios
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import trio
 
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from pgguard.proxy.unread import Leftover
     from pgguard.session.farewell import Farewell
     from pgguard.session.tracker import Tracker
+
+
+_SENDERS: Final = 256
+"""Processes that have sent of which it is kept what was seen of them: the latest."""
 
 
 class End:
@@ -150,7 +154,8 @@ class ProxiedSession:
         self.kernel_account: TcpAccount | None = None
         """The kernel's account of who sends on its TCP connection."""
         self.senders: dict[int, Process] = {}
-        """The processes that the kernel has named as senders, as they were when they were first looked at."""
+        """The processes that the kernel has named as senders, as they were when they were first looked at: the latest.
+        Written by :meth:`remember` alone."""
         self.met: set[int] = set()
         """The pids of those that have sent on its TCP connection, looked at or not."""
         self.sightings = Sightings()
@@ -206,6 +211,21 @@ class ProxiedSession:
         if opening is not None and opening.opener is not None:
             opener = Sender(opening.opener.pid, sampled=True)
             tracker.introduce(opener, asks_goodbye=self.driver is Driver.LIBPQ)
+
+    def meets(self, pid: int) -> bool:
+        """Take note of who has sent; True if that one wasn't known, or has been forgotten as there were so many."""
+        if pid in self.met:
+            return False
+        if len(self.met) >= _SENDERS:
+            self.met.clear()
+        self.met.add(pid)
+        return True
+
+    def remember(self, processes: Mapping[int, Process]) -> None:
+        """Keep what was seen of processes that have sent, by pid."""
+        self.senders |= processes
+        while len(self.senders) > _SENDERS:
+            del self.senders[next(iter(self.senders))]
 
     def concern(self, kind: Kind, reason: str) -> Verdict:
         """Say that something is wrong with it that no message of its shows."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
     from pgguard.session.verdicts import Sender
+
+
+_REMEMBERED: Final = 256
+"""Processes that are remembered to have sent on one connection: the one that opened it, and the latest. A job runner
+whose connection every child uses has any number of them."""
 
 
 class Change(NamedTuple):
@@ -81,6 +86,7 @@ class Senders:
         requesters = self.others(sender, first=first)
         self._seen = [other for other in self._seen if other.pid != sender.pid]
         self._seen.append(sender)
+        self._forget()
         self.latest = sender
         kind = Kind.SHARED_BY_PROCESSES
         if torn is not None:
@@ -94,6 +100,11 @@ class Senders:
         else:
             kind, reason = Kind.INHERITED_CONNECTION, "on a connection that another process had used"
         return Change(kind, reason, requesters)
+
+    def _forget(self) -> None:
+        """Keep the latest, and the opener."""
+        if len(self._seen) > _REMEMBERED:
+            del self._seen[1 if self.opener is not None and self._seen[0].pid == self.opener.pid else 0]
 
     def others(self, sender: Sender | None, *, first: Sender | None = None) -> tuple[Sender, ...]:
         """Who else has sent, the latest first, but ``first`` in front of all."""

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.attribution.ebpf.programs import Kind, Way
 from pgguard.attribution.ebpf.ring import Event
+from pgguard.attribution.evidence import Process
 from pgguard.faults.policy import KindAction
 from pgguard.proxy.kernel_senders import KernelSenders
+from pgguard.proxy.session import ProxiedSession
 from pgguard.session.verdicts import Sender
 from tests.proxy.conftest import House, running, until
 from tests.proxy.fake_backend import BackendConnection, FakeBackend
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from pgguard.proxy.judge import Ruling
-    from pgguard.proxy.session import ProxiedSession
     from pgguard.session.verdicts import Verdict
 
 PARENT = Sender(4866, 4866)
@@ -836,3 +837,13 @@ async def test_a_client_that_a_map_has_no_room_for_is_unknown_and_works_and_is_c
             *probe.limits,
             "the kernel did not say who sent on 1 of 2 connections: 1 for want of room in the map",
         ]
+
+
+def test_what_was_seen_of_senders_is_kept_of_the_latest_alone() -> None:
+    session = ProxiedSession(1, transport="tcp", client_name="here:1", client_socket=None, opened_at=0.0)
+    for pid in range(1000, 2000):
+        assert session.meets(pid)
+        assert not session.meets(pid)
+        session.remember({pid: Process(pid, pid, 0.0, "app", ("app",), 1)})
+    assert list(session.senders) == list(range(1744, 2000))
+    assert len(session.met) <= 256

@@ -95,6 +95,20 @@ def test_third_process(conversation: Conversation) -> None:
     assert verdict.requesters == (CHILD, PARENT), "the latest first"
 
 
+def test_of_very_many_the_opener_and_the_latest_are_remembered(conversation: Conversation) -> None:
+    """A job runner whose connection every child uses, one after the other."""
+    for pid in range(10_000, 11_000):
+        conversation.frontend(SELECT, Sender(pid))
+        conversation.backend("TDCZ")
+    verdict = conversation.verdicts[-1]
+    assert verdict.kind is Kind.SHARED_BY_PROCESSES
+    assert verdict.reason == "as the third process to use the connection"
+    known = [sender.pid for sender in verdict.requesters]
+    assert known == [*range(10_998, 10_743, -1), PARENT.pid]
+    [verdict] = conversation.frontend(SELECT, Sender(10_000))
+    assert verdict.kind is Kind.SHARED_BY_PROCESSES, "whom it has forgotten is a stranger again"
+
+
 def test_whose_turn_it_was_comes_first(conversation: Conversation) -> None:
     conversation.frontend(SELECT, PARENT)
     conversation.frontend(SELECT, CHILD)
