@@ -46,6 +46,8 @@ class Stat(NamedTuple):
     """Field 4; 0 if the parent lives outside of this pid namespace."""
     flags: int
     """Field 9."""
+    minor_faults: int
+    """Field 10: a thread's own; of a process those of all its threads, the ones that have ended too."""
     started: int
     """Field 22, clock ticks between boot and the process's start."""
 
@@ -78,6 +80,7 @@ def parse_stat(line: bytes) -> Stat:
         state=fields[0].decode(),
         ppid=int(fields[1]),
         flags=int(fields[6]),
+        minor_faults=int(fields[7]),
         started=int(fields[19]),
     )
 

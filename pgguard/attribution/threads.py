@@ -30,6 +30,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
+from pathlib import Path
 from typing import NamedTuple
 
 from pgguard.attribution.descriptors import link_to
@@ -392,9 +393,30 @@ def has_one_thread(process: Process) -> bool:
 
 
 def only_thread(process: Process) -> Sleep | None:
-    """Identify the sleep that the only thread of a process is in; ``None`` if it has several, runs, or has ended."""
+    """Identify the sleep that the only thread of a process is in; ``None`` if it has several, runs, or has ended.
+
+    ``None`` too if the process has had another thread, which may have done what is looked into before it ended.
+    """
     tids = _tids(process.pid)
-    return find_sleep(process.pid, process.started, int(tids[0])) if len(tids) == 1 else None
+    if len(tids) != 1:
+        return None
+    sleep = find_sleep(process.pid, process.started, int(tids[0]))
+    return sleep if sleep is not None and _has_been_alone(sleep.thread) else None
+
+
+def _has_been_alone(thread: Thread) -> bool:
+    """Whether a thread that sleeps is the only one that its process has ever had; False too if that can't be seen.
+
+    A thread can hardly run without a page fault, on its new stack for one. A process's count of them keeps those of the
+    threads that have ended: ``__exit_signal()`` in ``kernel/exit.c``, ``do_task_stat()`` in ``fs/proc/array.c``.
+    """
+    try:
+        own, all_threads = (
+            parse_stat(Path(f"/proc/{thread.pid}/{stat}").read_bytes()) for stat in (f"task/{thread.tid}/stat", "stat")
+        )
+    except OSError:
+        return False
+    return own.minor_faults == all_threads.minor_faults
 
 
 def all_asleep(process: Process) -> bool:

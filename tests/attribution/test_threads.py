@@ -268,6 +268,15 @@ def test_a_process_with_one_thread_is_told_from_one_with_several(client: Puppet)
     assert threads.only_thread(_process(client.pid)) is None
 
 
+def test_a_thread_is_not_the_only_one_if_another_has_ended_that_may_have_sent(client: Puppet) -> None:
+    process = _process(client.pid)
+    _until(lambda: threads.only_thread(process) is not None)
+    client.do("one = threading.Thread(target=c.sendall, args=(b'x',)); one.start(); one.join()")
+    _until(lambda: threads.all_asleep(process))
+    assert threads.has_one_thread(process)
+    assert threads.only_thread(process) is None
+
+
 def test_the_only_thread_of_a_process_that_has_ended_is_nobody(client: Puppet) -> None:
     process = _process(client.pid)
     client.end()
