@@ -178,6 +178,8 @@ def _refuse_encryption(settings: dict[str, str]) -> None:
             f"--upstream: sslmode={sslmode} asks for TLS, which pgguard can't speak to the server yet: "
             "use sslmode=prefer or disable, over a network that you trust or a Unix socket"
         )
+    if sslmode not in {"", "disable", "allow", "prefer"}:
+        raise ConfigurationError("--upstream: libpq knows no such sslmode: use disable, allow or prefer")
     if settings.get("sslnegotiation") == "direct":
         raise ConfigurationError("--upstream: sslnegotiation=direct asks for TLS: leave it out, with sslmode=disable")
     if settings.get("gssencmode") == "require":

@@ -33,6 +33,7 @@ from tests.proxy.spawned import environment, run, spawned
         (["serve", "--listen", "unix:/nowhere"], "create the directory /nowhere"),
         (["serve", "--upstream", "host"], '--upstream: missing "=" after "host"'),
         (["serve", "--upstream", "sslmode=require"], "use sslmode=prefer or disable"),
+        (["serve", "--upstream", "sslmode=requir"], "--upstream: libpq knows no such sslmode: use disable, allow or"),
         (["serve", "--upstream", "service=nowhere"], 'definition of service "nowhere" not found'),
         (["serve", "--faults", "/nowhere/faults.jsonl"], "--faults: "),
         (["serve", "--faults", ""], "--faults: "),
