@@ -83,7 +83,7 @@ class TestTerminateWithinCopy:
         assert (closer["role"], closer["pid"]) == ("closer", pid)
         assert "sent Terminate in the middle of COPY data" in fault["summary"]
         with psycopg.connect(server.unix.conninfo) as connection:
-            assert connection.execute("SELECT count(*) FROM copied").fetchone() == (0,)
+            assert connection.execute("SELECT count(*) FROM cut_short").fetchone() == (0,)
 
     @pytest.mark.parametrize("transport", ["sampled", "unix"], indirect=True)
     @pytest.mark.parametrize("how", ["nothing", "done", "failed", "refused"])

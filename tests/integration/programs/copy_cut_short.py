@@ -9,9 +9,9 @@ import psycopg
 
 def main(how: str) -> None:
     connection = psycopg.connect("", autocommit=True)
-    connection.execute("CREATE TABLE IF NOT EXISTS copied (a int)")
+    connection.execute("CREATE TABLE IF NOT EXISTS cut_short (a int)")
     libpq = connection.pgconn
-    libpq.exec_(b"COPY copied FROM STDIN")
+    libpq.exec_(b"COPY cut_short FROM STDIN")
     if how != "nothing":
         libpq.put_copy_data(b"1\n2\n")
         libpq.flush()
