@@ -84,6 +84,8 @@ class Case(NamedTuple):
     command: Callable[[], list[str | Path]]
     occupy: Callable[[Program], object] = lambda _: None
     """Gives a program that doesn't end by itself something to do."""
+    worked: Callable[[Program], object] = lambda _: None
+    """Waits until one that finds something to do itself has done enough of it, as it does when it is cured."""
     more: tuple[str, ...] = ()
     """Arguments when the advice has been pasted: what its text says besides."""
     ends: signal.Signals | None = signal.SIGTERM
@@ -178,8 +180,8 @@ CASES = {
     "gunicorn_psycopg2": Case(_gunicorn, _ON_GUNICORN),
     "gunicorn_django": Case(_gunicorn, _ON_GUNICORN),
     "uwsgi_sqlalchemy": Case(_uwsgi, _ON_UWSGI),
-    "celery_sqlalchemy": Case(_celery, _worked),
-    "celery_django": Case(_celery, _worked),
+    "celery_sqlalchemy": Case(_celery, worked=_worked),
+    "celery_django": Case(_celery, worked=_worked),
     "rq_sqlalchemy": Case(_rq, ends=None, more=("--worker-class", "worker.ForkingWorker")),
     "multiprocessing_sqlalchemy": Case(_python, ends=None),
     "multiprocessing_django": Case(_python, ends=None),
@@ -253,6 +255,7 @@ def test_the_advice_cures_the_program_that_it_is_pasted_into(
     with started(case, directory, guard.unix, redis, *case.more) as program:
         for _ in range(3):
             case.occupy(program)
+        case.worked(program)
         if case.ends is not None:
             program.send_signal(case.ends)
         status = program.wait()
