@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from typing import Final
 
-_LATE: Final = 1_000_000
-"""Nanoseconds of waiting for a processor: more than lies between the answers to two short queries."""
+_LATE: Final = 4_000_000
+"""Nanoseconds of waiting for a processor: far more than lies between the answers to two short queries, which often reach
+their readers together without a relay as well."""
 
 
 class Lateness:
@@ -28,7 +29,7 @@ class Lateness:
         self._waited = self._read()
 
     def has_grown(self) -> bool:
-        """Whether the thread has waited for a processor, for a millisecond or more, since this was last asked."""
+        """Whether the thread has waited for a processor, for some milliseconds, since this was last asked."""
         before, self._waited = self._waited, self._read()
         return self._waited - before >= _LATE
 

@@ -112,6 +112,10 @@ class Program:
         self._process.kill()
         self._process.wait(_SECONDS)
 
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
     def wait(self) -> int:
         return self._process.wait(_SECONDS)
 

@@ -243,8 +243,8 @@ def test_the_advice_cures_the_program_that_it_is_pasted_into(
         assert time.monotonic() < deadline, guard.faults()
         with started(case, directory, guard.unix, redis) as program:
             again = time.monotonic() + 10
-            while not advised(guard) and time.monotonic() < again:
-                # It may hang by then, or have failed.
+            # It may hang by then, have failed, or have ended before it could be looked at.
+            while not advised(guard) and not program.ended and time.monotonic() < again:
                 case.occupy(program)
                 time.sleep(0.02)
     guard.stop()

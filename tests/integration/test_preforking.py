@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from tests.conftest import StartGuard
     from tests.guard_process import Fault, GuardProcess
     from tests.servers import Address, Transport
 
@@ -123,7 +124,7 @@ def named_by_the_kernel(guard: GuardProcess) -> set[int]:
 def load_until(server: WebServer, guard: GuardProcess, *conditions: Callable[[], object]) -> list[Fault]:
     """Send a few hundred requests, and more if not all of it has shown yet; return what was found of the sharing."""
     shared: list[Fault] = []
-    for _ in range(5):
+    for _ in range(8):
         server.load(300, seconds=3, patience=1)
         shared = guard.faults("shared-by-processes")
         if server.workers <= named(shared) and named(shared, "owner") and all(shown() for shown in conditions):
@@ -143,17 +144,26 @@ def errors(guard: GuardProcess) -> list[Fault]:
 
 @every_transport
 def test_puma_workers_with_the_masters_pool_are_named(
-    guard: GuardProcess, transport: Transport, tmp_path: Path
+    start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
-    with puma("preloaded", guard.at(transport), tmp_path) as server:
-        shared = load_until(
-            server,
-            guard,
-            lambda: LIBPQ.search(server.program.log),
-            lambda: transport != "probed" or server.workers <= named_by_the_kernel(guard),
-        )
-        assert transport != "probed" or server.workers <= named_by_the_kernel(guard)
-        assert LIBPQ.search(server.program.log), "what its users see, and search for"
+    shared: list[Fault] = []
+    log = ""
+    for _ in range(3):  # which of its errors libpq comes to first is chance, and some of them end the sharing
+        guard = start_guard()
+        with puma("preloaded", guard.at(transport), tmp_path) as server:
+            shared = load_until(
+                server,
+                guard,
+                lambda server=server: LIBPQ.search(server.program.log),
+                lambda server=server, guard=guard: (
+                    transport != "probed" or server.workers <= named_by_the_kernel(guard)
+                ),
+            )
+            assert transport != "probed" or server.workers <= named_by_the_kernel(guard)
+            log = server.program.log
+        if LIBPQ.search(log):
+            break
+    assert LIBPQ.search(log), "what its users see, and search for"
     names = {culprit["thread_name"] for fault in shared for culprit in fault["culprits"]} - {None}
     assert any(name.startswith("puma srv tp") for name in names), names
     assert "before_fork" in shared[0]["advice"]["text"]

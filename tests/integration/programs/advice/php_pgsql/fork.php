@@ -6,6 +6,7 @@ function work($connection) {
 }
 
 work($connection);
+usleep(200000); // so that it can be looked at
 // here goes the advice, in the place of
 $pid = pcntl_fork();
 // up to here
