@@ -11,8 +11,8 @@ import os
 from typing import Final
 
 _LATE: Final = 4_000_000
-"""Nanoseconds of waiting for a processor: far more than lies between the answers to two short queries, which often reach
-their readers together without a relay as well."""
+"""Nanoseconds of waiting for a processor: far more than lies between the answers to two short queries, which often
+reach their readers together without a relay as well."""
 
 
 class Lateness:
