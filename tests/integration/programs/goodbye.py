@@ -13,8 +13,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-PAUSE = 0.6
-"""Seconds after which whoever is left tries to go on."""
+PAUSE = 1.0
+"""Seconds after which whoever is left tries to go on: a guard that isn't told who sends looks 0.2 s after a goodbye."""
 
 
 class Family:
@@ -87,6 +87,7 @@ def between_turns(family: Family) -> None:
 
 def daemon(family: Family) -> None:
     """The parent says goodbye, and its child wants to go on."""
+    linger()
     child = family.become_daemon(family.connection.close)
     time.sleep(PAUSE)
     family.tell(child, family.ask())
@@ -100,6 +101,7 @@ def hasty_daemon(family: Family) -> None:
 
 def late_daemon(family: Family) -> None:
     """The same, after a long time."""
+    linger()
     child = family.become_daemon(family.connection.close)
     time.sleep(2)
     family.tell(child, family.ask())
@@ -130,6 +132,7 @@ def heir_of_many(family: Family) -> None:
 
 def forgotten(family: Family) -> None:
     """The parent says goodbye, and its child, which has never used the connection, ends without a word."""
+    linger()
     child = family.become_daemon(family.connection.close)
     time.sleep(PAUSE)
     family.tell(child, 0)
@@ -137,6 +140,7 @@ def forgotten(family: Family) -> None:
 
 def twice(family: Family) -> None:
     """Parent and child both say goodbye on their way out."""
+    linger()
     child = family.become_daemon(family.connection.close)
     time.sleep(PAUSE)
     family.connection.close()

@@ -30,11 +30,12 @@ class Connection:
         else:
             self._socket = socket.create_connection((host, port))
         self._lock = threading.Lock()
-        self._waiting: list[queue.Queue[None]] = [queue.Queue()]
+        ready: queue.Queue[None] = queue.Queue()
+        self._waiting = [ready]
         threading.Thread(target=self._read, daemon=True).start()
         body = struct.pack("!I", 196608) + f"user\0{os.environ['PGUSER']}\0\0".encode()
         self._socket.sendall(struct.pack("!I", 4 + len(body)) + body)
-        self._waiting[0].get()
+        ready.get()
 
     def send(self, sql: str) -> queue.Queue[None]:
         answer: queue.Queue[None] = queue.Queue()
