@@ -249,7 +249,7 @@ class ProxiedSession:
     @property
     def names_senders(self) -> bool:
         """The kernel says who sends, with every read or in an account of its own."""
-        return self.has_credentials or (self.kernel_account is not None and self.kernel_account.is_kept)
+        return self.has_credentials or self.names_threads
 
     @property
     def names_threads(self) -> bool:
