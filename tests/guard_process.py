@@ -56,7 +56,7 @@ class GuardProcess:
         faults: list[Fault] = [json.loads(line) for line in lines]
         return [fault for fault in faults if kind is None or fault["kind"] == kind]
 
-    def wait_for(self, kind: str, *, count: int = 1, timeout: float = 5.0) -> list[Fault]:
+    def wait_for(self, kind: str, *, count: int = 1, timeout: float = 20.0) -> list[Fault]:
         """Wait until so many faults of a kind have been recorded, and return them all; fail when time is up."""
         deadline = time.monotonic() + timeout
         while len(found := self.faults(kind)) < count:

@@ -73,9 +73,17 @@ def installations() -> dict[str, Path | None]:
     return {"embedded": embedded, **(debian or {"debian": None})}
 
 
+_REQUIRE_ALL = os.environ.get("PGGUARD_REQUIRE_ALL") == "1"
+
+
+def needs(what: str, *, found: object) -> pytest.MarkDecorator:
+    """A mark for a test that needs it: skip it if it wasn't found; let it fail where everything has to be there."""
+    return pytest.mark.skipif(not found and not _REQUIRE_ALL, reason=f"{what} is not installed")
+
+
 def not_installed(what: str) -> NoReturn:
     """Skip the test that needs it; fail where PGGUARD_REQUIRE_ALL says that everything has to be there, as in CI."""
-    if os.environ.get("PGGUARD_REQUIRE_ALL") == "1":
+    if _REQUIRE_ALL:
         pytest.fail(f"{what} is not installed")
     pytest.skip(f"{what} is not installed")
 

@@ -20,6 +20,7 @@ from pgguard.attribution.stacks import Stacks, find_py_spy
 from pgguard.attribution.threads import Obstacle, Waits
 from pgguard.attribution.transparency import Comparison, start
 from tests.attribution.puppets import Puppet
+from tests.servers import not_installed
 
 Puppets = Callable[[], Puppet]
 
@@ -280,7 +281,7 @@ class TestPtraceRights:
 class TestPythonStacks:
     def test_py_spy_is_tried(self) -> None:
         if find_py_spy() is None:
-            pytest.skip("py-spy is not installed")
+            not_installed("py-spy")
         assert _named("Python stacks").available
 
     def test_without_py_spy_it_is_said_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pgguard.attribution.drivers import driver_of, tell_driver
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.runtime import Language, Library, Runtime
 from tests.attribution.puppets import Puppet
+from tests.servers import needs
 
 Puppets = Callable[[], Puppet]
 
@@ -29,21 +30,21 @@ def test_libpq_is_seen_in_a_wheel_and_wins_over_everything_else(module: str, pup
     assert driver_of(child.pid) is Driver.LIBPQ
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@needs("node", found=shutil.which("node"))
 def test_node_is_node() -> None:
     program = "process.stdout.write('x'); process.stdin.resume()"
     assert _driver_when_running("node", "-e", program) is Driver.NODE
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-@pytest.mark.skipif(find_library("pq") is None, reason="libpq is not installed")
+@needs("node", found=shutil.which("node"))
+@needs("libpq", found=find_library("pq"))
 def test_a_program_that_may_pipeline_is_not_sure_to_use_the_libpq_that_it_shows() -> None:
     """Some other library of its may have brought it along, and overlap would be called an error."""
     program = "process.stdout.write('x'); process.stdin.resume()"
     assert _driver_when_running("env", f"LD_PRELOAD={find_library('pq')}", "node", "-e", program) is Driver.NODE
 
 
-@pytest.mark.skipif(shutil.which("cat") is None, reason="cat is not installed")
+@needs("cat", found=shutil.which("cat"))
 def test_a_program_that_shows_no_sign_is_unknown() -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None

@@ -12,6 +12,7 @@ import pytest
 from pgguard.attribution.gobinary import go_modules
 from tests.integration.running import PROGRAMS
 from tests.languages import go_program
+from tests.servers import needs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +30,7 @@ def test_what_a_program_was_linked_from_is_listed(program: Path) -> None:
     assert go_modules(program) == MODULES
 
 
-@pytest.mark.skipif(shutil.which("strip") is None, reason="strip is not installed")
+@needs("strip", found=shutil.which("strip"))
 def test_it_survives_strip(program: Path, tmp_path: Path) -> None:
     subprocess.run(["strip", "-o", tmp_path / "stripped", program], check=True)
     assert go_modules(tmp_path / "stripped") == MODULES

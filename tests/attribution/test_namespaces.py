@@ -23,6 +23,7 @@ from pgguard.attribution.namespaces import NetworkNamespaces, find_in_namespace,
 from pgguard.attribution.processes import ProcessBook
 from pgguard.attribution.sockets import SockDiag, TcpClient, client_socket
 from tests.attribution.puppets import Puppet, outlive_a_tick
+from tests.servers import not_installed
 
 Puppets = Callable[[], Puppet]
 
@@ -76,7 +77,7 @@ def _lay_wire(stack: ExitStack, *, address: int) -> Container:
 def containers() -> Iterator[Callable[[], Container]]:
     """Makes network namespaces, which are gone with their interfaces when the test is over."""
     if shutil.which("ip") is None:
-        pytest.skip("iproute2 is not installed")
+        not_installed("iproute2")
     with ExitStack() as stack:
         addresses = iter(range(secrets.randbelow(200), 256))
 

@@ -19,6 +19,7 @@ from pgguard.attribution.evidence import Driver
 from pgguard.attribution.images import read_image
 from pgguard.attribution.runtime import Language, Library, Runtime, Server, runtime_of
 from tests.attribution.puppets import Puppet
+from tests.servers import needs, not_installed
 
 Puppets = Callable[[], Puppet]
 
@@ -48,18 +49,19 @@ def _running(*command: str, executable: str | None = None, cwd: Path | None = No
 )
 def test_an_interpreter_is_known_by_its_program(language: Language, program: str, script: str) -> None:
     if shutil.which(program) is None:
-        pytest.skip(f"{program} is not installed")
+        not_installed(program)
     with _running(program, "-c" if language is Language.PYTHON else "-e", script) as pid:
         assert runtime_of(pid) == Runtime(language)
 
 
-@pytest.mark.skipif(shutil.which("php") is None, reason="php is not installed")
 def test_php_is_known_by_its_program() -> None:
+    if shutil.which("php") is None:
+        not_installed("php")
     with _running("php", "-r", "echo 'x'; fgets(STDIN);") as pid:
         assert runtime_of(pid).language is Language.PHP
 
 
-@pytest.mark.skipif(shutil.which("ruby") is None, reason="ruby is not installed")
+@needs("ruby", found=shutil.which("ruby"))
 @pytest.mark.parametrize(
     ("title", "server"),
     [
@@ -148,7 +150,7 @@ def test_a_python_library_with_a_compiled_part_is_known_by_that(module: str, lib
     process = puppet()
     assert runtime_of(process.pid).libraries == frozenset()
     if importlib.util.find_spec(module) is None:
-        pytest.skip(f"{module} is not installed")
+        not_installed(module)
     process.do(f"import {module}")
     assert runtime_of(process.pid).libraries == {library}
 
@@ -186,7 +188,7 @@ DEPENDENCIES
 """
 
 
-@pytest.mark.skipif(shutil.which("ruby") is None, reason="ruby is not installed")
+@needs("ruby", found=shutil.which("ruby"))
 @pytest.mark.parametrize(
     ("gems", "libraries"),
     [
@@ -214,7 +216,7 @@ def test_a_bundle_counts_only_for_ruby(tmp_path: Path) -> None:
         assert runtime_of(pid) == Runtime(Language.PYTHON)
 
 
-@pytest.mark.skipif(shutil.which("ruby") is None, reason="ruby is not installed")
+@needs("ruby", found=shutil.which("ruby"))
 def test_what_is_no_regular_file_is_neither_waited_for_nor_read_without_end(tmp_path: Path) -> None:
     lock = tmp_path / "Gemfile.lock"
     with _running("ruby", "-e", "STDOUT.sync = true; print 'x'; gets", cwd=tmp_path) as pid:
@@ -237,7 +239,7 @@ def test_what_is_no_regular_file_is_neither_waited_for_nor_read_without_end(tmp_
         ([], set()),
     ],
 )
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@needs("node", found=shutil.which("node"))
 def test_node_packages_are_known_by_what_is_installed_in_the_working_directory(
     packages: list[str], libraries: set[Library], tmp_path: Path
 ) -> None:

@@ -12,10 +12,11 @@ from pgguard.attribution.processes import read_process
 from pgguard.attribution.stacks import find_py_spy, python_stacks
 from pgguard.attribution.threads import Obstacle, Sleep, Thread, find_sleep
 from tests.attribution.puppets import Puppet
+from tests.servers import needs
 
 Puppets = Callable[[], Puppet]
 
-needs_py_spy = pytest.mark.skipif(find_py_spy() is None, reason="py-spy is not installed")
+needs_py_spy = needs("py-spy", found=find_py_spy())
 
 _PRELUDE = """
 import threading

@@ -19,6 +19,7 @@ from pgguard.attribution.evidence import Process
 from pgguard.attribution.processes import Stat, read_process
 from pgguard.attribution.threads import AARCH64, X86_64, Obstacle, Waiting, Waits, waiting_threads
 from tests.attribution.puppets import Puppet
+from tests.servers import not_installed
 
 Puppets = Callable[[], Puppet]
 
@@ -577,6 +578,6 @@ def test_a_look_leaves_nothing_open(client: Puppet) -> None:
 def test_the_numbers_of_the_system_calls_are_those_of_the_kernels_headers(header: str, calls: dict[int, str]) -> None:
     path = Path("/usr/include", header)
     if not path.exists():
-        pytest.skip("the kernel's headers are not installed")
+        not_installed("the kernel's headers")
     defined = dict(re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)$", path.read_text(), re.MULTILINE))
     assert {name: int(defined[name]) for name in calls.values()} == {name: number for number, name in calls.items()}

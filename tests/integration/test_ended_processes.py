@@ -34,7 +34,7 @@ def kill_while(doing: str, guard: GuardProcess, transport: Transport, directory:
             pid = program.read()["pid"]
             time.sleep(seconds)
             program.kill()
-            fault = guard.wait_for("unclean-close", count=number, timeout=20)[-1]
+            fault = guard.wait_for("unclean-close", count=number)[-1]
         [closer] = [culprit for culprit in fault["culprits"] if culprit["role"] == "closer"]
         assert closer["pid"] == pid
         assert f"pid {pid}" in fault["summary"]
@@ -62,7 +62,7 @@ def test_a_transaction_that_sits_idle_is_remarked_on(
     guard = start_guard("--idle-in-transaction", "1")
     with running([*BYSTANDER, "transaction"], guard.at(transport), tmp_path) as program:
         pid = program.read()["pid"]
-        [fault] = guard.wait_for("idle-in-transaction", timeout=20)
+        [fault] = guard.wait_for("idle-in-transaction")
         program.go_on()
         assert program.wait() == 0, program.log
     assert fault["severity"] == "warning"
@@ -89,7 +89,7 @@ def test_a_connection_that_outlives_its_process_is_named_with_who_keeps_it(
     with running([*BYSTANDER, "leak"], guard.at(transport), tmp_path) as program:
         said = program.read()
         assert program.wait() == 0, program.log
-        [fault] = guard.wait_for("leaked-connection", timeout=20)
+        [fault] = guard.wait_for("leaked-connection")
         assert fault["severity"] == "warning"
         assert named([fault], "owner") == {said["pid"]}
         assert named([fault], "holder") == {said["child"]}

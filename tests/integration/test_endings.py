@@ -69,7 +69,7 @@ def end_seen(ending: str, guard: GuardProcess, transport: Transport, directory: 
             pid: int = program.read()["pid"]
             time.sleep(seconds)
             program.go_on()
-            fault = guard.wait_for("unclean-close", count=before + 1, timeout=20)[-1]
+            fault = guard.wait_for("unclean-close", count=before + 1)[-1]
         how_is_unknown = fault["summary"].startswith(f"the connection of pid {pid} ")
         if (pid, "sole-holder") in closers(fault) and not how_is_unknown:
             return pid, fault

@@ -154,7 +154,7 @@ def test_taking_perfect_turns_unnoticed_is_seen_as_an_inherited_connection(
     guard: GuardProcess, transport: Transport
 ) -> None:
     with scenario("in_turn", guard.at(transport)) as pids:
-        found = guard.wait_for("inherited-connection", timeout=20)
+        found = guard.wait_for("inherited-connection")
         assert pids_named(found[-1]) == set(pids)
     guard.assert_no_faults(except_kinds={"inherited-connection"})
 
@@ -170,7 +170,7 @@ def test_a_third_process_is_an_error(guard: GuardProcess, transport: Transport) 
 @sampled_transport
 def test_a_third_process_that_nobody_names_is_among_the_holders(guard: GuardProcess, transport: Transport) -> None:
     with scenario("third_process", guard.at(transport)) as pids:
-        found = guard.wait_for("inherited-connection", timeout=20)
+        found = guard.wait_for("inherited-connection")
         assert pids_named(found[-1]) == set(pids)
 
 
@@ -178,7 +178,7 @@ def test_a_third_process_that_nobody_names_is_among_the_holders(guard: GuardProc
 def test_a_hand_over_is_only_a_warning(guard: GuardProcess, transport: Transport) -> None:
     """pg_basebackup does it: an error here would end correct programs in ``reject`` mode."""
     with scenario("handed_over", guard.at(transport)) as (parent, child):
-        found = guard.wait_for("inherited-connection", timeout=20)
+        found = guard.wait_for("inherited-connection")
         assert found[-1]["severity"] == "warning"
         assert pids_named(found[-1]) == {parent, child}
         named = {culprit["pid"] for culprit in found[0]["culprits"] if culprit["evidence"] == "kernel-sender"}
@@ -196,7 +196,7 @@ def test_heirs_that_forget_the_connection_and_open_their_own_are_only_mentioned(
     guard: GuardProcess, transport: Transport
 ) -> None:
     with scenario("forgotten", guard.at(transport)) as (parent, idle, *active):
-        found = guard.wait_for("inherited-connection", timeout=20)
+        found = guard.wait_for("inherited-connection")
         time.sleep(2 * PATIENCE)
     guard.stop()
     assert {fault["severity"] for fault in guard.faults()} == {"info"}
@@ -209,7 +209,7 @@ def test_heirs_that_forget_the_connection_and_open_their_own_are_only_mentioned(
 @every_transport
 def test_an_heir_that_does_nothing_is_warned_of(guard: GuardProcess, transport: Transport) -> None:
     with scenario("idle_heir", guard.at(transport)) as (parent, child):
-        [found] = guard.wait_for("inherited-connection", timeout=20)
+        [found] = guard.wait_for("inherited-connection")
     assert found["severity"] == "warning"
     assert pids_named(found) == {parent, child}
 
@@ -219,8 +219,8 @@ def test_an_heir_with_connections_of_its_own_that_uses_this_one_is_told_anew(
     guard: GuardProcess, transport: Transport
 ) -> None:
     with scenario("forgotten_and_used", guard.at(transport)) as (parent, child):
-        guard.wait_for("inherited-connection", timeout=20)
+        guard.wait_for("inherited-connection")
         os.kill(parent, signal.SIGUSR1)
-        found = guard.wait_for("inherited-connection", count=2, timeout=20)
+        found = guard.wait_for("inherited-connection", count=2)
     assert [fault["severity"] for fault in found] == ["info", "warning"]
     assert culprits(found[1])["intruder"] == [(child, "kernel-sender")]

@@ -121,19 +121,44 @@ def named_by_the_kernel(guard: GuardProcess) -> set[int]:
     }
 
 
-def load_until(server: WebServer, guard: GuardProcess, *conditions: Callable[[], object]) -> list[Fault]:
-    """Send a few hundred requests, and more if not all of it has shown yet; return what was found of the sharing."""
-    shared: list[Fault] = []
+@dataclass(slots=True)
+class Misuse:
+    """What a guard found of a pool that workers share."""
+
+    shared: list[Fault]
+    log: str
+    """The server's."""
+    complete: bool
+    """Whether all of it has shown."""
+
+
+def misuse(server: WebServer, guard: GuardProcess, *conditions: Callable[[], object]) -> Misuse:
+    """Send a few hundred requests, and more if not all of it has shown yet."""
+    complete, shared = False, []
     for _ in range(8):
         server.load(300, seconds=3, patience=1)
         shared = guard.faults("shared-by-processes")
-        if server.workers <= named(shared) and named(shared, "owner") and all(shown() for shown in conditions):
+        everybody = server.workers <= named(shared) and named(shared, "owner") == {server.master}
+        if complete := everybody and all(shown() for shown in conditions):
             break
-    assert shared, guard.faults()
     assert all(fault["severity"] == "error" for fault in shared)
-    assert server.workers <= named(shared)
-    assert named(shared, "owner") == {server.master}
-    return shared
+    assert named(shared, "owner") <= {server.master}
+    return Misuse(shared, server.program.log, complete)
+
+
+def first_complete(trial: Callable[[], Misuse]) -> Misuse:
+    """Start the server anew until all has shown.
+
+    What becomes of a shared connection is chance. The first error to hit it may end it, and then there is no sharing
+    left to be seen.
+    """
+    found = trial()
+    for _ in range(3):
+        if found.complete:
+            break
+        found = trial()
+    assert found.complete, f"not all of the sharing has shown: {found.shared}\n{found.log}"
+    return found
 
 
 def errors(guard: GuardProcess) -> list[Fault]:
@@ -142,28 +167,21 @@ def errors(guard: GuardProcess) -> list[Fault]:
     return [fault for fault in guard.faults() if fault["severity"] == "error"]
 
 
-def misused_puma(guard: GuardProcess, transport: Transport, directory: Path) -> tuple[list[Fault], str]:
-    """Have Puma's workers share the master's pool; return what was found of it, and Puma's log."""
-    with puma("preloaded", guard.at(transport), directory) as server:
-        shared = load_until(
-            server,
-            guard,
-            lambda: LIBPQ.search(server.program.log),
-            lambda: transport != "probed" or server.workers <= named_by_the_kernel(guard),
-        )
-        assert transport != "probed" or server.workers <= named_by_the_kernel(guard)
-        return shared, server.program.log
-
-
 @every_transport
 def test_puma_workers_with_the_masters_pool_are_named(
     start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
-    shared, log = misused_puma(start_guard(), transport, tmp_path)
-    for _ in range(2):  # which of its errors libpq comes to first is chance, and some of them end the sharing
-        if not LIBPQ.search(log):
-            shared, log = misused_puma(start_guard(), transport, tmp_path)
-    assert LIBPQ.search(log), "what its users see, and search for"
+    def trial() -> Misuse:
+        guard = start_guard()
+        with puma("preloaded", guard.at(transport), tmp_path) as server:
+            return misuse(
+                server,
+                guard,
+                lambda: LIBPQ.search(server.program.log),  # what its users see, and search for
+                lambda: transport != "probed" or server.workers <= named_by_the_kernel(guard),
+            )
+
+    shared = first_complete(trial).shared
     names = {culprit["thread_name"] for fault in shared for culprit in fault["culprits"]} - {None}
     assert any(name.startswith("puma srv tp") for name in names), names
     assert "before_fork" in shared[0]["advice"]["text"]
@@ -188,14 +206,14 @@ WORKERS = [
 @every_transport
 @pytest.mark.parametrize("worker", WORKERS)
 def test_gunicorn_workers_with_the_preloaded_engine_are_named(
-    worker: list[str], guard: GuardProcess, transport: Transport, tmp_path: Path
+    worker: list[str], start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
-    with gunicorn(worker, None, guard.at(transport), tmp_path) as server:
-        shared = load_until(
-            server, guard, lambda: transport != "probed" or server.workers <= named_by_the_kernel(guard)
-        )
-        assert transport != "probed" or server.workers <= named_by_the_kernel(guard)
-    assert "post_fork" in shared[0]["advice"]["text"]
+    def trial() -> Misuse:
+        guard = start_guard()
+        with gunicorn(worker, None, guard.at(transport), tmp_path) as server:
+            return misuse(server, guard, lambda: transport != "probed" or server.workers <= named_by_the_kernel(guard))
+
+    assert "post_fork" in first_complete(trial).shared[0]["advice"]["text"]
 
 
 @pytest.mark.parametrize("worker", WORKERS[1:])

@@ -80,7 +80,7 @@ def test_an_answer_that_a_driver_has_abandoned_is_found_before_somebody_gets_it(
     guard = start(start_guard)
     with running(command(tmp_path), guard.at(transport), tmp_path) as program:
         program.read()
-        [fault] = guard.wait_for("unread-answer", timeout=20)
+        [fault] = guard.wait_for("unread-answer")
         assert fault["severity"] == "warning"
         assert fault["message"] is None
         assert fault["summary"].startswith(f"pid {program.pid} ")
@@ -100,7 +100,7 @@ def test_after_a_timeout_pg8000_is_off_by_one_and_every_query_on_top_is_an_error
     guard = start(start_guard)
     with running(pg8000("alarm"), guard.at(transport), tmp_path) as program:
         program.read()
-        guard.wait_for("unread-answer", timeout=20)
+        guard.wait_for("unread-answer")
         assert rest(program) == {"got": [["", "first"]]}
         program.read()
         time.sleep(0.3)  # so that it is found to lie there
@@ -117,7 +117,7 @@ def test_what_is_sent_on_top_is_rejected_before_it_gets_another_ones_answer(
     guard = start_guard("--mode", "reject", "--unread-answer", str(THRESHOLD))
     with running(pg8000("alarm"), guard.unix, tmp_path) as program:
         program.read()
-        guard.wait_for("unread-answer", timeout=20)
+        guard.wait_for("unread-answer")
         program.go_on()
         guard.wait_for("unread-answer", count=2)
     assert [fault["action"] for fault in guard.faults("unread-answer")][:2] == ["logged", "rejected"]
