@@ -358,23 +358,23 @@ SUMMARIES = [
         "the client has left a transaction idle for more than 60 s",
     ),
     (
-        verdict(Kind.UNREAD_ANSWER, "has left an answer of 7 bytes unread for more than 5 s"),
+        verdict(Kind.UNREAD_ANSWER, "has not read an answer of 7 bytes for more than 5 s so far"),
         ALONE,
-        "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) has left an answer of 7 bytes unread for more than 5 s",
+        "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) has not read an answer of 7 bytes for more than 5 s so far",
     ),
     (
-        verdict(Kind.UNREAD_ANSWER, "has left an answer of 7 bytes unread for more than 5 s"),
+        verdict(Kind.UNREAD_ANSWER, "has not read an answer of 7 bytes for more than 5 s so far"),
         NOTHING,
-        "the client has left an answer of 7 bytes unread for more than 5 s",
+        "the client has not read an answer of 7 bytes for more than 5 s so far",
     ),
     (
         verdict(
             Kind.UNREAD_ANSWER,
-            "has left an answer of 7 bytes unread for more than 5 s",
+            "has not read an answer of 7 bytes for more than 5 s so far",
             requesters=(Sender(4866, 4871),),
         ),
         KERNEL,
-        "pid 4866 (puma: cluster worker 0) has left an answer of 7 bytes unread for more than 5 s",
+        "pid 4866 (puma: cluster worker 0) has not read an answer of 7 bytes for more than 5 s so far",
     ),
     (
         verdict(
