@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 import time
 from enum import Enum
-from pathlib import Path
 from typing import Final, NamedTuple
 
 from pgguard.attribution.descriptors import find_sockets, link_to
 from pgguard.attribution.holders import is_younger
+from pgguard.attribution.processes import read_stat
 
 _PF_EXITING: Final = 0x4
 """In field 9 of ``/proc/PID/stat``: ``include/linux/sched.h``."""
@@ -72,19 +72,15 @@ def fate_of(
 
 def _look(pid: int, started: int | None, opened: float | None) -> Fate | None:
     """One look; ``None`` while the process is ending. Raises PermissionError where ``/proc`` hides it."""
-    try:
-        line = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
+    stat = read_stat(pid)
+    if stat is None:
         return Fate(State.ENDED)
-    # The fields behind the name, from the third on.
-    fields = line.rsplit(b")", 1)[1].split()
-    began = int(fields[19])
-    if (started is not None and began != started) or (opened is not None and is_younger(began, opened)):
+    if (started is not None and stat.started != started) or (opened is not None and is_younger(stat.started, opened)):
         return Fate(State.ENDED)  # the pid is another's by now
-    if fields[0] in b"ZXx":
+    if stat.state in "ZXx":
         # Its other threads may live on without the first one.
-        return _status(pid, int(fields[49])) if int(fields[17]) <= 1 else Fate(State.ALIVE)
-    return None if int(fields[6]) & _PF_EXITING else Fate(State.ALIVE)
+        return _status(pid, stat.exit_status) if stat.threads <= 1 else Fate(State.ALIVE)
+    return None if stat.flags & _PF_EXITING else Fate(State.ALIVE)
 
 
 def _status(pid: int, status: int) -> Fate:

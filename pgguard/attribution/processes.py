@@ -48,8 +48,12 @@ class Stat(NamedTuple):
     """Field 9."""
     minor_faults: int
     """Field 10: a thread's own; of a process those of all its threads, the ones that have ended too."""
+    threads: int
+    """Field 20."""
     started: int
     """Field 22, clock ticks between boot and the process's start."""
+    exit_status: int
+    """Field 52, as waitpid(2) has it; 0 for those who may not trace the process."""
 
     @property
     def holds_no_files(self) -> bool:
@@ -81,7 +85,9 @@ def parse_stat(line: bytes) -> Stat:
         ppid=int(fields[1]),
         flags=int(fields[6]),
         minor_faults=int(fields[7]),
+        threads=int(fields[17]),
         started=int(fields[19]),
+        exit_status=int(fields[49]),
     )
 
 

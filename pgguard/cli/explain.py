@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pgguard.faults.advice import advice_for, advised
+from pgguard.faults.advice import advice_for, advised, closing, exhaustion
 from pgguard.faults.catalogue import CATALOGUE, Severity
 from pgguard.faults.policy import KindAction
 from pgguard.proxy.errors import ConfigurationError
@@ -21,7 +22,7 @@ from pgguard.session import libpq
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from pgguard.attribution.runtime import Runtime
     from pgguard.faults.catalogue import Advice, Entry
@@ -51,6 +52,11 @@ _LIBPQ: Final = {
     Kind.PROTOCOL_VIOLATION: libpq.lost_synchronization("D", 1 << 30),
 }
 """For each kind that has one an example of what libpq prints for it, or passes on from the server."""
+
+_CASES: Final[Mapping[Kind, Mapping[str, Advice]]] = MappingProxyType(
+    {Kind.UNCLEAN_CLOSE: closing.CASES, Kind.CONNECTION_EXHAUSTION: exhaustion.CASES}
+)
+"""Advice by what has come to be known of a fault, besides that by what the processes run."""
 
 
 def explain(kind: str | None) -> int:
@@ -137,6 +143,7 @@ def _in_mode_reject(entry: Entry) -> str:
 
 def _fixes(kind: Kind) -> Iterator[tuple[str, Advice]]:
     """The special advice there is for a kind, each once, under what it is for."""
+    yield from _CASES.get(kind, {}).items()
     general = advice_for(kind, ())
     said: set[Advice] = {general}
     for runtime in advised(kind):

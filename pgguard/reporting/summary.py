@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from pgguard.session.verdicts import Kind
 
 
-def worst(counts: Sequence[Count]) -> Severity | None:
-    """The gravest severity that was seen, or ``None`` if nothing was."""
-    return max((count.severity for count in counts), key=lambda severity: severity.rank, default=None)
-
-
 def summary_lines(sessions: int, counts: Sequence[Count]) -> list[str]:
     """One line on the whole and one on each severity.
 

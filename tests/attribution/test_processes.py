@@ -37,8 +37,8 @@ def test_a_name_with_parentheses_and_spaces_does_not_shift_the_fields(puppet: Pu
 
 
 def test_a_line_of_stat_is_decoded_by_its_last_parenthesis() -> None:
-    stat = parse_stat(b"7 (a) R 1 (\xff) S 6 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 0 0\n")
-    assert stat == ("a) R 1 (\ufffd", "S", 6, 4194560, 1, 4711)
+    stat = parse_stat(b"7 (a) R 1 (\xff) S 6 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 0 0" + b" 0" * 27 + b" 9\n")
+    assert stat == ("a) R 1 (\ufffd", "S", 6, 4194560, 1, 1, 4711, 9)
 
 
 def test_a_process_in_a_pid_namespace_of_its_own_is_known_by_the_pid_that_it_has_there(puppet: Puppets) -> None:

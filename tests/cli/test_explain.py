@@ -9,13 +9,15 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from pgguard.attribution.runtime import Server
-from pgguard.faults.advice import advice_for, advised
-from pgguard.faults.catalogue import CATALOGUE
+from pgguard.faults.advice import advice_for, advised, closing, exhaustion
+from pgguard.faults.catalogue import CATALOGUE, Advice
 from pgguard.session.verdicts import Kind
 from tests.cli.conftest import Refused
 from tests.proxy.spawned import environment, run
@@ -46,6 +48,22 @@ def test_it_says_everything_about_a_kind(kind: Kind, tmp_path: Path) -> None:
             assert f"\n    {line}\n".replace("    \n", "\n") in done.stdout
         for source in advice.sources:
             assert f"\n  See {source}\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "cases"),
+    [(Kind.UNCLEAN_CLOSE, closing.CASES), (Kind.CONNECTION_EXHAUSTION, exhaustion.CASES)],
+)
+def test_it_says_what_to_change_case_by_case(kind: Kind, cases: Mapping[str, Advice], tmp_path: Path) -> None:
+    words = " ".join(run("explain", kind, cwd=tmp_path).stdout.split())
+    for case, advice in cases.items():
+        assert f"{case}: {advice.title}. {advice.text}" in words
+
+
+@pytest.mark.parametrize("module", [closing, exhaustion])
+def test_no_case_is_left_out(module: ModuleType) -> None:
+    whole = {value for value in vars(module).values() if isinstance(value, Advice)}
+    assert whole | set(getattr(module, "_LIMITS", {}).values()) == set(module.CASES.values())
 
 
 @pytest.mark.parametrize(
@@ -94,7 +112,7 @@ def test_80_columns_and_plain_text_where_there_is_no_terminal(tmp_path: Path) ->
         timeout=20,
     )
     assert "\x1b" not in done.stdout
-    widest = max(len(line) for line in done.stdout.splitlines() if not line.startswith("    "))
+    widest = max(len(line) for line in done.stdout.splitlines() if not line.startswith(("    ", "  See ")))
     assert 60 < widest <= 80
 
 
@@ -113,7 +131,7 @@ def test_colour_and_its_own_width_on_a_terminal(tmp_path: Path) -> None:
     os.close(ours)
     assert b"\x1b[1;33munclean-close" in said
     plain = re.sub(rb"\x1b\[[\d;]*m", b"", said).decode()
-    widest = max(len(line.rstrip()) for line in plain.splitlines() if not line.startswith("    "))
+    widest = max(len(line.rstrip()) for line in plain.splitlines() if not line.startswith(("    ", "  See ")))
     assert 45 < widest <= 60
 
 

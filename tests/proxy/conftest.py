@@ -6,7 +6,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,17 +138,22 @@ async def house(backend: FakeBackend) -> AsyncIterator[House]:
 @pytest.fixture(autouse=True)
 def _no_socket_is_left_open() -> Iterator[None]:
     """A socket that is left for the garbage collector is warned about, and warnings are errors."""
-    before = _descriptors()
+    before = len(_descriptors())
     yield
     deadline = time.monotonic() + SECONDS  # a thread that was abandoned may have one open for a moment
-    while _descriptors() > before and time.monotonic() < deadline:
+    while len(_descriptors()) > before and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.01)
-    assert _descriptors() <= before
+    assert len(_descriptors()) <= before, _descriptors()
 
 
-def _descriptors() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+def _descriptors() -> dict[str, str]:
+    """What each open descriptor is."""
+    found = {}
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile, as the one is that lists them
+            found[link.name] = str(link.readlink())
+    return found
 
 
 @pytest.fixture

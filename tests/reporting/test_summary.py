@@ -7,7 +7,7 @@ import pytest
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.docket import Count
 from pgguard.faults.policy import Action
-from pgguard.reporting.summary import summary_lines, worst
+from pgguard.reporting.summary import summary_lines
 from pgguard.session.verdicts import Kind
 
 SHARED = Count(Kind.SHARED_BY_PROCESSES, Severity.ERROR, Action.LOGGED, 2, 41)
@@ -36,16 +36,3 @@ UNTRACKED = Count(Kind.UNTRACKED, Severity.INFO, Action.LOGGED, 1, 0)
 )
 def test_summaries(sessions: int, counts: list[Count], lines: list[str]) -> None:
     assert summary_lines(sessions, counts) == lines
-
-
-@pytest.mark.parametrize(
-    ("counts", "severity"),
-    [
-        ([], None),
-        ([UNTRACKED], Severity.INFO),
-        ([UNTRACKED, CLOSED], Severity.WARNING),
-        ([CLOSED, SHARED], Severity.ERROR),
-    ],
-)
-def test_the_worst_decides_on_the_exit_status(counts: list[Count], severity: Severity | None) -> None:
-    assert worst(counts) is severity

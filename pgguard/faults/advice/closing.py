@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from pgguard.attribution.fates import State
@@ -12,7 +13,7 @@ from pgguard.faults.catalogue import CATALOGUE, Advice
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from pgguard.attribution.fates import Fate
     from pgguard.attribution.runtime import Runtime
@@ -79,6 +80,20 @@ _CRASHED: Final = Advice(
     "core dump (coredumpctl, ulimit -c) and in the kernel's log; native extensions, and threads or forked children "
     "that share a connection, are suspects.",
 )
+
+CASES: Final[Mapping[str, Advice]] = MappingProxyType(
+    {
+        "In the middle of a COPY": COPY_ADVICE,
+        "By a process that lives on": _CLOSED,
+        "By a process that lives on and has the socket open": _SHUT_DOWN,
+        "By something between the process and the server": _CUT,
+        "By a process that has exited": _EXITED,
+        "By a process that SIGKILL has ended": _KILLED,
+        "By a process that another signal has ended": _ASKED_TO_END,
+        "By a process that has crashed": _CRASHED,
+    }
+)
+"""The advice there is, by how the connection was closed."""
 
 _LEAVE_AT_ONCE: Final = frozenset({Server.CELERY, Server.RQ, Server.UWSGI})
 """Those whose children run no exit handlers, and which have a hook of their own for that."""

@@ -61,6 +61,16 @@ _LIMITS: Final[Mapping[Limit, Advice]] = MappingProxyType(
     }
 )
 
+CASES: Final[Mapping[str, Advice]] = MappingProxyType(
+    {
+        "All slots but the reserved ones": _LIMITS[Limit.RESERVED],
+        "A role's limit": _LIMITS[Limit.ROLE],
+        "A database's limit": _LIMITS[Limit.DATABASE],
+        "Replication connections": _WAL_SENDERS,
+    }
+)
+"""The advice there is for other limits than the server's, by the limit."""
+
 _POOLS: Final = (
     "Multiply pool size by processes by hosts, allow for deployments, and size the pools to stay below: a process "
     "needs as many connections as threads of it run queries at once. A process with many more of them than its pool's "
