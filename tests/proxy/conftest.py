@@ -141,10 +141,10 @@ def _no_socket_is_left_open() -> Iterator[None]:
     before = len(_descriptors())
     yield
     deadline = time.monotonic() + SECONDS  # a thread that was abandoned may have one open for a moment
-    while len(_descriptors()) > before and time.monotonic() < deadline:
+    while len(now := _descriptors()) > before:
+        assert time.monotonic() < deadline, now
         gc.collect()
         time.sleep(0.01)
-    assert len(_descriptors()) <= before, _descriptors()
 
 
 def _descriptors() -> dict[str, str]:
