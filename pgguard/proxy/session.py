@@ -8,6 +8,7 @@ import socket
 import termios
 import time
 from collections import deque
+from enum import Enum
 from typing import TYPE_CHECKING, Final, Literal
 
 import trio
@@ -34,6 +35,19 @@ if TYPE_CHECKING:
 
 _SENDERS: Final = 256
 """Processes that have sent of which it is kept what was seen of them: the latest."""
+
+
+class Phase(Enum):
+    """How far a session has come, from when it is in the sweep."""
+
+    RELAYED = "what one side sends is passed on to the other"
+    CONDEMNED = "it is rejected, and out of the sweep until its client is at the end of the message it is being sent"
+    REJECTED = "the server's side is closed; the client gets what waits for it, and is heard until it ends too"
+    ENDED = "the server's side is closed; the client gets what waits for it"
+    LINGERING = "its client has been sent everything, and the end of the stream: what it still sends is for nobody"
+
+
+_DRAINING: Final = frozenset({Phase.REJECTED, Phase.ENDED, Phase.LINGERING})
 
 
 class End:
@@ -168,14 +182,9 @@ class ProxiedSession:
         """What follows it; ``None`` when it isn't followed, or not any more."""
         self.protocol: Tracker | None = None
         """The same, kept for what it had learned when it lost its way."""
-        self.rejected = False
-        """It is being ended, and out of the sweep until its client has been told."""
+        self.phase = Phase.RELAYED
         self.afterwards: Tracker | None = None
         """What has followed it, when it is over: who uses the connection still?"""
-        self.lingers = False
-        """Its client has been sent everything, and the end of the stream: whatever it still sends is for nobody."""
-        self.draining = False
-        """The server's side is over; what the client still sends is thrown away until it ends too."""
         self.farewell: Farewell | None = None
         """What a client that was rejected is told again, if it asks for something before its stream ends."""
         self.heard = False
@@ -184,6 +193,17 @@ class ProxiedSession:
         """The client can be neither read nor written any more."""
         self.done = trio.Event()
         """Both sockets are closed."""
+
+    @property
+    def draining(self) -> bool:
+        """The server's side is over; what the client still sends is thrown away until it ends too."""
+        return self.phase in _DRAINING
+
+    @property
+    def inside_message(self) -> int:
+        """How many bytes the client is still to get of a message of the server's; none of one that is swallowed."""
+        tracker = self.tracker
+        return 0 if tracker is None or self.server.swallow else tracker.backend_rest
 
     @property
     def connected(self) -> tuple[int, int | None] | None:

@@ -13,8 +13,7 @@ Holding: when a verdict falls on what one end has sent, that end isn't read unti
 reached the client one after the other must not reach it together, or one of two readers swallows both, and the other
 waits for ever, in a program that would have ended without the guard.
 
-Listening: when a session is over and several processes have the client's end open, it is kept for a while, to hear
-which of them goes on to use it. That one learns what it would from the server's host, by an RST.
+What becomes of a session that is over is :mod:`pgguard.proxy.aftermath`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from __future__ import annotations
 import logging
 import select
 import socket
-import struct
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVarTuple
@@ -31,10 +29,11 @@ import trio
 
 from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
 from pgguard.faults.policy import Action
+from pgguard.proxy.aftermath import Aftermath
 from pgguard.proxy.judge import Ruling
 from pgguard.proxy.lateness import Lateness
+from pgguard.proxy.session import Phase
 from pgguard.proxy.unread import ReadingAlarm
-from pgguard.session.farewell import Farewell, asks, farewell
 from pgguard.session.states import OWED, WANTED
 from pgguard.session.verdicts import Sender
 from pgguard.wire.fields import build_error_response
@@ -62,26 +61,9 @@ _HURRY: Final = 0.02
 """Seconds for a client that arrives, or is judged, to get through trio's tasks."""
 _REPEATS: Final = 64
 """Known faults in one chunk that are dealt with before other sessions get their turn."""
-_LINGER: Final = 2.0
-"""Seconds for a client to close its side after the server's has ended."""
 _HEALTH_CHECK: Final = 1.0
 """Seconds within which a client has gone again that logs in only to see whether it can, as HAProxy's pgsql-check."""
-_ALONE: Final = 0.2
-"""Seconds after which it is looked who else has a connection open that has been ended: by then most are closed."""
-_LISTENING: Final = 3600.0
-"""Seconds for which it is listened to who uses a connection that has been ended and that several processes had open."""
-_LISTENED: Final = 256
-"""Connections that are listened to at once, the latest: each takes a descriptor."""
-_RESET: Final = struct.pack("ii", 1, 0)
-"""``struct linger`` with which close(2) resets a TCP connection: socket(7)."""
 _TRACKER_FAILED: Final = "the tracker failed; the guard's log says how"
-_LAST_WORDS: Final = 2.0
-"""Seconds to reach the end of the message that a rejected client is just being sent."""
-
-_SILENCE: Final = 1.0
-"""Seconds after which a rejected client that says nothing has nothing more to clean up."""
-_HEARING: Final = 5.0
-"""Seconds for which it may go on to send."""
 
 _APART: Final = 0.1
 """Seconds for which an answer is kept from one that hasn't been read, where several read."""
@@ -90,6 +72,8 @@ _REQUESTS: Final = frozenset(map(ord, OWED))
 """The messages of a client that are answered, by their types."""
 _WANTED: Final = frozenset(map(ord, WANTED))
 """Those whose answers somebody wants."""
+
+_RELAYED: Final = Phase.RELAYED
 
 _IN: Final = select.EPOLLIN
 _OUT: Final = select.EPOLLOUT
@@ -122,7 +106,7 @@ class Sweep:
         unread: UnreadWatch,
     ) -> None:
         self._judge = judge
-        self._cancel = cancel
+        self._aftermath = Aftermath(self, judge, cancel=cancel)
         self._closed = closed
         self._unread = unread
         self._alarms: dict[int, ReadingAlarm] = {}
@@ -133,9 +117,6 @@ class Sweep:
         self._ends: dict[int, End] = {}
         """Those that are registered with the epoll, by descriptor."""
         self._sessions: set[ProxiedSession] = set()
-        self._listened: dict[ProxiedSession, None] = {}
-        """Those that are over and listened to, the first first."""
-        self._stopping = False
         self._accused: set[ProxiedSession] = set()
         """Those about which a verdict is being ruled on that is not about a message."""
         self.senders: KernelSenders | None = None
@@ -159,7 +140,7 @@ class Sweep:
                     await self._sweep_while_busy()
         finally:
             for session in list(self._sessions):
-                self._finish(session)
+                self.finish(session)
             self._epoll.close()
             self._lateness.close()
 
@@ -186,7 +167,7 @@ class Sweep:
                         self._read_and_flush(end, mask, now)
                 except Exception:
                     logger.exception("session %d: it had to be closed", end.session.id)
-                    self._finish(end.session)
+                    self.finish(end.session)
             began = clock()
             if began > turn_ends or began < self._hurried_until:
                 await trio.lowlevel.checkpoint()
@@ -209,7 +190,7 @@ class Sweep:
     def add(self, session: ProxiedSession, startup: bytes) -> None:
         """Take a session over whose StartupMessage, ``startup``, is still to be sent to the server."""
         if self._epoll.closed:  # the guard was cancelled while the session was being set up
-            self._finish(session)
+            self.finish(session)
             return
         self._sessions.add(session)
         session.server.outgoing += startup
@@ -240,6 +221,11 @@ class Sweep:
             self._epoll.unregister(end.fd)
             del self._ends[end.fd]
             end.interest = None
+
+    def take_out(self, session: ProxiedSession) -> None:
+        """Neither read from its sockets nor write to them any more."""
+        self._disarm(session.client)
+        self._disarm(session.server)
 
     def _hold(self, end: End) -> None:
         """Read nothing more from ``end`` until :meth:`_release`; what goes to it goes on."""
@@ -290,7 +276,7 @@ class Sweep:
         if end.contested and self._begins_request(end, begin):
             end.held = bytes(self._view[begin : _HEADROOM + size])
             self._hold(end)
-            self._start(end.session, self._sample, end)
+            self.start(end.session, self._sample, end)
             return
         if not end.is_client and end.session.tracker is not None and end.session.tracker.several_read:
             end.late = self._lateness.has_grown()
@@ -323,7 +309,7 @@ class Sweep:
                 return False
         end.held = bytes(self._view[begin : begin + size])
         self._hold(end)
-        self._start(session, self._weigh, end, unread)
+        self.start(session, self._weigh, end, unread)
         return True
 
     async def _weigh(self, end: End, unread: Unread | None) -> None:
@@ -395,8 +381,8 @@ class Sweep:
         while True:
             tracker = session.tracker
             if tracker is None:
-                if session.lingers:
-                    self._note_late(end, begin, stop, now)
+                if session.phase is Phase.LINGERING:
+                    self._aftermath.note_late(end, self._buffer, begin, stop, now)
                     return
                 self._forward(end, begin, stop)
                 return
@@ -417,7 +403,7 @@ class Sweep:
                     if end.late and tracker.at_answers_end and done != begin:
                         self.hurry()
                         self._hold(end)
-                        self._start(session, self._let_read, end)
+                        self.start(session, self._let_read, end)
                 return
             begin = done
             if tracker.verdict is None:
@@ -428,7 +414,7 @@ class Sweep:
             else:
                 end.held = bytes(self._view[begin:stop])
                 self._hold(end)
-                self._start(session, self._adjudicate, end, tracker.set_aside())
+                self.start(session, self._adjudicate, end, tracker.set_aside())
                 return
 
     def _forward(self, end: End, begin: int, stop: int) -> None:
@@ -439,9 +425,9 @@ class Sweep:
         peer = end.peer
         if begin == stop or peer.broken:
             return
-        if end.is_client and end.session.draining:
+        if end.is_client and end.session.phase is not _RELAYED:
             if end.session.farewell is not None:
-                self._hear(end.session, end.session.farewell, self._view[begin:stop])
+                self._aftermath.hear(end.session, self._view[begin:stop])
             return
         if peer.outgoing:
             peer.outgoing += self._view[begin:stop]
@@ -472,11 +458,17 @@ class Sweep:
             if end.outgoing:
                 return
         if end.peer.eof and not end.peer.waits:
-            self._pass_end_on(end)
+            self.pass_end_on(end)
         if not end.session.done.is_set():
             self._arm(end)
             if not (end.is_client and end.session.draining):
                 self._arm(end.peer)
+
+    def send(self, client: End, words: bytes) -> None:
+        """Send a client something more, now or when there is room."""
+        client.outgoing += words
+        self._arm(client)
+        self._flush(client)
 
     # Ends of streams
 
@@ -493,7 +485,7 @@ class Sweep:
         verdicts = self._last_verdicts(end) if first and not session.draining else []
         if verdicts:
             self._hold(end)
-            self._start(session, self._adjudicate_end, end, verdicts)
+            self.start(session, self._adjudicate_end, end, verdicts)
         else:
             self._after_end(end)
 
@@ -523,14 +515,14 @@ class Sweep:
     def _after_end(self, end: End) -> None:
         """All that can be said about the end of ``end``'s stream is said: let its peer know."""
         session = end.session
-        torn = bool(end.held) or self._inside_message(session) > 0
+        torn = bool(end.held) or session.inside_message > 0
         self._forward_held(end)
         if not end.is_client and not session.draining:
             self._server_ended(session, torn=torn)
         elif end.peer.outgoing and not end.peer.broken:
             self._arm(end)
         else:
-            self._pass_end_on(end.peer)
+            self.pass_end_on(end.peer)
             if not session.done.is_set():
                 self._arm(end)
 
@@ -540,11 +532,11 @@ class Sweep:
             self._buffer[_HEADROOM : _HEADROOM + len(held)] = held
             self._forward(end, _HEADROOM, _HEADROOM + len(held))
 
-    def _pass_end_on(self, end: End) -> None:
+    def pass_end_on(self, end: End) -> None:
         """Everything has been written to ``end``, and its peer will send no more."""
         session = end.session
         if session.client_gone or (session.client.eof and session.server.eof):
-            self._finish(session)
+            self.finish(session)
             return
         if session.farewell is not None:
             return  # it may ask for something more
@@ -553,8 +545,7 @@ class Sweep:
         except OSError:
             end.broken = True
         if session.draining:
-            session.lingers = not session.rejected
-            self._start(session, self._linger, session)
+            self._aftermath.end_of_stream(session)
 
     def _server_ended(self, session: ProxiedSession, *, torn: bool) -> None:
         tracker = session.tracker
@@ -578,7 +569,7 @@ class Sweep:
 
     def end_server_side(self, session: ProxiedSession) -> None:
         """Close the server's connection; the client gets what waits for it, then the end of its stream."""
-        session.draining = True
+        session.phase = Phase.ENDED if session.phase is _RELAYED else Phase.REJECTED
         # What the client still sends isn't forwarded, and judged only by who sends it.
         session.afterwards, session.tracker = session.tracker, None
         session.client.held = b""
@@ -592,106 +583,20 @@ class Sweep:
         self._arm(session.client)
         self._flush(session.client)
 
-    def _hear(self, session: ProxiedSession, farewell: Farewell, data: memoryview) -> None:
-        """Take note of what a client says that was rejected, and tell it again if it asks for something."""
-        session.heard = True
-        if asks(data):
-            session.farewell = farewell.repeated()
-            session.client.outgoing += farewell.words
-            self._arm(session.client)
-            self._flush(session.client)
-
-    async def _hear_out(self, session: ProxiedSession) -> None:
-        """Let a client that was rejected come to the end of what it sends and cleans up, and end its stream then."""
-        with trio.move_on_after(_HEARING):
-            while session.farewell is not None and not session.done.is_set():
-                session.heard = False
-                with trio.move_on_after(_SILENCE):
-                    await session.done.wait()
-                if not session.heard:
-                    break
-        if session.farewell is not None and not session.done.is_set():
-            session.farewell = None
-            if not session.client.outgoing:
-                self._pass_end_on(session.client)
-
-    async def _linger(self, session: ProxiedSession) -> None:
-        """Let a client that has been sent everything close its side.
-
-        Closing a TCP socket with unread data resets it, and what the server said last would be lost on the way. With a
-        Unix socket it isn't. If another process has the client's end open, it is waited longer for that to close, or to
-        send: see _note_late.
-        """
-        patience = _LINGER
-        if session.lingers:
-            with trio.move_on_after(_ALONE):
-                await session.done.wait()
-            if session.done.is_set():
-                return
-            if not self._stopping and await self._judge.is_shared(session):
-                patience = _LISTENING
-                self._listen(session)
-            elif session.transport == "unix":
-                patience = 0
-        with trio.move_on_after(patience):
-            await session.done.wait()
-        self._finish(session)
-
-    def _listen(self, session: ProxiedSession) -> None:
-        """Keep a session that is over, to hear who goes on to use its connection; the one kept longest makes room."""
-        if not session.done.is_set():
-            self._listened[session] = None
-            if len(self._listened) > _LISTENED:
-                self._finish(next(iter(self._listened)))
-
     def stop_lingering(self) -> None:
-        """Close the sessions that are over already, and from now on listen to none that is."""
-        self._stopping = True
-        for session in [session for session in self._sessions if session.lingers]:
-            self._finish(session)
-
-    def _note_late(self, end: End, begin: int, stop: int, now: float) -> None:
-        """Take what a client sends when its session is over as the server's host would, with an RST; judge who sends.
-
-        PostgreSQL has closed its socket by then, and the kernel resets a connection on which something comes for nobody
-        (``tcp_rcv_state_process()`` in ``tcp_input.c``). Over a Unix socket the client would be told at once, by EPIPE,
-        without the guard's knowing who it was; as long as it is listened to, it is told when it writes once more.
-        """
-        session = end.session
-        tracker = session.afterwards
-        verdict = None
-        if tracker is not None:
-            done = tracker.frontend(self._buffer, begin, stop, end.sender, now)
-            if tracker.verdict is not None:
-                verdict = tracker.set_aside()
-            elif done < stop:
-                end.held = bytes(self._view[done:stop])
-                return
-        with suppress(OSError):
-            end.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        self._finish(session)
-        if verdict is not None:
-            self._start(session, self._judge_late, session, verdict)
-
-    async def _judge_late(self, session: ProxiedSession, verdict: Verdict) -> None:
-        """Have a verdict ruled on about a session of which nothing is left."""
-        await self._have_ruled(session, verdict)
-
-    @staticmethod
-    def _inside_message(session: ProxiedSession) -> int:
-        """How many bytes the client is still to get of a message of the server's; none of one that is swallowed."""
-        tracker = session.tracker
-        return 0 if tracker is None or session.server.swallow else tracker.backend_rest
+        """Close the sessions that are over already, and from now on wait for none that is."""
+        self._aftermath.stop_lingering(self._sessions)
 
     def dismiss(self, session: ProxiedSession, farewell: bytes) -> None:
         """Close a session now, telling the client why if it isn't in the middle of a message. Doesn't wait for it."""
         tracker = session.tracker
-        if tracker is not None and not self._inside_message(session) and not session.client.outgoing:
+        if tracker is not None and not session.inside_message and not session.client.outgoing:
             with suppress(OSError):
                 session.client.send(farewell)
-        self._finish(session)
+        self.finish(session)
 
-    def _finish(self, session: ProxiedSession) -> None:
+    def finish(self, session: ProxiedSession) -> None:
+        """Close both of its sockets; nothing happens if they are closed already."""
         if session.done.is_set():
             return
         if session.leftover is not None:
@@ -699,15 +604,15 @@ class Sweep:
             session.leftover = None
         for end in (session.client, session.server):
             self._disarm(end)
-            if session.rejected and not session.draining:  # it is being brought to the end of a message
+            if session.phase is Phase.CONDEMNED:  # it is being brought to the end of a message
                 trio.lowlevel.notify_closing(end.sock)
             end.sock.close()
         session.done.set()
-        self._listened.pop(session, None)
+        self._aftermath.forget(session)
         self._sessions.discard(session)
         self._closed(session)
 
-    def _start(self, session: ProxiedSession, function: Callable[[*Ts], Awaitable[None]], *args: *Ts) -> None:
+    def start(self, session: ProxiedSession, function: Callable[[*Ts], Awaitable[None]], *args: *Ts) -> None:
         """Do for a session what takes time. What goes wrong with it is the end of that session alone."""
 
         async def run() -> None:
@@ -715,7 +620,7 @@ class Sweep:
                 await function(*args)
             except Exception:
                 logger.exception("session %d: it had to be closed", session.id)
-                self._finish(session)
+                self.finish(session)
             if session.done.is_set():
                 self._judge.closed(session)  # of what has been recorded since it ended
 
@@ -731,11 +636,11 @@ class Sweep:
     async def _adjudicate(self, end: End, verdict: Verdict) -> None:
         """Have a verdict ruled on that is about what is held of ``end``, do as the ruling says, and go on with it."""
         session = end.session
-        ruling = await self._have_ruled(session, verdict)
+        ruling = await self.have_ruled(session, verdict)
         if not self._is_relayed(session):
             return
         if ruling.action is Action.REJECTED:
-            await self._reject(session, ruling)
+            await self._aftermath.reject(session, ruling)
             return
         tracker = session.tracker
         dropped = ruling.action is Action.DROPPED and verdict.message is not None
@@ -749,7 +654,7 @@ class Sweep:
                 tracker.overrule()
         self._go_on(end)
 
-    async def _have_ruled(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
+    async def have_ruled(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
         """Have a verdict ruled on, even if the guard is to end meanwhile, as it may when the session has."""
         self.hurry()
         ruling = Ruling(None)
@@ -760,7 +665,7 @@ class Sweep:
     @staticmethod
     def _is_relayed(session: ProxiedSession) -> bool:
         """Whether it goes on after what has been waited for: it has not ended, and hasn't been rejected meanwhile."""
-        return not (session.done.is_set() or session.draining or session.rejected)
+        return session.phase is _RELAYED and not session.done.is_set()
 
     def accuse(self, session: ProxiedSession, verdict: Verdict) -> bool:
         """Have a verdict ruled on that no message has brought about. Nothing is held for it.
@@ -770,7 +675,7 @@ class Sweep:
         if session not in self._sessions or session in self._accused or not self._is_relayed(session):
             return False
         self._accused.add(session)
-        self._start(session, self._try, session, verdict)
+        self.start(session, self._try, session, verdict)
         return True
 
     async def _try(self, session: ProxiedSession, verdict: Verdict) -> None:
@@ -781,11 +686,11 @@ class Sweep:
 
     async def _rule(self, session: ProxiedSession, verdict: Verdict) -> bool:
         """Have a verdict ruled on that is not about a message; False if the session doesn't go on."""
-        ruling = await self._have_ruled(session, verdict)
+        ruling = await self.have_ruled(session, verdict)
         if not self._is_relayed(session):
             return False
         if ruling.action is Action.REJECTED:
-            await self._reject(session, ruling)
+            await self._aftermath.reject(session, ruling)
             return False
         return True
 
@@ -812,56 +717,3 @@ class Sweep:
                 return
         self._release(end)
         self._after_end(end)
-
-    async def _reject(self, session: ProxiedSession, ruling: Ruling) -> None:
-        """Tell the client, cancel what runs upstream, close both connections."""
-        tracker = session.tracker
-        if tracker is not None and not tracker.idle:
-            self._cancel(session)
-        session.rejected = True
-        self._disarm(session.client)
-        self._disarm(session.server)
-        finished = False
-        with trio.move_on_after(_LAST_WORDS), suppress(OSError, trio.ClosedResourceError):
-            finished = await self._finish_message(session)
-        if session.done.is_set():
-            return
-        if finished and ruling.response is not None:
-            last = self._farewell(session, ruling.response)
-            session.client.outgoing += last.words
-            if last.again:
-                session.farewell = last
-                self._start(session, self._hear_out, session)
-        self.end_server_side(session)
-
-    @staticmethod
-    def _farewell(session: ProxiedSession, error: bytes) -> Farewell:
-        """What a rejected client is sent last, in the form that fits what it waits for."""
-        tracker, held = session.tracker, session.client.held
-        if tracker is None:
-            return Farewell(error)
-        asked = chr(held[0]) if held and not tracker.frontend_rest else None
-        return farewell(tracker, error, asked)
-
-    async def _finish_message(self, session: ProxiedSession) -> bool:
-        """Bring the client to the end of the message that it is being sent, so that another can follow.
-
-        Returns False if the server never sent that end.
-
-        Raises:
-            OSError: one of the connections broke.
-            trio.ClosedResourceError: the session was closed meanwhile.
-        """
-        client, server = session.client, session.server
-        rest = self._inside_message(session)
-        while rest and not server.eof:
-            await trio.lowlevel.wait_readable(server.sock)
-            data = server.sock.recv(min(rest, _CHUNK))
-            rest -= len(data)
-            server.eof = not data
-            client.outgoing += data
-            while client.outgoing:
-                await trio.lowlevel.wait_writable(client.sock)
-                with suppress(BlockingIOError):
-                    del client.outgoing[: client.send(client.outgoing)]
-        return not rest

@@ -195,7 +195,7 @@ async def test_over_a_unix_socket_that_others_have_open_it_is_told_when_it_goes_
         await family.log_in()
         await family.do("fork()")
         await family.end(goodbye=goodbye)
-        await until(lambda: bool(house.guard._sweep._listened))
+        await until(lambda: bool(house.guard._sweep._aftermath._listened))
         assert await family.do("goes_on()") == [expected[0], len(SELECT), *expected[2:]]
         await house.empty()
         assert errors(house) == []
@@ -213,7 +213,7 @@ async def test_a_child_that_goes_on_when_its_parent_has_said_terminate(
         await family.log_in()
         await family.do("lingering = fork()")
         await family.end(goodbye=False)
-        await until(lambda: bool(house.guard._sweep._listened))
+        await until(lambda: bool(house.guard._sweep._aftermath._listened))
         child, _ = await family.do(f"child_does(lambda: says({SELECT!r}))")
         await house.empty()
         if unix:
@@ -234,7 +234,7 @@ async def test_a_child_that_goes_on_when_the_server_has_ended_the_session(
         await family.log_in()
         await family.do("fork()")
         await family.end(goodbye=True)
-        await until(lambda: bool(house.guard._sweep._listened))
+        await until(lambda: bool(house.guard._sweep._aftermath._listened))
         child, _ = await family.do(f"child_does(lambda: says({SELECT!r}))")
         await until(lambda: any(fault.message is not None for fault in house.faults))
         [fault] = [fault for fault in house.faults if fault.message is not None]
@@ -250,7 +250,7 @@ async def test_a_child_that_only_says_terminate_as_well(
         await family.log_in()
         await family.do("fork()")
         await family.end(goodbye=goodbye)
-        await until(lambda: bool(house.guard._sweep._listened))
+        await until(lambda: bool(house.guard._sweep._aftermath._listened))
         await family.do(f"child_does(lambda: says({TERMINATE!r}))")
         await house.empty()
         assert [fault for fault in house.faults if fault.message is not None] == []
@@ -264,15 +264,15 @@ async def listened(house: House, application: Puppet) -> None:
     family = Family(house, application, unix=True)
     await family.log_in()
     await family.do("fork()")
-    number = len(house.guard._sweep._listened)
+    number = len(house.guard._sweep._aftermath._listened)
     await family.end(goodbye=False)
-    await until(lambda: len(house.guard._sweep._listened) != number or number == 2)
+    await until(lambda: len(house.guard._sweep._aftermath._listened) != number or number == 2)
 
 
 async def test_the_latest_are_listened_to(
     backend: FakeBackend, application: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgguard.proxy.sweep._LISTENED", 2)
+    monkeypatch.setattr("pgguard.proxy.aftermath._LISTENED", 2)
     async with running(backend, witness=Witness()) as house:
         for _ in range(3):
             await trio.to_thread.run_sync(
@@ -280,13 +280,13 @@ async def test_the_latest_are_listened_to(
             )
             await listened(house, application)
         await until(lambda: 1 not in house.guard._sessions)
-        await until(lambda: len(house.guard._sweep._listened) == 2)
+        await until(lambda: len(house.guard._sweep._aftermath._listened) == 2)
 
 
 async def test_nobody_is_listened_to_for_ever(
     backend: FakeBackend, application: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgguard.proxy.sweep._LISTENING", 0.3)
+    monkeypatch.setattr("pgguard.proxy.aftermath._LISTENING", 0.3)
     async with running(backend, witness=Witness()) as house:
         await listened(house, application)
         await house.empty()

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio import open_tcp_stream
 
-from pgguard.proxy.sweep import _LINGER
+from pgguard.proxy.aftermath import _LINGER
 from tests.proxy.conftest import House, until
 from tests.proxy.messages import (
     ANSWER,

@@ -16,7 +16,7 @@ from pgguard.attribution.sockets import TcpClient
 from pgguard.attribution.witness import Opening, Witness
 from pgguard.proxy.addresses import TcpAddress
 from pgguard.proxy.rollcall import Counted, call_roll, count
-from pgguard.proxy.session import ProxiedSession
+from pgguard.proxy.session import Phase, ProxiedSession
 from pgguard.session.tracker import Tracker
 from pgguard.session.verdicts import Limit, Refusal
 from tests.proxy.messages import LOGGED_IN, SELECTED, message, query
@@ -95,7 +95,7 @@ def test_who_has_not_got_in_or_is_on_its_way_out_does_not_count(hall: Hall) -> N
     hall.session(logged_in=False)
     hall.session(sent=TERMINATE)
     hall.session(upstream=THERE)
-    hall.session().draining = True
+    hall.session().phase = Phase.ENDED
     hall.session().protocol = None
     there = hall.session()
     assert hall.count(Limit.SERVER) == [there.id]
