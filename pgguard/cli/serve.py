@@ -19,6 +19,7 @@ from pgguard.faults.docket import Docket
 from pgguard.faults.text import redact
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.guard import Guard
+from pgguard.proxy.losses import Loss, remarks, spared
 from pgguard.proxy.settings import Settings, load_settings
 from pgguard.reporting.console import ConsoleSink
 from pgguard.reporting.jsonl import JsonLines
@@ -43,7 +44,11 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.say(redact(self.format(record)))
+        try:
+            text = redact(self.format(record))
+        except Exception:
+            text = f"pgguard: {record.msg}"
+        self._console.say(text)
 
 
 def serve(given: dict[str, Any], config: Path | None) -> int:
@@ -66,12 +71,17 @@ def serve(given: dict[str, Any], config: Path | None) -> int:
         witness = None if settings.attribution == "off" else Witness()
         guard = Guard(settings, sinks=sinks, docket=docket, witness=witness)
         trio.run(_until_signalled, guard, missing, settings.attribution)
-        for fault in docket.close_all(at=time.time()):
-            sinks.record(fault)
-        for line in summary_lines(guard.sessions, docket.counts()):
-            console.say(line)
-        for remark in guard.remarks():
-            console.say(f"pgguard: attribution: {remark}")
+        with spared(Loss.RECORD):
+            for fault in docket.close_all(at=time.time()):
+                sinks.record(fault)
+        with spared(Loss.WORDS):
+            for line in summary_lines(guard.sessions, docket.counts()):
+                console.say(line)
+        with spared(Loss.WORDS):
+            for remark in guard.remarks():
+                console.say(f"pgguard: attribution: {remark}")
+        for remark in remarks():
+            console.say(f"pgguard: failed inside the guard: {remark}")
     finally:
         sinks.close()
     return 0

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from pgguard.attribution.evidence import Driver
+from pgguard.attribution.evidence import Driver, Evidence
 from pgguard.attribution.findings import Findings
 from pgguard.faults.advice import advice_for
 from pgguard.faults.advice.closing import COPY_ADVICE, advice_on_closing
 from pgguard.faults.advice.exhaustion import advice_on_exhaustion
-from pgguard.faults.catalogue import SERVERS_ADVICE, SETTLED_ADVICE, STRANGERS_ADVICE, severity_of
+from pgguard.faults.catalogue import CATALOGUE, SERVERS_ADVICE, SETTLED_ADVICE, STRANGERS_ADVICE, severity_of
 from pgguard.faults.culprits import find_culprits, foremost, sender_evidence, tell_story
 from pgguard.faults.docket import Instance
-from pgguard.faults.fault import Culprit, Fault, Request, Role
+from pgguard.faults.fault import OUTLINED, Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode, sql_text
 from pgguard.faults.summaries import summarize
@@ -21,7 +21,7 @@ from pgguard.session.verdicts import Direction, Kind, Party, Verdict
 
 if TYPE_CHECKING:
     from pgguard.attribution.runtime import Runtime
-    from pgguard.faults.catalogue import Advice
+    from pgguard.faults.catalogue import Advice, Severity
     from pgguard.faults.fault import SessionFacts
     from pgguard.session.verdicts import RequestSeen
 
@@ -76,6 +76,40 @@ def build_fault(
         unnamed=unnamed,
         by=verdict.by,
         over=action is not Action.DROPPED and (verdict.ends or _says_goodbye(verdict)),
+    )
+
+
+def plain_fault(
+    verdict: Verdict, facts: SessionFacts, *, fault_id: int, at: float, severity: Severity, action: Action
+) -> Fault:
+    """The record of a fault of which :func:`build_fault` can't be made, for whatever reason: what can't go wrong.
+
+    It says what kind of fault it is, of which session, which message shows it, what is done about it, and who the
+    kernel has named. Arguments as above, and the severity.
+    """
+    entry = CATALOGUE[verdict.kind]
+    intruder = verdict.intruder
+    culprits: tuple[Culprit, ...] = ()
+    if intruder is not None and not intruder.sampled:
+        culprits = (Culprit(Role.INTRUDER, intruder.pid, intruder.tid, Evidence.KERNEL_SENDER, None),)
+    return Fault(
+        id=fault_id,
+        at=at,
+        kind=verdict.kind,
+        severity=severity,
+        action=action,
+        repeat_of=None,
+        suppressed=0,
+        summary=OUTLINED,
+        reason=OUTLINED,
+        session=facts,
+        message=verdict.message,
+        libpq=None,
+        culprits=culprits,
+        sent_by=verdict.author if verdict.message is not None else None,
+        requests=(),
+        advice=entry.advice,
+        by=verdict.by,
     )
 
 

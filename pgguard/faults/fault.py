@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pgguard.faults.text import redact_command
 from pgguard.session.verdicts import Party
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pgguard.faults.catalogue import Advice, Severity
     from pgguard.faults.policy import Action
     from pgguard.session.verdicts import Kind, Limit, MessageSeen, RequestState, Sender
+
+
+OUTLINED: Final = "nothing more can be said of it, as something failed in the guard, whose log says what"
+"""The summary and the reason of a fault of which the rest couldn't be told."""
 
 
 class Role(StrEnum):
@@ -162,6 +166,13 @@ class Fault:
     """The session has ended with it."""
     sent_by: Sender | None = None
     """Who sent the message, where that is known."""
+
+    def outlined(self) -> Fault:
+        """The same fault without what has been found out about it: what is left can be told in any case."""
+        session = replace(self.session, user=None, database=None, application_name=None)
+        return replace(
+            self, summary=OUTLINED, reason=OUTLINED, session=session, culprits=(), requests=(), story=(), shares=None
+        )
 
     def to_record(self) -> dict[str, Any]:
         """The fault as a JSON object: strings, numbers, booleans, ``None``, lists and dicts alone, and no passwords."""

@@ -14,6 +14,8 @@ SQLSTATE: Final = "08P01"
 
 _CLOSING: Final = "terminating connection"
 """PostgreSQL's own words, by which SQLAlchemy knows in psycopg2's errors that a connection is of no more use."""
+PLAIN_REJECTION: Final = f"pgguard: {_CLOSING}: the connection was misused"
+"""The message for a client of which nothing more can be told than that."""
 _SQL_LENGTH: Final = 200
 _REQUESTS: Final = 3
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVarTuple
 
 import trio
 
+from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.session import Phase
 from pgguard.session.farewell import Farewell, asks, farewell
 
@@ -58,7 +59,7 @@ class Relay(Protocol):
     """What the sweep does for a session that is over."""
 
     def start(self, session: ProxiedSession, function: Callable[[*Ts], Awaitable[None]], *args: *Ts) -> None:
-        """Do for a session what takes time. What goes wrong with it is the end of that session alone."""
+        """Do for a session what takes time. What goes wrong with that leaves its bytes alone."""
 
     def finish(self, session: ProxiedSession) -> None:
         """Close both of its sockets; nothing happens if they are closed already."""
@@ -104,13 +105,13 @@ class Aftermath:
 
     async def reject(self, session: ProxiedSession, ruling: Ruling) -> None:
         """Tell the client, cancel what runs upstream, close both connections."""
-        tracker = session.tracker
-        if tracker is not None and not tracker.idle:
-            self._cancel(session)
+        if _is_busy(session):
+            with spared(Loss.STEP, session):
+                self._cancel(session)
         session.phase = Phase.CONDEMNED
         self._relay.take_out(session)
         finished = False
-        with trio.move_on_after(_LAST_WORDS), suppress(OSError, trio.ClosedResourceError):
+        with spared(Loss.WORDS, session), trio.move_on_after(_LAST_WORDS), suppress(OSError, trio.ClosedResourceError):
             finished = await self._finish_message(session)
         if session.done.is_set():
             return
@@ -128,8 +129,12 @@ class Aftermath:
         tracker, held = session.tracker, session.client.held
         if tracker is None:
             return Farewell(error)
-        asked = chr(held[0]) if held and not tracker.frontend_rest else None
-        return farewell(tracker, error, asked)
+        try:
+            asked = chr(held[0]) if held and not tracker.frontend_rest else None
+            return farewell(tracker, error, asked)
+        except Exception:
+            note(Loss.WORDS, session)
+            return Farewell(error)
 
     @staticmethod
     async def _finish_message(session: ProxiedSession) -> bool:
@@ -159,9 +164,10 @@ class Aftermath:
         """Take note of what a client says that was rejected, and tell it again if it asks for something."""
         session.heard = True
         last = session.farewell
-        if last is not None and asks(data):
-            session.farewell = last.repeated()
-            self._relay.send(session.client, last.words)
+        with spared(Loss.WORDS, session):
+            if last is not None and asks(data):
+                session.farewell = last.repeated()
+                self._relay.send(session.client, last.words)
 
     async def _hear_out(self, session: ProxiedSession) -> None:
         """Let a client that was rejected come to the end of what it sends and cleans up, and end its stream then."""
@@ -198,7 +204,10 @@ class Aftermath:
                 await session.done.wait()
             if session.done.is_set():
                 return
-            if not self._stopping and await self._judge.is_shared(session):
+            is_shared = False
+            with spared(Loss.EVIDENCE, session):
+                is_shared = not self._stopping and await self._judge.is_shared(session)
+            if is_shared:
                 patience = _LISTENING
                 self._listen(session)
             elif session.transport == "unix":
@@ -231,10 +240,11 @@ class Aftermath:
         tracker = session.afterwards
         verdict = None
         if tracker is not None:
-            done = tracker.frontend(buffer, begin, stop, end.sender, now)
-            if tracker.verdict is not None:
-                verdict = tracker.set_aside()
-            elif done < stop:
+            done = stop
+            with spared(Loss.STEP, session):
+                done = tracker.frontend(buffer, begin, stop, end.sender, now)
+            verdict = tracker.verdict
+            if verdict is None and done < stop:
                 end.held = bytes(memoryview(buffer)[done:stop])
                 return
         with suppress(OSError):
@@ -246,3 +256,12 @@ class Aftermath:
     async def _judge_late(self, session: ProxiedSession, verdict: Verdict) -> None:
         """Have a verdict ruled on about a session of which nothing is left."""
         await self._relay.have_ruled(session, verdict)
+
+
+def _is_busy(session: ProxiedSession) -> bool:
+    """Whether something may run upstream. Where that isn't known, a cancel that comes too late does no harm."""
+    try:
+        return session.tracker is not None and not session.tracker.idle
+    except Exception:
+        note(Loss.STEP, session)
+        return True

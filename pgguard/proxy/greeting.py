@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 import trio
 
 from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
+from pgguard.proxy.losses import Loss, note
 from pgguard.proxy.upstream import DECLINED
 from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, Sender, Verdict
 from pgguard.wire.fields import build_error_response
@@ -113,11 +114,10 @@ async def greet(
             data += _already_there(sock, RECEIVE_BUFFER - len(data))
             raise Dismissed(_no_startup_packet(data, sender, declined)) from None
         if packet is None:
-            chunk, pid = await _receive(sock, startup_bytes_missing(data), has_credentials=session.has_credentials)
-            if pid is not None:
-                sender = Sender(pid)
-            elif chunk and senders is not None and session.kernel_account is not None:
-                sender = senders.pieces(session.kernel_account, len(chunk))[-1][1]
+            missing = startup_bytes_missing(data)
+            chunk, credentials = await _receive(sock, missing, has_credentials=session.has_credentials)
+            if chunk:
+                sender = _sender(session, chunk, credentials, senders) or sender
             if not chunk:
                 if data:
                     logger.info("session %d: the client left an incomplete startup packet", session.id)
@@ -146,7 +146,25 @@ async def greet(
         data.clear()
 
 
-async def _receive(sock: trio.socket.SocketType, size: int, *, has_credentials: bool) -> tuple[bytes, int | None]:
+def _sender(
+    session: ProxiedSession, chunk: bytes, credentials: bytes | None, senders: KernelSenders | None
+) -> Sender | None:
+    """Who has sent a chunk that has just been read, if the kernel says so."""
+    account = session.kernel_account
+    try:
+        if credentials is not None:
+            pid = sender_pid(credentials)
+            return None if pid is None else Sender(pid)
+        if senders is not None and account is not None and not account.is_lost:
+            return senders.pieces(account, len(chunk))[-1][1]
+    except Exception:
+        note(Loss.SENDER, session)
+        if account is not None:
+            account.is_lost = True
+    return None
+
+
+async def _receive(sock: trio.socket.SocketType, size: int, *, has_credentials: bool) -> tuple[bytes, bytes | None]:
     try:
         if not has_credentials:
             return await sock.recv(size), None
@@ -155,7 +173,7 @@ async def _receive(sock: trio.socket.SocketType, size: int, *, has_credentials: 
         if error.errno in (errno.ECONNRESET, errno.ETIMEDOUT):
             return b"", None
         raise
-    return chunk, sender_pid(ancillary[0][2]) if ancillary else None
+    return chunk, ancillary[0][2] if ancillary else None
 
 
 def _already_there(sock: trio.socket.SocketType, size: int) -> bytes:

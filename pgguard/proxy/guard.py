@@ -29,8 +29,9 @@ from pgguard.proxy.greeting import Dismissed, as_plain, greet, refusal, send_las
 from pgguard.proxy.judge import Judge
 from pgguard.proxy.kernel_senders import KernelSenders
 from pgguard.proxy.listeners import Listener, open_listeners, refuse_loop
+from pgguard.proxy.losses import Loss, keep_going, note, spared
 from pgguard.proxy.session import ProxiedSession
-from pgguard.proxy.sweep import Sweep
+from pgguard.proxy.sweep import TRACKER_FAILED, Sweep
 from pgguard.proxy.unread import UnreadWatch
 from pgguard.proxy.upstream import DECLINED, UpstreamUnavailable, ask, cancel_query, connect_upstream, relay_cancel
 from pgguard.proxy.watch import Watch
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 _TRACKED_MAJOR: Final = 3
 _OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_GONE: Final = frozenset({errno.ENOTCONN, errno.EINVAL, errno.ECONNRESET, errno.EPIPE})
+"""What the kernel says of a connection that has been reset before it was accepted."""
 _ACCEPT_PAUSE: Final = 0.1
 """Seconds to wait for descriptors to become free."""
 _ACCEPT_COMPLAINTS: Final = 60.0
@@ -152,13 +155,13 @@ class Guard:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._sweep.run)
-                nursery.start_soon(self._watch.over_transactions, self._settings.idle_in_transaction)
+                nursery.start_soon(keep_going, self._watch.over_transactions, self._settings.idle_in_transaction)
                 if self._witness is not None:
-                    nursery.start_soon(self._register, self._witness)
-                    nursery.start_soon(self._judge.look_at_strangers, self._witness)
-                    nursery.start_soon(self._watch.over_heirs, self._witness)
-                    nursery.start_soon(self._watch.over_readers, self._witness)
-                    nursery.start_soon(self._watch_unread, self._witness)
+                    nursery.start_soon(keep_going, self._register, self._witness)
+                    nursery.start_soon(keep_going, self._judge.look_at_strangers, self._witness)
+                    nursery.start_soon(keep_going, self._watch.over_heirs, self._witness)
+                    nursery.start_soon(keep_going, self._watch.over_readers, self._witness)
+                    nursery.start_soon(keep_going, self._watch_unread, self._witness)
                 async with trio.open_nursery() as accepting:
                     for listener in self._listeners:
                         accepting.start_soon(self._accept, listener)
@@ -215,11 +218,18 @@ class Guard:
 
     async def _receive(self, sock: trio.socket.SocketType, listener: Listener) -> None:
         """Introduce one client to the server, or tell it why not. Whatever happens to it happens to it alone."""
-        try:
-            session = self._new_session(sock, listener)
-        except OSError:
-            sock.close()  # gone before it could be asked who it was
-            return
+        with spared(Loss.ARRIVAL), sock:
+            try:
+                session = self._new_session(sock, listener)
+            except OSError:
+                return  # gone before it could be asked who it was
+            try:
+                await self._greet(sock, session)
+            finally:
+                if session.id not in self._sessions:
+                    self._settle(session)
+
+    async def _greet(self, sock: trio.socket.SocketType, session: ProxiedSession) -> None:
         self._sweep.hurry()
         try:
             with trio.move_on_after(self._settings.startup_timeout) as limit:
@@ -230,23 +240,16 @@ class Guard:
                 await self._oblige(sock, session, greeting)
         except Dismissed as dismissed:
             if dismissed.verdict is not None:
-                await self._judge.rule(session, dismissed.verdict)
+                await self._judge.rule_surely(session, dismissed.verdict)
         except UpstreamUnavailable as error:
             logger.warning("session %d: could not connect to the server: %s", session.id, error)
             await send_last(sock, _unavailable(str(error)))
         except (OSError, trio.BrokenResourceError) as error:
             logger.info("session %d: %s: %s", session.id, _who(session), error)
-        except Exception:
-            logger.exception("session %d: it could not be set up", session.id)
-        finally:
-            sock.close()
-            if session.id not in self._sessions:
-                self._judge.closed(session)
-                self._close_account(session.kernel_account)
 
     async def _oblige(self, sock: trio.socket.SocketType, session: ProxiedSession, greeting: Greeting) -> None:
         if greeting.verdict is not None:
-            await self._judge.rule(session, greeting.verdict)
+            await self._judge.rule_surely(session, greeting.verdict)
         if greeting.packet.kind is PacketKind.CANCEL_REQUEST:
             await relay_cancel(self._upstream, greeting.packet.packet)
         elif greeting.packet.encrypts:
@@ -257,7 +260,8 @@ class Guard:
 
     def _new_session(self, sock: trio.socket.SocketType, listener: Listener) -> ProxiedSession:
         self._last_number += 1
-        self._watch.arrival()
+        with spared(Loss.STEP):
+            self._watch.arrival()
         client_name = None
         if isinstance(listener.address, TcpAddress):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -265,17 +269,13 @@ class Guard:
             host, port = sock.getpeername()[:2]
             client_name = str(TcpAddress(host, port))
         kernel_account = self._open_account(sock) if client_name is not None else None
-        try:
-            session = ProxiedSession(
-                self._last_number,
-                transport=listener.transport,
-                client_name=client_name,
-                client_socket=_describe(sock, kernel_account) if self._witness is not None else None,
-                opened_at=time.time(),
-            )
-        except OSError:
-            self._close_account(kernel_account)
-            raise
+        session = ProxiedSession(
+            self._last_number,
+            transport=listener.transport,
+            client_name=client_name,
+            client_socket=_describe(sock, kernel_account) if self._witness is not None else None,
+            opened_at=time.time(),
+        )
         session.kernel_account = kernel_account
         if session.client_socket is not None:
             try:
@@ -290,29 +290,42 @@ class Guard:
             return None
         try:
             return as_plain(sock, self._senders.open)
-        except OSError:
-            raise
-        except Exception:
-            logger.exception("who sends on a connection will not be known")
+        except Exception as error:
+            _note_unless_gone(error, Loss.SENDER)
             return None
 
-    def _close_account(self, account: TcpAccount | None) -> None:
-        if self._senders is not None and account is not None:
-            self._senders.close(account)
+    def _settle(self, session: ProxiedSession) -> None:
+        """Do what is left to be done for a session that is over."""
+        account = session.kernel_account
+        with spared(Loss.TIDINESS, session):
+            self._judge.closed(session)
+        with spared(Loss.TIDINESS, session):
+            if self._senders is not None and account is not None:
+                self._senders.close(account)
 
     async def _introduce(self, sock: trio.socket.SocketType, session: ProxiedSession, greeting: Greeting) -> None:
         packet = greeting.packet
-        tracker = Tracker(packet.parameters, greeting.sender) if packet.version[0] == _TRACKED_MAJOR else None
+        major, minor = packet.version
+        untracked = (
+            None if major == _TRACKED_MAJOR else f"it speaks protocol {major}.{minor}, which pgguard doesn't follow"
+        )
+        parameters, tracker = {}, None
+        try:
+            parameters = packet.parameters
+            tracker = None if untracked else Tracker(parameters, greeting.sender)
+        except Exception:
+            note(Loss.TRACKING, session)
+            untracked = TRACKER_FAILED
         self._sweep.hurry()
         server, session.upstream = await connect_upstream(self._upstream)
-        session.settings = packet.parameters
+        session.settings = parameters
         session.connect(_detach(sock), _detach(server), tracker)
         session.client.sender = greeting.sender
         session.preamble = len(greeting.before) * len(DECLINED)
         self._sessions[session.id] = session
-        if tracker is None and greeting.verdict is None:
-            major, minor = packet.version
-            self._judge.lost(session, f"it speaks protocol {major}.{minor}, which pgguard doesn't follow", time.time())
+        if untracked is not None and greeting.verdict is None:
+            with spared(Loss.RECORD, session):
+                self._judge.lost(session, untracked, time.time())
         self._sweep.add(session, packet.packet)
 
     # What the sweep wants done
@@ -329,11 +342,10 @@ class Guard:
         except UpstreamUnavailable as error:
             logger.warning("session %d: its query could not be cancelled: %s", session.id, error)
         except Exception:
-            logger.exception("session %d: its query could not be cancelled", session.id)
+            note(Loss.STEP, session)
 
     def _forget(self, session: ProxiedSession) -> None:
-        self._judge.closed(session)
-        self._close_account(session.kernel_account)
+        self._settle(session)
         self._sessions.pop(session.id, None)
         if self._stopping.is_set() and not self._sessions:
             self._all_gone.set()
@@ -349,18 +361,24 @@ class Guard:
                     sessions.append(self._openings.receive_nowait())
                 except trio.WouldBlock:
                     break
-            clients = [session.client_socket for session in sessions if session.client_socket is not None]
             try:
-                openings = await trio.to_thread.run_sync(witness.opened_many, clients, abandon_on_cancel=True)
-            except Exception:
-                logger.exception("who opened %d connections could not be found out", len(sessions))
-            else:
-                for session, opening in zip(sessions, openings, strict=True):
-                    session.opening = opening
-                    session.last_sole_holder = sole_holder(opening.holders)
-                    session.tell_tracker()
-            for session in sessions:
-                session.opening_known.set()
+                await self._find_openers(witness, sessions)
+            finally:
+                for session in sessions:
+                    session.opening_known.set()
+
+    async def _find_openers(self, witness: Witness, sessions: list[ProxiedSession]) -> None:
+        clients = [session.client_socket for session in sessions if session.client_socket is not None]
+        try:
+            openings = await trio.to_thread.run_sync(witness.opened_many, clients, abandon_on_cancel=True)
+        except Exception:
+            note(Loss.OPENER)
+            return
+        for session, opening in zip(sessions, openings, strict=True):
+            with spared(Loss.OPENER, session):
+                session.opening = opening
+                session.last_sole_holder = sole_holder(opening.holders)
+                session.tell_tracker()
 
 
 def _who(session: ProxiedSession) -> str:
@@ -375,13 +393,23 @@ def _unavailable(why: str) -> bytes:
     )
 
 
-def _describe(sock: trio.socket.SocketType, kernel_account: TcpAccount | None) -> ClientSocket:
+def _describe(sock: trio.socket.SocketType, kernel_account: TcpAccount | None) -> ClientSocket | None:
     """Write down whose socket is at the other end of one that trio still has, and who connected it if that is known."""
-    client = as_plain(sock, client_socket)
+    try:
+        client = as_plain(sock, client_socket)
+    except Exception as error:
+        _note_unless_gone(error, Loss.OPENER)
+        return None
     opener = None if kernel_account is None else kernel_account.account.opener
     if opener is None or not isinstance(client, TcpClient):
         return client
     return replace(client, connected_by=opener.pid, connected_on=opener.tid)
+
+
+def _note_unless_gone(error: Exception, loss: Loss) -> None:
+    """A client that is gone already is not looked at, and will be found out to be gone."""
+    if not isinstance(error, OSError) or error.errno not in _GONE:
+        note(loss)
 
 
 def _detach(sock: trio.socket.SocketType) -> socket.socket:

@@ -1,35 +1,37 @@
 """From a verdict to a ruling: evidence, fault, policy, record.
 
 What the verdict is about is held meanwhile, and nothing else. What evidence can't be had within the budget is left out
-of the record; whatever fails here, the session gets its bytes.
+of the record; whatever fails on the way costs what it was for (:mod:`pgguard.proxy.losses`), and neither the record
+nor the ruling.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from pgguard.faults.build import build_fault, build_instance
-from pgguard.faults.catalogue import severity_of
+from pgguard.attribution.findings import Findings
+from pgguard.faults.build import build_fault, build_instance, plain_fault
+from pgguard.faults.catalogue import CATALOGUE, Severity, severity_of
 from pgguard.faults.conclude import AT_ONCE, conclude, heirs, readers
-from pgguard.faults.policy import Action, KindAction, Policy
-from pgguard.faults.rejection import SQLSTATE, rejection
+from pgguard.faults.fault import SessionFacts
+from pgguard.faults.policy import Action, Policy
+from pgguard.faults.rejection import PLAIN_REJECTION, SQLSTATE, rejection
 from pgguard.proxy.investigation import EVIDENCE_BUDGET, Evidence, Investigation, known_at_once
+from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.rollcall import call_roll
 from pgguard.session.verdicts import AFTER_END, Kind, Sender, Verdict
 from pgguard.wire.fields import build_error_response
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
-    from pgguard.attribution.evidence import Process
-    from pgguard.attribution.findings import Findings
+    from pgguard.attribution.evidence import Driver, Process
     from pgguard.attribution.witness import Witness
     from pgguard.faults.docket import Docket
     from pgguard.faults.fault import Fault
@@ -62,7 +64,8 @@ _GOODBYE_BUDGET: Final = 1.0
 
 Nobody waits for an answer to it. Looking takes a millisecond, unless the processors are busy with something else."""
 
-logger = logging.getLogger(__name__)
+_PLAIN_RESPONSE: Final = build_error_response(PLAIN_REJECTION, sqlstate=SQLSTATE)
+"""For a client that is rejected, where nothing more can be said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,8 @@ class Judge:
         witness: Witness | None,
         sessions: Callable[[], Iterable[ProxiedSession]],
     ) -> None:
-        self._policy = policy
+        self._actions = {(kind, severity): policy.decide(kind, severity) for kind in Kind for severity in Severity}
+        """What is done about which fault; ``None``: nothing."""
         self._sql_mode = sql_mode
         self._docket = docket
         self._sinks = sinks
@@ -148,13 +152,12 @@ class Judge:
         if verdict.refusal is not None and verdict.refusal in self._refusals:
             self._refusals[verdict.refusal].append((session, verdict))
             return True
-        known = self._docket.known(session.id, verdict, at=now)
+        known = self._known(session, verdict, now)
         if known is None or known.action is not Action.LOGGED:
             if verdict.refusal is not None:
                 self._refusals[verdict.refusal] = []
             return False
-        with self._spared(session):
-            self._count_again(session, verdict, now)
+        self._count_again(session, verdict, now)
         return True
 
     async def rule(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
@@ -163,35 +166,46 @@ class Judge:
             return Ruling(None)
         now = time.time()
         try:
-            if not _is_doubtful(verdict) and self._docket.known(session.id, verdict, at=now) is not None:
-                return self._repeat(session, verdict, now)
+            known = None if _is_doubtful(verdict) else self._known(session, verdict, now)
+            if known is not None:
+                return self._repeat(session, verdict, known, now)
             findings = await self._findings(session, verdict)
-            concluded = conclude(verdict, findings)
+            concluded = self._conclude(session, verdict, findings)
             if concluded is None or self._ignores(concluded.kind):
                 return Ruling(None)
-            if self._docket.known(session.id, concluded, at=now) is not None:
-                self._record(self._docket.equate(session.id, verdict, concluded, at=now))
-                return self._repeat(session, concluded, now)
+            known = self._known(session, concluded, now)
+            if known is not None:
+                self._equate(session, verdict, concluded, now)
+                return self._repeat(session, concluded, known, now)
             if concluded.kind in _BY_SEVERAL and session.tracker is not None:
-                session.tracker.expect_readers()
+                with spared(Loss.STEP, session):
+                    session.tracker.expect_readers()
             ruling = self._enter(session, concluded, findings, now)
             if ruling.action is not None:
-                self._record(self._docket.equate(session.id, verdict, concluded, at=now))
-        except Exception:
-            logger.exception("session %d: a verdict of %s could not be ruled on", session.id, verdict.kind)
-            return Ruling(Action.LOGGED)
+                self._equate(session, verdict, concluded, now)
         finally:
             if verdict.refusal is not None:
                 self._count_meanwhile(verdict.refusal)
         return ruling
 
+    async def rule_surely(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
+        """:meth:`rule`, or if that fails, rule on the verdict by itself. Never raises but for cancellation."""
+        try:
+            return await self.rule(session, verdict)
+        except Exception:
+            note(Loss.EVIDENCE, session)
+        findings = Findings(connected=session.connected)
+        concluded = None if self._ignores(verdict.kind) else self._conclude(session, verdict, findings)
+        if concluded is None or self._ignores(concluded.kind):
+            return Ruling(None)
+        return self._enter(session, concluded, findings, time.time())
+
     def _count_meanwhile(self, refusal: Refusal) -> None:
         """Count the sessions that were refused while the first one was looked into."""
         now = time.time()
         for session, verdict in self._refusals.pop(refusal, ()):
-            with self._spared(session):
-                if self._docket.known(session.id, verdict, at=now) is not None:
-                    self._count_again(session, verdict, now)
+            if self._known(session, verdict, now) is not None:
+                self._count_again(session, verdict, now)
 
     def meet(self, session: ProxiedSession, sender: Sender | None) -> None:
         """Have a process looked at that sends for the first time: it may be on its way out. Doesn't wait for it."""
@@ -216,7 +230,7 @@ class Judge:
             try:
                 found = await trio.to_thread.run_sync(_look_at, witness, pids, abandon_on_cancel=True)
             except Exception:
-                logger.exception("who sends could not be looked at")
+                note(Loss.SENDER)
                 continue
             for session, pid in met:
                 if pid in found and pid not in session.senders:
@@ -229,6 +243,13 @@ class Judge:
             A verdict, if another process is seen to wait on the connection as well. Never raises but for cancellation.
         """
         session.client.sender = None
+        try:
+            return await self._sample(session)
+        except Exception:
+            note(Loss.SENDER, session)
+            return None
+
+    async def _sample(self, session: ProxiedSession) -> Verdict | None:
         witness, opening, tracker = self._witness, session.opening, session.tracker
         if witness is None or opening is None or tracker is None or not self._allowance.has_any():
             return None
@@ -247,12 +268,8 @@ class Judge:
             watchers=session.sightings.watchers | session.sightings.loiterers,
             seconds=_SAMPLING_BUDGET,
         )
-        try:
-            with trio.move_on_after(EVIDENCE_BUDGET) as limit:
-                sample, blocked = await trio.to_thread.run_sync(look, limiter=self._threads, abandon_on_cancel=True)
-        except Exception:
-            logger.exception("session %d: who has sent could not be found out", session.id)
-            return None
+        with trio.move_on_after(EVIDENCE_BUDGET) as limit:
+            sample, blocked = await trio.to_thread.run_sync(look, limiter=self._threads, abandon_on_cancel=True)
         self._allowance.spend(time.monotonic() - began)
         if limit.cancelled_caught:
             return None
@@ -287,6 +304,13 @@ class Judge:
         the server has ended, it takes two. If another process than the opener has ended it, that is a fault by itself.
         Never raises but for cancellation.
         """
+        try:
+            return await self._is_shared(session)
+        except Exception:
+            note(Loss.EVIDENCE, session)
+            return False
+
+    async def _is_shared(self, session: ProxiedSession) -> bool:
         witness, tracker = self._witness, session.afterwards
         if witness is None or tracker is None:
             return False
@@ -296,13 +320,9 @@ class Judge:
             return False
         if tracker.terminator is not None and tracker.senders.is_strange(tracker.terminator):
             return False
-        try:
-            findings = await trio.to_thread.run_sync(
-                witness.findings, opening, limiter=self._threads, abandon_on_cancel=True
-            )
-        except Exception:
-            logger.exception("session %d: who has it open could not be found out", session.id)
-            return False
+        findings = await trio.to_thread.run_sync(
+            witness.findings, opening, limiter=self._threads, abandon_on_cancel=True
+        )
         others = heirs(findings)
         if findings.opener_pid is not None and len(others) == len(findings.holders or ()):
             session.sightings.survivors = others
@@ -311,37 +331,26 @@ class Judge:
     def lost(self, session: ProxiedSession, reason: str, now: float) -> None:
         """Record that a session is no longer followed. Never raises."""
         verdict = Verdict(kind=Kind.UNTRACKED, reason=reason, message=None, requests=())
-        with self._spared(session):
-            self._enter(session, verdict, known_at_once(session), now)
+        self._enter(session, verdict, _known_at_once(session), now)
 
     def closed(self, session: ProxiedSession) -> None:
         """Account for what was suppressed of a session that has ended, and forget it. Never raises."""
-        with self._spared(session):
+        with spared(Loss.RECORD, session):
             for fault in self._docket.close(session.id, at=time.time()):
-                self._record(fault)
-
-    @staticmethod
-    @contextmanager
-    def _spared(session: ProxiedSession) -> Iterator[None]:
-        """What goes wrong with a record is no affair of its session's."""
-        try:
-            yield
-        except Exception:
-            logger.exception("session %d: a fault could not be recorded", session.id)
+                self._record(session, fault)
 
     def _ignores(self, kind: Kind) -> bool:
-        return self._policy.per_kind.get(kind) is KindAction.IGNORE
+        return self._actions[kind, Severity.ERROR] is None
 
     # Evidence
 
     async def _findings(self, session: ProxiedSession, verdict: Verdict) -> Findings:
         """What can be found out within the budget. What goes wrong meanwhile is left out, and changes no ruling."""
-        evidence = Evidence(known_at_once(session))
-        try:
+        evidence = Evidence(_known_at_once(session))
+        with spared(Loss.EVIDENCE, session):
             await self._investigate(session, verdict, evidence)
-        except Exception:
-            logger.exception("session %d: evidence of %s could not be taken", session.id, verdict.kind)
-        evidence.keep(session)
+        with spared(Loss.EVIDENCE, session):
+            evidence.keep(session)
         return evidence.findings
 
     async def _investigate(self, session: ProxiedSession, verdict: Verdict, evidence: Evidence) -> None:
@@ -382,50 +391,132 @@ class Judge:
 
     # Rulings and records
 
-    def _repeat(self, session: ProxiedSession, verdict: Verdict, now: float) -> Ruling:
+    def _known(self, session: ProxiedSession, verdict: Verdict, now: float) -> Fault | None:
+        """The first record of a fault that has been recorded."""
+        try:
+            return self._docket.known(session.id, verdict, at=now)
+        except Exception:
+            note(Loss.MEMORY, session)
+            return None
+
+    def _equate(self, session: ProxiedSession, verdict: Verdict, concluded: Verdict, now: float) -> None:
+        """Know a fault by what the session core has said as well."""
+        with spared(Loss.MEMORY, session):
+            self._record(session, self._docket.equate(session.id, verdict, concluded, at=now))
+
+    @staticmethod
+    def _conclude(session: ProxiedSession, verdict: Verdict, findings: Findings) -> Verdict | None:
+        """What the verdict is in the light of the evidence; ``None`` if it is no fault."""
+        try:
+            return conclude(verdict, findings)
+        except Exception:
+            note(Loss.CONCLUSION, session)
+        if _is_doubtful(verdict):
+            return None
+        if verdict.intruder is not None and verdict.intruder.pid == findings.opener_pid:
+            return replace(verdict, intruder=None, requesters=())  # not the opener, and so not known
+        return verdict
+
+    def _repeat(self, session: ProxiedSession, verdict: Verdict, known: Fault, now: float) -> Ruling:
         """Count a fault that is known once more, and do as was done then."""
-        known = self._docket.known(session.id, verdict, at=now)
         self._count_again(session, verdict, now)
-        return Ruling(None) if known is None else self._ruling(known)
+        return self._ruling(session, known)
 
     def _count_again(self, session: ProxiedSession, verdict: Verdict, now: float) -> None:
-        instance = None
-        if verdict.refusal is not None:
-            instance = build_instance(verdict, session.facts(), known_at_once(session))
-        self._record(self._docket.repeat(session.id, verdict, at=now, instance=instance))
+        with spared(Loss.RECORD, session):
+            instance = None
+            if verdict.refusal is not None:
+                with spared(Loss.RECORD, session):
+                    instance = build_instance(verdict, _facts(session), _known_at_once(session))
+            self._record(session, self._docket.repeat(session.id, verdict, at=now, instance=instance))
 
     def _enter(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
-        action = self._policy.decide(verdict.kind, severity_of(verdict, findings.driver))
+        severity = _severity(session, verdict, findings.driver)
+        action = self._actions[verdict.kind, severity]
         if action is None:
             return Ruling(None)
         if action is Action.REJECTED and verdict.ends:
             action = Action.LOGGED
-        fault = build_fault(
-            verdict,
-            session.facts(),
-            findings,
-            fault_id=self._docket.next_id(),
-            at=now,
-            action=action,
-            sql_mode=self._sql_mode,
-        )
-        forgotten = self._docket.enter(verdict, fault)
-        self._record(forgotten)
-        self._record(fault)
-        return self._ruling(fault)
+        number = 0
+        try:
+            number = self._docket.next_id()
+            fault = build_fault(
+                verdict,
+                _facts(session),
+                findings,
+                fault_id=number,
+                at=now,
+                action=action,
+                sql_mode=self._sql_mode,
+            )
+        except Exception:
+            note(Loss.RECORD, session)
+            fault = plain_fault(verdict, _facts(session), fault_id=number, at=now, severity=severity, action=action)
+        with spared(Loss.MEMORY, session):
+            self._record(session, self._docket.enter(verdict, fault))
+        self._record(session, fault)
+        return self._ruling(session, fault)
 
     @staticmethod
-    def _ruling(fault: Fault) -> Ruling:
+    def _ruling(session: ProxiedSession, fault: Fault) -> Ruling:
         if fault.action is not Action.REJECTED:
             return Ruling(fault.action)
-        message, detail, hint = rejection(fault)
-        return Ruling(fault.action, build_error_response(message, sqlstate=SQLSTATE, detail=detail, hint=hint))
+        try:
+            message, detail, hint = rejection(fault)
+            response = build_error_response(message, sqlstate=SQLSTATE, detail=detail, hint=hint)
+        except Exception:
+            note(Loss.WORDS, session)
+            response = _PLAIN_RESPONSE
+        return Ruling(fault.action, response)
 
-    def _record(self, fault: Fault | None) -> None:
+    def _record(self, session: ProxiedSession, fault: Fault | None) -> None:
         if fault is not None:
-            self._sinks.record(fault)
+            with spared(Loss.SINKS, session):
+                self._sinks.record(fault)
+
+
+def _severity(session: ProxiedSession, verdict: Verdict, driver: Driver) -> Severity:
+    """How grave a fault is; where that can't be told of this one, as its kind is, or could be at least."""
+    try:
+        return severity_of(verdict, driver)
+    except Exception:
+        note(Loss.CONCLUSION, session)
+        return Severity.WARNING if verdict.kind is Kind.REQUEST_WHILE_BUSY else CATALOGUE[verdict.kind].severity
+
+
+def _known_at_once(session: ProxiedSession) -> Findings:
+    try:
+        return known_at_once(session)
+    except Exception:
+        note(Loss.EVIDENCE, session)
+        return Findings(connected=session.connected)
+
+
+def _facts(session: ProxiedSession) -> SessionFacts:
+    """What records say of a session, or as much of it as can be said in any case."""
+    try:
+        return session.facts()
+    except Exception:
+        note(Loss.RECORD, session)
+        return SessionFacts(
+            id=session.id,
+            user=None,
+            database=None,
+            application_name=None,
+            transport=session.transport,
+            client=session.client_name,
+            backend_pid=None,
+            opened_at=session.opened_at,
+            tls=False,
+        )
 
 
 def _look_at(witness: Witness, pids: Iterable[int]) -> dict[int, Process]:
     """Look at processes, in a worker thread; those that are gone are left out."""
-    return {pid: process for pid in pids if (process := witness.sender(pid)) is not None}
+    found = {}
+    for pid in pids:
+        with spared(Loss.SENDER):
+            process = witness.sender(pid)
+            if process is not None:
+                found[pid] = process
+    return found

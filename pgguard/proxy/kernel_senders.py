@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class TcpAccount:
     """One connection's account, and the last thread that it named, as the session core knows it."""
 
-    __slots__ = ("account", "key", "named", "sender", "unread")
+    __slots__ = ("account", "is_lost", "key", "named", "sender", "unread")
 
     def __init__(self, key: bytes, account: Account) -> None:
         self.key = key
@@ -29,11 +29,13 @@ class TcpAccount:
         """The same for the session core: one object for as long as it is the same thread."""
         self.unread: tuple[int, int] | None = None
         """What lay unread when the bytes were sent that have just been read: see :meth:`Account.unread`."""
+        self.is_lost = False
+        """It isn't known any more of which bytes it speaks."""
 
     @property
     def is_kept(self) -> bool:
         """Whether the kernel reports what is sent on this connection."""
-        return self.account.cookie is not None and self.account.problem is None
+        return self.account.cookie is not None and self.account.problem is None and not self.is_lost
 
 
 class KernelSenders:

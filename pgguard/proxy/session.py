@@ -17,6 +17,7 @@ from pgguard.attribution.drivers import tell_driver
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.runtime import Runtime
 from pgguard.faults.fault import SessionFacts
+from pgguard.proxy.losses import Loss, spared
 from pgguard.proxy.sightings import Sightings
 from pgguard.session.verdicts import Kind, Sender, Verdict
 
@@ -213,13 +214,15 @@ class ProxiedSession:
     def connect(self, client: socket.socket, server: socket.socket, tracker: Tracker | None) -> None:
         """Give it its two sockets, which it owns from then on."""
         self.client = End(client, is_client=True, names_senders=self.has_credentials)
-        self.client.kernel_account = self.kernel_account
+        account = self.kernel_account
+        self.client.kernel_account = None if account is None or account.is_lost else account
         self.client.attentive = self.client_socket is not None
         self.server = End(server, is_client=False)
         self.client.peer, self.server.peer = self.server, self.client
         self.client.session = self.server.session = self
         self.tracker = self.protocol = tracker
-        self.tell_tracker()
+        with spared(Loss.OPENER, self):
+            self.tell_tracker()
 
     def tell_tracker(self) -> None:
         """Tell what follows the session what attribution knows and the kernel doesn't say with each read."""

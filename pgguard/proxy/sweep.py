@@ -32,7 +32,8 @@ from pgguard.faults.policy import Action
 from pgguard.proxy.aftermath import Aftermath
 from pgguard.proxy.judge import Ruling
 from pgguard.proxy.lateness import Lateness
-from pgguard.proxy.session import Phase
+from pgguard.proxy.losses import Loss, note, spared
+from pgguard.proxy.session import End, Phase
 from pgguard.proxy.unread import ReadingAlarm
 from pgguard.session.states import OWED, WANTED
 from pgguard.session.verdicts import Sender
@@ -43,9 +44,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from pgguard.proxy.judge import Judge
-    from pgguard.proxy.kernel_senders import KernelSenders
-    from pgguard.proxy.session import End, ProxiedSession
+    from pgguard.proxy.kernel_senders import KernelSenders, TcpAccount
+    from pgguard.proxy.session import ProxiedSession
     from pgguard.proxy.unread import Unread, UnreadWatch
+    from pgguard.session.tracker import Tracker
     from pgguard.session.verdicts import Verdict
 
 _CHUNK: Final = 128 * 1024
@@ -63,7 +65,8 @@ _REPEATS: Final = 64
 """Known faults in one chunk that are dealt with before other sessions get their turn."""
 _HEALTH_CHECK: Final = 1.0
 """Seconds within which a client has gone again that logs in only to see whether it can, as HAProxy's pgsql-check."""
-_TRACKER_FAILED: Final = "the tracker failed; the guard's log says how"
+_FAILED: Final = "something failed in the guard, whose log says what"
+TRACKER_FAILED: Final = "the tracker failed; the guard's log says how"
 
 _APART: Final = 0.1
 """Seconds for which an answer is kept from one that hasn't been read, where several read."""
@@ -111,7 +114,7 @@ class Sweep:
         self._unread = unread
         self._alarms: dict[int, ReadingAlarm] = {}
         """By descriptor, what tells that a client has read."""
-        self._lateness: Lateness
+        self._lateness: Lateness | None = None
         """Of the thread that sweeps."""
         self._epoll = select.epoll()
         self._ends: dict[int, End] = {}
@@ -131,7 +134,8 @@ class Sweep:
 
     async def run(self) -> None:
         """Sweep until cancelled; then every session that is left is closed."""
-        self._lateness = Lateness()
+        with spared(Loss.EVIDENCE):
+            self._lateness = Lateness()
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -142,7 +146,9 @@ class Sweep:
             for session in list(self._sessions):
                 self.finish(session)
             self._epoll.close()
-            self._lateness.close()
+            with spared(Loss.TIDINESS):
+                if self._lateness is not None:
+                    self._lateness.close()
 
     async def _sweep_while_busy(self) -> None:
         ends = self._ends
@@ -153,7 +159,10 @@ class Sweep:
         while events := poll(0 if began < self._hurried_until else _PATIENCE, _EVENTS):
             now = time.time()
             if self.senders is not None:
-                self.senders.feed()
+                try:
+                    self.senders.feed()
+                except Exception:
+                    note(Loss.SENDER)
             for fd, mask in events:
                 end = ends.get(fd)
                 if end is None:  # it has been held, or its session closed, by an earlier event, or it is an alarm
@@ -166,7 +175,7 @@ class Sweep:
                     else:
                         self._read_and_flush(end, mask, now)
                 except Exception:
-                    logger.exception("session %d: it had to be closed", end.session.id)
+                    note(Loss.SESSION, end.session)
                     self.finish(end.session)
             began = clock()
             if began > turn_ends or began < self._hurried_until:
@@ -244,8 +253,7 @@ class Sweep:
                 size, ancillary, _, _ = end.receive_message(self._windows, CREDENTIALS_SPACE)
                 if ancillary and ancillary[0][2] != end.credentials:
                     end.credentials = ancillary[0][2]
-                    pid = sender_pid(ancillary[0][2])
-                    end.sender = None if pid is None else Sender(pid)
+                    end.sender = _named(end, ancillary[0][2])
             else:
                 size = end.receive(self._window)
         except BlockingIOError:
@@ -256,31 +264,72 @@ class Sweep:
         if not size:
             self._end_of_stream(end, reset=end.eof)
             return
-        if end.kernel_account is not None and self.senders is not None:
-            pieces = self.senders.pieces(end.kernel_account, size)
+        account = end.kernel_account
+        if account is not None and self.senders is not None:
+            try:
+                pieces = self.senders.pieces(account, size)
+            except Exception:
+                pieces = self._lose_account(end, account, size)
             if len(pieces) > 1:
                 self._cut(end, pieces)
                 self._examine_pieces(end, now)
                 return
             if pieces[0][1] is not end.sender:
-                end.sender = pieces[0][1]
-                self._judge.meet(end.session, end.sender)
-        begin = _HEADROOM
-        if end.held:
-            begin -= len(end.held)
-            self._buffer[begin:_HEADROOM] = end.held
-            end.held = b""
-        account = end.kernel_account
-        if (end.attentive or (account is not None and account.unread)) and self._attend(end, begin, size, now):
-            return
-        if end.contested and self._begins_request(end, begin):
-            end.held = bytes(self._view[begin : _HEADROOM + size])
-            self._hold(end)
-            self.start(end.session, self._sample, end)
-            return
-        if not end.is_client and end.session.tracker is not None and end.session.tracker.several_read:
-            end.late = self._lateness.has_grown()
+                self._meet(end, pieces[0][1])
+        begin = self._put_in_front(end) if end.held else _HEADROOM
+        if end.attentive or end.contested or (account is not None and account.unread):
+            if self._has_to_wait(end, begin, size, now):
+                return
+        elif not end.is_client and end.session.tracker is not None and end.session.tracker.several_read:
+            end.late = self._is_late(end)
         self._examine(end, begin, _HEADROOM + size, now)
+
+    def _put_in_front(self, end: End) -> int:
+        """Put what is held in front of the chunk that has just been read; returns where it begins."""
+        begin = _HEADROOM - len(end.held)
+        self._buffer[begin:_HEADROOM] = end.held
+        end.held = b""
+        return begin
+
+    def _has_to_wait(self, end: End, begin: int, size: int, now: float) -> bool:
+        """Whether what a client has sent waits until more is known of it."""
+        try:
+            account = end.kernel_account
+            if (end.attentive or (account is not None and account.unread)) and self._attend(end, begin, size, now):
+                return True
+            if end.contested and self._begins_request(end, begin):
+                end.held = bytes(self._view[begin : _HEADROOM + size])
+                self._hold(end)
+                self.start(end.session, self._sample, end)
+                return True
+        except Exception:
+            note(Loss.EVIDENCE, end.session)
+            end.held = b""
+            end.waits = False
+        return False
+
+    def _is_late(self, server: End) -> bool:
+        try:
+            return self._lateness is not None and self._lateness.has_grown()
+        except Exception:
+            note(Loss.EVIDENCE, server.session)
+            return False
+
+    @staticmethod
+    def _lose_account(end: End, account: TcpAccount, size: int) -> list[tuple[int, Sender | None]]:
+        """Who sends couldn't be told, and won't be any more: the account may be of other bytes from now on."""
+        note(Loss.SENDER, end.session)
+        account.is_lost = True
+        end.kernel_account = None
+        return [(size, None)]
+
+    def _meet(self, end: End, sender: Sender | None) -> None:
+        """Somebody else sends now than before."""
+        end.sender = sender
+        try:
+            self._judge.meet(end.session, sender)
+        except Exception:
+            note(Loss.SENDER, end.session)
 
     def set_alarm(self, client: End) -> ReadingAlarm:
         """Be told when a client takes something out of its end of a Unix connection. Raises OSError."""
@@ -305,7 +354,7 @@ class Sweep:
             return False
         if unread is not None:
             header = bytes(self._view[begin : begin + HEADER_SIZE])
-            if self._judge.is_repeat(session, self._unread.sent_on_top(session, tracker, unread, header), now):
+            if self._is_repeat(session, self._unread.sent_on_top(session, tracker, unread, header), now):
                 return False
         end.held = bytes(self._view[begin : begin + size])
         self._hold(end)
@@ -321,13 +370,19 @@ class Sweep:
         """
         session = end.session
         self.hurry()
-        if unread is None:
-            unread = await self._unread.still_unread(session)
-        tracker = session.tracker
-        if unread.size and tracker is not None:
-            verdict = self._unread.sent_on_top(session, tracker, unread, end.held[:HEADER_SIZE])
-            if not self._judge.is_repeat(session, verdict, time.time()) and not await self._rule(session, verdict):
-                return
+        verdict: Verdict | None = None
+        with spared(Loss.EVIDENCE, session):
+            if unread is None:
+                unread = await self._unread.still_unread(session)
+            tracker = session.tracker
+            if unread.size and tracker is not None:
+                verdict = self._unread.sent_on_top(session, tracker, unread, end.held[:HEADER_SIZE])
+        if (
+            verdict is not None
+            and not self._is_repeat(session, verdict, time.time())
+            and not await self._rule(session, verdict)
+        ):
+            return
         if self._is_relayed(session):
             self._go_on(end)
 
@@ -338,7 +393,7 @@ class Sweep:
         had come; together they would reach the same reader.
         """
         session = server.session
-        await self._unread.until_read(session, _APART)
+        await self._until_read(session)
         if not self._is_relayed(session):
             return
         self._go_on(server)
@@ -346,10 +401,14 @@ class Sweep:
             return  # there is one more, or something is wrong with it
         # What has come in the meantime must not catch up with it.
         self._hold(server)
-        await self._unread.until_read(session, _APART)
+        await self._until_read(session)
         if self._is_relayed(session):
             server.late = False
             self._release(server)
+
+    async def _until_read(self, session: ProxiedSession) -> None:
+        with spared(Loss.EVIDENCE, session):
+            await self._unread.until_read(session, _APART)
 
     def _cut(self, end: End, pieces: list[tuple[int, Sender | None]]) -> None:
         """Keep what has been read in pieces, each of one sender."""
@@ -361,8 +420,8 @@ class Sweep:
     def _examine_pieces(self, end: End, now: float) -> None:
         """Follow what several have sent, one after the other, as far as it is in order."""
         while end.pieces and not end.waits:
-            piece, end.sender = end.pieces.popleft()
-            self._judge.meet(end.session, end.sender)
+            piece, sender = end.pieces.popleft()
+            self._meet(end, sender)
             held, end.held = end.held, b""
             begin, stop = _HEADROOM - len(held), _HEADROOM + len(piece)
             self._buffer[begin:stop] = held + piece
@@ -391,31 +450,53 @@ class Sweep:
                     done = tracker.frontend(self._buffer, begin, stop, end.sender, now)
                 else:
                     done = tracker.backend(self._buffer, begin, stop, apart=end.late)
+                ends_answer = end.late and tracker.at_answers_end
             except Exception:
-                logger.exception("session %d: the tracker failed", session.id)
-                self._lose(session, _TRACKER_FAILED, now)
+                self._lose_track(session, now)
                 continue
             if done != begin:
                 self._forward(end, begin, done)
-            if tracker.verdict is None and tracker.lost is None:
+            verdict = tracker.verdict
+            if verdict is None and tracker.lost is None:
                 if done != stop:
                     end.held = bytes(self._view[done:stop])
-                    if end.late and tracker.at_answers_end and done != begin:
+                    if ends_answer and done != begin:
                         self.hurry()
                         self._hold(end)
                         self.start(session, self._let_read, end)
                 return
             begin = done
-            if tracker.verdict is None:
+            if verdict is None:
                 self._lose(session, str(tracker.lost), now)
-            elif repeats < _REPEATS and self._judge.is_repeat(session, tracker.verdict, now):
-                tracker.overrule()
+            elif repeats < _REPEATS and self._is_repeat(session, verdict, now):
                 repeats += 1
+                self._overrule(session, tracker, now)
             else:
                 end.held = bytes(self._view[begin:stop])
+                self._set_aside(session, tracker, now)
                 self._hold(end)
-                self.start(session, self._adjudicate, end, tracker.set_aside())
+                self.start(session, self._adjudicate, end, verdict)
                 return
+
+    def _overrule(self, session: ProxiedSession, tracker: Tracker, now: float) -> None:
+        try:
+            tracker.overrule()
+        except Exception:
+            self._lose_track(session, now)
+
+    def _set_aside(self, session: ProxiedSession, tracker: Tracker, now: float) -> None:
+        try:
+            tracker.set_aside()
+        except Exception:
+            self._lose_track(session, now)
+
+    def _is_repeat(self, session: ProxiedSession, verdict: Verdict, now: float) -> bool:
+        """Whether nothing needs to be held for a verdict, which has been dealt with then."""
+        try:
+            return self._judge.is_repeat(session, verdict, now)
+        except Exception:
+            note(Loss.MEMORY, session)
+            return False
 
     def _forward(self, end: End, begin: int, stop: int) -> None:
         if end.swallow:
@@ -501,8 +582,7 @@ class Sweep:
                 return tracker.frontend_eof(len(end.held), reset=reset)
             return tracker.backend_eof(len(end.held))
         except Exception:
-            logger.exception("session %d: the tracker failed", session.id)
-            self._lose(session, _TRACKER_FAILED, time.time())
+            self._lose_track(session, time.time())
             return []
 
     @staticmethod
@@ -515,7 +595,7 @@ class Sweep:
     def _after_end(self, end: End) -> None:
         """All that can be said about the end of ``end``'s stream is said: let its peer know."""
         session = end.session
-        torn = bool(end.held) or session.inside_message > 0
+        torn = bool(end.held) or _is_inside_message(session)
         self._forward_held(end)
         if not end.is_client and not session.draining:
             self._server_ended(session, torn=torn)
@@ -559,12 +639,14 @@ class Sweep:
         )
         if not silently:
             logger.warning("session %d: the server at %s closed the connection", session.id, session.upstream)
-            session.client.outgoing += build_error_response(
-                f"pgguard: the server at {session.upstream} closed the connection unexpectedly",
-                sqlstate="08006",
-                detail="It sent no error before. Usual causes are a crash, a failover, or a network device in between.",
-                hint="Look into the server's log at this time.",
-            )
+            with spared(Loss.WORDS, session):
+                session.client.outgoing += build_error_response(
+                    f"pgguard: the server at {session.upstream} closed the connection unexpectedly",
+                    sqlstate="08006",
+                    detail="It sent no error before. "
+                    "Usual causes are a crash, a failover, or a network device in between.",
+                    hint="Look into the server's log at this time.",
+                )
         self.end_server_side(session)
 
     def end_server_side(self, session: ProxiedSession) -> None:
@@ -590,7 +672,7 @@ class Sweep:
     def dismiss(self, session: ProxiedSession, farewell: bytes) -> None:
         """Close a session now, telling the client why if it isn't in the middle of a message. Doesn't wait for it."""
         tracker = session.tracker
-        if tracker is not None and not session.inside_message and not session.client.outgoing:
+        if tracker is not None and not _is_inside_message(session) and not session.client.outgoing:
             with suppress(OSError):
                 session.client.send(farewell)
         self.finish(session)
@@ -600,7 +682,8 @@ class Sweep:
         if session.done.is_set():
             return
         if session.leftover is not None:
-            session.leftover.close()
+            with spared(Loss.TIDINESS, session):
+                session.leftover.close()
             session.leftover = None
         for end in (session.client, session.server):
             self._disarm(end)
@@ -613,25 +696,53 @@ class Sweep:
         self._closed(session)
 
     def start(self, session: ProxiedSession, function: Callable[[*Ts], Awaitable[None]], *args: *Ts) -> None:
-        """Do for a session what takes time. What goes wrong with it is the end of that session alone."""
+        """Do for a session what takes time. What goes wrong with that leaves its bytes alone."""
 
         async def run() -> None:
             try:
                 await function(*args)
             except Exception:
-                logger.exception("session %d: it had to be closed", session.id)
-                self.finish(session)
+                note(Loss.STEP, session)
+                self._carry_on(session, next((arg for arg in args if isinstance(arg, End)), None))
             if session.done.is_set():
-                self._judge.closed(session)  # of what has been recorded since it ended
+                with spared(Loss.TIDINESS, session):
+                    self._judge.closed(session)  # of what has been recorded since it ended
 
         self._nursery.start_soon(run)
+
+    def _carry_on(self, session: ProxiedSession, held: End | None) -> None:
+        """Let a session's bytes go on when something that was to be done for it has failed.
+
+        Args:
+            session: the session.
+            held: what has sent the bytes that waited for it, if any did.
+        """
+        try:
+            if not self._is_relayed(session):
+                self.finish(session)
+            elif held is not None:
+                self._lose(session, _FAILED, time.time())
+                self._go_on(held)
+                if held.eof:
+                    self._after_end(held)
+        except Exception:
+            note(Loss.SESSION, session)
+            self.finish(session)
 
     # Verdicts
 
     def _lose(self, session: ProxiedSession, reason: str, now: float) -> None:
         """Go on forwarding a session that can't be followed any more."""
+        if session.tracker is None:
+            return
         session.tracker = None
-        self._judge.lost(session, reason, now)
+        with spared(Loss.RECORD, session):
+            self._judge.lost(session, reason, now)
+
+    def _lose_track(self, session: ProxiedSession, now: float) -> None:
+        """The tracker has failed."""
+        note(Loss.TRACKING, session)
+        self._lose(session, TRACKER_FAILED, now)
 
     async def _adjudicate(self, end: End, verdict: Verdict) -> None:
         """Have a verdict ruled on that is about what is held of ``end``, do as the ruling says, and go on with it."""
@@ -647,11 +758,14 @@ class Sweep:
         if dropped and verdict.message is not None:
             end.swallow = verdict.message.size
         if tracker is not None:
-            tracker.take_up(verdict)
-            if dropped:
-                tracker.swallow()
-            else:
-                tracker.overrule()
+            try:
+                tracker.take_up(verdict)
+                if dropped:
+                    tracker.swallow()
+                else:
+                    tracker.overrule()
+            except Exception:
+                self._lose_track(session, time.time())
         self._go_on(end)
 
     async def have_ruled(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
@@ -659,7 +773,7 @@ class Sweep:
         self.hurry()
         ruling = Ruling(None)
         with trio.CancelScope(shield=verdict.ends):
-            ruling = await self._judge.rule(session, verdict)
+            ruling = await self._judge.rule_surely(session, verdict)
         return ruling  # noqa: RET504 - a scope that is cancelled ends its block
 
     @staticmethod
@@ -698,7 +812,9 @@ class Sweep:
         """Find out who has sent the request that is held back, and go on with it."""
         session = end.session
         self.hurry()
-        verdict = await self._judge.sample(session)
+        verdict: Verdict | None = None
+        with spared(Loss.SENDER, session):
+            verdict = await self._judge.sample(session)
         if self._is_relayed(session) and (verdict is None or await self._rule(session, verdict)):
             self._go_on(end)
 
@@ -717,3 +833,23 @@ class Sweep:
                 return
         self._release(end)
         self._after_end(end)
+
+
+def _named(end: End, credentials: bytes) -> Sender | None:
+    """Whom the kernel has named."""
+    try:
+        pid = sender_pid(credentials)
+    except Exception:
+        note(Loss.SENDER, end.session)
+        end.credentials = None
+        return None
+    return None if pid is None else Sender(pid)
+
+
+def _is_inside_message(session: ProxiedSession) -> bool:
+    """Whether the client has been sent part of a message of the server's; True if that isn't known."""
+    try:
+        return session.inside_message > 0
+    except Exception:
+        note(Loss.WORDS, session)
+        return True

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import select
 import struct
@@ -46,6 +45,7 @@ import trio
 from pgguard.attribution.attention import Attention
 from pgguard.attribution.evidence import Driver
 from pgguard.faults.catalogue import OVERLAP
+from pgguard.proxy.losses import Loss, note, spared
 from pgguard.session import libpq
 from pgguard.session.states import WANTED
 from pgguard.session.verdicts import Sender
@@ -87,8 +87,6 @@ _SIOCOUTQNSD: Final = 0x894B
 
 _MODULO: Final = (1 << 32) - 1
 """What sequence numbers of TCP are counted by, less one."""
-
-logger = logging.getLogger(__name__)
 
 
 class ReadingAlarm:
@@ -231,10 +229,7 @@ class UnreadWatch:
             began = time.monotonic()
             due = self._due(trio.current_time())
             if due:
-                try:
-                    await self._look(witness, due)
-                except Exception:
-                    logger.exception("whether answers have been read could not be found out")
+                await self._look(witness, due)
             took = time.monotonic() - began
             pause = min(_LONGEST_PAUSE, max(_TICK, took / _TIME_SHARE))
 
@@ -242,30 +237,40 @@ class UnreadWatch:
         """What it is time to look at, that first which has waited the longest."""
         due: list[_Look] = []
         for session in list(self._listed.values()):
-            tracker, opening = session.tracker, session.opening
-            if session.done.is_set() or session.draining or tracker is None or (opening and opening.inode is None):
+            try:
+                look = self._due_look(session, now)
+            except Exception:
+                note(Loss.EVIDENCE, session)
                 self._forget(session)
-                continue
-            if opening is None or session.client.waits or not tracker.at_rest:
-                continue
-            leftover = session.leftover
-            if leftover is None or leftover.requests != tracker.requests:
-                if leftover is not None:
-                    leftover.close()
-                leftover = session.leftover = Leftover(
-                    tracker.requests, since=now, next=now + self._first(session), looked=now
-                )
-            if leftover.next > now:
-                continue
-            if _has_all_been_read(session):
-                self._settle(session)
             else:
-                holders = session.sightings.holders or (() if opening.opener is None else (opening.opener,))
-                events = 0 if leftover.alarm is None else leftover.alarm.events
-                closely = leftover.size > 0
-                due.append(_Look(session, tracker, leftover, opening, holders, tracker.position, events, closely))
+                if look is not None:
+                    due.append(look)
         due.sort(key=lambda look: look.leftover.next)
         return due[:_AT_A_TIME]
+
+    def _due_look(self, session: ProxiedSession, now: float) -> _Look | None:
+        """What is to be looked at of a session now, if anything is."""
+        tracker, opening = session.tracker, session.opening
+        if session.done.is_set() or session.draining or tracker is None or (opening and opening.inode is None):
+            self._forget(session)
+            return None
+        if opening is None or session.client.waits or not tracker.at_rest:
+            return None
+        leftover = session.leftover
+        if leftover is None or leftover.requests != tracker.requests:
+            if leftover is not None:
+                leftover.close()
+            leftover = session.leftover = Leftover(
+                tracker.requests, since=now, next=now + self._first(session), looked=now
+            )
+        if leftover.next > now:
+            return None
+        if _has_all_been_read(session):
+            self._settle(session)
+            return None
+        holders = session.sightings.holders or (() if opening.opener is None else (opening.opener,))
+        events = 0 if leftover.alarm is None else leftover.alarm.events
+        return _Look(session, tracker, leftover, opening, holders, tracker.position, events, leftover.size > 0)
 
     def _first(self, session: ProxiedSession) -> float:
         account = session.kernel_account
@@ -275,9 +280,10 @@ class UnreadWatch:
     def _forget(self, session: ProxiedSession) -> None:
         """Take a session off the list."""
         self._listed.pop(session.id, None)
-        if session.leftover is not None:
-            session.leftover.close()
-            session.leftover = None
+        leftover, session.leftover = session.leftover, None
+        if leftover is not None:
+            with spared(Loss.TIDINESS, session):
+                leftover.close()
 
     def _settle(self, session: ProxiedSession) -> None:
         """The last answer has been read to its end: the next request puts the session on the list again."""
@@ -285,16 +291,28 @@ class UnreadWatch:
         session.client.attentive = True
 
     async def _look(self, witness: Witness, due: list[_Look]) -> None:
-        sizes, attentions = await trio.to_thread.run_sync(_see, witness, due, abandon_on_cancel=True)
+        try:
+            sizes, attentions = await trio.to_thread.run_sync(_see, witness, due, abandon_on_cancel=True)
+        except Exception:
+            for look in due:  # each is looked at again when it makes its next request
+                self._forget(look.session)
+            raise
         now = trio.current_time()
         for look, size, attention in zip(due, sizes, attentions, strict=True):
-            session, tracker, leftover = look.session, look.tracker, look.leftover
-            if session.leftover is not leftover or leftover.requests != tracker.requests or not tracker.at_rest:
-                continue
-            if size is None:
-                self._forget(session)
-            elif tracker.position == look.position:  # else something came meanwhile: the next round will tell
-                self._note(look, size + _waiting(session.client), attention, now)
+            try:
+                self._take_in(look, size, attention, now)
+            except Exception:
+                note(Loss.EVIDENCE, look.session)
+                self._forget(look.session)
+
+    def _take_in(self, look: _Look, size: int | None, attention: Attention, now: float) -> None:
+        session, tracker, leftover = look.session, look.tracker, look.leftover
+        if session.leftover is not leftover or leftover.requests != tracker.requests or not tracker.at_rest:
+            return
+        if size is None:
+            self._forget(session)
+        elif tracker.position == look.position:  # else something came meanwhile: the next round will tell
+            self._note(look, size + _waiting(session.client), attention, now)
 
     def _note(self, look: _Look, unread: int, attention: Attention, now: float) -> None:
         session, tracker, leftover = look.session, look.tracker, look.leftover
@@ -413,7 +431,7 @@ class UnreadWatch:
         try:
             [size] = await trio.to_thread.run_sync(witness.unread, look, abandon_on_cancel=True)
         except Exception:
-            logger.exception("session %d: whether it has read could not be found out", session.id)
+            note(Loss.EVIDENCE, session)
             return False
         return size is not None and size + _waiting(session.client) > 0
 
@@ -427,7 +445,7 @@ class UnreadWatch:
         try:
             [size] = await trio.to_thread.run_sync(witness.unread, look, abandon_on_cancel=True)
         except Exception:
-            logger.exception("session %d: whether the last answer has been read could not be found out", session.id)
+            note(Loss.EVIDENCE, session)
             return Unread(0)
         if size is None or tracker.position != position or session.leftover is not leftover:
             return Unread(0)

@@ -8,7 +8,6 @@ threads that wait it looks at a few sessions at a time, the less often the longe
 from __future__ import annotations
 
 import heapq
-import logging
 import math
 import time
 from dataclasses import replace
@@ -22,6 +21,7 @@ from pgguard.attribution.threads import Thread, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE, readers
 from pgguard.faults.heirs import PATIENCE, SERVERS_PATIENCE, judge_heirs
 from pgguard.faults.orphans import is_used
+from pgguard.proxy.losses import Loss, note, spared
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.threads import Sleep
     from pgguard.attribution.witness import Opening, Witness
     from pgguard.proxy.session import ProxiedSession
+    from pgguard.session.tracker import Tracker
     from pgguard.session.verdicts import Verdict
 
 _HEIRS_INTERVAL: Final = 0.6
@@ -64,6 +65,8 @@ _CONTESTED_INTERVAL: Final = 0.1
 """Seconds between two looks at a contested session, at most."""
 _READERS_RARELY: Final = 2.0
 """Seconds between two looks at one session when nothing has been found in it for long."""
+_LOOKS: Final = 64
+"""Looks after which it has been for long."""
 
 _SOLITUDE: Final = 1.0
 _YOUNG_SOLITUDE: Final = 0.005
@@ -75,8 +78,6 @@ _SOLITARY: Final = 4096
 _IDLE_INTERVAL: Final = 1.0
 _IDLE_PRECISION: Final = 0.1
 """Of the threshold, by which a transaction is reported late at most."""
-
-logger = logging.getLogger(__name__)
 
 
 class Watch:
@@ -120,16 +121,16 @@ class Watch:
                 continue
             openings = {inode: s.opening for inode, s in watched.items() if s.opening}
             suspects = frozenset(inode for inode, session in watched.items() if self._may_be_leaked(session))
-            try:
-                found, have_opened, orphans = await trio.to_thread.run_sync(
-                    _look_at_heirs, witness, openings, suspects, abandon_on_cancel=True
-                )
-                for inode, holders in found.items():
+            found, have_opened, orphans = await trio.to_thread.run_sync(
+                _look_at_heirs, witness, openings, suspects, abandon_on_cancel=True
+            )
+            for inode, holders in found.items():
+                with spared(Loss.EVIDENCE, watched[inode]):
                     self._note_holders(watched[inode], holders)
+                with spared(Loss.EVIDENCE, watched[inode]):
                     self._note_heirs(watched[inode], holders, have_opened)
+                with spared(Loss.EVIDENCE, watched[inode]):
                     self._note_orphan(watched[inode], holders, orphans.get(inode))
-            except Exception:
-                logger.exception("who has the connections open could not be found out")
 
     def _note_holders(self, session: ProxiedSession, holders: Holders) -> None:
         heirs = holders.lasting(_LASTING)
@@ -214,10 +215,7 @@ class Watch:
             began = time.monotonic()
             due = self._due(witness)
             if due:
-                try:
-                    await self._look_at_readers(witness, due)
-                except Exception:
-                    logger.exception("who waits for answers could not be found out")
+                await self._look_at_readers(witness, due)
             took = time.monotonic() - began
             early = time.monotonic() - self._last_arrival < _EARLY and len(self._sessions) <= _EARLY_READERS
             interval = _EARLY_READERS_INTERVAL if early else _READERS_INTERVAL
@@ -232,13 +230,17 @@ class Watch:
             tracker, sightings = session.tracker, session.sightings
             if tracker is None or session.client.waits:
                 continue
-            some = idle if tracker.idle else busy
-            if (sightings.watch_next if tracker.idle else sightings.look_next) <= now:
-                solitary_until = self._solitary_until(witness, session, now)
-                if solitary_until > now:
-                    sightings.look_next = sightings.watch_next = solitary_until
-                else:
-                    some.append(session)
+            try:
+                some = idle if tracker.idle else busy
+                if (sightings.watch_next if tracker.idle else sightings.look_next) <= now:
+                    solitary_until = self._solitary_until(witness, session, now)
+                    if solitary_until > now:
+                        sightings.look_next = sightings.watch_next = solitary_until
+                    else:
+                        some.append(session)
+            except Exception:
+                note(Loss.EVIDENCE, session)
+                sightings.look_next = sightings.watch_next = now + _READERS_RARELY
         return [
             *heapq.nsmallest(_BUSY_AT_A_TIME, busy, key=lambda session: session.sightings.look_next),
             *heapq.nsmallest(_IDLE_AT_A_TIME, idle, key=lambda session: session.sightings.watch_next),
@@ -272,7 +274,7 @@ class Watch:
                 young = time.monotonic() - session.arrived < _EARLY
                 sightings.watch_next = trio.current_time() + (_READERS_INTERVAL if young else longest)
             else:
-                sightings.looks += 1
+                sightings.looks = min(sightings.looks + 1, _LOOKS)
                 pause = min(longest, _READERS_INTERVAL * 2 ** (sightings.looks // 4))
                 sightings.look_next = trio.current_time() + pause
             look = _Look(opening, sightings.holders or (opening.opener,), tracker.idle, not session.names_threads)
@@ -282,15 +284,21 @@ class Watch:
             _look_at_threads, witness, [look for *_, look in looks], abandon_on_cancel=True
         )
         for (session, tracker, requests, look), seen in zip(looks, found, strict=True):
-            if session.done.is_set():
-                continue
-            if look.idle and tracker.idle and tracker.requests == requests:
-                session.sightings.watchers = seen.watchers
-            elif not look.idle:
-                # Who was asleep then has sent nothing since, if nothing was on its way that the guard hasn't seen.
-                known = tracker.requests == requests and session.client.is_drained
-                session.sightings.throughout = seen.throughout(session.transport) if known else frozenset()
-                self._note_readers(session, seen.waits, seen.blocked)
+            with spared(Loss.EVIDENCE, session):
+                self._note_threads(session, tracker, requests, look, seen)
+
+    def _note_threads(
+        self, session: ProxiedSession, tracker: Tracker, requests: int, look: _Look, seen: _Seen | None
+    ) -> None:
+        if seen is None or session.done.is_set():
+            return
+        if look.idle and tracker.idle and tracker.requests == requests:
+            session.sightings.watchers = seen.watchers
+        elif not look.idle:
+            # Who was asleep then has sent nothing since, if nothing was on its way that the guard hasn't seen.
+            known = tracker.requests == requests and session.client.is_drained
+            session.sightings.throughout = seen.throughout(session.transport) if known else frozenset()
+            self._note_readers(session, seen.waits, seen.blocked)
 
     def _note_readers(self, session: ProxiedSession, waits: Waits, blocked: tuple[Waiting, ...]) -> None:
         before, session.sightings.asleep = session.sightings.asleep, frozenset(one.sleep for one in waits.threads)
@@ -316,7 +324,8 @@ class Watch:
             await trio.sleep(interval)
             now = trio.current_time()
             for session in list(self._sessions.values()):
-                self._note_idleness(session, now, threshold)
+                with spared(Loss.EVIDENCE, session):
+                    self._note_idleness(session, now, threshold)
 
     def _note_idleness(self, session: ProxiedSession, now: float, threshold: float) -> None:
         tracker = session.tracker
@@ -360,17 +369,28 @@ class _Seen(NamedTuple):
         return self.sleeps | {one.when_read_from for one in self.waits.threads if one.sleep in self.sleeps}
 
 
-def _look_at_threads(witness: Witness, looks: list[_Look]) -> list[_Seen]:
-    """See who waits on some connections: who although no answer is due, or else who, and who is blocked at once."""
-    seen: list[_Seen] = []
-    for opening, processes, idle, sleeps in looks:
-        if idle:
-            seen.append(_Seen(witness.watchers(opening, processes)))
-            continue
-        waits, blocked = witness.look(opening, processes)
-        alone = sleeps and len(processes) == 1 and waits.threads
-        seen.append(_Seen(frozenset(), waits, blocked, witness.sleeps(processes[0]) if alone else frozenset()))
+def _look_at_threads(witness: Witness, looks: list[_Look]) -> list[_Seen | None]:
+    """See who waits on some connections: who although no answer is due, or else who, and who is blocked at once.
+
+    ``None`` of those that can't be looked at.
+    """
+    seen: list[_Seen | None] = []
+    for look in looks:
+        try:
+            seen.append(_look_at(witness, look))
+        except Exception:
+            note(Loss.EVIDENCE)
+            seen.append(None)
     return seen
+
+
+def _look_at(witness: Witness, look: _Look) -> _Seen:
+    opening, processes = look.opening, look.processes
+    if look.idle:
+        return _Seen(witness.watchers(opening, processes))
+    waits, blocked = witness.look(opening, processes)
+    alone = look.sleeps and len(processes) == 1 and waits.threads
+    return _Seen(frozenset(), waits, blocked, witness.sleeps(processes[0]) if alone else frozenset())
 
 
 class _Orphan(Enum):

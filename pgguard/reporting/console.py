@@ -390,12 +390,21 @@ class ConsoleSink:
         # EPIPE, EIO after a hangup, EBADF: there is nobody left to print for.
         with contextlib.suppress(OSError):
             while (what := self._queue.get()) is not None:
-                if isinstance(what, str):
-                    self._console.out(what, highlight=False)
-                else:
-                    print_fault(self._console, what)
+                try:
+                    self._print(what)
+                except Exception as error:
+                    self._buffer.truncate(self._buffer.seek(0))
+                    self._console.out(f"pgguard: a report can't be printed in full: {error!r}", highlight=False)
+                    if isinstance(what, Fault):
+                        print_fault(self._console, what.outlined())
                 self._flush()
             self._flush()
+
+    def _print(self, what: Fault | str) -> None:
+        if isinstance(what, str):
+            self._console.out(what, highlight=False)
+        else:
+            print_fault(self._console, what)
 
     def _flush(self) -> None:
         if unsaid := self._dropped - self._dropped_said:

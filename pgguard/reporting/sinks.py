@@ -48,12 +48,22 @@ class Fanout:
         """Hand a fault to every sink; never raises."""
         for number, sink in enumerate(self._sinks):
             try:
-                sink.record(fault)
+                self._hand(sink, fault)
             except Exception as error:
                 before = self._lost.get(number, 0)
                 self._lost[number] = before + 1
                 if not before:
                     self._say(f"faults are being lost: {_in_one_line(error)}")
+
+    @staticmethod
+    def _hand(sink: Sink, fault: Fault) -> None:
+        try:
+            sink.record(fault)
+        except (SinkError, OSError):
+            raise
+        except Exception:
+            # It is about something that stands in the fault, which is better told in part than not.
+            sink.record(fault.outlined())
 
     def close(self) -> None:
         """Close every sink; never raises."""

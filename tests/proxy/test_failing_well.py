@@ -10,8 +10,10 @@ import pytest
 import trio
 
 from pgguard.attribution.witness import Witness
+from pgguard.faults.docket import Docket
 from pgguard.proxy.investigation import EVIDENCE_BUDGET
 from pgguard.proxy.judge import Judge
+from pgguard.proxy.session import ProxiedSession
 from pgguard.reporting.sinks import Fanout
 from pgguard.session.tracker import Tracker
 from tests.proxy.conftest import House, running, until
@@ -74,7 +76,9 @@ async def test_a_tracker_that_fails_in_the_end(house: House, who: str, monkeypat
     await converse(*other)
 
 
-async def test_a_fault_that_can_not_be_built(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fault_of_which_nothing_can_be_said_is_recorded_plainly(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client, server = await house.session()
     monkeypatch.setattr("pgguard.proxy.judge.build_fault", fail)
     await server.send(COLUMNS)
@@ -83,19 +87,65 @@ async def test_a_fault_that_can_not_be_built(house: House, monkeypatch: pytest.M
     await converse(client, server)
     await client.send(TERMINATE)
     await server.expect(TERMINATE)
-    assert house.kinds == []
+    await house.recorded("message-while-idle", "untracked")
+    record = house.faults[0].to_record()
+    assert (record["session"]["id"], record["message"]["name"]) == (1, "RowDescription")
+    assert (record["severity"], record["action"]) == ("error", "logged")
+
+
+@pytest.mark.parametrize("broken", ["build_fault", "conclude", "severity_of", "rejection", "known_at_once", "facts"])
+async def test_what_fails_on_the_way_to_a_record_changes_nothing_about_a_rejection(
+    backend: FakeBackend, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if broken == "facts":
+        monkeypatch.setattr(ProxiedSession, "facts", fail)
+    else:
+        monkeypatch.setattr(f"pgguard.proxy.judge.{broken}", fail)
+    async with running(backend, mode="reject") as house:
+        await is_rejected(house)
+
+
+@pytest.mark.parametrize("method", ["known", "enter", "equate", "next_id"])
+async def test_a_docket_that_fails_changes_nothing_about_a_rejection(
+    backend: FakeBackend, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Docket, method, fail)
+    async with running(backend, mode="reject") as house:
+        await is_rejected(house)
+
+
+async def test_threads_that_can_not_be_started_change_nothing_about_a_rejection(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    async with running(backend, witness=Witness(), mode="reject") as house:
+        monkeypatch.setattr(trio.to_thread, "run_sync", refuse)
+        await is_rejected(house)
+
+
+async def is_rejected(house: House) -> None:
+    """A client that sends what has no place is told so, and it is recorded."""
+    client, server = await house.session(unix=True)
+    await client.send(query("select pg_sleep(60)"))
+    await server.expect(query("select pg_sleep(60)"))
+    await client.send(message("p", b"out of place\0"))
+    assert (await client.message()).fields["C"] == "08P01"
+    assert await server.rest() == b""
+    assert [(str(fault.kind), str(fault.action)) for fault in house.faults] == [("protocol-violation", "rejected")]
+
+
+async def test_a_ruling_that_fails_is_made_plainly(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Judge, "rule", fail)
+    async with running(backend, mode="reject") as house:
+        await is_rejected(house)
 
 
 async def test_an_error_that_nobody_foresaw_costs_one_session(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     other = await house.session()
-    client, server = await house.session()
     with monkeypatch.context() as patch:
-        patch.setattr(Judge, "rule", fail)
-        await server.send(COLUMNS)
-        await client.rest()
-        assert await server.rest() == b""
-    with monkeypatch.context() as patch:
-        client, server = await house.session()
+        client, _ = await house.session()
         patch.setattr(house.guard._sweep, "_examine", fail)
         await client.send(query("select 1"))
         await client.rest()

@@ -654,10 +654,10 @@ async def test_an_account_does_not_stay_of_a_client_that_is_gone_before_it_is_as
         raise OSError(107, "Transport endpoint is not connected")
 
     async with told(backend) as house:
-        monkeypatch.setattr("pgguard.proxy.guard.ProxiedSession", gone)
+        monkeypatch.setattr("pgguard.proxy.guard.client_socket", gone)
         client = await house.connect()
-        await client.rest()
-        assert house.senders._accounts._open == {}
+        await client.close()
+        await until(lambda: house.house.guard.sessions == 1 and not house.senders._accounts._open)
 
 
 async def test_a_client_that_the_probe_does_not_see_is_not_taken_for_one_whose_senders_are_named(

@@ -18,6 +18,7 @@ from pgguard.attribution.runtime import Runtime, Server
 from pgguard.attribution.sockets import TcpClient
 from pgguard.attribution.threads import Sleep, Thread, Waiting, Waits
 from pgguard.attribution.witness import Opening, Witness
+from pgguard.proxy.losses import keep_going
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.watch import Watch
 from pgguard.session.tracker import Tracker
@@ -303,8 +304,8 @@ async def witness(
     """Of a stage that watches for heirs and readers."""
     monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
     witness = Scripted()
-    nursery.start_soon(stage.watch.over_heirs, cast("Witness", witness))
-    nursery.start_soon(stage.watch.over_readers, cast("Witness", witness))
+    nursery.start_soon(keep_going, stage.watch.over_heirs, cast("Witness", witness))
+    nursery.start_soon(keep_going, stage.watch.over_readers, cast("Witness", witness))
     return witness
 
 
@@ -724,8 +725,19 @@ async def test_a_watch_goes_on_when_a_look_fails(
     witness.fails = False
     witness.holders = {PARENT: 0.0, CHILD: 0.0}
     witness.waits = Waits((reader(PARENT, 1), reader(PARENT, 2)))
-    await trio.sleep(10)
+    await trio.sleep(20)
     assert {Kind.INHERITED_CONNECTION, Kind.SHARED_BY_THREADS} <= set(stage.kinds)
+
+
+async def test_a_session_that_has_been_looked_at_very_often_is_looked_at_still(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    session = stage.session()
+    ask(session)
+    session.sightings.looks = 5000
+    witness.waits = Waits((reader(PARENT, 1), reader(PARENT, 2)))
+    await trio.sleep(10)
+    assert set(stage.kinds) == {Kind.SHARED_BY_THREADS}
 
 
 # In a guard

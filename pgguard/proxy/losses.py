@@ -1,0 +1,171 @@
+"""What is lost when something fails inside the guard: what it was for, and nothing besides.
+
+No exception ends the guard or a session, keeps a byte, or keeps a fault from being recorded and acted on. Wherever the
+relay calls what it could do without, which is the session core, attribution, faults and reporting, and whatever goes on
+beside it, here stands what an exception costs:
+
+================================  ==========================================================================
+what fails                        what it costs
+================================  ==========================================================================
+following a session               the session goes on, untracked, and that is recorded
+finding out who sends             it isn't known of these bytes; of all that come, if their count is lost
+finding out who opened it         it isn't known
+evidence of a verdict             it is missing in the record, and changes neither fault nor ruling; a kind
+                                  that evidence alone shows to be a fault isn't one
+drawing conclusions from it       the verdict stands as the wire shows it
+building a record                 a plain one is made: kind, session, message, action, who sent
+knowing a fault again             it is recorded in full once more
+handing a record on               that sink's record; the others get theirs
+words for a client                the plain ones that there are for that
+one round of a watch, one client  that one; the task goes on, after a pause that grows if it goes on failing
+tidying up                        what is left behind
+================================  ==========================================================================
+
+What isn't an :class:`Exception` goes through: trio's cancellation, a keyboard interrupt, the end of the process. What
+goes wrong with a session's own sockets is no exception in this sense, but what there is to be relayed.
+
+Each exception, by its type and the place in the guard's code, is logged with its traceback once. After that it is
+counted, cheaply, as it may come with every message; how often is said at intervals (:func:`note`), and in the end
+(:func:`remarks`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from contextlib import contextmanager, suppress
+from enum import Enum
+from pathlib import Path
+from sys import exc_info
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVarTuple
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from pgguard.proxy.session import ProxiedSession
+
+_PAUSE: Final = 0.1
+"""Seconds until a task that has failed begins anew."""
+_LONGEST_PAUSE: Final = 10.0
+"""The same, when it has failed again and again."""
+_STEADY: Final = 30.0
+"""Seconds after which a task counts as one that works."""
+_INTERVAL: Final = 60.0
+"""Seconds between two lines about one exception, at least."""
+_PACKAGE: Final = str(Path(__file__).parent.parent)
+
+Ts = TypeVarTuple("Ts")
+
+logger = logging.getLogger(__name__)
+
+
+class Loss(Enum):
+    """What an exception costs, as the log says it."""
+
+    TRACKING = "the tracker failed: the session goes on, and is not followed any more"
+    SENDER = "who sends could not be found out"
+    OPENER = "who opened it could not be found out"
+    EVIDENCE = "evidence could not be taken"
+    CONCLUSION = "what the evidence means could not be told"
+    RECORD = "a record could not be made in full"
+    MEMORY = "whether a fault is known could not be told"
+    SINKS = "a fault could not be handed on"
+    WORDS = "a client could not be told in full"
+    STEP = "something failed that it can do without"
+    ROUND = "a round of looking failed"
+    ARRIVAL = "a client could not be introduced to the server"
+    SESSION = "what it takes to relay it failed: it had to be closed"
+    TIDINESS = "something may be left behind"
+
+
+class _Place(NamedTuple):
+    """What makes two exceptions the same: the type, and the last line of the guard's own that it went through."""
+
+    type: type[BaseException]
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.type.__name__} at {self.file.removeprefix(_PACKAGE).lstrip('/')}:{self.line}"
+
+
+_times: Counter[_Place] = Counter()
+"""How often each exception has been noted."""
+_said: dict[_Place, tuple[float, int]] = {}
+"""When it was last said of each how often that was, in seconds of time.monotonic(), and how often it was then."""
+
+
+def note(loss: Loss, session: ProxiedSession | None = None) -> None:
+    """Say what an exception that is being handled has cost, the first time; count it, and say at times how often.
+
+    Never raises. In any thread.
+
+    Args:
+        loss: what.
+        session: whose it is, if it is one's.
+    """
+    with suppress(Exception):
+        error = exc_info()[1]
+        if error is None:
+            return
+        place = _place(error)
+        _times[place] += 1
+        said_at, before = _said.get(place, (0.0, 0))
+        now = time.monotonic()
+        if not before:
+            _said[place] = now, 1
+            whose = "" if session is None else f"session {session.id}: "
+            logger.error("%s%s", whose, loss.value, exc_info=error)
+        elif now - said_at >= _INTERVAL:
+            _said[place] = now, _times[place]
+            logger.error("%s: %d times more: %s", place, _times[place] - before, loss.value)
+
+
+def remarks() -> list[str]:
+    """What has failed so far, and how often: clauses for the end, none if nothing has."""
+    return [f"{place}, {count} time{'' if count == 1 else 's'}" for place, count in _times.most_common()]
+
+
+def _place(error: BaseException) -> _Place:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    file, line = "", 0
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if name.startswith(_PACKAGE):
+            file, line = name, trace.tb_lineno
+        trace = trace.tb_next
+    return _Place(type(error), file, line)
+
+
+@contextmanager
+def spared(loss: Loss, session: ProxiedSession | None = None) -> Iterator[None]:
+    """Let an exception of what is done in this context cost what ``loss`` says, and nothing besides."""
+    try:
+        yield
+    except Exception:
+        note(loss, session)
+
+
+async def keep_going(task: Callable[[*Ts], Awaitable[None]], *args: *Ts) -> None:
+    """Run a task that goes on until it is cancelled, and begin it anew whenever it fails.
+
+    It is left alone for a moment then, which grows while it fails at once each time, so that it doesn't spin.
+    """
+    pause = _PAUSE
+    while True:
+        began = trio.current_time()
+        try:
+            await task(*args)
+        except Exception:
+            note(Loss.ROUND)
+        else:
+            return
+        if trio.current_time() - began > _STEADY:
+            pause = _PAUSE
+        await trio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
