@@ -82,6 +82,9 @@ _GLANCES: Final = 0.001
 """Seconds between two looks whether an answer has been read that another one waits behind."""
 
 _SIMPLE: Final = frozenset("QF")
+_BIND: Final = "B"
+_DESCRIBED: Final = frozenset("DS")
+"""The messages of a request that asks only what a statement is like."""
 _SIOCOUTQNSD: Final = 0x894B
 """``linux/sockios.h``: bytes in a TCP socket's send queue that haven't been sent, for want of room at the other end."""
 
@@ -387,6 +390,10 @@ class UnreadWatch:
             return False  # they share the connection, which is worse
         driver = session.driver
         if OVERLAP[driver].may:
+            return False
+        if driver is Driver.PYTHON and chr(code) == _BIND and _DESCRIBED.issuperset(last.messages):
+            # pg8000 writes the Bind before it reads what was described, and a long one leaves its buffer at once:
+            # CoreConnection.execute_unnamed().
             return False
         # In its pipeline mode libpq sends extended queries on top of each other's answers, and nothing else.
         return driver is not Driver.LIBPQ or bool(_SIMPLE & {chr(code), last.messages[0]})

@@ -23,7 +23,7 @@ from pgguard.proxy.session import ProxiedSession
 from pgguard.session.verdicts import Sender
 from tests.attribution.puppets import THREADS, Puppet
 from tests.proxy.conftest import running, until
-from tests.proxy.messages import ANSWER, LOGGED_IN, READY, SSL_REQUEST, message, query, startup
+from tests.proxy.messages import ANSWER, COLUMNS, LOGGED_IN, READY, SSL_REQUEST, message, query, startup
 from tests.proxy.test_watch import Stage, feed
 
 if TYPE_CHECKING:
@@ -446,7 +446,13 @@ async def test_over_tcp_what_has_been_read_meanwhile_is_forwarded_without_a_word
 
 PARSE = message("P", b"\0select 1\0\0\0") + message("S")
 CLOSE = message("C", b"Sname\0") + message("S")
-ANSWERS = {FIRST: ANSWER, PARSE: message("1") + READY, CLOSE: message("3") + READY}
+DESCRIBE = message("D", b"S\0") + message("S")
+ANSWERS = {
+    FIRST: ANSWER,
+    PARSE: message("1") + READY,
+    CLOSE: message("3") + READY,
+    DESCRIBE: message("t", b"\0\0") + COLUMNS + READY,
+}
 
 
 @pytest.fixture
@@ -471,6 +477,10 @@ def is_suspect(session: ProxiedSession, last: bytes, now: str) -> bool:
         (Driver.PYTHON, FIRST, "Q", True),
         (Driver.PYTHON, PARSE, "P", True),
         (Driver.PYTHON, CLOSE, "P", False),
+        (Driver.PYTHON, DESCRIBE, "B", False),
+        (Driver.PYTHON, DESCRIBE, "P", True),
+        (Driver.PYTHON, PARSE, "B", True),
+        (Driver.LIB_PQ, DESCRIBE, "B", True),
         (Driver.LIB_PQ, FIRST, "P", True),
         (Driver.LIB_PQ, PARSE, "B", True),
         (Driver.LIBPQ, FIRST, "Q", True),

@@ -46,6 +46,10 @@ def dbapi() -> None:
         print("last", cursor.fetchall())
         cursor.execute("SELECT length(%s)", ("x" * 3_000_000,))
         print("large", cursor.fetchone())
+        # It sends what is longer than its buffer before it has read the answer in front of it.
+        for size in (9_000, 100_000, 1_000_000) * 3:
+            cursor.execute("SELECT md5(%s)", ("x" * size,))
+            print("md5", cursor.fetchone())
         connection.commit()
 
 
