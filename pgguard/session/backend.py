@@ -80,7 +80,7 @@ _FUNCTION_CALL: Final = int(Owes.FUNCTION_CALL)
 class BackendStream:
     """Follows the server's messages of one session; see :class:`pgguard.session.tracker.Tracker`."""
 
-    __slots__ = ("_ledger", "_session", "overruled", "partial", "rest")
+    __slots__ = ("_ledger", "_session", "_unframed", "overruled", "partial", "rest")
 
     def __init__(self, session: Session) -> None:
         self.rest = 0
@@ -88,6 +88,8 @@ class BackendStream:
         self.partial: MessageSeen | None = None
         self.overruled: Kind | None = None
         """The next message is to be taken whatever is wrong with it: the kind of the verdict that was overruled."""
+        self._unframed = False
+        """It refuses its client in a text without a length, and that is all that comes."""
         self._session = session
         self._ledger = session.ledger
 
@@ -149,7 +151,7 @@ class BackendStream:
         """The stream has ended: a verdict if that was in the middle of a message, with the client still there."""
         session = self._session
         session.over = True
-        if session.left or session.terminated or not (self.rest or held_back):
+        if session.left or session.terminated or self._unframed or not (self.rest or held_back):
             return None
         reason, message = torn_end("server", self.rest, self.partial, held_back)
         verdict = session.judge(Kind.PROTOCOL_VIOLATION, reason, message, libpq=libpq.CLOSED)
@@ -161,12 +163,17 @@ class BackendStream:
         Returns False when it can't be taken: there is a verdict on it, the session is lost, or more of it is needed.
         """
         session = self._session
+        ledger = self._ledger
+        refused = code == _ERROR_RESPONSE and ledger.state == _LOGIN
+        if refused and length > SHORT:  # libpq takes it for a text as well: PQconnectPoll() in fe-connect.c
+            self._unframed = True
+            session.goodbye = session.over = True
+            ledger.clear()
+            return True
         message = _MESSAGES[code]
         well_formed = message.least <= length <= message.most
         if not well_formed and not self._accept_frame(pos, code, length):
             return False
-        ledger = self._ledger
-        refused = code == _ERROR_RESPONSE and ledger.state == _LOGIN
         size = min(1 + length, HEADER_SIZE + REFUSAL_LOOK if refused else message.look)
         if end - pos < size:
             return False

@@ -38,6 +38,10 @@ A client may also begin to send them before it has seen CopyInResponse.
 reported when the next message has been read (``ProcessInterrupts()`` in ``postgres.c``). If that is a Flush, an
 ErrorResponse comes with nothing outstanding, and begins to skip like any other.
 
+*A refusal in protocol 2's words.* Before login a server that can't start a backend says so in a text without a length,
+since no protocol has been agreed on (``report_fork_failure_to_client()``): an ``E``, the text, a NUL, and the end. What
+would be its length is far more than any ErrorResponse's.
+
 *Pipelining.* Extended-protocol messages may be sent while earlier ones are unanswered; that is what they were made
 for, and every driver with a pipeline or batch mode does it. A simple Query or FunctionCall behind an unanswered
 request, or anything behind an unanswered Query, is no pipelining that libpq knows.

@@ -155,3 +155,26 @@ def test_idle_session_that_is_ended_with_that_sqlstate_is_told_goodbye() -> None
 def test_login_that_had_a_slot_is_in_order() -> None:
     conversation = Conversation(Sender(1, 1), login=False)
     assert conversation.backend(b"".join(BACKEND[letter] for letter in "RSSKZ")) == []
+
+
+TEXT = b"Ecould not fork new process for connection: Resource temporarily unavailable\n\0"
+
+
+@pytest.mark.parametrize("text", [TEXT, b"E\xc3\xa4 could not fork\n\0"])
+@pytest.mark.parametrize("size", [1, 4, 5, 7, 100])
+def test_a_refusal_in_the_words_of_protocol_2_is_no_torn_message(text: bytes, size: int) -> None:
+    """PostgreSQL speaks so still, when it can't start a backend; the text is all that comes, in whatever pieces."""
+    conversation = Conversation(login=False)
+    for at in range(0, len(text), size):
+        assert conversation.backend(text[at : at + size]) == []
+    assert conversation.tracker.over
+    assert conversation.tracker.goodbye
+    assert conversation.tracker.lost is None
+    assert conversation.tracker.backend_eof(0) == []
+
+
+def test_the_same_bytes_after_login_are_a_torn_message() -> None:
+    conversation = Conversation()
+    conversation.backend(TEXT)
+    [verdict] = conversation.tracker.backend_eof(len(TEXT))
+    assert verdict.kind is Kind.PROTOCOL_VIOLATION
