@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tests.servers import Address
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from tests.servers import Transport
 
@@ -39,6 +39,11 @@ class GuardProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def records(self) -> Path:
+        """The file that it appends its faults to."""
+        return self._faults
 
     @property
     def stderr(self) -> str:
@@ -94,18 +99,30 @@ class GuardProcess:
 
 
 @contextmanager
-def running_guard(upstream: Address, *options: str, probe: bool = True) -> Iterator[GuardProcess]:
+def running_guard(
+    upstream: Address | str,
+    *options: str,
+    probe: bool = True,
+    program: Sequence[str] = (sys.executable, "-m", "pgguard"),
+    environ: Mapping[str, str] | None = None,
+) -> Iterator[GuardProcess]:
     """Run a guard in front of a server, listening on the loopback address and on a Unix socket.
 
-    Without ``probe`` the kernel doesn't tell it who sends on TCP, for want of a capability.
-
     Leaving the context stops it and fails unless it ends well.
+
+    Args:
+        upstream: the server, or a connection string that says where it is.
+        options: more for ``pgguard serve``.
+        probe: False: the kernel doesn't tell it who sends on TCP, for want of a capability.
+        program: what is run as ``pgguard``.
+        environ: more of its environment.
     """
+    conninfo = upstream if isinstance(upstream, str) else upstream.conninfo
     # Not pytest's tmp_path: the path of a Unix socket has at most 107 bytes, unix(7).
     with tempfile.TemporaryDirectory(prefix="pgguard-test-") as name:
         directory = Path(name)
         command = [] if probe else ["setpriv", "--bounding-set=-net_admin"]
-        command += [sys.executable, "-m", "pgguard", "serve", "--upstream", upstream.conninfo]
+        command += [*program, "serve", "--upstream", conninfo]
         command += ["--listen", "127.0.0.1:0", "--listen", f"unix:{directory}:5432"]
         command += ["--faults", str(directory / "faults.jsonl"), *options]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
@@ -113,7 +130,7 @@ def running_guard(upstream: Address, *options: str, probe: bool = True) -> Itera
             process = subprocess.Popen(
                 command,
                 cwd=directory,  # where no pgguard.toml is
-                env=environment,
+                env=environment | dict(environ or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,

@@ -91,12 +91,13 @@ def not_installed(what: str) -> NoReturn:
 @contextmanager
 def running_server(bindir: Path) -> Iterator[Server]:
     """Run a server of that installation, on a free port of the loopback address and on a Unix socket."""
-    with running_cluster(bindir, port=_free_port(), settings=_SETTINGS, timeout=60) as cluster:
+    with running_cluster(bindir, port=free_port(), settings=_SETTINGS, timeout=60) as cluster:
         tcp = Address("127.0.0.1", cluster.port)
         yield Server(cluster.bindir, tcp, Address(str(cluster.socket_dir), cluster.port))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
