@@ -43,6 +43,8 @@ _SAMPLE_SECONDS: Final = 5.0
 _PROGRESS_SECONDS: Final = 60.0
 _STOPPED_SECONDS: Final = 6.5
 """Longer than an answer may lie unread."""
+_COMPLAINT: Final = 4000
+"""Bytes that are shown of what a program has complained about."""
 _TROUBLE: Final = re.compile(r"Traceback|had to be closed|the tracker failed|could not be|can't accept|can't append")
 """What the guard says only when something is wrong with itself."""
 
@@ -151,7 +153,7 @@ class _Soak:
                 self._workloads.append(workload)
         for site in self._sites:
             with psycopg.connect(site.server.unix.conninfo, autocommit=True) as connection:
-                connection.execute(f"CREATE TABLE {LEFT} (n int)")
+                connection.execute(f"CREATE TABLE {LEFT} (n bigint)")
                 for workload in self._workloads:
                     connection.execute(f"CREATE ROLE {workload.user} SUPERUSER LOGIN")
             # A guard is at rest when it has served a client, over each transport.
@@ -242,7 +244,7 @@ class _Soak:
             if limit.cancelled_caught:
                 self._wrong(f"{where}: it hung")
             elif process.returncode:
-                complaint = errors.read()[-2000:].decode(errors="replace")
+                complaint = errors.read(_COMPLAINT).decode(errors="replace")
                 self._wrong(f"{where}: it ended with {process.returncode}: {complaint}")
         return time.monotonic() - began
 
@@ -290,7 +292,7 @@ class _Soak:
                         said += data
             errors.seek(0)
             if not said.endswith(b"\n"):
-                complaint = errors.read()[-2000:].decode(errors="replace")
+                complaint = errors.read(_COMPLAINT).decode(errors="replace")
                 self._wrong(f"{where}: it was never ready to be killed: {complaint}")
                 return
         self._account.entries[workload.name].connections_killed += json.loads(said)["connections"]
