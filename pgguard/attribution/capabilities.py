@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pgguard.attribution.ebpf.account import Accounts
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, connection_key, scope_remedy
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.namespaces import ask_in_namespace, in_a_new_thread, read_tables
+from pgguard.attribution.privileges import Right, rights
 from pgguard.attribution.processes import read_process
 from pgguard.attribution.senders import CREDENTIALS_SPACE, ask_for_credentials, sender_pid
 from pgguard.attribution.sockets import SockDiag, TcpClient, client_socket
@@ -40,9 +40,6 @@ _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 
 _NAMED = 3
 """Processes that are named as examples."""
-
-_CAP_SYS_PTRACE = 19
-"""``linux/capability.h``."""
 
 _BLIND = "does not find what is certainly there"
 
@@ -302,7 +299,7 @@ def _try_other_users() -> None:
         raise _Missing(
             f"{len(unreadable)} can't be looked at: {', '.join(names + more)}",
             "see that none of them is a client: not even CAP_SYS_PTRACE opens them, for AppArmor's sake perhaps"
-            if _has_capability(_CAP_SYS_PTRACE)
+            if _has_capability(Right.CAP_SYS_PTRACE)
             else "unless every client runs as the guard's user, run the guard as root with CAP_SYS_PTRACE",
         )
 
@@ -455,7 +452,7 @@ def _ptrace_remedy() -> str:
     scope = _ptrace_scope()
     if scope >= 3:
         return f"boot with a kernel.yama.ptrace_scope below 3: it is {scope}, which lasts until then"
-    if _has_capability(_CAP_SYS_PTRACE):
+    if _has_capability(Right.CAP_SYS_PTRACE):
         return "allow ptrace(2) in the guard's sandbox: seccomp, AppArmor, SELinux"
     privilege = "run the guard as root with CAP_SYS_PTRACE (cap_add: [SYS_PTRACE] in compose)"
     return f"sysctl kernel.yama.ptrace_scope=0 (it is {scope}), or {privilege}" if scope else privilege
@@ -470,13 +467,8 @@ def _ptrace_scope() -> int:
 
 
 def _has_capability(number: int) -> bool:
-    """Tell whether the guard has a capability: ``CapEff`` in ``/proc/self/status``, capabilities(7)."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return False
-    found = re.search(r"^CapEff:\t([0-9a-f]+)$", status, re.MULTILINE)
-    return found is not None and bool(int(found[1], 16) >> number & 1)
+    """Tell whether the guard has a capability."""
+    return number in rights()
 
 
 @contextlib.contextmanager

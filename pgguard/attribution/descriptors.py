@@ -1,12 +1,18 @@
 """Which processes there are, and which sockets one of them has open: ``/proc`` and ``/proc/PID/fd``."""
-# ruff: noqa: PTH115, PTH121, PTH123, PTH208 - a Path object for each descriptor would double the time that a walk takes
+# ruff: noqa: PTH115, PTH123, PTH208 - a Path object for each descriptor would double the time that a walk takes
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 
+from pgguard.attribution.hangs import reading
 from pgguard.attribution.processes import read_stat
+
+_DESCRIPTORS = 65_536
+"""Of one process that are looked at. Those of most have a limit of 1024; a process can have a million open, to take the
+guard's time."""
 
 
 def list_processes() -> dict[int, int]:
@@ -47,16 +53,18 @@ def is_fork(pid: int, other: int) -> bool:
     ``randomize_va_space``, proc_sys_kernel(5). False too if that can't be seen, as of a zombie.
     """
     try:
-        return _first_mapping(pid) == _first_mapping(other) and os.path.samefile(
-            f"/proc/{pid}/exe", f"/proc/{other}/exe"
-        )
+        return _image(pid) == _image(other)
     except OSError:
         return False
 
 
-def _first_mapping(pid: int) -> bytes:
-    with open(f"/proc/{pid}/maps", "rb") as file:
-        return file.readline()
+def _image(pid: int) -> tuple[bytes, str]:
+    """Where a process's program is mapped, with the file's device and inode, and what it is called. Raises OSError.
+
+    The file itself isn't touched: it may be in a file system that never answers.
+    """
+    with reading(pid), open(f"/proc/{pid}/maps", "rb") as file:
+        return file.readline(), os.readlink(f"/proc/{pid}/exe")
 
 
 def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
@@ -70,14 +78,15 @@ def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
         By inode, one descriptor for each of the sockets that the process has open.
 
     Raises:
-        PermissionError: the process may have sockets open, but it can't be looked at.
+        PermissionError: the process may have sockets open, but it can't be looked at; or it has more descriptors than
+            are looked at, and not all of the sockets are among the latest.
     """
     found = {}
     directory = f"/proc/{pid}/fd"
     try:
         fds = os.listdir(directory)
         # A connection that is asked about is most often the latest, and descriptors are listed in ascending order.
-        for fd in reversed(fds):
+        for fd in reversed(fds[-_DESCRIPTORS:]):
             try:
                 link = os.readlink(f"{directory}/{fd}")
             except FileNotFoundError:
@@ -94,6 +103,8 @@ def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
         if stat is None or stat.holds_no_files:
             return {}
         raise
+    if len(fds) > _DESCRIPTORS and len(found) < len(inodes):
+        raise PermissionError(errno.E2BIG, "it has more descriptors than are looked at")
     return found
 
 

@@ -2,7 +2,8 @@
 
 ``.note.go.buildid`` tells that it is Go's (``cmd/internal/buildid/note.go`` in Go's sources), and ``.go.buildinfo``,
 which survives strip(1), which modules were linked in: what ``go version -m`` prints (``debug/buildinfo``). Programs
-that were built before Go 1.18, or without modules, list none. Only a bounded part of the file is read.
+that were built before Go 1.18, or without modules, list none. Only a bounded part of the file is read, and no number in
+it is believed: anybody can write such a file, with any number in any place, and run it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from pgguard.attribution.trust import open_regular
 
 _ELF64 = struct.Struct("<4sBB26xQQ6xHHHHH")
 """``Elf64_Ehdr``: magic, class, byte order; where the program headers and the section headers are; the size of a
@@ -24,7 +27,10 @@ _NOTE = struct.Struct("<III")
 """``Elf64_Nhdr``: size of the name, size of the content, type. Both follow, filled up to four bytes."""
 _PT_NOTE = 4
 _GO_NOTE = b"Go\0\0", 4
+_PROGRAMS_LIMIT = 64
+"""Program headers that are looked at; Go writes some ten, the kernel takes 1170: ``load_elf_phdrs()``."""
 _NOTES_LIMIT = 65536
+"""Bytes of all notes together."""
 _SECTIONS_LIMIT = 256
 _NAMES_LIMIT = 16384
 
@@ -35,6 +41,8 @@ _BUILD_INFO_MAGIC = b"\xff Go buildinf:"
 _STRINGS_FOLLOW = 2
 """The flag of Go 1.18 and later: what follows is not pointers."""
 _BUILD_INFO_LIMIT = 1 << 18
+_LENGTH_BITS = 63
+"""Of the length of a string, at most; a file may go on with it to its end."""
 _FENCE = 16
 """Bytes that stand around the list of modules: ``runtime/debug/mod.go``."""
 
@@ -52,12 +60,12 @@ class _Header(NamedTuple):
 def go_modules(path: Path) -> frozenset[str] | None:
     """The import paths of the modules in a program that Go built; ``None`` if it is none, or can't be read."""
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             header = _header(file)
             if header is None or _GO_NOTE not in _notes(file, header):
                 return None
             return frozenset(_modules(_build_info(file, header)))
-    except (OSError, struct.error):
+    except (OSError, struct.error, OverflowError):  # the last: a place beyond what can be in a file
         return None
 
 
@@ -72,13 +80,15 @@ def _header(file: BinaryIO) -> _Header | None:
 
 def _notes(file: BinaryIO, header: _Header) -> Iterator[tuple[bytes, int]]:
     """Yield the name and type of each note; struct.error if the program is cut off."""
-    for n in range(header.program_count):
+    left = _NOTES_LIMIT
+    for n in range(min(header.program_count, _PROGRAMS_LIMIT)):
         file.seek(header.programs + n * header.program_size)
         kind, at, length = _PROGRAM_HEADER.unpack(file.read(_PROGRAM_HEADER.size))
         if kind != _PT_NOTE:
             continue
         file.seek(at)
-        notes = file.read(min(length, _NOTES_LIMIT))
+        notes = file.read(min(length, left))
+        left -= len(notes)
         position = 0
         while position + _NOTE.size <= len(notes):
             name_size, content_size, note_kind = _NOTE.unpack_from(notes, position)
@@ -128,6 +138,6 @@ def _string(data: bytes, position: int) -> tuple[bytes, int]:
         position += 1
         size |= (byte & 0x7F) << shift
         shift += 7
-        if byte < 0x80:
+        if byte < 0x80 or shift >= _LENGTH_BITS:
             break
     return data[position : position + size], position + size

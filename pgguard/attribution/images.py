@@ -7,14 +7,23 @@ environment, where secrets are.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from pgguard.attribution.hangs import reading
 
 _DELETED = " (deleted)"
 """What the kernel appends to the path of a file that an upgrade has replaced: proc_pid_exe(5)."""
 
 _CMDLINE_LIMIT = 4096
 """Bytes of a command line that are looked at."""
+_MAPS_LIMIT = 1 << 24
+"""Bytes of ``/proc/PID/maps`` that are read: 65,530 mappings, the most that there usually are, have a few millions. A
+process that maps files with long names can make it 270 millions."""
+_PATHS_LIMIT = 1 << 18
+"""Bytes that the names of different files may take: those of large applications take 60,000. All patterns are searched
+for in them, and nothing else of the guard's runs meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +48,39 @@ class Image:
 
 
 def read_image(pid: int) -> Image | None:
-    """Read what ``pid`` runs; ``None`` if it is gone or can't be looked at.
+    """Read what ``pid`` runs; ``None`` if it is gone, can't be looked at, or maps more than is looked at.
 
     Takes from 0.1 ms to a few milliseconds, depending on how many files are mapped.
     """
     proc = Path(f"/proc/{pid}")
     try:
-        lines = (proc / "maps").read_text(errors="replace").splitlines()
-        program = str((proc / "exe").readlink()).removesuffix(_DELETED)
-        with (proc / "cmdline").open("rb") as file:
-            cmdline = file.read(_CMDLINE_LIMIT)
+        with reading(pid):
+            with (proc / "maps").open("rb") as file:
+                mapped = _mapped(file)
+            program = str((proc / "exe").readlink()).removesuffix(_DELETED)
+            with (proc / "cmdline").open("rb") as file:
+                cmdline = file.read(_CMDLINE_LIMIT)
     except OSError:
         return None
-    # address, permissions, offset, device, inode, path: proc_pid_maps(5)
-    mapped = {fields[5].removesuffix(_DELETED) for line in lines if len(fields := line.split(None, 5)) == 6}
-    return Image(pid, "\n".join(mapped), program, cmdline.rstrip(b"\0 ").replace(b"\0", b" ").decode(errors="replace"))
+    if mapped is None:
+        return None
+    return Image(pid, mapped, program, cmdline.rstrip(b"\0 ").replace(b"\0", b" ").decode(errors="replace"))
+
+
+def _mapped(file: Iterable[bytes]) -> str | None:
+    """The names of the mapped files, one a line; ``None`` if they are too many. What isn't seen may be what matters."""
+    names: set[bytes] = set()
+    size = paths = 0
+    for line in file:
+        size += len(line)
+        # address, permissions, offset, device, inode, path: proc_pid_maps(5)
+        fields = line.rstrip(b"\n").split(None, 5)
+        if len(fields) == 6 and fields[5] not in names:
+            names.add(fields[5])
+            paths += len(fields[5]) + 1
+        if size > _MAPS_LIMIT or paths > _PATHS_LIMIT:
+            return None
+    return "\n".join(name.decode(errors="replace").removesuffix(_DELETED) for name in names)
 
 
 def library(name: str) -> re.Pattern[str]:

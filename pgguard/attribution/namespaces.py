@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pgguard.attribution.descriptors import list_processes
+from pgguard.attribution.privileges import Right, raised
 from pgguard.attribution.sockets import ClientSocket, SockDiag, TcpClient
 
 T = TypeVar("T")
@@ -291,9 +292,10 @@ def _everywhere(client: TcpClient, ask: Callable[[TcpClient], int | None]) -> in
 def _enter(namespace: int) -> None:
     """Have the calling thread enter a network namespace: setns(2). Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)  # os.setns came with Python 3.12
-    if libc.setns(namespace, _CLONE_NEWNET) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    with raised(Right.CAP_SYS_ADMIN):
+        if libc.setns(namespace, _CLONE_NEWNET) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
 
 def _list_namespaces() -> dict[str, list[int]]:

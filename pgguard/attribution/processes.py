@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pgguard.attribution.evidence import Process
+from pgguard.attribution.hangs import reading
 
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 """The unit of the times in ``/proc/PID/stat``: sysconf(3)."""
@@ -101,7 +102,7 @@ def read_process(pid: int) -> Process | None:
     try:
         stat = read_stat(pid)
         while stat is not None:
-            with Path(f"/proc/{pid}/cmdline").open("rb") as file:
+            with reading(pid), Path(f"/proc/{pid}/cmdline").open("rb") as file:
                 cmdline = file.read(_CMDLINE_LIMIT)
             namespace_pid = _read_namespace_pid(pid)
             after = read_stat(pid)

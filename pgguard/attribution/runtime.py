@@ -5,6 +5,10 @@ its own language leaves no trace in any of these, by what stands in its working 
 ``manage.py``, and what ``node_modules`` holds. That is weaker evidence: what is listed need not be loaded, and what is
 loaded need not be listed. So that Sequel or Django isn't named here says nothing. Of a program that Go built it is the
 modules that it was linked from. The environment, where secrets are, is never read.
+
+All of that is the process's own to choose, so that it can pass for another; and a guard that runs as root can read what
+the process can't. So a file in the working directory is opened only if it is a regular one, which the process's own
+user may read: a link leads no further than that user gets, and no pipe or device is touched.
 """
 
 from __future__ import annotations
@@ -12,14 +16,16 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
 from pgguard.attribution.gobinary import go_modules
+from pgguard.attribution.hangs import reading
 from pgguard.attribution.images import Image, library, program, read_image
+from pgguard.attribution.trust import open_regular
 
 
 class Language(StrEnum):
@@ -206,8 +212,8 @@ SIGNS = (
 """What tells what. The first sign of a language decides on it, and so does the first one of a server."""
 
 _GEMFILE_LOCK = "Gemfile.lock"
-_LOCK_LIMIT = 1 << 20
-"""Bytes of a ``Gemfile.lock`` that are looked at; those of very large applications have a tenth of it."""
+_LOCK_LIMIT = 1 << 18
+"""Bytes of a ``Gemfile.lock`` that are looked at; those of very large applications have half of it."""
 _FILES = {
     Language.PYTHON: ("manage.py",),
     Language.NODE: ("node_modules/pg/package.json", "node_modules/postgres/package.json"),
@@ -228,14 +234,18 @@ def runtime_of(process: int | Image) -> Runtime:
         return Runtime()
     places = {_Place.MAPPED: image.mapped, _Place.PROGRAM: image.program, _Place.CMDLINE: image.cmdline}
     language = next((what for what in _seen(places) if isinstance(what, Language)), None)
-    if language is None and (modules := go_modules(image.proc / "exe")) is not None:
-        language = Language.GO
-        places[_Place.MODULES] = "\n".join(modules)
-    if language is Language.RUBY:
-        places[_Place.GEMS] = _text(image.proc / "cwd" / _GEMFILE_LOCK)
-    if language in _FILES:
-        files = (name for name in _FILES[language] if _is_file(image.proc / "cwd" / name))
-        places[_Place.DIRECTORY] = "\n".join(files)
+    try:
+        with reading(image.pid):
+            if language is None and (modules := go_modules(image.proc / "exe")) is not None:
+                language = Language.GO
+                places[_Place.MODULES] = "\n".join(modules)
+            if language is Language.RUBY:
+                places[_Place.GEMS] = _text(image.proc / "cwd" / _GEMFILE_LOCK, image.proc.stat().st_uid)
+            if language in _FILES:
+                files = (name for name in _FILES[language] if _is_file(image.proc / "cwd" / name))
+                places[_Place.DIRECTORY] = "\n".join(files)
+    except OSError:
+        pass  # it has ended, or reading about it hangs
     seen = list(_seen(places, language))
     return Runtime(
         language,
@@ -244,7 +254,7 @@ def runtime_of(process: int | Image) -> Runtime:
     )
 
 
-def _seen(places: dict[_Place, str], language: Language | None = None) -> Iterator[Language | Server | Library]:
+def _seen(places: Mapping[_Place, str], language: Language | None = None) -> Iterator[Language | Server | Library]:
     for sign in SIGNS:
         if sign.language in {None, language} and sign.pattern.search(places.get(sign.place, "")):
             yield sign.what
@@ -257,13 +267,10 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _text(path: Path) -> str:
-    """The beginning of a regular file, which may be anybody's; empty if it is none, or can't be read."""
-    if not _is_file(path):
-        return ""
+def _text(path: Path, reader: int) -> str:
+    """The beginning of a regular file that a user may read; empty if it is none, or can't be read."""
     try:
-        # Should it have become a pipe meanwhile, nobody waits for its other end.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
-            return (file.read(_LOCK_LIMIT) or b"").decode(errors="replace")
+        with os.fdopen(open_regular(path, reader=reader), "rb") as file:
+            return file.read(_LOCK_LIMIT).decode(errors="replace")
     except OSError:
         return ""

@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 from pgguard.attribution.descriptors import link_to
 from pgguard.attribution.evidence import Process
+from pgguard.attribution.hangs import reading
 from pgguard.attribution.processes import Stat, parse_stat
 
 _SET_LIMIT = 4096
@@ -42,6 +43,8 @@ _SET_LIMIT = 4096
 
 _SLEEPERS = 32
 """Threads of one process whose sleeps are told apart."""
+_LOOKED_AT = 1024
+"""Threads of one process that are looked at one after the other, 100 µs each, where it takes all of them."""
 
 _ATTEMPTS = 3
 """How often a thread is looked at that goes from one blocking call to another meanwhile."""
@@ -422,9 +425,11 @@ def _has_been_alone(thread: Thread) -> bool:
 def all_asleep(process: Process) -> bool:
     """Whether all threads of a process are blocked at the same moment.
 
-    False too when that can't be seen, and when the process has ended.
+    False too when that can't be seen, when the process has ended, and when it has very many.
     """
     # They are seen one after the other, twice: who is in the same sleep again was asleep when the others were seen.
+    if len(_tids(process.pid)) > _LOOKED_AT:
+        return False
     first, second = ([find_sleep(process.pid, process.started, int(tid)) for tid in _tids(process.pid)] for _ in "12")
     return bool(first) and None not in first and first == second
 
@@ -445,9 +450,12 @@ def restless_threads(process: Process, sleeps: Collection[Sleep]) -> dict[int, S
     """Tell which threads of a process are not in one of these sleeps, as they have run, or are new.
 
     Returns:
-        By tid, the sleep that each is in now, ``None`` if it runs; empty if the process is gone.
+        By tid, the sleep that each is in now, ``None`` if it runs; empty if the process is gone, or has very many.
     """
-    now = {int(tid): find_sleep(process.pid, process.started, int(tid)) for tid in _tids(process.pid)}
+    tids = _tids(process.pid)
+    if len(tids) > _LOOKED_AT:
+        return {}
+    now = {int(tid): find_sleep(process.pid, process.started, int(tid)) for tid in tids}
     return {tid: sleep for tid, sleep in now.items() if sleep not in sleeps}
 
 
@@ -460,8 +468,8 @@ def system_call(sleep: Sleep) -> str | None:
     try:
         directory = os.open(f"/proc/{thread.pid}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            calls = _system_calls(directory, [str(thread.tid)])
-            number = _Task(directory, thread.tid).read("syscall").partition(b" ")[0]
+            calls = _system_calls(thread.pid, directory, [str(thread.tid)])
+            number = _Task(directory, thread.pid, thread.tid).read("syscall").partition(b" ")[0]
         finally:
             os.close(directory)
     except (OSError, _Unclear):
@@ -493,7 +501,7 @@ def epoll_watches(pid: int, fd: int, inode: int) -> bool | None:
     try:
         directory = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            watched = _epoll_set(_Task(directory, pid), fd, inode)
+            watched = _epoll_set(_Task(directory, pid, pid), fd, inode)
         finally:
             os.close(directory)
     except (OSError, _Unclear):
@@ -510,8 +518,8 @@ def find_sleep(pid: int, started: int, tid: int) -> Sleep | None:
     try:
         directory = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            task = _Task(directory, tid)
-            if _identity(_Task(directory, pid)).started != started:
+            task = _Task(directory, pid, tid)
+            if _identity(_Task(directory, pid, pid)).started != started:
                 return None
             sleep = Sleep(Thread(pid, started, tid, _identity(task).started), _count_switches(task))
             # If it has run since the count was read it is another sleep, and none if it runs still.
@@ -526,7 +534,8 @@ def find_sleep(pid: int, started: int, tid: int) -> Sleep | None:
 class _Task:
     """A thread's files in ``/proc``, reached through a descriptor of its process's directory."""
 
-    def __init__(self, directory: int, tid: int) -> None:
+    def __init__(self, directory: int, pid: int, tid: int) -> None:
+        self.pid = pid
         self.tid = tid
         self._directory = directory
         self._path = f"task/{tid}/"
@@ -578,7 +587,7 @@ class _Look:
         try:
             directory = os.open(f"/proc/{self._process.pid}", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                if _identity(_Task(directory, self._process.pid)).started == self._process.started:
+                if _identity(_Task(directory, self._process.pid, self._process.pid)).started == self._process.started:
                     self._collect(directory, found)
             finally:
                 os.close(directory)
@@ -595,13 +604,13 @@ class _Look:
 
     def _collect(self, directory: int, found: list[Waiting]) -> None:
         tids = _list_tasks(directory)
-        calls = _system_calls(directory, tids)
+        calls = _system_calls(self._process.pid, directory, tids)
         shown = False
         for tid in tids:
             if time.monotonic() > self._deadline:
                 raise _Unclear(Obstacle.OUT_OF_TIME)
             try:
-                waiting = self._examine(_Task(directory, int(tid)), calls)
+                waiting = self._examine(_Task(directory, self._process.pid, int(tid)), calls)
             except (FileNotFoundError, ProcessLookupError):
                 continue
             except _Unclear as unclear:
@@ -611,7 +620,8 @@ class _Look:
                     found.append(waiting)
             shown = True
         if not shown:
-            _identity(_Task(directory, self._process.pid))  # raises if the process has ended, as is likely
+            # Raises if the process has ended, as is likely.
+            _identity(_Task(directory, self._process.pid, self._process.pid))
             raise _Unclear(Obstacle.UNREADABLE)
 
     def _examine(self, task: _Task, calls: Mapping[int, str]) -> Waiting | None:
@@ -698,12 +708,13 @@ def _conclude(sleep: Sleep, name: str, call: str, watched: list[_Watched]) -> Wa
     return Waiting(sleep, name, call, readable, writable, others, any(events.errors for events in asked))
 
 
-def _system_calls(directory: int, tids: Iterable[str]) -> Mapping[int, str]:
+def _system_calls(pid: int, directory: int, tids: Iterable[str]) -> Mapping[int, str]:
     """Return the numbers of the system calls of interest, for the program that the process runs. Raises _Unclear."""
     for tid in tids:
         # A main thread may have ended and left the process to the others; it then shows no program.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            header = _Task(directory, int(tid)).read("exe", _ELF.size)
+            with reading(pid):
+                header = _Task(directory, pid, int(tid)).read("exe", _ELF.size)
             calls = _ABIS.get(_ELF.unpack(header)) if len(header) == _ELF.size else None
             if calls is None:
                 raise _Unclear(Obstacle.UNKNOWN_ABI)
@@ -750,12 +761,19 @@ def _poll_set(task: _Task, address: int, count: int) -> dict[int, _Events]:
 
 def _select_set(task: _Task, count: int, *addresses: int) -> dict[int, _Events]:
     count = max(0, _int(count))
-    # Bitmaps of whole longs, fd 0 in the lowest bit; on a little-endian machine that is one large number.
-    longs = -(-count // 64)
-    sets = [int.from_bytes(_memory(task, address, longs, 8), "little") if address else 0 for address in addresses]
-    readable, writable, exceptional = (bits & (1 << count) - 1 for bits in sets)
-    either = readable | writable | exceptional
-    return {fd: _Events(bool(readable >> fd & 1), bool(writable >> fd & 1)) for fd in range(count) if either >> fd & 1}
+    # Bitmaps of whole longs, fd 0 in the lowest bit: on a little-endian machine they are in the order of their bytes.
+    # The number may be any; without a bitmap nobody has to have made room for it.
+    longs = -(-count // 64) if any(addresses) else 0
+    sets = [_memory(task, address, longs, 8) if address else bytes(longs * 8) for address in addresses]
+    found: dict[int, _Events] = {}
+    for at, (readable, writable, exceptional) in enumerate(zip(*sets, strict=True)):
+        either = readable | writable | exceptional
+        for bit in range(8) if either else ():
+            if either >> bit & 1 and at * 8 + bit < count:
+                found[at * 8 + bit] = _Events(bool(readable >> bit & 1), bool(writable >> bit & 1))
+    if len(found) > _SET_LIMIT:
+        raise _Unclear(Obstacle.LARGE_SET)
+    return found
 
 
 def _memory(task: _Task, address: int, count: int, size: int) -> bytes:
@@ -765,7 +783,7 @@ def _memory(task: _Task, address: int, count: int, size: int) -> bytes:
     if count * size > _SET_LIMIT * _POLLFD.size:
         raise _Unclear(Obstacle.LARGE_SET)
     try:
-        with task.opened("mem") as memory:
+        with reading(task.pid), task.opened("mem") as memory:
             content = os.pread(memory, count * size, address)
     except (PermissionError, ProcessLookupError, FileNotFoundError):
         raise
@@ -778,7 +796,8 @@ def _memory(task: _Task, address: int, count: int, size: int) -> bytes:
 
 def _epoll_set(task: _Task, fd: int, inode: int) -> list[_Watched]:
     """List what an epoll set watches. Raises _Unclear."""
-    lines = task.read_all(f"fdinfo/{fd}", _SET_LIMIT * _TARGET_SIZE)
+    with reading(task.pid):
+        lines = task.read_all(f"fdinfo/{fd}", _SET_LIMIT * _TARGET_SIZE)
     if lines is None:
         raise _Unclear(Obstacle.LARGE_SET)
     targets = _TARGET.findall(lines)

@@ -116,6 +116,15 @@ def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
             show_default=False,
         ),
     ] = "",
+    user: Annotated[
+        str,
+        typer.Option(
+            envvar="PGGUARD_USER",
+            metavar="NAME",
+            help="An ordinary user to become once everything is set up, for a guard that is started as root.",
+            show_default=False,
+        ),
+    ] = "",
 ) -> None:
     """Run the guard in front of one PostgreSQL until SIGINT or SIGTERM; a second signal ends it at once."""
     given = {
@@ -127,6 +136,7 @@ def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
         "sql": sql,
         "idle_in_transaction": idle_in_transaction,
         "unread_answer": unread_answer,
+        "user": user,
     }
     raise typer.Exit(serve(given, config))
 

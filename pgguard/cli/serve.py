@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from pgguard.attribution import privileges
 from pgguard.attribution.capabilities import check
 from pgguard.attribution.ebpf.probe import ProbeUnavailable
+from pgguard.attribution.privileges import Right, RightsError
 from pgguard.attribution.transparency import start as start_probe
+from pgguard.attribution.trust import user_name
 from pgguard.attribution.witness import Witness
 from pgguard.faults.docket import Docket
 from pgguard.faults.text import redact
@@ -21,34 +25,53 @@ from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.guard import Guard
 from pgguard.proxy.losses import Loss, remarks, spared
 from pgguard.proxy.settings import Settings, load_settings
+from pgguard.proxy.upstream import barred
 from pgguard.reporting.console import ConsoleSink
 from pgguard.reporting.jsonl import JsonLines
 from pgguard.reporting.sinks import Fanout, Sink, SinkError
 from pgguard.reporting.summary import summary_lines
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
     from pgguard.attribution.capabilities import Capability
     from pgguard.attribution.ebpf.probe import SenderProbe
+    from pgguard.attribution.privileges import Account
+
+_TRIAL: Final = 20.0
+"""Seconds to try which evidence can be had: it takes tenths of one, unless somebody's process hangs."""
 
 logger = logging.getLogger(__name__)
 
 
 class _ConsoleHandler(logging.Handler):
-    """Hands the log to the one who writes to standard error without holding anybody up."""
+    """Hands the log to the one who writes to standard error without holding anybody up.
+
+    It is held back until the guard can run as it was told to: else the user gets one line, which says why not.
+    """
 
     def __init__(self, console: ConsoleSink) -> None:
         super().__init__()
         self._console = console
+        self._held: list[str] | None = []
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = redact(self.format(record))
+            line = redact(self.format(record))
         except Exception:
-            text = f"pgguard: {record.msg}"
-        self._console.say(text)
+            line = f"pgguard: {record.msg}"
+        if self._held is None:
+            self._console.say(line)
+        else:
+            self._held.append(line)
+
+    def begin(self) -> None:
+        """Say what has been held back, and from now on everything at once; the console gets its thread."""
+        held, self._held = self._held or [], None
+        self._console.start()
+        for line in held:
+            self._console.say(line)
 
 
 def serve(given: dict[str, Any], config: Path | None) -> int:
@@ -62,15 +85,16 @@ def serve(given: dict[str, Any], config: Path | None) -> int:
         ConfigurationError: the guard can't run like that.
     """
     settings = load_settings(given, config)
+    account = settings.account()
     docket = Docket()
-    console = ConsoleSink(sys.stderr.fileno())
-    logging.basicConfig(level=logging.INFO, format="pgguard: %(message)s", handlers=[_ConsoleHandler(console)])
+    console = ConsoleSink(sys.stderr.fileno(), wait=True)
+    log = _ConsoleHandler(console)
+    logging.basicConfig(level=logging.INFO, format="pgguard: %(message)s", handlers=[log])
     sinks = Fanout([*_recorders(settings), console], complain=logger.error)
     try:
-        missing = _missing_capabilities(settings)
         witness = None if settings.attribution == "off" else Witness()
         guard = Guard(settings, sinks=sinks, docket=docket, witness=witness)
-        trio.run(_until_signalled, guard, missing, settings.attribution)
+        trio.run(_until_signalled, guard, settings, account, log.begin)
         with spared(Loss.RECORD):
             for fault in docket.close_all(at=time.time()):
                 sinks.record(fault)
@@ -139,16 +163,93 @@ def _start_probe(attribution: str, listeners: Sequence[tuple[str, int]]) -> Send
     return probe
 
 
-async def _until_signalled(guard: Guard, missing: Sequence[Capability], attribution: str) -> None:
+def _give_up_rights(guard: Guard, settings: Settings, account: Account | None, probe: SenderProbe | None) -> None:
+    """Keep the rights that a guard takes which has everything that it needs to begin, and no others.
+
+    To be called before any thread is started, and after everything is opened that takes more.
+
+    Raises:
+        ConfigurationError: it must be another user's, and can't.
+    """
+    if not privileges.has_any():
+        return
+    kept: set[int] = set()
+    reserve: frozenset[int] = frozenset()
+    if settings.attribution != "off":
+        kept |= privileges.looking()
+        if guard.is_for_neighbours:
+            reserve = privileges.ENTERING
+    with privileges.only(kept):
+        if probe is not None and probe.takes_rights:
+            kept.add(Right.CAP_BPF)
+        if account is None and barred(guard.upstream):
+            kept.add(Right.CAP_DAC_OVERRIDE)
+    try:
+        gone = privileges.give_up(kept, reserve, account)
+    except RightsError as error:
+        if account is not None:
+            raise ConfigurationError(
+                f"--user {account.name}: {error}: that takes CAP_SETUID, CAP_SETGID and CAP_SETPCAP"
+            ) from error
+        logger.warning("rights: more of them are kept than are needed: %s", error)
+        return
+    if account is not None:
+        _check_reach(guard, account)
+    has = sorted(privileges.rights() | reserve)
+    logger.info(
+        "rights: as %s, with %s; %d other capabilities are given up",
+        user_name(os.geteuid()),
+        privileges.names(has) or "no capabilities",
+        len(gone),
+    )
+
+
+def _check_reach(guard: Guard, account: Account) -> None:
+    """See whether the user that has been changed to can do what the guard goes on to do.
+
+    Raises:
+        ConfigurationError: it can't.
+    """
+    for program in (__file__, os.__file__):
+        if not os.access(program, os.R_OK, effective_ids=True):
+            raise ConfigurationError(
+                f"--user {account.name}: it may not read {program}, which is the guard's: install pgguard where it may"
+            )
+    for address in barred(guard.upstream):
+        raise ConfigurationError(
+            f"--user {account.name}: it may not connect to the server at {address}: have the socket's group be one "
+            "of its own, or give the server's TCP address"
+        )
+
+
+async def _look_around(settings: Settings) -> list[Capability]:
+    """As :func:`_missing_capabilities`, with the rights that the guard has by now. Raises ConfigurationError."""
+    with trio.move_on_after(_TRIAL):
+        return await trio.to_thread.run_sync(_missing_capabilities, settings, abandon_on_cancel=True)
+    logger.warning("what attribution can have here could not be found out within %g s", _TRIAL)
+    return []
+
+
+async def _until_signalled(
+    guard: Guard, settings: Settings, account: Account | None, begin_to_log: Callable[[], None]
+) -> None:
     """Serve; the first SIGINT or SIGTERM lets sessions finish, the second doesn't."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals, contextlib.ExitStack() as stack:
         addresses = await guard.listen()
-        probe = _start_probe(attribution, guard.tcp_listeners())
+        stack.callback(guard.close)
+        probe = _start_probe(settings.attribution, guard.tcp_listeners())
         if probe is not None:
             stack.callback(probe.close)
             guard.use_probe(probe)
+        _give_up_rights(guard, settings, account, probe)
+        await guard.refuse_loop()
+        missing = await _look_around(settings)
+        begin_to_log()
         for capability in missing:
             logger.warning("attribution does without %s: %s", capability.name, capability.explanation)
+        for remark in (settings.remark, *guard.listener_remarks):
+            if remark is not None:
+                logger.warning("%s", remark)
         if guard.upstream.remark is not None:
             logger.warning("%s", guard.upstream.remark)
         logger.info("PostgreSQL is at %s", guard.upstream)

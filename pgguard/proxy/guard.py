@@ -12,6 +12,7 @@ The tasks, all children of :meth:`Guard.serve`:
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import math
 import resource
@@ -117,17 +118,42 @@ class Guard:
         Returns:
             Where it listens, with the ports that the system has chosen.
 
+        No thread is started, and nothing of it takes a right that is given up afterwards: it is for the process's only
+        thread. :meth:`refuse_loop` comes next.
+
         Raises:
             ConfigurationError: it can't listen where it is told to.
         """
         try:
             for address in self._addresses:
                 self._listeners += await open_listeners(address, pass_credentials=self._witness is not None)
-            await refuse_loop(self._listeners, self._upstream)
         except BaseException:
-            self._close_listeners()
+            self.close()
             raise
         return [listener.address for listener in self._listeners]
+
+    async def refuse_loop(self) -> None:
+        """See to it that the server isn't the guard itself; the listeners are closed if it is.
+
+        Raises:
+            ConfigurationError: an address of the upstream is one that it listens on.
+        """
+        try:
+            await refuse_loop(self._listeners, self._upstream)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def listener_remarks(self) -> list[str]:
+        """What is to be said of where it listens: sentences for the log."""
+        return [listener.remark for listener in self._listeners if listener.remark is not None]
+
+    @property
+    def is_for_neighbours(self) -> bool:
+        """Whether clients in other network namespaces of this host can reach it over TCP."""
+        hosts = [host.partition("%")[0] for host, _ in self.tcp_listeners()]
+        return not all(ipaddress.ip_address(host).is_loopback for host in hosts)
 
     def tcp_listeners(self) -> list[tuple[str, int]]:
         """The IP addresses and ports that it listens on."""
@@ -167,13 +193,14 @@ class Guard:
                         accepting.start_soon(self._accept, listener)
                     await self._stopping.wait()
                     accepting.cancel_scope.cancel()
-                self._close_listeners()
+                self.close()
                 await self._finish_sessions()
                 nursery.cancel_scope.cancel()
         finally:
-            self._close_listeners()
+            self.close()
 
-    def _close_listeners(self) -> None:
+    def close(self) -> None:
+        """Stop listening, if that has been begun; sessions go on. Can be called again."""
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()

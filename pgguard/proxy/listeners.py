@@ -1,18 +1,26 @@
-"""The sockets that clients connect to."""
+"""The sockets that clients connect to.
+
+A Unix socket may have to stand in a directory that somebody else can write to: the application's own, or one for
+everybody. Whoever can may put something in the place of anything there, at any moment. So a guard that runs as root
+does nothing there by a path that leads elsewhere: the directory is pinned by a descriptor, its entries are looked at as
+they are and not as what they link to, and the socket is born with its mode instead of being given one afterwards.
+"""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import trio
 
 from pgguard.attribution.senders import ask_for_credentials
+from pgguard.attribution.trust import distrust
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, Upstream
 from pgguard.proxy.errors import ConfigurationError
 
@@ -24,28 +32,80 @@ _CONNECT_PROBE_TIMEOUT: Final = 1.0
 _LOOKUP_TIMEOUT: Final = 2.0
 _ANY: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - recognized, not bound to
 
+logger = logging.getLogger(__name__)
+
+
+class _Place:
+    """Where a Unix socket stands in the file system: a directory, whatever its path comes to mean, and a name in it.
+
+    Raises:
+        OSError: there is no such directory.
+    """
+
+    def __init__(self, address: UnixAddress) -> None:
+        self.address = address
+        self.name = Path(address.path).name
+        self.inode: int | None = None
+        """Of the guard's own socket, once it is there."""
+        self.directory = os.open(address.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def look(self) -> os.stat_result | None:
+        """See what stands there, a link as a link; ``None`` if nothing does. Raises OSError."""
+        try:
+            return os.stat(self.name, dir_fd=self.directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def clear(self) -> None:
+        """Remove what stands there. Raises OSError."""
+        with suppress(FileNotFoundError):
+            os.unlink(self.name, dir_fd=self.directory)
+
+    def leave(self) -> None:
+        """Remove the guard's own socket, if it still stands there and may be removed, and let go of the directory."""
+        # Who has changed to another user may not. Nobody listens on it then, and the next guard will clear it away.
+        with suppress(OSError):
+            found = self.look()
+            if found is not None and found.st_ino == self.inode:
+                self.clear()
+        os.close(self.directory)
+
+    def remark(self) -> str | None:
+        """Say who can put a socket of his own in the place of the guard's, a clause; ``None`` if nobody can."""
+        return distrust(os.fstat(self.directory), sticky=True)
+
 
 class Listener:
     """One listening socket, and what is left behind by it in the file system."""
 
-    def __init__(self, sock: trio.socket.SocketType, address: Address, inode: int | None = None) -> None:
+    def __init__(self, sock: trio.socket.SocketType, address: Address, place: _Place | None = None) -> None:
         self.socket = sock
         self.address = address
         """Where it really listens: with the port that the system chose if none was given."""
-        self._inode = inode
+        self._place = place
 
     @property
     def transport(self) -> Literal["tcp", "unix"]:
         """As records name it."""
         return "unix" if isinstance(self.address, UnixAddress) else "tcp"
 
+    @property
+    def remark(self) -> str | None:
+        """What is to be said of where it listens; ``None`` if nothing is."""
+        reason = None if self._place is None else self._place.remark()
+        if reason is None:
+            return None
+        return (
+            f"who can write to the directory of {self.address} can take the guard's place there, as {reason}: "
+            "use one of the guard's own, or make it sticky"
+        )
+
     def close(self) -> None:
         """Stop accepting, and remove the socket from the file system if it is still this one."""
         self.socket.close()
-        if isinstance(self.address, UnixAddress) and self._inode is not None:
-            with suppress(FileNotFoundError):
-                if Path(self.address.path).stat().st_ino == self._inode:
-                    Path(self.address.path).unlink()
+        if self._place is not None:
+            self._place.leave()
+            self._place = None
 
 
 async def open_listeners(address: Address, *, pass_credentials: bool) -> list[Listener]:
@@ -60,9 +120,21 @@ async def open_listeners(address: Address, *, pass_credentials: bool) -> list[Li
     """
     if isinstance(address, UnixAddress):
         return [_open_unix(address, pass_credentials=pass_credentials)]
+    opened: list[trio.SocketListener] = []
     try:
-        opened = await trio.open_tcp_listeners(address.port, host=address.host, backlog=_BACKLOG)
+        # Nothing else goes on yet, so it is waited for here: trio would begin a thread that outlives the question, and
+        # would have all the rights that the guard is about to give up.
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        hosts = dict.fromkeys(_numeric(sockaddr) for *_, sockaddr in found)
+        for n, host in enumerate(hosts, 1):
+            try:
+                opened += await trio.open_tcp_listeners(address.port, host=host, backlog=_BACKLOG)
+            except OSError as error:
+                # A name may stand for an address of a family that this kernel doesn't have.
+                if error.errno != errno.EAFNOSUPPORT or (n == len(hosts) and not opened):
+                    raise
     except OSError as error:
+        _close_all(opened)
         raise ConfigurationError(f"--listen {address}: {error.strerror or error}{_tcp_remedy(error)}") from error
     except (UnicodeError, ValueError) as error:
         raise ConfigurationError(f"--listen {address}: there can be no such host name") from error
@@ -73,27 +145,68 @@ async def open_listeners(address: Address, *, pass_credentials: bool) -> list[Li
     return listeners
 
 
+def _close_all(opened: Sequence[trio.SocketListener]) -> None:
+    for listener in opened:
+        listener.socket.close()
+
+
+def _numeric(sockaddr: tuple[Any, ...]) -> str:
+    """An address as one writes it, with the interface that a link-local one belongs to."""
+    return socket.getnameinfo(sockaddr, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+
+
 def _open_unix(address: UnixAddress, *, pass_credentials: bool) -> Listener:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    place = None
     try:
         if pass_credentials:
             ask_for_credentials(sock)
         if not address.path.startswith("\0"):
-            _remove_stale(address)
-        sock.bind(address.path)
-        inode = None
-        if not address.path.startswith("\0"):
-            # As unix_socket_permissions is by default: who may connect is for the server's authentication to say.
-            Path(address.path).chmod(0o777)
-            inode = Path(address.path).stat().st_ino
+            place = _Place(address)
+            _remove_stale(place)
+        _bind(sock, address.path)
+        if place is not None:
+            _find_own(place)
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
+        _leave(place)
         raise ConfigurationError(f"--listen {address}: {error.strerror or error}{_remedy(error, address)}") from error
     except BaseException:
         sock.close()
+        _leave(place)
         raise
-    return Listener(trio.socket.from_stdlib_socket(sock), address, inode)
+    return Listener(trio.socket.from_stdlib_socket(sock), address, place)
+
+
+def _leave(place: _Place | None) -> None:
+    if place is not None:
+        place.leave()
+
+
+def _bind(sock: socket.socket, path: str) -> None:
+    """Bind a Unix socket that everybody may connect to, as unix_socket_permissions is by default. Raises OSError.
+
+    Who may is for the server's authentication to say. The mode is that of the umask, as of any file that is created:
+    unix(7). A chmod(2) behind it would go wherever somebody has made the path lead in between. The umask is the whole
+    process's, but nothing is created by any other thread before the guard serves.
+    """
+    before = os.umask(0)
+    try:
+        sock.bind(path)
+    finally:
+        os.umask(before)
+
+
+def _find_own(place: _Place) -> None:
+    """Take note of the socket that has just been bound. Raises ConfigurationError: it isn't there."""
+    found = place.look()
+    if found is None or not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
+        raise ConfigurationError(
+            f"--listen {place.address}: somebody has moved it, or its directory, while it was opened: "
+            "use a directory that nobody else may write to"
+        )
+    place.inode = found.st_ino
 
 
 def _tcp_remedy(error: OSError) -> str:
@@ -120,28 +233,27 @@ def _remedy(error: OSError, address: UnixAddress) -> str:
             return ""
 
 
-def _remove_stale(address: UnixAddress) -> None:
+def _remove_stale(place: _Place) -> None:
     """Clear away a socket that nobody listens on any more.
 
     Raises:
         ConfigurationError: somebody does.
     """
-    path = Path(address.path)
-    try:
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            return
-    except FileNotFoundError:
+    found = place.look()
+    if found is None or not stat.S_ISSOCK(found.st_mode):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_CONNECT_PROBE_TIMEOUT)
         try:
-            probe.connect(address.path)
+            probe.connect(place.address.path)
         except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
+            place.clear()
             return
         except (FileNotFoundError, TimeoutError, BlockingIOError):  # the last: its backlog is full
             pass
-    raise ConfigurationError(f"--listen {address}: another server listens on {path}, use another DIR or PORT")
+    raise ConfigurationError(
+        f"--listen {place.address}: another server listens on {place.address.path}, use another DIR or PORT"
+    )
 
 
 async def refuse_loop(listeners: Sequence[Listener], upstream: Upstream) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
+import pwd
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
+from pgguard.attribution.privileges import Account
+from pgguard.attribution.trust import UntrustedError, open_trusted
 from pgguard.faults.policy import KindAction, Mode, Policy, PolicyError
 from pgguard.faults.sql import SqlMode
 from pgguard.proxy.addresses import Address, Upstream, parse_listen, parse_upstream
@@ -17,6 +21,7 @@ from pgguard.session.verdicts import Kind
 
 DEFAULT_CONFIG: Final = Path("pgguard.toml")
 DEFAULT_LISTEN: Final = "127.0.0.1:6544"
+_TRUST_REMEDY: Final = "have it belong to root or to the guard's user, and nobody else write to it"
 
 Seconds = Annotated[float, Field(ge=0, le=3600)]
 
@@ -45,11 +50,19 @@ class Settings(BaseModel):
     """Seconds for which a transaction may sit idle; 0 for ever."""
     unread_answer: Annotated[float, Field(ge=0, le=86400)] = 5.0
     """Seconds for which a complete answer may lie unread; 0 for ever."""
+    user: str = ""
+    """An ordinary user to change to once everything is set up; empty for none."""
     startup_timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """Seconds for a client to say who it is: as long as PostgreSQL's ``authentication_timeout`` unless that is set."""
     shutdown_timeout: Seconds = 8.0
     """Seconds for sessions to finish when the guard is told to stop."""
     kinds: dict[Kind, KindSettings] = {}
+    _remark: str | None = PrivateAttr(default=None)
+
+    @property
+    def remark(self) -> str | None:
+        """Which file they are from, or why one that is there isn't read: a sentence for the log, without its stop."""
+        return self._remark
 
     @field_validator("kinds", mode="before")
     @classmethod
@@ -67,6 +80,26 @@ class Settings(BaseModel):
         """Where PostgreSQL is."""
         return parse_upstream(self.upstream)
 
+    def account(self) -> Account | None:
+        """The ordinary user to change to; ``None`` for none."""
+        if not self.user:
+            return None
+        if os.geteuid() != 0:
+            raise ConfigurationError(
+                f"--user {self.user}: only root can become another user: start pgguard as root, or leave --user out"
+            )
+        try:
+            entry = pwd.getpwnam(self.user)
+        except (KeyError, ValueError):
+            raise ConfigurationError(
+                f"--user {self.user}: there is no such user: create it (useradd --system), or name another"
+            ) from None
+        if entry.pw_uid == 0:
+            raise ConfigurationError(
+                f"--user {self.user}: that is root: name an ordinary user, best one of the guard's own"
+            )
+        return Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
+
     def policy(self) -> Policy:
         """What is done about which fault."""
         try:
@@ -80,29 +113,61 @@ def load_settings(given: dict[str, Any], config: Path | None) -> Settings:
 
     Args:
         given: by the names of :class:`Settings`; what is ``None`` or empty was not given.
-        config: the file; ``None``: :data:`DEFAULT_CONFIG` if there is one.
+        config: the file; ``None``: :data:`DEFAULT_CONFIG` if there is one, and it is the user's own or root's. Whoever
+            may write to the directory that the guard happens to be started in must not decide what it does.
 
     Raises:
-        ConfigurationError: the file can't be read, or a setting isn't one.
+        ConfigurationError: the file can't be read, somebody else may have written it, or a setting isn't one.
     """
-    if config is None and DEFAULT_CONFIG.exists():
-        config = DEFAULT_CONFIG
     given = {name: value for name, value in given.items() if value not in (None, [], "")}
-    in_file = {} if config is None else _read(config)
+    in_file, remark = _read_default() if config is None else (_read_named(config), _is_from(config))
     try:
-        return Settings.model_validate(in_file | given)
+        settings = Settings.model_validate(in_file | given)
     except ValidationError as error:
-        raise ConfigurationError(_first_problem(error, given, config)) from error
+        raise ConfigurationError(_first_problem(error, given, config or DEFAULT_CONFIG)) from error
+    settings._remark = remark  # noqa: SLF001 - nobody else sets it
+    return settings
+
+
+def _read_default() -> tuple[dict[str, Any], str | None]:
+    """What :data:`DEFAULT_CONFIG` says, nothing if there is none or it isn't trusted; and what is to be said of it."""
+    # A link is no more followed, to where it may take any time, than a file is read, before it is known whose it is.
+    if not os.path.lexists(DEFAULT_CONFIG):
+        return {}, None
+    try:
+        return _read(DEFAULT_CONFIG), _is_from(DEFAULT_CONFIG)
+    except FileNotFoundError:
+        return {}, None  # a link that leads nowhere
+    except UntrustedError as error:
+        return {}, f"{DEFAULT_CONFIG.absolute()} is not read: {error}: {_TRUST_REMEDY}, or remove it"
+    except OSError as error:
+        raise _unreadable(DEFAULT_CONFIG, error) from error
+
+
+def _read_named(path: Path) -> dict[str, Any]:
+    try:
+        return _read(path)
+    except UntrustedError as error:
+        raise ConfigurationError(f"--config {path}: {error}: {_TRUST_REMEDY}") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _is_from(path: Path) -> str:
+    return f"settings are from {path.absolute()}"
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(f"--config {path}: {error.strerror}")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
+    """Raises OSError; UntrustedError if somebody else may have written it; ConfigurationError if it isn't TOML."""
+    with open_trusted(path) as file:
+        try:
             return tomllib.load(file)
-    except OSError as error:
-        raise ConfigurationError(f"--config {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--config {path}: it is not valid TOML: {error}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"--config {path}: it is not valid TOML: {error}") from error
 
 
 def _first_problem(error: ValidationError, given: dict[str, Any], config: Path | None) -> str:

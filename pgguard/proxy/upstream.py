@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -32,6 +33,30 @@ _BACKLOG_PAUSE: Final = 0.01
 
 class UpstreamUnavailable(OSError):
     """No address of the upstream could be connected to; the message says why, for each of them."""
+
+
+def barred(upstream: Upstream) -> list[UnixAddress]:
+    """The server's Unix sockets that the calling thread has no right to connect to, by their modes: unix(7).
+
+    One that isn't there, or not yet, isn't among them.
+    """
+    return [address for address in upstream.addresses if isinstance(address, UnixAddress) and _is_barred(address.path)]
+
+
+def _is_barred(path: str) -> bool:
+    if path.startswith("\0"):
+        return False
+    try:
+        status = os.stat(path)  # noqa: PTH116 - beside the modes of stat
+    except PermissionError:
+        return True  # a directory on the way lets nobody through
+    except OSError:
+        return False
+    if status.st_uid == os.geteuid():
+        return not status.st_mode & stat.S_IWUSR
+    if status.st_gid in {os.getegid(), *os.getgroups()}:
+        return not status.st_mode & stat.S_IWGRP
+    return not status.st_mode & stat.S_IWOTH
 
 
 async def connect_upstream(upstream: Upstream) -> tuple[trio.socket.SocketType, Address]:

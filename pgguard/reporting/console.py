@@ -339,9 +339,10 @@ class ConsoleSink:
     Args:
         fd: Where to print; it is not closed.
         width: Columns; by default those of the terminal, or 120 where there is none.
+        wait: Begin the thread, and print, at :meth:`start`, and not at once.
     """
 
-    def __init__(self, fd: int, *, width: int | None = None) -> None:
+    def __init__(self, fd: int, *, width: int | None = None, wait: bool = False) -> None:
         self._fd = fd
         self._terminal = os.isatty(fd)
         self._buffer = io.StringIO()
@@ -355,7 +356,13 @@ class ConsoleSink:
         self._dropped = 0
         self._dropped_said = 0
         self._thread = threading.Thread(target=self._run, name="pgguard console", daemon=True)
-        self._thread.start()
+        if not wait:
+            self.start()
+
+    def start(self) -> None:
+        """Begin to print, unless that has been done."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def record(self, fault: Fault) -> None:
         """Have a fault printed; returns at once.
@@ -363,7 +370,7 @@ class ConsoleSink:
         Raises:
             SinkError: Printing has failed for good: the terminal was hung up, or nobody can read the pipe any more.
         """
-        if not self._thread.is_alive():
+        if self._thread.ident is not None and not self._thread.is_alive():
             raise SinkError("reports can't be printed any more")
         self._put(fault)
 
@@ -380,6 +387,7 @@ class ConsoleSink:
     def close(self, *, deadline: float = CLOSE_DEADLINE) -> None:
         """Wait until everything is printed, ``deadline`` seconds at most; what is left then is not printed."""
         until = time.monotonic() + deadline
+        self.start()
         try:
             self._queue.put(None, timeout=deadline if self._thread.is_alive() else 0)
         except queue.Full:

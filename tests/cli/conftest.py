@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
+from pgguard.attribution import privileges
 from pgguard.cli.main import main
 from tests.proxy.conftest import short_directory
 
@@ -23,6 +24,11 @@ class Refused(Protocol):
     def __call__(self, *arguments: str, says: str, **variables: str) -> None: ...
 
 
+def _keep(*_: object) -> None:
+    """The test's own process would lose its rights: a guard that gets as far as this has to be a process of its own."""
+    pytest.fail("it wasn't refused")
+
+
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Refused:
     monkeypatch.chdir(tmp_path)
@@ -35,6 +41,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
             patch.setattr(sys, "argv", ["pgguard", *arguments])
             for name, value in variables.items():
                 patch.setenv(name, value)
+            patch.setattr(privileges, "give_up", _keep)
             with pytest.raises(SystemExit) as raised:
                 main()
         assert raised.value.code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from tests.proxy.spawned import environment, run, spawned
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["serve", "--bogus"], "No such option: --bogus: see pgguard --help"),
+        (["serve", "--xyzzy"], "No such option: --xyzzy: see pgguard --help"),
         (["serve", "--unread-anwser", "3"], "No such option: --unread-anwser: did you mean --unread-answer?"),
         (["bogus"], "No such command 'bogus': see pgguard --help"),
         (["serve", "extra"], "unexpected extra argument"),
@@ -67,13 +68,17 @@ def test_a_port_in_use(refused: Refused) -> None:
         refused("serve", "--listen", where, says=f"--listen {where}: Address already in use")
 
 
-def test_a_guard_in_front_of_itself(refused: Refused) -> None:
+def test_a_guard_in_front_of_itself(tmp_path: Path) -> None:
     """As one gets it who has told all clients in this shell about the guard."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
+    # It has given up its rights by then, and so it is a process.
+    variables = {"PGHOST": "localhost", "PGPORT": port}
+    done = run("serve", "--listen", f"127.0.0.1:{port}", cwd=tmp_path, variables=variables)
+    assert (done.returncode, done.stdout) == (2, "")
     says = "that is where pgguard itself listens: name the address of PostgreSQL"
-    refused("serve", "--listen", f"127.0.0.1:{port}", says=says, PGHOST="localhost", PGPORT=port)
+    assert done.stderr == f"pgguard: --upstream localhost:{port}: {says}\n"
 
 
 @pytest.mark.parametrize(
@@ -136,6 +141,65 @@ def test_what_is_given_comes_before_the_file_and_the_file_before_the_defaults(tm
     }
 
 
+NOBODY = 65534
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+async def test_which_file_the_settings_are_from_is_said(tmp_path: Path) -> None:
+    (tmp_path / "pgguard.toml").write_text("sql = 'none'\n")
+    with spawned("host=127.0.0.1 port=1", cwd=tmp_path) as guard:
+        guard.signal(signal.SIGTERM)
+        assert f"pgguard: settings are from {tmp_path}/pgguard.toml\n" in guard.end()
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["file", "link", "fifo", "directory"])
+async def test_a_file_that_somebody_else_has_put_where_the_guard_is_started_is_not_read(
+    kind: str, tmp_path: Path
+) -> None:
+    """Nor what a link of theirs leads to, though that is root's own; and a FIFO isn't waited for."""
+    path = tmp_path / "pgguard.toml"
+    (tmp_path / "other.toml").write_text("mode = 'nonsense'\n")
+    match kind:
+        case "file":
+            path.write_text("mode = 'nonsense'\n")
+        case "link":
+            path.symlink_to(tmp_path / "other.toml")
+        case "fifo":
+            os.mkfifo(path)
+        case _:
+            path.mkdir()
+    os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    with spawned("host=127.0.0.1 port=1", cwd=tmp_path) as guard:
+        guard.signal(signal.SIGTERM)
+        said = guard.end()
+    whose = "it is a link made by user nobody" if kind == "link" else "it belongs to user nobody"
+    what = "have it belong to root or to the guard's user, and nobody else write to it, or remove it"
+    assert f"pgguard: {path} is not read: {whose}: {what}\n" in said
+
+
+@needs_root
+def test_a_file_that_is_named_and_somebody_elses_is_refused(refused: Refused, tmp_path: Path) -> None:
+    path = tmp_path / "other.toml"
+    path.write_text("mode = 'log'\n")
+    os.chown(path, NOBODY, NOBODY)
+    says = f"--config {path}: it belongs to user nobody: have it belong to root or to the guard's user"
+    refused("serve", "--config", str(path), says=says)
+
+
+def test_a_file_that_anybody_may_write_is_refused(refused: Refused, tmp_path: Path) -> None:
+    path = tmp_path / "other.toml"
+    path.write_text("mode = 'log'\n")
+    path.chmod(0o666)
+    refused("serve", says=f"--config {path}: anybody may write to it: have it", PGGUARD_CONFIG=str(path))
+
+
+def test_a_link_that_leads_nowhere_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pgguard.toml").symlink_to(tmp_path / "nowhere")
+    assert load_settings({}, None) == Settings()
+
+
 def test_an_error_in_what_was_typed_is_not_blamed_on_the_file(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "pgguard.toml").write_text("sql = 'none'\n")
     refused("serve", "--mode", "strict", says="pgguard: --mode or PGGUARD_MODE should be")
@@ -169,7 +233,7 @@ def test_help(arguments: list[str], tmp_path: Path) -> None:
     assert done.returncode == 0
     assert done.stderr == ""
     if arguments[0] == "serve":
-        for name in ("upstream", "listen", "mode", "faults", "config", "attribution", "sql"):
+        for name in ("upstream", "listen", "mode", "faults", "config", "attribution", "sql", "user"):
             assert f"--{name}" in done.stdout
             assert f"PGGUARD_{name.upper()}" in done.stdout
 

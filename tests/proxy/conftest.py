@@ -106,6 +106,7 @@ async def running(
             Settings(**settings), sinks=sinks or Fanout([sink], complain=print), docket=docket, witness=witness
         )
         addresses = await guard.listen()
+        await guard.refuse_loop()
         tcp = [address.port for address in addresses if isinstance(address, TcpAddress)]
         unix = [address.path for address in addresses if isinstance(address, UnixAddress)]
         async with trio.open_nursery() as nursery:

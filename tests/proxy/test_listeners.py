@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,14 @@ def remove(path: str) -> None:
     Path(path).unlink()
 
 
+def change_mode(path: Path, mode: int) -> None:
+    path.chmod(mode)
+
+
+def threads() -> set[str]:
+    return {task.name for task in Path("/proc/self/task").iterdir()}
+
+
 async def open_and_close(text: str) -> None:
     for listener in await open_listeners(parse_listen(text), pass_credentials=True):
         listener.close()
@@ -95,6 +105,117 @@ async def test_a_socket_that_another_guard_has_put_in_its_place_is_left_alone(sh
     assert exists(address.path)
     successor.close()
     assert not exists(address.path)
+
+
+async def test_everybody_may_connect_whatever_the_umask(short_directory: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        (listener,) = await open_listeners(parse_listen(f"unix:{short_directory}:1"), pass_credentials=True)
+        mode = stat.S_IMODE((short_directory / ".s.PGSQL.1").stat().st_mode)
+        listener.close()
+        assert mode == 0o777
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(before)
+
+
+class _Replaced(socket.socket):
+    """A socket in a directory of somebody who puts a link in its place at once."""
+
+    target = ""
+
+    def bind(self, address: object) -> None:
+        super().bind(address)  # type: ignore[arg-type]
+        remove(str(address))
+        Path(str(address)).symlink_to(self.target)
+
+
+async def test_a_link_in_the_sockets_place_is_not_followed(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody who can write to the directory would have root make any file everybody's."""
+    secret = short_directory / "secret"
+    secret.touch(0o600)
+    _Replaced.target = str(secret)
+    monkeypatch.setattr(socket, "socket", _Replaced)
+    with pytest.raises(ConfigurationError, match="somebody has moved it"):
+        await open_and_close(f"unix:{short_directory}:1")
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+
+
+async def test_a_link_is_left_alone_wherever_it_leads(short_directory: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(short_directory / "elsewhere"))
+    link = short_directory / ".s.PGSQL.1"
+    link.symlink_to(short_directory / "elsewhere")
+    with pytest.raises(ConfigurationError, match="something that is no socket stands at"):
+        await open_and_close(f"unix:{short_directory}:1")
+    assert link.is_symlink()
+    assert (short_directory / "elsewhere").is_socket()
+
+
+async def test_what_is_removed_at_the_end_is_the_guards_own_wherever_its_directory_went(short_directory: Path) -> None:
+    ours, theirs = short_directory / "d", short_directory / "other"
+    ours.mkdir()
+    theirs.mkdir()
+    (listener,) = await open_listeners(parse_listen(f"unix:{ours}:1"), pass_credentials=True)
+    os.link(ours / ".s.PGSQL.1", theirs / ".s.PGSQL.1")
+    ours.rename(short_directory / "moved")
+    ours.symlink_to(theirs)
+    listener.close()
+    assert not exists(f"{short_directory}/moved/.s.PGSQL.1")
+    assert (theirs / ".s.PGSQL.1").is_socket()
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [(0o700, None), (0o755, None), (0o1777, None), (0o777, "anybody may write to it")],
+    ids=["own", "readable", "sticky", "everybodys"],
+)
+async def test_who_else_can_put_a_socket_there_is_said(short_directory: Path, mode: int, says: str | None) -> None:
+    change_mode(short_directory, mode)
+    (listener,) = await open_listeners(parse_listen(f"unix:{short_directory}:1"), pass_credentials=True)
+    remark = listener.remark
+    listener.close()
+    if says is None:
+        assert remark is None
+    else:
+        assert remark == (
+            f"who can write to the directory of unix:{short_directory}:1 can take the guard's place there, as {says}: "
+            "use one of the guard's own, or make it sticky"
+        )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give directories away")
+async def test_who_owns_the_directory_can_replace_the_socket_even_if_it_is_sticky(short_directory: Path) -> None:
+    change_mode(short_directory, 0o1755)
+    os.chown(short_directory, 65534, 65534)
+    (listener,) = await open_listeners(parse_listen(f"unix:{short_directory}:1"), pass_credentials=True)
+    remark = listener.remark
+    listener.close()
+    assert "as it belongs to user nobody: use one of the guard's own" in (remark or "")
+
+
+async def test_a_directory_in_which_it_may_not_be_removed_any_more_ends_nothing(short_directory: Path) -> None:
+    """Whoever has changed to another user may not; the next one clears it away."""
+    (listener,) = await open_listeners(parse_listen(f"unix:{short_directory}:1"), pass_credentials=True)
+    listener._place.clear = _refuse  # type: ignore[union-attr, method-assign]
+    listener.close()
+    assert exists(f"{short_directory}/.s.PGSQL.1")
+    await open_and_close(f"unix:{short_directory}:1")
+    assert not exists(f"{short_directory}/.s.PGSQL.1")
+
+
+def _refuse() -> None:
+    raise PermissionError
+
+
+async def test_no_thread_is_left_that_would_keep_the_rights_of_root() -> None:
+    """Names are looked up where the system keeps them, in the thread that waits for that."""
+    before = threads()
+    for listener in await open_listeners(parse_listen("localhost:0"), pass_credentials=True):
+        listener.close()
+    assert threads() <= before
 
 
 async def test_a_port_in_use(backend: FakeBackend) -> None:

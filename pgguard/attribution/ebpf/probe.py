@@ -61,6 +61,7 @@ from pgguard.attribution.ebpf.programs import (
     Way,
 )
 from pgguard.attribution.ebpf.ring import Event, Ring
+from pgguard.attribution.privileges import Right, rights
 
 _RING_SIZE = 1 << 20
 """Bytes: 13,000 events, what a busy sender makes in some 20 ms. Larger than any L2 cache has no use."""
@@ -69,10 +70,8 @@ _MAX_CONNECTIONS = 65_536
 _MAX_LISTENERS = 4096
 """Addresses times ports."""
 
-_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
-"""``linux/capability.h``."""
-_CAP_SYS_ADMIN = 21
-"""Stands for CAP_BPF and CAP_PERFMON too, capabilities(7)."""
+_RIGHTS = (Right.CAP_NET_ADMIN, Right.CAP_PERFMON, Right.CAP_BPF)
+"""CAP_SYS_ADMIN stands for the last two as well: capabilities(7)."""
 _INITIAL_USER_NAMESPACE = 0xEFFFFFFD
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 """``linux/proc_ns.h``."""
@@ -202,6 +201,15 @@ class SenderProbe:
         entry = _packed(host) + struct.pack("!Hxx", port)
         bpf.remove(self._listeners, entry)
         self._known.discard(entry)
+
+    @property
+    def takes_rights(self) -> bool:
+        """Whether it takes CAP_BPF to change what is watched, which the calling thread has not: before Linux 5.19."""
+        try:
+            bpf.remove(self._listeners, bytes(LISTENER_KEY_SIZE))
+        except BpfError as error:
+            return error.errno == errno.EPERM
+        return False
 
     @property
     def watches_blocking(self) -> bool:
@@ -363,15 +371,9 @@ def _is_whole_tree(cgroup: Path) -> bool:
 
 def _check_privileges() -> None:
     """Say which capability is missing. Raises ProbeUnavailable."""
-    status = Path("/proc/self/status").read_text()
-    match = re.search(r"^CapEff:\t([0-9a-f]+)$", status, re.MULTILINE)
-    effective = int(match[1], 16) if match else 0
-    admin = bool(effective >> _CAP_SYS_ADMIN & 1)
-    missing = [
-        name
-        for name, number in _CAPABILITIES.items()
-        if not effective >> number & 1 and not (admin and name != "CAP_NET_ADMIN")
-    ]
+    own = rights()
+    admin = Right.CAP_SYS_ADMIN in own
+    missing = [right.name for right in _RIGHTS if right not in own and not (admin and right is not Right.CAP_NET_ADMIN)]
     if missing:
         remedy = f"run the guard as root, or give it all of CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN ({_CAP_ADD})"
         raise ProbeUnavailable(f"the guard lacks {' and '.join(missing)}", remedy)

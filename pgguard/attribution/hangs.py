@@ -1,0 +1,94 @@
+"""Reads that somebody else can make hang, and what keeps them from taking the guard's threads, one after the other.
+
+What the kernel answers out of its own memory (``/proc/PID/stat``, ``fd``, ``syscall``, sock_diag(7)) comes at once. But
+some of what is looked at is under the control of the process that is looked at:
+
+- its memory, for the command line, the mapped files and the sets of descriptors that it polls: a page may have to come
+  from a file system first, and whoever changes the memory's layout has it locked meanwhile;
+- its program and its working directory, which may be in a file system that takes its time, or is run by a process of
+  its own (FUSE) that never answers;
+- an epoll set, which is locked while one of its members is asked, by whatever that is.
+
+No time limit ends such a read. So each is announced here, for as long as it takes: :class:`reading`. Where one takes
+longer than :data:`PATIENCE` nobody else looks at that process any more until it has ended, nor, when there are several
+of them, at any process of that user. That is refused as a TimeoutError, as if the read had been tried and had failed.
+Who waits for a thread that hangs is told so, and does without: :func:`hanging`.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from pathlib import Path
+from typing import Self
+
+PATIENCE = 0.5
+"""Seconds after which a read hangs. It takes microseconds, or milliseconds of a disk, but a thread may lie idle on a
+busy machine in the middle of it."""
+_EACH = 3
+"""Reads of one user's processes that may hang before none of them is looked at any more."""
+_ALL = 16
+"""Reads that may hang before only the guard's own user's processes, and root's, are looked at."""
+
+_reads: dict[int, tuple[int, float]] = {}
+"""By the thread that reads, the process that it reads about, and since when."""
+
+
+class reading:  # noqa: N801 - a context manager, read as a phrase
+    """Announces a read about a process: a context manager. Costs a microsecond.
+
+    Raises:
+        TimeoutError: it isn't to be tried, as others hang.
+    """
+
+    __slots__ = ("_before", "_pid")
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._before: tuple[int, float] | None = None
+
+    def __enter__(self) -> Self:
+        now = time.monotonic()
+        if len(_reads) > 1 and _is_refused(self._pid, now):
+            raise TimeoutError(errno.ETIMEDOUT, "reading about it, or about others of its user, hangs")
+        thread = threading.get_ident()
+        self._before = _reads.get(thread)
+        _reads[thread] = self._pid, now
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._before is None:
+            _reads.pop(threading.get_ident(), None)
+        else:
+            _reads[threading.get_ident()] = self._before
+
+
+def hanging() -> dict[int, int]:
+    """The threads that hang at this moment, by threading.get_ident(), each with the pid that it reads about."""
+    now = time.monotonic()
+    return {thread: pid for thread, (pid, since) in list(_reads.items()) if now - since > PATIENCE}
+
+
+def _is_refused(pid: int, now: float) -> bool:
+    own = threading.get_ident()
+    hung = {one for thread, (one, since) in list(_reads.items()) if now - since > PATIENCE and thread != own}
+    if not hung:
+        return False
+    if pid in hung:
+        return True
+    user = _user_of(pid)
+    if len(hung) >= _ALL:
+        return user not in {0, _user_of("self")}
+    return user is not None and sum(_user_of(one) == user for one in hung) >= _EACH
+
+
+def _user_of(pid: int | str) -> int | None:
+    """The real user of a process; ``None`` if it is gone. It doesn't depend on whether it is dumpable."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_bytes().splitlines():
+            if line.startswith(b"Uid:"):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return None

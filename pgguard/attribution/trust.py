@@ -1,0 +1,146 @@
+"""What a guard that may have root's rights believes of files: who may have written them, and what they are.
+
+Two things must not happen. What somebody else has written must not be obeyed: a configuration file, a program that is
+run. So its owner and mode are looked at, of the very file that is read: :func:`distrust`. And what somebody else has
+put somewhere must not do anything to the guard that looks at it: a FIFO that is waited for, a device that acts when it
+is opened, a link to what its maker may not read himself. So only the name is looked up at first, which touches nothing,
+and what has been found is opened if it is a regular file: :func:`open_regular`.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_TRUSTED = frozenset({0, os.geteuid()})
+"""Who may give orders: root, and the user that the guard was started as, whoever it has become since."""
+
+_NAME_ONLY = os.O_PATH | os.O_CLOEXEC
+"""Opens nothing: neither waits for the other end of a FIFO nor wakes a device. open(2)."""
+_CONTENT = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class UntrustedError(Exception):
+    """Somebody else may have written it; the message is a clause that says who."""
+
+
+def distrust(status: os.stat_result, *, sticky: bool = False) -> str | None:
+    """Say why a file or directory isn't to be trusted, a clause; ``None`` if only who may give orders can write it.
+
+    A group may, if it is the owner's alone, as it is on systems that give each user a group of the same name.
+
+    Args:
+        status: of the file, not of a link to it.
+        sticky: a directory may be written by others if it is sticky, as /tmp is: nobody can then replace what isn't
+            his, but put something there. unlink(2)
+    """
+    if status.st_uid not in _TRUSTED:
+        return f"it belongs to {user_name(status.st_uid)}"
+    if stat.S_ISCHR(status.st_mode):
+        return None  # what is written to /dev/null or a terminal isn't what is read from it
+    if sticky and status.st_mode & stat.S_ISVTX:
+        return None
+    if status.st_mode & stat.S_IWOTH:
+        return "anybody may write to it"
+    if status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid, status.st_uid):
+        return f"group {_group_name(status.st_gid)} may write to it"
+    return None
+
+
+def distrust_path(path: Path) -> str | None:
+    """Say why a file isn't to be trusted that something else is going to open or run by its path, as above.
+
+    So what counts is not only the file, but who can put another one in its place: every directory on the way to it, as
+    it is written and as links lead. Raises OSError: it isn't there, or can't be looked at.
+    """
+    found = distrust(path.stat())
+    if found is not None:
+        return found
+    for name in dict.fromkeys((path.absolute(), path.resolve(strict=True))):
+        for directory in name.parents:
+            # A link that somebody has put beside it may lead to anything.
+            reason = distrust(directory.stat(), sticky=directory != name.parent)
+            if reason is not None:
+                return f"of its directory {directory}, {reason}"
+    return None
+
+
+def user_name(uid: int) -> str:
+    """Name a user for people, whether or not the system knows it."""
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"
+
+
+def open_trusted(path: Path) -> BinaryIO:
+    """Open a file whose content is going to be obeyed.
+
+    It may be a link, if who may give orders has made it. It may be a pipe, which is waited for, if it is theirs.
+
+    Raises:
+        UntrustedError: somebody else may have written it.
+        OSError: it isn't there, or can't be opened.
+    """
+    link = path.lstat()
+    is_link = stat.S_ISLNK(link.st_mode)
+    if is_link and link.st_uid not in _TRUSTED:
+        raise UntrustedError(f"it is a link made by {user_name(link.st_uid)}")
+    # What has become a link since is looked at as such, and not followed.
+    name = os.open(path, _NAME_ONLY if is_link else _NAME_ONLY | os.O_NOFOLLOW)
+    try:
+        reason = distrust(os.fstat(name))
+        if reason is not None:
+            raise UntrustedError(reason)
+        return Path(f"/proc/self/fd/{name}").open("rb")
+    finally:
+        os.close(name)
+
+
+def open_regular(path: Path, *, reader: int | None = None) -> int:
+    """Open a file that may be anything and anybody's, and return its descriptor. Waits for no FIFO, opens no device.
+
+    Args:
+        path: where it is.
+        reader: a user: what that one may not read by itself isn't opened either. (Whether it may enter the directory
+            isn't looked at.)
+
+    Raises:
+        OSError: it isn't there, can't be read, or isn't a regular file (PermissionError).
+    """
+    name = os.open(path, _NAME_ONLY)
+    try:
+        status = os.fstat(name)
+        readable = reader in {None, 0, status.st_uid} or status.st_mode & stat.S_IROTH
+        if not stat.S_ISREG(status.st_mode) or not readable:
+            raise PermissionError(f"{path} is not a file for anybody to read")
+        return os.open(f"/proc/self/fd/{name}", _CONTENT)
+    finally:
+        os.close(name)
+
+
+def programs_on_path(name: str) -> Iterator[Path]:
+    """Yield the programs of this name in the directories of ``PATH``, but for those that depend on the working one."""
+    for directory in os.get_exec_path():
+        path = Path(directory, name)
+        if path.is_absolute() and path.is_file() and os.access(path, os.X_OK):
+            yield path
+
+
+def _is_private(gid: int, uid: int) -> bool:
+    try:
+        return gid == 0 or grp.getgrgid(gid).gr_name == pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return False
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)

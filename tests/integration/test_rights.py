@@ -1,0 +1,71 @@
+"""A guard that has given up its rights names whom it named before; and one that has become another user does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pgguard.attribution.stacks import find_py_spy
+from tests.integration.running import PROGRAMS, every_transport, running, sampled_transport, threads_named
+from tests.integration.test_fork_misuse import culprits, pids_named, scenario
+from tests.servers import not_installed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import StartGuard
+    from tests.guard_process import GuardProcess
+    from tests.servers import Transport
+
+pytestmark = [
+    pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="it takes root's rights to give them up"),
+    pytest.mark.parametrize("user", ["root", "nobody"]),
+]
+"""The programs are root's own, which nobody may look at without the rights that are kept."""
+
+
+@pytest.fixture
+def guard(start_guard: StartGuard, user: str) -> GuardProcess:
+    guard = start_guard(*(() if user == "root" else ("--user", user)))
+    assert f"pgguard: rights: as user {user}, with CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE; " in guard.stderr
+    return guard
+
+
+@every_transport
+def test_the_processes_that_share_a_connection_are_named(guard: GuardProcess, transport: Transport) -> None:
+    with scenario("in_turn", guard.at(transport)) as (parent, child):
+        [inherited, *_] = guard.wait_for("inherited-connection")
+        if transport != "sampled":
+            [shared, *_] = guard.wait_for("shared-by-processes")
+            assert culprits(shared)["intruder"] == [(child, "kernel-sender")]
+            assert (parent, "kernel-sender") in culprits(shared)["owner"]
+        assert pids_named(inherited) == {parent, child}
+        assert all(culprit["process"]["cmdline"] for culprit in inherited["culprits"])
+        [owner] = [culprit for culprit in inherited["culprits"] if culprit["role"] == "owner"]
+        assert owner["runtime"]["language"] == "Python"
+
+
+@sampled_transport
+def test_threads_are_seen_in_the_act_with_what_they_do(
+    guard: GuardProcess, transport: Transport, tmp_path: Path
+) -> None:
+    """By their system calls, by the sets that they poll, which are in their memory, and by their stacks."""
+    if find_py_spy() is None:
+        not_installed("py-spy")
+    stacks, faults, threads = 0, [], set[int]()
+    for _ in range(10):  # a busy machine may leave no time for stacks
+        with running((sys.executable, PROGRAMS / "threads_sharing.py"), guard.at(transport), tmp_path) as program:
+            said = program.read()
+            program.wait()
+        threads |= {said["first"], said["second"]}
+        faults = guard.wait_for("shared-by-threads")
+        stacks = sum(bool(culprit["stack"]) for fault in faults for culprit in fault["culprits"])
+        if stacks:
+            break
+    assert stacks
+    assert {culprit["system_call"] for culprit in faults[0]["culprits"]} & {"poll", "ppoll"}
+    assert threads <= threads_named(faults)
