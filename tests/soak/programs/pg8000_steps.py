@@ -30,6 +30,8 @@ class Player:
             return digest(self._connection.run(sql, **named) or [])
         except pg8000.native.DatabaseError as error:
             return error.args[0]["C"]
+        except pg8000.native.InterfaceError as error:  # it knows itself that a transaction has failed
+            return str(error)
 
     def rows(self, step: Step) -> object:
         return self.execute(step["sql"], values_of(step))
