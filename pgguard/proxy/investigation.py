@@ -144,7 +144,7 @@ class Investigation:
         if any(intruder is None or holder.pid != intruder.pid for holder in holders):
             self._findings = replace(self._findings, holders=holders, holders_complete=False)
 
-    def run(self) -> None:
+    def investigate(self) -> None:
         """Look at everything, until there is nothing more to be found or the time is up."""
         opening = self._session.opening
         unnamed = self._verdict.kind is Kind.FOREIGN_TERMINATE and self._verdict.intruder is None

@@ -194,11 +194,15 @@ class Judge:
             return await self.rule(session, verdict)
         except Exception:
             note(Loss.EVIDENCE, session)
-        findings = Findings(connected=session.connected)
+        findings = _least_known(session)
         concluded = None if self._ignores(verdict.kind) else self._conclude(session, verdict, findings)
         if concluded is None or self._ignores(concluded.kind):
             return Ruling(None)
-        return self._enter(session, concluded, findings, time.time())
+        try:
+            return self._enter(session, concluded, findings, time.time())
+        except Exception:
+            note(Loss.RECORD, session)
+            return Ruling(None)
 
     def _count_meanwhile(self, refusal: Refusal) -> None:
         """Count the sessions that were refused while the first one was looked into."""
@@ -331,7 +335,8 @@ class Judge:
     def lost(self, session: ProxiedSession, reason: str, now: float) -> None:
         """Record that a session is no longer followed. Never raises."""
         verdict = Verdict(kind=Kind.UNTRACKED, reason=reason, message=None, requests=())
-        self._enter(session, verdict, _known_at_once(session), now)
+        with spared(Loss.RECORD, session):
+            self._enter(session, verdict, _known_at_once(session), now)
 
     def closed(self, session: ProxiedSession) -> None:
         """Account for what was suppressed of a session that has ended, and forget it. Never raises."""
@@ -387,7 +392,7 @@ class Judge:
             if session.opening is None:
                 await session.opening_known.wait()
                 investigation.note_known()
-            await trio.to_thread.run_sync(investigation.run, limiter=threads, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(investigation.investigate, limiter=threads, abandon_on_cancel=True)
 
     # Rulings and records
 
@@ -484,12 +489,20 @@ def _severity(session: ProxiedSession, verdict: Verdict, driver: Driver) -> Seve
         return Severity.WARNING if verdict.kind is Kind.REQUEST_WHILE_BUSY else CATALOGUE[verdict.kind].severity
 
 
+def _least_known(session: ProxiedSession) -> Findings:
+    try:
+        return Findings(connected=session.connected)
+    except Exception:
+        note(Loss.OPENER, session)
+        return Findings()
+
+
 def _known_at_once(session: ProxiedSession) -> Findings:
     try:
         return known_at_once(session)
     except Exception:
         note(Loss.EVIDENCE, session)
-        return Findings(connected=session.connected)
+        return _least_known(session)
 
 
 def _facts(session: ProxiedSession) -> SessionFacts:

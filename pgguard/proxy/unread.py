@@ -30,7 +30,6 @@ behind it, and take the old answer for the new one.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import select
@@ -343,7 +342,7 @@ class UnreadWatch:
             pause = _TICK
             session.client.attentive = True  # what it sends next it may send on top of it
             if session.transport == "unix":
-                with contextlib.suppress(OSError):
+                with spared(Loss.EVIDENCE, session):
                     leftover.alarm = self._set_alarm(session.client)
         elif leftover.told:
             pause = min(_RARELY, leftover.looks * self._interval)
