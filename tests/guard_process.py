@@ -49,6 +49,11 @@ class GuardProcess:
     def stderr(self) -> str:
         return self._log.read_text(errors="replace")
 
+    @property
+    def descriptors(self) -> int:
+        """How many descriptors it has open."""
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
     def at(self, transport: Transport) -> Address:
         return self.unix if transport == "unix" else self.tcp
 

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 _TRIAL: Final = 20.0
 """Seconds to try which evidence can be had: it takes tenths of one, unless somebody's process hangs."""
 
+_LOOK_FIRST: Final = 0.5
+"""Seconds for a server to ignore a CancelRequest before clients are told that the guard is ready."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -242,22 +245,51 @@ async def _until_signalled(
             stack.callback(probe.close)
             guard.use_probe(probe)
         _give_up_rights(guard, settings, account, probe)
-        await guard.refuse_loop()
         missing = await _look_around(settings)
-        begin_to_log()
-        for capability in missing:
-            logger.warning("attribution does without %s: %s", capability.name, capability.explanation)
-        for remark in (settings.remark, *guard.listener_remarks):
-            if remark is not None:
-                logger.warning("%s", remark)
-        if guard.upstream.remark is not None:
-            logger.warning("%s", guard.upstream.remark)
-        logger.info("PostgreSQL is at %s", guard.upstream)
-        logger.info("ready on %s", ", ".join(map(str, addresses)))
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_obey, signals, guard, nursery.cancel_scope)
+        room = guard.look_for_room()
+
+        def announce() -> None:
+            begin_to_log()
+            for capability in missing:
+                logger.warning("attribution does without %s: %s", capability.name, capability.explanation)
+            for remark in (settings.remark, *guard.listener_remarks, guard.upstream.remark, room):
+                if remark is not None:
+                    logger.warning("%s", remark)
+            logger.info("PostgreSQL is at %s", guard.upstream)
+            logger.info("ready on %s", ", ".join(map(str, addresses)))
+
+        await _serve(guard, signals, announce)
+
+
+async def _serve(guard: Guard, signals: AsyncIterator[int], announce: Callable[[], None]) -> None:
+    """Serve, and announce it, unless it is found out that the guard is in front of itself.
+
+    Raises:
+        ConfigurationError: it is.
+    """
+    loops: list[str] = []
+    looked = trio.Event()
+    async with trio.open_nursery() as nursery:
+
+        async def serve() -> None:
             await guard.serve()
             nursery.cancel_scope.cancel()
+
+        async def look() -> None:
+            if (loop := await guard.find_loop()) is not None:
+                loops.append(loop)
+                nursery.cancel_scope.cancel()
+            looked.set()
+
+        nursery.start_soon(_obey, signals, guard, nursery.cancel_scope)
+        nursery.start_soon(serve)
+        nursery.start_soon(look)
+        with trio.move_on_after(_LOOK_FIRST):
+            await looked.wait()
+        if not loops:
+            announce()
+    for loop in loops:
+        raise ConfigurationError(loop)
 
 
 async def _obey(signals: AsyncIterator[int], guard: Guard, everything: trio.CancelScope) -> None:

@@ -223,6 +223,13 @@ class Aftermath:
             if len(self._listened) > _LISTENED:
                 self._relay.finish(next(iter(self._listened)))
 
+    def make_room(self) -> bool:
+        """End the one that has been listened to for longest; False if there is none."""
+        longest = next(iter(self._listened), None)
+        if longest is not None:
+            self._relay.finish(longest)
+        return longest is not None
+
     def stop_lingering(self, sessions: Iterable[ProxiedSession]) -> None:
         """Close those of the sessions that are over already, and from now on listen to none that is."""
         self._stopping = True

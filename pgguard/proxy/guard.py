@@ -2,7 +2,7 @@
 
 The tasks, all children of :meth:`Guard.serve`:
 
-- one for each listener, accepting;
+- one for each listener, accepting (:mod:`pgguard.proxy.door`);
 - one for each new client, until it has been introduced to the server (:mod:`pgguard.proxy.greeting`);
 - the sweep (:mod:`pgguard.proxy.sweep`), with a task for each session that is being judged;
 - the registrar, which finds out who opened new connections;
@@ -14,22 +14,29 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
-import math
+import os
 import resource
 import socket
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from pgguard.attribution.holders import sole_holder
 from pgguard.attribution.sockets import TcpClient, client_socket
+from pgguard.faults.text import named
 from pgguard.proxy.addresses import TcpAddress
+from pgguard.proxy.admission import HOW_TO_RAISE, Admission, too_many
+from pgguard.proxy.door import Door
+from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.gate import Gate
 from pgguard.proxy.greeting import Dismissed, as_plain, greet, refusal, send_last
 from pgguard.proxy.judge import Judge
 from pgguard.proxy.kernel_senders import KernelSenders
-from pgguard.proxy.listeners import Listener, open_listeners, refuse_loop
+from pgguard.proxy.listeners import BACKLOG, Listener, open_listeners
+from pgguard.proxy.loops import LoopWatch
 from pgguard.proxy.losses import Loss, keep_going, note, spared
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.sweep import TRACKER_FAILED, Sweep
@@ -41,6 +48,8 @@ from pgguard.wire.fields import build_error_response
 from pgguard.wire.startup import PacketKind
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from pgguard.attribution.ebpf.probe import SenderProbe
     from pgguard.attribution.sockets import ClientSocket
     from pgguard.attribution.witness import Witness
@@ -48,17 +57,18 @@ if TYPE_CHECKING:
     from pgguard.proxy.addresses import Address, Upstream
     from pgguard.proxy.greeting import Greeting
     from pgguard.proxy.kernel_senders import TcpAccount
+    from pgguard.proxy.session import End
     from pgguard.proxy.settings import Settings
+    from pgguard.proxy.unread import ReadingAlarm
     from pgguard.reporting.sinks import Fanout
 
 _TRACKED_MAJOR: Final = 3
-_OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _GONE: Final = frozenset({errno.ENOTCONN, errno.EINVAL, errno.ECONNRESET, errno.EPIPE})
 """What the kernel says of a connection that has been reset before it was accepted."""
-_ACCEPT_PAUSE: Final = 0.1
-"""Seconds to wait for descriptors to become free."""
-_ACCEPT_COMPLAINTS: Final = 60.0
-"""Seconds between two complaints that there are none."""
+_HASTE: Final = 2.0
+"""Seconds for a client to say who it is that is to be told that there is no room."""
+_INTRODUCTION: Final = 0.25
+"""Seconds to find out who has brought a mark back."""
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +94,8 @@ class Guard:
         self._witness = witness
         self._sessions: dict[int, ProxiedSession] = {}
         """Those in the sweep, by their numbers."""
+        self._present: set[int] = set()
+        """The numbers of those that have been admitted: also of those on their way to the sweep."""
         self._judge = Judge(
             policy=settings.policy(),
             sql_mode=settings.sql,
@@ -93,7 +105,9 @@ class Guard:
             sessions=self._sessions.values,
         )
         self._unread = UnreadWatch(settings.unread_answer)
-        self._sweep = Sweep(self._judge, cancel=self._cancel, closed=self._forget, unread=self._unread)
+        self._sweep = Sweep(
+            self._judge, cancel=self._cancel, answered=self._answered, closed=self._forget, unread=self._unread
+        )
         self._watch = Watch(self._sessions, accuse=self._sweep.accuse)
         self._senders: KernelSenders | None = None
         self._last_number = 0
@@ -101,6 +115,13 @@ class Guard:
         self._stopping = trio.Event()
         self._openings_send, self._openings = trio.open_memory_channel[ProxiedSession](1024)
         self._nursery: trio.Nursery
+        self._admission = Admission(evidence=witness is not None, extras=lambda: self._sweep.alarms)
+        self._door = Door(
+            self._admission, make_room=self._sweep.make_room, receive=self._receive, turn_away=self._turn_away
+        )
+        self._loops = LoopWatch(self._upstream)
+        self._gate = Gate(self._suspect_loop)
+        self._cancel_gate = Gate(self._suspect_loop)
 
     @property
     def upstream(self) -> Upstream:
@@ -119,30 +140,20 @@ class Guard:
             Where it listens, with the ports that the system has chosen.
 
         No thread is started, and nothing of it takes a right that is given up afterwards: it is for the process's only
-        thread. :meth:`refuse_loop` comes next.
+        thread.
 
         Raises:
             ConfigurationError: it can't listen where it is told to.
         """
+        _raise_descriptor_limit()
         try:
+            self._prepare_door()
             for address in self._addresses:
                 self._listeners += await open_listeners(address, pass_credentials=self._witness is not None)
         except BaseException:
             self.close()
             raise
         return [listener.address for listener in self._listeners]
-
-    async def refuse_loop(self) -> None:
-        """See to it that the server isn't the guard itself; the listeners are closed if it is.
-
-        Raises:
-            ConfigurationError: an address of the upstream is one that it listens on.
-        """
-        try:
-            await refuse_loop(self._listeners, self._upstream)
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def listener_remarks(self) -> list[str]:
@@ -154,6 +165,27 @@ class Guard:
         """Whether clients in other network namespaces of this host can reach it over TCP."""
         hosts = [host.partition("%")[0] for host, _ in self.tcp_listeners()]
         return not all(ipaddress.ip_address(host).is_loopback for host in hosts)
+
+    def _prepare_door(self) -> None:
+        try:
+            self._door.take_in_hand()
+        except OSError as error:
+            raise ConfigurationError(f"{error.strerror}: {HOW_TO_RAISE}") from error
+
+    def look_for_room(self) -> str | None:
+        """See how many sessions there can be at once; to be called when all is open that the guard needs for itself.
+
+        Returns:
+            What to say about that if they are fewer than can come at once.
+
+        Raises:
+            ConfigurationError: there can be none.
+        """
+        self._admission.count_others()
+        capacity, why = self._admission.capacity, self._admission.why_full()
+        if not capacity:
+            raise ConfigurationError(f"{why} sessions: {HOW_TO_RAISE}")
+        return None if capacity >= BACKLOG else f"{why} sessions at once. {HOW_TO_RAISE}"
 
     def tcp_listeners(self) -> list[tuple[str, int]]:
         """The IP addresses and ports that it listens on."""
@@ -176,7 +208,7 @@ class Guard:
 
         Cancelling it closes everything at once.
         """
-        _raise_descriptor_limit()
+        self._admission.count_others()
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -190,7 +222,7 @@ class Guard:
                     nursery.start_soon(keep_going, self._watch_unread, self._witness)
                 async with trio.open_nursery() as accepting:
                     for listener in self._listeners:
-                        accepting.start_soon(self._accept, listener)
+                        accepting.start_soon(keep_going, self._door.open, listener, nursery)
                     await self._stopping.wait()
                     accepting.cancel_scope.cancel()
                 self.close()
@@ -204,6 +236,7 @@ class Guard:
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
+        self._door.give_up()
 
     def stop(self) -> None:
         """Accept nobody any more, and end when the sessions are done, or after the settings' ``shutdown_timeout``."""
@@ -224,68 +257,122 @@ class Guard:
             self._sweep.dismiss(session, farewell)
 
     async def _watch_unread(self, witness: Witness) -> None:
-        await self._unread.run(witness, accuse=self._sweep.accuse, set_alarm=self._sweep.set_alarm)
+        await self._unread.run(witness, accuse=self._sweep.accuse, set_alarm=self._set_alarm)
+
+    def _set_alarm(self, client: End) -> ReadingAlarm:
+        """Be told when a client reads, if there is a descriptor to spare for that. Raises OSError."""
+        if not self._admission.has_room(1):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return self._sweep.set_alarm(client)
 
     # Arriving clients
 
-    async def _accept(self, listener: Listener) -> None:
-        quiet_until = -math.inf
-        while True:
-            try:
-                sock, _ = await listener.socket.accept()
-            except OSError as error:
-                if error.errno in _OUT_OF_DESCRIPTORS:
-                    if trio.current_time() >= quiet_until:
-                        logger.error("can't accept connections: %s; raise the limit (ulimit -n)", error.strerror)  # noqa: TRY400
-                        quiet_until = trio.current_time() + _ACCEPT_COMPLAINTS
-                    await trio.sleep(_ACCEPT_PAUSE)
-                # Anything else is about the one connection, which is gone: accept(2), "Error handling".
-                continue
-            self._nursery.start_soon(self._receive, sock, listener)
-
     async def _receive(self, sock: trio.socket.SocketType, listener: Listener) -> None:
         """Introduce one client to the server, or tell it why not. Whatever happens to it happens to it alone."""
+        session: ProxiedSession | None = None
+        try:
+            with spared(Loss.ARRIVAL), sock:
+                try:
+                    session = self._new_session(sock, listener, is_admitted=True)
+                except OSError:
+                    return  # gone before it could be asked who it was
+                self._present.add(session.id)
+                self._sweep.hurry()
+                seconds = self._settings.startup_timeout
+                await self._attend(sock, session, seconds, partial(self._oblige, sock, session, listener))
+        finally:
+            if session is None:
+                self._vacate()
+            elif session.id not in self._sessions:
+                self._forget(session)
+
+    async def _turn_away(self, sock: trio.socket.SocketType, listener: Listener, response: bytes) -> None:
+        """Tell one client that there is no room for it. What cancels something is passed on all the same."""
         with spared(Loss.ARRIVAL), sock:
             try:
-                session = self._new_session(sock, listener)
+                session = self._new_session(sock, listener, is_admitted=False)
             except OSError:
-                return  # gone before it could be asked who it was
+                return
             try:
-                await self._greet(sock, session)
+                seconds = min(_HASTE, self._settings.startup_timeout)
+                await self._attend(sock, session, seconds, partial(self._decline, sock, session, listener, response))
             finally:
-                if session.id not in self._sessions:
-                    self._settle(session)
+                self._settle(session)
 
-    async def _greet(self, sock: trio.socket.SocketType, session: ProxiedSession) -> None:
-        self._sweep.hurry()
+    async def _attend(
+        self,
+        sock: trio.socket.SocketType,
+        session: ProxiedSession,
+        seconds: float,
+        oblige: Callable[[Greeting], Awaitable[None]],
+    ) -> None:
+        """Hear what a client wants, and do it.
+
+        Args:
+            sock: its socket.
+            session: what it is to become.
+            seconds: for it to say what it wants.
+            oblige: what to do about it.
+        """
         try:
-            with trio.move_on_after(self._settings.startup_timeout) as limit:
+            with trio.move_on_after(seconds) as limit:
                 greeting = await greet(sock, session, senders=self._senders)
             if limit.cancelled_caught:
                 logger.info("session %d: %s said nothing in time", session.id, _who(session))
             else:
-                await self._oblige(sock, session, greeting)
+                if greeting.verdict is not None:
+                    await self._judge.rule_surely(session, greeting.verdict)
+                await oblige(greeting)
         except Dismissed as dismissed:
             if dismissed.verdict is not None:
                 await self._judge.rule_surely(session, dismissed.verdict)
         except UpstreamUnavailable as error:
             logger.warning("session %d: could not connect to the server: %s", session.id, error)
-            await send_last(sock, _unavailable(str(error)))
+            await send_last(sock, _unavailable(error))
         except (OSError, trio.BrokenResourceError) as error:
             logger.info("session %d: %s: %s", session.id, _who(session), error)
 
-    async def _oblige(self, sock: trio.socket.SocketType, session: ProxiedSession, greeting: Greeting) -> None:
-        if greeting.verdict is not None:
-            await self._judge.rule_surely(session, greeting.verdict)
+    async def _oblige(
+        self, sock: trio.socket.SocketType, session: ProxiedSession, listener: Listener, greeting: Greeting
+    ) -> None:
         if greeting.packet.kind is PacketKind.CANCEL_REQUEST:
-            await relay_cancel(self._upstream, greeting.packet.packet)
-        elif greeting.packet.encrypts:
+            await self._pass_cancel_on(sock, session, listener, greeting.packet.packet)
+            return
+        await self._gate.enter(session.id)
+        await self._refuse_loop()
+        if greeting.packet.encrypts:
             answer = await ask(self._upstream, greeting.before, greeting.packet.packet + greeting.behind)
             await trio.SocketStream(sock).send_all(refusal(greeting) if answer is None else answer)
         else:
             await self._introduce(sock, session, greeting)
 
-    def _new_session(self, sock: trio.socket.SocketType, listener: Listener) -> ProxiedSession:
+    async def _decline(
+        self,
+        sock: trio.socket.SocketType,
+        session: ProxiedSession,
+        listener: Listener,
+        response: bytes,
+        greeting: Greeting,
+    ) -> None:
+        if greeting.packet.kind is PacketKind.CANCEL_REQUEST:
+            await self._pass_cancel_on(sock, session, listener, greeting.packet.packet)
+        else:
+            await send_last(sock, refusal(greeting) if greeting.packet.encrypts else response)
+
+    async def _pass_cancel_on(
+        self, sock: trio.socket.SocketType, session: ProxiedSession, listener: Listener, packet: bytes
+    ) -> None:
+        if self._loops.recognizes(packet):
+            await self._note_loop(sock, session, listener)
+            return
+        await self._cancel_gate.enter(session.id)
+        try:
+            await self._refuse_loop()
+            await relay_cancel(self._upstream, packet)
+        finally:
+            self._cancel_gate.leave(session.id)
+
+    def _new_session(self, sock: trio.socket.SocketType, listener: Listener, *, is_admitted: bool) -> ProxiedSession:
         self._last_number += 1
         with spared(Loss.STEP):
             self._watch.arrival()
@@ -295,12 +382,12 @@ class Guard:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             host, port = sock.getpeername()[:2]
             client_name = str(TcpAddress(host, port))
-        kernel_account = self._open_account(sock) if client_name is not None else None
+        kernel_account = self._open_account(sock) if client_name is not None and is_admitted else None
         session = ProxiedSession(
             self._last_number,
             transport=listener.transport,
             client_name=client_name,
-            client_socket=_describe(sock, kernel_account) if self._witness is not None else None,
+            client_socket=_describe(sock, kernel_account) if self._witness is not None and is_admitted else None,
             opened_at=time.time(),
         )
         session.kernel_account = kernel_account
@@ -329,6 +416,40 @@ class Guard:
         with spared(Loss.TIDINESS, session):
             if self._senders is not None and account is not None:
                 self._senders.close(account)
+
+    # In front of itself
+
+    async def find_loop(self) -> str | None:
+        """Find out whether connections to the server come back to the guard, which has to be serving.
+
+        Returns what is wrong, for people, or ``None``. Takes as long as the server takes to ignore a CancelRequest.
+        """
+        found = await self._loops.look()
+        return None if found is None else f"--upstream {self._upstream}: {found}: name the address of PostgreSQL"
+
+    def _suspect_loop(self) -> None:
+        """The server doesn't answer: is that because it is the guard that has been connected to?"""
+        self._nursery.start_soon(self._look_for_loop)
+
+    async def _look_for_loop(self) -> None:
+        with spared(Loss.STEP):
+            found = await self._loops.suspect()
+            if found is not None:
+                logger.error("clients are refused until that changes: %s: %s", self._upstream, found)
+
+    async def _refuse_loop(self) -> None:
+        if self._loops.found is not None and (found := await self._loops.look_again()) is not None:
+            raise UpstreamUnavailable([(self._upstream, ConnectionError(found))])
+
+    async def _note_loop(self, sock: trio.socket.SocketType, session: ProxiedSession, listener: Listener) -> None:
+        """A mark has come round."""
+        if self._loops.is_from_here(sock):
+            how = "that is where pgguard itself listens"
+        else:
+            how = f"that leads back to {listener.address}, where pgguard itself listens, by {await _bringer(session)}"
+        self._loops.came_back(how)
+
+    # Into the sweep
 
     async def _introduce(self, sock: trio.socket.SocketType, session: ProxiedSession, greeting: Greeting) -> None:
         packet = greeting.packet
@@ -371,11 +492,25 @@ class Guard:
         except Exception:
             note(Loss.STEP, session)
 
+    def _answered(self, session: ProxiedSession) -> None:
+        self._gate.leave(session.id)
+
     def _forget(self, session: ProxiedSession) -> None:
+        """It is over, and its sockets are closed."""
+        if session.id not in self._present:
+            return
+        self._present.remove(session.id)
+        self._gate.leave(session.id)
         self._settle(session)
         self._sessions.pop(session.id, None)
+        self._vacate()
         if self._stopping.is_set() and not self._sessions:
             self._all_gone.set()
+
+    def _vacate(self) -> None:
+        """There are two descriptors more."""
+        self._admission.vacate()
+        self._door.somebody_left()
 
     # Attribution, beside the relay
 
@@ -412,9 +547,20 @@ def _who(session: ProxiedSession) -> str:
     return session.client_name or "a client on a Unix socket"
 
 
-def _unavailable(why: str) -> bytes:
+async def _bringer(session: ProxiedSession) -> str:
+    """Who has brought a mark round, as far as it can be told quickly."""
+    if session.client_socket is not None:
+        with trio.move_on_after(_INTRODUCTION):
+            await session.opening_known.wait()
+    opener = None if session.opening is None else session.opening.opener
+    return _who(session) if opener is None else named(opener.pid, opener)
+
+
+def _unavailable(error: UpstreamUnavailable) -> bytes:
+    if error.exhausted is not None:
+        return too_many(str(error), error.exhausted)
     return build_error_response(
-        f"pgguard: could not connect to the server: {why}",
+        f"pgguard: could not connect to the server: {error}",
         sqlstate="08001",
         hint="Check that PostgreSQL is running there, and what --upstream or PGGUARD_UPSTREAM says.",
     )

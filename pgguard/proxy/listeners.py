@@ -21,16 +21,15 @@ import trio
 
 from pgguard.attribution.senders import ask_for_credentials
 from pgguard.attribution.trust import distrust
-from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, Upstream
+from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress
 from pgguard.proxy.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_BACKLOG: Final = 1024
+BACKLOG: Final = 4096
+"""Clients that may wait to be accepted. The kernel makes it ``net.core.somaxconn`` if that is less: listen(2)."""
 _CONNECT_PROBE_TIMEOUT: Final = 1.0
-_LOOKUP_TIMEOUT: Final = 2.0
-_ANY: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - recognized, not bound to
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +127,7 @@ async def open_listeners(address: Address, *, pass_credentials: bool) -> list[Li
         hosts = dict.fromkeys(_numeric(sockaddr) for *_, sockaddr in found)
         for n, host in enumerate(hosts, 1):
             try:
-                opened += await trio.open_tcp_listeners(address.port, host=host, backlog=_BACKLOG)
+                opened += await trio.open_tcp_listeners(address.port, host=host, backlog=BACKLOG)
             except OSError as error:
                 # A name may stand for an address of a family that this kernel doesn't have.
                 if error.errno != errno.EAFNOSUPPORT or (n == len(hosts) and not opened):
@@ -167,7 +166,7 @@ def _open_unix(address: UnixAddress, *, pass_credentials: bool) -> Listener:
         _bind(sock, address.path)
         if place is not None:
             _find_own(place)
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         _leave(place)
@@ -254,48 +253,3 @@ def _remove_stale(place: _Place) -> None:
     raise ConfigurationError(
         f"--listen {place.address}: another server listens on {place.address.path}, use another DIR or PORT"
     )
-
-
-async def refuse_loop(listeners: Sequence[Listener], upstream: Upstream) -> None:
-    """Refuse to guard the guard: each connection would make it connect to itself once more.
-
-    Raises:
-        ConfigurationError: an address of the upstream is one that it listens on.
-    """
-    for address in upstream.addresses:
-        for listener in listeners:
-            if await _leads_to(address, listener.address):
-                raise ConfigurationError(
-                    f"--upstream {address}: that is where pgguard itself listens: name the address of PostgreSQL"
-                )
-
-
-async def _leads_to(address: Address, listening: Address) -> bool:
-    if isinstance(address, UnixAddress) and isinstance(listening, UnixAddress):
-        return _canonical(address.path) == _canonical(listening.path)
-    if isinstance(address, UnixAddress) or isinstance(listening, UnixAddress):
-        return False
-    if address.port != listening.port:
-        return False
-    hosts: set[str] = set()
-    # A name that isn't known is for each client to be told of, as it may be known by then.
-    with trio.move_on_after(_LOOKUP_TIMEOUT), suppress(OSError, UnicodeError):
-        found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        hosts = {str(sockaddr[0]) for *_, sockaddr in found}
-    if listening.host in _ANY:
-        return any(_is_local(host) for host in hosts)
-    return listening.host in hosts
-
-
-def _canonical(path: str) -> str:
-    return path if path.startswith("\0") else os.path.realpath(path)
-
-
-def _is_local(host: str) -> bool:
-    """Whether it is an address of this machine: only those can be bound to."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError:
-            return False
-    return True

@@ -96,7 +96,8 @@ class End:
         self.contested = False
         """The kernel doesn't say, and several have it open: who sends is found out before a request is forwarded."""
         self.attentive = False
-        """The next request is of interest, as its answer is to be looked after or the last one lies unread."""
+        """What comes next is of interest: a client's request, as its answer is to be looked after or the last one lies
+        unread; the server's first answer."""
         self.credentials: bytes | None = None
         """What it said last, undecoded."""
         self.sender: Sender | None = None
@@ -218,6 +219,7 @@ class ProxiedSession:
         self.client.kernel_account = None if account is None or account.is_lost else account
         self.client.attentive = self.client_socket is not None
         self.server = End(server, is_client=False)
+        self.server.attentive = True
         self.client.peer, self.server.peer = self.server, self.client
         self.client.session = self.server.session = self
         self.tracker = self.protocol = tracker

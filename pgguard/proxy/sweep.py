@@ -96,6 +96,7 @@ class Sweep:
     Args:
         judge: rules on verdicts.
         cancel: starts to cancel what a session's backend is doing, without waiting for it.
+        answered: is told of every session that the server has begun to answer.
         closed: is told of every session whose sockets have been closed.
         unread: looks after what has been answered.
     """
@@ -105,11 +106,13 @@ class Sweep:
         judge: Judge,
         *,
         cancel: Callable[[ProxiedSession], None],
+        answered: Callable[[ProxiedSession], None],
         closed: Callable[[ProxiedSession], None],
         unread: UnreadWatch,
     ) -> None:
         self._judge = judge
         self._aftermath = Aftermath(self, judge, cancel=cancel)
+        self._answered = answered
         self._closed = closed
         self._unread = unread
         self._alarms: dict[int, ReadingAlarm] = {}
@@ -335,13 +338,23 @@ class Sweep:
         """Be told when a client takes something out of its end of a Unix connection. Raises OSError."""
         return ReadingAlarm(self._epoll, self._alarms, client)
 
+    @property
+    def alarms(self) -> int:
+        """How many descriptors sessions have beyond their two."""
+        return len(self._alarms)
+
     def _attend(self, end: End, begin: int, size: int, now: float) -> bool:
         """A client sends for the first time since its last answer was looked after, or on top of something unread.
 
-        Returns True if what it sends has to wait, since it may have been sent on top of the last answer.
+        Or the server sends for the first time.
+
+        Returns True if what a client sends has to wait, since it may have been sent on top of the last answer.
         """
         session, tracker = end.session, end.session.tracker
         end.attentive = False
+        if not end.is_client:
+            self._answered(session)
+            return False
         self._unread.stir(session)
         if tracker is None or begin != _HEADROOM or size < HEADER_SIZE or end.contested:
             return False
@@ -652,6 +665,7 @@ class Sweep:
     def end_server_side(self, session: ProxiedSession) -> None:
         """Close the server's connection; the client gets what waits for it, then the end of its stream."""
         session.phase = Phase.ENDED if session.phase is _RELAYED else Phase.REJECTED
+        self._answered(session)  # as much as it ever will
         # What the client still sends isn't forwarded, and judged only by who sends it.
         session.afterwards, session.tracker = session.tracker, None
         session.client.held = b""
@@ -664,6 +678,10 @@ class Sweep:
         server.outgoing.clear()
         self._arm(session.client)
         self._flush(session.client)
+
+    def make_room(self) -> bool:
+        """End a session that is over and is only listened to; False if there is none."""
+        return self._aftermath.make_room()
 
     def stop_lingering(self) -> None:
         """Close the sessions that are over already, and from now on wait for none that is."""

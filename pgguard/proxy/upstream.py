@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, Upstream
+from pgguard.proxy.admission import is_exhaustion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +33,16 @@ _BACKLOG_PAUSE: Final = 0.01
 
 
 class UpstreamUnavailable(OSError):
-    """No address of the upstream could be connected to; the message says why, for each of them."""
+    """No address of the upstream could be connected to; the message says why, for each of them.
+
+    Args:
+        failures: what was tried, with what went wrong.
+    """
+
+    def __init__(self, failures: Sequence[tuple[Address | Upstream, BaseException]]) -> None:
+        super().__init__("; ".join(f"{address}: {reason(error)}" for address, error in failures))
+        self.exhausted = next(filter(is_exhaustion, (_number(error) for _, error in failures)), None)
+        """The system's error number if one of them failed for want of descriptors."""
 
 
 def barred(upstream: Upstream) -> list[UnixAddress]:
@@ -65,16 +75,22 @@ async def connect_upstream(upstream: Upstream) -> tuple[trio.socket.SocketType, 
     Raises:
         UpstreamUnavailable: none does.
     """
-    failures = []
+    failures: list[tuple[Address, BaseException]] = []
     for address in upstream.addresses:
         try:
-            return await _connect(address, upstream.connect_timeout), address
+            return await connect(address, upstream.connect_timeout), address
         except (OSError, UnicodeError) as error:  # UnicodeError: no name that the DNS could know
-            failures.append(f"{address}: {reason(error)}")
-    raise UpstreamUnavailable("; ".join(failures))
+            failures.append((address, error))
+    raise UpstreamUnavailable(failures)
 
 
-async def _connect(address: Address, seconds: float) -> trio.socket.SocketType:
+async def connect(address: Address, seconds: float) -> trio.socket.SocketType:
+    """Connect to one address.
+
+    Raises:
+        OSError: it can't be connected to, or not within so many seconds (TimeoutError).
+        UnicodeError: it is no name that the DNS could know.
+    """
     with trio.move_on_after(seconds):
         return await (_connect_unix(address) if isinstance(address, UnixAddress) else _connect_tcp(address))
     raise TimeoutError(f"no answer within {seconds:g} s")
@@ -116,6 +132,13 @@ def reason(error: BaseException) -> str:
     return str(error)
 
 
+def _number(error: BaseException) -> int | None:
+    """The system's number for why a connection could not be made; of all that a name resolves to, one that counts."""
+    if isinstance(error.__cause__, BaseExceptionGroup):
+        return next(filter(is_exhaustion, map(_number, error.__cause__.exceptions)), None)
+    return error.errno if isinstance(error, OSError) else None
+
+
 async def relay_cancel(upstream: Upstream, packet: bytes) -> None:
     """Pass a CancelRequest on untouched, and wait until the server has taken it.
 
@@ -126,22 +149,22 @@ async def relay_cancel(upstream: Upstream, packet: bytes) -> None:
     Raises:
         UpstreamUnavailable: no address has taken it.
     """
-    failures = []
+    failures: list[tuple[Address, BaseException]] = []
     for address in upstream.addresses:
         try:
-            sock = await _connect(address, upstream.connect_timeout)
+            sock = await connect(address, upstream.connect_timeout)
             with sock, trio.fail_after(_CANCEL_TIMEOUT):
                 await trio.SocketStream(sock).send_all(packet)
                 while await sock.recv(1024):
                     pass
         except trio.TooSlowError:
-            failures.append(f"{address}: the CancelRequest was not taken within {_CANCEL_TIMEOUT:g} s")
+            failures.append((address, TimeoutError(f"the CancelRequest was not taken within {_CANCEL_TIMEOUT:g} s")))
         except ConnectionResetError:
             continue  # an end of the connection as well as any
         except (OSError, UnicodeError, trio.BrokenResourceError) as error:
-            failures.append(f"{address}: {reason(error)}")
+            failures.append((address, error))
     if len(failures) == len(upstream.addresses):
-        raise UpstreamUnavailable("; ".join(failures))
+        raise UpstreamUnavailable(failures)
 
 
 async def ask(upstream: Upstream, before: Sequence[bytes], last: bytes) -> bytes | None:

@@ -92,11 +92,14 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def running(
-    backend: FakeBackend, *, witness: Witness | None = None, sinks: Fanout | None = None, **settings: Any
+    backend: FakeBackend | None = None, *, witness: Witness | None = None, sinks: Fanout | None = None, **settings: Any
 ) -> AsyncIterator[House]:
-    """Run a guard in front of ``backend``; leaving the context cancels it."""
+    """Run a guard in front of ``backend``, or of what the settings name; leaving the context cancels it."""
     sink = ListSink()
     with tempfile.TemporaryDirectory(prefix="pgguard-test-") as directory:
+        if backend is None:
+            backend = FakeBackend()
+            backend.close()
         settings = {
             "upstream": f"host=127.0.0.1 port={backend.port} connect_timeout=5",
             "listen": ["127.0.0.1:0", f"unix:{directory}:1"],
@@ -106,7 +109,6 @@ async def running(
             Settings(**settings), sinks=sinks or Fanout([sink], complain=print), docket=docket, witness=witness
         )
         addresses = await guard.listen()
-        await guard.refuse_loop()
         tcp = [address.port for address in addresses if isinstance(address, TcpAddress)]
         unix = [address.path for address in addresses if isinstance(address, UnixAddress)]
         async with trio.open_nursery() as nursery:

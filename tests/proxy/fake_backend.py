@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import struct
+from contextlib import suppress
 
 import trio
 
+from pgguard.proxy.greeting import as_plain
 from tests.proxy.messages import LOGGED_IN, SECONDS, Peer
+
+MARK = bytes.fromhex("00000010 04d2162e 7fffffff")
+"""What a guard's mark begins with: a CancelRequest for a process that there can't be."""
 
 
 class BackendConnection(Peer):
@@ -47,6 +53,9 @@ class FakeBackend:
     async def accept(self) -> BackendConnection:
         with trio.fail_after(SECONDS):
             sock, _ = await self._socket.accept()
+            while await self._is_mark(sock):
+                sock.close()
+                sock, _ = await self._socket.accept()
         connection = BackendConnection(trio.SocketStream(sock))
         self.keep(connection)
         return connection
@@ -54,6 +63,21 @@ class FakeBackend:
     def keep(self, peer: Peer) -> None:
         """Close this one, too, when the test is over."""
         self._peers.append(peer)
+
+    async def close_mark(self) -> None:
+        """Ignore a mark, as a server does."""
+        with trio.fail_after(SECONDS):
+            sock, _ = await self._socket.accept()
+            assert await self._is_mark(sock)
+        sock.close()
+
+    @staticmethod
+    async def _is_mark(sock: trio.socket.SocketType) -> bool:
+        """Whether it is from a guard that has just been started, and sees whether it is in front of itself."""
+        await trio.lowlevel.wait_readable(sock)
+        with suppress(OSError):
+            return as_plain(sock, lambda plain: plain.recv(len(MARK), socket.MSG_PEEK)) == MARK
+        return False
 
     async def accept_nobody(self, seconds: float = 0.05) -> None:
         """Nobody connects for that long."""

@@ -25,10 +25,12 @@ def environment(**variables: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": root, "PYTHONUNBUFFERED": "1", "COLUMNS": "120"} | variables
 
 
-def run(*arguments: str, cwd: Path, variables: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, cwd: Path, variables: Mapping[str, str] | None = None, descriptors: int | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run ``pgguard`` with arguments with which it ends by itself."""
     return subprocess.run(
-        [sys.executable, "-m", "pgguard", *arguments],
+        [*_limited(descriptors), sys.executable, "-m", "pgguard", *arguments],
         check=False,
         cwd=cwd,
         env=environment(**(variables or {})),
@@ -37,6 +39,11 @@ def run(*arguments: str, cwd: Path, variables: Mapping[str, str] | None = None) 
         text=True,
         timeout=SECONDS,
     )
+
+
+def _limited(descriptors: int | None) -> list[str]:
+    """What a command begins with that may have no more than so many descriptors."""
+    return [] if descriptors is None else ["prlimit", f"--nofile={descriptors}"]
 
 
 class Spawned:
@@ -108,10 +115,8 @@ def spawned(
         command += ["--upstream", upstream]
     if listen is not None:
         command += ["--listen", listen]
-    if descriptors is not None:
-        command = ["/bin/sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
     process = subprocess.Popen(
-        command,
+        [*_limited(descriptors), *command],
         cwd=cwd,
         env=environment(**variables),
         stdin=subprocess.DEVNULL,

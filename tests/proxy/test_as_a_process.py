@@ -27,7 +27,7 @@ from tests.proxy.messages import (
     query,
     startup,
 )
-from tests.proxy.spawned import Spawned, spawned
+from tests.proxy.spawned import Spawned, run, spawned
 
 if TYPE_CHECKING:
     from tests.proxy.fake_backend import BackendConnection, FakeBackend
@@ -175,7 +175,7 @@ async def test_out_of_descriptors(backend: FakeBackend, tmp_path: Path) -> None:
     with spawned(upstream(backend), "--attribution", "off", cwd=tmp_path, descriptors=30) as guard:
         client, server = await session(guard, backend)
         crowd = [await connect(guard, backend) for _ in range(40)]
-        guard.wait_for("can't accept connections: Too many open files; raise the limit")
+        guard.wait_for("clients are turned away: a limit of 30 open files leaves room for [3-9]. Raise the limit")
         used = guard.cpu_seconds()
         for _ in range(20):
             await converse(client, server)
@@ -188,7 +188,15 @@ async def test_out_of_descriptors(backend: FakeBackend, tmp_path: Path) -> None:
         for peer in (newcomer, its_server, client, server):
             await peer.close()
         guard.signal(signal.SIGTERM)
-        assert guard.end().count("can't accept connections") == 1
+        assert guard.end().count("clients are turned away") == 1
+
+
+async def test_a_limit_without_room_for_anybody(backend: FakeBackend, tmp_path: Path) -> None:
+    options = "serve", "--upstream", upstream(backend), "--attribution", "off", "--listen", "127.0.0.1:0"
+    ended = await trio.to_thread.run_sync(lambda: run(*options, cwd=tmp_path, descriptors=13))
+    assert ended.returncode == 2
+    assert "Raise the limit of open files" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 # Signals

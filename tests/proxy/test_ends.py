@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-
 import pytest
 import trio
-from trio import open_tcp_stream
 
 from pgguard.proxy.aftermath import _LINGER
 from tests.proxy.conftest import House, until
@@ -18,7 +15,6 @@ from tests.proxy.messages import (
     READY,
     SELECTED,
     TERMINATE,
-    Client,
     Peer,
     message,
     query,
@@ -232,19 +228,6 @@ async def test_that_a_server_has_gone_is_said_in_the_log(house: House, caplog: p
     await server.close()
     await client.rest()
     assert f"session 1: the server at 127.0.0.1:{house.backend.port} closed the connection" in caplog.text
-
-
-async def test_a_server_for_which_there_is_no_descriptor(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def fail(*_: object) -> None:
-        raise OSError(errno.EMFILE, "")
-
-    monkeypatch.setattr("pgguard.proxy.upstream.trio.open_tcp_stream", fail)
-    client = Client(await open_tcp_stream("127.0.0.1", house.port))
-    house.backend.keep(client)
-    await client.send(startup())
-    error = await client.message()
-    assert error.fields["C"] == "08001"
-    assert error.fields["M"].endswith(": Too many open files")
 
 
 async def test_a_client_that_only_looks_whether_it_can_log_in(house: House) -> None:

@@ -270,25 +270,3 @@ async def test_where_it_can_not_listen_it_says_what_to_change(text: str, says: s
 def test_what_is_no_address_to_listen_on(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^--listen "):
         parse_listen(text)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.0.0.2"])
-async def test_a_guard_is_not_put_in_front_of_itself(backend: FakeBackend, host: str) -> None:
-    port = backend.port
-    backend.close()
-    with pytest.raises(ConfigurationError, match="pgguard itself listens"):
-        async with running(backend, listen=[f"0.0.0.0:{port}"], upstream=f"host={host} port={port}"):
-            pass
-
-
-async def test_a_guard_is_not_put_in_front_of_its_own_unix_socket(backend: FakeBackend, short_directory: Path) -> None:
-    link = short_directory / "link"
-    link.symlink_to(short_directory)
-    with pytest.raises(ConfigurationError, match="pgguard itself listens"):
-        async with running(backend, listen=[f"unix:{short_directory}:7"], upstream=f"host={link} port=7"):
-            pass
-
-
-async def test_the_same_port_on_another_address_is_another_server(backend: FakeBackend) -> None:
-    async with running(backend, listen=[f"127.0.0.2:{backend.port}"]):
-        pass

@@ -1,0 +1,131 @@
+"""How many clients may be here at once: as many as there are descriptors for, less some that are kept back.
+
+A session takes two descriptors, its client's and its server's. What a process may have open is limited: RLIMIT_NOFILE,
+getrlimit(2). Whoever comes last must not get the last of them. So sessions are counted, and those that are over the
+count are told so. What is kept back is for
+
+- evidence, which opens files in ``/proc``, sockets to ask the kernel, and pipes to py-spy: without it, a fault that
+  comes when the guard is full would be nobody's;
+- the file of faults, should it be opened anew;
+- telling clients that there is no room, some at a time, and passing on the cancel requests among them.
+
+What is counted is what sessions take, not what is open: that costs nothing, however many there are.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from typing import TYPE_CHECKING, Final
+
+from pgguard.wire.fields import build_error_response
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_EACH: Final = 2
+"""Descriptors of a session: its client's and its server's."""
+_KEPT_BACK: Final = 48
+"""Descriptors that aren't for sessions."""
+_KEPT_FOR_EVIDENCE: Final = 80
+"""And as many more where evidence is taken: for eight threads that take some at the same time, each with a few files of
+``/proc``, a socket, and py-spy's pipes."""
+_SHARE: Final = 3
+"""Where the limit is low, the part of what there is that is kept back: a third."""
+_TURNED_AWAY: Final = 16
+"""Clients that are told at the same time that there is no room, at most."""
+_SQLSTATE: Final = "53300"
+"""``too_many_connections``: PostgreSQL documentation, appendix A."""
+
+HOW_TO_RAISE: Final = (
+    "Raise the limit of open files that pgguard runs with: ulimit -n before it is started, LimitNOFILE= in a systemd "
+    "unit, --ulimit nofile= with docker."
+)
+_REMEDIES: Final = {
+    errno.EMFILE: HOW_TO_RAISE,
+    errno.ENFILE: "The whole system may have no more open: raise fs.file-max with sysctl, or end what holds so many.",
+    errno.ENOBUFS: "The system has no memory left for another socket.",
+    errno.ENOMEM: "The system has no memory left for another socket.",
+}
+"""By what the system says when there are no descriptors, or nothing to make one of, what to change."""
+
+
+class Admission:
+    """Counts who is here.
+
+    Args:
+        evidence: descriptors are kept back for attribution too.
+        extras: how many descriptors sessions have beyond their two.
+    """
+
+    def __init__(self, *, evidence: bool, extras: Callable[[], int]) -> None:
+        self._kept_back = _KEPT_BACK + (_KEPT_FOR_EVIDENCE if evidence else 0)
+        self._extras = extras
+        self._others = 0
+        self._sessions = 0
+
+    def count_others(self) -> None:
+        """See how many descriptors are open before anybody is admitted: they are the guard's own."""
+        try:
+            self._others = len(os.listdir("/proc/self/fd")) - 1  # noqa: PTH208 - less the one that listed them
+        except OSError:
+            self._others = self.limit  # there isn't even one for that
+
+    @property
+    def limit(self) -> int:
+        """Descriptors that the process may have open now: prlimit(1) can change it at any time."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return soft
+
+    @property
+    def capacity(self) -> int:
+        """How many sessions there can be at once."""
+        return max(0, self._for_sessions() // _EACH)
+
+    @property
+    def turned_away_at_once(self) -> int:
+        """How many clients may be told at the same time that there is no room: each takes as much as a session."""
+        return max(1, min(_TURNED_AWAY, self._reserve() // (2 * _EACH)))
+
+    def has_room(self, descriptors: int = _EACH) -> bool:
+        """Whether sessions may take so many descriptors more."""
+        return self._sessions * _EACH + self._extras() + descriptors <= self._for_sessions()
+
+    def admit(self) -> None:
+        """Count one more, for whom there :meth:`has_room`."""
+        self._sessions += 1
+
+    def vacate(self) -> None:
+        """Count one less, whose descriptors are closed."""
+        self._sessions -= 1
+
+    def why_full(self) -> str:
+        """Why there is no room."""
+        return f"a limit of {self.limit} open files leaves room for {self.capacity}"
+
+    def _for_sessions(self) -> int:
+        return self.limit - self._others - self._reserve()
+
+    def _reserve(self) -> int:
+        return min(self._kept_back, (self.limit - self._others) // _SHARE)
+
+
+def too_many(why: str, number: int = errno.EMFILE) -> bytes:
+    """What a client is told that there are no descriptors for.
+
+    Args:
+        why: there are none.
+        number: what the system says, or would.
+    """
+    return build_error_response(f"pgguard: too many connections: {why}", sqlstate=_SQLSTATE, hint=remedy(number))
+
+
+def remedy(number: int) -> str:
+    """What to change, by what the system says when there are no descriptors left."""
+    return _REMEDIES[number]
+
+
+def is_exhaustion(number: int | None) -> bool:
+    """Whether a system call failed for want of descriptors, or of what they are made of: socket(2), accept(2)."""
+    return number in _REMEDIES

@@ -1,0 +1,124 @@
+"""Whether the guard stands in front of itself: for each connection that it accepts it would make one to itself.
+
+Addresses don't tell. ``0``, ``0.0.0.0``, ``::ffff:127.0.0.1`` and any name of this host may lead to the guard, and so
+may another guard, or whatever else passes connections on, on this host or elsewhere. So it is tried. A mark is sent to
+where the server is supposed to be, and if it arrives at the guard, it has come round, over however many stations.
+
+The mark is a CancelRequest, which guards and proxies pass on as it is, before any login, with a random key and the pid
+of no process. PostgreSQL ignores it: "Canceling Requests in Progress" in the protocol chapter. It leaves one line in
+the server's log: ``PID 2147483647 in cancel request did not match any process``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import socket
+import struct
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from pgguard.proxy.addresses import TcpAddress
+from pgguard.proxy.upstream import connect
+from pgguard.wire.startup import CancelKey
+
+if TYPE_CHECKING:
+    from pgguard.proxy.addresses import Address, Upstream
+
+_NOBODY: Final = 2**31 - 1
+"""A pid that no process has: Linux's go up to 2**22, ``PID_MAX_LIMIT`` in ``linux/threads.h``."""
+_SECONDS: Final = 3.0
+"""For a mark to come round. Without a loop it takes as long as the server takes to ignore it: some milliseconds."""
+_AGAIN: Final = 1.0
+"""Seconds after which it is tried again whether a loop is still there, when a client comes."""
+_SUSPICIONS: Final = 10.0
+"""Seconds between two marks for which a slow server is the only reason."""
+
+
+class LoopWatch:
+    """Finds out whether connections to the server come back.
+
+    Args:
+        upstream: where the server is supposed to be.
+    """
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+        self._mark = b""
+        self._sent_from: set[str] = set()
+        self._looking = trio.Lock()
+        self._looked = self._suspected = -math.inf
+        self._back = trio.Event()
+        self.found: str | None = None
+        """How a mark came back, as a clause about the server's address; ``None``: none has."""
+
+    def recognizes(self, packet: bytes) -> bool:
+        """Whether a packet is the mark that was sent last."""
+        return packet == self._mark
+
+    def is_from_here(self, sock: trio.socket.SocketType) -> bool:
+        """Whether a client that has brought the mark is the guard itself. Raises OSError if it is gone."""
+        if sock.family == socket.AF_UNIX:
+            pid, _, _ = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return bool(pid == os.getpid())
+        return _name(sock.getpeername()) in self._sent_from
+
+    def came_back(self, how: str) -> None:
+        """The mark has arrived."""
+        self.found = how
+        self._back.set()
+
+    async def look(self) -> str | None:
+        """Find out; returns :attr:`found`. A server that can't be reached, or doesn't answer, leads nowhere."""
+        async with self._looking:
+            self._mark = CancelKey(_NOBODY, secrets.token_bytes(4)).packet
+            self._sent_from.clear()
+            self._back = trio.Event()
+            with trio.move_on_after(_SECONDS):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._send_to_all, nursery.cancel_scope)
+                    await self._back.wait()
+                    nursery.cancel_scope.cancel()
+            self._looked = trio.current_time()
+            if not self._back.is_set():
+                self.found = None
+        return self.found
+
+    async def look_again(self) -> str | None:
+        """As :meth:`look`, but not more often than every second."""
+        if trio.current_time() - self._looked < _AGAIN or self._looking.locked():
+            return self.found
+        return await self.look()
+
+    async def suspect(self) -> str | None:
+        """As :meth:`look`, if it is worth another line in the server's log; ``None`` if it isn't."""
+        if self._looking.locked() or trio.current_time() - self._suspected < _SUSPICIONS:
+            return None
+        self._suspected = trio.current_time()
+        return await self.look()
+
+    async def _send_to_all(self, done: trio.CancelScope) -> None:
+        async with trio.open_nursery() as nursery:
+            for address in self._upstream.addresses:
+                nursery.start_soon(self._send, address)
+        done.cancel()
+
+    async def _send(self, address: Address) -> None:
+        """Send the mark and wait until whoever has got it is done with it."""
+        with suppress(OSError, UnicodeError, trio.BrokenResourceError):
+            sock = await connect(address, _SECONDS)
+            with sock:
+                if sock.family != socket.AF_UNIX:
+                    self._sent_from.add(_name(sock.getsockname()))
+                await trio.SocketStream(sock).send_all(self._mark)
+                while await sock.recv(1024):
+                    pass
+
+
+def _name(address: tuple[str, int]) -> str:
+    """An IPv4 address is the same one in IPv6's clothes."""
+    host, port = address[:2]
+    return str(TcpAddress(host.removeprefix("::ffff:"), port))

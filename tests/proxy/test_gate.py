@@ -1,0 +1,105 @@
+"""A burst gets through to the server as fast as that answers, and a server that doesn't answer keeps nobody waiting."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+import trio.lowlevel
+
+from pgguard.proxy.gate import Gate
+from tests.proxy.messages import LOGGED_IN, startup
+
+if TYPE_CHECKING:
+    from tests.proxy.conftest import House
+    from tests.proxy.messages import Client
+
+AT_ONCE = 64
+
+
+class Crowd:
+    """Clients at a gate, each of which goes in and, if it is answered, out after that many seconds."""
+
+    def __init__(self, gate: Gate, *, answered_after: float | None) -> None:
+        self._gate = gate
+        self._answered_after = answered_after
+        self.entered: list[tuple[float, int]] = []
+        self.inside = self.most = 0
+
+    async def come(self, size: int) -> None:
+        async with trio.open_nursery() as nursery:
+            for number in range(size):
+                nursery.start_soon(self._come, number)
+                await trio.lowlevel.checkpoint()
+
+    async def _come(self, number: int) -> None:
+        await self._gate.enter(number)
+        self.entered.append((trio.current_time(), number))
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        if self._answered_after is not None:
+            await trio.sleep(self._answered_after)
+            self._gate.leave(number)
+            self._gate.leave(number)
+        self.inside -= 1
+
+
+async def test_in_their_order_and_no_more_than_so_many_at_once(autojump_clock: object) -> None:
+    del autojump_clock
+    slow: list[None] = []
+    crowd = Crowd(Gate(lambda: slow.append(None)), answered_after=0.01)
+    started = trio.current_time()
+    await crowd.come(1000)
+    assert crowd.most == AT_ONCE
+    assert [number for _, number in crowd.entered] == list(range(1000))
+    assert trio.current_time() - started < 1000 / AT_ONCE * 0.01 + 0.1
+    assert not slow
+
+
+async def test_a_server_that_does_not_answer_lets_so_many_through_each_second(autojump_clock: object) -> None:
+    del autojump_clock
+    slow: list[None] = []
+    crowd = Crowd(Gate(lambda: slow.append(None)), answered_after=None)
+    started = trio.current_time()
+    await crowd.come(5 * AT_ONCE)
+    assert trio.current_time() - started < 4.5
+    assert [number for _, number in crowd.entered] == list(range(5 * AT_ONCE))
+    assert slow
+
+
+async def test_who_gives_up_makes_way(autojump_clock: object) -> None:
+    del autojump_clock
+    gate = Gate(lambda: None)
+    for number in range(AT_ONCE):
+        await gate.enter(number)
+    with trio.move_on_after(0.1) as impatient:
+        await gate.enter(1000)
+    assert impatient.cancelled_caught
+    gate.leave(1000)
+    gate.leave(0)
+    with trio.fail_after(0.1):
+        await gate.enter(1001)
+
+
+async def test_the_next_ones_are_introduced_when_the_first_have_been_answered(house: House) -> None:
+    clients: list[Client] = []
+
+    async def come() -> None:
+        client = await house.connect()
+        clients.append(client)
+        await client.send(startup())
+
+    for _ in range(AT_ONCE + 3):
+        await come()
+    servers = [await house.backend.accept() for _ in range(AT_ONCE)]
+    await house.backend.accept_nobody()
+    await servers[0].log_in()  # answered
+    servers.append(await house.backend.accept())
+    await clients[1].close()  # gone
+    await servers[1].packet()
+    assert await servers[1].rest() == b""
+    await servers[1].close()
+    servers.append(await house.backend.accept())
+    await servers[2].close()  # refused
+    servers.append(await house.backend.accept())
+    await clients[0].expect(LOGGED_IN)
