@@ -28,7 +28,7 @@ from pgguard.attribution.privileges import Right, rights
 from pgguard.attribution.processes import read_process
 from pgguard.attribution.senders import CREDENTIALS_SPACE, ask_for_credentials, sender_pid
 from pgguard.attribution.sockets import SockDiag, TcpClient, client_socket
-from pgguard.attribution.stacks import find_py_spy, python_stacks
+from pgguard.attribution.stacks import find_py_spy, python_stacks, why_no_py_spy
 from pgguard.attribution.threads import Obstacle, Waiting, waiting_threads
 from pgguard.attribution.transparency import start as start_probe
 
@@ -414,7 +414,7 @@ class _Client:
         """Have py-spy show what the child does, once its threads have been tried: that takes the same rights."""
         self._require()
         if find_py_spy() is None:
-            raise _Missing("py-spy is not installed", "pip install 'pgguard[stacks]'")
+            raise _Missing(why_no_py_spy(), "pip install 'pgguard[stacks]'")
         if self._waiting is None or self._blind is not None:
             raise self._blind or _Missing(_BLIND)
         stacks = python_stacks([self._waiting.sleep], _SECONDS)

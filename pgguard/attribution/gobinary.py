@@ -65,7 +65,7 @@ def go_modules(path: Path) -> frozenset[str] | None:
             if header is None or _GO_NOTE not in _notes(file, header):
                 return None
             return frozenset(_modules(_build_info(file, header)))
-    except (OSError, struct.error, OverflowError):  # the last: a place beyond what can be in a file
+    except (OSError, struct.error, OverflowError, ValueError):  # the last two: a place where nothing can be
         return None
 
 

@@ -14,7 +14,9 @@ afterwards: a thread that didn't run has not changed its stack.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import selectors
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,11 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pgguard.attribution.runtime import Language, runtime_of
 from pgguard.attribution.threads import Obstacle, Sleep, find_sleep
+from pgguard.attribution.trust import distrust_path, programs_on_path
+
+_PIECE = 65536
+_OUTPUT_LIMIT = 1 << 21
+"""Bytes of an answer: a hundred threads' deep stacks. While one is decoded nothing else of the guard's runs."""
 
 
 class Frame(NamedTuple):
@@ -74,9 +81,29 @@ _DUMP = TypeAdapter(list[_Thread])
 
 
 def find_py_spy() -> str | None:
-    """Find py-spy's program: where the guard's own Python is, so that its optional extra wins, or else on ``PATH``."""
+    """Find py-spy's program: where the guard's own Python is, so that its optional extra wins, or else on ``PATH``.
+
+    It gets the guard's rights. What is beside the interpreter is as trustworthy as that; of what else is on ``PATH`` it
+    is made sure that nobody else may have put it there.
+    """
     beside = shutil.which("py-spy", path=str(Path(sys.executable).parent)) if sys.executable else None
-    return beside or shutil.which("py-spy")
+    return beside or next((str(path) for path in programs_on_path("py-spy") if _distrust(path) is None), None)
+
+
+def why_no_py_spy() -> str:
+    """Say why :func:`find_py_spy` finds none: a clause."""
+    for path in programs_on_path("py-spy"):
+        reason = _distrust(path)
+        if reason is not None:
+            return f"py-spy at {path} is not run: {reason}"
+    return "py-spy is not installed"
+
+
+def _distrust(path: Path) -> str | None:
+    try:
+        return distrust_path(path)
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def python_stacks(sleeps: Collection[Sleep], seconds: float = 0.5) -> Stacks:
@@ -96,7 +123,7 @@ def python_stacks(sleeps: Collection[Sleep], seconds: float = 0.5) -> Stacks:
     problems: dict[int, str] = {}
     program = find_py_spy()
     if program is None:
-        return Stacks(problems=dict.fromkeys(pids, "py-spy is not installed"))
+        return Stacks(problems=dict.fromkeys(pids, why_no_py_spy()))
     with contextlib.ExitStack() as stack:
         children: dict[int, subprocess.Popen[bytes]] = {}
         for pid in pids:
@@ -150,8 +177,9 @@ def _started(program: str, pid: int) -> Iterator[subprocess.Popen[bytes]]:
 
 def _result(child: subprocess.Popen[bytes], deadline: float) -> list[_Thread]:
     try:
-        output, complaint = child.communicate(timeout=max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
+        output, complaint = _read(child, deadline)
+        child.wait(max(0.0, deadline - time.monotonic()))
+    except (TimeoutError, subprocess.TimeoutExpired):
         raise _NoDump("py-spy didn't answer in time") from None
     if child.returncode != 0:
         raise _NoDump(f"py-spy: {_shorten(complaint.decode(errors='replace'))}")
@@ -159,6 +187,31 @@ def _result(child: subprocess.Popen[bytes], deadline: float) -> list[_Thread]:
         return _DUMP.validate_json(output)
     except ValidationError:
         raise _NoDump("py-spy's answer isn't understood") from None
+
+
+def _read(child: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, bytes]:
+    """What it writes to standard output and error. How much that is, the process decides that is looked at.
+
+    Raises TimeoutError, and _NoDump if it is too much.
+    """
+    said: dict[int, bytearray] = {}
+    with selectors.DefaultSelector() as waiting:
+        for stream in filter(None, (child.stdout, child.stderr)):
+            waiting.register(stream, selectors.EVENT_READ)
+            said[stream.fileno()] = bytearray()
+        while waiting.get_map():
+            ready = waiting.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            for key, _ in ready:
+                data = os.read(key.fd, _PIECE)
+                said[key.fd] += data
+                if not data:
+                    waiting.unregister(key.fileobj)
+                if len(said[key.fd]) > _OUTPUT_LIMIT:
+                    raise _NoDump("it has too much on its stacks")
+    output, complaint = said.values()
+    return bytes(output), bytes(complaint)
 
 
 def _shorten(complaint: str) -> str:

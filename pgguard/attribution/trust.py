@@ -20,6 +20,9 @@ from typing import BinaryIO
 _TRUSTED = frozenset({0, os.geteuid()})
 """Who may give orders: root, and the user that the guard was started as, whoever it has become since."""
 
+TRUST_REMEDY = "have it belong to root or to the guard's user, and nobody else write to it"
+"""What to do about a file that isn't trusted, an imperative."""
+
 _NAME_ONLY = os.O_PATH | os.O_CLOEXEC
 """Opens nothing: neither waits for the other end of a FIFO nor wakes a device. open(2)."""
 _CONTENT = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC

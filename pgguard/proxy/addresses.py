@@ -5,13 +5,14 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from psycopg import pq
 
+from pgguard.attribution.trust import TRUST_REMEDY, distrust_path
 from pgguard.proxy.conninfo import read_connection_string
 from pgguard.proxy.errors import ConfigurationError
 
@@ -138,6 +139,7 @@ def parse_upstream(conninfo: str) -> Upstream:
 def _defaults() -> dict[str, str]:
     """What libpq would fill in from its ``PG*`` variables and, where one is named, a service file."""
     if "PGSERVICE" in os.environ:
+        _trust_service_files()
         _check_service()
     options = pq.Conninfo.get_defaults()
     return {option.keyword.decode(): os.fsdecode(option.val) for option in options if option.val}
@@ -158,6 +160,22 @@ def _service(name: str | None) -> Iterator[None]:
             del os.environ["PGSERVICE"]
         else:
             os.environ["PGSERVICE"] = before
+
+
+def _trust_service_files() -> None:
+    """See to it that nobody else says where the server is, in what libpq takes for its service files.
+
+    "The Connection Service File" in the chapter on libpq.
+    """
+    places = [Path(os.environ.get("PGSERVICEFILE") or "~/.pg_service.conf")]
+    if "PGSYSCONFDIR" in os.environ:
+        places.append(Path(os.environ["PGSYSCONFDIR"], "pg_service.conf"))
+    for path in places:
+        reason = None
+        with suppress(OSError, RuntimeError):  # it isn't there, or nobody knows where that is: libpq will say so
+            reason = distrust_path(path.expanduser())
+        if reason is not None:
+            raise ConfigurationError(f"--upstream: the service file {path} is not read: {reason}: {TRUST_REMEDY}")
 
 
 def _check_service() -> None:

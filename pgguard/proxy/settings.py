@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from pgguard.attribution.privileges import Account
-from pgguard.attribution.trust import UntrustedError, open_trusted
+from pgguard.attribution.trust import TRUST_REMEDY, UntrustedError, open_trusted
 from pgguard.faults.policy import KindAction, Mode, Policy, PolicyError
 from pgguard.faults.sql import SqlMode
 from pgguard.proxy.addresses import Address, Upstream, parse_listen, parse_upstream
@@ -21,7 +21,6 @@ from pgguard.session.verdicts import Kind
 
 DEFAULT_CONFIG: Final = Path("pgguard.toml")
 DEFAULT_LISTEN: Final = "127.0.0.1:6544"
-_TRUST_REMEDY: Final = "have it belong to root or to the guard's user, and nobody else write to it"
 
 Seconds = Annotated[float, Field(ge=0, le=3600)]
 
@@ -139,7 +138,7 @@ def _read_default() -> tuple[dict[str, Any], str | None]:
     except FileNotFoundError:
         return {}, None  # a link that leads nowhere
     except UntrustedError as error:
-        return {}, f"{DEFAULT_CONFIG.absolute()} is not read: {error}: {_TRUST_REMEDY}, or remove it"
+        return {}, f"{DEFAULT_CONFIG.absolute()} is not read: {error}: {TRUST_REMEDY}, or remove it"
     except OSError as error:
         raise _unreadable(DEFAULT_CONFIG, error) from error
 
@@ -148,7 +147,7 @@ def _read_named(path: Path) -> dict[str, Any]:
     try:
         return _read(path)
     except UntrustedError as error:
-        raise ConfigurationError(f"--config {path}: {error}: {_TRUST_REMEDY}") from error
+        raise ConfigurationError(f"--config {path}: {error}: {TRUST_REMEDY}") from error
     except OSError as error:
         raise _unreadable(path, error) from error
 

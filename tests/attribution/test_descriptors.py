@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pgguard.attribution.descriptors import is_fork, list_children
+from pgguard.attribution import descriptors
+from pgguard.attribution.descriptors import find_sockets, is_fork, link_to, list_children
 from pgguard.attribution.processes import read_stat
 
 if TYPE_CHECKING:
@@ -74,3 +75,14 @@ def test_the_same_program_started_anew_is_no_fork(parent: Puppet) -> None:
     parent.do(f"again = subprocess.Popen([{sys.executable!r}, '-c', 'input()'], stdin=subprocess.PIPE)")
     assert not is_fork(parent.do("again.pid"), parent.pid)
     parent.do("again.stdin.close(); again.wait()")
+
+
+def test_of_very_many_descriptors_the_latest_are_looked_at(parent: Puppet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the others it isn't said that they are no sockets: nobody can be alone with one then."""
+    monkeypatch.setattr(descriptors, "_DESCRIPTORS", 10)
+    parent.do("first = socket.socket(); more = [os.dup(0) for _ in range(20)]; last = socket.socket()")
+    first, last = (parent.do(f"os.fstat({name}.fileno()).st_ino") for name in ("first", "last"))
+    assert set(find_sockets(parent.pid, {link_to(last): last})) == {last}
+    with pytest.raises(PermissionError):
+        find_sockets(parent.pid, {link_to(first): first, link_to(last): last})
+    assert find_sockets(parent.pid, {}) == {}

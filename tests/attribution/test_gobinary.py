@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import subprocess
-from typing import TYPE_CHECKING
+import time
+from pathlib import Path
 
 import pytest
 
-from pgguard.attribution.gobinary import go_modules
+from pgguard.attribution.gobinary import _string, go_modules
 from tests.integration.running import PROGRAMS
 from tests.languages import go_program
 from tests.servers import needs
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 MODULES = frozenset({"example.com/asker", "github.com/lib/pq"})
 
@@ -65,3 +63,48 @@ def test_what_is_no_program_of_gos_is_none(tmp_path: Path) -> None:
     assert go_modules(tmp_path / "text") is None
     (tmp_path / "elf").write_bytes(struct.pack("<4sBB58x", b"\x7fELF", 2, 1))
     assert go_modules(tmp_path / "elf") is None
+
+
+def _elf(path: Path, *, notes: int = 1, note: bytes = b"", sections: int = 0, tail: bytes = b"") -> Path:
+    """A file that says it is Go's: the header, as many program headers, and what they all point to."""
+    go_note = struct.pack("<III4s", 4, 0, 4, b"Go\0\0")
+    at = 64 + 56 * (notes + 1)
+    content = note + tail
+    header = struct.pack(
+        "<4sBB10xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 2, 62, 1, 0, 64, sections, 0, 64, 56, notes + 1, 64, 2, 1
+    )
+    programs = struct.pack("<IIQQQQQQ", 4, 4, at + len(go_note), 0, 0, len(note), 0, 4) * notes
+    programs += struct.pack("<IIQQQQQQ", 4, 4, at, 0, 0, len(go_note), 0, 4)
+    path.write_bytes(header + programs + go_note + content)
+    return path
+
+
+def test_the_kernels_own_way_of_laying_it_out_is_understood(tmp_path: Path) -> None:
+    assert go_modules(_elf(tmp_path / "program")) == frozenset()
+
+
+@pytest.mark.parametrize("sections", [(1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_a_place_beyond_the_end_of_any_file_is_none(sections: int, tmp_path: Path) -> None:
+    """The kernel runs such a program, as it doesn't look at the sections."""
+    assert go_modules(_elf(tmp_path / "program", sections=sections)) is None
+
+
+def test_notes_without_end_take_no_time(tmp_path: Path) -> None:
+    """As many as the kernel takes, all of them the same 64 kB of notes: six million."""
+    path = _elf(tmp_path / "program", notes=1169, note=struct.pack("<III", 0, 0, 1) * 5461)
+    began = time.thread_time()
+    assert go_modules(path) is None
+    assert time.thread_time() - began < 0.5
+
+
+def test_a_length_without_end_takes_no_time() -> None:
+    """As of a section that is as large as one that is read may be, with nothing but digits in it."""
+    began = time.thread_time()
+    _string(b"\xff" * (1 << 18), 0)
+    assert time.thread_time() - began < 0.5
+
+
+def test_what_is_no_regular_file_is_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert go_modules(tmp_path / "pipe") is None
+    assert go_modules(Path("/dev/zero")) is None

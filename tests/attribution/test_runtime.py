@@ -288,3 +288,59 @@ def test_an_image_is_read_once_and_tells_as_much_as_the_pid(puppet: Puppets) -> 
     assert runtime_of(image) == Runtime(Language.PYTHON, None, frozenset({Library.PSYCOPG2}))
     assert driver_of(image) is Driver.LIBPQ
     assert read_image(process.pid) is None
+
+
+class TestSomebodyElsesFiles:
+    """What stands in the working directory of a process is its own to choose, and root may read what it may not."""
+
+    GEMS = "GEM\n  specs:\n    sequel (5.84.0)\n"
+    RUBY = ("ruby", "-e", "STDOUT.sync = true; print 'x'; gets")
+
+    @pytest.fixture
+    def libraries(self, tmp_path: Path) -> Callable[[], frozenset[Library]]:
+        if shutil.which("ruby") is None:
+            not_installed("ruby")
+
+        def of_a_process_of_nobodys() -> frozenset[Library]:
+            tmp_path.chmod(0o755)
+            wrapper = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups") if os.geteuid() == 0 else ()
+            with _running(*wrapper, *self.RUBY, cwd=tmp_path) as pid:
+                return runtime_of(pid).libraries
+
+        return of_a_process_of_nobodys
+
+    def test_its_own_are_read(self, libraries: Callable[[], frozenset[Library]], tmp_path: Path) -> None:
+        (tmp_path / "Gemfile.lock").write_text(self.GEMS)
+        assert libraries() == {Library.SEQUEL}
+
+    def test_a_link_to_what_it_may_read_is_followed(
+        self, libraries: Callable[[], frozenset[Library]], tmp_path: Path
+    ) -> None:
+        (tmp_path / "other").write_text(self.GEMS)
+        (tmp_path / "Gemfile.lock").symlink_to("other")
+        assert libraries() == {Library.SEQUEL}
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root may read more than others")
+    def test_a_link_to_what_it_may_not_read_is_not(
+        self, libraries: Callable[[], frozenset[Library]], tmp_path: Path
+    ) -> None:
+        (tmp_path / "secret").write_text(self.GEMS)
+        (tmp_path / "secret").chmod(0o600)
+        (tmp_path / "Gemfile.lock").symlink_to("secret")
+        assert libraries() == frozenset()
+
+    @pytest.mark.parametrize("target", ["/dev/zero", "pipe", "."])
+    def test_what_is_no_file_is_neither_opened_nor_waited_for(
+        self, libraries: Callable[[], frozenset[Library]], tmp_path: Path, target: str
+    ) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "Gemfile.lock").symlink_to(target)
+        assert libraries() == frozenset()
+
+    def test_a_file_without_end_is_read_in_part(
+        self, libraries: Callable[[], frozenset[Library]], tmp_path: Path
+    ) -> None:
+        with (tmp_path / "Gemfile.lock").open("w") as file:
+            file.write(self.GEMS)
+            file.truncate(1 << 40)  # it takes no room on the disk
+        assert libraries() == {Library.SEQUEL}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pgguard.attribution.processes import read_process
-from pgguard.attribution.stacks import find_py_spy, python_stacks
+from pgguard.attribution.stacks import find_py_spy, python_stacks, why_no_py_spy
 from pgguard.attribution.threads import Obstacle, Sleep, Thread, find_sleep
 from tests.attribution.puppets import Puppet
 from tests.servers import needs
@@ -222,3 +223,47 @@ def test_a_py_spy_that_can_not_be_started_is_the_reason(
     monkeypatch.setattr("pgguard.attribution.stacks.find_py_spy", lambda: str(tmp_path / "gone"))
     sleep = _until_asleep(application.pid, application.pid, "pipe_read")
     assert python_stacks([sleep]).problems == {application.pid: "py-spy can't be run: No such file or directory"}
+
+
+class TestWhichProgram:
+    """It gets the guard's rights, so nobody else may say which it is."""
+
+    @pytest.fixture
+    def program(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A py-spy on PATH, with none beside the interpreter."""
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        directory = tmp_path / "bin"
+        directory.mkdir(mode=0o755)
+        program = directory / "py-spy"
+        program.touch(0o755)
+        monkeypatch.setenv("PATH", f"{directory}:/nowhere")
+        return program
+
+    def test_one_on_path_that_nobody_else_can_replace(self, program: Path) -> None:
+        assert find_py_spy() == str(program)
+
+    def test_not_one_in_a_directory_that_others_may_write(self, program: Path) -> None:
+        program.parent.chmod(0o777)
+        assert find_py_spy() is None
+        reason = f"of its directory {program.parent}, anybody may write to it"
+        assert why_no_py_spy() == f"py-spy at {program} is not run: {reason}"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    def test_not_somebody_elses(self, program: Path) -> None:
+        os.chown(program, 65534, 65534)
+        assert find_py_spy() is None
+        assert why_no_py_spy() == f"py-spy at {program} is not run: it belongs to user nobody"
+        sleep = Sleep(Thread(os.getpid(), 1, os.getpid(), 1), 1)
+        assert python_stacks([sleep]).problems == {os.getpid(): why_no_py_spy()}
+
+    @pytest.mark.parametrize("path", ["", ".", "bin", ":/nowhere"])
+    def test_not_one_in_the_working_directory(self, program: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(program.parent if path != "bin" else program.parent.parent)
+        monkeypatch.setenv("PATH", path)
+        assert find_py_spy() is None
+        assert why_no_py_spy() == "py-spy is not installed"
+
+    def test_an_answer_without_end_is_cut_short(self, application: Puppet, program: Path) -> None:
+        program.write_text("#!/bin/sh\nexec /usr/bin/tr '\\0' ' ' </dev/zero\n")
+        sleep = _until_asleep(application.pid, application.pid, "pipe_read")
+        assert python_stacks([sleep], seconds=10).problems == {application.pid: "it has too much on its stacks"}

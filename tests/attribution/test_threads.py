@@ -581,3 +581,30 @@ def test_the_numbers_of_the_system_calls_are_those_of_the_kernels_headers(header
         not_installed("the kernel's headers")
     defined = dict(re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)$", path.read_text(), re.MULTILINE))
     assert {name: int(defined[name]) for name in calls.values()} == {name: number for number, name in calls.items()}
+
+
+@pytest.mark.parametrize(
+    "code", ["libc.select(2**31 - 1, None, None, None, None)", "libc.select(262144, bits, None, None, None)"]
+)
+def test_a_select_of_any_number_takes_no_time(client: Puppet, code: str) -> None:
+    """The kernel cuts the number down to how many descriptors there can be; what it shows is what it was told."""
+    client.do("bits = ctypes.create_string_buffer(1 << 20); bits[3] = 1")
+    client.do("os.dup2(other.fileno(), 24)")
+    _start(client, code, "select", "pselect6")
+    process, inode = _process(client.pid), _inode(client)
+    began = time.thread_time()
+    waits = waiting_threads([process], inode, seconds=5)
+    assert time.thread_time() - began < 0.5
+    assert (waits.threads, waits.complete) == ((), True)
+
+
+def test_a_select_of_more_descriptors_than_are_looked_at_is_an_obstacle(client: Puppet) -> None:
+    client.do(
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        "for fd in range(100, 6100): os.dup2(other.fileno(), fd)\n"
+        "bits = ctypes.create_string_buffer(1024)\n"
+        "for fd in range(100, 6100): bits[fd // 8] = ord(bits[fd // 8]) | 1 << fd % 8"
+    )
+    _start(client, "libc.select(8192, bits, None, None, None)", "select", "pselect6")
+    assert _look(client).obstacles == {client.pid: Obstacle.LARGE_SET}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from pathlib import Path
@@ -19,7 +20,16 @@ from tests.proxy.messages import LOGGED_IN, cancel_request, startup
 
 @pytest.fixture(autouse=True)
 def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PGHOST", "PGHOSTADDR", "PGPORT", "PGSERVICE", "PGSERVICEFILE", "PGSSLMODE", "PGCONNECT_TIMEOUT"):
+    for name in (
+        "PGHOST",
+        "PGHOSTADDR",
+        "PGPORT",
+        "PGSERVICE",
+        "PGSERVICEFILE",
+        "PGSYSCONFDIR",
+        "PGSSLMODE",
+        "PGCONNECT_TIMEOUT",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -57,6 +67,24 @@ def test_a_service_file_does_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         monkeypatch.setenv("PGSERVICE", "app")
     upstream = parse_upstream("service=app port=6003" if by == "option" else "port=6003")
     assert upstream.addresses == (TcpAddress("service.example", 6003),)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("variable", ["PGSERVICEFILE", "HOME", "PGSYSCONFDIR"])
+def test_a_service_file_of_somebody_elses_does_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    """Whoever may write it would have all passwords sent to him."""
+    path = tmp_path / (".pg_service.conf" if variable == "HOME" else "pg_service.conf")
+    path.write_text("[app]\nhost=service.example\nport=6002\n")
+    monkeypatch.setenv(variable, str(path if variable == "PGSERVICEFILE" else tmp_path))
+    assert parse_upstream("service=app").addresses == (TcpAddress("service.example", 6002),)
+    os.chown(path, 65534, 65534)
+    with pytest.raises(
+        ConfigurationError, match=r"^--upstream: the service file .* is not read: it belongs to user nob"
+    ):
+        parse_upstream("service=app")
+    parse_upstream("host=db.example")
 
 
 @pytest.mark.parametrize(
