@@ -17,7 +17,7 @@ import pytest
 from tests.guard_process import Fault, GuardProcess, running_guard
 from tests.integration.bare import SECONDS, USER, Bare, Words, words
 from tests.integration.mortal import mortal_server
-from tests.integration.troubles import TROUBLES, Trouble, TroubledServer
+from tests.integration.troubles import TROUBLES, Trouble, TroubledServer, accept
 from tests.proxy.messages import LOGGED_IN, READY, TERMINATE, query
 from tests.servers import Address, installations, not_installed
 
@@ -197,9 +197,7 @@ def test_a_server_that_comes_back_at_its_address() -> None:
     with running_guard(address) as guard:
         _assert_unavailable(guard, "Connection refused")
         with socket.create_server(("127.0.0.1", address.port)) as listener, closing(Bare(guard.tcp)) as client:
-            listener.settimeout(SECONDS)
-            server, _ = listener.accept()
-            with server:
+            with accept(listener) as server:
                 server.sendall(LOGGED_IN)
                 assert client.until(READY) == LOGGED_IN
                 client.send(TERMINATE)
@@ -234,9 +232,7 @@ def test_a_server_that_takes_connections_out_of_its_backlog_late() -> None:
             with closing(Bare(guard.tcp)) as client:
                 time.sleep(1.5)
                 assert client.outcome(_QUIET) == (b"", "none")
-                listener.settimeout(SECONDS)
-                server, _ = listener.accept()
-                with server:
+                with accept(listener) as server:
                     server.sendall(LOGGED_IN)
                     client.socket.settimeout(SECONDS)
                     assert client.until(READY) == LOGGED_IN
@@ -256,9 +252,7 @@ def test_the_next_of_several_hosts_is_taken(server: Server, deaf: Address) -> No
         with psycopg.connect(guard.tcp.conninfo) as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
             with socket.create_server(("127.0.0.1", first)) as listener, closing(Bare(guard.tcp)) as client:
-                listener.settimeout(SECONDS)
-                other, _ = listener.accept()
-                with other:
+                with accept(listener) as other:
                     other.sendall(LOGGED_IN)
                     assert client.until(READY) == LOGGED_IN
                     client.send(TERMINATE)

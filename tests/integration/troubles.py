@@ -23,6 +23,7 @@ from tests.proxy.messages import (
     READY,
     SELECTED,
     SSL_REQUEST,
+    cancel_request,
     message,
     row,
 )
@@ -178,6 +179,9 @@ class TroubledServer:
             while (packet := _startup(sock)) in {SSL_REQUEST, GSSENC_REQUEST}:
                 sock.recv(len(packet))
                 sock.sendall(b"N")
+            if is_mark(packet):
+                sock.close()
+                return
             fields = packet[8:].split(b"\0")
             trouble = TROUBLES[int(fields[fields.index(b"user") + 1])]
             if not trouble.unread:
@@ -190,6 +194,22 @@ class TroubledServer:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             if trouble.then != "is silent":
                 sock.close()
+
+
+def is_mark(packet: bytes) -> bool:
+    """Whether it is a CancelRequest, as which a guard finds out that it isn't in front of itself."""
+    return packet[4:8] == cancel_request(0, b"")[4:8]
+
+
+def accept(listener: socket.socket) -> socket.socket:
+    """Accept the next client that wants to log in; a guard's mark is ignored, as a server does."""
+    listener.settimeout(SECONDS)
+    while True:
+        sock, _ = listener.accept()
+        sock.settimeout(SECONDS)
+        if not is_mark(_startup(sock)):
+            return sock
+        sock.close()
 
 
 def _startup(sock: socket.socket) -> bytes:
