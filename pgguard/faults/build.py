@@ -36,7 +36,7 @@ def build_fault(
     facts: SessionFacts,
     findings: Findings,
     *,
-    fault_id: int,
+    fault_id: int = 0,
     at: float,
     action: Action,
     sql_mode: SqlMode,
@@ -47,7 +47,7 @@ def build_fault(
         verdict: What the session core says, and :func:`pgguard.faults.conclude.conclude` has left of it.
         facts: The session that it says it of.
         findings: What attribution knows about the session's client at this moment.
-        fault_id: The record's number.
+        fault_id: The record's number; by default :meth:`pgguard.faults.docket.Docket.enter` gives it one.
         at: Seconds since the epoch.
         action: What is being done about it.
         sql_mode: How SQL text may appear.
@@ -80,7 +80,7 @@ def build_fault(
 
 
 def plain_fault(
-    verdict: Verdict, facts: SessionFacts, *, fault_id: int, at: float, severity: Severity, action: Action
+    verdict: Verdict, facts: SessionFacts, *, at: float, severity: Severity, action: Action
 ) -> Fault:
     """The record of a fault of which :func:`build_fault` can't be made, for whatever reason: what can't go wrong.
 
@@ -93,7 +93,7 @@ def plain_fault(
     if intruder is not None and not intruder.sampled:
         culprits = (Culprit(Role.INTRUDER, intruder.pid, intruder.tid, Evidence.KERNEL_SENDER, None),)
     return Fault(
-        id=fault_id,
+        id=0,
         at=at,
         kind=verdict.kind,
         severity=severity,

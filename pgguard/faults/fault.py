@@ -136,10 +136,10 @@ class Fault:
     severity: Severity
     action: Action
     repeat_of: int | None
-    """The id of the first record of the same fault, in the sense of :mod:`pgguard.faults.docket`; its requests aren't
-    repeated."""
+    """The id of the first record of the same fault, or of its cause, in the sense of :mod:`pgguard.faults.docket`; its
+    requests, stacks, story and advice aren't repeated."""
     suppressed: int
-    """Repeats since the last record of this fault that were counted and not recorded."""
+    """Faults of this cause, on whichever session, that were counted and not recorded since its last record."""
     summary: str
     """One line: who did what to whom."""
     reason: str
@@ -166,6 +166,8 @@ class Fault:
     """The session has ended with it."""
     sent_by: Sender | None = None
     """Who sent the message, where that is known."""
+    cause: int = 0
+    """The number of its cause: counts those of one run of the guard, from 1."""
 
     def outlined(self) -> Fault:
         """The same fault without what has been found out about it: what is left can be told in any case."""
@@ -179,6 +181,7 @@ class Fault:
         return {
             "id": self.id,
             "at": rfc3339(self.at),
+            "cause": self.cause,
             "kind": self.kind.value,
             "severity": self.severity.value,
             "action": self.action.value,
@@ -196,13 +199,17 @@ class Fault:
             "story": [_chapter_record(chapter) for chapter in self.story],
             "limit": None if self.limit is None else self.limit.value,
             "connections": None if self.shares is None else [_share_record(share) for share in self.shares],
-            "advice": {**self.advice._asdict(), "sources": list(self.advice.sources)},
+            "advice": None if self.repeat_of is not None else _advice_record(self.advice),
         }
 
 
 def rfc3339(at: float) -> str:
     """Seconds since the epoch as RFC 3339, UTC, with microseconds and ``Z``."""
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _advice_record(advice: Advice) -> dict[str, Any]:
+    return {**advice._asdict(), "sources": list(advice.sources)}
 
 
 def _session_record(session: SessionFacts) -> dict[str, Any]:

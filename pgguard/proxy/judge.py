@@ -20,6 +20,7 @@ from pgguard.faults.build import build_fault, build_instance, plain_fault
 from pgguard.faults.catalogue import CATALOGUE, Severity, severity_of
 from pgguard.faults.conclude import AT_ONCE, conclude, heirs, readers
 from pgguard.faults.fault import SessionFacts
+from pgguard.faults.docket import Entered
 from pgguard.faults.policy import Action, Policy
 from pgguard.faults.rejection import PLAIN_REJECTION, SQLSTATE, rejection
 from pgguard.proxy.investigation import EVIDENCE_BUDGET, Evidence, Investigation, known_at_once
@@ -58,6 +59,8 @@ _STRANGERS: Final = 1024
 """Processes that may wait to be looked at."""
 _INVESTIGATIONS: Final = 4
 """Threads that take evidence at the same time."""
+_SETTLING: Final = 1.0
+"""Seconds between two looks whether it is time to account for what was suppressed."""
 
 _GOODBYE_BUDGET: Final = 1.0
 """Seconds for which a Terminate may be held until it is seen whether somebody else has the connection open.
@@ -125,7 +128,7 @@ class Judge:
         witness: Witness | None,
         sessions: Callable[[], Iterable[ProxiedSession]],
     ) -> None:
-        self._actions = {(kind, severity): policy.decide(kind, severity) for kind in Kind for severity in Severity}
+        self._actions = _actions(policy)
         """What is done about which fault; ``None``: nothing."""
         self._sql_mode = sql_mode
         self._docket = docket
@@ -139,6 +142,14 @@ class Judge:
         self._strangers_send, self._strangers = trio.open_memory_channel[tuple["ProxiedSession", int]](_STRANGERS)
         self._refusals: dict[Refusal, list[tuple[ProxiedSession, Verdict]]] = {}
         """By what is being looked into, the sessions that have been refused for the same reason meanwhile."""
+
+    def follow(self, policy: Policy, sql_mode: SqlMode) -> None:
+        """Do from now on what another policy says. If that differs, faults that are known are news again."""
+        actions = _actions(policy)
+        if actions != self._actions:
+            self._docket.renew(at=time.time())
+        self._actions = actions
+        self._sql_mode = sql_mode
 
     def is_repeat(self, session: ProxiedSession, verdict: Verdict, now: float) -> bool:
         """Deal with a verdict for which nothing needs to be held: it is ignored, or logged and known.
@@ -175,14 +186,14 @@ class Judge:
                 return Ruling(None)
             known = self._known(session, concluded, now)
             if known is not None:
-                self._equate(session, verdict, concluded, now)
+                self._equate(session, verdict, concluded)
                 return self._repeat(session, concluded, known, now)
             if concluded.kind in _BY_SEVERAL and session.tracker is not None:
                 with spared(Loss.STEP, session):
                     session.tracker.expect_readers()
             ruling = self._enter(session, concluded, findings, now)
             if ruling.action is not None:
-                self._equate(session, verdict, concluded, now)
+                self._equate(session, verdict, concluded)
         finally:
             if verdict.refusal is not None:
                 self._count_meanwhile(verdict.refusal)
@@ -344,6 +355,13 @@ class Judge:
             for fault in self._docket.close(session.id, at=time.time()):
                 self._record(session, fault)
 
+    async def settle_accounts(self) -> None:
+        """Account for what was suppressed whenever it is time to; until cancelled."""
+        while True:
+            await trio.sleep(_SETTLING)
+            for fault in self._docket.settle(at=time.time()):
+                self._record(None, fault)
+
     def _ignores(self, kind: Kind) -> bool:
         return self._actions[kind, Severity.ERROR] is None
 
@@ -404,10 +422,10 @@ class Judge:
             note(Loss.MEMORY, session)
             return None
 
-    def _equate(self, session: ProxiedSession, verdict: Verdict, concluded: Verdict, now: float) -> None:
+    def _equate(self, session: ProxiedSession, verdict: Verdict, concluded: Verdict) -> None:
         """Know a fault by what the session core has said as well."""
         with spared(Loss.MEMORY, session):
-            self._record(session, self._docket.equate(session.id, verdict, concluded, at=now))
+            self._docket.equate(session.id, verdict, concluded)
 
     @staticmethod
     def _conclude(session: ProxiedSession, verdict: Verdict, findings: Findings) -> Verdict | None:
@@ -442,25 +460,17 @@ class Judge:
             return Ruling(None)
         if action is Action.REJECTED and verdict.ends:
             action = Action.LOGGED
-        number = 0
         try:
-            number = self._docket.next_id()
-            fault = build_fault(
-                verdict,
-                _facts(session),
-                findings,
-                fault_id=number,
-                at=now,
-                action=action,
-                sql_mode=self._sql_mode,
-            )
+            fault = build_fault(verdict, _facts(session), findings, at=now, action=action, sql_mode=self._sql_mode)
         except Exception:
             note(Loss.RECORD, session)
-            fault = plain_fault(verdict, _facts(session), fault_id=number, at=now, severity=severity, action=action)
+            fault = plain_fault(verdict, _facts(session), at=now, severity=severity, action=action)
+        entered = Entered(fault, (fault,))
         with spared(Loss.MEMORY, session):
-            self._record(session, self._docket.enter(verdict, fault))
-        self._record(session, fault)
-        return self._ruling(session, fault)
+            entered = self._docket.enter(verdict, fault)
+        for record in entered.records:
+            self._record(session, record)
+        return self._ruling(session, entered.fault)
 
     @staticmethod
     def _ruling(session: ProxiedSession, fault: Fault) -> Ruling:
@@ -474,10 +484,14 @@ class Judge:
             response = _PLAIN_RESPONSE
         return Ruling(fault.action, response)
 
-    def _record(self, session: ProxiedSession, fault: Fault | None) -> None:
+    def _record(self, session: ProxiedSession | None, fault: Fault | None) -> None:
         if fault is not None:
             with spared(Loss.SINKS, session):
                 self._sinks.record(fault)
+
+
+def _actions(policy: Policy) -> dict[tuple[Kind, Severity], Action | None]:
+    return {(kind, severity): policy.decide(kind, severity) for kind in Kind for severity in Severity}
 
 
 def _severity(session: ProxiedSession, verdict: Verdict, driver: Driver) -> Severity:

@@ -452,6 +452,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
     assert record == {
         "id": 7,
         "at": "2026-11-22T11:52:07.120402Z",
+        "cause": 0,
         "kind": "shared-by-processes",
         "severity": "error",
         "action": "logged",
@@ -554,7 +555,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
         },
     }
     assert list(record) == [
-        *("id", "at", "kind", "severity", "action", "repeat_of", "suppressed", "summary", "reason", "session"),
+        *("id", "at", "cause", "kind", "severity", "action", "repeat_of", "suppressed", "summary", "reason", "session"),
         *("message", "sent_by", "libpq", "culprits", "more_culprits", "requests", "story", "limit", "connections"),
         "advice",
     ]

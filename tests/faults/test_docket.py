@@ -1,7 +1,9 @@
-"""Repeats: in full once, rate-limited after that, counted always."""
+"""Repeats and causes: in full at first, rate-limited after that, counted always."""
 
 from __future__ import annotations
 
+import itertools
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,18 +11,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgguard.attribution.evidence import Driver
+from pgguard.attribution.findings import Findings
+from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.faults.catalogue import Severity
-from pgguard.faults.docket import FAULTS_PER_SESSION, RENEWAL, Docket, Instance
+from pgguard.faults.docket import (
+    CAUSES,
+    ENDS,
+    FAULTS,
+    FAULTS_PER_SESSION,
+    FORGOTTEN_AFTER,
+    FULL_INTERVAL,
+    FULL_RECORDS,
+    RENEWAL,
+    Docket,
+    Instance,
+)
 from pgguard.faults.fault import Fault
 from pgguard.faults.policy import Action
-from pgguard.session.verdicts import Kind, Limit, Refusal, Sender, Verdict
-from tests.faults.samples import FACTS, KERNEL, NOW, OVERLAP, QUERY, fault, verdict
+from pgguard.session.verdicts import Kind, Limit, Party, Refusal, Sender, Verdict
+from tests.faults.samples import FACTS, KERNEL, NOW, OVERLAP, QUERY, WORKER_0, WORKER_1, asleep, fault, process, verdict
 
 
-def enter(docket: Docket, what: Verdict = OVERLAP, *, session: int = 3, at: float = NOW) -> Fault:
-    first = fault(what, facts=replace(FACTS, id=session), id=docket.next_id(), at=at)
-    docket.enter(what, first)
-    return first
+def enter(
+    docket: Docket, what: Verdict = OVERLAP, *, session: int = 3, at: float = NOW, findings: Findings = KERNEL
+) -> Fault:
+    first = fault(what, findings, facts=replace(FACTS, id=session), at=at)
+    return docket.enter(what, first).fault
 
 
 SWAPPED = replace(OVERLAP, intruder=OVERLAP.requesters[0], requesters=(Sender(4867, 4880),))
@@ -111,8 +127,10 @@ def test_the_end_of_the_guard_closes_every_session() -> None:
     for session in (3, 4):
         enter(docket, session=session)
         docket.repeat(session, OVERLAP, at=NOW)
-    assert [record.session.id for record in docket.close_all(at=NOW)] == [3, 4]
+    [last] = docket.close_all(at=NOW)
+    assert (last.session.id, last.repeat_of, last.suppressed) == (4, 2, 0), "the one of session 3 stands in session 4's"
     assert docket.close_all(at=NOW) == []
+    assert docket.known(3, OVERLAP, at=NOW) is None
 
 
 def test_a_fault_that_is_not_known_can_not_repeat() -> None:
@@ -125,13 +143,8 @@ def test_memory_is_bounded_though_every_child_makes_a_new_fault() -> None:
     docket = Docket()
     enter(docket)
     docket.repeat(3, OVERLAP, at=NOW)
-    settled = []
     for pid in range(10_000, 10_000 + FAULTS_PER_SESSION):
-        what = replace(OVERLAP, intruder=Sender(pid))
-        settled.append(docket.enter(what, fault(what, KERNEL, id=docket.next_id())))
-    # The oldest went, and its suppressed repeat was not lost with it.
-    assert [record.repeat_of for record in settled if record is not None] == [1]
-    assert settled[-1] is not None
+        enter(docket, replace(OVERLAP, intruder=Sender(pid)))
     assert docket.known(3, OVERLAP, at=NOW) is None
     assert docket.known(3, replace(OVERLAP, intruder=Sender(10_000)), at=NOW) is not None
 
@@ -148,7 +161,7 @@ def test_a_fault_that_keeps_repeating_is_not_the_one_that_is_forgotten() -> None
 def test_every_time_is_counted_and_the_gravest_come_first() -> None:
     docket = Docket()
     busy = verdict(Kind.REQUEST_WHILE_BUSY)
-    docket.enter(busy, fault(busy, replace(KERNEL, driver=Driver.NODE), id=docket.next_id()))
+    enter(docket, busy, findings=replace(KERNEL, driver=Driver.NODE))
     enter(docket)
     enter(docket, session=4)
     for _ in range(10):
@@ -188,7 +201,7 @@ def test_what_evidence_has_shown_to_be_a_known_fault_is_known_from_then_on() -> 
     docket = Docket()
     first = enter(docket)
     assert docket.known(3, BUSY, at=NOW) is None
-    assert docket.equate(3, BUSY, OVERLAP, at=NOW) is None
+    docket.equate(3, BUSY, OVERLAP)
     known = docket.known(3, BUSY, at=NOW)
     assert known is not None
     assert (known.id, known.kind) == (first.id, Kind.SHARED_BY_PROCESSES)
@@ -200,7 +213,7 @@ def test_what_evidence_has_shown_to_be_a_known_fault_is_known_from_then_on() -> 
 def test_one_fault_by_two_names_is_rate_limited_counted_and_settled_once() -> None:
     docket = Docket()
     enter(docket)
-    docket.equate(3, BUSY, OVERLAP, at=NOW)
+    docket.equate(3, BUSY, OVERLAP)
     for what in (BUSY, OVERLAP, BUSY):
         assert docket.repeat(3, what, at=NOW + 0.5) is None
     (last,) = docket.close(3, at=NOW + 0.6)
@@ -211,7 +224,7 @@ def test_one_fault_by_two_names_is_rate_limited_counted_and_settled_once() -> No
 def test_a_fault_equated_with_itself_stays_one() -> None:
     docket = Docket()
     enter(docket)
-    assert docket.equate(3, OVERLAP, OVERLAP, at=NOW) is None
+    docket.equate(3, OVERLAP, OVERLAP)
     assert docket.known(3, OVERLAP, at=NOW) is not None
 
 
@@ -219,21 +232,17 @@ def test_a_fault_can_not_be_equated_with_one_that_is_not_known() -> None:
     docket = Docket()
     enter(docket)
     with pytest.raises(KeyError):
-        docket.equate(3, OVERLAP, BUSY, at=NOW)
+        docket.equate(3, OVERLAP, BUSY)
     with pytest.raises(KeyError):
-        docket.equate(4, BUSY, OVERLAP, at=NOW)
+        docket.equate(4, BUSY, OVERLAP)
 
 
-def test_a_fault_by_another_name_counts_against_the_bound_but_is_settled_with_its_last_name() -> None:
+def test_a_fault_by_another_name_counts_against_the_bound() -> None:
     docket = Docket()
     enter(docket)
-    docket.equate(3, BUSY, OVERLAP, at=NOW)
-    docket.repeat(3, BUSY, at=NOW)
-    settled = []
+    docket.equate(3, BUSY, OVERLAP)
     for pid in range(10_000, 10_000 + FAULTS_PER_SESSION):
-        what = replace(OVERLAP, intruder=Sender(pid))
-        settled.append(docket.enter(what, fault(what, KERNEL, id=docket.next_id())))
-    assert [record.repeat_of for record in settled if record is not None] == [1]
+        enter(docket, replace(OVERLAP, intruder=Sender(pid)))
     assert docket.known(3, BUSY, at=NOW) is None
 
 
@@ -271,20 +280,20 @@ def test_a_refusal_is_looked_into_anew_after_a_while_and_nothing_uncounted() -> 
     docket.repeat(9, FULL, at=NOW + 0.5, instance=AGAIN)
     assert docket.known(9, FULL, at=NOW + RENEWAL - 1) is not None
     assert docket.known(9, FULL, at=NOW + RENEWAL) is None
-    anew = fault(FULL, id=docket.next_id(), at=NOW + RENEWAL)
-    left = docket.enter(FULL, anew)
-    assert left is not None
-    assert (left.repeat_of, left.suppressed) == (1, 0)
+    [anew] = docket.enter(FULL, fault(FULL, at=NOW + RENEWAL)).records
+    assert (anew.id, anew.repeat_of, anew.suppressed) == (2, None, 1)
     assert [(count.faults, count.repeats) for count in docket.counts()] == [(2, 1)]
 
 
-def test_what_was_suppressed_of_a_refusal_is_accounted_for_when_other_sessions_end() -> None:
+def test_what_was_suppressed_is_accounted_for_when_it_is_time_to() -> None:
     docket = Docket(interval=1.0)
     enter(docket, FULL)
     for _ in range(3):
         assert docket.repeat(9, FULL, at=NOW + 0.5, instance=AGAIN) is None
     assert docket.close(9, at=NOW + 0.6) == []
-    [last] = docket.close(17, at=NOW + 1)
+    assert docket.settle(at=NOW + 0.9) == []
+    [last] = docket.settle(at=NOW + 1)
+    assert last.at == NOW + 0.5, "it says when it was"
     assert (last.repeat_of, last.suppressed, last.session.id) == (1, 2, 9)
     assert docket.close_all(at=NOW + 5) == []
 
@@ -307,3 +316,235 @@ def test_what_is_sent_on_top_of_an_unread_answer_is_no_repeat_of_its_lying_there
     assert docket.known(3, on_top, at=NOW) is None
     enter(docket, on_top)
     assert [count.severity for count in docket.counts()] == [Severity.ERROR, Severity.WARNING]
+
+
+# Causes, over all sessions
+
+STRANGER = verdict(Kind.PROTOCOL_VIOLATION, by=Party.STRANGER, ends=True)
+
+
+def recorded(docket: Docket, what: Verdict, session: int, at: float, findings: Findings = KERNEL) -> tuple[Fault, ...]:
+    """As the judge does: take note of a fault, whether it is news or not."""
+    if docket.known(session, what, at=at) is None:
+        return docket.enter(what, fault(what, findings, facts=replace(FACTS, id=session), at=at)).records
+    again = docket.repeat(session, what, at=at)
+    return () if again is None else (again,)
+
+
+def test_a_storm_of_sessions_is_recorded_by_its_cause() -> None:
+    """Eight bytes of nonsense on each of two thousand connections made 3.2 MB of records in eight seconds."""
+    docket = Docket()
+    records: list[Fault] = []
+    for session in range(1, 2001):
+        at = NOW + session * 0.004
+        records += recorded(docket, STRANGER, session, at, Findings())
+        records += docket.close(session, at=at)
+        records += docket.settle(at=at)
+    assert len(records) <= FULL_RECORDS + 8 + ENDS
+    assert sum(len(json.dumps(record.to_record())) for record in records) < 32_000
+    records += docket.close_all(at=NOW + 9)
+    assert sum(1 + record.suppressed for record in records) == 2000
+    assert [count.faults for count in docket.counts()] == [2000]
+    assert [record.id for record in records] == list(range(1, len(records) + 1))
+    assert {record.cause for record in records} == {1}
+    assert [record.repeat_of for record in records] == [None] * FULL_RECORDS + [1] * (len(records) - FULL_RECORDS)
+    assert docket._sessions == {}
+
+
+def test_a_thousand_sessions_that_repeat_are_recorded_no_more_often_than_one() -> None:
+    docket = Docket()
+    records: list[Fault] = []
+    for second in range(1, 11):
+        for session in range(1, 1001):
+            records += recorded(docket, OVERLAP, session, NOW + second + session / 1001)
+    assert len(records) <= FULL_RECORDS + 10
+    for session in range(1, 1001):
+        records += docket.close(session, at=NOW + 11)
+    assert len(records) <= FULL_RECORDS + 10 + ENDS + 1
+    records += docket.close_all(at=NOW + 12)
+    assert sum(1 + record.suppressed for record in records) == 10_000
+
+
+def test_a_cause_that_goes_on_for_a_day_is_recorded_less_and_less_often() -> None:
+    docket = Docket()
+    times = [second for second in range(24 * 3600) if recorded(docket, OVERLAP, 3, NOW + second)]
+    assert times[:60] == list(range(60))
+    assert len(times) < 24 * 350
+    assert max(later - earlier for earlier, later in itertools.pairwise(times)) <= FULL_INTERVAL / 60 + 1
+
+
+def test_a_repeat_on_another_session_says_which_and_by_whom() -> None:
+    docket = Docket()
+    for session in range(1, FULL_RECORDS + 1):
+        enter(docket, session=session)
+    worker = process(5000, 4864, "puma: cluster worker 7: 4864 [app]")
+    what = replace(OVERLAP, intruder=Sender(5000, 5000))
+    stack = (Frame("work", "app.py", 7),)
+    findings = replace(KERNEL, senders={4866: WORKER_0, 5000: worker}, stacks=Stacks({asleep(worker): stack}, {}))
+    [again] = recorded(docket, what, 99, NOW + 1, findings)
+    assert (again.cause, again.repeat_of, again.suppressed) == (1, 1, 0)
+    assert again.session.id == 99
+    assert again.summary.startswith("pid 5000 (puma: cluster worker 7) sent Query")
+    assert again.culprits[0].pid == 5000
+    assert (again.requests, again.story) == ((), ())
+    assert all(culprit.stack is None and culprit.stack_problem is None for culprit in again.culprits)
+    assert again.to_record()["advice"] is None
+
+
+OTHERS = replace(KERNEL, senders={4866: WORKER_0, 4867: process(4867, 4864, "sidekiq 7 [app]")})
+
+
+@pytest.mark.parametrize(
+    ("what", "findings", "cause"),
+    [
+        (OVERLAP, KERNEL, 1),
+        (replace(OVERLAP, intruder=Sender(9)), replace(KERNEL, senders={4866: WORKER_0, 9: WORKER_1}), 1),
+        (OVERLAP, OTHERS, 2),
+        (replace(OVERLAP, kind=Kind.SHARED_BY_THREADS), KERNEL, 2),
+        (replace(OVERLAP, intruder=OVERLAP.requesters[0], requesters=(Sender(4867, 4880),)), OTHERS, 2),
+        (OVERLAP, Findings(), 2),
+    ],
+)
+def test_a_cause_is_a_kind_by_the_same_programs_in_the_same_roles(
+    what: Verdict, findings: Findings, cause: int
+) -> None:
+    docket = Docket()
+    assert enter(docket).cause == 1
+    assert enter(docket, what, session=4, findings=findings).cause == cause
+
+
+def test_a_warning_of_one_cause_keeps_no_error_from_being_told_in_full() -> None:
+    docket = Docket()
+    left = verdict(Kind.UNCLEAN_CLOSE, requesters=(Sender(4866),))
+    for session in range(1, 10):
+        enter(docket, left, session=session)
+    [first] = recorded(docket, replace(left, open_request=True), 10, NOW)
+    assert (first.severity, first.repeat_of) == (Severity.ERROR, None)
+
+
+def test_what_is_not_recorded_is_acted_on_and_told_by_the_first_of_its_cause() -> None:
+    docket = Docket()
+    for session in range(1, FULL_RECORDS + 1):
+        enter(docket, session=session)
+    entered = docket.enter(OVERLAP, fault(facts=replace(FACTS, id=50), action=Action.REJECTED))
+    assert entered.records == ()
+    assert (entered.fault.id, entered.fault.action, entered.fault.session.id) == (1, Action.REJECTED, 50)
+    assert entered.fault.requests, "the client is told what was outstanding"
+    known = docket.known(50, OVERLAP, at=NOW)
+    assert known is not None
+    assert known.action is Action.REJECTED
+
+
+def test_a_cause_is_told_in_full_again_after_an_hour() -> None:
+    docket = Docket()
+    for session in range(1, 100):
+        enter(docket, session=session)
+    [anew] = recorded(docket, OVERLAP, 100, NOW + FULL_INTERVAL)
+    assert (anew.cause, anew.repeat_of, anew.suppressed) == (1, None, 99 - FULL_RECORDS)
+    for session in range(101, 101 + FULL_RECORDS):
+        enter(docket, session=session, at=NOW + FULL_INTERVAL)
+    [again] = recorded(docket, OVERLAP, 200, NOW + FULL_INTERVAL + 1)
+    assert again.repeat_of == anew.id
+
+
+def test_when_what_is_done_changes_every_fault_is_news() -> None:
+    docket = Docket()
+    for session in range(1, 20):
+        enter(docket, session=session)
+    docket.renew(at=NOW)
+    assert docket.known(3, OVERLAP, at=NOW) is None
+    [anew] = recorded(docket, OVERLAP, 3, NOW)
+    assert (anew.repeat_of, anew.suppressed) == (None, 19 - FULL_RECORDS)
+
+
+def program(n: int, *, pid: int = 1) -> Findings:
+    """Of the ``n``-th program, whose name has no number in it."""
+    name = "".join(chr(ord("a") + int(digit)) for digit in str(n))
+    return Findings(senders={pid: process(pid, None, name)})
+
+
+BY_ONE = verdict(Kind.MESSAGE_WHILE_IDLE, intruder=Sender(1))
+
+
+def test_causes_are_bounded_whatever_programs_call_themselves() -> None:
+    """A client can call itself anew on each connection."""
+    docket = Docket()
+    records: list[Fault] = []
+    for n in range(3000):
+        records += recorded(docket, BY_ONE, n, NOW + n * 0.001, program(n))
+        records += docket.close(n, at=NOW + n * 0.001)
+    assert len(docket._causes) == CAUSES + 1
+    assert len(records) <= CAUSES + FULL_RECORDS + 3 + ENDS
+    overflow = records[-1].cause
+    assert [record.cause for record in records].count(overflow) >= FULL_RECORDS
+    records += docket.close_all(at=NOW + 4)
+    assert sum(1 + record.suppressed for record in records) == 3000
+    assert [count.faults for count in docket.counts()] == [3000]
+
+
+def test_a_cause_that_has_been_quiet_makes_room_and_loses_nothing() -> None:
+    docket = Docket()
+    enter(docket, BY_ONE, findings=program(0))
+    docket.repeat(3, BY_ONE, at=NOW + 0.5)
+    for n in range(1, CAUSES):
+        enter(docket, BY_ONE, session=100 + n, findings=program(n))
+    later = NOW + 0.5 + FORGOTTEN_AFTER
+    last, news = docket.enter(BY_ONE, fault(BY_ONE, program(CAUSES), facts=replace(FACTS, id=9), at=later)).records
+    assert (last.cause, last.repeat_of, last.suppressed) == (1, 1, 0)
+    assert (news.cause, news.repeat_of) == (CAUSES + 1, None)
+    assert len(docket._causes) == CAUSES
+    # Its session goes on with it all the same, among those that are too many.
+    again = docket.repeat(3, BY_ONE, at=later)
+    assert again is None or again.repeat_of == 1
+    again = docket.repeat(3, BY_ONE, at=later + 1)
+    assert again is not None
+    assert again.repeat_of == 1
+    assert len(docket._causes) == CAUSES + 1
+
+
+def test_what_is_known_of_all_sessions_together_is_bounded() -> None:
+    docket = Docket()
+    for session in range(1, FAULTS + 11):
+        enter(docket, session=session)
+    assert len(docket._sessions) == len(docket._cases) == FAULTS
+    assert docket.known(10, OVERLAP, at=NOW) is None
+    assert docket.known(11, OVERLAP, at=NOW) is not None
+    for session in range(1, FAULTS + 11):
+        docket.close(session, at=NOW)
+    assert docket._sessions == {}
+    assert not docket._cases
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["fault", "fault", "fault", "close", "settle", "renew"]),
+            st.integers(1, 12),
+            st.integers(0, 3),
+            st.floats(-1, 90, allow_nan=False),
+        ),
+        max_size=80,
+    )
+)
+def test_nothing_is_lost_whatever_sessions_and_causes_there_are(steps: list[tuple[str, int, int, float]]) -> None:
+    docket = Docket()
+    records: list[Fault] = []
+    now, happened = NOW, 0
+    for what, session, which, gap in steps:
+        now += gap
+        if what == "close":
+            records += docket.close(session, at=now)
+        elif what == "settle":
+            records += docket.settle(at=now)
+        elif what == "renew":
+            docket.renew(at=now)
+        else:
+            happened += 1
+            who = Sender(which + 1)
+            records += recorded(docket, replace(BY_ONE, intruder=who), session, now, program(which, pid=who.pid))
+    records += docket.close_all(at=now)
+    assert sum(1 + record.suppressed for record in records) == happened
+    assert [record.id for record in records] == list(range(1, len(records) + 1))
+    assert sum(count.faults + count.repeats for count in docket.counts()) == happened
+    firsts = {record.id for record in records if record.repeat_of is None}
+    assert {record.repeat_of for record in records} <= firsts | {None}
