@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Protocol
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from pgguard.faults.fault import Fault
+
+_QUIET: Final = 60.0
+"""Seconds between two times that the same is said of a sink, at least."""
+_LOSING: Final = "faults are being lost"
+_WAITING: Final = "faults are kept until they can be recorded"
+_AGAIN: Final = "faults are recorded again"
 
 
 class Sink(Protocol):
@@ -22,38 +30,64 @@ class Sink(Protocol):
 
 
 class SinkError(Exception):
-    """A sink can't be opened or has failed; the message is one line for the user."""
+    """A sink can't be opened or has failed; the message is one line for the user.
+
+    Args:
+        message: That line.
+        lost: How many faults are lost with it; 0 if what could not be recorded is kept, to be tried again.
+    """
+
+    def __init__(self, message: str, *, lost: int = 1) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
+@dataclass(slots=True)
+class _Trouble:
+    """What has gone wrong with one sink."""
+
+    lost: int = 0
+    """Faults, since the guard started."""
+    said: str | None = None
+    """What has been said of it since it last worked."""
+    quiet_until: dict[str, float] = field(default_factory=dict)
+    """By what can be said, until when it isn't, on the monotonic clock."""
 
 
 class Fanout:
-    """Hands each fault to every sink, in order. Whatever a sink raises is counted, and said once for each sink.
+    """Hands each fault to every sink, in order. Whatever a sink raises is counted, and said for each sink.
+
+    It is said when a sink begins to fail and when it works again, each once a minute at most.
 
     Args:
         sinks: Those that get the faults.
-        complain: Called with one line, without ``pgguard:``, when a sink fails for the first time and, with the number
-            of faults that it has lost, when it is closed. What it raises is ignored.
+        complain: Called with one line, without ``pgguard:``, for that and, with the number of faults that a sink has
+            lost, when it is closed. What it raises is ignored.
     """
 
     def __init__(self, sinks: Iterable[Sink], complain: Callable[[str], None]) -> None:
         self._sinks = tuple(sinks)
         self._complain = complain
-        self._lost: dict[int, int] = {}
+        self._troubles = [_Trouble() for _ in self._sinks]
 
     @property
     def lost(self) -> int:
-        """How many times a sink has failed to take a fault."""
-        return sum(self._lost.values())
+        """How many faults have been lost, counted for each sink."""
+        return sum(trouble.lost for trouble in self._troubles)
 
     def record(self, fault: Fault) -> None:
         """Hand a fault to every sink; never raises."""
-        for number, sink in enumerate(self._sinks):
+        for sink, trouble in zip(self._sinks, self._troubles, strict=True):
             try:
                 self._hand(sink, fault)
             except Exception as error:
-                before = self._lost.get(number, 0)
-                self._lost[number] = before + 1
-                if not before:
-                    self._say(f"faults are being lost: {_in_one_line(error)}")
+                lost = error.lost if isinstance(error, SinkError) else 1
+                trouble.lost += lost
+                self._note(trouble, _LOSING if lost else _WAITING, f": {_in_one_line(error)}")
+            else:
+                if trouble.said is not None:
+                    self._note(trouble, _AGAIN, f"; {_number(trouble.lost)} lost so far" if trouble.lost else "")
+                    trouble.said = None
 
     @staticmethod
     def _hand(sink: Sink, fault: Fault) -> None:
@@ -67,19 +101,32 @@ class Fanout:
 
     def close(self) -> None:
         """Close every sink; never raises."""
-        for number, sink in enumerate(self._sinks):
-            lost = self._lost.get(number, 0)
+        for sink, trouble in zip(self._sinks, self._troubles, strict=True):
             try:
                 sink.close()
             except Exception as error:
-                self._say(_in_one_line(error))
-            if lost:
-                self._say(f"{lost} fault{'' if lost == 1 else 's'} could not be recorded by {type(sink).__name__}")
+                if isinstance(error, SinkError):
+                    trouble.lost += error.lost
+                if trouble.said is None or not isinstance(error, SinkError):
+                    self._say(_in_one_line(error))
+            if trouble.lost:
+                self._say(f"{_number(trouble.lost)} could not be recorded by {type(sink).__name__}")
+
+    def _note(self, trouble: _Trouble, what: str, details: str) -> None:
+        if trouble.said == what or time.monotonic() < trouble.quiet_until.get(what, 0.0):
+            return
+        trouble.said = what
+        trouble.quiet_until[what] = time.monotonic() + _QUIET
+        self._say(what + details)
 
     def _say(self, line: str) -> None:
         # If complaining fails, nobody is left to be told.
         with contextlib.suppress(Exception):
             self._complain(line)
+
+
+def _number(faults: int) -> str:
+    return f"{faults} fault{'' if faults == 1 else 's'}"
 
 
 def _in_one_line(error: Exception) -> str:

@@ -50,6 +50,50 @@ def test_a_failing_sink_is_counted_and_said_once() -> None:
     assert said[2:] == ["ZeroDivisionError", "3 faults could not be recorded by Broken"] * 2
 
 
+class Flaky:
+    """Fails when it is told to."""
+
+    def __init__(self) -> None:
+        self.error: SinkError | None = None
+
+    def record(self, fault: Fault) -> None:  # noqa: ARG002
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_is_kept_is_not_lost_and_that_it_works_again_is_said() -> None:
+    said: list[str] = []
+    flaky = Flaky()
+    fanout = Fanout([flaky], said.append)
+    flaky.error = SinkError("No space left on device", lost=0)
+    for _ in range(3):
+        fanout.record(fault())
+    assert said == ["faults are kept until they can be recorded: No space left on device"]
+    flaky.error = SinkError("No space left on device")
+    for _ in range(3):
+        fanout.record(fault())
+    assert said[1:] == ["faults are being lost: No space left on device"]
+    flaky.error = None
+    for _ in range(3):
+        fanout.record(fault())
+    assert said[2:] == ["faults are recorded again; 3 faults lost so far"]
+    assert fanout.lost == 3
+
+
+def test_a_sink_that_fails_and_works_by_turns_is_not_told_of_each_time() -> None:
+    said: list[str] = []
+    flaky = Flaky()
+    fanout = Fanout([flaky], said.append)
+    for n in range(1000):
+        flaky.error = SinkError("Resource temporarily unavailable", lost=n % 4 // 2) if n % 2 else None
+        fanout.record(fault())
+    assert len(said) <= 6
+    assert fanout.lost == 250
+
+
 def test_complaining_can_fail_as_well() -> None:
     def complain(line: str) -> None:
         raise BrokenPipeError(line)
