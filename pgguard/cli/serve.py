@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -20,19 +21,19 @@ from pgguard.attribution.transparency import start as start_probe
 from pgguard.attribution.trust import user_name
 from pgguard.attribution.witness import Witness
 from pgguard.faults.docket import Docket
-from pgguard.faults.text import redact
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.guard import Guard
 from pgguard.proxy.losses import Loss, remarks, spared
-from pgguard.proxy.settings import Settings, load_settings
+from pgguard.proxy.settings import Settings, load_settings, reload_settings
 from pgguard.proxy.upstream import barred
 from pgguard.reporting.console import ConsoleSink
 from pgguard.reporting.jsonl import JsonLines
-from pgguard.reporting.sinks import Fanout, Sink, SinkError
+from pgguard.reporting.log import BoundedLog
+from pgguard.reporting.sinks import Fanout, SinkError
 from pgguard.reporting.summary import summary_lines
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
     from pgguard.attribution.capabilities import Capability
@@ -45,36 +46,108 @@ _TRIAL: Final = 20.0
 _LOOK_FIRST: Final = 0.5
 """Seconds for a server to ignore a CancelRequest before clients are told that the guard is ready."""
 
+_TENDING: Final = 1.0
+"""Seconds between two looks at what waits to be written or said."""
+
 logger = logging.getLogger(__name__)
 
 
-class _ConsoleHandler(logging.Handler):
-    """Hands the log to the one who writes to standard error without holding anybody up.
+class _Voice:
+    """Says what is logged, without holding anybody up.
 
     It is held back until the guard can run as it was told to: else the user gets one line, which says why not.
     """
 
     def __init__(self, console: ConsoleSink) -> None:
-        super().__init__()
         self._console = console
         self._held: list[str] | None = []
 
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            line = redact(self.format(record))
-        except Exception:
-            line = f"pgguard: {record.msg}"
+    def __call__(self, text: str) -> None:
         if self._held is None:
-            self._console.say(line)
+            self._console.say(text)
         else:
-            self._held.append(line)
+            self._held.append(text)
 
     def begin(self) -> None:
         """Say what has been held back, and from now on everything at once; the console gets its thread."""
         held, self._held = self._held or [], None
         self._console.start()
-        for line in held:
-            self._console.say(line)
+        for text in held:
+            self._console.say(text)
+
+
+class _Hangups:
+    """Takes note of SIGHUP until somebody listens: whoever sends it early wants it obeyed, and not the guard's end."""
+
+    def __init__(self) -> None:
+        self.early = False
+
+    def __enter__(self) -> _Hangups:
+        self._before = signal.signal(signal.SIGHUP, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGHUP, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.early = True
+
+
+class _Reloader:
+    """Does what SIGHUP asks for: reopens the file of faults, and reads the configuration anew.
+
+    Args:
+        guard: Whose settings are changed.
+        settings: Those that it has been started with.
+        given: What options and environment say, which comes before the file.
+        config: The file, if one was named.
+        recorder: What appends to the file of faults, if there is one.
+    """
+
+    def __init__(
+        self, guard: Guard, settings: Settings, given: dict[str, Any], config: Path | None, recorder: JsonLines | None
+    ) -> None:
+        self._guard = guard
+        self._settings = settings
+        self._given = given
+        self._config = config
+        self._recorder = recorder
+
+    async def reload(self) -> None:
+        """Say what has been changed, and what can't be; with an error nothing is. Never raises but for cancellation."""
+        try:
+            reloaded = await trio.to_thread.run_sync(
+                reload_settings, self._settings, self._given, self._config, abandon_on_cancel=True
+            )
+            self._reopen(reloaded.settings)
+            self._guard.reload(reloaded.settings)
+        except ConfigurationError as error:
+            logger.error("SIGHUP: nothing has been changed: %s", error)  # noqa: TRY400 - it is the user's
+            return
+        except Exception:
+            logger.exception("SIGHUP: nothing has been changed")
+            return
+        self._settings = reloaded.settings
+        for remark in reloaded.remarks:
+            logger.info("SIGHUP: %s", remark)
+        if not reloaded.remarks:
+            logger.info("SIGHUP: the settings are as they were")
+
+    def _reopen(self, settings: Settings) -> None:
+        if self._recorder is None or settings.faults is None:
+            return
+        if settings.faults != self._settings.faults:
+            try:
+                self._recorder.move(settings.faults)
+            except SinkError as error:
+                raise ConfigurationError(f"faults: {error}") from error
+            return
+        try:
+            self._recorder.reopen()
+        except SinkError as error:
+            logger.error("SIGHUP: %s; it goes on with what it has open", error)  # noqa: TRY400 - it is the user's
+        else:
+            logger.info("SIGHUP: reopened %s", settings.faults)
 
 
 def serve(given: dict[str, Any], config: Path | None) -> int:
@@ -87,20 +160,30 @@ def serve(given: dict[str, Any], config: Path | None) -> int:
     Raises:
         ConfigurationError: the guard can't run like that.
     """
+    with _Hangups() as hangups:
+        return _run(given, config, hangups)
+
+
+def _run(given: dict[str, Any], config: Path | None, hangups: _Hangups) -> int:
     settings = load_settings(given, config)
     account = settings.account()
     docket = Docket()
     console = ConsoleSink(sys.stderr.fileno(), wait=True)
-    log = _ConsoleHandler(console)
-    logging.basicConfig(level=logging.INFO, format="pgguard: %(message)s", handlers=[log])
-    sinks = Fanout([*_recorders(settings), console], complain=logger.error)
+    voice = _Voice(console)
+    log = BoundedLog(voice)
+    logging.basicConfig(level=logging.INFO, handlers=[log])
+    recorder = _recorder(settings, account)
+    sinks = Fanout([console] if recorder is None else [recorder, console], complain=logger.error)
     try:
         witness = None if settings.attribution == "off" else Witness()
         guard = Guard(settings, sinks=sinks, docket=docket, witness=witness)
-        trio.run(_until_signalled, guard, settings, account, log.begin)
+        reloader = _Reloader(guard, settings, given, config, recorder)
+        tended = [log.settle] if recorder is None else [log.settle, recorder.tend]
+        trio.run(_until_signalled, guard, settings, account, voice.begin, hangups, reloader, tended)
         with spared(Loss.RECORD):
             for fault in docket.close_all(at=time.time()):
                 sinks.record(fault)
+        log.close()
         with spared(Loss.WORDS):
             for line in summary_lines(guard.sessions, docket.counts()):
                 console.say(line)
@@ -114,11 +197,11 @@ def serve(given: dict[str, Any], config: Path | None) -> int:
     return 0
 
 
-def _recorders(settings: Settings) -> list[Sink]:
+def _recorder(settings: Settings, account: Account | None) -> JsonLines | None:
     if settings.faults is None:
-        return []
+        return None
     try:
-        return [JsonLines(settings.faults)]
+        return JsonLines(settings.faults, owner=None if account is None else (account.uid, account.gid))
     except SinkError as error:
         raise ConfigurationError(f"--faults: {error}") from error
 
@@ -234,10 +317,18 @@ async def _look_around(settings: Settings) -> list[Capability]:
 
 
 async def _until_signalled(
-    guard: Guard, settings: Settings, account: Account | None, begin_to_log: Callable[[], None]
+    guard: Guard,
+    settings: Settings,
+    account: Account | None,
+    begin_to_log: Callable[[], None],
+    hangups: _Hangups,
+    reloader: _Reloader,
+    tended: Sequence[Callable[[], None]],
 ) -> None:
-    """Serve; the first SIGINT or SIGTERM lets sessions finish, the second doesn't."""
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals, contextlib.ExitStack() as stack:
+    """Serve; the first SIGINT or SIGTERM lets sessions finish, the second doesn't; SIGHUP reloads."""
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM))
+        reloads = stack.enter_context(trio.open_signal_receiver(signal.SIGHUP))
         addresses = await guard.listen()
         stack.callback(guard.close)
         probe = _start_probe(settings.attribution, guard.tcp_listeners())
@@ -258,11 +349,17 @@ async def _until_signalled(
             logger.info("PostgreSQL is at %s", guard.upstream)
             logger.info("ready on %s", ", ".join(map(str, addresses)))
 
-        await _serve(guard, signals, announce)
+        tasks = [partial(_tend, tended), partial(_reload, reloads, reloader, hangups.early)]
+        await _serve(guard, signals, announce, tasks)
 
 
-async def _serve(guard: Guard, signals: AsyncIterator[int], announce: Callable[[], None]) -> None:
-    """Serve, and announce it, unless it is found out that the guard is in front of itself.
+async def _serve(
+    guard: Guard,
+    signals: AsyncIterator[int],
+    announce: Callable[[], None],
+    tasks: Sequence[Callable[[], Awaitable[None]]],
+) -> None:
+    """Serve, announce it and begin the tasks beside it, unless it is found out that the guard is in front of itself.
 
     Raises:
         ConfigurationError: it is.
@@ -288,8 +385,25 @@ async def _serve(guard: Guard, signals: AsyncIterator[int], announce: Callable[[
             await looked.wait()
         if not loops:
             announce()
+            for task in tasks:
+                nursery.start_soon(task)
     for loop in loops:
         raise ConfigurationError(loop)
+
+
+async def _reload(reloads: AsyncIterator[int], reloader: _Reloader, early: bool) -> None:
+    if early:
+        await reloader.reload()
+    async for _ in reloads:
+        await reloader.reload()
+
+
+async def _tend(tended: Sequence[Callable[[], None]]) -> None:
+    """Have what waits to be written or said looked after, now and then."""
+    while True:
+        await trio.sleep(_TENDING)
+        for tend in tended:
+            tend()
 
 
 async def _obey(signals: AsyncIterator[int], guard: Guard, everything: trio.CancelScope) -> None:

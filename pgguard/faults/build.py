@@ -79,9 +79,7 @@ def build_fault(
     )
 
 
-def plain_fault(
-    verdict: Verdict, facts: SessionFacts, *, at: float, severity: Severity, action: Action
-) -> Fault:
+def plain_fault(verdict: Verdict, facts: SessionFacts, *, at: float, severity: Severity, action: Action) -> Fault:
     """The record of a fault of which :func:`build_fault` can't be made, for whatever reason: what can't go wrong.
 
     It says what kind of fault it is, of which session, which message shows it, what is done about it, and who the

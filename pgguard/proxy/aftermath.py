@@ -95,19 +95,24 @@ class Aftermath:
         self._cancel = cancel
         self._listened: dict[ProxiedSession, None] = {}
         """Those that are listened to, the first first."""
-        self._stopping = False
+        self.stopping = False
+        """The guard is about to end."""
 
     def forget(self, session: ProxiedSession) -> None:
         """Its sockets are closed."""
         self._listened.pop(session, None)
 
+    def cut_off(self, session: ProxiedSession) -> None:
+        """Have the server give up what it may be doing for a session that is being ended."""
+        if _is_busy(session):
+            with spared(Loss.STEP, session):
+                self._cancel(session)
+
     # Rejecting
 
     async def reject(self, session: ProxiedSession, ruling: Ruling) -> None:
         """Tell the client, cancel what runs upstream, close both connections."""
-        if _is_busy(session):
-            with spared(Loss.STEP, session):
-                self._cancel(session)
+        self.cut_off(session)
         session.phase = Phase.CONDEMNED
         self._relay.take_out(session)
         finished = False
@@ -206,7 +211,7 @@ class Aftermath:
                 return
             is_shared = False
             with spared(Loss.EVIDENCE, session):
-                is_shared = not self._stopping and await self._judge.is_shared(session)
+                is_shared = not self.stopping and await self._judge.is_shared(session)
             if is_shared:
                 patience = _LISTENING
                 self._listen(session)
@@ -232,7 +237,7 @@ class Aftermath:
 
     def stop_lingering(self, sessions: Iterable[ProxiedSession]) -> None:
         """Close those of the sessions that are over already, and from now on listen to none that is."""
-        self._stopping = True
+        self.stopping = True
         for session in [session for session in sessions if session.phase is Phase.LINGERING]:
             self._relay.finish(session)
 
@@ -267,8 +272,10 @@ class Aftermath:
 
 def _is_busy(session: ProxiedSession) -> bool:
     """Whether something may run upstream. Where that isn't known, a cancel that comes too late does no harm."""
+    if session.tracker is None:
+        return session.protocol is not None and session.afterwards is None
     try:
-        return session.tracker is not None and not session.tracker.idle
+        return not session.tracker.idle
     except Exception:
         note(Loss.STEP, session)
         return True

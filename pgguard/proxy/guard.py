@@ -6,7 +6,8 @@ The tasks, all children of :meth:`Guard.serve`:
 - one for each new client, until it has been introduced to the server (:mod:`pgguard.proxy.greeting`);
 - the sweep (:mod:`pgguard.proxy.sweep`), with a task for each session that is being judged;
 - the registrar, which finds out who opened new connections;
-- the watch over what no message shows (:mod:`pgguard.proxy.watch`).
+- the watch over what no message shows (:mod:`pgguard.proxy.watch`);
+- one that has accounted for what was suppressed of the records.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
+import math
 import os
 import resource
 import socket
@@ -69,6 +71,8 @@ _HASTE: Final = 2.0
 """Seconds for a client to say who it is that is to be told that there is no room."""
 _INTRODUCTION: Final = 0.25
 """Seconds to find out who has brought a mark back."""
+_LAST_CANCEL: Final = 1.0
+"""Seconds in which queries are cancelled whose sessions are cut off as the guard ends."""
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +113,7 @@ class Guard:
             self._judge, cancel=self._cancel, answered=self._answered, closed=self._forget, unread=self._unread
         )
         self._watch = Watch(self._sessions, accuse=self._sweep.accuse)
+        self._watch.limit_idleness(settings.idle_in_transaction)
         self._senders: KernelSenders | None = None
         self._last_number = 0
         self._all_gone = trio.Event()
@@ -213,7 +218,8 @@ class Guard:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._sweep.run)
-                nursery.start_soon(keep_going, self._watch.over_transactions, self._settings.idle_in_transaction)
+                nursery.start_soon(keep_going, self._judge.settle_accounts)
+                nursery.start_soon(keep_going, self._watch.over_transactions)
                 if self._witness is not None:
                     nursery.start_soon(keep_going, self._register, self._witness)
                     nursery.start_soon(keep_going, self._judge.look_at_strangers, self._witness)
@@ -238,8 +244,23 @@ class Guard:
         self._listeners.clear()
         self._door.give_up()
 
+    def reload(self, settings: Settings) -> None:
+        """Go on by other settings: those that :func:`pgguard.proxy.settings.reload_settings` lets change.
+
+        Raises:
+            ConfigurationError: they contradict themselves; nothing has changed.
+        """
+        self._judge.follow(settings.policy(), settings.sql)
+        self._settings = settings
+        self._watch.limit_idleness(settings.idle_in_transaction)
+        self._unread.limit(settings.unread_answer)
+
     def stop(self) -> None:
-        """Accept nobody any more, and end when the sessions are done, or after the settings' ``shutdown_timeout``."""
+        """Accept nobody any more, and end when the sessions are done, or after the settings' ``shutdown_timeout``.
+
+        Sessions that aren't done by then are cut off, and so are all that are left if :meth:`serve` is cancelled after
+        this; the queries that run for them are cancelled on the server.
+        """
         self._stopping.set()
 
     async def _finish_sessions(self) -> None:
@@ -485,8 +506,11 @@ class Guard:
         key = session.protocol.cancel_key if session.protocol is not None else None
         if key is None or session.upstream is None:
             return
+        # A guard that ends waits for it for a moment, and for no longer.
+        ends = self._stopping.is_set()
         try:
-            await cancel_query(session.upstream, self._upstream.connect_timeout, key)
+            with trio.CancelScope(shield=ends, deadline=trio.current_time() + (_LAST_CANCEL if ends else math.inf)):
+                await cancel_query(session.upstream, self._upstream.connect_timeout, key)
         except UpstreamUnavailable as error:
             logger.warning("session %d: its query could not be cancelled: %s", session.id, error)
         except Exception:

@@ -19,8 +19,8 @@ from pgguard.attribution.findings import Findings
 from pgguard.faults.build import build_fault, build_instance, plain_fault
 from pgguard.faults.catalogue import CATALOGUE, Severity, severity_of
 from pgguard.faults.conclude import AT_ONCE, conclude, heirs, readers
-from pgguard.faults.fault import SessionFacts
 from pgguard.faults.docket import Entered
+from pgguard.faults.fault import SessionFacts
 from pgguard.faults.policy import Action, Policy
 from pgguard.faults.rejection import PLAIN_REJECTION, SQLSTATE, rejection
 from pgguard.proxy.investigation import EVIDENCE_BUDGET, Evidence, Investigation, known_at_once

@@ -7,7 +7,7 @@ import os
 import pwd
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
@@ -18,6 +18,9 @@ from pgguard.faults.sql import SqlMode
 from pgguard.proxy.addresses import Address, Upstream, parse_listen, parse_upstream
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.session.verdicts import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DEFAULT_CONFIG: Final = Path("pgguard.toml")
 DEFAULT_LISTEN: Final = "127.0.0.1:6544"
@@ -105,6 +108,79 @@ class Settings(BaseModel):
             return Policy(self.mode, {kind: settings.action for kind, settings in self.kinds.items()})
         except PolicyError as error:
             raise ConfigurationError(f"[kinds]: {error}") from error
+
+
+_AT_RUN_TIME: Final = (
+    "mode",
+    "kinds",
+    "sql",
+    "idle_in_transaction",
+    "unread_answer",
+    "startup_timeout",
+    "shutdown_timeout",
+)
+"""What can be changed while the guard runs; and ``faults``, from one file to another."""
+
+
+class Reloaded(NamedTuple):
+    """What has become of settings that were read again."""
+
+    settings: Settings
+    """Those that hold from now on."""
+    remarks: list[str]
+    """One for each setting that differs: what has been changed, and what can't be; no value of a connection string."""
+
+
+def reload_settings(current: Settings, given: dict[str, Any], config: Path | None) -> Reloaded:
+    """Read the settings again, and change those that can be changed at run time.
+
+    Args:
+        current: those that hold.
+        given: as for :func:`load_settings`: what comes before the file did so at the start, and does now.
+        config: likewise.
+
+    Raises:
+        ConfigurationError: as there, or they contradict themselves: nothing is to be changed.
+    """
+    if config is None and os.path.lexists(DEFAULT_CONFIG):
+        config = DEFAULT_CONFIG  # if it isn't trusted any more, nothing changes
+    asked = load_settings(given, config)
+    asked.policy()
+    differing = [name for name in Settings.model_fields if getattr(asked, name) != getattr(current, name)]
+    if "listen" in differing:
+        asked.addresses()
+    if "upstream" in differing:
+        asked.server()
+    changed: dict[str, Any] = {}
+    remarks = [] if asked.remark in (None, current.remark) else [str(asked.remark)]
+    for name in differing:
+        before, now = getattr(current, name), getattr(asked, name)
+        if name in _AT_RUN_TIME or (name == "faults" and None not in (before, now)):
+            changed[name] = now
+            remarks += (
+                _changes(before, now) if name == "kinds" else [f"{name} is {_shown(now)} now, not {_shown(before)}"]
+            )
+        else:
+            remarks.append(f"{name} stays as it was: it takes a restart to change it")
+    settings = current.model_copy(update=changed)
+    settings._remark = asked.remark  # noqa: SLF001 - nobody else sets it
+    return Reloaded(settings, remarks)
+
+
+def _changes(before: Mapping[Kind, KindSettings], now: Mapping[Kind, KindSettings]) -> list[str]:
+    """What has changed in what is said about kinds."""
+    actions = {kind: (before.get(kind), now.get(kind)) for kind in Kind}
+    return [
+        f"kinds.{kind} is {_action(new)} now, not {_action(old)}" for kind, (old, new) in actions.items() if old != new
+    ]
+
+
+def _action(settings: KindSettings | None) -> str:
+    return "as mode says" if settings is None else settings.action
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def load_settings(given: dict[str, Any], config: Path | None) -> Settings:

@@ -147,6 +147,8 @@ class Sweep:
                     await self._sweep_while_busy()
         finally:
             for session in list(self._sessions):
+                if self._aftermath.stopping:
+                    self._aftermath.cut_off(session)
                 self.finish(session)
             self._epoll.close()
             with spared(Loss.TIDINESS):
@@ -688,8 +690,12 @@ class Sweep:
         self._aftermath.stop_lingering(self._sessions)
 
     def dismiss(self, session: ProxiedSession, farewell: bytes) -> None:
-        """Close a session now, telling the client why if it isn't in the middle of a message. Doesn't wait for it."""
+        """Close a session now, telling the client why if it isn't in the middle of a message. Doesn't wait for it.
+
+        What the server is still doing for it is cancelled.
+        """
         tracker = session.tracker
+        self._aftermath.cut_off(session)
         if tracker is not None and not _is_inside_message(session) and not session.client.outgoing:
             with suppress(OSError):
                 session.client.send(farewell)

@@ -193,13 +193,17 @@ class UnreadWatch:
     """
 
     def __init__(self, threshold: float) -> None:
-        self._threshold = threshold
-        self._interval = min(_INTERVAL, max(_LEAST_INTERVAL, threshold * _SHARE)) if threshold else _INTERVAL
+        self.limit(threshold)
         self._accuse: Callable[[ProxiedSession, Verdict], bool]
         self._set_alarm: Callable[[End], ReadingAlarm]
         self._witness: Witness | None = None
         self._listed: dict[int, ProxiedSession] = {}
         self._stirred = trio.Event()
+
+    def limit(self, threshold: float) -> None:
+        """Report what lies unread for that many seconds from now on; 0: never."""
+        self._threshold = threshold
+        self._interval = min(_INTERVAL, max(_LEAST_INTERVAL, threshold * _SHARE)) if threshold else _INTERVAL
 
     def stir(self, session: ProxiedSession) -> None:
         """A session is making a request: its answer is to be looked after."""

@@ -100,6 +100,9 @@ class Watch:
         left the inherited ones alone; the opener that was asked about last is the last one."""
         self._last_arrival = -math.inf
         self._arrived = trio.Event()
+        self._idleness = 0.0
+        """Seconds for which a transaction may sit idle; 0: for ever."""
+        self._idleness_limited = trio.Event()
 
     def arrival(self) -> None:
         """A client has come, and may soon fork."""
@@ -315,13 +318,20 @@ class Watch:
 
     # Transactions
 
-    async def over_transactions(self, threshold: float) -> None:
-        """Look which transactions sit idle for more than ``threshold`` seconds; until cancelled. 0: for ever."""
-        if not threshold:
-            return
-        interval = min(_IDLE_INTERVAL, threshold * _IDLE_PRECISION)
+    def limit_idleness(self, threshold: float) -> None:
+        """Let transactions sit idle for that many seconds from now on; 0, and at first: for ever."""
+        self._idleness = threshold
+        self._idleness_limited.set()
+
+    async def over_transactions(self) -> None:
+        """Look which transactions sit idle for longer than they may; until cancelled."""
         while True:
-            await trio.sleep(interval)
+            self._idleness_limited = trio.Event()
+            threshold = self._idleness
+            interval = min(_IDLE_INTERVAL, threshold * _IDLE_PRECISION) if threshold else math.inf
+            with trio.move_on_after(interval):
+                await self._idleness_limited.wait()
+                continue
             now = trio.current_time()
             for session in list(self._sessions.values()):
                 with spared(Loss.EVIDENCE, session):

@@ -41,12 +41,13 @@ class JsonLines:
 
     Args:
         path: The file, which is created if it isn't there.
+        owner: A user and a group, who get the file if it is created now: those that the guard is going to become.
 
     Raises:
         SinkError: It can't be opened for appending; the message says why.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, owner: tuple[int, int] | None = None) -> None:
         self._path = path
         self._backlog: deque[bytes] = deque()
         self._kept = 0
@@ -56,7 +57,7 @@ class JsonLines:
         self._moved = False
         """What has been written to is no longer the file by that name, and that can't be opened."""
         self._looked = time.monotonic()
-        self._fd = self._open()
+        self._fd = self._open(owner)
 
     def record(self, fault: Fault) -> None:
         """Append a fault.
@@ -172,9 +173,9 @@ class JsonLines:
         self._moved = False
         self._looked = time.monotonic()
 
-    def _open(self) -> int:
+    def _open(self, owner: tuple[int, int] | None = None) -> int:
         try:
-            return open_for_appending(self._path)
+            return open_for_appending(self._path, owner=owner)
         except Untrusted as error:
             raise SinkError(f"can't append faults to {self._path}: {error}") from error
         except OSError as error:

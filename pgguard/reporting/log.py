@@ -79,7 +79,10 @@ class BoundedLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Say a line, or count it."""
-        text = record.getMessage()
+        try:
+            text = record.getMessage()
+        except Exception:
+            text = str(record.msg)
         if record.name == self._unbounded or record.name.startswith(f"{self._unbounded}."):
             self._say(_safe(_PREFIX + text))
             return
@@ -91,16 +94,17 @@ class BoundedLog(logging.Handler):
         if now - remark.began >= WINDOW and not remark.unsaid:
             self._remarks[kind] = remark = _Remark(now)
         error = record.exc_info[1] if record.exc_info else None
-        if error is not None:
-            text += f": {type(error).__name__}: {error}"
+        short = text if error is None else f"{text}: {type(error).__name__}: {error}"
         if remark.said >= SAID:
             remark.unsaid += 1
-            remark.last = _safe(" ".join(text.split()))
+            remark.last = _safe(" ".join(short.split()))
             if remark.is_due(now):
                 self._say(remark.summary(now))
             return
-        if error is not None and not remark.said:
-            text = "\n".join([record.getMessage(), "".join(traceback.format_exception(error)).rstrip()])
+        if error is None or remark.said:
+            text = short
+        else:
+            text = f"{text}\n{''.join(traceback.format_exception(error)).rstrip()}"
         remark.said += 1
         remark.counted_at = now
         self._say(_safe(_PREFIX + text))

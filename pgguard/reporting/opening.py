@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import errno
 import os
-import pwd
 import stat
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from pgguard.attribution.trust import user_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,20 +45,25 @@ class Untrusted(Exception):
     """Somebody else could decide what is written to; the message is a clause that says who, and what to change."""
 
 
-def open_for_appending(path: Path) -> int:
+def open_for_appending(path: Path, *, owner: tuple[int, int] | None = None) -> int:
     """Open a file, or create it for its owner to write and its group to read; returns the descriptor.
+
+    Args:
+        path: The file.
+        owner: A user and a group, who get it if it is created.
 
     Raises:
         OSError: It can't be opened.
         Untrusted: It, or the way to it, is somebody else's.
     """
-    return _Walk(path).open()
+    return _Walk(path, owner).open()
 
 
 class _Walk:
     """The way to one file, from directory to directory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, owner: tuple[int, int] | None) -> None:
+        self._owner = owner
         self._names = deque(_names(path))
         self._shown = Path("/" if path.is_absolute() else ".")
         self._links = 0
@@ -107,7 +113,7 @@ class _Walk:
         owner = os.fstat(link).st_uid
         if owner not in self._trusted:
             raise Untrusted(
-                f"{self._shown / name} is a symbolic link of {_user(owner)}, who could lead it elsewhere: "
+                f"{self._shown / name} is a symbolic link of {user_name(owner)}, who could lead it elsewhere: "
                 "name the file that it leads to"
             )
         self._links += 1
@@ -125,10 +131,7 @@ class _Walk:
             found = os.open(name, _LOOK, dir_fd=self._directory)
         except FileNotFoundError:
             self._check_directory()
-            try:
-                return os.open(name, _FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, _MODE, dir_fd=self._directory)
-            except FileExistsError:
-                return None
+            return self._create(name)
         try:
             is_link = stat.S_ISLNK(os.fstat(found).st_mode)
             if is_link and self._is_the_kernels(found):
@@ -139,6 +142,16 @@ class _Walk:
             return self._open_found(name, found)
         finally:
             os.close(found)
+
+    def _create(self, name: str) -> int | None:
+        flags = _FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        try:
+            created = os.open(name, flags, _MODE, dir_fd=self._directory)
+        except FileExistsError:
+            return None
+        if self._owner is not None:
+            os.fchown(created, *self._owner)
+        return created
 
     def _open_found(self, name: str, found: int) -> int | None:
         self._check_directory()
@@ -167,10 +180,10 @@ class _Walk:
             return  # what else there is, only root can have made, or it can't be written to
         keeper = os.fstat(self._directory).st_uid
         if facts.st_uid not in {*self._trusted, keeper}:
-            raise Untrusted(f"it belongs to {_user(facts.st_uid)}: name a file of your own, or remove it")
+            raise Untrusted(f"it belongs to {user_name(facts.st_uid)}: name a file of your own, or remove it")
         if facts.st_nlink > 1 and keeper not in self._trusted:
             raise Untrusted(
-                f"it has another name as well, which {_user(keeper)} may have chosen: remove {self._shown / name}"
+                f"it has another name as well, which {user_name(keeper)} may have chosen: remove {self._shown / name}"
             )
 
     @staticmethod
@@ -185,10 +198,3 @@ def _names(path: Path) -> Iterator[str]:
     """A path's names, ``..`` among them."""
     names = [part for part in path.parts if part != "/"]
     yield from names or ["."]
-
-
-def _user(uid: int) -> str:
-    try:
-        return f"user {pwd.getpwuid(uid).pw_name}"
-    except KeyError:
-        return f"user {uid}"

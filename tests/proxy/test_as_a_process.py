@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -293,8 +296,9 @@ async def test_a_full_disk_is_said_once_and_costs_nothing(backend: FakeBackend, 
 async def test_standard_error_that_nobody_reads_holds_up_nothing(backend: FakeBackend, tmp_path: Path) -> None:
     """Neither the reports nor the log, and not the end either."""
     with spawned(upstream(backend), cwd=tmp_path) as guard:
+        fcntl.fcntl(guard.process.stderr or 0, fcntl.F_SETPIPE_SZ, 4096)
         client, server = await session(guard, backend)
-        for _ in range(150):  # each says more than 400 bytes, and a pipe holds 64 kB
+        for _ in range(30):  # the first of them say more than the pipe holds
             other, its_server = await session(guard, backend)
             await its_server.send(COLUMNS)
             await other.expect(COLUMNS)
@@ -311,6 +315,41 @@ async def test_standard_error_that_nobody_reads_holds_up_nothing(backend: FakeBa
             await until(lambda: os.waitid(os.P_PID, guard.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None)
         assert time.monotonic() - started < 5
         guard.end()
+
+
+def test_a_storm_of_strangers_fills_neither_the_file_nor_the_screen(tmp_path: Path) -> None:
+    """Each connects, sends eight bytes of nonsense and goes: 3.2 MB of records in eight seconds."""
+    faults = tmp_path / "faults.jsonl"
+    with spawned("host=127.0.0.1 port=1", "--faults", str(faults), cwd=tmp_path) as guard:
+        began = time.monotonic()
+        for _ in range(500):
+            with socket.create_connection(("127.0.0.1", guard.port)) as sock:
+                sock.sendall(b"nonsense")
+                assert sock.recv(1) == b""
+        seconds = time.monotonic() - began
+        guard.signal(signal.SIGTERM)
+        said = guard.end()
+    records = [json.loads(line) for line in faults.read_text().splitlines()]
+    assert sum(1 + record["suppressed"] for record in records) == 500
+    assert len(records) <= 5 + seconds + 5 + 2
+    assert {record["cause"] for record in records} == {1}
+    assert "500 sessions, 500 notices\n" in said
+    assert len(said.splitlines()) < len(records) + 20
+
+
+async def test_a_server_that_is_not_there_is_said_a_few_times_and_counted(tmp_path: Path) -> None:
+    with spawned("host=127.0.0.1 port=1", cwd=tmp_path) as guard:
+        for _ in range(100):
+            client = await Client.connect(guard.port)
+            await client.send(startup())
+            assert (await client.message()).fields["C"] == "08001"
+            await client.close()
+        guard.signal(signal.SIGTERM)
+        said = guard.end()
+    lines = [line for line in said.splitlines() if "could not connect" in line]
+    counted = [int(found[1]) for line in lines if (found := re.match(r"pgguard: (\d+) more times? in", line))]
+    assert len(lines) < 20
+    assert len(lines) - len(counted) + sum(counted) == 100
 
 
 async def test_standard_error_that_is_closed_ends_nothing(backend: FakeBackend, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ async def test_what_fails_on_the_way_to_a_record_changes_nothing_about_a_rejecti
         await is_rejected(house)
 
 
-@pytest.mark.parametrize("method", ["known", "enter", "equate", "next_id"])
+@pytest.mark.parametrize("method", ["known", "enter", "equate"])
 async def test_a_docket_that_fails_changes_nothing_about_a_rejection(
     backend: FakeBackend, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import threading
@@ -52,6 +53,44 @@ def test_a_rejected_session_leaves_no_query_running(
     wait_for_sleepers(server, 0)
     connection.close()
     assert [fault["action"] for fault in guard.faults("request-while-busy")] == ["rejected"]
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["at the deadline", "by a second signal"])
+def test_what_is_cut_off_leaves_no_query_running(
+    server: Server, start_guard: StartGuard, transport: Transport, tmp_path: Path, at_once: bool
+) -> None:
+    config = tmp_path / "pgguard.toml"
+    config.write_text(f"shutdown_timeout = {60 if at_once else 0.1}\n")
+    guard = start_guard("--config", str(config))
+    busy = [psycopg.connect(guard.at(transport).conninfo, autocommit=True) for _ in range(3)]
+    for connection in busy:
+        connection.pgconn.send_query(b"SELECT pg_sleep(61)")
+    wait_for_sleepers(server, 3)
+    with psycopg.connect(guard.at(transport).conninfo, autocommit=True) as idle:
+        idle.execute("SELECT 1")
+        if at_once:
+            os.kill(guard.pid, signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while "waiting up to" not in guard.stderr:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        began = time.monotonic()
+        guard.stop()
+        assert time.monotonic() - began < 10
+        wait_for_sleepers(server, 0)
+    for connection in busy:
+        connection.close()
+
+
+def test_what_finishes_in_time_is_not_cancelled(guard: GuardProcess, transport: Transport) -> None:
+    with psycopg.connect(guard.at(transport).conninfo, autocommit=True) as connection:
+        connection.pgconn.send_query(b"SELECT 42 FROM pg_sleep(1)")
+        os.kill(guard.pid, signal.SIGTERM)
+        result = connection.pgconn.get_result()
+        assert result is not None
+        assert result.get_value(0, 0) == b"42"
+        while connection.pgconn.get_result() is not None:
+            pass
 
 
 @pytest.mark.parametrize("version", ["3.0", "3.2"])

@@ -127,7 +127,8 @@ def feed(session: ProxiedSession, data: bytes) -> None:
 @pytest.fixture
 async def transactions(stage: Stage, autojump_clock: MockClock, nursery: trio.Nursery) -> Stage:
     """A watch for transactions that sit idle for ten seconds."""
-    nursery.start_soon(stage.watch.over_transactions, 10.0)
+    stage.watch.limit_idleness(10)
+    nursery.start_soon(stage.watch.over_transactions)
     return stage
 
 
@@ -233,10 +234,24 @@ async def test_with_a_threshold_of_0_no_transaction_is_too_long(stage: Stage, au
     ask(session)
     answer(session, IN_TRANSACTION)
     with trio.move_on_after(10_000) as limit:
-        await stage.watch.over_transactions(0)
-        await trio.sleep_forever()
+        await stage.watch.over_transactions()
     assert limit.cancelled_caught
     assert stage.kinds == []
+
+
+async def test_a_threshold_that_changes_holds_from_then_on(transactions: Stage, autojump_clock: MockClock) -> None:
+    session = transactions.session()
+    ask(session)
+    answer(session, IN_TRANSACTION)
+    transactions.watch.limit_idleness(0)
+    await trio.sleep(1000)
+    assert transactions.kinds == []
+    transactions.watch.limit_idleness(2000)
+    await trio.sleep(1900)
+    assert transactions.kinds == []
+    transactions.watch.limit_idleness(5)
+    await trio.sleep(1)
+    assert transactions.kinds == [Kind.IDLE_IN_TRANSACTION]
 
 
 # Heirs and orphans, told by a witness that says what the test says
