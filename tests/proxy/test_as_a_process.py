@@ -331,8 +331,9 @@ def test_a_storm_of_strangers_fills_neither_the_file_nor_the_screen(tmp_path: Pa
         said = guard.end()
     records = [json.loads(line) for line in faults.read_text().splitlines()]
     assert sum(1 + record["suppressed"] for record in records) == 500
-    assert len(records) <= 5 + seconds + 5 + 2
-    assert {record["cause"] for record in records} == {1}
+    causes = {record["cause"] for record in records}
+    assert len(causes) <= 3, "one, or by whether it was found out in time which program it is"
+    assert len(records) <= len(causes) * (5 + seconds + 5 + 2)
     assert "500 sessions, 500 notices\n" in said
     assert len(said.splitlines()) < len(records) + 20
 

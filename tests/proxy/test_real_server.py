@@ -91,6 +91,7 @@ def test_what_finishes_in_time_is_not_cancelled(guard: GuardProcess, transport: 
         assert result.get_value(0, 0) == b"42"
         while connection.pgconn.get_result() is not None:
             pass
+    assert guard._process.wait(20) == 0
 
 
 @pytest.mark.parametrize("version", ["3.0", "3.2"])
