@@ -196,11 +196,14 @@ def test_a_server_that_comes_back_at_its_address() -> None:
         address = Address("127.0.0.1", listener.getsockname()[1])
     with running_guard(address) as guard:
         _assert_unavailable(guard, "Connection refused")
-        with socket.create_server(("127.0.0.1", address.port)) as listener, closing(Bare(guard.tcp)) as client:
-            with accept(listener) as server:
-                server.sendall(LOGGED_IN)
-                assert client.until(READY) == LOGGED_IN
-                client.send(TERMINATE)
+        with (
+            socket.create_server(("127.0.0.1", address.port)) as listener,
+            closing(Bare(guard.tcp)) as client,
+            accept(listener) as server,
+        ):
+            server.sendall(LOGGED_IN)
+            assert client.until(READY) == LOGGED_IN
+            client.send(TERMINATE)
         _assert_unavailable(guard, "Connection refused")
         guard.assert_no_faults()
 
@@ -251,11 +254,14 @@ def test_the_next_of_several_hosts_is_taken(server: Server, deaf: Address) -> No
     with running_guard(f"host=127.0.0.1,127.0.0.1,127.0.0.1 port={ports} connect_timeout=1") as guard:
         with psycopg.connect(guard.tcp.conninfo) as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
-            with socket.create_server(("127.0.0.1", first)) as listener, closing(Bare(guard.tcp)) as client:
-                with accept(listener) as other:
-                    other.sendall(LOGGED_IN)
-                    assert client.until(READY) == LOGGED_IN
-                    client.send(TERMINATE)
+            with (
+                socket.create_server(("127.0.0.1", first)) as listener,
+                closing(Bare(guard.tcp)) as client,
+                accept(listener) as other,
+            ):
+                other.sendall(LOGGED_IN)
+                assert client.until(READY) == LOGGED_IN
+                client.send(TERMINATE)
             assert connection.execute("SELECT 1").fetchone() == (1,)
         with psycopg.connect(guard.unix.conninfo) as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
