@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT: Final = 5432
 _SOCKET_DIRECTORIES: Final = ("/var/run/postgresql", "/tmp")  # noqa: S108 - where Debian's and PostgreSQL's own libpq look
+_ATTRIBUTES: Final = frozenset({"read-write", "read-only", "primary", "standby", "prefer-standby"})
+"""What ``target_session_attrs`` may ask for, but for ``any``: "Parameter Key Words" in the chapter on libpq."""
 _NO_HOST: Final = re.compile(r"[@/?#\s]")
 _SUN_PATH_LIMIT: Final = 107  # unix(7): sun_path, less its terminator
 
@@ -133,7 +135,18 @@ def parse_upstream(conninfo: str) -> Upstream:
     settings = defaults | given
     _refuse_encryption(settings)
     addresses = tuple(_addresses(settings, may_be_shown=not read.may_hold_secrets))
-    return Upstream(addresses, _connect_timeout(settings), read.remark)
+    remarks = filter(None, (read.remark, _remark_on_attributes(settings.get("target_session_attrs", ""))))
+    return Upstream(addresses, _connect_timeout(settings), "; ".join(remarks) or None)
+
+
+def _remark_on_attributes(wanted: str) -> str | None:
+    """What is to be said of a wish that needs a login to be seen to, which is each client's own."""
+    if wanted not in _ATTRIBUTES:
+        return None
+    return (
+        f"--upstream: target_session_attrs={wanted} can't be seen to without logging in: the first host that accepts "
+        "is taken, so name one whose role doesn't change"
+    )
 
 
 def _defaults() -> dict[str, str]:

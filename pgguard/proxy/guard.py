@@ -43,7 +43,7 @@ from pgguard.proxy.losses import Loss, keep_going, note, spared
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.sweep import TRACKER_FAILED, Sweep
 from pgguard.proxy.unread import UnreadWatch
-from pgguard.proxy.upstream import DECLINED, UpstreamUnavailable, ask, cancel_query, connect_upstream, relay_cancel
+from pgguard.proxy.upstream import DECLINED, UpstreamUnavailable, ask, cancel_query, introduce, relay_cancel
 from pgguard.proxy.watch import Watch
 from pgguard.session.tracker import Tracker
 from pgguard.wire.fields import build_error_response
@@ -486,7 +486,7 @@ class Guard:
             note(Loss.TRACKING, session)
             untracked = TRACKER_FAILED
         self._sweep.hurry()
-        server, session.upstream = await connect_upstream(self._upstream)
+        server, session.upstream, rest = await introduce(self._upstream, packet.packet)
         session.settings = parameters
         session.connect(_detach(sock), _detach(server), tracker)
         session.client.sender = greeting.sender
@@ -495,7 +495,7 @@ class Guard:
         if untracked is not None and greeting.verdict is None:
             with spared(Loss.RECORD, session):
                 self._judge.lost(session, untracked, time.time())
-        self._sweep.add(session, packet.packet)
+        self._sweep.add(session, rest)
 
     # What the sweep wants done
 

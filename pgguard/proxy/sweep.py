@@ -202,7 +202,7 @@ class Sweep:
     # Into and out of the epoll
 
     def add(self, session: ProxiedSession, startup: bytes) -> None:
-        """Take a session over whose StartupMessage, ``startup``, is still to be sent to the server."""
+        """Take a session over; ``startup`` is what is still to be sent to the server of its StartupMessage."""
         if self._epoll.closed:  # the guard was cancelled while the session was being set up
             self.finish(session)
             return

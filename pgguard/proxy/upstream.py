@@ -6,12 +6,15 @@ import os
 import socket
 import stat
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, Upstream
 from pgguard.proxy.admission import is_exhaustion
+from pgguard.wire.fields import parse_fields, parse_severity
+from pgguard.wire.messages import HEADER_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +29,10 @@ _REFUSAL_LIMIT: Final = 16 * 1024
 """Bytes in which it does."""
 DECLINED: Final = b"N"
 """The answer to a request for encryption that there is none."""
+_ERROR_RESPONSE: Final = b"E"
+_CANNOT_CONNECT_NOW: Final = "57P03"
+_NOT_NOW_SECONDS: Final = 1.0
+"""For a server to say so, where there is another one to go on to."""
 _ENCRYPTS: Final = (b"S", b"G")
 """And that there is: SSLRequest and GSSENCRequest in "Message Flow"."""
 _BACKLOG_PAUSE: Final = 0.01
@@ -40,6 +47,7 @@ class UpstreamUnavailable(OSError):
     """
 
     def __init__(self, failures: Sequence[tuple[Address | Upstream, BaseException]]) -> None:
+        self.failures = failures
         super().__init__("; ".join(f"{address}: {reason(error)}" for address, error in failures))
         self.exhausted = next(filter(is_exhaustion, (_number(error) for _, error in failures)), None)
         """The system's error number if one of them failed for want of descriptors."""
@@ -82,6 +90,60 @@ async def connect_upstream(upstream: Upstream) -> tuple[trio.socket.SocketType, 
         except (OSError, UnicodeError) as error:  # UnicodeError: no name that the DNS could know
             failures.append((address, error))
     raise UpstreamUnavailable(failures)
+
+
+async def introduce(upstream: Upstream, startup: bytes) -> tuple[trio.socket.SocketType, Address, bytes]:
+    """Connect a client to the first address that accepts, and that doesn't turn everybody away just now.
+
+    A server that is starting, stopping or recovering says so at once (57P03). Where several hosts are given libpq goes
+    on to the next one then, since version 14: ``PQconnectPoll()`` in ``fe-connect.c``.
+
+    Args:
+        upstream: the server.
+        startup: the client's StartupMessage.
+
+    Returns:
+        The connection, of whose answer nothing has been read; where it leads; and what of ``startup`` is still to be
+        sent.
+
+    Raises:
+        UpstreamUnavailable: no address can be connected to.
+    """
+    *others, last = upstream.addresses
+    failures: list[tuple[Address, BaseException]] = []
+    for address in others:
+        try:
+            sock = await connect(address, upstream.connect_timeout)
+            try:
+                rest, refusal = await _start(sock, startup)
+            except BaseException:
+                sock.close()
+                raise
+            if refusal is None:
+                return sock, address, rest
+            sock.close()
+            failures.append((address, ConnectionRefusedError(refusal)))
+        except (OSError, UnicodeError) as error:
+            failures.append((address, error))
+    try:
+        sock, address = await connect_upstream(replace(upstream, addresses=(last,)))
+    except UpstreamUnavailable as error:
+        raise UpstreamUnavailable([*failures, *error.failures]) from None
+    return sock, address, startup
+
+
+async def _start(sock: trio.socket.SocketType, startup: bytes) -> tuple[bytes, str | None]:
+    """Begin a session; returns what is still to be sent, and in whose words the server turns everybody away if it does.
+
+    It is waited for the answer for a moment, and left unread.
+    """
+    with trio.move_on_after(_NOT_NOW_SECONDS):
+        startup = startup[await sock.send(startup) :]
+        with suppress(OSError):  # whoever reads it next is told again that it has ended
+            answer = await sock.recv(_REFUSAL_LIMIT, socket.MSG_PEEK)
+            if answer[:1] == _ERROR_RESPONSE and parse_severity(answer[HEADER_SIZE:]).sqlstate == _CANNOT_CONNECT_NOW:
+                return startup, parse_fields(answer[HEADER_SIZE:]).get("M", _CANNOT_CONNECT_NOW)
+    return startup, None
 
 
 async def connect(address: Address, seconds: float) -> trio.socket.SocketType:

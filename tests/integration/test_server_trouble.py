@@ -268,6 +268,17 @@ def test_the_next_of_several_hosts_is_taken(server: Server, deaf: Address) -> No
         guard.assert_no_faults()
 
 
+def test_a_host_that_turns_everybody_away_is_passed_over_as_by_libpq(server: Server, troubled: TroubledServer) -> None:
+    """The first one is starting up; the second one doesn't know the user, which tells that it was asked."""
+    user = next(n for n, trouble in enumerate(TROUBLES) if trouble.name == "turns away: starting up")
+    hosts = f"host=127.0.0.1,127.0.0.1 port={troubled.address.port},{server.tcp.port}"
+    with running_guard(hosts) as guard:
+        for where in (hosts, guard.tcp.conninfo, guard.unix.conninfo):
+            with pytest.raises(psycopg.OperationalError, match=f'role "{user}" does not exist'):
+                psycopg.connect(where, user=str(user), dbname="postgres", gssencmode="disable").close()
+        guard.assert_no_faults()
+
+
 # Real ones that refuse
 
 

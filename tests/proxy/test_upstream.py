@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.upstream import UpstreamUnavailable, connect_upstream, relay_cancel
 from tests.proxy.conftest import running
 from tests.proxy.fake_backend import FakeBackend
-from tests.proxy.messages import LOGGED_IN, cancel_request, startup
+from tests.proxy.messages import LOGGED_IN, cancel_request, message, startup
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,20 @@ def test_libpqs_variables_stand_behind_it(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PGCONNECT_TIMEOUT", "3")
     assert parse_upstream("") == Upstream((TcpAddress("elsewhere.example", 6001),), 3)
     assert parse_upstream("host=db.example").addresses == (TcpAddress("db.example", 6001),)
+
+
+@pytest.mark.parametrize("wanted", ["any", "read-write", "primary", "standby", "prefer-standby"])
+def test_what_can_not_be_seen_to_is_said(wanted: str) -> None:
+    remark = parse_upstream(f"host=a,b target_session_attrs={wanted}").remark
+    if wanted == "any":
+        assert remark is None
+    else:
+        assert remark is not None
+        assert f"target_session_attrs={wanted} can't be seen to" in remark
+    both = parse_upstream("jdbc:postgresql://a,b/app?targetServerType=master").remark
+    assert both is not None
+    assert "is taken for a postgresql: URL" in both
+    assert "target_session_attrs=primary" in both
 
 
 @pytest.mark.parametrize("by", ["option", "environment"])
@@ -118,6 +133,94 @@ async def test_the_first_of_several_that_accepts(backend: FakeBackend) -> None:
         async with running(backend, upstream=f"host=127.0.0.1,127.0.0.1 port={ports}") as house:
             client, _ = await house.session()
             await client.send(b"")
+
+
+@pytest.fixture
+async def another() -> AsyncIterator[FakeBackend]:
+    """The second of two hosts."""
+    backend = FakeBackend()
+    await backend.listen()
+    yield backend
+    await backend.close_all()
+
+
+def _error(sqlstate: str) -> bytes:
+    return message("E", f"SFATAL\0VFATAL\0C{sqlstate}\0Mnot now\0\0".encode())
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "stays"])
+async def test_a_host_that_turns_everybody_away_just_now_is_passed_over(
+    backend: FakeBackend, another: FakeBackend, how: str
+) -> None:
+    """As libpq does where it has several: the next one gets the very same StartupMessage."""
+    ports = f"{backend.port},{another.port}"
+    async with running(backend, upstream=f"host=127.0.0.1,127.0.0.1 port={ports}") as house:
+        client = await house.connect()
+        await client.send(startup(user="someone"))
+        first = await backend.accept()
+        assert await first.packet() == startup(user="someone")
+        await first.send(_error("57P03"))
+        if how != "stays":
+            await (first.close() if how == "close" else first.reset())
+        server = await another.accept()
+        assert await server.packet() == startup(user="someone")
+        await server.send(LOGGED_IN)
+        await client.expect(LOGGED_IN)
+        assert house.kinds == []
+
+
+@pytest.mark.parametrize("says", [_error("28000"), _error("57P03")[:20], LOGGED_IN, b"HTTP/1.1 400 Bad Request"])
+async def test_whatever_else_the_first_host_says_is_for_the_client(
+    backend: FakeBackend, another: FakeBackend, says: bytes
+) -> None:
+    ports = f"{backend.port},{another.port}"
+    async with running(backend, upstream=f"host=127.0.0.1,127.0.0.1 port={ports}") as house:
+        client = await house.connect()
+        await client.send(startup())
+        server = await backend.accept()
+        assert await server.packet() == startup()
+        await server.send(says)
+        await server.close()
+        assert (await client.rest()).startswith(says)
+        await another.accept_nobody()
+
+
+async def test_a_host_that_says_nothing_is_waited_for(backend: FakeBackend, another: FakeBackend) -> None:
+    """Longer than it is looked whether it turns everybody away; and what it then says is its own."""
+    ports = f"{backend.port},{another.port}"
+    async with running(backend, upstream=f"host=127.0.0.1,127.0.0.1 port={ports}") as house:
+        client = await house.connect()
+        await client.send(startup())
+        server = await backend.accept()
+        assert await server.packet() == startup()
+        await client.nothing(1.3)
+        await server.send(_error("57P03"))
+        await server.close()
+        assert await client.rest() == _error("57P03")
+        await another.accept_nobody()
+
+
+@pytest.mark.parametrize("last", ["turns away", "is down"])
+async def test_when_all_turn_away_the_client_is_told(backend: FakeBackend, another: FakeBackend, last: str) -> None:
+    ports = f"{backend.port},{another.port}"
+    async with running(backend, upstream=f"host=127.0.0.1,127.0.0.1 port={ports}") as house:
+        if last == "is down":
+            another.close()
+        client = await house.connect()
+        await client.send(startup())
+        for host in (backend, another) if last == "turns away" else (backend,):
+            server = await host.accept()
+            await server.packet()
+            await server.send(_error("57P03"))
+            await server.close()
+        if last == "turns away":
+            assert await client.rest() == _error("57P03")
+        else:
+            error = await client.message()
+            assert error.fields["C"] == "08001"
+            assert (
+                f"127.0.0.1:{backend.port}: not now; 127.0.0.1:{another.port}: Connection refused" in error.fields["M"]
+            )
 
 
 async def test_a_host_name_that_resolves_to_two_addresses_of_which_one_accepts(
