@@ -34,7 +34,12 @@ _QUOTED = re.compile(rb"([\w.%~-]{1,128})='((?:[^'\\]|\\.)*)'(?:,|\Z)", re.ASCII
 _UNQUOTED = re.compile(rb"([A-Za-z_]\w{0,63}):([^\s,][^,]*)(?:,|\Z)", re.ASCII)
 _ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
 
-_RAILS_KEYS = frozenset(
+SQLCOMMENTER_KEYS = frozenset(
+    {"action", "application", "controller", "db_driver", "framework", "route", "traceparent", "tracestate"}
+)
+"""The keys that sqlcommenter's specification and its libraries define."""
+
+RAILS_KEYS = frozenset(
     {
         "action",
         "application",
@@ -123,7 +128,7 @@ def _parse(comment: bytes) -> dict[str, str]:
     unquoted = _split(_UNQUOTED, comment)
     if unquoted is not None:
         pairs = {key.decode(): value.decode(errors="replace") for key, value in unquoted}
-        if not _RAILS_KEYS.isdisjoint(pairs):
+        if not RAILS_KEYS.isdisjoint(pairs):
             return pairs
     return {}
 

@@ -13,8 +13,8 @@ import typer
 from pgguard.cli.doctor import doctor
 from pgguard.cli.explain import explain
 from pgguard.cli.serve import serve
-from pgguard.faults.text import redact
 from pgguard.proxy.errors import ConfigurationError
+from pgguard.secrets.text import redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

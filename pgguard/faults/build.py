@@ -1,9 +1,16 @@
-"""From a verdict, and what attribution found out about it, to a fault; who it is about is said by :mod:`.culprits`."""
+"""From a verdict, and what attribution found out about it, to a fault; who it is about is said by :mod:`.culprits`.
+
+Here other people's text passes from what is known to what is told, and leaves its secrets behind: SQL, command lines,
+titles and names of processes and threads, what a client says of itself, and what is quoted in a reason. So whoever
+shows a fault, wherever, has none to hide.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from pgguard.attribution.declared import RAILS_KEYS, SQLCOMMENTER_KEYS
 from pgguard.attribution.evidence import Driver, Evidence
 from pgguard.attribution.findings import Findings
 from pgguard.faults.advice import advice_for
@@ -16,11 +23,17 @@ from pgguard.faults.fault import OUTLINED, Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode, sql_text
 from pgguard.faults.summaries import summarize
-from pgguard.faults.text import printable
+from pgguard.faults.text import discreet, discreet_name, discreet_setting, printable
+from pgguard.secrets.names import is_secret_name
+from pgguard.secrets.text import HIDDEN, redact
 from pgguard.session.verdicts import Direction, Kind, Party, Verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pgguard.attribution.findings import Share
     from pgguard.attribution.runtime import Runtime
+    from pgguard.attribution.stacks import Frame
     from pgguard.faults.catalogue import Advice, Severity
     from pgguard.faults.fault import SessionFacts
     from pgguard.session.verdicts import RequestSeen
@@ -28,6 +41,7 @@ if TYPE_CHECKING:
 
 _MAY_BE_LIBPQ: Final = frozenset({Driver.LIBPQ, Driver.UNKNOWN})
 """Drivers whose users may find libpq's texts in their logs."""
+_LIBRARIES_KEYS: Final = SQLCOMMENTER_KEYS | RAILS_KEYS | {"application_name"}
 _OTHERS_ADVICE: Final = {Party.SERVER: SERVERS_ADVICE, Party.STRANGER: STRANGERS_ADVICE}
 
 
@@ -52,7 +66,7 @@ def build_fault(
         action: What is being done about it.
         sql_mode: How SQL text may appear.
     """
-    culprits, unnamed = foremost(find_culprits(verdict, findings))
+    culprits, unnamed = _culprits(verdict, findings, sql_mode)
     return Fault(
         id=fault_id,
         at=at,
@@ -62,8 +76,8 @@ def build_fault(
         repeat_of=None,
         suppressed=0,
         summary=printable(summarize(verdict, findings, culprits)),
-        reason=printable(verdict.reason),
-        session=facts,
+        reason=printable(redact(verdict.reason)),
+        session=_session(facts),
         message=verdict.message,
         libpq=_libpq(verdict, findings),
         culprits=culprits,
@@ -71,7 +85,7 @@ def build_fault(
         requests=tuple(_request(request, findings, sql_mode) for request in verdict.requests),
         advice=_advice(verdict, findings, culprits),
         story=tell_story(findings, facts.opened_at),
-        shares=findings.shares,
+        shares=None if findings.shares is None else tuple(map(_share, findings.shares)),
         limit=None if verdict.refusal is None else verdict.refusal.limit,
         unnamed=unnamed,
         by=verdict.by,
@@ -100,7 +114,7 @@ def plain_fault(verdict: Verdict, facts: SessionFacts, *, at: float, severity: S
         suppressed=0,
         summary=OUTLINED,
         reason=OUTLINED,
-        session=facts,
+        session=_outlined(facts),
         message=verdict.message,
         libpq=None,
         culprits=culprits,
@@ -111,16 +125,67 @@ def plain_fault(verdict: Verdict, facts: SessionFacts, *, at: float, severity: S
     )
 
 
-def build_instance(verdict: Verdict, facts: SessionFacts, findings: Findings) -> Instance:
+def build_instance(verdict: Verdict, facts: SessionFacts, findings: Findings, *, sql_mode: SqlMode) -> Instance:
     """What the record of a repeat says that stands for another session than the first; arguments as above."""
-    culprits, _ = foremost(find_culprits(verdict, findings))
-    return Instance(facts, verdict.message, printable(summarize(verdict, findings, culprits)), culprits)
+    culprits, _ = _culprits(verdict, findings, sql_mode)
+    return Instance(_session(facts), verdict.message, printable(summarize(verdict, findings, culprits)), culprits)
 
 
 def _libpq(verdict: Verdict, findings: Findings) -> str | None:
     """What libpq prints: of another driver's users only what it repeats after the server, as they all do."""
     repeats = verdict.kind is Kind.SESSION_STATE_LOST
-    return verdict.libpq if repeats or findings.driver in _MAY_BE_LIBPQ else None
+    said = verdict.libpq if repeats or findings.driver in _MAY_BE_LIBPQ else None
+    return None if said is None else redact(said)
+
+
+def _culprits(verdict: Verdict, findings: Findings, sql_mode: SqlMode) -> tuple[tuple[Culprit, ...], int]:
+    """The culprits whom a record names, as they may be shown, and how many there are besides."""
+    culprits, unnamed = foremost(find_culprits(verdict, findings))
+    return tuple(_culprit(culprit, sql_mode) for culprit in culprits), unnamed
+
+
+def _culprit(culprit: Culprit, sql_mode: SqlMode) -> Culprit:
+    return replace(
+        culprit,
+        process=None if culprit.process is None else discreet(culprit.process),
+        thread_name=None if culprit.thread_name is None else discreet_name(culprit.thread_name),
+        stack=None if culprit.stack is None else tuple(map(_frame, culprit.stack)),
+        declared=None if culprit.declared is None else _declared(culprit.declared, sql_mode),
+    )
+
+
+def _frame(frame: Frame) -> Frame:
+    return frame._replace(function=redact(frame.function), file=redact(frame.file))
+
+
+def _declared(declared: Mapping[str, str], sql_mode: SqlMode) -> dict[str, str]:
+    """What a client says of itself. Where no SQL is to be shown, of its comments only what libraries write there is."""
+    return {
+        redact(key): HIDDEN if is_secret_name(key) else discreet_setting(value) or ""
+        for key, value in declared.items()
+        if sql_mode is not SqlMode.NONE or key in _LIBRARIES_KEYS
+    }
+
+
+def _session(facts: SessionFacts) -> SessionFacts:
+    return replace(
+        facts,
+        user=discreet_setting(facts.user),
+        database=discreet_setting(facts.database),
+        application_name=discreet_setting(facts.application_name),
+    )
+
+
+def _outlined(facts: SessionFacts) -> SessionFacts:
+    """A session's facts as they may be shown if it isn't certain that their secrets can be told."""
+    try:
+        return _session(facts)
+    except Exception:
+        return replace(facts, user=None, database=None, application_name=None)
+
+
+def _share(share: Share) -> Share:
+    return share if share.process is None else share._replace(process=discreet(share.process))
 
 
 def _says_goodbye(verdict: Verdict) -> bool:

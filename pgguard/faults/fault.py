@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pgguard.faults.text import redact_command
 from pgguard.session.verdicts import Party
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault: what happened, who did it, and what to change."""
+    """One fault: what happened, who did it, and what to change. There is no secret in it: see :mod:`.build`."""
 
     id: int
     """Counts the guard's records, from 1."""
@@ -177,7 +176,7 @@ class Fault:
         )
 
     def to_record(self) -> dict[str, Any]:
-        """The fault as a JSON object: strings, numbers, booleans, ``None``, lists and dicts alone, and no passwords."""
+        """The fault as a JSON object: strings, numbers, booleans, ``None``, lists and dicts alone."""
         return {
             "id": self.id,
             "at": rfc3339(self.at),
@@ -260,7 +259,7 @@ def _process_record(process: Process | None) -> dict[str, Any] | None:
         return None
     return {
         "name": process.name,
-        "cmdline": redact_command(process.cmdline),
+        "cmdline": list(process.cmdline),
         "ppid": process.ppid,
         "namespace_pid": process.namespace_pid,
         "started_at": rfc3339(process.started_at),

@@ -10,6 +10,11 @@ the text is cut off before it:
 * a backslash after a character outside ASCII in an ``E''`` string: in SJIS, Big5, GBK and their kin the backslash can
   be that character's second byte (PostgreSQL documentation, "Character Set Support").
 
+What a secret looks like is known by :mod:`pgguard.secrets`. A statement that names one, as a column, an option, a
+setting or within a literal, shows none of its strings in mode ``full`` either: in which of them the secret is, it takes
+a parser to say (``INSERT INTO users (name, password) VALUES …``, ``set_config('app.token', …)``, ``'…' AS password``).
+Bare words are hidden where they stand for one: ``SET app.password = hunter2``, ``ALTER ROLE joe PASSWORD hunter2``.
+
 Libraries don't serve here: sqlglot splits ``1_000`` into a literal and a name, swallows what follows EXECUTE and yields
 nothing for text that is cut off, which is the usual case; libpg_query (pglast) takes valid, whole statements alone.
 """
@@ -19,6 +24,9 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pgguard.secrets.names import STEM, is_secret_name, mentions_secret, word_list
+from pgguard.secrets.text import HIDDEN, redact, redact_structure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,12 +38,12 @@ class SqlMode(StrEnum):
     NORMALIZED = "normalized"
     """Literals are replaced by parameters, comments left out."""
     FULL = "full"
-    """Verbatim, save for literals and comments that look as if they held a password."""
+    """Verbatim, save for what looks like a secret, or may be one."""
     NONE = "none"
 
 
 ELLIPSIS: Final = "…"
-HIDDEN: Final = "'***'"
+_HIDDEN_LITERAL: Final = f"'{HIDDEN}'"
 
 _LITERAL, _PARAMETER, _NAME, _QUOTED, _COMMENT, _SPACE, _OTHER = (
     "literal",
@@ -79,10 +87,25 @@ _COMMENT_EDGE: Final = re.compile(r"/\*|\*/")  # xcstart and xcstop: comments ne
 _BACKSLASH_QUOTE: Final = re.compile(r"(?<!\\)(?:\\\\)*+\\'")
 _WIDE_BACKSLASH: Final = re.compile(r"[^\x00-\x7f]\\")
 
-_SECRET_NAME: Final = re.compile(r'(?:[uU]&)?"?\w*passw(?:or)?d\w*"?', re.IGNORECASE)
-_SECRET_TEXT: Final = re.compile(r"passw|://[^\s/:@']*:[^\s/]*@", re.IGNORECASE)
-_SECRET_BEGUN: Final = re.compile(r"passw|://[^\s/:@']*:", re.IGNORECASE)
-_BETWEEN_NAME_AND_VALUE: Final = frozenset({"=", ">", ":", "to", "("})
+_SEPARATORS: Final = frozenset("=<>!~:")
+_COMMANDS: Final = frozenset({"alter", "create", "reset", "set"})
+"""What statements begin with in which a word that is given for a secret is one, and no column."""
+_QUERIES: Final = frozenset({"call", "delete", "insert", "merge", "select", "table", "update", "values", "with"})
+_ROLES: Final = frozenset({"group", "role", "user"})
+_NO_VALUES: Final = word_list("""
+    all and any array as between case cast coalesce current_setting current_user default distinct else end excluded
+    exists false from in is isnull like lower md5 new not notnull now null nullif old on or row select set similar some
+    then trim true upper user when where with crypt digest encode encrypt gen_random_bytes gen_random_uuid gen_salt hmac
+    sha224 sha256 sha384 sha512 pgp_sym_encrypt pgp_sym_decrypt returning
+""")
+"""Words that a secret is compared with or set to in an expression, and that are none."""
+_UNICODE_ESCAPE: Final = re.compile(
+    r"(?P<mark>[^\w\s'\"+])(?:(?P=mark)|\+(?P<six>[0-9a-fA-F]{6})|(?P<four>[0-9a-fA-F]{4}))"
+)
+_ESCAPE: Final = re.compile(
+    r"\\(?:x(?P<hex>[0-9a-fA-F]{1,2})|(?P<octal>[0-7]{1,3})|u(?P<four>[0-9a-fA-F]{4})|U(?P<eight>[0-9a-fA-F]{8})|(?P<c>.))",
+    re.DOTALL,
+)
 
 
 class _Token(NamedTuple):
@@ -105,17 +128,18 @@ def sql_text(sql: bytes | None, mode: SqlMode, *, cut: bool = False) -> str | No
         return None
     text = sql.decode("utf-8", "replace")
     tokens = list(_tokens(text))
-    cut_here = sum(len(token.text) for token in tokens)
+    rest = text[sum(len(token.text) for token in tokens) :]
+    statements = list(_statements(tokens))
     if mode is SqlMode.NORMALIZED:
-        said = _normalized(tokens)
-        cut = cut or cut_here < len(text)
+        said = _normalized(statements)
+        cut = cut or bool(rest)
     else:
-        said = _without_secrets(tokens)
-        rest = text[cut_here:]
-        if rest and (_SECRET_BEGUN.search(rest) or _secret_expected(tokens)):
+        said = "".join(map(_without_secrets, statements))
+        if rest and (statements[-1].names_secret or _may_hold_secret(rest)):
             cut = True
         else:
             said += rest
+    said = redact_structure(said, cut=cut)
     return said + ELLIPSIS if cut else said
 
 
@@ -158,57 +182,207 @@ def _comment_end(text: str, start: int) -> int | None:
     return None
 
 
-def _normalized(tokens: list[_Token]) -> str:
+class _Statement(NamedTuple):
+    """A statement's tokens, its semicolon included."""
+
+    tokens: list[_Token]
+    secrets: list[bool]
+    """For each token, whether it is a secret because of what stands before it."""
+    names_secret: bool
+    """One of its names or strings does."""
+
+
+def _statements(tokens: list[_Token]) -> Iterator[_Statement]:
+    """The statements of a text; at least one."""
+    start = 0
+    for n, token in enumerate(tokens):
+        if token == (_OTHER, ";"):
+            yield _statement(tokens[start : n + 1])
+            start = n + 1
+    yield _statement(tokens[start:])
+
+
+def _statement(tokens: list[_Token]) -> _Statement:
+    text = "".join(token.text for token in tokens)
+    if STEM.search(text) is None and "\\" not in text:
+        return _Statement(tokens, [False] * len(tokens), names_secret=False)
+    names_secret = any(
+        is_secret_name(token.text) if token.what in {_NAME, _QUOTED} else mentions_secret(content)
+        for token in tokens
+        if token.what in {_NAME, _QUOTED, _LITERAL}
+        for content in _contents(token.text)
+    )
+    return _Statement(tokens, _Secrets(tokens).found(), names_secret)
+
+
+def _normalized(statements: list[_Statement]) -> str:
     """Literals as parameters, numbered on from the highest there is; space and comments as one space."""
+    tokens = [token for statement in statements for token in statement.tokens]
+    secrets = [secret for statement in statements for secret in statement.secrets]
     last = max((int(token.text[1:]) for token in tokens if token.what == _PARAMETER), default=0)
     said: list[str] = []
-    for token, secret in zip(tokens, _secrets(tokens), strict=True):
-        if token.what in {_SPACE, _COMMENT}:
+    before = False
+    for token, secret in zip(tokens, secrets, strict=True):
+        if token.what in {_SPACE, _COMMENT} and not secret:
             if said and said[-1] != " ":
                 said.append(" ")
         elif token.what == _LITERAL or secret:
-            last += 1
-            said.append(f"${last}")
+            if not (before and secret):  # a bare word of several tokens is one
+                last += 1
+                said.append(f"${last}")
         else:
             said.append(token.text)
+        before = secret
     return "".join(said).rstrip(" ")
 
 
-def _without_secrets(tokens: list[_Token]) -> str:
+def _without_secrets(statement: _Statement) -> str:
     said: list[str] = []
-    for token, secret in zip(tokens, _secrets(tokens), strict=True):
-        if secret:
-            said.append(HIDDEN)
-        elif token.what == _COMMENT and _SECRET_TEXT.search(token.text):
+    hidden = False
+    for token, secret in zip(statement.tokens, statement.secrets, strict=True):
+        string = token.what == _LITERAL and not token.text[0].isdigit() and token.text[0] != "."
+        hide = secret or (string and (statement.names_secret or _holds_secret(token.text)))
+        if hide:
+            if not hidden:
+                said.append(_HIDDEN_LITERAL)
+        elif token.what == _COMMENT and (mentions_secret(token.text) or redact(token.text) != token.text):
             said.append("/* … */")
         else:
             said.append(token.text)
+        hidden = secret
     return "".join(said)
 
 
-def _secrets(tokens: list[_Token]) -> Iterator[bool]:
-    """For each token, whether it is a password or a literal that may hold one.
+def _holds_secret(literal: str) -> bool:
+    return any(redact(content) != content for content in _contents(literal))
 
-    That is what follows a name like PASSWORD (``CREATE ROLE … PASSWORD '…'``, ``OPTIONS (password '…')``), and any
-    literal with such a name or a URI's password in it: a subscription's or dblink's connection string, a DO block that
-    alters a role.
+
+def _may_hold_secret(rest: str) -> bool:
+    """Whether what goes on, maybe, behind the end of the text holds a secret, or the beginning of one."""
+    return any(mentions_secret(content) or redact(content, cut=True) != content for content in _contents(rest))
+
+
+def _contents(literal: str) -> Iterator[str]:
+    """What stands in a literal: as it is written, and as the server reads it."""
+    yield literal
+    if "''" in literal:
+        yield literal.replace("''", "'")
+    if literal[:1] in "eE" and "\\" in literal:
+        yield _ESCAPE.sub(_unescaped, literal)
+    elif literal[:2].lower() == "u&":
+        yield _UNICODE_ESCAPE.sub(_unescaped, literal)
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    """The character that an escape stands for."""
+    groups = escape.groupdict()
+    if (octal := groups.get("octal")) is not None:
+        return chr(int(octal, 8))
+    for name in ("hex", "four", "six", "eight"):
+        if (digits := groups.get(name)) is not None:
+            return chr(min(int(digits, 16), 0x10FFFF))
+    return str(groups.get("c") or groups.get("mark"))
+
+
+class _Secrets:
+    """Finds the tokens of a statement that stand where a secret is expected.
+
+    That is behind a name like PASSWORD, and an operator or nothing: ``PASSWORD '…'``, ``password = …``, ``SET app.token
+    TO …``. Without an operator a bare word is one in ALTER ROLE and its kin alone.
     """
-    expected = False
-    for token in tokens:
-        value = token.what in {_LITERAL, _QUOTED}
-        yield value and (expected or (token.what == _LITERAL and _SECRET_TEXT.search(token.text) is not None))
-        expected = _expects_secret(token, expected=expected)
 
+    def __init__(self, tokens: list[_Token]) -> None:
+        self._tokens = tokens
+        words = [token.text.lower() for token in tokens if token.what == _NAME]
+        # EXPLAIN and the like may stand before it.
+        begins = next((n for n, word in enumerate(words) if word in _COMMANDS | _QUERIES), len(words))
+        self._command = next((word for word in words[begins : begins + 1] if word in _COMMANDS), None)
+        self._role = self._command in {"alter", "create"} and not _ROLES.isdisjoint(words[begins + 1 : begins + 2])
+        self._expected = False
+        self._separated = False
+        self._name = ""
 
-def _secret_expected(tokens: list[_Token]) -> bool:
-    """Whether what comes after these tokens would be a password."""
-    expected = False
-    for token in tokens:
-        expected = _expects_secret(token, expected=expected)
-    return expected
+    def found(self) -> list[bool]:
+        """For each token, whether it is one."""
+        return list(map(self._is_secret, range(len(self._tokens))))
 
+    def _is_secret(self, n: int) -> bool:
+        token = self._tokens[n]
+        if token.what in {_SPACE, _COMMENT}:
+            self._name = ""
+            if self._glued == ";":
+                return True
+            self._glued = None
+            return False
+        if self._glued is not None:
+            if token.what == _OTHER and token.text in self._glued:
+                self._glued = None
+            else:
+                return True
+        if self._expected:
+            return self._is_value(n, token)
+        self._note(token)
+        return False
 
-def _expects_secret(token: _Token, *, expected: bool) -> bool:
-    if token.what in {_SPACE, _COMMENT} or token.text.lower() in _BETWEEN_NAME_AND_VALUE:
-        return expected
-    return token.what in {_NAME, _QUOTED} and _SECRET_NAME.fullmatch(token.text) is not None
+    _glued: str | None = None
+    """Within a bare word that is a secret: the signs that end it, if space doesn't."""
+
+    def _is_value(self, n: int, token: _Token) -> bool:
+        """Whether a token is a secret where one is expected."""
+        if token.what == _OTHER and token.text == ":" and self._follows(n, ":"):
+            self._expected = False  # a cast
+            return False
+        if token.what == _OTHER and token.text in _SEPARATORS:
+            self._separated = True
+            return False
+        if token.what == _OTHER and token.text in "([":
+            return False
+        if token.what == _NAME and token.text.lower() == "to" and not self._separated:
+            self._separated = True
+            return False
+        if token.what == _LITERAL and not token.text[:1].isdigit():
+            self._expected = False
+            return True
+        self._expected = False
+        ends = token.what == _PARAMETER or (token.what == _OTHER and token.text in ",);.")
+        bare = self._separated or self._role
+        if ends or not (bare or token.what in {_LITERAL, _QUOTED}) or self._is_expression(n, token):
+            self._note(token)
+            return False
+        # The whole of what a SET gives, of others what stands in one piece.
+        self._glued = ";" if self._command == "set" and self._separated else ",;)"
+        return True
+
+    def _is_expression(self, n: int, token: _Token) -> bool:
+        """Whether a word is a column that holds such secrets itself, or a part of SQL."""
+        if token.what != _NAME:
+            return False
+        if token.text.lower() in _NO_VALUES:
+            return True
+        last = token
+        for part in self._tokens[n + 1 :]:
+            if part.what not in {_NAME, _QUOTED} and part != (_OTHER, "."):
+                break
+            last = part
+        return last.what in {_NAME, _QUOTED} and is_secret_name(last.text) and self._command is None
+
+    def _follows(self, n: int, text: str) -> bool:
+        return n + 1 < len(self._tokens) and self._tokens[n + 1].text == text
+
+    def _note(self, token: _Token) -> None:
+        """Take a token that is no secret: if it names one, that is expected next."""
+        if token.what in {_NAME, _QUOTED}:
+            self._name += token.text
+        elif token == (_OTHER, "."):
+            self._name += "."
+            return
+        else:
+            self._name = ""
+            return
+        by = self._before == "identified" and token.text.lower() == "by"
+        self._before = token.text.lower()
+        self._expected = by or is_secret_name(self._name)
+        self._separated = by
+
+    _before = ""
+    """The last name."""

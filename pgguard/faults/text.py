@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
+
+from pgguard.secrets.commands import redact_command
+from pgguard.secrets.text import redact
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,18 +26,10 @@ _OPTIONS_WITH_VALUE: Final = frozenset(
     {"-W", "-X", "-r", "-I", "-cp", "-classpath", "--class-path", "--require", "--import"}
 )
 
-_URI_PASSWORD: Final = re.compile(r"((?<=://)[^/\s:@]*|(?<![\w/])[A-Za-z_][\w.+-]*(?=:[^/@])):\S*@")
-"""Up to the last ``@``: a password may hold one itself, and a ``/`` that should have been encoded. The scheme may be
-missing, but then what is behind the colon is neither a path nor the name of an abstract socket."""
-_NAMED_PASSWORD: Final = re.compile(
-    r"(\w*passw(?:or)?d\w*\s*[=:]\s*)(?:'(?:\\.|[^'\\])*'|\"[^\"]*\"|[^\s&;]+)", re.IGNORECASE
-)
-_SQL_PASSWORD: Final = re.compile(
-    r"(\bpassword\s+)(?:e?'(?:''|\\.|[^'\\])*'?|\$(\w*)\$.*?(?:\$\2\$|$))", re.IGNORECASE | re.DOTALL
-)
-"""Of ``ALTER ROLE`` and its like, also if the text ends within it."""
-_PASSWORD_OPTION: Final = re.compile(r"--?\w*passw(?:or)?d", re.IGNORECASE)
-_HIDDEN: Final = "***"
+_NAME_LENGTH: Final = 15
+"""Bytes of a process's or a thread's name, at most: ``TASK_COMM_LEN``, less its terminator."""
+_SETTING_LENGTH: Final = 63
+"""Bytes of names and of an ``application_name`` that a server keeps, unless it was built otherwise: ``NAMEDATALEN``."""
 
 
 def printable(text: str) -> str:
@@ -51,20 +47,22 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
-def redact(text: str) -> str:
-    """Text without the passwords of connection URIs, of ``password=…`` settings and of SQL's ``PASSWORD '…'``."""
-    text = _SQL_PASSWORD.sub(rf"\1{_HIDDEN}", _URI_PASSWORD.sub(rf"\1:{_HIDDEN}@", text))
-    return _NAMED_PASSWORD.sub(rf"\1{_HIDDEN}", text)
+def discreet(process: Process) -> Process:
+    """A process as it may be shown: without the secrets on its command line, or in its name."""
+    name, cmdline = discreet_name(process.name), tuple(redact_command(process.cmdline))
+    if (name, cmdline) == (process.name, process.cmdline):
+        return process
+    return replace(process, name=name, cmdline=cmdline)
 
 
-def redact_command(arguments: Sequence[str]) -> list[str]:
-    """A command line without passwords, those that follow a ``--password`` option included."""
-    redacted: list[str] = []
-    hide = False
-    for argument in arguments:
-        redacted.append(_HIDDEN if hide and not argument.startswith("-") else redact(argument))
-        hide = _PASSWORD_OPTION.fullmatch(argument) is not None
-    return redacted
+def discreet_name(name: str) -> str:
+    """A process's or a thread's name as it may be shown; programs give themselves any."""
+    return redact(name, cut=len(name.encode("utf-8", "replace")) >= _NAME_LENGTH)
+
+
+def discreet_setting(value: str | None) -> str | None:
+    """What a client has set, its ``application_name`` for one, as it may be shown."""
+    return None if value is None else redact(value, cut=len(value.encode("utf-8", "replace")) >= _SETTING_LENGTH)
 
 
 def process_label(process: Process) -> str:
@@ -73,7 +71,8 @@ def process_label(process: Process) -> str:
     A title is a command line in one piece with a space in it: setproctitle(3), ``$0 =`` in Ruby and Perl. One
     that goes on to name its parent's pid, as Puma's does, is cut off there.
     """
-    arguments = [a for a in redact_command(process.cmdline) if a]
+    process = discreet(process)
+    arguments = [a for a in process.cmdline if a]
     if not arguments:
         label = process.name
     elif len(arguments) == 1 and " " in arguments[0]:

@@ -450,7 +450,8 @@ class Judge:
             instance = None
             if verdict.refusal is not None:
                 with spared(Loss.RECORD, session):
-                    instance = build_instance(verdict, _facts(session), _known_at_once(session))
+                    known = _known_at_once(session)
+                    instance = build_instance(verdict, _facts(session), known, sql_mode=self._sql_mode)
             self._record(session, self._docket.repeat(session.id, verdict, at=now, instance=instance))
 
     def _enter(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:

@@ -31,7 +31,7 @@ from pgguard.attribution.evidence import Evidence
 from pgguard.faults.catalogue import CATALOGUE, Severity
 from pgguard.faults.fault import Culprit, Fault, Request, Role, rfc3339
 from pgguard.faults.policy import Action
-from pgguard.faults.text import listed, named, printable, redact_command, shorten
+from pgguard.faults.text import listed, named, printable, shorten
 from pgguard.reporting.sinks import SinkError
 from pgguard.session.verdicts import OUTSTANDING, Direction, Kind, Party, RequestState
 
@@ -181,7 +181,7 @@ def _deeds(fault: Fault, culprit: Culprit) -> Iterator[str]:
         yield f"its request {request.n}, sent at {_clock(request.at)}, was {_STATES[request.state]}"
     process = culprit.process
     if process is not None and culprit.role is not Role.OWNER:
-        command = " ".join(redact_command(process.cmdline)).strip() or process.name
+        command = " ".join(process.cmdline).strip() or process.name
         yield f"command: {shorten(command, _COMMAND_LENGTH)}"
     if process is not None and process.namespace_pid is not None:
         yield f"in its own container it is pid {process.namespace_pid}"

@@ -9,7 +9,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from pgguard.faults.text import printable, redact
+from pgguard.faults.text import printable
+from pgguard.secrets.text import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable

@@ -25,11 +25,11 @@ from pgguard.wire.strangers import recognize
         (b"\x03\0\0\x13\x0e\xe0", "RDP"),
         (b"AMQP\0\0\x09\x01", "AMQP"),
         (b"\x10\x10\0\x04MQTT\x04", "MQTT"),
-        (b"a secret that is long", "the bytes 61 20 73 65 63 72 65 74"),
+        (b"a secret that is long", "the bytes 61 20 73 65"),
         (b"\r\n\r\n", "the bytes 0d 0a 0d 0a"),
         (bytes(4), "the bytes 00 00 00 00"),
         (b"\x16", "the bytes 16"),
-        (b"GETTING", "the bytes 47 45 54 54 49 4e 47"),
+        (b"GETTING", "the bytes 47 45 54 54"),
     ],
 )
 def test_recognize(data: bytes, name: str) -> None:

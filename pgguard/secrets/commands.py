@@ -1,0 +1,63 @@
+"""Command lines without their secrets."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+from pgguard.secrets.names import is_secret_name
+from pgguard.secrets.options import secret_parts
+from pgguard.secrets.text import HIDDEN, redact
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CUT_OFF: Final = 4096
+"""Bytes of a command line from which on it may be only the beginning of one: as many are read of it."""
+
+_NAMED: Final = re.compile(r"(?P<name>-{0,2}[^\W\d][\w.-]*)=(?P<value>.*)", re.DOTALL)
+_SETTINGS: Final = re.compile(
+    r"(?:'(?:\\.|[^'\\])*+'|(?:\\.|[^\s'\\])++)"
+    r"(?:\s+(?:application_name|channel_binding|connect_timeout|dbname|fallback_application_name|host|hostaddr|options"
+    r"|passfile|port|replication|require_auth|service|ssl[a-z_]+|target_session_attrs|user)"
+    r"\s*=\s*(?:'(?:\\.|[^'\\])*+'|(?:\\.|[^\s'\\])*+))++\s*",
+    re.DOTALL,
+)
+"""What follows the first name of a conninfo string: a value and more settings."""
+_URL: Final = re.compile(r"\A(?P<before>(?:[\w.+-]++[=:])*+//[^/?#@:\s]*:).*(?=@[^\s@]*\Z)", re.DOTALL)
+
+
+def redact_command(arguments: Sequence[str]) -> list[str]:
+    """A process's arguments without passwords and other secrets, whichever way they are passed.
+
+    Those alone in their argument, behind ``NAME=`` or the option that takes them, are hidden whole, blanks and all.
+    """
+    return list(_redact(tuple(arguments)))
+
+
+@lru_cache(256)
+def _redact(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    # Processes of a kind come again and again, and titles of workers differ.
+    offsets = {part.word: part.offset for part in secret_parts(arguments, positional=len(arguments) > 1)}
+    size = sum(len(argument.encode("utf-8", "replace")) + 1 for argument in arguments)
+    last = len(arguments) - 1
+    return tuple(
+        _argument(argument, offsets.get(number), cut=number == last and size >= CUT_OFF)
+        for number, argument in enumerate(arguments)
+    )
+
+
+def _argument(argument: str, offset: int | None, *, cut: bool) -> str:
+    if offset is not None:
+        return argument[:offset] + HIDDEN
+    named = _NAMED.fullmatch(argument)
+    if named is not None and is_secret_name(named["name"]) and not _has_more_settings(named):
+        value = redact(argument, cut=cut)
+        return value if value == argument else f"{named['name']}={HIDDEN}"
+    return redact(_URL.sub(rf"\g<before>{HIDDEN}", argument), cut=cut)
+
+
+def _has_more_settings(named: re.Match[str]) -> bool:
+    """Whether it is a conninfo string, which goes on behind a password that stands first."""
+    return named["name"].islower() and "-" not in named["name"] and _SETTINGS.fullmatch(named["value"]) is not None

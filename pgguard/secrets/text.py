@@ -1,0 +1,64 @@
+"""Text without its secrets: known by their own shape, by the place they have in a URL or a login, or by their name.
+
+Other people's text comes in every notation and in several within each other: a conninfo string in a shell script in an
+argument, JSON in a header. None is parsed. What a secret is preceded by is looked for, and where its end is in doubt
+more is hidden rather than less: up to the last quote or ``@`` that can end it, or to the end of the text, which may
+have been cut off within it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from pgguard.secrets.scripts import script_spans
+from pgguard.secrets.shapes import shaped_spans
+from pgguard.secrets.urls import login_spans, passfile_spans, url_spans
+from pgguard.secrets.values import named_spans
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from pgguard.secrets.shapes import Span
+
+HIDDEN: Final = "***"
+"""Stands for each secret."""
+
+
+def redact(text: str, *, cut: bool = False) -> str:
+    """Text of any kind, without its secrets.
+
+    Args:
+        text: Other people's text: an argument, a title, a script, a name, a message.
+        cut: It is only the beginning of a text, so that a secret at its end may be there in part.
+
+    Returns:
+        The text with ``***`` for each secret; the same if it has none.
+    """
+    return hide(text, [*_structural_spans(text, cut=cut), *named_spans(text), *script_spans(text)])
+
+
+def redact_structure(text: str, *, cut: bool = False) -> str:
+    """Text without the secrets that are known by their shape or place alone; arguments as of :func:`redact`."""
+    return hide(text, _structural_spans(text, cut=cut))
+
+
+def hide(text: str, spans: Iterable[Span]) -> str:
+    """Text with ``***`` in the place of each span; spans that overlap or touch are one."""
+    said: list[str] = []
+    done = 0
+    hidden = False
+    for start, end in sorted(spans):
+        if start >= end or end <= done:
+            continue
+        if start > done or not hidden:
+            said += [text[done:start], HIDDEN]
+        done, hidden = end, True
+    return "".join([*said, text[done:]]) if said else text
+
+
+def _structural_spans(text: str, *, cut: bool) -> Iterator[Span]:
+    yield from shaped_spans(text)
+    yield from url_spans(text, cut=cut)
+    if "@" in text or cut:
+        yield from login_spans(text, cut=cut)
+    yield from passfile_spans(text)

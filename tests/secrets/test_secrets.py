@@ -1,0 +1,282 @@
+"""No secret gets out, wherever it stands and wherever it is cut off; and what is none stays readable."""
+
+from __future__ import annotations
+
+import re
+import string
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgguard.attribution.evidence import Process
+from pgguard.faults.sql import SqlMode, sql_text
+from pgguard.faults.text import process_label
+from pgguard.secrets.commands import CUT_OFF, redact_command
+from pgguard.secrets.names import is_secret_name
+from pgguard.secrets.text import redact, redact_structure
+from tests.secrets.surroundings import COMMANDS, PIECE, SQL, TEXTS, Place
+
+_SIGNS = string.ascii_letters + string.digits + string.punctuation + " éß日"
+secrets = st.text(_SIGNS, min_size=8, max_size=24).filter(
+    lambda text: len(set(text)) >= PIECE and text == text.strip() and not re.fullmatch("--?[a-z-]+", text)
+)
+
+
+def test_there_are_more_than_a_hundred_places() -> None:
+    assert len(TEXTS) + len(COMMANDS) + len(SQL) > 180
+
+
+@given(st.sampled_from(TEXTS), secrets)
+def test_no_secret_gets_out_of_a_text(place: Place, secret: str) -> None:
+    [text] = place.holding(secret)
+    shown = redact(text)
+    assert place.leaks(secret, shown) == [], shown
+    assert place.leaks(secret, redact(f"worker 3: {text} busy")) == []
+    assert place.leaks(secret, redact(shown)) == []
+
+
+@given(st.sampled_from(TEXTS), secrets, st.data())
+def test_no_half_of_a_secret_gets_out_of_a_text_that_was_cut_off(
+    place: Place, secret: str, data: st.DataObject
+) -> None:
+    [text] = place.holding(secret)
+    end = data.draw(st.integers(0, len(text)))
+    shown = redact(text[:end], cut=True)
+    assert place.leaks(secret, shown) == [], shown
+
+
+@given(st.sampled_from(COMMANDS), secrets)
+def test_no_secret_gets_out_of_a_command_line(place: Place, secret: str) -> None:
+    words = place.holding(secret)
+    shown = redact_command(words)
+    assert place.leaks(secret, " ".join(shown)) == [], shown
+    assert place.leaks(secret, " ".join(redact_command(shown))) == []
+    assert len(shown) == len(words)
+    assert place.leaks(secret, process_label(Process(1, 1, 1.0, "app", words, None))) == []
+
+
+@given(st.sampled_from(SQL), secrets, st.sampled_from([SqlMode.NORMALIZED, SqlMode.FULL]), st.data())
+def test_no_secret_gets_out_of_sql_whole_or_cut_off(
+    place: Place, secret: str, mode: SqlMode, data: st.DataObject
+) -> None:
+    [text] = place.holding(secret)
+    encoded = text.encode()
+    end = data.draw(st.integers(0, len(encoded)))
+    for sql, cut in ((encoded, False), (encoded[:end], True)):
+        shown = sql_text(sql, mode, cut=cut)
+        assert shown is not None
+        assert place.leaks(secret, shown) == [], shown
+
+
+CAUGHT = [
+    # what issue 9 named
+    ("/*password='x'*/", "/*password=***"),
+    ("db_url='postgresql://u:x@h'", "db_url='postgresql://u:***@h'"),
+    ("SET app.password = hunter2", "SET app.password = ***"),
+    ("ALTER ROLE joe PASSWORD hunter2 LOGIN", "ALTER ROLE joe PASSWORD *** LOGIN"),
+    ("app --db-password X", "app --db-password ***"),
+    ("app --pwd=X --token Y --api-key=Z", "app --pwd=*** --token *** --api-key=***"),
+    ("sh -c 'app --password X'", "sh -c 'app --password ***'"),
+    ('{"user": "joe", "password": "x y"}', '{"user": "joe", "password": ***}'),
+    ("host=db password=a\\ X user=joe", "host=db password=*** user=joe"),
+    ("postgres://u:s3/cret@db/app", "postgres://u:***@db/app"),
+    # URLs and logins
+    ("postgresql://app:s3c@ret@db/app", "postgresql://app:***@db/app"),
+    ("postgresql:///app?user=a&password=s3cret&x=1", "postgresql:///app?user=a&password=***&x=1"),
+    ("postgres://u:hunter2", "postgres://u:***"),
+    ("postgres%3A%2F%2Fu%3Apw%40h%2Fdb", "postgres%3A%2F%2Fu%3A***%40h%2Fdb"),
+    ('"postgres:\\/\\/u:p@h"', '"postgres:\\/\\/u:***@h"'),
+    ("https://t0ken@github.com/o/r", "https://***@github.com/o/r"),
+    ("worker postgres://u:p@h/db busy", "worker postgres://u:***@h/db busy"),
+    ("app:s3cret@db:5432/app", "app:***@db:5432/app"),
+    ("localhost:5432:*:joe:s3cret", "localhost:5432:*:joe:***"),
+    # notations
+    ("Server=h;Pwd=a,b;Database=d", "Server=h;Pwd=***;Database=d"),
+    ("Host=h; Password=x y; Database=d", "Host=h; Password=***; Database=d"),
+    ("password: my secret phrase\nuser: joe", "password: ***\nuser: joe"),
+    ('{"name":"DB_PASSWORD","value":"x"}', '{"name":"DB_PASSWORD","value":***}'),
+    ('{\\"password\\": \\"x y\\", \\"user\\": 1}', '{\\"password\\": ***, \\"user\\": 1}'),
+    ("<password>x y</password>", "<password>***</password>"),
+    ("ENV.fetch('PASSWORD', 'x y')", "ENV.fetch('PASSWORD', ***)"),
+    ("p%61ssword=hunter2", "p%61ssword=***"),
+    ("curl -H 'Authorization: Bearer abcdefg' http://h/", "curl -H 'Authorization: ***' http://h/"),
+    ('psql "host=h password=\'x y\'" -c "select 1"', 'psql "host=h password=***" -c "select 1"'),
+    ("it's PGPASSWORD='a'\"b c\" psql", "it's PGPASSWORD=*** psql"),
+    ("ALTER ROLE a PASSWORD 's3''cret' LOGIN", "ALTER ROLE a PASSWORD *** LOGIN"),
+    ("CREATE USER a PASSWORD $x$s3cret$x$;", "CREATE USER a PASSWORD ***;"),
+    ("ALTER ROLE a PASSWORD 's3cret", "ALTER ROLE a PASSWORD ***"),
+    # by their shape
+    ("AKIAIOSFODNN7EXAMPLE", "***"),
+    ("a ghp_16C7e42F292c6912E7710c838347Ae178B4a b", "a *** b"),
+    ("a eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln b", "a *** b"),
+    ("a -----BEGIN PRIVATE KEY-----\nMIIE\n-----END PRIVATE KEY----- b", "a *** b"),
+    ("--data dGhpcyBJcyBBIHNlY3JldCBUb2tlbiE5Nzg2NQ==", "--data ***"),
+    ("SCRAM-SHA-256$4096:c2FsdA==$c3RvcmVk:c2VydmVy", "***"),
+    ("md5" + "0123456789abcdef" * 2, "***"),
+    ("bearer abcdef0123", "bearer ***"),
+]
+
+
+@pytest.mark.parametrize(("text", "shown"), CAUGHT)
+def test_what_is_caught(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+LEFT_ALONE = [
+    "ftp --passive -p 5432 -p5432",
+    "app --password-file /run/secret --token-bucket-size 5",
+    "app --no-password joe",
+    "compass=2 bypass=1 author=joe authority=x secretary=eve passenger=7",
+    "primary_key=3 sort_key=name key=value public_key=abc cache_key=x keyboard=de",
+    "password_encryption=scram-sha-256 max_token_length=12 token_ttl=60 passfile=/x sslkey=/y",
+    "SELECT password FROM users ORDER BY token DESC",
+    "password::text, u.password IS NOT NULL",
+    "ALTER ROLE app PASSWORD NULL",
+    "WHERE password = $1 AND token = ? AND secret = %s",
+    "postgresql://db:5432/app http://[::1]:80/ tcp://0.0.0.0:9292 [app@host]",
+    "unix:@name:5432 unix:/run/a@b:1 git@github.com:o/r.git joe@example.com",
+    "puma 6.4 (tcp://0.0.0.0:9292) [app@host]",
+    "gunicorn: master [app:application]",
+    "celery: ForkPoolWorker-3 -A app worker -c 4",
+    "commit 4b825dc642cb6eb9a060e54bf8d69288fbee4904 of 550e8400-e29b-41d4-a716-446655440000",
+    "traceparent='00-5bd66ef5095369c7b0d1f8f4bd33716a-c532cb4098ac3dd2-01'",
+    "/usr/lib/python3/dist-packages/SomePackage2/ActiveRecordConnectionPool.py",
+    "-XX:+HeapDumpOnOutOfMemoryError -Djava.util.logging.config.file=/etc/x",
+    "postgres: joe app 127.0.0.1(53984) idle in transaction",
+    "application_name=puma controller='users',action='show'",
+    "data::jsonb @> x, a[1:2]",
+    "password=*** --token *** postgres://u:***@h",
+    "Basic authentication, bearer of news, the token bucket",
+    "PasswordMessage was sent while the answer was outstanding",
+]
+
+
+@pytest.mark.parametrize("text", LEFT_ALONE)
+def test_what_is_left_alone(text: str) -> None:
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["mysql", "-u", "root", "-pX"], ["mysql", "-u", "root", "-p***"]),
+        (["mysql", "-p5432"], ["mysql", "-p***"]),
+        (["psql", "-p", "5432", "-d", "app"], None),
+        (["psql", "-p5432"], None),
+        (["app", "-p5432"], None),
+        (["app", "-p", "/run/pid"], None),
+        (["app", "-p", "hunter2"], ["app", "-p", "***"]),
+        (["mkdir", "-p", "hunter2"], None),
+        (["app", "-passive", "-print"], None),
+        (["app", "--password", "s3cret", "-v"], ["app", "--password", "***", "-v"]),
+        (["app", "--password", "-v"], None),
+        (["app", "--password", "-x7$k"], ["app", "--password", "***"]),
+        (["env", "PGPASSWORD=my secret words", "psql"], ["env", "PGPASSWORD=***", "psql"]),
+        (["psql", "password='s3 \\'cret' user=app"], ["psql", "password=*** user=app"]),
+        (["psql", "password=s3&x=1;y user=app"], ["psql", "password=*** user=app"]),
+        (["psql", "postgres://u:pa ss@h/db"], ["psql", "postgres://u:***@h/db"]),
+        (["git", "config", "x.token", "abc"], ["git", "config", "x.token", "***"]),
+        (["curl", "-u", "joe:hunter2", "https://h:443/"], ["curl", "-u", "joe:***", "https://h:443/"]),
+        (["docker", "run", "-p", "80:80", "-u", "1000:1000", "-e", "PW=x"], None),
+        (["python3", "token_server.py", "8080"], None),
+        (["app", "--password-file", "f", "--passive"], None),
+        (["/usr/bin/python3", "-m", "gunicorn", "-b", "0.0.0.0:80", "app:app"], None),
+        (["puma: cluster worker 1: 4864 [app]"], None),
+        ([], None),
+    ],
+)
+def test_command_lines(arguments: list[str], shown: list[str] | None) -> None:
+    if shown is None:
+        shown = [argument.replace("PW=x", "PW=***") for argument in arguments]
+    assert redact_command(arguments) == shown
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("password", "PGPASSWORD", "db-pass", "dbPassword", "passwd2", "pwd", "SecretAccessKey", "apikey", "API_KEY"),
+        *("x-api-key", "authToken", "token", "private_key", "client_secret", "Cookie", "Authorization", "requirepass"),
+        *("sslpassword", "PASSWORT", "contraseña", "пароль", "密码", "userpw", "JWT", "credentials", "masterauth"),
+    ],
+)
+def test_names_of_secrets(name: str) -> None:
+    assert is_secret_name(name) == (name != "userpw")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("compass", "passive", "author", "primary_key", "key", "sort_key", "token_type", "password_file", "tokenizer"),
+        *("passfile", "passwordless", "secretary", "monkey", "keyword", "authority", "signal", "pinned", "option"),
+        *("max_tokens_per_minute_limit", "", "1", "%", "pass_count"),
+    ],
+)
+def test_names_of_other_things(name: str) -> None:
+    assert not is_secret_name(name)
+
+
+def test_a_port_may_be_half_of_a_password() -> None:
+    assert redact("postgres://u:123", cut=True) == "postgres://u:***"
+    assert redact("postgres://u:123") == "postgres://u:123"
+    command = ["app", "x" * CUT_OFF, "postgres://u:123"]
+    assert redact_command(command)[2] == "postgres://u:***"
+
+
+@given(st.text(max_size=60), st.booleans())
+def test_any_text_gives_some_text(text: str, cut: bool) -> None:
+    shown = redact(text, cut=cut)
+    assert redact_structure(shown) == shown
+    redact_command(text.split(" "))
+
+
+@given(st.text("pw= :'\"\\@/-,;{[(x\n$%&", max_size=40), st.sampled_from(["pw=", "pw: ", "a://b:", "--pw "]))
+def test_what_has_been_hidden_stays_hidden(text: str, before: str) -> None:
+    once = redact(f"{text}{before}{text}")
+    again = redact(once)
+    assert once.count("x") >= again.count("x")
+    assert once.count("***") >= again.count("***") > 0 or "***" not in once
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *(
+            "a:",
+            "pw=",
+            "pwd ",
+            "pw",
+            "a:a@",
+            "x://u:",
+            "password='",
+            "\\",
+            "--password ",
+            "-' \"",
+            "%70",
+            "access key ",
+        ),
+        *(
+            "pw=(",
+            "{pw:a,",
+            '"pw",',
+            "aA1",
+            "basic ",
+            "eyJ",
+            "alter role password ",
+            "a:1:",
+            '\\"pw\\":\\"',
+            " ",
+            "$a$",
+        ),
+        *("_", "-", "\\'", "https://a", "%3A%2F%2Fu%3A", "-----BEGIN PRIVATE KEY-----", "''", "x='", "/*", "pw /*"),
+    ],
+)
+def test_no_text_takes_long(piece: str) -> None:
+    """A client writes what it likes, and whoever waits for its record waits for everybody."""
+    text = piece * (CUT_OFF // len(piece))
+    before = time.thread_time()
+    redact(text)
+    redact_command((text, *text.split(" ")))
+    sql_text(text[:1024].encode(), SqlMode.FULL)
+    assert time.thread_time() - before < 1
