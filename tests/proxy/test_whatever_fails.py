@@ -703,8 +703,8 @@ STARTS: Final = {
     "proxy.listeners",
 }
 """What is done before there is a session, where an exception is to end the guard: with a message."""
-STARTING: Final = {"__init__", "listen", "use_probe"}
-"""The functions of others that are called then alone."""
+STARTING: Final = {"__init__", "listen", "use_probe", "reload", "follow", "_actions"}
+"""The functions of others that are called then alone, or for SIGHUP, which changes nothing if they fail."""
 
 
 def test_every_call_that_may_cross_fails_above_or_is_protected_where_it_stands(rehearsals: list[Rehearsal]) -> None:
