@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -15,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pgguard.faults.advice import advice_for, advised, closing, exhaustion
-from pgguard.faults.catalogue import CATALOGUE, Severity
+from pgguard.faults.catalogue import CATALOGUE, Severity, kind_hint
 from pgguard.faults.policy import KindAction
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.session import libpq
@@ -88,10 +87,7 @@ def _kind(name: str) -> Kind:
     try:
         return Kind(name)
     except ValueError:
-        kinds = [kind.value for kind in Kind]
-        closest = difflib.get_close_matches(name.lower(), kinds, n=1, cutoff=0.5)
-        hint = f"did you mean {closest[0]}?" if closest else f"say one of {', '.join(kinds)}"
-        raise ConfigurationError(f"there is no kind of fault {name!r}: {hint}") from None
+        raise ConfigurationError(f"there is no kind of fault {name!r}: {kind_hint(name)}") from None
 
 
 def _print_kinds(console: Console) -> None:

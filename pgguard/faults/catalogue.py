@@ -7,6 +7,7 @@ source that they were taken from.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -581,6 +582,18 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         can_reject=False,
     ),
 )
+
+
+def kind_hint(name: str) -> str:
+    """What to say to who has named a kind that there isn't: the nearest one, otherwise where they are listed.
+
+    Whoever leaves a name's end or beginning away means it rather than one that is spelled much alike.
+    """
+    name = name.lower().replace("_", "-").strip("-")
+    kinds = [kind.value for kind in Kind]
+    begun = [kind for kind in kinds if name and (kind.startswith(name) or f"-{name}" in kind)]
+    nearest = begun or difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
+    return f"did you mean {' or '.join(nearest)}?" if nearest else "pgguard explain lists them"
 
 
 def severity_of(verdict: Verdict, driver: Driver) -> Severity:

@@ -136,7 +136,8 @@ def parse_upstream(conninfo: str) -> Upstream:
     _refuse_encryption(settings)
     addresses = tuple(_addresses(settings, may_be_shown=not read.may_hold_secrets))
     remarks = filter(None, (read.remark, _remark_on_attributes(settings.get("target_session_attrs", ""))))
-    return Upstream(addresses, _connect_timeout(settings), "; ".join(remarks) or None)
+    timeout = _connect_timeout(settings, may_be_shown=not read.may_hold_secrets)
+    return Upstream(addresses, timeout, "; ".join(remarks) or None)
 
 
 def _remark_on_attributes(wanted: str) -> str | None:
@@ -218,7 +219,7 @@ def _refuse_encryption(settings: dict[str, str]) -> None:
 
 
 def _addresses(settings: dict[str, str], *, may_be_shown: bool) -> Iterator[Address]:
-    hosts = (settings.get("hostaddr") or settings.get("host") or "").split(",")
+    hosts = _hosts(settings)
     ports = (settings.get("port") or str(DEFAULT_PORT)).split(",")
     if len(ports) == 1:
         ports *= len(hosts)
@@ -234,6 +235,27 @@ def _addresses(settings: dict[str, str], *, may_be_shown: bool) -> Iterator[Addr
             yield _default_address(port)
 
 
+def _hosts(settings: dict[str, str]) -> list[str]:
+    """The hosts in order, each by its address where that is given: ``connectOptions2()`` in ``fe-connect.c``."""
+    hosts = (settings.get("host") or "").split(",")
+    addresses = (settings.get("hostaddr") or "").split(",")
+    if not any(addresses):
+        return hosts
+    if any(hosts) and len(hosts) != len(addresses):
+        raise ConfigurationError(
+            f"--upstream: {len(addresses)} addresses (hostaddr) for {len(hosts)} hosts: give one a host"
+        )
+    for address in filter(None, addresses):
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            raise ConfigurationError(
+                "--upstream: what stands for hostaddr is no IP address: give a name as host=NAME"
+            ) from None
+    names = hosts if any(hosts) else [""] * len(addresses)
+    return [address or name for address, name in zip(addresses, names, strict=True)]
+
+
 def _default_address(port: int) -> Address:
     """The socket that libpq would use for want of a host, or TCP to this machine where there is none."""
     for directory in _SOCKET_DIRECTORIES:
@@ -243,11 +265,12 @@ def _default_address(port: int) -> Address:
     return TcpAddress("localhost", port)
 
 
-def _connect_timeout(settings: dict[str, str]) -> float:
+def _connect_timeout(settings: dict[str, str], *, may_be_shown: bool) -> float:
     """Seconds as ``connect_timeout`` says; 0, negative or nothing, libpq's waiting without end, is 10 here."""
     text = settings.get("connect_timeout", "0")
     try:
         seconds = int(text)
     except ValueError:
-        raise ConfigurationError(f"--upstream: connect_timeout={text} is no number of seconds") from None
+        shown = f"connect_timeout={text}" if may_be_shown else "what stands for connect_timeout"
+        raise ConfigurationError(f"--upstream: {shown} is no number of seconds") from None
     return float(seconds) if seconds > 0 else 10.0

@@ -55,6 +55,8 @@ _OWN: Final = {
 """What is each client's own, or its secret, and how it is called here."""
 _NAME: Final = re.compile(r"[A-Za-z][\w.-]{0,40}")
 _MAY_HOLD_SECRETS: Final = re.compile(r"pass|pwd|pw=|secret|key|token|@|://", re.IGNORECASE)
+_ENCODED_WRONG: Final = re.compile(r"%(?![0-9A-Fa-f]{2})|%00")
+"""What libpq refuses, in parts of a URL too that aren't used here: ``conninfo_uri_decode()`` in ``fe-connect.c``."""
 _CLOSE: Final = 0.85
 """How alike a parameter has to be to one that there is to be taken for a slip of the pen."""
 _HELP: Final = "write postgresql://HOST:PORT, or host=HOST port=PORT"
@@ -106,6 +108,8 @@ def _read_url(match: re.Match[str]) -> ConnectionString:
     jdbc, scheme, driver = match["jdbc"], match["scheme"].lower(), match["driver"]
     if scheme not in _SCHEMES:
         raise ConfigurationError(f"--upstream: {jdbc or ''}{scheme}: is no scheme of PostgreSQL's: {_HELP}")
+    if _ENCODED_WRONG.search(match["rest"]) and not (jdbc or driver):
+        raise ConfigurationError("--upstream: a % in the URL stands before no two hexadecimal digits: write % as %25")
     credentials, hosts, database, query = _split(match["rest"])
     parameters, own, unknown = _parameters(query)
     if jdbc and not hosts and not parameters.keys() & {"host", "hostaddr"}:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from pgguard.attribution.privileges import Account
 from pgguard.attribution.trust import TRUST_REMEDY, UntrustedError, open_trusted
+from pgguard.faults.catalogue import kind_hint
 from pgguard.faults.policy import KindAction, Mode, Policy, PolicyError
 from pgguard.faults.sql import SqlMode
 from pgguard.proxy.addresses import Address, Upstream, parse_listen, parse_upstream
@@ -260,7 +261,22 @@ def _first_problem(error: ValidationError, given: dict[str, Any], config: Path |
         key = str(problem["loc"][-1]).lower().replace("-", "_")
         nearest = difflib.get_close_matches(key, known, n=1)
         return f"{place} is no setting" + (f": did you mean {nearest[0]}?" if nearest else ", remove it")
+    if problem["loc"][0] == "kinds" and problem["loc"][-1] == "[key]":
+        return f"{place} is no kind of fault: {kind_hint(str(problem['input']))}"
     stands = problem["input"]
     shown = f", not {stands!r}" if isinstance(stands, str | int | float | bool) else ""
-    text = problem["msg"].removeprefix("Input ")
+    text = _in_seconds(name) or problem["msg"].removeprefix("Input ")
     return f"{place} {text}{shown}"
+
+
+def _in_seconds(name: str) -> str | None:
+    """What a setting that is a time has to be; ``None`` for any other."""
+    field = Settings.model_fields[name]
+    if field.annotation is not float:
+        return None
+    limits = {
+        sign: getattr(limit, sign) for limit in field.metadata for sign in ("ge", "gt", "le") if hasattr(limit, sign)
+    }
+    if "gt" in limits:
+        return f"should be a number of seconds, more than {limits['gt']} and at most {limits['le']}"
+    return f"should be a number of seconds, from {limits['ge']} to {limits['le']}"

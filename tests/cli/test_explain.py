@@ -148,8 +148,13 @@ def _read(fd: int) -> bytes:
         ("shared-by-procesess", "did you mean shared-by-processes?"),
         ("Unclean_Close", "did you mean unclean-close?"),
         ("exhaustion", "did you mean connection-exhaustion?"),
-        ("xyzzy", "say one of message-while-idle, unexpected-response, "),
-        ("two\nlines", "say one of "),
+        ("unread", "did you mean unread-answer?"),
+        ("idle_in", "did you mean idle-in-transaction?"),
+        ("shared", "did you mean shared-by-processes or shared-by-threads?"),
+        ("terminate", "did you mean foreign-terminate?"),
+        ("xyzzy", "pgguard explain lists them"),
+        ("two\nlines", "pgguard explain lists them"),
+        ("", "pgguard explain lists them"),
     ],
 )
 def test_an_unknown_kind_is_refused_and_the_closest_named(kind: str, says: str, refused: Refused) -> None:

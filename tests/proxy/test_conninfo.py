@@ -121,6 +121,12 @@ def test_a_url_that_insists_on_tls_is_not_taken_without(scheme: str, value: str)
         ("host=db port=x password=S3CRET", "what stands for the port is no port number"),
         ("host=db sslpassword=my S3CRET", '--upstream: a "=" is missing: write'),
         ("host=db passwort=S3CRET", "invalid connection option: write"),
+        ("hostaddr=S3CRET", "what stands for hostaddr is no IP address: give a name as host=NAME"),
+        ("host=db hostaddr=192.0.2.1,S3CRET", "2 addresses (hostaddr) for 1 hosts: give one a host"),
+        ("password=x connect_timeout=S3CRET", "what stands for connect_timeout is no number of seconds"),
+        ("postgresql://app:S3CRET%zz@db/app", "a % in the URL stands before no two hexadecimal digits: write % as %25"),
+        ("postgresql://db/S3CRET%2?user=x", "write % as %25"),
+        ("postgresql://db/app?password=S3CRET%00", "write % as %25"),
     ],
 )
 def test_what_can_not_be_read_is_refused_without_its_password(text: str, says: str) -> None:
