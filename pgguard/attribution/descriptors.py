@@ -15,6 +15,14 @@ _DESCRIPTORS = 65_536
 guard's time."""
 
 
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+def is_shortage(error: OSError) -> bool:
+    """Whether something can't be looked at now for want of descriptors or memory: whatever is there is there still."""
+    return error.errno in _SHORTAGES
+
+
 def list_processes() -> dict[int, int]:
     """List the pids of all processes, each with the inode of its directory in ``/proc``.
 
@@ -23,11 +31,16 @@ def list_processes() -> dict[int, int]:
     change under memory pressure.) It costs no system call, as reading the start time would.
 
     Empty where ``/proc`` can't be read.
+
+    Raises:
+        OSError: it can't be read now: see :func:`is_shortage`.
     """
     try:
         with os.scandir("/proc") as entries:
             return {int(entry.name): entry.inode() for entry in entries if entry.name.isdigit()}
-    except OSError:
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return {}
 
 
@@ -80,6 +93,7 @@ def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
     Raises:
         PermissionError: the process may have sockets open, but it can't be looked at; or it has more descriptors than
             are looked at, and not all of the sockets are among the latest.
+        OSError: it can't be looked at now: see :func:`is_shortage`.
     """
     found = {}
     directory = f"/proc/{pid}/fd"
@@ -109,7 +123,10 @@ def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
 
 
 def has_socket(pid: int, fd: str, inode: int) -> bool:
-    """See whether a descriptor is the socket, at this very moment; False too if that can't be seen."""
+    """See whether a descriptor is the socket, at this very moment; False too if that can't be seen.
+
+    It takes no descriptor of the guard's own.
+    """
     try:
         return os.readlink(f"/proc/{pid}/fd/{fd}") == link_to(inode)
     except OSError:

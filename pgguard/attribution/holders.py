@@ -34,7 +34,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pgguard.attribution.descriptors import find_sockets, has_socket, link_to, list_processes
+from pgguard.attribution.descriptors import find_sockets, has_socket, is_shortage, link_to, list_processes
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook, read_stat
 
@@ -154,6 +154,9 @@ class HolderWatch:
     One for a guard, made before it accepts its first connection: processes that are there already when it is made
     can't have inherited one. Thread-safe; threads wait for each other only while one lists the
     processes. The calling process itself is never a holder.
+
+    Without a descriptor left, nobody new is found; whether those that are known have a socket open still is seen all
+    the same, as readlink(2) and stat(2) take none.
     """
 
     def __init__(self, book: ProcessBook) -> None:
@@ -165,7 +168,7 @@ class HolderWatch:
         """Processes that have had a connection of ours open, the latest last."""
         self._connections: dict[int, _Connection] = {}
         self._hidden = False
-        """Other users' processes aren't even listed: ``hidepid``, see proc(5)."""
+        """Other users' processes aren't even listed: ``hidepid``, see proc(5); or none is, for want of descriptors."""
         for pid in self._list(time.monotonic() - _NEW):
             self._read(pid, {})
 
@@ -223,6 +226,13 @@ class HolderWatch:
             hold = None if connection is None else connection.holds.get(process.pid)
         return hold is not None and hold.process.started == process.started and not self._confirm(inode, hold)
 
+    def confirmed(self, inode: int) -> tuple[Process, ...]:
+        """Those that were seen to have a socket open and certainly have it open still; there may be others.
+
+        Costs one readlink(2) each, and no descriptor.
+        """
+        return tuple(hold.process for _, hold in self._holds([inode]) if self._confirm(inode, hold))
+
     def _begin(self, opened: Mapping[int, float]) -> list[int]:
         """Take note of what is asked, and of who has come and gone; return the pids that are new."""
         now = time.monotonic()
@@ -237,8 +247,12 @@ class HolderWatch:
     def _list(self, now: float) -> list[int]:
         # Locked while listing: an older list that is compared after a newer one would undo it.
         with self._lock:
-            listed = list_processes()
-            self._hidden = 1 not in listed
+            try:
+                listed = list_processes()
+                self._hidden = 1 not in listed
+            except OSError:
+                listed = self._without_listing()
+                self._hidden = True
             listed.pop(os.getpid(), None)
             for pid in self._seen.keys() - listed.keys():
                 self._drop(pid)
@@ -248,6 +262,14 @@ class HolderWatch:
                     self._drop(pid)
                     self._seen[pid] = _Seen(entry, now)
             return [pid for pid, seen in self._seen.items() if now - seen.at < _NEW]
+
+    def _without_listing(self) -> dict[int, int]:
+        """Those of the processes known that are still there, as :func:`list_processes` lists them."""
+        there = {}
+        for pid in self._seen:
+            with contextlib.suppress(OSError):
+                there[pid] = os.stat(f"/proc/{pid}").st_ino  # noqa: PTH116 - as in list_processes()
+        return there
 
     def _drop(self, pid: int) -> None:
         self._seen.pop(pid, None)
@@ -301,6 +323,12 @@ class HolderWatch:
         except PermissionError:
             found = {}
             self._note_unreadable(pid)
+        except OSError as error:
+            if not is_shortage(error):
+                raise
+            # What it was seen to hold it may hold still.
+            self._note_unreadable(pid)
+            return {}
         else:
             with self._lock:
                 self._unreadable.pop(pid, None)
@@ -333,7 +361,7 @@ class HolderWatch:
         try:
             stat = read_stat(pid)
             unreadable = _Unreadable(None if stat is None else stat.started, _lineage(pid))
-        except PermissionError:
+        except OSError:
             unreadable = _Unreadable(None, frozenset())
         with self._lock:
             # What it descends from is best known when it is first seen: later on its parent may be gone.

@@ -140,6 +140,13 @@ class Witness:
                     found.append(process)
         return tuple(found)
 
+    def still_holding(self, opening: Opening) -> tuple[Process, ...]:
+        """Those that were seen to have a connection open, as they were then, and certainly have it open still.
+
+        See :meth:`HolderWatch.confirmed`.
+        """
+        return () if opening.inode is None else self._watch.confirmed(opening.inode)
+
     def have_opened(self, processes: Iterable[Process]) -> frozenset[int]:
         """Which of these processes have opened connections, by their pids, as far as that was found out."""
         with self._lock:

@@ -140,6 +140,10 @@ class Investigation:
             return
         intruder = self._verdict.intruder
         holders = self._witness.holding(client, [connected[0], *self._named()])
+        opening = self._session.opening
+        if not holders and intruder is not None and opening is not None:
+            # For want of descriptors nothing may be to be seen, but for what was seen before.
+            holders = self._witness.still_holding(opening)
         # That somebody is alone with the connection can't be seen like this.
         if any(intruder is None or holder.pid != intruder.pid for holder in holders):
             self._findings = replace(self._findings, holders=holders, holders_complete=False)

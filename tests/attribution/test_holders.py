@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import array
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -312,3 +313,41 @@ def test_a_lone_heir_is_the_only_holder_when_its_parent_is_seen_to_have_closed(
         child = client.do("fork()")
         client.do("c.close()")
         assert guard.do(f"state(watch.watch([{inode}])[{inode}])") == [[child], True]
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Let this process open nothing: all that it has open is beyond its limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_without_descriptors_a_known_holder_is_seen_still_and_nobody_is_taken_for_gone(
+    listener: socket.socket, puppet: Puppets
+) -> None:
+    client = puppet()
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    with client.connect(listener):
+        inode = client.do(INODE.format("c"))
+        [opener] = watch.find({inode: _now()})[inode].processes
+        child = client.do("fork()")
+        with no_descriptors():
+            found = watch.find({inode: _now()})[inode]
+            let_go = watch.has_let_go(inode, opener)
+            confirmed = watch.confirmed(inode)
+        assert (_pids(found), found.complete) == ({client.pid}, False)  # it is not known of the child
+        assert not let_go
+        assert confirmed == (opener,)
+        found = watch.watch([inode])[inode]
+        assert (_pids(found), found.complete) == ({client.pid, child}, True)
+        client.do("c.close()")
+        with no_descriptors():
+            found = watch.watch([inode])[inode]
+            assert watch.has_let_go(inode, opener)
+        assert _pids(found) <= {client.pid, child}
+        assert not found.complete
