@@ -24,9 +24,9 @@ tidying up                        what is left behind
 What isn't an :class:`Exception` goes through: trio's cancellation, a keyboard interrupt, the end of the process. What
 goes wrong with a session's own sockets is no exception in this sense, but what there is to be relayed.
 
-Each exception, by its type and the place in the guard's code, is logged with its traceback once. After that it is
-counted, cheaply, as it may come with every message; how often is said at intervals (:func:`note`), and in the end
-(:func:`remarks`).
+Each exception, by its type and the place in the guard's code, is logged once. After that it is counted, cheaply, as it
+may come with every message; how often is said at intervals (:func:`note`), and in the end (:func:`remarks`). That its
+traceback is said once alone is the log's affair (:mod:`pgguard.reporting.log`).
 """
 
 from __future__ import annotations
@@ -115,13 +115,11 @@ def note(loss: Loss, session: ProxiedSession | None = None) -> None:
         _times[place] += 1
         said_at, before = _said.get(place, (0.0, 0))
         now = time.monotonic()
-        if not before:
-            _said[place] = now, 1
-            whose = "" if session is None else f"session {session.id}: "
-            logger.error("%s%s", whose, loss.value, exc_info=error)
-        elif now - said_at >= _INTERVAL:
+        if not before or now - said_at >= _INTERVAL:
             _said[place] = now, _times[place]
-            logger.error("%s: %d times more: %s", place, _times[place] - before, loss.value)
+            whose = "" if session is None else f"session {session.id}: "
+            more = f", {_times[place] - before} times more" if before else ""
+            logger.error("%s", f"{whose}{loss.value}{more}", exc_info=error)
 
 
 def remarks() -> list[str]:
