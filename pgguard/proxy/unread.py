@@ -30,6 +30,7 @@ behind it, and take the old answer for the new one.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -346,7 +347,7 @@ class UnreadWatch:
             pause = _TICK
             session.client.attentive = True  # what it sends next it may send on top of it
             if session.transport == "unix":
-                with spared(Loss.EVIDENCE, session):
+                with contextlib.suppress(OSError):  # there are no descriptors to spare
                     leftover.alarm = self._set_alarm(session.client)
         elif leftover.told:
             pause = min(_RARELY, leftover.looks * self._interval)

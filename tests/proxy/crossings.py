@@ -38,6 +38,8 @@ _PROTECTING = "proxy.losses"
 
 _PYTHONS = {name for kind in (bytearray, dict, set, str) for name in dir(kind)}
 """Methods of Python's own types: when the code is only read, those are taken for that."""
+_SOCKETS = {"sock", "listener"}
+"""What sockets are called."""
 
 
 @functools.cache
@@ -279,8 +281,18 @@ class _File:
         tree = ast.parse(path.read_text())
         self.places = list(_walk(tree, catches=False, function=None))
         self.functions = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
-        imports = [one for one in ast.walk(tree) if isinstance(one, ast.Import)]
-        self._libraries = {alias.asname or alias.name for one in imports for alias in one.names}
+        self._libraries = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        self._ours = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pgguard.")
+            for alias in node.names
+        }
 
     def sites(self, names: _Names) -> Iterator[tuple[Site, bool]]:
         """Where something of one of these names is, or may be, called; and whether exceptions are caught there."""
@@ -299,14 +311,14 @@ class _File:
     def _is_own(self, node: ast.AST) -> bool:
         """Whether it is this module's, or a library's."""
         if isinstance(node, ast.Name):
-            return node.id in self.functions
+            return node.id not in self._ours
         if not isinstance(node, ast.Attribute):
             return False
         if node.attr in _PYTHONS:
             return True
         if not isinstance(node.value, ast.Name):
             return False
-        return node.value.id in self._libraries or (node.value.id == "self" and node.attr in self.functions)
+        return node.value.id in self._libraries | _SOCKETS or (node.value.id == "self" and node.attr in self.functions)
 
 
 def _protected_functions(files: list[_File]) -> set[str]:
