@@ -57,6 +57,7 @@ class End:
     __slots__ = (
         "attentive",
         "broken",
+        "choked",
         "contested",
         "credentials",
         "eof",
@@ -115,7 +116,10 @@ class End:
         self.late = False
         """The relay has been late for what was read from it: answers are kept apart, where several read them."""
         self.waits = False
-        """It isn't read: what it has sent is being ruled on, or waits for the answer in front of it to be read."""
+        """It isn't read: what it has sent is being ruled on, or waits for its turn, for the answer in front of it to be
+        read, or for the server to answer what it has been sent."""
+        self.choked = False
+        """It is the server that it waits for."""
         self.eof = False
         """Nothing more will come from it."""
         self.broken = False

@@ -6,7 +6,13 @@ all are done the epoll is asked again, for up to a millisecond, before the task 
 :data:`_TURN` seconds it yields to trio's other tasks, whatever the load.
 
 Back-pressure: what a socket has no room for is kept with it, and its peer is not read until it is gone. A session
-buffers at most one chunk in each direction.
+buffers at most one chunk in each direction. A client that makes more requests than the session core keeps account of
+(:meth:`pgguard.session.session.Session.fullness`) is not read either until the server has answered some. Answers are
+always read, as long as there is room for them on the way to the client.
+
+Slices: a chunk may hold tens of thousands of small messages, or one known fault after the other. It is followed for
+:data:`_SLICE` seconds, and what is left waits for its turn, one slice of one end in each round, behind all that has
+come meanwhile.
 
 Holding: when a verdict falls on what one end has sent, that end isn't read until the ruling
 (:mod:`pgguard.proxy.judge`), and what it has sent waits. The other direction flows on: two answers that would have
@@ -19,9 +25,11 @@ What becomes of a session that is over is :mod:`pgguard.proxy.aftermath`.
 from __future__ import annotations
 
 import logging
+import os
 import select
 import socket
 import time
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVarTuple
 
@@ -61,8 +69,15 @@ _TURN: Final = 0.003
 """Seconds after which trio's other tasks get a turn."""
 _HURRY: Final = 0.02
 """Seconds for a client that arrives, or is judged, to get through trio's tasks."""
-_REPEATS: Final = 64
-"""Known faults in one chunk that are dealt with before other sessions get their turn."""
+_SLICE: Final = 0.00025
+"""Seconds for which one end's messages are followed before the others get their turn."""
+_REQUESTS_AT_ONCE: Final = 64
+_REQUESTS_IN_DEPTH: Final = 16
+_ANSWERS_AT_ONCE: Final = 256
+"""Messages that are followed before it is looked at the clock: the client's; those that are not the first of a chunk,
+and may stand behind thousands; the server's, most of which are rows."""
+_ROOM: Final = 0.5
+"""How full the ledger may be for a client to be read again that has filled it."""
 _HEALTH_CHECK: Final = 1.0
 """Seconds within which a client has gone again that logs in only to see whether it can, as HAProxy's pgsql-check."""
 _FAILED: Final = "something failed in the guard, whose log says what"
@@ -122,6 +137,11 @@ class Sweep:
         self._epoll = select.epoll()
         self._ends: dict[int, End] = {}
         """Those that are registered with the epoll, by descriptor."""
+        self._backlog: deque[End] = deque()
+        """Those that wait for their turn, with something held."""
+        self._asleep = False
+        self._wake: int
+        """A descriptor in the epoll that says by its edges that there is a backlog."""
         self._sessions: set[ProxiedSession] = set()
         self._accused: set[ProxiedSession] = set()
         """Those about which a verdict is being ruled on that is not about a message."""
@@ -139,11 +159,15 @@ class Sweep:
         """Sweep until cancelled; then every session that is left is closed."""
         with spared(Loss.EVIDENCE):
             self._lateness = Lateness()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
+            self._epoll.register(self._wake, select.EPOLLIN | select.EPOLLET)
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 while True:
+                    self._asleep = True
                     await trio.lowlevel.wait_readable(self._epoll.fileno())
+                    self._asleep = False
                     await self._sweep_while_busy()
         finally:
             for session in list(self._sessions):
@@ -151,17 +175,18 @@ class Sweep:
                     self._aftermath.cut_off(session)
                 self.finish(session)
             self._epoll.close()
+            os.close(self._wake)
             with spared(Loss.TIDINESS):
                 if self._lateness is not None:
                     self._lateness.close()
 
     async def _sweep_while_busy(self) -> None:
-        ends = self._ends
+        ends, backlog = self._ends, self._backlog
         poll = self._epoll.poll
         clock = time.monotonic
         began = clock()
         turn_ends = began + _TURN
-        while events := poll(0 if began < self._hurried_until else _PATIENCE, _EVENTS):
+        while (events := poll(0 if backlog or began < self._hurried_until else _PATIENCE, _EVENTS)) or backlog:
             now = time.time()
             if self.senders is not None:
                 try:
@@ -182,6 +207,8 @@ class Sweep:
                 except Exception:
                     note(Loss.SESSION, end.session)
                     self.finish(end.session)
+            if backlog:
+                self._take_turn(backlog.popleft())
             began = clock()
             if began > turn_ends or began < self._hurried_until:
                 await trio.lowlevel.checkpoint()
@@ -194,6 +221,24 @@ class Sweep:
             self._read(end, now)
         if mask & _WRITABLE and end.wants(_OUT):
             self._flush(end)
+
+    def _take_turn(self, end: End) -> None:
+        """Go on with an end that has waited for it, if its session is still relayed."""
+        if not self._is_relayed(end.session):
+            return
+        try:
+            self._go_on(end)
+            if end.late:
+                self._let_last_be_read(end)
+        except Exception:
+            note(Loss.SESSION, end.session)
+            self.finish(end.session)
+
+    def _queue(self, end: End) -> None:
+        """Have an end that is held wait for its turn."""
+        self._backlog.append(end)
+        if self._asleep:
+            os.eventfd_write(self._wake, 1)
 
     def hurry(self) -> None:
         """Don't keep trio's other tasks waiting for a moment: a client waits for one of them."""
@@ -407,17 +452,23 @@ class Sweep:
         The relay was woken late and has read both at once. On time it would have passed on the one before the other
         had come; together they would reach the same reader.
         """
-        session = server.session
-        await self._until_read(session)
-        if not self._is_relayed(session):
-            return
-        self._go_on(server)
-        if server.waits:
-            return  # there is one more, or something is wrong with it
-        # What has come in the meantime must not catch up with it.
-        self._hold(server)
-        await self._until_read(session)
-        if self._is_relayed(session):
+        await self._until_read(server.session)
+        if self._is_relayed(server.session):
+            self._go_on(server)
+            self._let_last_be_read(server)
+
+    def _let_last_be_read(self, server: End) -> None:
+        """Keep what has come in the meantime from catching up with an answer, if nothing else is waited for.
+
+        That is one more answer that was read with it, the rest of a long one, or something that is wrong with it.
+        """
+        if not server.waits:
+            self._hold(server)
+            self.start(server.session, self._catch_up, server)
+
+    async def _catch_up(self, server: End) -> None:
+        await self._until_read(server.session)
+        if self._is_relayed(server.session):
             server.late = False
             self._release(server)
 
@@ -433,8 +484,17 @@ class Sweep:
             at += length
 
     def _examine_pieces(self, end: End, now: float) -> None:
-        """Follow what several have sent, one after the other, as far as it is in order."""
-        while end.pieces and not end.waits:
+        """Follow what several have sent, one after the other, as far as it is in order and for a slice of time."""
+        slice_ends = 0.0
+        while end.pieces:
+            if end.waits:
+                return
+            if not slice_ends:
+                slice_ends = time.monotonic() + _SLICE
+            elif time.monotonic() > slice_ends:
+                self._hold(end)
+                self._queue(end)
+                return
             piece, sender = end.pieces.popleft()
             self._meet(end, sender)
             held, end.held = end.held, b""
@@ -449,49 +509,126 @@ class Sweep:
         return tracker is not None and not tracker.frontend_rest and self._buffer[begin] in _REQUESTS
 
     def _examine(self, end: End, begin: int, stop: int, now: float) -> None:
-        """Follow what stands in the buffer, and forward it as far as it is in order."""
-        session = end.session
-        repeats = 0
-        while True:
-            tracker = session.tracker
-            if tracker is None:
-                if session.phase is Phase.LINGERING:
-                    self._aftermath.note_late(end, self._buffer, begin, stop, now)
-                    return
-                self._forward(end, begin, stop)
-                return
-            try:
-                if end.is_client:
-                    done = tracker.frontend(self._buffer, begin, stop, end.sender, now)
-                else:
-                    done = tracker.backend(self._buffer, begin, stop, apart=end.late)
-                ends_answer = end.late and tracker.at_answers_end
-            except Exception:
-                self._lose_track(session, now)
-                continue
-            if done != begin:
-                self._forward(end, begin, done)
-            verdict = tracker.verdict
-            if verdict is None and tracker.lost is None:
-                if done != stop:
-                    end.held = bytes(self._view[done:stop])
-                    if ends_answer and done != begin:
-                        self.hurry()
-                        self._hold(end)
-                        self.start(session, self._let_read, end)
-                return
-            begin = done
-            if verdict is None:
-                self._lose(session, str(tracker.lost), now)
-            elif repeats < _REPEATS and self._is_repeat(session, verdict, now):
-                repeats += 1
-                self._overrule(session, tracker, now)
+        """Follow what stands in the buffer for a slice of time, and forward it as far as it is in order."""
+        tracker = end.session.tracker
+        if tracker is None:
+            self._pass_on(end, begin, stop, now)
+            return
+        try:
+            if end.is_client:
+                done = tracker.frontend(self._buffer, begin, stop, end.sender, now, _REQUESTS_AT_ONCE)
             else:
-                end.held = bytes(self._view[begin:stop])
-                self._set_aside(session, tracker, now)
-                self._hold(end)
-                self.start(session, self._adjudicate, end, verdict)
+                done = tracker.backend(self._buffer, begin, stop, _ANSWERS_AT_ONCE, apart=end.late)
+        except Exception:
+            self._lose_track(end.session, now)
+            self._pass_on(end, begin, stop, now)
+            return
+        if done == stop:
+            self._forward(end, begin, stop)
+            self._balance(end, tracker, now)
+        else:
+            self._examine_on(end, tracker, begin, done, stop, now)
+
+    def _examine_on(self, end: End, tracker: Tracker, begin: int, done: int, stop: int, now: float) -> None:
+        """Go on with what stands in the buffer, when some of it, or nothing, has been followed."""
+        session = end.session
+        slice_ends = time.monotonic() + _SLICE
+        pos = begin
+        while done != stop:
+            verdict = tracker.verdict
+            if verdict is not None:
+                if not self._is_repeat(session, verdict, now):
+                    self._forward(end, begin, done)
+                    self._set_aside(session, tracker, now)
+                    self._keep(end, done, stop)
+                    self.start(session, self._adjudicate, end, verdict)
+                    return
+                self._overrule(session, tracker, now)
+            elif tracker.lost is not None:
+                self._lose(session, tracker.lost, now)
+            elif done != pos and end.late and self._ends_answer(session, tracker, now):
+                self.hurry()
+                self._forward(end, begin, done)
+                self._keep(end, done, stop)
+                self.start(session, self._let_read, end)
                 return
+            elif done == pos:  # the rest is too little to be judged
+                self._forward(end, begin, done)
+                end.held = bytes(self._view[done:stop])
+                self._balance(end, tracker, now)
+                return
+            if session.tracker is None:
+                self._pass_on(end, begin, stop, now)
+                return
+            if time.monotonic() > slice_ends or self._is_full(end, tracker, now):
+                self._forward(end, begin, done)
+                self._keep(end, done, stop)
+                self._balance(end, tracker, now)
+                if not end.choked:
+                    self._queue(end)
+                return
+            pos = done
+            done = self._follow(end, tracker, pos, stop, now)
+        self._forward(end, begin, stop)
+        self._balance(end, tracker, now)
+
+    def _follow(self, end: End, tracker: Tracker, pos: int, stop: int, now: float) -> int:
+        """Follow some more messages; the position returned is how far they are in order."""
+        try:
+            if end.is_client:
+                return tracker.frontend(self._buffer, pos, stop, end.sender, now, _REQUESTS_IN_DEPTH)
+            return tracker.backend(self._buffer, pos, stop, _ANSWERS_AT_ONCE, apart=end.late)
+        except Exception:
+            self._lose_track(end.session, now)
+            return stop
+
+    def _ends_answer(self, session: ProxiedSession, tracker: Tracker, now: float) -> bool:
+        try:
+            return tracker.at_answers_end
+        except Exception:
+            self._lose_track(session, now)
+            return False
+
+    def _pass_on(self, end: End, begin: int, stop: int, now: float) -> None:
+        """Deal with what an end has sent whose session isn't followed."""
+        if end.session.phase is Phase.LINGERING:
+            self._aftermath.note_late(end, self._buffer, begin, stop, now)
+        else:
+            self._forward(end, begin, stop)
+
+    def _keep(self, end: End, begin: int, stop: int) -> None:
+        """Hold an end with what is left of its chunk."""
+        end.held = bytes(self._view[begin:stop])
+        self._hold(end)
+
+    def _is_full(self, end: End, tracker: Tracker, now: float) -> bool:
+        """Whether a client has the server owe it too much."""
+        try:
+            return end.is_client and tracker.fullness() >= 1
+        except Exception:
+            self._lose_track(end.session, now)
+            return False
+
+    def _balance(self, end: End, tracker: Tracker, now: float) -> None:
+        """Read a client no more that has the server owe it too much, and again when that has answered some of it."""
+        if end.is_client:
+            if self._is_full(end, tracker, now):
+                end.choked = True
+                self._hold(end)
+        elif end.peer.choked and self._has_room(end.session, tracker, now):
+            self._unchoke(end.peer)
+
+    def _has_room(self, session: ProxiedSession, tracker: Tracker, now: float) -> bool:
+        try:
+            return tracker.fullness() <= _ROOM
+        except Exception:
+            self._lose_track(session, now)
+            return False
+
+    def _unchoke(self, client: End) -> None:
+        """Go on with a client, when it is its turn."""
+        client.choked = False
+        self._queue(client)
 
     def _overrule(self, session: ProxiedSession, tracker: Tracker, now: float) -> None:
         try:
@@ -672,7 +809,7 @@ class Sweep:
         session.afterwards, session.tracker = session.tracker, None
         session.client.held = b""
         session.client.pieces.clear()
-        session.client.waits = session.server.waits = False
+        session.client.waits = session.client.choked = session.server.waits = False
         server = session.server
         self._disarm(server)
         server.sock.close()
@@ -760,6 +897,8 @@ class Sweep:
         if session.tracker is None:
             return
         session.tracker = None
+        if session.client.choked:
+            self._unchoke(session.client)
         with spared(Loss.RECORD, session):
             self._judge.lost(session, reason, now)
 

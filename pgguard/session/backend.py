@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Final
 
 from pgguard.session import libpq
@@ -93,18 +94,20 @@ class BackendStream:
         self._session = session
         self._ledger = session.ledger
 
-    def follow(self, buffer: bytearray, start: int, end: int, *, apart: bool = False) -> int:
-        """Follow ``buffer[start:end]``; the position returned is how far it is in order."""
+    def follow(self, buffer: bytearray, start: int, end: int, most: int, *, apart: bool) -> int:
+        """Follow ``buffer[start:end]``, ``most`` messages; the position returned is how far it is in order."""
         pos = start + self.rest
         ledger = self._ledger
         state = ledger.state
         row = _ROWS[state]
         last = end - HEADER_SIZE
         code = length = 0
-        while pos <= last:
+        for _ in repeat(None, most):
+            if pos > last:
+                break
             code, length = parse_header(buffer, pos)
-            least, most, follows = row[code]
-            if follows == _SPECIAL or not least <= length <= most:
+            least, greatest, follows = row[code]
+            if follows == _SPECIAL or not least <= length <= greatest:
                 if not self._special(buffer, pos, end, code, length):
                     break
                 if code == _READY_FOR_QUERY:
@@ -137,8 +140,7 @@ class BackendStream:
             return pos
         self.rest = pos - end
         self._session.position += end - start
-        if code:
-            self.partial = seen(Direction.BACKEND, _MESSAGES[code], code, length)
+        self.partial = seen(Direction.BACKEND, _MESSAGES[code], code, length) if code else self.partial
         return end
 
     def swallow(self, message: MessageSeen) -> None:
@@ -302,9 +304,9 @@ class BackendStream:
     def _accept_undue(self, pos: int, code: int, length: int) -> bool:
         """Judge a message that the head's row doesn't have: True to pass it over."""
         session = self._session
-        if self.overruled is not None or session.goodbye:
-            return True
         ledger = self._ledger
+        if self.overruled is not None or session.goodbye or (ledger.uncounted and code == _READY_FOR_QUERY):
+            return True
         message = seen(Direction.BACKEND, _MESSAGES[code], code, length)
         if ledger.state == NOTHING:
             session.verdict = session.judge(

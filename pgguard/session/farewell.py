@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 _ANSWERED: Final = frozenset(OWED.keys() | {"H"})
 """The messages of a client that an ErrorResponse may be the answer to; Flush asks for one as well."""
 
+_MESSAGES: Final = 256
+"""Up to so many at once are a request: who cleans up sends a few."""
 _CLEAN_UPS: Final = 2
 """Of a transaction, and of the connection as it goes back to its pool."""
 
@@ -89,7 +91,9 @@ def asks(data: memoryview) -> bool:
     That they begin with a message isn't known: a client that was interrupted may go on with what it was sending.
     """
     pos, end = 0, len(data)
-    while end - pos >= HEADER_SIZE:
+    for _ in range(_MESSAGES):
+        if end - pos < HEADER_SIZE:
+            break
         code, length = parse_header(data, pos)
         if length < HEADER_SIZE - 1 or (pos == 0 and chr(code) not in _ANSWERED):
             return False

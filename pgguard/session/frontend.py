@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Final
 
 from pgguard.session import libpq
-from pgguard.session.ledger import MAYBE_SYNC, NOTHING
+from pgguard.session.ledger import NOTHING
 from pgguard.session.session import ill_formed, seen, torn_end
 from pgguard.session.states import COPY_IN, IN_COPY_IN, NO_REQUEST, OWED, Owes
 from pgguard.session.verdicts import AFTER_END, Direction, Kind, MessageSeen, RequestState, Sender
@@ -15,7 +16,6 @@ from pgguard.wire.messages import FRONTEND, HEADER_SIZE, SMALL, UNKNOWN, by_code
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pgguard.session.ledger import Entry
     from pgguard.session.requests import Request
     from pgguard.session.session import Session
     from pgguard.session.statements import Closing, Statement
@@ -61,7 +61,6 @@ class FrontendStream:
 
     __slots__ = (
         "_fed",
-        "_flushed",
         "_held",
         "_held_by",
         "_late",
@@ -93,8 +92,6 @@ class FrontendStream:
         """How many they were."""
         self._simple: Request | None = None
         """The last simple Query or FunctionCall."""
-        self._flushed: Entry | None = None
-        """What stood last in the ledger when a Flush was sent: the client has asked for the answers up to it."""
         self._fed: Request | None = None
         """The request that stood first when the last CopyData was sent, until CopyDone or CopyFail is."""
         self._late: set[int | None] = set()
@@ -110,8 +107,8 @@ class FrontendStream:
         }
         """What is to be noted of a message that names a prepared statement."""
 
-    def follow(self, buffer: bytearray, start: int, end: int, sender: Sender | None, at: float) -> int:
-        """Follow ``buffer[start:end]``; the position returned is how far it is in order."""
+    def follow(self, buffer: bytearray, start: int, end: int, sender: Sender | None, at: float, most: int) -> int:
+        """Follow ``buffer[start:end]``, ``most`` messages; the position returned is how far it is in order."""
         session = self._session
         ledger = self._ledger
         if session.over:
@@ -123,10 +120,12 @@ class FrontendStream:
         pos = start + self.rest
         last = end - HEADER_SIZE
         code = length = 0
-        while pos <= last:
+        for _ in repeat(None, most):
+            if pos > last:
+                break
             code, length = parse_header(buffer, pos)
-            least, most, look = _SHAPES[code]
-            if not least <= length <= most and not self._accept_frame(pos, code, length):
+            least, greatest, look = _SHAPES[code]
+            if not least <= length <= greatest and not self._accept_frame(pos, code, length):
                 break
             stop = pos + (look if length >= look else 1 + length)
             if stop > end:
@@ -153,8 +152,7 @@ class FrontendStream:
             return self._follow_late(buffer, pos, end, sender) if session.terminated else pos
         self.rest = pos - end
         self._held_by = None
-        if code:
-            self.partial = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+        self.partial = seen(Direction.FRONTEND, _MESSAGES[code], code, length) if code else self.partial
         return end
 
     def swallow(self, message: MessageSeen) -> None:
@@ -205,8 +203,7 @@ class FrontendStream:
         if code in b"dcf":
             return self._copy_message(pos, code, length)
         if code == _FLUSH:
-            entries = self._ledger.entries
-            self._flushed = entries[-1] if entries else None
+            self._ledger.flush()
             return True
         if code == _PASSWORD_MESSAGE:
             if self._ledger.state != _LOGIN:
@@ -311,8 +308,7 @@ class FrontendStream:
         ledger = self._ledger
         session = self._session
         if ledger.state != NOTHING:
-            asked = ledger.asked(self._flushed)
-            busy = next((other for other in asked if not self._elsewhere(other.sender)), None)
+            busy = next((other for other in ledger.asked() if not self._elsewhere(other.sender)), None)
             if busy is not None and self._overlaps(busy, buffer, pos, stop, length):
                 return False
         request = self._simple = session.new_request(code, at, self._sender)
@@ -357,7 +353,8 @@ class FrontendStream:
             session.unsynced = None
             ledger.skipping = False
             if _COPYING_IN[ledger.state] and ledger.copying_in:
-                owes = MAYBE_SYNC
+                ledger.enter_in_copy(request)
+                return True
         elif target != _PORTAL and not ledger.skipping:
             note = self._notes.get(code)
             if note is not None:

@@ -23,6 +23,8 @@ SYNC: Final = int(Owes.SYNC)
 MAYBE_SYNC: Final = int(Owes.MAYBE_SYNC)
 COPY_END: Final = int(Owes.COPY_END)
 
+_COUNTED: Final = 4096
+"""Entries up to which it is counted what is sent in copy-in mode that the server needn't answer."""
 _SYNCS: Final = (SYNC, MAYBE_SYNC)
 _NAMING: Final = (int(Owes.PARSE), int(Owes.CLOSE))
 _NO_DEBTS: Final = (MAYBE_SYNC, COPY_END)
@@ -39,7 +41,7 @@ class Ledger:
         login: stands for the StartupMessage, whose answer is owed first.
     """
 
-    __slots__ = ("discarding", "entries", "skipping", "state")
+    __slots__ = ("_flushed", "_marks", "discarding", "entries", "skipping", "state", "uncounted")
 
     def __init__(self, login: Request) -> None:
         self.entries: deque[Entry] = deque([(int(Owes.LOGIN), login, None)])
@@ -49,6 +51,12 @@ class Ledger:
         """The server discards messages, and the Sync that will end that has not been sent yet."""
         self.discarding = False
         """The server discards messages unless the head, a Sync that it may have discarded, has ended that."""
+        self._flushed: Entry | None = None
+        """What stood last when a Flush was sent: the client has asked for the answers up to it."""
+        self.uncounted = False
+        """There have been more Syncs that may have been answered than are counted."""
+        self._marks = 0
+        """Entries that are marks, :attr:`Owes.COPY_END`."""
 
     # What there is
 
@@ -68,18 +76,15 @@ class Ledger:
         """The requests that wait for an answer, one for each entry, in order."""
         return (request for owes, request, _ in self.entries if owes not in NO_REQUEST)
 
-    def asked(self, flushed: Entry | None) -> Iterator[Request]:
+    def asked(self) -> Iterator[Request]:
         """Those of :meth:`outstanding` of which the client has asked for the answer.
 
         Of extended-protocol messages it does so with a Sync or Flush; of those without, the answers come with the next
         that it asks for.
-
-        Args:
-            flushed: what stood last when the last Flush was sent, if there has been one.
         """
         entries = self.entries
         count = len(entries)
-        while count and entries[count - 1] is not flushed and entries[count - 1][0] in UNASKED:
+        while count and entries[count - 1] is not self._flushed and entries[count - 1][0] in UNASKED:
             count -= 1
         return (request for owes, request, _ in islice(entries, count) if owes not in NO_REQUEST)
 
@@ -92,7 +97,7 @@ class Ledger:
         return self.entries[0][1] if self.entries and self.state != self.entries[0][0] else None
 
     def _marked(self) -> bool:
-        return any(entry[0] == COPY_END for entry in self.entries)
+        return self._marks > 0
 
     # What happens to it
 
@@ -105,9 +110,36 @@ class Ledger:
             self.state = owes
         self.entries.append((owes, request, named))
 
+    def enter_in_copy(self, request: Request) -> None:
+        """A Sync has been sent in copy-in mode: the server discards it, unless the COPY has failed by then.
+
+        It may do so for ever, so that they can't be kept waiting until some are answered. Those beyond a number are not
+        counted: then a ReadyForQuery too many is none.
+        """
+        if len(self.entries) < _COUNTED:
+            self.enter(MAYBE_SYNC, request)
+        else:
+            self.uncounted = True
+
     def end_copy_data(self) -> None:
         """CopyDone or CopyFail has been sent behind what stands in the ledger, which is something."""
-        self.entries.append((COPY_END, self.entries[-1][1], None))
+        if self._marks < _COUNTED:
+            self._marks += 1
+            self.entries.append((COPY_END, self.entries[-1][1], None))
+
+    def flush(self) -> None:
+        """A Flush has been sent: what stands in the ledger is asked for."""
+        self._flushed = self.entries[-1] if self.entries else None
+
+    def compact(self) -> int:
+        """Have equal entries share one object, and return how many objects they are.
+
+        A client that asks for no answers may send many messages before the server answers any.
+        """
+        shared: dict[Entry, Entry] = {}
+        flushed = self._flushed
+        self.entries = deque(entry if entry is flushed else shared.setdefault(entry, entry) for entry in self.entries)
+        return len(shared)
 
     def pay(self) -> int:
         """The head is complete: the next entry that owes something is the head. Returns the new state."""
@@ -119,6 +151,7 @@ class Ledger:
                 self.state = state
                 return state
             entries.popleft()
+            self._marks -= 1
         self.state = NOTHING
         return NOTHING
 
@@ -154,7 +187,9 @@ class Ledger:
                 self.state = owes
                 self.discarding = owes == MAYBE_SYNC
                 return
-            if owes != COPY_END:
+            if owes == COPY_END:
+                self._marks -= 1
+            else:
                 request.skip()
             if named is not None and owes in _NAMING:
                 refuse(named)
@@ -189,8 +224,10 @@ class Ledger:
                 del entries[1]
             if entries[1][0] == COPY_END:
                 del entries[1]
+                self._marks -= 1
 
     def clear(self) -> None:
         """Nothing more will come."""
         self.entries.clear()
         self.state = NOTHING
+        self._marks = 0

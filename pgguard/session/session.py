@@ -23,6 +23,15 @@ _RECENT: Final = 8
 """Requests that are remembered beyond their answer, for the timeline of a record."""
 _OUTSTANDING: Final = 16
 """Unanswered requests that a verdict shows."""
+_FEW: Final = 256
+"""Entries of the ledger up to which it is not full for certain."""
+_MOST_ENTRIES: Final = 4096
+_MOST_REQUESTS: Final = 1024
+"""Entries, and requests, at which it is. Each takes a few hundred bytes at most, and a text of up to a kilobyte."""
+_MOST_UNASKED: Final = 131_072
+"""Entries at which it is, as long as no answer has been asked for; they take eight bytes each."""
+_MOST_DIFFERENT: Final = 8192
+"""Entries of those that are not alike, and so take more."""
 _FRONTEND: Final = by_code(FRONTEND)
 _NO_TRANSACTION: Final = ("I", "")
 
@@ -76,6 +85,10 @@ class Session:
         """The client has made a request while another one was outstanding."""
         self.requests = 0
         """How many the client has made."""
+        self._compact_at = _MOST_ENTRIES
+        """Entries at which those that are alike are put together, while no answer has been asked for."""
+        self._different = 0
+        """How many of them were not alike then."""
         self._recent: deque[Request] = deque(maxlen=_RECENT)
         self.position = 0
         """Bytes of the server's stream that are in order, and have been forwarded."""
@@ -129,6 +142,29 @@ class Session:
         request = Request(self.requests, at, sender, chr(code))
         self._recent.append(request)
         return request
+
+    def fullness(self) -> float:
+        """How full the ledger is: from 1 on no more is to be read of the client until the server has answered.
+
+        That keeps nobody waiting for ever: whatever the client has asked for, the server answers without hearing more
+        of it. Where it may have to hear more first, the ledger is never full: in copy-in mode, where it reads the data;
+        and as long as no answer has been asked for, by a Sync above all, nearly never: PostgreSQL holds back 8 KB of
+        them at most (``PQ_SEND_BUFFER_SIZE`` in ``pqcomm.c``), of at least five bytes each, and what stands in its
+        place half a megabyte.
+        """
+        ledger = self.ledger
+        count = len(ledger.entries)
+        if count < _FEW or ledger.copying_in:
+            return 0.0
+        head = ledger.entries[0][1]
+        if head is not self.unsynced:
+            return max(count / _MOST_ENTRIES, (self.requests - head.n) / _MOST_REQUESTS)
+        if count < _MOST_ENTRIES:
+            self._compact_at, self._different = _MOST_ENTRIES, 0
+        elif count >= self._compact_at:
+            self._different = ledger.compact()
+            self._compact_at = 2 * count
+        return max(count / _MOST_UNASKED, self._different / _MOST_DIFFERENT)
 
     def requests_seen(self) -> tuple[RequestSeen, ...]:
         """The outstanding requests and a few before them, oldest first."""

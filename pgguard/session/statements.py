@@ -103,6 +103,7 @@ class Statements:
     def query(self, sql: bytearray, *, cut: bool) -> None:
         """A simple Query has been sent. It drops the unnamed statement: ``exec_simple_query()`` in ``postgres.c``."""
         if b"" in self._by_name:
+            _drop_text(self._by_name[b""])
             self._by_name[b""] = Closing(self._epoch)
         if self._sure == _NEVER:
             self.watching = bool(self._by_name)
@@ -135,11 +136,13 @@ class Statements:
         self.watching = True
         if text == body + 1:
             before = self._by_name.get(b"")
+            _drop_text(before)
             self._by_name[b""] = statement = Statement(b"", sql, cut=cut, epoch=self._epoch)
         else:
             name = bytes(buffer[body : min(text - 1, body + NAME_LENGTH)])
             self._named = True
             before = self._by_name.pop(name, None)
+            _drop_text(before)
             statement = named = Named(name, sql, cut=cut, epoch=self._epoch)
             if isinstance(before, Closing):
                 named.closed = before
@@ -188,7 +191,7 @@ class Statements:
         name = _name(buffer, body, stop)
         closing = Closing(self._epoch)
         self._named = self.watching = True
-        self._by_name.pop(name, None)
+        _drop_text(self._by_name.pop(name, None))
         self._keep(name, closing)
         return closing
 
@@ -226,7 +229,7 @@ class Statements:
         if effect is Effect.ONE_NAME:
             unsure = Named(name, None, cut=False, epoch=self._epoch)
             unsure.refused = unsure.in_doubt = True
-            self._by_name.pop(name, None)
+            _drop_text(self._by_name.pop(name, None))
             self._keep(name, unsure)
         elif effect is Effect.LASTING:
             self._go_blind()
@@ -249,8 +252,7 @@ class Statements:
         if len(by_name) >= _LIMIT:
             forgotten = by_name.pop(next(iter(by_name)))
             self._unsure = True
-            if isinstance(forgotten, Statement):
-                forgotten.sql = None  # what the server still owes for it keeps no more than its name
+            _drop_text(forgotten)
         by_name[name] = what
 
     def _count(self, cost: int) -> None:
@@ -259,6 +261,12 @@ class Statements:
             self._patience -= cost
             if self._patience < 0:
                 self._go_blind()
+
+
+def _drop_text(replaced: Statement | Closing | None) -> None:
+    """Of one that nobody can name any more, what the server still owes for it keeps no more than its name."""
+    if isinstance(replaced, Statement):
+        replaced.sql = None
 
 
 def _name(buffer: bytearray, body: int, stop: int) -> bytes:

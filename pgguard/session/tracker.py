@@ -13,6 +13,7 @@ connection in :mod:`pgguard.session.senders`.
 
 from __future__ import annotations
 
+from sys import maxsize
 from typing import TYPE_CHECKING, Final
 
 from pgguard.session.backend import BackendStream
@@ -33,7 +34,8 @@ class Tracker(Session):
     ``frontend`` and ``backend`` take a chunk and return a position in it: the bytes before it are in order and may be
     forwarded. When that is not the chunk's end, either :attr:`verdict` is set, and the message at that position is
     what is wrong, or :attr:`lost` is, or the bytes from there on are not enough to be judged and are to be presented
-    again, in front of the next ones.
+    again, in front of the next ones. A call may be limited to a number of messages; then it may also be that there are
+    more in the chunk: another call, from that position on, tells, as it comes no further if there are not.
 
     After a verdict the caller says what becomes of the message: :meth:`overrule` (it is forwarded) or
     :meth:`swallow` (it is not), and presents the chunk again from that position. Nothing is forwarded twice.
@@ -48,7 +50,9 @@ class Tracker(Session):
         self._frontend = FrontendStream(self, sender)
         self._backend = BackendStream(self)
 
-    def frontend(self, buffer: bytearray, start: int, end: int, sender: Sender | None, at: float) -> int:
+    def frontend(
+        self, buffer: bytearray, start: int, end: int, sender: Sender | None, at: float, most: int = maxsize
+    ) -> int:
         """Follow a chunk of the client's, ``buffer[start:end]``; see the class for what is returned.
 
         Args:
@@ -57,15 +61,16 @@ class Tracker(Session):
             end: its end.
             sender: who sent it, ``None`` if the kernel didn't say. The same sender is best given as the same object.
             at: now, in seconds since the epoch.
+            most: how many messages are looked at.
         """
-        return self._frontend.follow(buffer, start, end, sender, at)
+        return self._frontend.follow(buffer, start, end, sender, at, most)
 
-    def backend(self, buffer: bytearray, start: int, end: int, *, apart: bool = False) -> int:
+    def backend(self, buffer: bytearray, start: int, end: int, most: int = maxsize, *, apart: bool = False) -> int:
         """Follow a chunk of the server's, ``buffer[start:end]``; see the class for what is returned.
 
         With ``apart`` it stops behind each answer: :attr:`at_answers_end` says so.
         """
-        return self._backend.follow(buffer, start, end, apart=apart)
+        return self._backend.follow(buffer, start, end, most, apart=apart)
 
     def expect_readers(self) -> None:
         """Say that several processes or threads have been seen to read the answers."""

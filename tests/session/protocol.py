@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from sys import maxsize
 from typing import TYPE_CHECKING
 
 from pgguard.session.tracker import Tracker
@@ -101,9 +102,16 @@ def spell(direction: Direction, letters: str) -> bytes:
 
 
 class Conversation:
-    """Feeds a tracker as the relay does, and collects verdicts, each of them overruled."""
+    """Feeds a tracker as the relay does, and collects verdicts, each of them overruled.
 
-    def __init__(self, sender: Sender | None = MODEL, *, login: bool = True) -> None:
+    Args:
+        sender: who has opened the connection.
+        login: whether it has logged in.
+        most: how many messages are followed at once.
+    """
+
+    def __init__(self, sender: Sender | None = MODEL, *, login: bool = True, most: int = maxsize) -> None:
+        self._most = most
         self.tracker = Tracker({"user": "app"}, sender)
         self.sender = sender
         self.verdicts: list[Verdict] = []
@@ -131,12 +139,14 @@ class Conversation:
         new: list[Verdict] = []
         while pos < end and tracker.lost is None:
             if direction is Direction.FRONTEND:
-                done = tracker.frontend(buffer, pos, end, sender, self.now)
+                done = tracker.frontend(buffer, pos, end, sender, self.now, self._most)
             else:
-                done = tracker.backend(buffer, pos, end)
+                done = tracker.backend(buffer, pos, end, self._most)
             assert pos <= done <= end
-            pos = done
+            before, pos = pos, done
             if tracker.verdict is None:
+                if pos != before:
+                    continue
                 break
             assert tracker.verdict.start == pos or tracker.verdict.message is None
             new.append(tracker.verdict)

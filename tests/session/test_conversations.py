@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sys import maxsize
 from typing import TYPE_CHECKING
 
 from hypothesis import HealthCheck, assume, given, settings
@@ -170,8 +171,8 @@ def joined(runs: Iterable[Run]) -> list[Run]:
     return found
 
 
-def play_runs(runs: Iterable[Run], asks: bool) -> Conversation:
-    conversation = Conversation()
+def play_runs(runs: Iterable[Run], asks: bool, most: int = maxsize) -> Conversation:
+    conversation = Conversation(most=most)
     if asks:
         conversation.tracker.introduce(MODEL, asks_goodbye=True)
     for direction, sender, data in runs:
@@ -188,8 +189,8 @@ def named(verdicts: Iterable[Verdict]) -> list[tuple[object, ...]]:
     return [(v.intruder, v.requesters, v.sender, [r.sender for r in v.requests], v.ends) for v in verdicts]
 
 
-def differ_in_nothing(runs: list[Run], pieces: list[Run], *, asks: bool) -> None:
-    whole, cut = play_runs(runs, asks), play_runs(pieces, asks)
+def differ_in_nothing(runs: list[Run], pieces: list[Run], *, asks: bool, most: int = maxsize) -> None:
+    whole, cut = play_runs(runs, asks), play_runs(pieces, asks, most)
     assert told(cut.verdicts) == told(whole.verdicts)
     assert named(cut.verdicts) == named(whole.verdicts)
     assert cut.tracker.lost == whole.tracker.lost
@@ -203,6 +204,50 @@ def test_chunks_make_no_difference_to_verdicts_whoever_sends(data: st.DataObject
     """Kind, message, wording and culprits are the same, however the bytes of one sender come in pieces."""
     pieces = [(d, sender, piece) for d, sender, stream in runs for piece in data.draw(cuts(stream))]
     differ_in_nothing(runs, pieces, asks=asks)
+
+
+@thoroughly
+@given(sent_by_several(), st.booleans(), st.integers(1, 5))
+def test_slices_make_no_difference_whoever_sends(runs: list[Run], asks: bool, most: int) -> None:
+    """It is all the same whether a chunk is followed at once or a few messages at a time."""
+    differ_in_nothing(runs, runs, asks=asks, most=most)
+
+
+@thoroughly
+@given(st.data(), sent_by_several(), st.booleans(), st.integers(1, 3))
+def test_slices_of_pieces_make_no_difference(data: st.DataObject, runs: list[Run], asks: bool, most: int) -> None:
+    pieces = [(d, sender, piece) for d, sender, stream in runs for piece in data.draw(cuts(stream))]
+    differ_in_nothing(runs, pieces, asks=asks, most=most)
+
+
+@thoroughly
+@given(st.data(), st.integers(1, 3))
+def test_slices_stand_between_what_the_other_side_says(data: st.DataObject, most: int) -> None:
+    """What is left of a chunk may wait, and the other direction goes on meanwhile."""
+    recording = data.draw(recordings(most=3))
+    left = {Direction.FRONTEND: bytearray(), Direction.BACKEND: bytearray()}
+    tracker = Conversation().tracker
+    expected = outcome(play(recording.events))
+    for direction, stream in recording.runs():
+        left[direction] += stream
+        # An answer is read when its request has been followed; any number of requests may have been.
+        while left[Direction.FRONTEND] and (direction is Direction.BACKEND or data.draw(st.booleans())):
+            done = tracker.frontend(left[Direction.FRONTEND], 0, len(left[Direction.FRONTEND]), MODEL, 0.0, most)
+            assert tracker.verdict is None
+            if not done:
+                break
+            del left[Direction.FRONTEND][:done]
+        while left[Direction.BACKEND]:
+            done = tracker.backend(left[Direction.BACKEND], 0, len(left[Direction.BACKEND]), most)
+            assert tracker.verdict is None
+            if not done:
+                break
+            del left[Direction.BACKEND][:done]
+    rest = left[Direction.FRONTEND]
+    assert tracker.frontend(rest, 0, len(rest), MODEL, 0.0) == len(rest)
+    conversation = Conversation()
+    conversation.tracker = tracker
+    assert outcome(conversation)[:-1] == expected[:-1]
 
 
 # Mutations that can be observed

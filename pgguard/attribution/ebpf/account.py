@@ -52,6 +52,9 @@ _EARLY_EVENTS = 32
 client that waits to be accepted sends a startup packet, and waits for the answer."""
 
 
+_RUNS = 2048
+"""Stretches of the stream that are told apart before they are read. Two that send by turns can bring about any number
+while the guard has a reason not to read; the senders of what is behind that are unknown."""
 _UNREAD_EVENTS = 64
 """Sends on top of something unread that are remembered until they are read: of a client that pipelines, say, whose next
 ones say nothing new."""
@@ -116,10 +119,11 @@ class Account:
             if sender.pid == pid and sender.tid == tid:
                 if last == start:
                     self._runs[-1] = first, stop, sender
-                else:
+                elif len(self._runs) < _RUNS:
                     self._runs.append((start, stop, sender))
                 return
-        self._runs.append((start, stop, Sender(pid, tid)))
+        if len(self._runs) < _RUNS:
+            self._runs.append((start, stop, Sender(pid, tid)))
 
     def covers(self, length: int) -> bool:
         """Whether something has been said of the last of the next ``length`` bytes, or of what is behind it."""
