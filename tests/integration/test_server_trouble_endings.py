@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -332,6 +333,39 @@ def test_a_database_that_is_dropped(mortal: Mortal, surviving: GuardProcess) -> 
             client.close()
     assert said == [[said[0][0]]] * 3
     assert said[0][0].sqlstate == "57P01"
+    _serves(mortal, surviving)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_standby_is_told_as_it_would_be(mortal: Mortal, surviving: GuardProcess, tmp_path: Path, mode: str) -> None:
+    """A server that shuts down sends its standbys all that there is first, and ends the stream without an error."""
+    programs = []
+    for n, address in enumerate((mortal.server.tcp, surviving.tcp, surviving.unix)):
+        directory = tmp_path / str(n)
+        directory.mkdir()
+        command: list[str | Path] = [mortal.server.bindir / "pg_receivewal", "--no-loop", "-D", directory]
+        with (directory / "stderr").open("wb") as stderr:
+            programs.append(subprocess.Popen(command, env=address.environ(), stdin=subprocess.DEVNULL, stderr=stderr))
+    try:
+        with psycopg.connect(mortal.server.unix.conninfo, autocommit=True) as connection:
+            streaming = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
+            _until(lambda: connection.execute(streaming).fetchone() == (3,), "they never came to stream")
+        postmaster = mortal.signal(MODES[mode])
+        statuses = [program.wait(SECONDS) for program in programs]
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+    mortal.wait_ended(postmaster)
+    said = [(tmp_path / str(n) / "stderr").read_text() for n in range(3)]
+    assert statuses == [1, 1, 1]
+    if mode == "immediate":
+        assert "server closed the connection unexpectedly" in said[0]
+        assert all(_GUARDS_OWN in guarded for guarded in said[1:])
+    else:
+        assert "replication stream was terminated before stop point" in said[0]
+        assert said == said[:1] * 3
+    mortal.start()
     _serves(mortal, surviving)
 
 
