@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import pytest
 
+from pgguard.attribution import scout
 from pgguard.attribution.ebpf.probe import ProbeUnavailable
 from pgguard.attribution.transparency import start
 from tests.guard_process import GuardProcess, running_guard
@@ -23,6 +24,14 @@ class StartGuard(Protocol):
     """Starts a guard in front of the server under test, with more options for ``pgguard serve``."""
 
     def __call__(self, *options: str) -> GuardProcess: ...
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scout() -> Iterator[None]:
+    """The child that looks into other processes' directories is there all the time, so that no test has left it."""
+    scout.start()
+    yield
+    scout.close()
 
 
 @pytest.fixture(scope="session", params=_INSTALLATIONS)

@@ -5,8 +5,8 @@ some of what is looked at is under the control of the process that is looked at:
 
 - its memory, for the command line, the mapped files and the sets of descriptors that it polls: a page may have to come
   from a file system first, and whoever changes the memory's layout has it locked meanwhile;
-- its program and its working directory, which may be in a file system that takes its time, or is run by a process of
-  its own (FUSE) that never answers;
+- its program and its working directory, which may be in a file system that takes its time, or never answers: see
+  :mod:`pgguard.attribution.scout`;
 - an epoll set, which is locked while one of its members is asked, by whatever that is.
 
 No time limit ends such a read. So each is announced here, for as long as it takes: :class:`reading`. Where one takes
@@ -18,6 +18,7 @@ Who waits for a thread that hangs is told so, and does without: :func:`hanging`.
 from __future__ import annotations
 
 import errno
+import math
 import threading
 import time
 from pathlib import Path
@@ -31,8 +32,8 @@ _EACH = 3
 _ALL = 16
 """Reads that may hang before only the guard's own user's processes, and root's, are looked at."""
 
-_reads: dict[int, tuple[int, float]] = {}
-"""By the thread that reads, the process that it reads about, and since when."""
+_reads: dict[object, tuple[int, float]] = {}
+"""By the thread that reads, or by what else does, the process that it reads about, and since when."""
 
 
 class reading:  # noqa: N801 - a context manager, read as a phrase
@@ -50,8 +51,8 @@ class reading:  # noqa: N801 - a context manager, read as a phrase
 
     def __enter__(self) -> Self:
         now = time.monotonic()
-        if len(_reads) > 1 and _is_refused(self._pid, now):
-            raise TimeoutError(errno.ETIMEDOUT, "reading about it, or about others of its user, hangs")
+        if _reads:
+            check(self._pid)
         thread = threading.get_ident()
         self._before = _reads.get(thread)
         _reads[thread] = self._pid, now
@@ -64,15 +65,31 @@ class reading:  # noqa: N801 - a context manager, read as a phrase
             _reads[threading.get_ident()] = self._before
 
 
-def hanging() -> dict[int, int]:
-    """The threads that hang at this moment, by threading.get_ident(), each with the pid that it reads about."""
+def check(pid: int) -> None:
+    """Raises TimeoutError: a process isn't to be looked at, as others hang that have begun to, or look at its likes."""
+    if _is_refused(pid, time.monotonic()):
+        raise TimeoutError(errno.ETIMEDOUT, "reading about it, or about others of its user, hangs")
+
+
+def remember(reader: object, pid: int) -> None:
+    """Take note that something other than a thread hangs, until :func:`forget`."""
+    _reads[reader] = pid, -math.inf
+
+
+def forget(reader: object) -> None:
+    """It doesn't hang any more."""
+    _reads.pop(reader, None)
+
+
+def hanging() -> dict[object, int]:
+    """What hangs at this moment, threads by threading.get_ident(), each with the pid that it reads about."""
     now = time.monotonic()
-    return {thread: pid for thread, (pid, since) in list(_reads.items()) if now - since > PATIENCE}
+    return {reader: pid for reader, (pid, since) in list(_reads.items()) if now - since > PATIENCE}
 
 
 def _is_refused(pid: int, now: float) -> bool:
     own = threading.get_ident()
-    hung = {one for thread, (one, since) in list(_reads.items()) if now - since > PATIENCE and thread != own}
+    hung = {one for reader, (one, since) in list(_reads.items()) if now - since > PATIENCE and reader != own}
     if not hung:
         return False
     if pid in hung:

@@ -13,19 +13,15 @@ user may read: a link leads no further than that user gets, and no pipe or devic
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from pathlib import Path
 from typing import NamedTuple
 
-from pgguard.attribution.gobinary import go_modules
-from pgguard.attribution.hangs import reading
 from pgguard.attribution.images import Image, library, program, read_image
-from pgguard.attribution.trust import open_regular
+from pgguard.attribution.scout import Findings, look_into
 
 
 class Language(StrEnum):
@@ -212,9 +208,7 @@ SIGNS = (
 """What tells what. The first sign of a language decides on it, and so does the first one of a server."""
 
 _GEMFILE_LOCK = "Gemfile.lock"
-_LOCK_LIMIT = 1 << 18
-"""Bytes of a ``Gemfile.lock`` that are looked at; those of very large applications have half of it."""
-_FILES = {
+_FILES: Mapping[Language | None, tuple[str, ...]] = {
     Language.PYTHON: ("manage.py",),
     Language.NODE: ("node_modules/pg/package.json", "node_modules/postgres/package.json"),
 }
@@ -223,8 +217,8 @@ _FILES = {
 def runtime_of(process: int | Image) -> Runtime:
     """Tell what a process is; a Runtime without anything if it is gone or can't be looked at.
 
-    For worker threads: its working directory may be in a file system that takes its time. Not to be remembered for
-    long: a process may load a library, or execute another program, at any time.
+    For worker threads: its working directory may be in a file system that takes its time, which is waited for half a
+    second. Not to be remembered for long: a process may load a library, or execute another program, at any time.
 
     Args:
         process: A pid, or what :func:`~pgguard.attribution.images.read_image` read of it.
@@ -234,18 +228,17 @@ def runtime_of(process: int | Image) -> Runtime:
         return Runtime()
     places = {_Place.MAPPED: image.mapped, _Place.PROGRAM: image.program, _Place.CMDLINE: image.cmdline}
     language = next((what for what in _seen(places) if isinstance(what, Language)), None)
-    try:
-        with reading(image.pid):
-            if language is None and (modules := go_modules(image.proc / "exe")) is not None:
-                language = Language.GO
-                places[_Place.MODULES] = "\n".join(modules)
-            if language is Language.RUBY:
-                places[_Place.GEMS] = _text(image.proc / "cwd" / _GEMFILE_LOCK, image.proc.stat().st_uid)
-            if language in _FILES:
-                files = (name for name in _FILES[language] if _is_file(image.proc / "cwd" / name))
-                places[_Place.DIRECTORY] = "\n".join(files)
-    except OSError:
-        pass  # it has ended, or reading about it hangs
+    files = _FILES.get(language, ())
+    text = _GEMFILE_LOCK if language is Language.RUBY else None
+    found = Findings()
+    if language is None or files or text:
+        with contextlib.suppress(OSError):  # looking hangs
+            found = look_into(image.pid, modules=language is None, files=files, text=text)
+    if found.modules is not None:
+        language = Language.GO
+        places[_Place.MODULES] = "\n".join(found.modules)
+    places[_Place.GEMS] = found.text
+    places[_Place.DIRECTORY] = "\n".join(found.files)
     seen = list(_seen(places, language))
     return Runtime(
         language,
@@ -258,19 +251,3 @@ def _seen(places: Mapping[_Place, str], language: Language | None = None) -> Ite
     for sign in SIGNS:
         if sign.language in {None, language} and sign.pattern.search(places.get(sign.place, "")):
             yield sign.what
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return False
-
-
-def _text(path: Path, reader: int) -> str:
-    """The beginning of a regular file that a user may read; empty if it is none, or can't be read."""
-    try:
-        with os.fdopen(open_regular(path, reader=reader), "rb") as file:
-            return file.read(_LOCK_LIMIT).decode(errors="replace")
-    except OSError:
-        return ""

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import mmap
 import os
 import re
 import socket
@@ -301,14 +302,17 @@ SLEEPING_AARCH64 = {
     260: "wait4",
 }
 
-_ELF = struct.Struct("<4sBB12xH")
-"""The beginning of an ELF file: magic, class, byte order; then, after the type, the machine. elf(5)."""
-_ABIS = {
-    (b"\x7fELF", 2, 1, 62): X86_64,
-    (b"\x7fELF", 2, 1, 183): AARCH64,
-}
-"""By that beginning, for 64-bit little-endian programs: EM_X86_64, EM_AARCH64. An i386 or x32 one is of class 1."""
+_WORD = struct.Struct("=Q")
+"""Half of an entry of ``/proc/PID/auxv``, of a 64-bit program: proc_pid_auxv(5). The program's own file would say the
+same, but may be in a file system that never answers."""
+_AT_PHENT, _PHENT_64 = 4, 56
+"""``linux/auxvec.h``: the size of a program header, that of a 64-bit program. An i386 or x32 one has 32."""
+_ABIS = {"x86_64": X86_64, "aarch64": AARCH64}
+"""Of 64-bit programs, by the machine."""
 _NAMES = (X86_64 | SLEEPING_X86_64, AARCH64 | SLEEPING_AARCH64)
+
+_SWAPPED = 62
+"""The lower one of the two bits of a page that is in swap space or present."""
 
 _POLLFD = struct.Struct("=ihh")
 """``struct pollfd``: descriptor, events waited for, events returned. poll(2)."""
@@ -713,9 +717,10 @@ def _system_calls(pid: int, directory: int, tids: Iterable[str]) -> Mapping[int,
     for tid in tids:
         # A main thread may have ended and left the process to the others; it then shows no program.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            with reading(pid):
-                header = _Task(directory, pid, int(tid)).read("exe", _ELF.size)
-            calls = _ABIS.get(_ELF.unpack(header)) if len(header) == _ELF.size else None
+            vector = _Task(directory, pid, int(tid)).read("auxv")
+            words = [word for (word,) in _WORD.iter_unpack(vector[: len(vector) // 16 * 16])]
+            entries = dict(zip(words[::2], words[1::2], strict=True))
+            calls = _ABIS.get(os.uname().machine) if entries.get(_AT_PHENT) == _PHENT_64 else None
             if calls is None:
                 raise _Unclear(Obstacle.UNKNOWN_ABI)
             return calls
@@ -783,8 +788,10 @@ def _memory(task: _Task, address: int, count: int, size: int) -> bytes:
     if count * size > _SET_LIMIT * _POLLFD.size:
         raise _Unclear(Obstacle.LARGE_SET)
     try:
-        with reading(task.pid), task.opened("mem") as memory:
-            content = os.pread(memory, count * size, address)
+        with reading(task.pid):
+            _check_presence(task, address, count * size)
+            with task.opened("mem") as memory:
+                content = os.pread(memory, count * size, address)
     except (PermissionError, ProcessLookupError, FileNotFoundError):
         raise
     except (OverflowError, OSError):
@@ -792,6 +799,21 @@ def _memory(task: _Task, address: int, count: int, size: int) -> bytes:
     if len(content) < count * size:
         raise _Unclear(Obstacle.UNREADABLE)
     return content
+
+
+def _check_presence(task: _Task, address: int, size: int) -> None:
+    """Raises _Unclear unless the pages are in memory, or in swap space.
+
+    A system call has just read them, so they are, unless the process has let go of them since: they would have to come
+    from a file then, which may be in a file system that never answers. The high bits of ``/proc/PID/pagemap`` say so:
+    ``Documentation/admin-guide/mm/pagemap.rst``.
+    """
+    first, last = address // mmap.PAGESIZE, (address + size - 1) // mmap.PAGESIZE
+    with task.opened("pagemap") as pagemap:
+        content = os.pread(pagemap, (last - first + 1) * _WORD.size, first * _WORD.size)
+    pages = [page for (page,) in _WORD.iter_unpack(content[: len(content) // 8 * 8])]
+    if len(pages) != last - first + 1 or not all(page >> _SWAPPED & 3 for page in pages):
+        raise _Unclear(Obstacle.UNREADABLE)
 
 
 def _epoll_set(task: _Task, fd: int, inode: int) -> list[_Watched]:

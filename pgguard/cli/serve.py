@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from pgguard.attribution import privileges
+from pgguard.attribution import privileges, scout
 from pgguard.attribution.capabilities import check
 from pgguard.attribution.ebpf.probe import ProbeUnavailable
 from pgguard.attribution.privileges import Right, RightsError
@@ -311,6 +311,8 @@ def _check_reach(guard: Guard, account: Account) -> None:
 async def _look_around(settings: Settings) -> list[Capability]:
     """As :func:`_missing_capabilities`, with the rights that the guard has by now. Raises ConfigurationError."""
     with trio.move_on_after(_TRIAL):
+        if settings.attribution != "off":
+            await trio.to_thread.run_sync(scout.start, abandon_on_cancel=True)
         return await trio.to_thread.run_sync(_missing_capabilities, settings, abandon_on_cancel=True)
     logger.warning("what attribution can have here could not be found out within %g s", _TRIAL)
     return []

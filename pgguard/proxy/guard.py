@@ -29,6 +29,7 @@ import trio
 from pgguard.attribution.holders import sole_holder
 from pgguard.attribution.sockets import TcpClient, client_socket
 from pgguard.faults.text import named
+from pgguard.proxy import looking
 from pgguard.proxy.addresses import TcpAddress
 from pgguard.proxy.admission import HOW_TO_RAISE, Admission, too_many
 from pgguard.proxy.door import Door
@@ -221,6 +222,7 @@ class Guard:
                 nursery.start_soon(keep_going, self._judge.settle_accounts)
                 nursery.start_soon(keep_going, self._watch.over_transactions)
                 if self._witness is not None:
+                    nursery.start_soon(keep_going, looking.over_hangs)
                     nursery.start_soon(keep_going, self._register, self._witness)
                     nursery.start_soon(keep_going, self._judge.look_at_strangers, self._witness)
                     nursery.start_soon(keep_going, self._watch.over_heirs, self._witness)
@@ -556,7 +558,7 @@ class Guard:
     async def _find_openers(self, witness: Witness, sessions: list[ProxiedSession]) -> None:
         clients = [session.client_socket for session in sessions if session.client_socket is not None]
         try:
-            openings = await trio.to_thread.run_sync(witness.opened_many, clients, abandon_on_cancel=True)
+            openings = await looking.look(witness.opened_many, clients)
         except Exception:
             note(Loss.OPENER)
             return

@@ -23,6 +23,7 @@ from pgguard.faults.docket import Entered
 from pgguard.faults.fault import SessionFacts
 from pgguard.faults.policy import Action, Policy
 from pgguard.faults.rejection import PLAIN_REJECTION, SQLSTATE, rejection
+from pgguard.proxy import looking
 from pgguard.proxy.investigation import EVIDENCE_BUDGET, Evidence, Investigation, known_at_once
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.rollcall import call_roll
@@ -243,7 +244,7 @@ class Judge:
                     met.append(self._strangers.receive_nowait())
             pids = {pid for _, pid in met}
             try:
-                found = await trio.to_thread.run_sync(_look_at, witness, pids, abandon_on_cancel=True)
+                found = await looking.look(_look_at, witness, pids)
             except Exception:
                 note(Loss.SENDER)
                 continue
@@ -284,7 +285,7 @@ class Judge:
             seconds=_SAMPLING_BUDGET,
         )
         with trio.move_on_after(EVIDENCE_BUDGET) as limit:
-            sample, blocked = await trio.to_thread.run_sync(look, limiter=self._threads, abandon_on_cancel=True)
+            sample, blocked = await looking.look(look, limiter=self._threads)
         self._allowance.spend(time.monotonic() - began)
         if limit.cancelled_caught:
             return None
@@ -335,9 +336,7 @@ class Judge:
             return False
         if tracker.terminator is not None and tracker.senders.is_strange(tracker.terminator):
             return False
-        findings = await trio.to_thread.run_sync(
-            witness.findings, opening, limiter=self._threads, abandon_on_cancel=True
-        )
+        findings = await looking.look(witness.findings, opening, limiter=self._threads)
         others = heirs(findings)
         if findings.opener_pid is not None and len(others) == len(findings.holders or ()):
             session.sightings.survivors = others
@@ -402,7 +401,7 @@ class Judge:
             look = Investigation(witness, session, verdict, first, counted).look_at_named
             try:
                 with trio.move_on_after(_GOODBYE_BUDGET if doubtful else EVIDENCE_BUDGET):
-                    await trio.to_thread.run_sync(look, limiter=self._threads, abandon_on_cancel=True)
+                    await looking.look(look, limiter=self._threads)
             finally:
                 evidence.findings, evidence.met = first.findings, dict(first.met)
         investigation = Investigation(witness, session, verdict, evidence, counted)
@@ -410,7 +409,7 @@ class Judge:
             if session.opening is None:
                 await session.opening_known.wait()
                 investigation.note_known()
-            await trio.to_thread.run_sync(investigation.investigate, limiter=threads, abandon_on_cancel=True)
+            await looking.look(investigation.investigate, limiter=threads)
 
     # Rulings and records
 

@@ -45,6 +45,7 @@ import trio
 from pgguard.attribution.attention import Attention
 from pgguard.attribution.evidence import Driver
 from pgguard.faults.catalogue import OVERLAP
+from pgguard.proxy import looking
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.session import libpq
 from pgguard.session.states import WANTED
@@ -299,7 +300,7 @@ class UnreadWatch:
 
     async def _look(self, witness: Witness, due: list[_Look]) -> None:
         try:
-            sizes, attentions = await trio.to_thread.run_sync(_see, witness, due, abandon_on_cancel=True)
+            sizes, attentions = await looking.look(_see, witness, due)
         except Exception:
             for look in due:  # each is looked at again when it makes its next request
                 self._forget(look.session)
@@ -440,7 +441,7 @@ class UnreadWatch:
             return False
         look = [(opening, session.sightings.holders)]
         try:
-            [size] = await trio.to_thread.run_sync(witness.unread, look, abandon_on_cancel=True)
+            [size] = await looking.look(witness.unread, look)
         except Exception:
             note(Loss.EVIDENCE, session)
             return False
@@ -454,7 +455,7 @@ class UnreadWatch:
         position = tracker.position
         look = [(opening, session.sightings.holders)]
         try:
-            [size] = await trio.to_thread.run_sync(witness.unread, look, abandon_on_cancel=True)
+            [size] = await looking.look(witness.unread, look)
         except Exception:
             note(Loss.EVIDENCE, session)
             return Unread(0)

@@ -21,6 +21,7 @@ from pgguard.attribution.threads import Thread, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE, readers
 from pgguard.faults.heirs import PATIENCE, SERVERS_PATIENCE, judge_heirs
 from pgguard.faults.orphans import is_used
+from pgguard.proxy import looking
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.session.verdicts import Kind
 
@@ -124,9 +125,7 @@ class Watch:
                 continue
             openings = {inode: s.opening for inode, s in watched.items() if s.opening}
             suspects = frozenset(inode for inode, session in watched.items() if self._may_be_leaked(session))
-            found, have_opened, orphans = await trio.to_thread.run_sync(
-                _look_at_heirs, witness, openings, suspects, abandon_on_cancel=True
-            )
+            found, have_opened, orphans = await looking.look(_look_at_heirs, witness, openings, suspects)
             for inode, holders in found.items():
                 with spared(Loss.EVIDENCE, watched[inode]):
                     self._note_holders(watched[inode], holders)
@@ -283,9 +282,7 @@ class Watch:
             look = _Look(opening, sightings.holders or (opening.opener,), tracker.idle, not session.names_threads)
             looks.append((session, tracker, tracker.requests, look))
         # One change of threads for all: each takes the interpreter's lock from the relay.
-        found = await trio.to_thread.run_sync(
-            _look_at_threads, witness, [look for *_, look in looks], abandon_on_cancel=True
-        )
+        found = await looking.look(_look_at_threads, witness, [look for *_, look in looks])
         for (session, tracker, requests, look), seen in zip(looks, found, strict=True):
             with spared(Loss.EVIDENCE, session):
                 self._note_threads(session, tracker, requests, look, seen)

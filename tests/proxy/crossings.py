@@ -33,8 +33,8 @@ _BESIDE = {
     "proxy.unread",
     "proxy.watch",
 }
-_PROTECTING = "proxy.losses"
-"""Calls nothing by itself: what it runs, it runs for others."""
+_PROTECTING = {"proxy.losses", "proxy.looking"}
+"""They call nothing by themselves: what they run, they run for others."""
 
 _PYTHONS = {name for kind in (bytearray, dict, set, str) for name in dir(kind)}
 """Methods of Python's own types: when the code is only read, those are taken for that."""
@@ -83,7 +83,7 @@ def _caller(frame: FrameType | None) -> tuple[str, str] | None:
     """The guard's function that has called, whatever of other libraries' stands in between."""
     while frame is not None:
         name = _name(frame)
-        if name is not None and name[0] != _PROTECTING:
+        if name is not None and name[0] not in _PROTECTING:
             return name
         if frame.f_code.co_filename.startswith(_TESTS) and frame.f_code.co_filename != __file__:
             return "tests", frame.f_code.co_qualname
