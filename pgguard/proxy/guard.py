@@ -447,7 +447,9 @@ class Guard:
 
         Returns what is wrong, for people, or ``None``. Takes as long as the server takes to ignore a CancelRequest.
         """
-        found = await self._loops.look()
+        found = None
+        with spared(Loss.STEP):
+            found = await self._loops.seek()
         return None if found is None else f"--upstream {self._upstream}: {found}: name the address of PostgreSQL"
 
     def _suspect_loop(self) -> None:
@@ -461,7 +463,7 @@ class Guard:
                 logger.error("clients are refused until that changes: %s: %s", self._upstream, found)
 
     async def _refuse_loop(self) -> None:
-        if self._loops.found is not None and (found := await self._loops.look_again()) is not None:
+        if self._loops.found is not None and (found := await self._loops.seek_again()) is not None:
             raise UpstreamUnavailable([(self._upstream, ConnectionError(found))])
 
     async def _note_loop(self, sock: trio.socket.SocketType, session: ProxiedSession, listener: Listener) -> None:

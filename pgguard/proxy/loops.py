@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from pgguard.proxy.addresses import TcpAddress
-from pgguard.proxy.upstream import connect
+from pgguard.proxy.upstream import connect_to
 from pgguard.wire.startup import CancelKey
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class LoopWatch:
         self.found = how
         self._back.set()
 
-    async def look(self) -> str | None:
+    async def seek(self) -> str | None:
         """Find out; returns :attr:`found`. A server that can't be reached, or doesn't answer, leads nowhere."""
         async with self._looking:
             self._mark = CancelKey(_NOBODY, secrets.token_bytes(4)).packet
@@ -87,18 +87,18 @@ class LoopWatch:
                 self.found = None
         return self.found
 
-    async def look_again(self) -> str | None:
-        """As :meth:`look`, but not more often than every second."""
+    async def seek_again(self) -> str | None:
+        """As :meth:`seek`, but not more often than every second."""
         if trio.current_time() - self._looked < _AGAIN or self._looking.locked():
             return self.found
-        return await self.look()
+        return await self.seek()
 
     async def suspect(self) -> str | None:
-        """As :meth:`look`, if it is worth another line in the server's log; ``None`` if it isn't."""
+        """As :meth:`seek`, if it is worth another line in the server's log; ``None`` if it isn't."""
         if self._looking.locked() or trio.current_time() - self._suspected < _SUSPICIONS:
             return None
         self._suspected = trio.current_time()
-        return await self.look()
+        return await self.seek()
 
     async def _send_to_all(self, done: trio.CancelScope) -> None:
         async with trio.open_nursery() as nursery:
@@ -109,7 +109,7 @@ class LoopWatch:
     async def _send(self, address: Address) -> None:
         """Send the mark and wait until whoever has got it is done with it."""
         with suppress(OSError, UnicodeError, trio.BrokenResourceError):
-            sock = await connect(address, _SECONDS)
+            sock = await connect_to(address, _SECONDS)
             with sock:
                 if sock.family != socket.AF_UNIX:
                     self._sent_from.add(_name(sock.getsockname()))

@@ -86,7 +86,7 @@ async def connect_upstream(upstream: Upstream) -> tuple[trio.socket.SocketType, 
     failures: list[tuple[Address, BaseException]] = []
     for address in upstream.addresses:
         try:
-            return await connect(address, upstream.connect_timeout), address
+            return await connect_to(address, upstream.connect_timeout), address
         except (OSError, UnicodeError) as error:  # UnicodeError: no name that the DNS could know
             failures.append((address, error))
     raise UpstreamUnavailable(failures)
@@ -113,7 +113,7 @@ async def introduce(upstream: Upstream, startup: bytes) -> tuple[trio.socket.Soc
     failures: list[tuple[Address, BaseException]] = []
     for address in others:
         try:
-            sock = await connect(address, upstream.connect_timeout)
+            sock = await connect_to(address, upstream.connect_timeout)
             try:
                 rest, refusal = await _start(sock, startup)
             except BaseException:
@@ -146,7 +146,7 @@ async def _start(sock: trio.socket.SocketType, startup: bytes) -> tuple[bytes, s
     return startup, None
 
 
-async def connect(address: Address, seconds: float) -> trio.socket.SocketType:
+async def connect_to(address: Address, seconds: float) -> trio.socket.SocketType:
     """Connect to one address.
 
     Raises:
@@ -214,7 +214,7 @@ async def relay_cancel(upstream: Upstream, packet: bytes) -> None:
     failures: list[tuple[Address, BaseException]] = []
     for address in upstream.addresses:
         try:
-            sock = await connect(address, upstream.connect_timeout)
+            sock = await connect_to(address, upstream.connect_timeout)
             with sock, trio.fail_after(_CANCEL_TIMEOUT):
                 await trio.SocketStream(sock).send_all(packet)
                 while await sock.recv(1024):

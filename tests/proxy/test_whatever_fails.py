@@ -599,7 +599,7 @@ def _tasks() -> set[trio.lowlevel.Task]:
 
     root = trio.lowlevel.current_root_task()
     assert root is not None
-    lasting = ("Guard.serve", "Guard._accept", "Sweep.run", "keep_going")
+    lasting = ("Guard.serve", "Sweep.run", "keep_going")
     return {task for task in walk(root) if task.name.endswith(lasting)}
 
 
