@@ -22,6 +22,7 @@ Of more than :data:`CAUSES` at once, those that come on top are one cause for ea
 
 from __future__ import annotations
 
+import math
 import re
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -59,6 +60,8 @@ back."""
 FAULTS: Final = 4096
 """The same for all sessions together."""
 
+SET_BACK: Final = 10.0
+"""Seconds by which a fault may be older than one that was taken note of before, unless the clock has been set back."""
 RENEWAL: Final = 60.0
 """Seconds after which a refusal that comes again is looked into once more."""
 _SERVER: Final = 0
@@ -150,7 +153,7 @@ class _Cause:
     def see(self, at: float) -> None:
         """It has come again; if it has gone on for long enough, it is told in full once more."""
         self.seen_at = at
-        if not 0 <= at - self.began < FULL_INTERVAL:
+        if _passed(self.began, at) >= FULL_INTERVAL:
             self.renew(at)
 
     def renew(self, at: float) -> None:
@@ -161,7 +164,7 @@ class _Cause:
     def is_due(self, at: float, interval: float) -> bool:
         """Whether a repeat may be recorded."""
         pause = max(interval, (self.recorded_at - self.began) * SHARE_OF_AGE)
-        return not 0 <= at - self.recorded_at < pause
+        return _passed(self.recorded_at, at) >= pause
 
     def suppress(self, of: Fault, instance: Instance | None, at: float) -> None:
         """Count one that isn't recorded."""
@@ -171,7 +174,7 @@ class _Cause:
     def note_record(self, at: float) -> int:
         """Take note that one is being recorded; returns how many were suppressed since the last one."""
         suppressed, self.suppressed, self.last = self.suppressed, 0, None
-        self.recorded_at = at
+        self.recorded_at = at if _passed(self.recorded_at, at) > 0 else self.recorded_at
         return suppressed
 
 
@@ -205,7 +208,7 @@ class Docket:
         """
         cases = self._sessions.get(_place(session_id, verdict))
         case = None if cases is None else cases.get(_key(verdict))
-        if case is None or (verdict.refusal is not None and not 0 <= at - case.standing.at < RENEWAL):
+        if case is None or (verdict.refusal is not None and _passed(case.standing.at, at) >= RENEWAL):
             return None
         return case.standing
 
@@ -350,7 +353,7 @@ class Docket:
         forgotten: list[Fault] = []
         if key not in self._causes and len(self._causes) >= CAUSES:
             quietest = next(iter(self._causes))
-            if 0 <= at - self._causes[quietest].seen_at < FORGOTTEN_AFTER:
+            if _passed(self._causes[quietest].seen_at, at) < FORGOTTEN_AFTER:
                 key = _CauseKey(key.kind, key.severity)
             else:
                 forgotten = self._settle(self._causes.pop(quietest), at)
@@ -394,6 +397,14 @@ class Docket:
         key = (fault.kind, fault.severity, fault.action)
         before = self._counts.get(key, (0, 0))
         self._counts[key] = (before[0] + faults, before[1] + repeats)
+
+
+def _passed(since: float, at: float) -> float:
+    """Seconds from one time to another, which may be a little earlier, as faults that are looked into take their time.
+
+    If it is far earlier the clock has been set back, and it isn't known how long that was.
+    """
+    return math.inf if at < since - SET_BACK else at - since
 
 
 def _brief(fault: Fault) -> Fault:

@@ -351,6 +351,19 @@ def test_a_storm_of_sessions_is_recorded_by_its_cause() -> None:
     assert docket._sessions == {}
 
 
+def test_what_has_been_looked_into_for_longer_and_so_comes_late_is_no_news() -> None:
+    """A fault is as old as its verdict, and evidence takes its time, of some more than of others."""
+    docket = Docket()
+    records: list[Fault] = []
+    for session in range(1, 501):
+        records += recorded(docket, STRANGER, session, NOW + session * 0.01 - session % 7 * 0.1, Findings())
+    assert len(records) <= FULL_RECORDS + 5
+    later = docket.known(500, STRANGER, at=NOW)
+    assert later is not None
+    assert recorded(docket, replace(FULL, requesters=()), 1, NOW + 1) != ()
+    assert docket.known(7, FULL, at=NOW + 0.5) is not None
+
+
 def test_a_thousand_sessions_that_repeat_are_recorded_no_more_often_than_one() -> None:
     docket = Docket()
     records: list[Fault] = []
@@ -365,11 +378,11 @@ def test_a_thousand_sessions_that_repeat_are_recorded_no_more_often_than_one() -
     assert sum(1 + record.suppressed for record in records) == 10_000
 
 
-def test_a_cause_that_goes_on_for_a_day_is_recorded_less_and_less_often() -> None:
+def test_a_cause_that_goes_on_for_hours_is_recorded_less_and_less_often() -> None:
     docket = Docket()
-    times = [second for second in range(24 * 3600) if recorded(docket, OVERLAP, 3, NOW + second)]
+    times = [second for second in range(3 * 3600) if recorded(docket, OVERLAP, 3, NOW + second)]
     assert times[:60] == list(range(60))
-    assert len(times) < 24 * 350
+    assert len(times) < 3 * 350
     assert max(later - earlier for earlier, later in itertools.pairwise(times)) <= FULL_INTERVAL / 60 + 1
 
 
