@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -24,7 +24,7 @@ from pgguard.attribution.ebpf.account import Accounts
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, connection_key, scope_remedy
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.namespaces import ask_in_namespace, in_a_new_thread, read_tables
-from pgguard.attribution.privileges import Right, rights
+from pgguard.attribution.privileges import ENTERING, LOADING, LOOKING, Right, rights
 from pgguard.attribution.processes import read_process
 from pgguard.attribution.senders import CREDENTIALS_SPACE, ask_for_credentials, sender_pid
 from pgguard.attribution.sockets import SockDiag, TcpClient, client_socket
@@ -82,6 +82,9 @@ class Capability:
     """What is wrong, a clause; ``None`` if there is nothing and it can be had."""
     remedy: str | None = None
     """The one thing to do about the problem, an imperative; ``None`` exactly if there is none."""
+    rights: tuple[str, ...] = ()
+    """The Linux capabilities that it takes, where clients are other users'. A guard that is started as root keeps them;
+    those for the kernel's probe only until it has that."""
 
     @property
     def available(self) -> bool:
@@ -115,6 +118,7 @@ class _Check:
     remedy: str
     essential: bool = False
     unix_instead: bool = False
+    rights: Collection[Right] = ()
     takes_proc: bool = False
     """Nothing can be said about it where ``/proc`` is missing, or isn't that of the guard's pid namespace."""
 
@@ -128,7 +132,8 @@ class _Check:
             problem, remedy = missing.problem, missing.remedy or self.remedy
         except OSError as error:
             problem, remedy = error.strerror or str(error), self.remedy
-        return Capability(self.name, purpose, self.essential, self.unix_instead, problem, remedy)
+        needed = tuple(sorted(right.name for right in self.rights))
+        return Capability(self.name, purpose, self.essential, self.unix_instead, problem, remedy, needed)
 
 
 def check(*, probe: bool = True) -> tuple[Capability, ...]:
@@ -178,6 +183,7 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
                 _try_other_users,
                 "run the guard as root with CAP_SYS_PTRACE",
                 unix_instead=True,
+                rights=LOOKING,
                 takes_proc=True,
             ),
             _Check(
@@ -193,6 +199,7 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
                 _try_network_namespaces,
                 "give the guard CAP_SYS_ADMIN, or the application's network namespace",
                 unix_instead=True,
+                rights=LOOKING | ENTERING,
                 takes_proc=True,
             ),
             _Check(
@@ -201,6 +208,7 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
                 client.try_threads,
                 _ptrace_remedy(),
                 unix_instead=True,
+                rights=LOOKING,
                 takes_proc=True,
             ),
             _Check(
@@ -208,6 +216,7 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
                 "tells what waiting Python threads do",
                 client.try_stacks,
                 _ptrace_remedy(),
+                rights=LOOKING,
                 takes_proc=True,
             ),
         )
@@ -255,6 +264,7 @@ _TCP_SENDERS = _Check(
     _try_tcp_senders,
     "run the guard on the host's own kernel, not on a sandbox's imitation of one",
     unix_instead=True,
+    rights=LOADING,
 )
 
 

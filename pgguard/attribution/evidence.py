@@ -10,7 +10,8 @@ class Evidence(StrEnum):
     """How a process was tied to a connection, strongest first."""
 
     KERNEL_SENDER = "kernel-sender"
-    """The kernel named the sender of exactly these bytes."""
+    """The kernel named the sender of exactly these bytes. On a Unix socket a sender with CAP_SYS_ADMIN can have it name
+    another: :mod:`pgguard.attribution.senders`."""
     SOLE_HOLDER = "sole-holder"
     """Only this process has the socket open."""
     THREAD_SAMPLE = "thread-sample"

@@ -51,6 +51,9 @@ LOOKING = frozenset({Right.CAP_SYS_PTRACE, Right.CAP_DAC_READ_SEARCH})
 ENTERING = frozenset({Right.CAP_SYS_ADMIN})
 """What enters their network namespaces: setns(2)."""
 
+LOADING = frozenset({Right.CAP_BPF, Right.CAP_NET_ADMIN, Right.CAP_PERFMON})
+"""What loads the kernel's probe, and isn't needed any more when it is there: bpf(2)."""
+
 _VERSION = 0x20080522
 """``_LINUX_CAPABILITY_VERSION_3``: two halves of 32 bits."""
 _HEADER = struct.Struct("=Ii")

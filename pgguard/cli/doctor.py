@@ -12,12 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from pgguard.attribution.capabilities import KERNEL_SENDERS, check
+from pgguard.attribution.privileges import ENTERING, LOADING, LOOKING, names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pgguard.attribution.capabilities import Capability
 
+_RIGHTS: Final = (
+    f"Other users' clients are seen with {names(LOOKING)}; those in other network namespaces with {names(ENTERING)} as "
+    f"well, on other addresses than the loopback's; and {names(LOADING)} are needed until the kernel's probe is in place "
+    "(before Linux 5.19 CAP_BPF for good). A guard that is started as root keeps no other capabilities once it runs, but "
+    "for CAP_DAC_OVERRIDE where the server's Unix socket takes it. With --user NAME it becomes an ordinary user besides."
+)
 _WIDTH: Final = 100
 """Columns at most: longer lines are hard to read."""
 
@@ -35,7 +42,7 @@ def doctor(*, as_json: bool) -> int:
     return 1 if _essential_missing(capabilities) else 0
 
 
-def _as_dict(capability: Capability) -> dict[str, str | bool | None]:
+def _as_dict(capability: Capability) -> dict[str, str | bool | list[str] | None]:
     return {
         "name": capability.name,
         "available": capability.available,
@@ -44,6 +51,7 @@ def _as_dict(capability: Capability) -> dict[str, str | bool | None]:
         "problem": capability.problem,
         "remedy": capability.remedy,
         "unix_instead": capability.unix_instead,
+        "rights": list(capability.rights),
     }
 
 
@@ -83,6 +91,8 @@ def _conclusion(capabilities: Sequence[Capability]) -> list[str]:
             "Or give the application a Unix socket instead of a TCP port (--listen unix:DIR): there the kernel names "
             f"the sender of every byte, whatever is missing of {', '.join(instead)}."
         )
+    if any(capability.rights for capability in capabilities):
+        lines += ["", _RIGHTS]
     return lines
 
 

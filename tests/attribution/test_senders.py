@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from pgguard.attribution.privileges import Right, rights
 from pgguard.attribution.senders import CREDENTIALS_SPACE, ask_for_credentials, sender_pid
+from pgguard.attribution.sockets import client_socket
 from tests.attribution.puppets import Puppet
 
 Puppets = Callable[[], Puppet]
@@ -51,3 +56,37 @@ def test_descriptors_that_a_client_sends_along_are_not_opened_in_the_guard(tmp_p
 
 def test_a_sender_without_a_pid_here_is_unknown() -> None:
     assert sender_pid(bytes(12)) is None
+
+
+def _claim(puppet: Puppet, pid: int) -> int | None:
+    """Have a process send on ``c`` in the name of another one; returns the errno if it may not."""
+    puppet.do(
+        "import struct\n"
+        "claimed = None\n"
+        "try:\n"
+        f"    data = struct.pack('iII', {pid}, os.getuid(), os.getgid())\n"
+        "    c.sendmsg([b'claimed'], [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, data)])\n"
+        "except OSError as error:\n"
+        "    claimed = error.errno"
+    )
+    number: int | None = puppet.do("claimed")
+    return number
+
+
+def test_who_is_root_can_send_in_the_name_of_another_but_not_connect(tmp_path: Path, puppet: Puppets) -> None:
+    """What evidence can't exclude. Anybody else is refused by the kernel."""
+    if Right.CAP_SYS_ADMIN not in rights():
+        pytest.skip("it takes CAP_SYS_ADMIN")
+    with _listen(tmp_path / "s") as listener:
+        (tmp_path / "s").chmod(0o777)
+        bad, good = puppet(), puppet()
+        bad.do(f"c = socket.socket(socket.AF_UNIX); c.connect({listener.getsockname()!r})")
+        with listener.accept()[0] as accepted:
+            assert _claim(bad, good.pid) is None
+            assert _receive(accepted) == (b"claimed", good.pid)
+            client = client_socket(accepted)
+            assert client.connected_by == bad.pid
+            bad.do("become_nobody()")
+            assert _claim(bad, good.pid) == errno.EPERM
+            assert _claim(bad, bad.pid) is None
+            assert _receive(accepted) == (b"claimed", bad.pid)

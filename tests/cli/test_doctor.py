@@ -74,13 +74,22 @@ def test_on_this_machine(tmp_path: Path) -> None:
     names = "/proc", "sock_diag for TCP", KERNEL_SENDERS, "kernel senders on TCP", "waiting threads", "Python stacks"
     for name in names:
         assert f" {name}: " in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "Other users' clients are seen with CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE; those in other" in said
+    assert "A guard that is started as root keeps no other capabilities once it runs, but for" in said
 
 
 def test_the_same_as_json(tmp_path: Path) -> None:
     done = run("doctor", "--json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     checked = json.loads(done.stdout)
-    assert {"name", "available", "essential", "purpose", "problem", "remedy", "unix_instead"} == set(checked[0])
+    assert {"name", "available", "essential", "purpose", "problem", "remedy", "unix_instead", "rights"} == set(
+        checked[0]
+    )
+    rights = {one["name"]: one["rights"] for one in checked}
+    assert rights["waiting threads"] == ["CAP_DAC_READ_SEARCH", "CAP_SYS_PTRACE"]
+    assert rights["kernel senders on TCP"] == ["CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"]
+    assert rights["/proc"] == []
     essential = [one for one in checked if one["essential"]]
     assert essential
     assert all(one["available"] for one in essential)

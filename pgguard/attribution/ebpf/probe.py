@@ -61,7 +61,7 @@ from pgguard.attribution.ebpf.programs import (
     Way,
 )
 from pgguard.attribution.ebpf.ring import Event, Ring
-from pgguard.attribution.privileges import Right, rights
+from pgguard.attribution.privileges import LOADING, Right, rights
 
 _RING_SIZE = 1 << 20
 """Bytes: 13,000 events, what a busy sender makes in some 20 ms. Larger than any L2 cache has no use."""
@@ -70,8 +70,6 @@ _MAX_CONNECTIONS = 65_536
 _MAX_LISTENERS = 4096
 """Addresses times ports."""
 
-_RIGHTS = (Right.CAP_NET_ADMIN, Right.CAP_PERFMON, Right.CAP_BPF)
-"""CAP_SYS_ADMIN stands for the last two as well: capabilities(7)."""
 _INITIAL_USER_NAMESPACE = 0xEFFFFFFD
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 """``linux/proc_ns.h``."""
@@ -373,7 +371,8 @@ def _check_privileges() -> None:
     """Say which capability is missing. Raises ProbeUnavailable."""
     own = rights()
     admin = Right.CAP_SYS_ADMIN in own
-    missing = [right.name for right in _RIGHTS if right not in own and not (admin and right is not Right.CAP_NET_ADMIN)]
+    # CAP_SYS_ADMIN stands for the two others as well: capabilities(7).
+    missing = [right.name for right in sorted(LOADING - own) if not (admin and right is not Right.CAP_NET_ADMIN)]
     if missing:
         remedy = f"run the guard as root, or give it all of CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN ({_CAP_ADD})"
         raise ProbeUnavailable(f"the guard lacks {' and '.join(missing)}", remedy)
