@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 _RIGHTS: Final = (
     f"Other users' clients are seen with {names(LOOKING)}; those in other network namespaces with {names(ENTERING)} as "
-    f"well, on other addresses than the loopback's; and {names(LOADING)} are needed until the kernel's probe is in place "
-    "(before Linux 5.19 CAP_BPF for good). A guard that is started as root keeps no other capabilities once it runs, but "
-    "for CAP_DAC_OVERRIDE where the server's Unix socket takes it. With --user NAME it becomes an ordinary user besides."
+    f"well, on other addresses than the loopback's; and {names(LOADING)} are needed until the kernel's probe is in "
+    "place (before Linux 5.19 CAP_BPF for good). A guard that is started as root keeps no other capabilities once it "
+    "runs, but for CAP_DAC_OVERRIDE where the server's Unix socket takes it. With --user NAME it becomes an ordinary "
+    "user besides."
 )
 _WIDTH: Final = 100
 """Columns at most: longer lines are hard to read."""
