@@ -311,7 +311,7 @@ def test_a_server_that_turns_clients_away(tmp_path: Path) -> None:
         mortal.stop()
         (data / "standby.signal").touch(mode=0o600)
         mortal.start(wait=False)
-        _wait_for("57P03", mortal.server.unix)
+        _wait_for("57P03", mortal.server.unix, text="not accepting connections")
         _assert_turned_away_alike(mortal.server, guard, "57P03")
         mortal.stop()
         (data / "standby.signal").unlink()
@@ -326,14 +326,14 @@ def _told(address: Address, user: str) -> list[Words]:
         return words(client.rest())
 
 
-def _wait_for(sqlstate: str, address: Address, user: str = USER) -> None:
+def _wait_for(sqlstate: str, address: Address, user: str = USER, text: str = "") -> None:
     deadline = time.monotonic() + SECONDS
     while True:
         try:
             [said] = _told(address, user)
         except (FileNotFoundError, ConnectionRefusedError):
             said = None
-        if said is not None and said.sqlstate == sqlstate:
+        if said is not None and said.sqlstate == sqlstate and text in said.text:
             return
         assert time.monotonic() < deadline, said
         time.sleep(0.02)

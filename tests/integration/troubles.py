@@ -192,8 +192,11 @@ class TroubledServer:
             sock.sendall(trouble.says)
             if trouble.then == "resets":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            if trouble.then != "is silent":
-                sock.close()
+            if trouble.then == "is silent":
+                sock.settimeout(None)
+                while sock.recv(65536):  # until its client has gone
+                    pass
+            sock.close()
 
 
 def is_mark(packet: bytes) -> bool:
