@@ -23,7 +23,7 @@ from pgguard.attribution.witness import Witness
 from pgguard.faults.docket import Docket
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.guard import Guard
-from pgguard.proxy.losses import Loss, remarks, spared
+from pgguard.proxy.losses import Loss, keep_going, remarks, spared
 from pgguard.proxy.settings import Settings, load_settings, reload_settings
 from pgguard.proxy.upstream import barred
 from pgguard.reporting.console import ConsoleSink
@@ -375,9 +375,10 @@ async def _serve(
             nursery.cancel_scope.cancel()
 
         async def look() -> None:
-            if (loop := await guard.find_loop()) is not None:
-                loops.append(loop)
-                nursery.cancel_scope.cancel()
+            with spared(Loss.STEP):
+                if (loop := await guard.find_loop()) is not None:
+                    loops.append(loop)
+                    nursery.cancel_scope.cancel()
             looked.set()
 
         nursery.start_soon(_obey, signals, guard, nursery.cancel_scope)
@@ -388,7 +389,7 @@ async def _serve(
         if not loops:
             announce()
             for task in tasks:
-                nursery.start_soon(task)
+                nursery.start_soon(keep_going, task)
     for loop in loops:
         raise ConfigurationError(loop)
 
@@ -405,7 +406,8 @@ async def _tend(tended: Sequence[Callable[[], None]]) -> None:
     while True:
         await trio.sleep(_TENDING)
         for tend in tended:
-            tend()
+            with spared(Loss.STEP):
+                tend()
 
 
 async def _obey(signals: AsyncIterator[int], guard: Guard, everything: trio.CancelScope) -> None:

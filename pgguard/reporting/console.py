@@ -402,9 +402,11 @@ class ConsoleSink:
                     self._print(what)
                 except Exception as error:
                     self._buffer.truncate(self._buffer.seek(0))
-                    self._console.out(f"pgguard: a report can't be printed in full: {error!r}", highlight=False)
+                    name = type(error).__name__
+                    self._console.out(f"pgguard: a report can't be printed in full: {name}", highlight=False)
                     if isinstance(what, Fault):
-                        print_fault(self._console, what.outlined())
+                        with contextlib.suppress(Exception):
+                            print_fault(self._console, what.outlined())
                 self._flush()
             self._flush()
 

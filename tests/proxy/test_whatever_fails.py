@@ -7,6 +7,7 @@ protects where it stands, is an omission, and fails as well.
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import socket
@@ -14,14 +15,16 @@ import struct
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import pytest
 import trio
 
+import pgguard
 from pgguard.attribution.ebpf.probe import SenderProbe, connection_key
 from pgguard.attribution.ebpf.programs import Kind as Report
 from pgguard.attribution.ebpf.ring import Event
@@ -639,6 +642,30 @@ def rehearsals(child: int) -> list[Rehearsal]:
     return sorted(found, key=lambda rehearsal: rehearsal.seconds)
 
 
+def test_everything_may_fail_at_once_and_for_ever(rehearsals: list[Rehearsal], child: int) -> None:
+    """Nothing is recorded then, but every byte gets through, and the guard ends well."""
+    quickest = rehearsals[0].play
+    everything = {pair: code for rehearsal in rehearsals for pair, code in rehearsal.watcher.crossings.items()}
+
+    async def converse(stage: Stage) -> None:
+        for unix in (False, True):
+            client, server = await stage.session(unix=unix)
+            for _ in range(3):
+                await stage.converse(client, server)
+            await server.send(COLUMNS)
+            await stage.hears(client, COLUMNS)
+            await client.send(TERMINATE)
+            await stage.hears(server, TERMINATE)
+            await server.close()
+            await stage.ends(client)
+
+    everyone = replace(quickest, scenario=converse, witness=True, probe=True)
+    with ExitStack() as stack:
+        for n, (crossing, code) in enumerate(sorted(everything.items(), key=str)):
+            stack.enter_context(failing(crossing, code, ERRORS[n % len(ERRORS)], once=False))
+        trio.run(perform, everyone, child)
+
+
 RELAYING: Final = {"proxy.aftermath", "proxy.greeting", "proxy.guard", "proxy.sweep"}
 """Where exceptions are all said. In a worker thread one may come when nobody waits for it any more."""
 
@@ -723,3 +750,17 @@ def test_every_call_that_may_cross_fails_above_or_is_protected_where_it_stands(r
         and run.isdisjoint((site.module, n) for n in range(site.line, site.last_line + 1))
     ]
     assert not left, "\n".join(map(str, left))
+
+
+def test_whatever_catches_exceptions_of_all_kinds_says_what_they_cost() -> None:
+    """There is one place that knows: :mod:`pgguard.proxy.losses`."""
+    left = [
+        f"{path.name}:{handler.lineno}"
+        for path in (Path(pgguard.__file__).parent / "proxy").glob("*.py")
+        for handler in ast.walk(ast.parse(path.read_text()))
+        if isinstance(handler, ast.ExceptHandler)
+        and isinstance(handler.type, ast.Name)
+        and handler.type.id == "Exception"
+        and not any(name in ast.unparse(handler) for name in ("note(", "_note_unless_gone(", "_lose_", "raise"))
+    ]
+    assert not left, left

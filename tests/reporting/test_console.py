@@ -19,9 +19,10 @@ from pgguard.attribution.findings import Findings, Share
 from pgguard.attribution.runtime import Language, Runtime
 from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.attribution.threads import Waits
+from pgguard.faults.fault import OUTLINED
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
-from pgguard.reporting.console import BACKLOG, ConsoleSink, print_fault, summary_line
+from pgguard.reporting.console import BACKLOG, ConsoleSink, print_fault, render, summary_line
 from pgguard.reporting.sinks import SinkError
 from pgguard.session.verdicts import Kind, Party, Sender
 from tests.faults.samples import (
@@ -41,6 +42,8 @@ from tests.faults.samples import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from rich.console import RenderableType
 
     from pgguard.faults.fault import Fault
     from pgguard.session.verdicts import Verdict
@@ -331,6 +334,28 @@ def test_reports_are_printed_as_faults_happen(pipe: Pipe) -> None:
     assert "Close the pool before forking" in text
     assert re.search(" $", text, re.MULTILINE) is None
     sink.close()
+
+
+def test_a_report_that_can_not_be_printed_is_outlined_and_the_next_ones_are_printed(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fussy(what: Fault) -> RenderableType:
+        if what.culprits:
+            raise KeyError("secret")
+        return render(what)
+
+    monkeypatch.setattr("pgguard.reporting.console.render", fussy)
+    sink = ConsoleSink(pipe.writer)
+    sink.record(fault(id=1))
+    sink.record(replace(fault(id=2), culprits=()))
+    text = pipe.read_until("(fault 2, session 3)\n")
+    sink.close()
+    assert "pgguard: a report can't be printed in full: KeyError\n" in text
+    assert "secret" not in text
+    assert [line for line in text.splitlines() if line.startswith("SUMMARY: ")] == [
+        f"SUMMARY: pgguard: shared-by-processes: {OUTLINED} (fault 1, session 3)",
+        SUMMARY.replace("fault 7", "fault 2"),
+    ]
 
 
 def test_a_pipe_that_nobody_reads_holds_up_nothing_and_what_was_left_out_is_said(pipe: Pipe) -> None:

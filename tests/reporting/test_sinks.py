@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pgguard.faults.fault import Fault
+from pgguard.faults.fault import OUTLINED, Fault
 from pgguard.reporting.sinks import Fanout, SinkError
 from tests.faults.samples import fault
 
@@ -48,6 +48,27 @@ def test_a_failing_sink_is_counted_and_said_once() -> None:
     assert fanout.lost == 6
     fanout.close()
     assert said[2:] == ["ZeroDivisionError", "3 faults could not be recorded by Broken"] * 2
+
+
+class Fussy(Kept):
+    """Can't take a fault for what stands in it."""
+
+    def record(self, fault: Fault) -> None:
+        if fault.culprits:
+            raise ValueError("year 99999 is out of range")
+        super().record(fault)
+
+
+def test_a_fault_that_can_not_be_told_in_full_is_outlined() -> None:
+    said: list[str] = []
+    fussy, after = Fussy(), Kept()
+    fanout = Fanout([fussy, after], said.append)
+    fanout.record(fault(id=3))
+    [outlined] = fussy.faults
+    assert (outlined.id, outlined.kind, outlined.session.id) == (3, fault().kind, fault().session.id)
+    assert outlined.summary == OUTLINED
+    assert after.faults == [fault(id=3)]
+    assert (said, fanout.lost) == ([], 0)
 
 
 class Flaky:
