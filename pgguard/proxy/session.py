@@ -8,6 +8,7 @@ import socket
 import termios
 import time
 from collections import deque
+from contextlib import suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from pgguard.session.tracker import Tracker
 
 
+_CHECK_SECONDS: Final = 75
+"""Seconds between two questions of the kernel's whether a client is there still: more than the 60 for which the kernel
+of the client keeps what is left of a socket that was closed (``tcp_fin_timeout``)."""
 _SENDERS: Final = 256
 """Processes that have sent of which it is kept what was seen of them: the latest."""
 
@@ -126,6 +130,17 @@ class End:
         """Nothing more can be written to it."""
         self.interest: int | None = None
         """The epoll events that it is registered for; ``None``: it isn't."""
+
+    def check_peer(self) -> None:
+        """Have the kernel find out whether who has ended a TCP stream is gone, or waits for what is still to come.
+
+        Both end it with the same FIN. But of a socket that was closed nothing is left after a minute, and a keepalive
+        probe is answered with an RST then; tcp(7), and ``tcp_keepalive_timer()`` in ``tcp_timer.c``. A server that has
+        fallen silent would otherwise be waited for on behalf of each client that has given up on it.
+        """
+        with suppress(OSError):
+            for option in (socket.TCP_KEEPINTVL, socket.TCP_KEEPIDLE):
+                self.sock.setsockopt(socket.IPPROTO_TCP, option, _CHECK_SECONDS)
 
     @property
     def is_drained(self) -> bool:

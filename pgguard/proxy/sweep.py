@@ -709,6 +709,8 @@ class Sweep:
         session = end.session
         first = not end.eof
         end.eof = True
+        if end.is_client and first and not reset and session.transport == "tcp":
+            end.check_peer()
         if end.is_client and reset:
             # What it sent is still for the server, which may not read it before it has got rid of its answers.
             session.client_gone = end.broken = True

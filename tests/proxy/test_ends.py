@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import trio
 
@@ -204,6 +206,45 @@ async def test_a_server_that_never_answers(house: House) -> None:
     assert await server.rest() == b""
     await server.close()
     await house.empty()
+
+
+@pytest.mark.parametrize("phase", ["logs in", "is answered", "has said goodbye"])
+async def test_a_client_that_is_gone_is_not_kept_for_a_server_that_is_silent(
+    house: House, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    """Over TCP its end looks like that of a client that has only said all; the kernel is asked to find out."""
+    monkeypatch.setattr("pgguard.proxy.session._CHECK_SECONDS", 1)
+    if phase == "logs in":
+        client = await house.connect()
+        await client.send(startup())
+        server = await house.backend.accept()
+        await server.packet()
+    else:
+        client, server = await house.session()
+        await client.send(query("select 1"))
+        await server.expect(query("select 1"))
+        if phase == "has said goodbye":
+            await client.send(TERMINATE)
+    # How long the kernel keeps what is left of a socket that was closed before its peer's was: tcp(7).
+    client.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)
+    await client.close()
+    await house.empty()
+    await server.rest()
+
+
+async def test_a_client_that_has_said_all_is_kept_for_as_long_as_it_waits(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgguard.proxy.session._CHECK_SECONDS", 1)
+    client, server = await house.session()
+    client.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)
+    await client.send(query("select 1"))
+    await client.stream.send_eof()
+    assert await server.rest() == query("select 1")
+    await client.nothing(4)
+    await server.send(ANSWER)
+    await server.close()
+    assert await client.rest() == ANSWER
 
 
 async def test_a_slow_client_gets_all_that_the_server_had_said_before_it_went(house: House) -> None:
