@@ -37,7 +37,8 @@ class JsonLines:
     the guard lives.
 
     When the file has been renamed or removed, as when logs are rotated, a new one is begun by its name. As long as that
-    can't be, since its directory is gone for one, lines are kept as well.
+    can't be, since its directory is gone or the guard may not create files in it, what follows goes into the renamed
+    one, or is kept if there is none.
 
     Args:
         path: The file, which is created if it isn't there.
@@ -147,7 +148,8 @@ class JsonLines:
             try:
                 self._exchange(self._open())
             except SinkError as error:
-                raise OSError(str(error)) from error
+                if not os.fstat(self._fd).st_nlink:
+                    raise OSError(str(error)) from error
 
     def _is_by_its_name(self) -> bool:
         facts = os.fstat(self._fd)

@@ -517,8 +517,9 @@ def test_a_cause_that_has_been_quiet_makes_room_and_loses_nothing() -> None:
 
 def test_what_is_known_of_all_sessions_together_is_bounded() -> None:
     docket = Docket()
+    what = fault()
     for session in range(1, FAULTS + 11):
-        enter(docket, session=session)
+        docket.enter(OVERLAP, replace(what, session=replace(FACTS, id=session)))
     assert len(docket._sessions) == len(docket._cases) == FAULTS
     assert docket.known(10, OVERLAP, at=NOW) is None
     assert docket.known(11, OVERLAP, at=NOW) is not None

@@ -293,6 +293,30 @@ async def test_a_full_disk_is_said_once_and_costs_nothing(backend: FakeBackend, 
         assert said.count("No space left on device") == 1
 
 
+async def test_what_a_full_disk_has_no_room_for_is_recorded_when_it_has(backend: FakeBackend, tmp_path: Path) -> None:
+    """The disk is full when its file may not grow: setrlimit(2), RLIMIT_FSIZE."""
+    faults = tmp_path / "faults.jsonl"
+    with spawned(upstream(backend), "--faults", str(faults), cwd=tmp_path) as guard:
+        _, hard = resource.prlimit(guard.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(guard.pid, resource.RLIMIT_FSIZE, (5000, hard))
+        for _ in range(4):
+            client, server = await session(guard, backend)
+            await server.send(COLUMNS)
+            await client.expect(COLUMNS)
+            await client.close()
+            await server.rest()
+            await server.close()
+        guard.wait_for("faults are kept until they can be recorded: can't append faults to .*: File too large()")
+        assert faults.stat().st_size == 5000
+        resource.prlimit(guard.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        await until(lambda: faults.read_text().count("message-while-idle") >= 4 and faults.read_text().endswith("\n"))
+        guard.signal(signal.SIGTERM)
+        said = guard.end()
+    records = [json.loads(line) for line in faults.read_text().splitlines()]
+    assert [record["id"] for record in records] == list(range(1, len(records) + 1))
+    assert "could not be recorded" not in said
+
+
 async def test_standard_error_that_nobody_reads_holds_up_nothing(backend: FakeBackend, tmp_path: Path) -> None:
     """Neither the reports nor the log, and not the end either."""
     with spawned(upstream(backend), cwd=tmp_path) as guard:

@@ -331,6 +331,24 @@ def test_a_directory_that_vanishes_is_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("watchful")
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to plant another user's link")
+@pytest.mark.usefixtures("watchful")
+def test_what_can_not_be_begun_anew_goes_on_in_the_file_that_was_renamed(tmp_path: Path) -> None:
+    path = tmp_path / "faults.jsonl"
+    sink = JsonLines(path)
+    path.rename(tmp_path / "old")
+    path.symlink_to(tmp_path / "victim")
+    os.chown(path, 65534, -1, follow_symlinks=False)
+    sink.record(fault(id=1))
+    with pytest.raises(SinkError, match="is a symbolic link of user nobody"):
+        sink.reopen()
+    path.unlink()
+    sink.record(fault(id=2))
+    sink.close()
+    assert (ids(tmp_path / "old"), ids(path)) == ([1], [2])
+    assert not (tmp_path / "victim").exists()
+
+
 def test_a_pipe_is_not_reopened_for_its_name() -> None:
     reader, writer = os.pipe()
     sink = JsonLines(Path(f"/proc/self/fd/{writer}"))
