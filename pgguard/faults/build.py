@@ -66,6 +66,7 @@ def build_fault(
         action: What is being done about it.
         sql_mode: How SQL text may appear.
     """
+    verdict = _verdict(verdict)
     culprits, unnamed = _culprits(verdict, findings, sql_mode)
     return Fault(
         id=fault_id,
@@ -76,7 +77,7 @@ def build_fault(
         repeat_of=None,
         suppressed=0,
         summary=printable(summarize(verdict, findings, culprits)),
-        reason=printable(redact(verdict.reason)),
+        reason=printable(verdict.reason),
         session=_session(facts),
         message=verdict.message,
         libpq=_libpq(verdict, findings),
@@ -127,6 +128,7 @@ def plain_fault(verdict: Verdict, facts: SessionFacts, *, at: float, severity: S
 
 def build_instance(verdict: Verdict, facts: SessionFacts, findings: Findings, *, sql_mode: SqlMode) -> Instance:
     """What the record of a repeat says that stands for another session than the first; arguments as above."""
+    verdict = _verdict(verdict)
     culprits, _ = _culprits(verdict, findings, sql_mode)
     return Instance(_session(facts), verdict.message, printable(summarize(verdict, findings, culprits)), culprits)
 
@@ -134,8 +136,13 @@ def build_instance(verdict: Verdict, facts: SessionFacts, findings: Findings, *,
 def _libpq(verdict: Verdict, findings: Findings) -> str | None:
     """What libpq prints: of another driver's users only what it repeats after the server, as they all do."""
     repeats = verdict.kind is Kind.SESSION_STATE_LOST
-    said = verdict.libpq if repeats or findings.driver in _MAY_BE_LIBPQ else None
-    return None if said is None else redact(said)
+    return verdict.libpq if repeats or findings.driver in _MAY_BE_LIBPQ else None
+
+
+def _verdict(verdict: Verdict) -> Verdict:
+    """A verdict without the secrets in what it quotes: names of statements, a server's words."""
+    libpq = None if verdict.libpq is None else redact(verdict.libpq)
+    return replace(verdict, reason=redact(verdict.reason), libpq=libpq)
 
 
 def _culprits(verdict: Verdict, findings: Findings, sql_mode: SqlMode) -> tuple[tuple[Culprit, ...], int]:

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from pgguard.secrets.commands import redact_command
-from pgguard.secrets.text import redact
+from pgguard.secrets.text import HIDDEN, redact
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +28,8 @@ _OPTIONS_WITH_VALUE: Final = frozenset(
 
 _NAME_LENGTH: Final = 15
 """Bytes of a process's or a thread's name, at most: ``TASK_COMM_LEN``, less its terminator."""
+_CLEANED: Final = re.compile(r"(?:\\x[0-9a-f]{2})+")
+_UNREADABLE_NAME: Final = re.compile(r"(\?{3,}\s*[=:]\s*)\S.*", re.DOTALL)
 _SETTING_LENGTH: Final = 63
 """Bytes of names and of an ``application_name`` that a server keeps, unless it was built otherwise: ``NAMEDATALEN``."""
 
@@ -61,8 +63,21 @@ def discreet_name(name: str) -> str:
 
 
 def discreet_setting(value: str | None) -> str | None:
-    """What a client has set, its ``application_name`` for one, as it may be shown."""
-    return None if value is None else redact(value, cut=len(value.encode("utf-8", "replace")) >= _SETTING_LENGTH)
+    r"""What a client has set, its ``application_name`` for one, as it may be shown.
+
+    Of that a server keeps ASCII alone: other bytes are written ``\xd0`` since PostgreSQL 16, and ``?`` before
+    (``pg_clean_ascii()`` in ``src/common/string.c``), so that the name of a secret may be there in such letters.
+    """
+    if value is None:
+        return None
+    cut = len(value.encode("utf-8", "replace")) >= _SETTING_LENGTH
+    if "\\x" in value:
+        as_given = _CLEANED.sub(
+            lambda found: bytes.fromhex(found.group().replace("\\x", "")).decode(errors="replace"), value
+        )
+        if (shown := redact(as_given, cut=cut)) != as_given:
+            return shown
+    return redact(_UNREADABLE_NAME.sub(rf"\1{HIDDEN}", value), cut=cut)
 
 
 def process_label(process: Process) -> str:

@@ -90,6 +90,9 @@ class _Reader:
             return None if doubtful and _NO_SECRET.fullmatch(word) else 0
         if login and not word.startswith("-"):
             return _behind_user(word, 0)
+        if word == "--":  # what follows may be another command
+            self._letters = None
+            return None
         if word.startswith("--"):
             return self._long(word)
         if word.startswith("-") and len(word) > 1:

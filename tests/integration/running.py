@@ -90,6 +90,12 @@ class Program:
         said: dict[str, Any] = json.loads(line)
         return said
 
+    def say(self, line: str) -> None:
+        """Write a line to its standard input."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+
     def go_on(self) -> None:
         """Let it go on: it waits for a line, or the end, of its standard input."""
         assert self._process.stdin is not None

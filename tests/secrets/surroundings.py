@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
@@ -13,6 +13,12 @@ from xml.sax.saxutils import escape as xml
 
 PIECE: Final = 6
 """Characters of a secret, in a row, that mustn't get out."""
+
+
+def pieces_of(text: str) -> set[str]:
+    """What a text is made of."""
+    return {text[n : n + PIECE] for n in range(max(1, len(text) - PIECE + 1))}
+
 
 Escape = Callable[[str], str]
 
@@ -30,11 +36,13 @@ class Place:
     def holding(self, secret: str) -> tuple[str, ...]:
         return tuple(word.replace("{}", self.written(secret)) for word in self.words)
 
-    def leaks(self, secret: str, shown: str) -> list[str]:
-        """The pieces of a secret, forwards, backwards and as they are written there, that are in what is shown."""
+    def leaks(self, secret: str, shown: Container[str]) -> list[str]:
+        """The pieces of a secret, forwards, backwards and as they are written there, that are in what is shown.
+
+        That is a text, or the pieces of one.
+        """
         without = " ".join(self.holding(""))
-        texts = {secret, secret[::-1], self.written(secret)}
-        pieces = {text[n : n + PIECE] for text in texts for n in range(max(1, len(text) - PIECE + 1))}
+        pieces = pieces_of(secret) | pieces_of(secret[::-1]) | pieces_of(self.written(secret))
         return sorted(
             piece
             for piece in pieces
