@@ -10,9 +10,9 @@ buffers at most one chunk in each direction. A client that makes more requests t
 (:meth:`pgguard.session.session.Session.fullness`) is not read either until the server has answered some. Answers are
 always read, as long as there is room for them on the way to the client.
 
-Slices: a chunk may hold tens of thousands of small messages, or one known fault after the other. It is followed for
-:data:`_SLICE` seconds, and what is left waits for its turn, one slice of one end in each round, behind all that has
-come meanwhile.
+Slices: a chunk may hold tens of thousands of small messages, or one known fault after the other. A few of its messages
+are followed at once, and more as long as the round has taken less than :data:`_SLICE` seconds. What is left waits for
+its turn, one slice of one end in each round, behind all that has come meanwhile.
 
 Holding: when a verdict falls on what one end has sent, that end isn't read until the ruling
 (:mod:`pgguard.proxy.judge`), and what it has sent waits. The other direction flows on: two answers that would have
@@ -70,12 +70,13 @@ _TURN: Final = 0.003
 _HURRY: Final = 0.02
 """Seconds for a client that arrives, or is judged, to get through trio's tasks."""
 _SLICE: Final = 0.00025
-"""Seconds for which one end's messages are followed before the others get their turn."""
-_REQUESTS_AT_ONCE: Final = 64
+"""Seconds for which messages are followed before others get their turn."""
+_REQUESTS_AT_ONCE: Final = 32
 _REQUESTS_IN_DEPTH: Final = 16
-_ANSWERS_AT_ONCE: Final = 256
-"""Messages that are followed before it is looked at the clock: the client's; those that are not the first of a chunk,
-and may stand behind thousands; the server's, most of which are rows."""
+_ANSWERS_AT_ONCE: Final = 128
+_ANSWERS_IN_DEPTH: Final = 256
+"""Messages that are followed before it is looked at the clock: the first of a chunk, and those behind them. A client's
+may stand behind thousands of others; most of a server's are rows."""
 _ROOM: Final = 0.5
 """How full the ledger may be for a client to be read again that has filled it."""
 _HEALTH_CHECK: Final = 1.0
@@ -139,6 +140,8 @@ class Sweep:
         """Those that are registered with the epoll, by descriptor."""
         self._backlog: deque[End] = deque()
         """Those that wait for their turn, with something held."""
+        self._slice_ends = 0.0
+        """When who still has something to be followed has to wait for its turn."""
         self._asleep = False
         self._wake: int
         """A descriptor in the epoll that says by its edges that there is a backlog."""
@@ -188,6 +191,7 @@ class Sweep:
         turn_ends = began + _TURN
         while (events := poll(0 if backlog or began < self._hurried_until else _PATIENCE, _EVENTS)) or backlog:
             now = time.time()
+            self._slice_ends = clock() + _SLICE
             if self.senders is not None:
                 try:
                     self.senders.feed()
@@ -226,6 +230,7 @@ class Sweep:
         """Go on with an end that has waited for it, if its session is still relayed."""
         if not self._is_relayed(end.session):
             return
+        self._slice_ends = time.monotonic() + _SLICE
         try:
             self._go_on(end)
             if end.late:
@@ -485,16 +490,15 @@ class Sweep:
 
     def _examine_pieces(self, end: End, now: float) -> None:
         """Follow what several have sent, one after the other, as far as it is in order and for a slice of time."""
-        slice_ends = 0.0
+        first = True
         while end.pieces:
             if end.waits:
                 return
-            if not slice_ends:
-                slice_ends = time.monotonic() + _SLICE
-            elif time.monotonic() > slice_ends:
+            if not first and time.monotonic() > self._slice_ends:
                 self._hold(end)
                 self._queue(end)
                 return
+            first = False
             piece, sender = end.pieces.popleft()
             self._meet(end, sender)
             held, end.held = end.held, b""
@@ -532,7 +536,6 @@ class Sweep:
     def _examine_on(self, end: End, tracker: Tracker, begin: int, done: int, stop: int, now: float) -> None:
         """Go on with what stands in the buffer, when some of it, or nothing, has been followed."""
         session = end.session
-        slice_ends = time.monotonic() + _SLICE
         pos = begin
         while done != stop:
             verdict = tracker.verdict
@@ -560,7 +563,7 @@ class Sweep:
             if session.tracker is None:
                 self._pass_on(end, begin, stop, now)
                 return
-            if time.monotonic() > slice_ends or self._is_full(end, tracker, now):
+            if time.monotonic() > self._slice_ends or self._is_full(end, tracker, now):
                 self._forward(end, begin, done)
                 self._keep(end, done, stop)
                 self._balance(end, tracker, now)
@@ -577,7 +580,7 @@ class Sweep:
         try:
             if end.is_client:
                 return tracker.frontend(self._buffer, pos, stop, end.sender, now, _REQUESTS_IN_DEPTH)
-            return tracker.backend(self._buffer, pos, stop, _ANSWERS_AT_ONCE, apart=end.late)
+            return tracker.backend(self._buffer, pos, stop, _ANSWERS_IN_DEPTH, apart=end.late)
         except Exception:
             self._lose_track(end.session, now)
             return stop
