@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import math
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -32,6 +33,11 @@ _EACH = 3
 _ALL = 16
 """Reads that may hang before only the guard's own user's processes, and root's, are looked at."""
 
+_END = 0.1
+"""Seconds in which a child ends that is killed, if it can."""
+
+_left: dict[subprocess.Popen[bytes], None] = {}
+"""Children that have been killed and have not ended."""
 _reads: dict[object, tuple[int, float]] = {}
 """By the thread that reads, or by what else does, the process that it reads about, and since when."""
 
@@ -67,22 +73,32 @@ class reading:  # noqa: N801 - a context manager, read as a phrase
 
 def check(pid: int) -> None:
     """Raises TimeoutError: a process isn't to be looked at, as others hang that have begun to, or look at its likes."""
+    _collect()
     if _is_refused(pid, time.monotonic()):
         raise TimeoutError(errno.ETIMEDOUT, "reading about it, or about others of its user, hangs")
 
 
-def remember(reader: object, pid: int) -> None:
-    """Take note that something other than a thread hangs, until :func:`forget`."""
-    _reads[reader] = pid, -math.inf
+def leave(child: subprocess.Popen[bytes], pid: int) -> None:
+    """End a child that reads about a process, without waiting for it if that hangs: then it ends when it doesn't."""
+    child.kill()
+    try:
+        child.wait(_END)
+    except subprocess.TimeoutExpired:
+        _left[child] = None
+        _reads[child] = pid, -math.inf
 
 
-def forget(reader: object) -> None:
-    """It doesn't hang any more."""
-    _reads.pop(reader, None)
+def _collect() -> None:
+    """Forget the children that have ended by now."""
+    for child in list(_left):
+        if child.poll() is not None:
+            _left.pop(child, None)
+            _reads.pop(child, None)
 
 
 def hanging() -> dict[object, int]:
     """What hangs at this moment, threads by threading.get_ident(), each with the pid that it reads about."""
+    _collect()
     now = time.monotonic()
     return {reader: pid for reader, (pid, since) in list(_reads.items()) if now - since > PATIENCE}
 

@@ -33,8 +33,6 @@ from pgguard.attribution.trust import open_regular
 
 _SECONDS = 1.0
 """For which an answer is waited for. It takes a fifth of a millisecond, or what a disk takes."""
-_END_SECONDS = 0.1
-"""For which it is waited for one to end that has been told to."""
 _START_SECONDS = 5.0
 """For which it is waited until a child has started, which takes a tenth of a second of the processor's time."""
 _TEXT_LIMIT = 1 << 18
@@ -116,32 +114,27 @@ class _Scout:
                 raise OSError(errno.EIO, "who was sent to look has not come back")
         return bytes(received)
 
-    def close(self) -> None:
-        """Let it go: it ends at once, or when what it waits for answers, or goes away itself."""
-        self._process.kill()
+    def leave(self, pid: int) -> None:
+        """Let it go: it ends at once, or when what it waits for, about a process, answers or goes away itself."""
         self._socket.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_END_SECONDS)
+        hangs.leave(self._process, pid)
 
-    @property
-    def is_gone(self) -> bool:
-        return self._process.poll() is not None
+    def close(self) -> None:
+        """End it, while it does nothing."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
 
 
 class _Scouts:
-    """The child that is there now, and those that hang. Thread-safe."""
+    """The child that is there now. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._scout: _Scout | None = None
-        self._lost: list[_Scout] = []
 
     def ask(self, pid: int, question: dict[str, object]) -> Findings:
         with self._lock:
-            for scout in self._lost[:]:
-                if scout.is_gone:
-                    self._lost.remove(scout)
-                    hangs.forget(scout)
             hangs.check(pid)
             if self._scout is None:
                 self._scout = _Scout()
@@ -150,10 +143,7 @@ class _Scouts:
                 answer = scout.ask(question)
             except (OSError, ValueError) as error:
                 self._scout = None
-                scout.close()
-                if not scout.is_gone:
-                    hangs.remember(scout, pid)
-                    self._lost.append(scout)
+                scout.leave(pid)
                 if isinstance(error, OSError):
                     raise
                 raise OSError(errno.EIO, "the answer isn't understood") from error

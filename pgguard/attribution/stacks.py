@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from pgguard.attribution import hangs
 from pgguard.attribution.runtime import Language, runtime_of
 from pgguard.attribution.threads import Obstacle, Sleep, find_sleep
 from pgguard.attribution.trust import distrust_path, programs_on_path
@@ -110,7 +111,8 @@ def python_stacks(sleeps: Collection[Sleep], seconds: float = 0.5) -> Stacks:
     """Find out what sleeping threads are doing, those of one or several processes.
 
     For worker threads: it runs py-spy, once for each process and all at the same time. That takes 10 to 30 ms,
-    most of it processor time. The processes neither stop nor notice. When it returns, no child is left behind.
+    most of it processor time. The processes neither stop nor notice. When it returns, no child is left behind but one
+    that can't be ended yet.
 
     Args:
         sleeps: from :func:`waiting_threads` or :func:`find_sleep`. Whoever has by now the pid of a process that is
@@ -155,24 +157,31 @@ def _check(pid: int) -> None:
         raise _NoDump(Obstacle.NOT_PERMITTED) from None
     except OSError:
         raise _NoDump("it has ended") from None
+    try:
+        hangs.check(pid)
+    except TimeoutError as error:
+        raise _NoDump(str(error.strerror)) from None
     if runtime_of(pid).language is not Language.PYTHON:
         raise _NoDump("it isn't Python")
 
 
 @contextlib.contextmanager
 def _started(program: str, pid: int) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(  # noqa: S603 - found by find_py_spy, with a number as its only variable argument
+    child = subprocess.Popen(  # noqa: S603 - found by find_py_spy, with a number as its only variable argument
         [program, "dump", "--json", "--nonblocking", "--pid", str(pid)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={},
-    ) as child:
-        try:
-            yield child
-        finally:
-            # It holds nothing that would need to be put back: see the head of this module.
-            child.kill()
+    )
+    try:
+        yield child
+    finally:
+        for stream in filter(None, (child.stdout, child.stderr)):
+            stream.close()
+        # It holds nothing that would need to be put back: see the head of this module. It opens the interpreter's file,
+        # which may be in a file system that never answers.
+        hangs.leave(child, pid)
 
 
 def _result(child: subprocess.Popen[bytes], deadline: float) -> list[_Thread]:

@@ -97,14 +97,10 @@ def test_one_user_can_make_a_few_hang_and_no_more(puppet: Puppets) -> None:
 def test_many_users_can_not_make_more_hang_than_there_is_room_for(puppet: Puppets) -> None:
     ours, theirs = puppet(), puppet()
     theirs.do("become_nobody()")
-    readers = [object() for _ in range(16)]
-    try:
-        for n, reader in enumerate(readers):
+    with ExitStack() as stack:
+        for n in range(16):
             assert not _is_refused(theirs.pid)
-            hangs.remember(reader, -1 - n)  # processes that are gone
+            stack.enter_context(hung(-1 - n))  # processes that are gone
         assert _is_refused(theirs.pid)
         assert not _is_refused(ours.pid)
-    finally:
-        for reader in readers:
-            hangs.forget(reader)
     assert not _is_refused(theirs.pid)

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from pgguard.attribution import hangs
 from pgguard.attribution.processes import read_process
 from pgguard.attribution.stacks import find_py_spy, python_stacks, why_no_py_spy
 from pgguard.attribution.threads import Obstacle, Sleep, Thread, find_sleep
 from tests.attribution.puppets import Puppet
+from tests.hung_files import hung_files
+from tests.proxy.conftest import short_directory
 from tests.servers import needs
+
+__all__ = ["short_directory"]
 
 Puppets = Callable[[], Puppet]
 
@@ -267,3 +272,19 @@ class TestWhichProgram:
         program.write_text("#!/bin/sh\nexec /usr/bin/tr '\\0' ' ' </dev/zero\n")
         sleep = _until_asleep(application.pid, application.pid, "pipe_read")
         assert python_stacks([sleep], seconds=10).problems == {application.pid: "it has too much on its stacks"}
+
+    def test_one_that_can_not_be_ended_is_left(self, application: Puppet, program: Path, short_directory: Path) -> None:
+        """It opens the interpreter's file, wherever that is; the process isn't looked at again while it hangs."""
+        sleep = _until_asleep(application.pid, application.pid, "pipe_read")
+        with hung_files(short_directory) as files:
+            program.write_text(f"#!/bin/sh\nexec /bin/cat {files.directory}/python\n")
+            began = time.monotonic()
+            assert python_stacks([sleep], seconds=0.2).problems == {application.pid: "py-spy didn't answer in time"}
+            assert list(hangs.hanging().values()) == [application.pid]
+            again = python_stacks([sleep], seconds=10).problems
+            assert again == {application.pid: "reading about it, or about others of its user, hangs"}
+            assert time.monotonic() - began < 5
+        deadline = time.monotonic() + 10
+        while hangs.hanging():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

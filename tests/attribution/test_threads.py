@@ -608,3 +608,18 @@ def test_a_select_of_more_descriptors_than_are_looked_at_is_an_obstacle(client: 
     )
     _start(client, "libc.select(8192, bits, None, None, None)", "select", "pselect6")
     assert _look(client).obstacles == {client.pid: Obstacle.LARGE_SET}
+
+
+def test_a_set_whose_memory_would_have_to_come_from_a_file_is_not_read(client: Puppet, tmp_path: Path) -> None:
+    """The file system may never answer. The process has let go of the page when the kernel had read it."""
+    client.do(
+        "import mmap\n"
+        f"file = open({str(tmp_path / 'set')!r}, 'wb+'); file.write(bytes(mmap.PAGESIZE)); file.flush()\n"
+        "mapped = mmap.mmap(file.fileno(), mmap.PAGESIZE, access=mmap.ACCESS_COPY)\n"
+        "import struct; file.seek(0); file.write(struct.pack('ihh', c.fileno(), select.POLLIN, 0)); file.flush()\n"
+        "entry = ctypes.c_char.from_buffer(mapped)"
+    )
+    tid = _start(client, "libc.poll(ctypes.byref(entry), 1, -1)", "poll", "ppoll")
+    _the_one(_look(client), tid)
+    client.do("mapped.madvise(mmap.MADV_DONTNEED)")
+    assert _look(client).obstacles == {client.pid: Obstacle.UNREADABLE}
