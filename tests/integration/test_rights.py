@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.conftest import StartGuard
-    from tests.guard_process import GuardProcess
+    from tests.guard_process import Fault, GuardProcess
     from tests.servers import Transport
 
 pytestmark = [
@@ -37,16 +37,22 @@ def guard(start_guard: StartGuard, user: str) -> GuardProcess:
 
 @every_transport
 def test_the_processes_that_share_a_connection_are_named(guard: GuardProcess, transport: Transport) -> None:
-    with scenario("in_turn", guard.at(transport)) as (parent, child):
-        [inherited, *_] = guard.wait_for("inherited-connection")
-        if transport != "sampled":
-            [shared, *_] = guard.wait_for("shared-by-processes")
-            assert culprits(shared)["intruder"] == [(child, "kernel-sender")]
-            assert (parent, "kernel-sender") in culprits(shared)["owner"]
-        assert pids_named(inherited) == {parent, child}
-        assert all(culprit["process"]["cmdline"] for culprit in inherited["culprits"])
-        [owner] = [culprit for culprit in inherited["culprits"] if culprit["role"] == "owner"]
-        assert owner["runtime"]["language"] == "Python"
+    seen: list[Fault] = []
+    for n in range(1, 6):  # a busy machine may leave no time to look
+        with scenario("in_turn", guard.at(transport)) as (parent, child):
+            inherited = guard.wait_for("inherited-connection", count=n)
+            if transport != "sampled":
+                shared = guard.wait_for("shared-by-processes")[0]
+                if n == 1:
+                    assert culprits(shared)["intruder"] == [(child, "kernel-sender")]
+                    assert (parent, "kernel-sender") in culprits(shared)["owner"]
+        seen = [fault for fault in inherited if pids_named(fault) == {parent, child}]
+        if seen:
+            break
+    assert seen
+    assert all(culprit["process"]["cmdline"] for culprit in seen[0]["culprits"])
+    runtimes = [culprit["runtime"] for fault in guard.faults() for culprit in fault["culprits"] if culprit["runtime"]]
+    assert {runtime["language"] for runtime in runtimes} == {"Python"}
 
 
 @sampled_transport
