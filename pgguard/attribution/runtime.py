@@ -226,8 +226,8 @@ def runtime_of(process: int | Image) -> Runtime:
     image = read_image(process) if isinstance(process, int) else process
     if image is None:
         return Runtime()
-    places = {_Place.MAPPED: image.mapped, _Place.PROGRAM: image.program, _Place.CMDLINE: image.cmdline}
-    language = next((what for what in _seen(places) if isinstance(what, Language)), None)
+    places = _places(image)
+    language = _language(places)
     files = _FILES.get(language, ())
     text = _GEMFILE_LOCK if language is Language.RUBY else None
     found = Findings()
@@ -245,6 +245,20 @@ def runtime_of(process: int | Image) -> Runtime:
         next((what for what in seen if isinstance(what, Server)), None),
         frozenset(what for what in seen if isinstance(what, Library)),
     )
+
+
+def is_python(pid: int) -> bool:
+    """Whether a process shows that it is Python's: what :func:`runtime_of` says too, without a look at its files."""
+    image = read_image(pid)
+    return image is not None and _language(_places(image)) is Language.PYTHON
+
+
+def _places(image: Image) -> dict[_Place, str]:
+    return {_Place.MAPPED: image.mapped, _Place.PROGRAM: image.program, _Place.CMDLINE: image.cmdline}
+
+
+def _language(places: Mapping[_Place, str]) -> Language | None:
+    return next((what for what in _seen(places) if isinstance(what, Language)), None)
 
 
 def _seen(places: Mapping[_Place, str], language: Language | None = None) -> Iterator[Language | Server | Library]:

@@ -29,7 +29,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pgguard.attribution import hangs
-from pgguard.attribution.runtime import Language, runtime_of
+from pgguard.attribution.runtime import is_python
 from pgguard.attribution.threads import Obstacle, Sleep, find_sleep
 from pgguard.attribution.trust import distrust_path, programs_on_path
 
@@ -161,7 +161,7 @@ def _check(pid: int) -> None:
         hangs.check(pid)
     except TimeoutError as error:
         raise _NoDump(str(error.strerror)) from None
-    if runtime_of(pid).language is not Language.PYTHON:
+    if not is_python(pid):
         raise _NoDump("it isn't Python")
 
 

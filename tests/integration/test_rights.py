@@ -28,15 +28,17 @@ pytestmark = [
 """The programs are root's own, which nobody may look at without the rights that are kept."""
 
 
-@pytest.fixture
-def guard(start_guard: StartGuard, user: str) -> GuardProcess:
+def guard_of(user: str, start_guard: StartGuard) -> GuardProcess:
     guard = start_guard(*(() if user == "root" else ("--user", user)))
     assert f"pgguard: rights: as user {user}, with CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE; " in guard.stderr
     return guard
 
 
 @every_transport
-def test_the_processes_that_share_a_connection_are_named(guard: GuardProcess, transport: Transport) -> None:
+def test_the_processes_that_share_a_connection_are_named(
+    user: str, start_guard: StartGuard, transport: Transport
+) -> None:
+    guard = guard_of(user, start_guard)
     seen: list[Fault] = []
     for n in range(1, 6):  # a busy machine may leave no time to look
         with scenario("in_turn", guard.at(transport)) as (parent, child):
@@ -57,21 +59,20 @@ def test_the_processes_that_share_a_connection_are_named(guard: GuardProcess, tr
 
 @sampled_transport
 def test_threads_are_seen_in_the_act_with_what_they_do(
-    guard: GuardProcess, transport: Transport, tmp_path: Path
+    user: str, start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
     """By their system calls, by the sets that they poll, which are in their memory, and by their stacks."""
     if find_py_spy() is None:
         not_installed("py-spy")
-    stacks, faults, threads = 0, [], set[int]()
-    for _ in range(10):  # a busy machine may leave no time for stacks
+    for _ in range(8):  # a busy machine may leave no time for stacks, and of the first fault alone there are any
+        guard = guard_of(user, start_guard)
         with running((sys.executable, PROGRAMS / "threads_sharing.py"), guard.at(transport), tmp_path) as program:
             said = program.read()
             program.wait()
-        threads |= {said["first"], said["second"]}
-        faults = guard.wait_for("shared-by-threads")
-        stacks = sum(bool(culprit["stack"]) for fault in faults for culprit in fault["culprits"])
-        if stacks:
-            break
-    assert stacks
-    assert {culprit["system_call"] for culprit in faults[0]["culprits"]} & {"poll", "ppoll"}
-    assert threads <= threads_named(faults)
+        [fault, *_] = guard.wait_for("shared-by-threads")
+        guard.stop()
+        assert {said["first"], said["second"]} <= threads_named([fault])
+        assert {culprit["system_call"] for culprit in fault["culprits"]} & {"poll", "ppoll"}
+        if any(culprit["stack"] for culprit in fault["culprits"]):
+            return
+    pytest.fail("no stack of any thread was read")
