@@ -236,7 +236,7 @@ def test_what_has_been_hidden_stays_hidden(text: str, before: str) -> None:
     once = redact(f"{text}{before}{text}")
     again = redact(once)
     assert once.count("x") >= again.count("x")
-    assert once.count("***") >= again.count("***") > 0 or "***" not in once
+    assert ("***" in once) <= ("***" in again)
 
 
 @pytest.mark.parametrize(
