@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pgguard.faults.policy import Mode
 from tests.servers import installations
 from tests.soak.run import Plan, soak
 from tests.soak.workloads import WORKLOADS
@@ -29,6 +30,7 @@ def main(
     ] = 0.4,
     at_once: Annotated[int, typer.Option(help="Programs beside each other, each directly and through a guard.")] = 3,
     bulk: Annotated[int, typer.Option(help="Megabytes that are copied at once, each way.")] = 1000,
+    mode: Annotated[Mode, typer.Option(help="The guards': in reject a false error ends a program as well.")] = Mode.LOG,
     only: Annotated[list[str] | None, typer.Option(help="A workload to run; repeatable; by default all.")] = None,
     server: Annotated[
         list[str] | None, typer.Option(help="A PostgreSQL to run against, as embedded or debian-15; by default all.")
@@ -54,6 +56,7 @@ def main(
         share=share,
         at_once=at_once,
         bulk=bulk,
+        mode=mode,
         servers={name: bindir for name, bindir in there.items() if not server or name in server},
         workloads=chosen,
     )

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from pgguard.faults.policy import Mode
     from tests.servers import Address, Server, Transport
 
 _PROGRAM_SECONDS: Final = 600.0
@@ -59,6 +60,7 @@ class Plan:
     """Of one processor, that everything together may take."""
     at_once: int
     bulk: int
+    mode: Mode
     servers: Mapping[str, Path]
     workloads: Sequence[Workload]
 
@@ -89,7 +91,7 @@ def soak(plan: Plan, console: Console) -> bool:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgguard-soak-")))
         sites = [
-            stack.enter_context(_site(name, bindir, directory, over_tcp=n % 2 == 1))
+            stack.enter_context(_site(name, bindir, directory, plan.mode, over_tcp=n % 2 == 1))
             for n, (name, bindir) in enumerate(plan.servers.items())
         ]
         kit = Kit(directory, sites[0].server.bindir, plan.bulk)
@@ -97,12 +99,13 @@ def soak(plan: Plan, console: Console) -> bool:
 
 
 @contextmanager
-def _site(name: str, bindir: Path, directory: Path, *, over_tcp: bool) -> Iterator[Site]:
+def _site(name: str, bindir: Path, directory: Path, mode: Mode, *, over_tcp: bool) -> Iterator[Site]:
     tasks = directory / f"tasks-{name}"
     program = [sys.executable, counted_guard.__file__]
     with running_server(bindir) as server:
         upstream = server.tcp if over_tcp else server.unix
-        with running_guard(upstream, program=program, environ={counted_guard.VARIABLE: str(tasks)}) as guard:
+        environ = {counted_guard.VARIABLE: str(tasks)}
+        with running_guard(upstream, "--mode", mode, program=program, environ=environ) as guard:
             yield Site(name, server, guard, tasks, Records(guard.records))
 
 
