@@ -22,15 +22,21 @@ alone with its connection. By the rule above one of them matters only
 
 What escapes this is a descendant that has changed its user *and* whose parent has died, so that it is nobody's
 descendant any more.
+
+**Many at once.** Who asks says since when what has been seen holds for the question: from now on, or from an earlier
+moment, at which what it wants to know about had happened already. So where a thousand connections are asked about at
+once, as they are all of one process that has been killed, that process is read once for all of them, and so is every
+other if nobody has them open.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -41,6 +47,9 @@ from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook, read_st
 _NEW = 5.0
 """Seconds for which a process counts as new. It must cover the time from when a connection is opened to when it is
 first asked about, and that from a process's start to its first connection makes searches short."""
+
+_TURN = 0.02
+"""Seconds for which one waits for another that looks for all."""
 
 _KEPT = 15.0
 """Seconds for which a connection is remembered that nobody asks about."""
@@ -109,6 +118,8 @@ class _Seen:
     """The inode of ``/proc/PID``: another one when the pid has been reused."""
     at: float
     """When it was first listed, seconds of time.monotonic(); long ago for those that were there at the start."""
+    read: float = -math.inf
+    """When a reading of its descriptors began that looked for every connection known by then."""
 
 
 class _Unreadable(NamedTuple):
@@ -134,16 +145,24 @@ class _Hold(NamedTuple):
     """As in :class:`_Seen`."""
     fd: str
     since: float
+    seen: float
+    """As in :class:`Holding`, when the reading began that has shown it."""
 
 
 @dataclass(slots=True)
 class _Connection:
-    """What is known about one socket."""
+    """What is known about one socket; times are those of time.monotonic()."""
 
     opened: float
+    """In seconds of CLOCK_BOOTTIME."""
+    known: float
+    """When it was first asked about."""
     asked: float
+    """When it was last asked about."""
     searched: bool = False
     """Its opener has been searched for: until then, heirs may be all that is known."""
+    walked: float = -math.inf
+    """When a walk through all processes began that looked for it."""
     holds: dict[int, _Hold] = field(default_factory=dict)
     """By pid."""
 
@@ -169,20 +188,31 @@ class HolderWatch:
         self._connections: dict[int, _Connection] = {}
         self._hidden = False
         """Other users' processes aren't even listed: ``hidepid``, see proc(5); or none is, for want of descriptors."""
+        self._listed = -math.inf
+        """When the processes were last listed."""
+        self._crowd = threading.Lock()
+        """Held by the one of several that looks for all of them."""
         for pid in self._list(time.monotonic() - _NEW):
             self._read(pid, {})
 
-    def find(self, opened: Mapping[int, float], likely: Iterable[int] = ()) -> dict[int, Holders]:
+    def find(
+        self, opened: Mapping[int, float], likely: Iterable[int] = (), *, since: float | None = None
+    ) -> dict[int, Holders]:
         """Find the holders of sockets that have just been connected, in one walk for all.
 
         Args:
             opened: by each socket's inode, when its connection was opened, in seconds of CLOCK_BOOTTIME.
             likely: pids to look at first.
+            since: where many ask at once, from when on what was seen holds for this question too, in seconds of
+                time.monotonic(). Without it, everything is looked at again.
 
         Takes about a millisecond when new processes or known clients opened them all, a walk through all processes
         when not. Returns an entry for each inode, empty when no holder could be found. Asked again about a socket
         that it hasn't forgotten, it looks where :meth:`watch` does, and further only if nobody has it any more.
         """
+        if since is not None:
+            with self._one_for_all():
+                return self._find_for_all(opened, likely, since)
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         new = self._begin(opened)
         unsearched = self._unsearched(opened)
@@ -193,18 +223,25 @@ class HolderWatch:
         self._search({inode: opened[inode] for inode in unsearched | (opened.keys() - held)}, skip=new)
         return self._report(opened)
 
-    def watch(self, inodes: Iterable[int]) -> dict[int, Holders]:
+    def watch(self, inodes: Iterable[int], *, keep: Iterable[int] = ()) -> dict[int, Holders]:
         """Look again at who holds sockets that :meth:`find` was asked for; to be called every few seconds.
 
         Takes a time that depends on how many processes are new and how many holders are known, and very little on
-        how many processes there are. A socket that nobody asks about for 15 seconds is forgotten; one that isn't
-        known has an empty entry.
+        how many processes there are. A new process is read once, and again when there are new connections: what it
+        has inherited, it has from its first moment on.
+
+        Args:
+            inodes: the sockets. One that isn't known has an empty entry.
+            keep: others that will be asked about later on. One that is in neither for 15 seconds is forgotten.
         """
         asked = list(inodes)
         with self._lock:
             known = {inode: c.opened for inode in asked if (c := self._connections.get(inode))}
-        new = self._begin(known)
-        self._look(known, new)
+            kept = {inode: c.opened for inode in keep if (c := self._connections.get(inode))}
+            latest = max((c.known for c in self._connections.values()), default=0.0)
+        for pid in self._begin(known | kept):
+            self._read_for_all(pid, latest)
+        self._look(known, ())
         return self._report(asked)
 
     def walk(self, opened: Mapping[int, float]) -> dict[int, Holders]:
@@ -215,6 +252,75 @@ class HolderWatch:
         self._look(opened, everybody)
         self._set_searched(opened)
         return self._report(opened)
+
+    def holding(self, inode: int, opened: float, pids: Iterable[int], since: float) -> tuple[Process, ...]:
+        """Tell which of some processes have had a socket open since a moment; arguments as of :meth:`find`."""
+        asked = dict.fromkeys(pids)
+        with self._one_for_all():
+            since = self._note_asked({inode: opened}, since)
+            if not asked.keys() <= self._seen.keys():
+                self._list(time.monotonic())
+            for pid in asked:
+                self._read_for_all(pid, since)
+            return tuple(hold.process for _, hold in self._holds([inode]) if hold.process.pid in asked)
+
+    @contextlib.contextmanager
+    def _one_for_all(self) -> Iterator[None]:
+        """Let one of several look first, so that the others find what it has seen; but not wait for one that hangs."""
+        taken = self._crowd.acquire(timeout=_TURN)
+        try:
+            yield
+        finally:
+            if taken:
+                self._crowd.release()
+
+    def _find_for_all(self, opened: Mapping[int, float], likely: Iterable[int], since: float) -> dict[int, Holders]:
+        """As :meth:`find`; what is read is read for every connection that is known."""
+        since = self._note_asked(opened, since)
+        now = time.monotonic()
+        with self._lock:
+            new = None if self._listed < since else self._new(now)
+        if new is None:
+            new = self._list(now)
+        for pid in dict.fromkeys([*likely, *new, *(hold.process.pid for _, hold in self._holds(opened))]):
+            self._read_for_all(pid, since)
+        missing = self._unsearched(opened) | (opened.keys() - {inode for inode, _ in self._holds(opened)})
+        if not self._were_walked(missing, since):
+            self._walk_for_all(since)
+        return self._report(opened, since)
+
+    def _were_walked(self, inodes: Iterable[int], since: float) -> bool:
+        with self._lock:
+            known = [self._connections.get(inode) for inode in inodes]
+        return all(connection is not None and connection.walked >= since for connection in known)
+
+    def _walk_for_all(self, since: float) -> None:
+        """Look for every known connection in every process."""
+        with self._lock:
+            everybody = dict.fromkeys([*reversed(self._clients), *reversed(self._seen)])
+            looked_for = list(self._connections.values())
+        began = min((self._read_for_all(pid, since) for pid in everybody), default=since)
+        for connection in looked_for:
+            connection.walked = began
+            connection.searched = True
+
+    def _read_for_all(self, pid: int, since: float) -> float:
+        """Look for every known connection among the descriptors of a process, unless that has been done since then.
+
+        Returns:
+            When the reading began that has told it.
+        """
+        began = time.monotonic()
+        with self._lock:
+            seen = self._seen.get(pid)
+            if seen is not None and seen.read >= since:
+                return seen.read
+            wanted = {link_to(inode): inode for inode in self._connections}
+        self._read(pid, wanted)
+        with self._lock:
+            if seen is not None and pid not in self._unreadable:
+                seen.read = began
+        return began
 
     def has_let_go(self, inode: int, process: Process) -> bool:
         """Whether a process that was seen to have a socket open certainly hasn't any more under that descriptor.
@@ -237,19 +343,29 @@ class HolderWatch:
         """Take note of what is asked, and of who has come and gone; return the pids that are new."""
         now = time.monotonic()
         new = self._list(now)
+        self._note_asked(opened, now)
+        return new
+
+    def _note_asked(self, opened: Mapping[int, float], since: float) -> float:
+        """Take note of what is asked; return since when there can be an answer: when the last of it became known."""
+        now = time.monotonic()
         with self._lock:
             for inode, at in opened.items():
-                self._connections.setdefault(inode, _Connection(at, now)).asked = now
+                connection = self._connections.setdefault(inode, _Connection(at, now, now))
+                connection.asked = now
+                since = max(since, connection.known)
             for inode in [inode for inode, known in self._connections.items() if now - known.asked > _KEPT]:
                 del self._connections[inode]
-        return new
+        return since
 
     def _list(self, now: float) -> list[int]:
         # Locked while listing: an older list that is compared after a newer one would undo it.
         with self._lock:
+            began = time.monotonic()
             try:
                 listed = list_processes()
                 self._hidden = 1 not in listed
+                self._listed = began
             except OSError:
                 listed = self._without_listing()
                 self._hidden = True
@@ -261,7 +377,10 @@ class HolderWatch:
                 if seen is None or seen.entry != entry:
                     self._drop(pid)
                     self._seen[pid] = _Seen(entry, now)
-            return [pid for pid, seen in self._seen.items() if now - seen.at < _NEW]
+            return self._new(now)
+
+    def _new(self, now: float) -> list[int]:
+        return [pid for pid, seen in self._seen.items() if now - seen.at < _NEW]
 
     def _without_listing(self) -> dict[int, int]:
         """Those of the processes known that are still there, as :func:`list_processes` lists them."""
@@ -318,6 +437,7 @@ class HolderWatch:
 
     def _read(self, pid: int, wanted: Mapping[str, int]) -> dict[int, Process]:
         """Look for sockets among one process's descriptors, note which it holds and return those."""
+        began = time.monotonic()
         try:
             found = find_sockets(pid, wanted)
         except PermissionError:
@@ -333,10 +453,10 @@ class HolderWatch:
             with self._lock:
                 self._unreadable.pop(pid, None)
         process = self._book.look(pid) if found else None
-        return self._note(pid, process, wanted.values(), found)
+        return self._note(pid, process, wanted.values(), found, began)
 
     def _note(
-        self, pid: int, process: Process | None, wanted: Iterable[int], found: Mapping[int, str]
+        self, pid: int, process: Process | None, wanted: Iterable[int], found: Mapping[int, str], began: float
     ) -> dict[int, Process]:
         now = time.monotonic()
         noted: dict[int, Process] = {}
@@ -350,7 +470,7 @@ class HolderWatch:
                 if process is not None and seen is not None and inode in found:
                     same = before is not None and before.process.started == process.started
                     since = before.since if before is not None and same else now
-                    connection.holds[pid] = _Hold(process, seen.entry, found[inode], since)
+                    connection.holds[pid] = _Hold(process, seen.entry, found[inode], since, began)
                     noted[inode] = process
             if noted:
                 self._clients.pop(pid, None)
@@ -384,14 +504,14 @@ class HolderWatch:
             seen = self._seen.get(pid)
         return seen is not None and seen.entry == hold.entry and has_socket(pid, hold.fd, inode)
 
-    def _report(self, inodes: Iterable[int]) -> dict[int, Holders]:
+    def _report(self, inodes: Iterable[int], since: float = math.inf) -> dict[int, Holders]:
         holds: dict[int, list[_Hold]] = {inode: [] for inode in inodes}
         for inode, hold in self._holds(holds):
             holds[inode].append(hold)
         for inode, several in holds.items():
             # Looking took a while, in which the first may have closed what the last has just been seen with.
             if len(several) > 1:
-                holds[inode] = [hold for hold in several if self._confirm(inode, hold)]
+                holds[inode] = [hold for hold in several if hold.seen >= since or self._confirm(inode, hold)]
         now = time.monotonic()
         with self._lock:
             opened = {

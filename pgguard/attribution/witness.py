@@ -123,14 +123,22 @@ class Witness:
         """
         return self._book.look(pid)
 
-    def holding(self, client: ClientSocket, pids: Iterable[int]) -> tuple[Process, ...]:
+    def holding(self, client: ClientSocket, pids: Iterable[int], *, since: float | None = None) -> tuple[Process, ...]:
         """Tell which of some processes have a client's socket open at this moment.
 
         It doesn't matter how many others there are: it takes some 50 µs, and as much for each process.
+
+        Args:
+            client: whose socket it is.
+            pids: the processes.
+            since: where many ask at once, from when on what was seen holds for this question too, in seconds of
+                time.monotonic().
         """
         [inode] = self._namespaces.client_inodes([client])
         if inode is None:
             return ()
+        if since is not None:
+            return self._watch.holding(inode, client.opened, pids, since)
         wanted = {link_to(inode): inode}
         found = []
         for pid in dict.fromkeys(pids):
@@ -161,24 +169,25 @@ class Witness:
             return Holders()
         return self._watch.walk({opening.inode: opening.client.opened})[opening.inode]
 
-    def watch(self, inodes: Iterable[int]) -> dict[int, Holders]:
+    def watch(self, inodes: Iterable[int], *, keep: Iterable[int] = ()) -> dict[int, Holders]:
         """Find out who has become, and who still is, a holder of the sockets of live connections, by inode.
 
-        To be called every second or two with all of them: a connection that is left out for 15 seconds is forgotten,
-        and after that its holders are unknown here. See :meth:`HolderWatch.watch` for what it costs.
+        To be called every second or two with all of them: a connection that is left out for 15 seconds, of ``keep``
+        too, is forgotten, and after that its holders are unknown here. See :meth:`HolderWatch.watch` for what it costs.
         """
-        return self._watch.watch(inodes)
+        return self._watch.watch(inodes, keep=keep)
 
-    def findings(self, opening: Opening, senders: Iterable[Process] = ()) -> Findings:
+    def findings(self, opening: Opening, senders: Iterable[Process] = (), *, since: float | None = None) -> Findings:
         """Gather what is known about a connection's client now.
 
         Args:
             opening: what :meth:`opened` said about the connection.
             senders: what :meth:`sender` said about the processes that the kernel has named on it.
+            since: as for :meth:`holding`.
 
         A process that is still there is described as it is now, one that is gone as it was last seen.
         """
-        found = self._holders(opening)
+        found = self._holders(opening, since)
         return Findings(
             opener=None if opening.opener is None else self._book.refresh(opening.opener),
             opener_evidence=opening.evidence,
@@ -406,10 +415,10 @@ class Witness:
             return False
         return stat is None or stat.started != process.started or stat.holds_no_files
 
-    def _holders(self, opening: Opening) -> Holders:
+    def _holders(self, opening: Opening, since: float | None = None) -> Holders:
         if opening.inode is None:
             return Holders()
-        return self._watch.find({opening.inode: opening.client.opened})[opening.inode]
+        return self._watch.find({opening.inode: opening.client.opened}, since=since)[opening.inode]
 
     def _connected_by(self, client: ClientSocket) -> Process | None:
         if client.connected_by is None:

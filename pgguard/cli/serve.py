@@ -23,6 +23,7 @@ from pgguard.attribution.witness import Witness
 from pgguard.faults.docket import Docket
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.guard import Guard
+from pgguard.proxy.interpreter import tune
 from pgguard.proxy.losses import Loss, keep_going, remarks, spared
 from pgguard.proxy.settings import Settings, load_settings, reload_settings
 from pgguard.proxy.upstream import barred
@@ -351,7 +352,11 @@ async def _until_signalled(
             logger.info("PostgreSQL is at %s", guard.upstream)
             logger.info("ready on %s", ", ".join(map(str, addresses)))
 
-        tasks = [partial(_tend, tended), partial(_reload, reloads, reloader, hangups.early)]
+        tasks: list[Callable[[], Awaitable[None]]] = [
+            partial(_tend, tended),
+            partial(_reload, reloads, reloader, hangups.early),
+            tune,
+        ]
         await _serve(guard, signals, announce, tasks)
 
 

@@ -45,11 +45,13 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.findings import Findings
     from pgguard.attribution.stacks import Frame
-    from pgguard.attribution.threads import Sleep
+    from pgguard.attribution.threads import Sleep, Waiting
     from pgguard.session.verdicts import Verdict
 
 MOST: Final = 8
 """Culprits that a record names beside the owner."""
+CHAPTERS: Final = 32
+"""Processes that a story tells of, the first to have it: a preforking server can have hundreds of workers."""
 _KERNEL: Final = Evidence.KERNEL_SENDER
 _TOO_LATE: Final = "there was no time to read it"
 _TICK: Final = 0.02
@@ -83,6 +85,10 @@ class _Bench:
         self._findings = findings
         self._known = known_processes(findings)
         self._holders = findings.holders or ()
+        self._waiting: dict[int, list[Waiting]] = {}
+        """By pid, its threads that wait to read from the connection and for nothing else."""
+        for one in findings.waiting:
+            self._waiting.setdefault(one.thread.pid, []).append(one)
 
     def culprits(self) -> tuple[Culprit, ...]:
         verdict, findings = self._verdict, self._findings
@@ -178,7 +184,7 @@ class _Bench:
             if len(restless) == 1:
                 return self._thread(role, pid, process, evidence, next(iter(restless)), Evidence.ONLY_THREAD)
         elif role is not Role.OWNER:
-            waiting = [one for one in self._findings.waiting if one.thread.pid == pid]
+            waiting = self._waiting.get(pid, [])
             fresh = [one for one in waiting if one.sleep not in self._findings.before]
             author = self._verdict.author
             sent = role is Role.INTRUDER if author is None else pid == author.pid
@@ -311,7 +317,7 @@ def tell_story(findings: Findings, opened_at: float) -> tuple[Chapter, ...]:
     had_it = {process.pid for process in (*holders, *findings.departed)} | ({opener} if opener is not None else set())
     evidence = Evidence.SOCKET_HOLDER if findings.sole_holder is None else Evidence.SOLE_HOLDER
     others = {process.pid: process for process in (*findings.departed, *holders) if process.pid != opener}
-    for process in sorted(others.values(), key=lambda process: process.started):
+    for process in sorted(others.values(), key=lambda process: process.started)[:CHAPTERS]:
         if process.started_at < opened_at - _TICK:
             if opener is not None:  # otherwise it may have opened it itself
                 chapters.append(Chapter(Event.RECEIVED, None, process.pid, None, evidence))
@@ -321,5 +327,5 @@ def tell_story(findings: Findings, opened_at: float) -> tuple[Chapter, ...]:
     gone = {process.pid for process in findings.departed}
     if opener is not None and findings.holders is not None and all(opener != holder.pid for holder in holders):
         gone.add(opener)
-    chapters.extend(Chapter(Event.LEFT, None, pid, None, Evidence.SOCKET_HOLDER) for pid in sorted(gone))
+    chapters.extend(Chapter(Event.LEFT, None, pid, None, Evidence.SOCKET_HOLDER) for pid in sorted(gone)[:CHAPTERS])
     return tuple(chapters)

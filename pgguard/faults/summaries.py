@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from pgguard.attribution.fates import State
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Culprit, Role
-from pgguard.faults.text import listed, named
+from pgguard.faults.text import all_named, listed, named
 from pgguard.session.verdicts import OUTSTANDING, Kind, Party, Verdict
 
 if TYPE_CHECKING:
@@ -112,9 +112,9 @@ def _ended(_: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str
 
 
 def _leaked(verdict: Verdict, findings: Findings, _: tuple[Culprit, ...]) -> str:
-    heirs = [named(holder.pid, holder) for holder in findings.holders or ()]
+    heirs = findings.holders or ()
     owner = _opener(findings) or "the process"
-    has = f": {listed(heirs)} {'has' if len(heirs) == 1 else 'have'} it open" if heirs else ""
+    has = f": {all_named(heirs)} {'has' if len(heirs) == 1 else 'have'} it open" if heirs else ""
     return f"{verdict.reason.replace('the process that opened it', f'{owner}, which opened it')}{has}"
 
 
@@ -170,7 +170,7 @@ def _inherited(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ..
     heirs = [h for h in findings.holders or () if h.pid != findings.opener_pid]
     if not heirs:
         return "more than one process has the connection's socket open"
-    names = listed([named(h.pid, h) for h in heirs])
+    names = all_named(heirs)
     have = "has" if len(heirs) == 1 else "have"
     settled = f", {have} others of {'its' if len(heirs) == 1 else 'their'} own, and {have} not used this one"
     end = settled if verdict.settled else ""

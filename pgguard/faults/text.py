@@ -121,6 +121,14 @@ def named(pid: int, process: Process | None) -> str:
     return f"pid {pid}" if process is None else f"pid {pid} ({process_label(process)})"
 
 
+def all_named(processes: Sequence[Process]) -> str:
+    """Processes in a list; of very many, those that it leaves out aren't looked at."""
+    if len(processes) <= LISTED:
+        return listed([named(process.pid, process) for process in processes])
+    some = [named(process.pid, process) for process in processes[: LISTED - 1]]
+    return f"{', '.join(some)} and {len(processes) - LISTED + 1} more"
+
+
 def listed(items: Sequence[str]) -> str:
     """``a``; ``a and b``; ``a, b and c``; of more than eight, seven and how many there are besides."""
     if len(items) > LISTED:

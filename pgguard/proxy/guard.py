@@ -20,6 +20,7 @@ import os
 import resource
 import socket
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -75,6 +76,9 @@ _INTRODUCTION: Final = 0.25
 _LAST_CANCEL: Final = 1.0
 """Seconds in which queries are cancelled whose sessions are cut off as the guard ends."""
 
+_REGISTERED_AT_ONCE: Final = 64
+"""Connections whose openers are looked for together: as many as trio's thread takes note of in a moment."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -119,7 +123,7 @@ class Guard:
         self._last_number = 0
         self._all_gone = trio.Event()
         self._stopping = trio.Event()
-        self._openings_send, self._openings = trio.open_memory_channel[ProxiedSession](1024)
+        self._openings_send, self._openings = trio.open_memory_channel[ProxiedSession](math.inf)
         self._nursery: trio.Nursery
         self._admission = Admission(evidence=witness is not None, extras=lambda: self._sweep.alarms)
         self._door = Door(
@@ -415,11 +419,7 @@ class Guard:
         )
         session.kernel_account = kernel_account
         if session.client_socket is not None:
-            try:
-                self._openings_send.send_nowait(session)
-            except trio.WouldBlock:
-                logger.warning("session %d: too many connections at once to find out who opens them", session.id)
-                session.opening_known.set()
+            self._openings_send.send_nowait(session)
         return session
 
     def _open_account(self, sock: trio.socket.SocketType) -> TcpAccount | None:
@@ -543,14 +543,12 @@ class Guard:
     # Attribution, beside the relay
 
     async def _register(self, witness: Witness) -> None:
-        """Find out who opened the connections that have come in, as many at a time as have come."""
+        """Find out who opened the connections that have come in, several at a time if several have come."""
         async for first in self._openings:
             sessions = [first]
-            while True:
-                try:
+            with suppress(trio.WouldBlock):
+                while len(sessions) < _REGISTERED_AT_ONCE:
                     sessions.append(self._openings.receive_nowait())
-                except trio.WouldBlock:
-                    break
             try:
                 await self._find_openers(witness, sessions)
             finally:

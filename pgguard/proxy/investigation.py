@@ -116,6 +116,20 @@ class Investigation:
         self._evidence = evidence
         self._counted = counted
         self._ends = time.monotonic() + EVIDENCE_BUDGET
+        self._since: float | None = None
+        self._stacks = True
+
+    def begin(self, since: float | None, *, stacks: bool = True) -> None:
+        """Set it up: the time for it begins now.
+
+        Args:
+            since: where others wait to have theirs taken, when the verdict fell, in seconds of time.monotonic(). What
+                has been seen for any of them since then holds for this one as well, and nothing is waited for.
+            stacks: whether there may be stacks.
+        """
+        self._ends = time.monotonic() + EVIDENCE_BUDGET
+        self._since = since
+        self._stacks = stacks and since is None
 
     def note_known(self) -> None:
         """Take over what is known by now of the session's client without looking."""
@@ -139,7 +153,7 @@ class Investigation:
         if client is None or connected is None:
             return
         intruder = self._verdict.intruder
-        holders = self._witness.holding(client, [connected[0], *self._named()])
+        holders = self._witness.holding(client, [connected[0], *self._named()], since=self._since)
         opening = self._session.opening
         if not holders and intruder is not None and opening is not None:
             # For want of descriptors nothing may be to be seen, but for what was seen before.
@@ -204,7 +218,7 @@ class Investigation:
         requests = self._verdict.requests
         texts = [request.sql for request in requests if request.sql is not None and not request.sql_cut]
         self._findings = replace(
-            self._witness.findings(opening, tuple(self._findings.senders.values())),
+            self._witness.findings(opening, tuple(self._findings.senders.values()), since=self._since),
             before=session.sightings.asleep,
             throughout=session.sightings.throughout if self._is_small() else frozenset(),
             watchers=session.sightings.watchers,
@@ -235,7 +249,9 @@ class Investigation:
         pid = last_holder(self._verdict, self._findings)
         if pid is not None and self._verdict.message is None:
             process = known_processes(self._findings).get(pid)
-            fate = self._witness.fate(opening, pid, process, seconds=_ENDING_BUDGET)
+            since = time.monotonic() if self._since is None else self._since
+            seconds = max(0.0, since + _ENDING_BUDGET - time.monotonic())
+            fate = self._witness.fate(opening, pid, process, seconds=seconds)
             self._findings = replace(self._findings, fate=fate)
 
     def _gone(self, once: Sequence[Process]) -> tuple[Process, ...]:
@@ -250,7 +266,8 @@ class Investigation:
     def _look_at_threads(self, opening: Opening) -> None:
         holders = self._findings.holders or ()
         if self._verdict.kind in _READ_BY_CLIENTS and holders:
-            waits = self._witness.waits(opening, holders, enough=self._is_enough, seconds=_WAITING_BUDGET)
+            seconds = _WAITING_BUDGET if self._since is None else 0.0
+            waits = self._witness.waits(opening, holders, enough=self._is_enough, seconds=seconds)
             self._evidence.asleep |= {one.sleep for one in waits.threads}
             self._findings = replace(self._findings, waits=self._with_earlier(waits))
             if self._verdict.kind is Kind.REQUEST_WHILE_BUSY and any(
@@ -331,6 +348,6 @@ class Investigation:
         others = (*findings.sleeps.values(), *findings.only_threads.values())
         sleeps += [sleep for sleep in dict.fromkeys(others) if sleep not in sleeps]
         remaining = self._ends - _PROGRAMS_BUDGET - time.monotonic()
-        if sleeps and remaining > 0:
+        if sleeps and remaining > 0 and self._stacks:
             stacks = self._witness.stacks(sleeps[:_STACKED], seconds=remaining)
             self._findings = replace(self._findings, stacks=stacks)

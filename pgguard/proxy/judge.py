@@ -8,6 +8,7 @@ nor the ruling.
 from __future__ import annotations
 
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from pgguard.proxy import looking
 from pgguard.proxy.investigation import EVIDENCE_BUDGET, Evidence, Investigation, known_at_once
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.rollcall import call_roll
+from pgguard.proxy.turns import Allowance, Desk, Turns, Urgency, spent_by_children, timed
 from pgguard.session.verdicts import AFTER_END, Kind, Sender, Verdict
 from pgguard.wire.fields import build_error_response
 
@@ -62,6 +64,18 @@ _INVESTIGATIONS: Final = 4
 """Threads that take evidence at the same time."""
 _SETTLING: Final = 1.0
 """Seconds between two looks whether it is time to account for what was suppressed."""
+_LINE: Final = 32
+"""Verdicts of one urgency that may wait for one of them. Whoever comes then is ruled on without: its evidence would
+come too late, or be about what has changed meanwhile."""
+_PATIENCE: Final = 1.0
+"""Seconds for which a verdict waits for its evidence to be taken where nothing is held, or nobody waits for it."""
+_EVIDENCE_SHARE: Final = 0.2
+_EVIDENCE_SAVINGS: Final = 0.5
+"""Of a processor, what evidence takes in the long run at most, for all sessions together; and seconds of it that it may
+take at once."""
+_STACKS_SHARE: Final = 0.1
+_STACKS_SAVINGS: Final = 1.0
+"""The same for reading stacks, a program of its own that takes longer than all the rest."""
 
 _GOODBYE_BUDGET: Final = 1.0
 """Seconds for which a Terminate may be held until it is seen whether somebody else has the connection open.
@@ -82,29 +96,16 @@ class Ruling:
     """The ErrorResponse for a client that is rejected."""
 
 
-class _Allowance:
-    """Keeps the sampling of contested sessions from taking the processor from all others."""
-
-    def __init__(self) -> None:
-        self._left = _SAMPLING_SAVINGS
-        self._at = time.monotonic()
-
-    def has_any(self) -> bool:
-        """Whether a request may be sampled now."""
-        now = time.monotonic()
-        self._left = min(_SAMPLING_SAVINGS, self._left + (now - self._at) * _SAMPLING_SHARE)
-        self._at = now
-        return self._left > 0
-
-    def spend(self, seconds: float) -> None:
-        """Account for a sample."""
-        self._left -= seconds
-
-
 def _is_doubtful(verdict: Verdict) -> bool:
     """Whether evidence may show that it is no fault: known or not, it is looked into then."""
     unnamed = verdict.intruder is None and verdict.reason == AFTER_END
     return verdict.kind is Kind.FOREIGN_TERMINATE or unnamed
+
+
+def _urgency(verdict: Verdict) -> Urgency:
+    if verdict.ends or verdict.message is None:
+        return Urgency.END
+    return Urgency.GOODBYE if verdict.kind is Kind.FOREIGN_TERMINATE else Urgency.MESSAGE
 
 
 class Judge:
@@ -136,10 +137,18 @@ class Judge:
         self._sinks = sinks
         self._witness = witness
         self._sessions = sessions
+        self._turns = Turns()
         self._threads = trio.CapacityLimiter(_INVESTIGATIONS)
+        self._desk = Desk(_INVESTIGATIONS, _LINE)
         # They wait for processes to end, and must not keep anybody waiting who is in a hurry.
         self._waiting_threads = trio.CapacityLimiter(_INVESTIGATIONS)
-        self._allowance = _Allowance()
+        self._waiting_desk = Desk(_INVESTIGATIONS, _LINE)
+        self._evidence = Allowance(_EVIDENCE_SHARE, _EVIDENCE_SAVINGS)
+        self._stacks = Allowance(_STACKS_SHARE, _STACKS_SAVINGS)
+        self._children = spent_by_children()
+        self._taken: deque[float] = deque()
+        """What looks have taken that is not accounted for yet, in seconds."""
+        self._sampling = Allowance(_SAMPLING_SHARE, _SAMPLING_SAVINGS)
         self._strangers_send, self._strangers = trio.open_memory_channel[tuple["ProxiedSession", int]](_STRANGERS)
         self._refusals: dict[Refusal, list[tuple[ProxiedSession, Verdict]]] = {}
         """By what is being looked into, the sessions that have been refused for the same reason meanwhile."""
@@ -173,31 +182,37 @@ class Judge:
         return True
 
     async def rule(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
-        """Take evidence, decide, record. Never raises but for cancellation."""
+        """Take evidence; then decide and record, when it is its turn. Never raises but for cancellation."""
         if self._ignores(verdict.kind):
             return Ruling(None)
-        now = time.time()
+        now, began = time.time(), time.monotonic()
+        urgency = _urgency(verdict)
         try:
             known = None if _is_doubtful(verdict) else self._known(session, verdict, now)
-            if known is not None:
-                return self._repeat(session, verdict, known, now)
-            findings = await self._findings(session, verdict)
-            concluded = self._conclude(session, verdict, findings)
-            if concluded is None or self._ignores(concluded.kind):
-                return Ruling(None)
-            known = self._known(session, concluded, now)
-            if known is not None:
-                self._equate(session, verdict, concluded)
-                return self._repeat(session, concluded, known, now)
-            if concluded.kind in _BY_SEVERAL and session.tracker is not None:
-                with spared(Loss.STEP, session):
-                    session.tracker.expect_readers()
-            ruling = self._enter(session, concluded, findings, now)
-            if ruling.action is not None:
-                self._equate(session, verdict, concluded)
+            findings = None if known is not None else await self._findings(session, verdict, urgency, began)
+            async with self._turns.turn(urgency):
+                if known is not None:
+                    return self._repeat(session, verdict, known, now)
+                return self._decide(session, verdict, findings or _least_known(session), now)
         finally:
             if verdict.refusal is not None:
                 self._count_meanwhile(verdict.refusal)
+
+    def _decide(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
+        """Decide on a verdict in the light of the evidence, and record it."""
+        concluded = self._conclude(session, verdict, findings)
+        if concluded is None or self._ignores(concluded.kind):
+            return Ruling(None)
+        known = self._known(session, concluded, now)
+        if known is not None:
+            self._equate(session, verdict, concluded)
+            return self._repeat(session, concluded, known, now)
+        if concluded.kind in _BY_SEVERAL and session.tracker is not None:
+            with spared(Loss.STEP, session):
+                session.tracker.expect_readers()
+        ruling = self._enter(session, concluded, findings, now)
+        if ruling.action is not None:
+            self._equate(session, verdict, concluded)
         return ruling
 
     async def rule_surely(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
@@ -267,7 +282,7 @@ class Judge:
 
     async def _sample(self, session: ProxiedSession) -> Verdict | None:
         witness, opening, tracker = self._witness, session.opening, session.tracker
-        if witness is None or opening is None or tracker is None or not self._allowance.has_any():
+        if witness is None or opening is None or tracker is None or not self._sampling.has_any():
             return None
         began = time.monotonic()
         due = {
@@ -286,7 +301,7 @@ class Judge:
         )
         with trio.move_on_after(EVIDENCE_BUDGET) as limit:
             sample, blocked = await looking.look(look, limiter=self._threads)
-        self._allowance.spend(time.monotonic() - began)
+        self._sampling.spend(time.monotonic() - began)
         if limit.cancelled_caught:
             return None
         before, session.sightings.asleep = session.sightings.asleep, sample.asleep
@@ -336,7 +351,10 @@ class Judge:
             return False
         if tracker.terminator is not None and tracker.senders.is_strange(tracker.terminator):
             return False
-        findings = await looking.look(witness.findings, opening, limiter=self._threads)
+        since = time.monotonic()
+        async with self._desk.place(Urgency.END, insist=True):
+            look = partial(witness.findings, opening, since=since if self._desk.is_crowded else None)
+            findings = await looking.look(look, limiter=self._threads)
         others = heirs(findings)
         if findings.opener_pid is not None and len(others) == len(findings.holders or ()):
             session.sightings.survivors = others
@@ -366,16 +384,18 @@ class Judge:
 
     # Evidence
 
-    async def _findings(self, session: ProxiedSession, verdict: Verdict) -> Findings:
+    async def _findings(self, session: ProxiedSession, verdict: Verdict, urgency: Urgency, began: float) -> Findings:
         """What can be found out within the budget. What goes wrong meanwhile is left out, and changes no ruling."""
         evidence = Evidence(_known_at_once(session))
         with spared(Loss.EVIDENCE, session):
-            await self._investigate(session, verdict, evidence)
+            await self._investigate(session, verdict, evidence, urgency, began)
         with spared(Loss.EVIDENCE, session):
             evidence.keep(session)
         return evidence.findings
 
-    async def _investigate(self, session: ProxiedSession, verdict: Verdict, evidence: Evidence) -> None:
+    async def _investigate(
+        self, session: ProxiedSession, verdict: Verdict, evidence: Evidence, urgency: Urgency, began: float
+    ) -> None:
         if verdict.kind is Kind.LEAKED_CONNECTION:
             # It is they who have brought it about.
             holders = session.sightings.holders or None
@@ -393,23 +413,49 @@ class Judge:
                     await one.session.opening_known.wait()
         elif verdict.kind is Kind.UNCLEAN_CLOSE:
             budget = _ENDED_BUDGET
-        threads = self._threads if verdict.kind is not Kind.UNCLEAN_CLOSE else self._waiting_threads
         doubtful = _is_doubtful(verdict)
         if session.connected is not None and (session.opening is None or doubtful):
             # With evidence of its own: if it comes too late, it goes on beside the next look.
             first = Evidence(evidence.findings)
-            look = Investigation(witness, session, verdict, first, counted).look_at_named
+            look = Investigation(witness, session, verdict, first, counted)
             try:
                 with trio.move_on_after(_GOODBYE_BUDGET if doubtful else EVIDENCE_BUDGET):
-                    await looking.look(look, limiter=self._threads)
+                    async with self._desk.place(urgency, insist=doubtful) as served:
+                        if served:
+                            look.begin(began if self._desk.is_crowded else None)
+                            await self._look(look.look_at_named, self._threads)
             finally:
                 evidence.findings, evidence.met = first.findings, dict(first.met)
         investigation = Investigation(witness, session, verdict, evidence, counted)
-        with trio.move_on_after(budget):
+        waits = verdict.kind is Kind.UNCLEAN_CLOSE
+        desk, threads = (self._waiting_desk, self._waiting_threads) if waits else (self._desk, self._threads)
+        # Whether it is a fault at all shows only now.
+        insist = doubtful and (session.connected is None or verdict.intruder is None)
+        with trio.move_on_after(budget if urgency is Urgency.MESSAGE else _PATIENCE) as limit:
             if session.opening is None:
                 await session.opening_known.wait()
                 investigation.note_known()
-            await looking.look(investigation.investigate, limiter=threads)
+            async with desk.place(urgency, insist=insist) as served:
+                if served and (insist or self._evidence.has_any()):
+                    limit.deadline = min(limit.deadline, trio.current_time() + budget)
+                    investigation.begin(began if desk.is_crowded else None, stacks=self._stacks.has_any())
+                    await self._look(investigation.investigate, threads)
+
+    async def _look(self, look: Callable[[], None], threads: trio.CapacityLimiter) -> None:
+        """Have a worker thread look at something, and account for what that takes. Given up, it goes on by itself."""
+
+        def run() -> None:
+            _, seconds = timed(look)
+            self._taken.append(seconds)
+
+        try:
+            await looking.look(run, limiter=threads)
+        finally:
+            children = spent_by_children()
+            self._stacks.spend(children - self._children)
+            self._children = children
+            while self._taken:
+                self._evidence.spend(self._taken.popleft())
 
     # Rulings and records
 

@@ -24,6 +24,8 @@ class Sightings:
     def __init__(self) -> None:
         self.holders: tuple[Process, ...] = ()
         """The processes that had the client's socket open when that was last looked at."""
+        self.holders_looked = 0.0
+        """When that was."""
         self.survivors: tuple[Process, ...] = ()
         """Who went on to have it open when the connection had been ended, and the opener had let go."""
         self._lately: dict[tuple[int, int], tuple[Process, float]] = {}

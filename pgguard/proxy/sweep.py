@@ -62,7 +62,9 @@ _CHUNK: Final = 128 * 1024
 """Bytes read at once, and so the most that one direction of a session buffers."""
 _HEADROOM: Final = LOOK_LIMIT
 """Room in front of a chunk for the bytes that were held back from the one before."""
-_EVENTS: Final = 512
+_EVENTS: Final = 32
+"""Sockets that are served before it is looked whether it is the turn of others: a verdict takes many times as long as a
+message that is in order."""
 _PATIENCE: Final = 0.001
 """Seconds to wait for the next event before the sweep goes to sleep in trio."""
 _TURN: Final = 0.003

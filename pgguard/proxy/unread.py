@@ -36,7 +36,6 @@ import os
 import select
 import struct
 import termios
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -47,6 +46,7 @@ from pgguard.attribution.evidence import Driver
 from pgguard.faults.catalogue import OVERLAP
 from pgguard.proxy import looking
 from pgguard.proxy.losses import Loss, note, spared
+from pgguard.proxy.turns import Stint, timed
 from pgguard.session import libpq
 from pgguard.session.states import WANTED
 from pgguard.session.verdicts import Sender
@@ -69,9 +69,8 @@ _FIRST_REPORTED: Final = 0.25
 """The same where the kernel reports of each send what was unread, so that only a warning takes a look."""
 _AT_A_TIME: Final = 32
 """Sessions that are looked at in one round: those that have waited the longest come first."""
-_TIME_SHARE: Final = 0.1
-_LONGEST_PAUSE: Final = 1.0
-"""Of the time, that is spent on looking at most; and seconds between two rounds then at most."""
+_SHARE_OF_PROCESSOR: Final = 0.05
+"""Of a processor, what looking takes at most."""
 _INTERVAL: Final = 0.5
 _SHARE: Final = 0.1
 """Seconds between two looks at an answer that lies unread, and their share of the threshold: the less counts."""
@@ -88,6 +87,9 @@ _DESCRIBED: Final = frozenset("DS")
 """The messages of a request that asks only what a statement is like."""
 _SIOCOUTQNSD: Final = 0x894B
 """``linux/sockios.h``: bytes in a TCP socket's send queue that haven't been sent, for want of room at the other end."""
+
+_Asking = dict[int, list[Sender]]
+"""By pid, those that await an answer."""
 
 _MODULO: Final = (1 << 32) - 1
 """What sequence numbers of TCP are counted by, less one."""
@@ -234,17 +236,17 @@ class UnreadWatch:
                 self._stirred = trio.Event()
                 await self._stirred.wait()
             await trio.sleep(pause)
-            began = time.monotonic()
-            due = self._due(trio.current_time())
+            due, cost = await self._due(trio.current_time())
             if due:
-                await self._look(witness, due)
-            took = time.monotonic() - began
-            pause = min(_LONGEST_PAUSE, max(_TICK, took / _TIME_SHARE))
+                cost += await self._look(witness, due)
+            pause = max(_TICK, cost / _SHARE_OF_PROCESSOR)
 
-    def _due(self, now: float) -> list[_Look]:
-        """What it is time to look at, that first which has waited the longest."""
+    async def _due(self, now: float) -> tuple[list[_Look], float]:
+        """What it is time to look at, that first which has waited the longest; and what finding it has cost."""
         due: list[_Look] = []
+        stint = Stint()
         for session in list(self._listed.values()):
+            await stint.rest()
             try:
                 look = self._due_look(session, now)
             except Exception:
@@ -254,7 +256,7 @@ class UnreadWatch:
                 if look is not None:
                     due.append(look)
         due.sort(key=lambda look: look.leftover.next)
-        return due[:_AT_A_TIME]
+        return due[:_AT_A_TIME], stint.spent
 
     def _due_look(self, session: ProxiedSession, now: float) -> _Look | None:
         """What is to be looked at of a session now, if anything is."""
@@ -298,31 +300,36 @@ class UnreadWatch:
         self._forget(session)
         session.client.attentive = True
 
-    async def _look(self, witness: Witness, due: list[_Look]) -> None:
+    async def _look(self, witness: Witness, due: list[_Look]) -> float:
+        """Look at what lies unread; return what it has cost in seconds."""
         try:
-            sizes, attentions = await looking.look(_see, witness, due)
+            (sizes, attentions), seconds = await looking.look(timed, _see, witness, due)
         except Exception:
             for look in due:  # each is looked at again when it makes its next request
                 self._forget(look.session)
             raise
-        now = trio.current_time()
+        now, stint = trio.current_time(), Stint()
+        asking = self._asking()
         for look, size, attention in zip(due, sizes, attentions, strict=True):
             try:
-                self._take_in(look, size, attention, now)
+                self._take_in(look, size, attention, now, asking)
             except Exception:
                 note(Loss.EVIDENCE, look.session)
                 self._forget(look.session)
+            if await stint.rest():
+                asking = self._asking()
+        return seconds + stint.spent
 
-    def _take_in(self, look: _Look, size: int | None, attention: Attention, now: float) -> None:
+    def _take_in(self, look: _Look, size: int | None, attention: Attention, now: float, asking: _Asking) -> None:
         session, tracker, leftover = look.session, look.tracker, look.leftover
         if session.leftover is not leftover or leftover.requests != tracker.requests or not tracker.at_rest:
             return
         if size is None:
             self._forget(session)
         elif tracker.position == look.position:  # else something came meanwhile: the next round will tell
-            self._note(look, size + _waiting(session.client), attention, now)
+            self._note(look, size + _waiting(session.client), attention, now, asking)
 
-    def _note(self, look: _Look, unread: int, attention: Attention, now: float) -> None:
+    def _note(self, look: _Look, unread: int, attention: Attention, now: float, asking: _Asking) -> None:
         session, tracker, leftover = look.session, look.tracker, look.leftover
         read = tracker.position - unread
         size = _size(tracker, read)
@@ -332,7 +339,7 @@ class UnreadWatch:
         passed = min(now - leftover.looked, 2 * self._interval)
         if attention is Attention.STOPPED or (leftover.size and leftover.read != read):
             leftover.silence = 0.0
-        elif look.closely and self._awaits_another(session):
+        elif look.closely and _awaits_another(session, asking):
             pass  # it may well read this one when it has got the other
         elif attention is Attention.ELSEWHERE or not look.closely:
             leftover.silence += passed
@@ -358,17 +365,15 @@ class UnreadWatch:
             if idle and not tracker.pipelines and _is_wanted(tracker):
                 leftover.told = self._accuse(session, self._abandoned(session, tracker, leftover))
 
-    def _awaits_another(self, session: ProxiedSession) -> bool:
-        """Whether the client awaits an answer on another connection, as one does that asks several servers at once."""
-        asker = _asker(session)
-        return asker is not None and any(
-            other is not session
-            and not other.done.is_set()
-            and other.tracker is not None
-            and not other.tracker.at_rest
-            and _is_same(asker, _asker(other))
-            for other in self._listed.values()
-        )
+    def _asking(self) -> _Asking:
+        """Who awaits an answer."""
+        asking: _Asking = {}
+        for session in self._listed.values():
+            if session.tracker is not None and not session.tracker.at_rest and not session.done.is_set():
+                asker = _asker(session)
+                if asker is not None:
+                    asking.setdefault(asker.pid, []).append(asker)
+        return asking
 
     def _abandoned(self, session: ProxiedSession, tracker: Tracker, leftover: Leftover) -> Verdict:
         driver = session.driver
@@ -510,9 +515,18 @@ def _asker(session: ProxiedSession) -> Sender | None:
     return None if opening is None or opening.opener is None else Sender(opening.opener.pid)
 
 
-def _is_same(one: Sender, other: Sender | None) -> bool:
-    """Whether they may be one thread: where the threads aren't known, the processes count."""
-    return other is not None and one.pid == other.pid and (None in (one.tid, other.tid) or one.tid == other.tid)
+def _awaits_another(session: ProxiedSession, asking: _Asking) -> bool:
+    """Whether the client awaits an answer on another connection, as one does that asks several servers at once.
+
+    Its own session is at rest, and so isn't among those on which one is awaited.
+    """
+    asker = _asker(session)
+    return asker is not None and any(_is_same(asker, other) for other in asking.get(asker.pid, ()))
+
+
+def _is_same(one: Sender, other: Sender) -> bool:
+    """Whether two of one process may be one thread: where the threads aren't known, they may."""
+    return None in (one.tid, other.tid) or one.tid == other.tid
 
 
 def _is_wanted(tracker: Tracker) -> bool:

@@ -2,7 +2,8 @@
 
 Each watch is a task that looks again and again and has a session judged in which it has found something. What it costs
 hardly grows with the number of sessions: heirs are looked for among new processes, for all sessions together; and for
-threads that wait it looks at a few sessions at a time, the less often the longer it has found nothing.
+threads that wait it looks at a few sessions at a time, the less often the longer it has found nothing. Whatever there
+is to look at, a watch takes a share of a processor at most: the more a round has cost, the longer it is until the next.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import time
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import trio
@@ -23,6 +25,7 @@ from pgguard.faults.heirs import PATIENCE, SERVERS_PATIENCE, judge_heirs
 from pgguard.faults.orphans import is_used
 from pgguard.proxy import looking
 from pgguard.proxy.losses import Loss, note, spared
+from pgguard.proxy.turns import Stint, timed
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
@@ -38,6 +41,10 @@ if TYPE_CHECKING:
 
 _HEIRS_INTERVAL: Final = 0.6
 _EARLY_INTERVAL: Final = 0.1
+_HEIRS_SHARE: Final = 0.04
+"""Of a processor, what looking for heirs takes at most."""
+_HOLDS_AT_A_TIME: Final = 1500
+"""Connections that processes have open, each counted for each process, that are looked at in one round: about 20 ms."""
 _EARLY: Final = 2.0
 """Seconds after a connection is opened in which it is looked at more often: a server that opens it before it forks
 does so soon."""
@@ -59,9 +66,9 @@ _BUSY_AT_A_TIME: Final = 6
 _IDLE_AT_A_TIME: Final = 2
 """Sessions of which it is looked at once who waits, while an answer is due and while none is."""
 _READERS_SHARE: Final = 0.1
-"""Of the time, that is spent on looking at who waits for answers."""
-_READERS_PAUSE: Final = 0.08
-"""Seconds between two rounds of it at most, however long they take on a busy machine."""
+"""Of a processor, what looking at who waits for answers takes at most."""
+_READERS_ROUND: Final = 0.005
+"""Seconds of it after which no other session is looked at in the same round."""
 _CONTESTED_INTERVAL: Final = 0.1
 """Seconds between two looks at a contested session, at most."""
 _READERS_RARELY: Final = 2.0
@@ -114,25 +121,51 @@ class Watch:
 
     async def over_heirs(self, witness: Witness) -> None:
         """Look who has inherited connections, and who has outlived them; until cancelled."""
+        pause = _EARLY_INTERVAL
         while True:
             if time.monotonic() - self._last_arrival >= _EARLY:
                 self._arrived = trio.Event()
                 with trio.move_on_after(_HEIRS_INTERVAL - _EARLY_INTERVAL):
                     await self._arrived.wait()
-            await trio.sleep(_EARLY_INTERVAL)
-            watched = {s.opening.inode: s for s in self._sessions.values() if s.opening and s.opening.inode}
-            if not watched:
-                continue
-            openings = {inode: s.opening for inode, s in watched.items() if s.opening}
-            suspects = frozenset(inode for inode, session in watched.items() if self._may_be_leaked(session))
-            found, have_opened, orphans = await looking.look(_look_at_heirs, witness, openings, suspects)
-            for inode, holders in found.items():
-                with spared(Loss.EVIDENCE, watched[inode]):
-                    self._note_holders(watched[inode], holders)
-                with spared(Loss.EVIDENCE, watched[inode]):
-                    self._note_heirs(watched[inode], holders, have_opened)
-                with spared(Loss.EVIDENCE, watched[inode]):
-                    self._note_orphan(watched[inode], holders, orphans.get(inode))
+            await trio.sleep(pause)
+            pause = max(_EARLY_INTERVAL, await self._look_for_heirs(witness) / _HEIRS_SHARE)
+
+    async def _look_for_heirs(self, witness: Witness) -> float:
+        """Look once, at those sessions that have waited for it the longest; return what it has cost in seconds."""
+        known = {s.opening.inode: s for s in self._sessions.values() if s.opening and s.opening.inode}
+        if not known:
+            return 0.0
+        watched = self._heirs_due(known)
+        openings = {inode: s.opening for inode, s in watched.items() if s.opening}
+        suspects = frozenset(inode for inode, session in watched.items() if self._may_be_leaked(session))
+        now = trio.current_time()
+        (found, have_opened, orphans), seconds = await looking.look(
+            timed, partial(_look_at_heirs, witness, openings, suspects, known.keys())
+        )
+        stint = Stint()
+        for inode, holders in found.items():
+            session = watched[inode]
+            session.sightings.holders_looked = now
+            with spared(Loss.EVIDENCE, session):
+                self._note_holders(session, holders)
+            with spared(Loss.EVIDENCE, session):
+                self._note_heirs(session, holders, have_opened)
+            with spared(Loss.EVIDENCE, session):
+                self._note_orphan(session, holders, orphans.get(inode))
+            await stint.rest()
+        return seconds + stint.spent
+
+    @staticmethod
+    def _heirs_due(known: dict[int, ProxiedSession]) -> dict[int, ProxiedSession]:
+        """As many sessions, by inode, as are looked at in one round."""
+        due: dict[int, ProxiedSession] = {}
+        holds = 0
+        for inode, session in sorted(known.items(), key=lambda one: one[1].sightings.holders_looked):
+            holds += max(1, len(session.sightings.holders))
+            if due and holds > _HOLDS_AT_A_TIME:
+                break
+            due[inode] = session
+        return due
 
     def _note_holders(self, session: ProxiedSession, holders: Holders) -> None:
         heirs = holders.lasting(_LASTING)
@@ -214,21 +247,20 @@ class Watch:
         pause = _READERS_INTERVAL
         while True:
             await trio.sleep(pause)
-            began = time.monotonic()
-            due = self._due(witness)
+            due, cost = await self._due(witness)
             if due:
-                await self._look_at_readers(witness, due)
-            took = time.monotonic() - began
+                cost += await self._look_at_readers(witness, due)
             early = time.monotonic() - self._last_arrival < _EARLY and len(self._sessions) <= _EARLY_READERS
             interval = _EARLY_READERS_INTERVAL if early else _READERS_INTERVAL
-            pause = min(_READERS_PAUSE, max(interval, took / _READERS_SHARE))
+            pause = max(interval, cost / _READERS_SHARE)
 
-    def _due(self, witness: Witness) -> list[ProxiedSession]:
-        """The sessions that it is time to look at, those first that have waited for it the longest."""
-        now = trio.current_time()
+    async def _due(self, witness: Witness) -> tuple[list[ProxiedSession], float]:
+        """The sessions that it is time to look at, those first that have waited for it the longest; and its cost."""
+        now, stint = trio.current_time(), Stint()
         busy: list[ProxiedSession] = []
         idle: list[ProxiedSession] = []
-        for session in self._sessions.values():
+        for session in list(self._sessions.values()):
+            await stint.rest()
             tracker, sightings = session.tracker, session.sightings
             if tracker is None or session.client.waits:
                 continue
@@ -243,10 +275,16 @@ class Watch:
             except Exception:
                 note(Loss.EVIDENCE, session)
                 sightings.look_next = sightings.watch_next = now + _READERS_RARELY
-        return [
-            *heapq.nsmallest(_BUSY_AT_A_TIME, busy, key=lambda session: session.sightings.look_next),
-            *heapq.nsmallest(_IDLE_AT_A_TIME, idle, key=lambda session: session.sightings.watch_next),
+        chosen = [
+            (session.sightings.look_next, session)
+            for session in heapq.nsmallest(_BUSY_AT_A_TIME, busy, key=lambda session: session.sightings.look_next)
         ]
+        chosen += [
+            (session.sightings.watch_next, session)
+            for session in heapq.nsmallest(_IDLE_AT_A_TIME, idle, key=lambda session: session.sightings.watch_next)
+        ]
+        # There may not be the time for all of them.
+        return [session for _, session in sorted(chosen, key=lambda one: one[0])], stint.spent
 
     def _solitary_until(self, witness: Witness, session: ProxiedSession, now: float) -> float:
         """Until when a single thread is taken to be all that can wait on a connection; a time in the past: it isn't."""
@@ -265,27 +303,34 @@ class Watch:
         self._solitary[key] = until if witness.has_one_thread(opener) else 0.0
         return self._solitary[key]
 
-    async def _look_at_readers(self, witness: Witness, due: list[ProxiedSession]) -> None:
+    async def _look_at_readers(self, witness: Witness, due: list[ProxiedSession]) -> float:
+        """Look at some sessions, as far as there is time; return what it has cost in seconds."""
         looks = []
         for session in due:
             opening, tracker, sightings = session.opening, session.tracker, session.sightings
             if opening is None or opening.opener is None or tracker is None or session.client.outgoing:
                 continue
-            longest = _CONTESTED_INTERVAL if session.client.contested else _READERS_RARELY
-            if tracker.idle:
-                young = time.monotonic() - session.arrived < _EARLY
-                sightings.watch_next = trio.current_time() + (_READERS_INTERVAL if young else longest)
-            else:
-                sightings.looks = min(sightings.looks + 1, _LOOKS)
-                pause = min(longest, _READERS_INTERVAL * 2 ** (sightings.looks // 4))
-                sightings.look_next = trio.current_time() + pause
             look = _Look(opening, sightings.holders or (opening.opener,), tracker.idle, not session.names_threads)
             looks.append((session, tracker, tracker.requests, look))
         # One change of threads for all: each takes the interpreter's lock from the relay.
-        found = await looking.look(_look_at_threads, witness, [look for *_, look in looks])
-        for (session, tracker, requests, look), seen in zip(looks, found, strict=True):
+        found, seconds = await looking.look(timed, _look_at_threads, witness, [look for *_, look in looks])
+        for (session, tracker, requests, look), seen in zip(looks, found, strict=False):
+            self._look_again_later(session, idle=look.idle)
             with spared(Loss.EVIDENCE, session):
                 self._note_threads(session, tracker, requests, look, seen)
+        return seconds
+
+    @staticmethod
+    def _look_again_later(session: ProxiedSession, *, idle: bool) -> None:
+        sightings = session.sightings
+        longest = _CONTESTED_INTERVAL if session.client.contested else _READERS_RARELY
+        if idle:
+            young = time.monotonic() - session.arrived < _EARLY
+            sightings.watch_next = trio.current_time() + (_READERS_INTERVAL if young else longest)
+        else:
+            sightings.looks = min(sightings.looks + 1, _LOOKS)
+            pause = min(longest, _READERS_INTERVAL * 2 ** (sightings.looks // 4))
+            sightings.look_next = trio.current_time() + pause
 
     def _note_threads(
         self, session: ProxiedSession, tracker: Tracker, requests: int, look: _Look, seen: _Seen | None
@@ -329,10 +374,11 @@ class Watch:
             with trio.move_on_after(interval):
                 await self._idleness_limited.wait()
                 continue
-            now = trio.current_time()
+            stint = Stint()
             for session in list(self._sessions.values()):
                 with spared(Loss.EVIDENCE, session):
-                    self._note_idleness(session, now, threshold)
+                    self._note_idleness(session, trio.current_time(), threshold)
+                await stint.rest()
 
     def _note_idleness(self, session: ProxiedSession, now: float, threshold: float) -> None:
         tracker = session.tracker
@@ -379,10 +425,13 @@ class _Seen(NamedTuple):
 def _look_at_threads(witness: Witness, looks: list[_Look]) -> list[_Seen | None]:
     """See who waits on some connections: who although no answer is due, or else who, and who is blocked at once.
 
-    ``None`` of those that can't be looked at.
+    In a worker thread. ``None`` of those that can't be looked at; what there is no time for is left out at the end.
     """
     seen: list[_Seen | None] = []
+    ends = time.thread_time() + _READERS_ROUND
     for look in looks:
+        if time.thread_time() > ends:
+            break
         try:
             seen.append(_look_at(witness, look))
         except Exception:
@@ -409,13 +458,14 @@ class _Orphan(Enum):
 
 
 def _look_at_heirs(
-    witness: Witness, openings: Mapping[int, Opening], suspects: Collection[int]
+    witness: Witness, openings: Mapping[int, Opening], suspects: Collection[int], known: Collection[int]
 ) -> tuple[dict[int, Holders], frozenset[int], dict[int, _Orphan]]:
     """Find out who has sockets open, who has connections of its own, and which sockets have outlived their opener.
 
-    In a worker thread. Of the ``suspects`` among these last it is looked at whether somebody waits on them.
+    In a worker thread. Of the ``suspects`` among these last it is looked at whether somebody waits on them. ``known``
+    are the sockets of all sessions.
     """
-    found = witness.watch(openings)
+    found = witness.watch(openings, keep=known)
     have_opened = witness.have_opened(process for holders in found.values() for process in holders.processes)
     orphans = {
         inode: _Orphan.SEEN

@@ -46,6 +46,11 @@ BACKLOG: Final = 256
 """Reports that wait to be printed, at most."""
 CLOSE_DEADLINE: Final = 2.0
 """Seconds that closing waits for standard error to take what is left."""
+CROWD: Final = 16
+"""Reports that wait to be printed from which on a fault is printed as its summary line alone."""
+SHARE: Final = 0.2
+"""Of a processor, what it takes at most to make reports, each of which takes some 10 ms: the relay's thread shares the
+interpreter with the one that makes them."""
 PLAIN_WIDTH: Final = 120
 """Columns where standard error is not a terminal, unless ``COLUMNS`` says otherwise."""
 
@@ -334,7 +339,8 @@ class ConsoleSink:
     """Prints faults to a file descriptor, from a thread of its own.
 
     A terminal or a pipe that nobody reads thus holds up no session. Faults for which there is no room in the backlog
-    are counted, and how many they were is printed as soon as it can be.
+    are counted, and how many they were is printed as soon as it can be. When many come at once, a few reports are
+    printed, and summary lines of the others.
 
     Args:
         fd: Where to print; it is not closed.
@@ -355,6 +361,7 @@ class ConsoleSink:
         self._queue: queue.Queue[Fault | str | None] = queue.Queue(BACKLOG)
         self._dropped = 0
         self._dropped_said = 0
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pgguard console", daemon=True)
         if not wait:
             self.start()
@@ -372,7 +379,7 @@ class ConsoleSink:
         """
         if self._thread.ident is not None and not self._thread.is_alive():
             raise SinkError("reports can't be printed any more")
-        self._put(fault)
+        self._put(summary_line(fault) if self._queue.qsize() >= CROWD else fault)
 
     def say(self, text: str) -> None:
         """Have a line printed as it is, between the reports; returns at once, and never raises."""
@@ -387,6 +394,7 @@ class ConsoleSink:
     def close(self, *, deadline: float = CLOSE_DEADLINE) -> None:
         """Wait until everything is printed, ``deadline`` seconds at most; what is left then is not printed."""
         until = time.monotonic() + deadline
+        self._closing.set()
         self.start()
         try:
             self._queue.put(None, timeout=deadline if self._thread.is_alive() else 0)
@@ -398,6 +406,7 @@ class ConsoleSink:
         # EPIPE, EIO after a hangup, EBADF: there is nobody left to print for.
         with contextlib.suppress(OSError):
             while (what := self._queue.get()) is not None:
+                began = time.thread_time()
                 try:
                     self._print(what)
                 except Exception as error:
@@ -408,11 +417,13 @@ class ConsoleSink:
                         with contextlib.suppress(Exception):
                             print_fault(self._console, what.outlined())
                 self._flush()
+                if isinstance(what, Fault):
+                    self._closing.wait((time.thread_time() - began) * (1 / SHARE - 1))
             self._flush()
 
     def _print(self, what: Fault | str) -> None:
         if isinstance(what, str):
-            self._console.out(what, highlight=False)
+            self._buffer.write(f"{what}\n")
         else:
             print_fault(self._console, what)
 

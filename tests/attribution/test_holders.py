@@ -5,12 +5,13 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from pgguard.attribution.descriptors import find_sockets
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.holders import Holders, HolderWatch
 from pgguard.attribution.processes import ProcessBook
@@ -351,3 +352,143 @@ def test_without_descriptors_a_known_holder_is_seen_still_and_nobody_is_taken_fo
             assert watch.has_let_go(inode, opener)
         assert _pids(found) <= {client.pid, child}
         assert not found.complete
+
+
+# Many at once
+
+
+class Readings:
+    """Whose descriptors are read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pids: list[int] = []
+
+        def reading(pid: int, wanted: Mapping[str, int]) -> dict[int, str]:
+            self.pids.append(pid)
+            return find_sockets(pid, wanted)
+
+        monkeypatch.setattr("pgguard.attribution.holders.find_sockets", reading)
+
+
+@pytest.fixture
+def readings(monkeypatch: pytest.MonkeyPatch) -> Readings:
+    return Readings(monkeypatch)
+
+
+def _connections(client: Puppet, listener: socket.socket, stack: ExitStack, names: str) -> list[int]:
+    for name in names:
+        stack.enter_context(client.connect(listener, name))
+    inodes: list[int] = client.do("[" + ", ".join(INODE.format(name) for name in names) + "]")
+    return inodes
+
+
+@pytest.mark.parametrize("ask", ["find", "holding"])
+def test_a_process_is_read_once_for_all_of_its_connections_that_are_asked_about(
+    listener: socket.socket, puppet: Puppets, readings: Readings, ask: str
+) -> None:
+    client = puppet()
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    with ExitStack() as accepted:
+        inodes = _connections(client, listener, accepted, "cdefgh")
+        opened = dict.fromkeys(inodes, _now())
+        watch.find(opened)
+        readings.pids.clear()
+        since = time.monotonic()
+        for inode in inodes:
+            if ask == "find":
+                holders = watch.find({inode: opened[inode]}, since=since)[inode]
+                assert (_pids(holders), holders.complete) == ({client.pid}, True)
+            else:
+                [holder] = watch.holding(inode, opened[inode], [client.pid], since)
+                assert holder.pid == client.pid
+        assert readings.pids.count(client.pid) == 1
+
+
+def test_what_was_seen_before_it_counts_is_looked_at_again(
+    listener: socket.socket, puppet: Puppets, readings: Readings
+) -> None:
+    client = puppet()
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    with ExitStack() as accepted:
+        [inode, _] = inodes = _connections(client, listener, accepted, "cd")
+        opened = dict.fromkeys(inodes, _now())
+        watch.find(opened)
+        before = time.monotonic()
+        assert _pids(watch.find(opened, since=before)[inode]) == {client.pid}
+        client.do("c.close()")
+        child = client.do("fork()")
+        after = time.monotonic()
+        readings.pids.clear()
+        found = watch.find(opened, since=after)
+        assert [_pids(found[inode]) for inode in inodes] == [set(), {client.pid, child}]
+        assert {client.pid, child} <= set(readings.pids)
+
+
+def test_everybody_is_read_once_for_all_connections_that_nobody_has_open_any_more(
+    listener: socket.socket, puppet: Puppets, readings: Readings
+) -> None:
+    client, other = puppet(), puppet()
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    with ExitStack() as accepted:
+        inodes = _connections(client, listener, accepted, "cdefgh")
+        opened = dict.fromkeys(inodes, _now())
+        watch.find(opened)
+        client.end()
+        readings.pids.clear()
+        since = time.monotonic()
+        for inode in inodes:
+            assert watch.find({inode: opened[inode]}, since=since)[inode] == Holders()
+        assert readings.pids.count(other.pid) == 1
+
+
+def test_a_connection_that_becomes_known_later_is_looked_for_all_the_same(
+    listener: socket.socket, puppet: Puppets
+) -> None:
+    client = puppet()
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    with ExitStack() as accepted:
+        inodes = _connections(client, listener, accepted, "cd")
+        opened = dict.fromkeys(inodes, _now())
+        since = time.monotonic()
+        for inode in inodes:
+            assert _pids(watch.find({inode: opened[inode]}, since=since)[inode]) == {client.pid}
+
+
+def test_a_new_process_is_read_once_until_there_are_new_connections(
+    listener: socket.socket, puppet: Puppets, readings: Readings
+) -> None:
+    client = puppet()
+    watch = HolderWatch(ProcessBook())
+    with ExitStack() as accepted:
+        [first] = _connections(client, listener, accepted, "c")
+        watch.find({first: _now()})
+        child = client.do("fork()")
+        for _ in range(3):
+            assert _pids(watch.watch([first])[first]) == {client.pid, child}
+        assert readings.pids.count(child) == 1
+        [second] = _connections(client, listener, accepted, "d")
+        watch.find({second: _now()})
+        watch.watch([first, second])
+        assert readings.pids.count(child) > 1
+
+
+def test_a_connection_that_is_only_kept_is_not_looked_at_and_not_forgotten(
+    listener: socket.socket, puppet: Puppets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = puppet()
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    clock, passed = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed[0])
+    with ExitStack() as accepted:
+        [kept, forgotten] = _connections(client, listener, accepted, "cd")
+        watch.find(dict.fromkeys([kept, forgotten], _now()))
+        for _ in range(3):
+            passed[0] += 10
+            assert watch.watch([], keep=[kept]) == {}
+        found = watch.watch([kept, forgotten])
+        assert [_pids(found[inode]) for inode in (kept, forgotten)] == [{client.pid}, set()]

@@ -562,3 +562,13 @@ def test_nothing_is_lost_whatever_sessions_and_causes_there_are(steps: list[tupl
     assert sum(count.faults + count.repeats for count in docket.counts()) == happened
     firsts = {record.id for record in records if record.repeat_of is None}
     assert {record.repeat_of for record in records} <= firsts | {None}
+
+
+def test_faults_that_are_ruled_on_out_of_order_are_recorded_no_more_often() -> None:
+    docket = Docket()
+    records = [
+        record
+        for session in range(1, 101)
+        for record in docket.enter(OVERLAP, fault(facts=replace(FACTS, id=session), at=NOW - session / 1000)).records
+    ]
+    assert len(records) == FULL_RECORDS

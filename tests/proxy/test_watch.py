@@ -274,7 +274,8 @@ class Scripted:
         self.fails = False
         self.looked: list[Collection[Process]] = []
 
-    def watch(self, inodes: Iterable[int]) -> dict[int, Holders]:
+    def watch(self, inodes: Iterable[int], *, keep: Iterable[int]) -> dict[int, Holders]:
+        assert set(inodes) <= set(keep)
         if self.fails:
             raise RuntimeError("injected")
         holdings = tuple(Holding(one, since, trio.current_time()) for one, since in self.holders.items())

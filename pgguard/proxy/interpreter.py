@@ -1,0 +1,44 @@
+"""What the relay asks of the interpreter that it shares with the threads that take evidence."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import Final
+
+import trio
+
+_SWITCH_INTERVAL: Final = 0.001
+"""Seconds for which one thread keeps the interpreter from another that wants it: ``sys.setswitchinterval()``. The relay
+gives it up with each system call, so it would wait five times as long otherwise, several times for each message."""
+_YOUNG: Final = (700, 10)
+"""Objects after which the youngest are looked at, and how often that is until those that have survived it are."""
+_NEVER: Final = 1_000_000
+_INTERVAL: Final = 30.0
+"""Seconds between two looks at all objects."""
+_WORTHWHILE: Final = 100
+"""How often younger objects have been looked at by then, so that there may be something to be found."""
+
+
+async def tune() -> None:
+    """Have the interpreter keep nobody waiting for long; until cancelled, when all is as it was before.
+
+    To look at all objects for such as refer to each other, and are garbage otherwise, takes tens of milliseconds: a
+    microsecond for two of them, and there are 60,000 when the guard starts. It is done just when many objects are made.
+    So those that are there are left out from now on, and the others are looked at now and then and not in the middle
+    of a storm. Most garbage is none of that kind, or dies young.
+    """
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_YOUNG, _NEVER)
+    try:
+        while True:
+            await trio.sleep(_INTERVAL)
+            if gc.get_count()[2] >= _WORTHWHILE:
+                gc.collect()
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
