@@ -189,6 +189,24 @@ def test_they_are_named() -> None:
     assert privileges.has_any()
 
 
+def test_what_is_kept_in_reserve_enters_other_network_namespaces() -> None:
+    """As the guard goes about it, in a thread of its own."""
+    if Right.CAP_SYS_ADMIN not in rights():
+        pytest.skip("it takes CAP_SYS_ADMIN")
+    with_it, without = (
+        _run(
+            f"""
+            from pgguard.attribution.capabilities import _try_network_namespaces
+            give_up(LOOKING, {reserve})
+            _try_network_namespaces()
+            """
+        )
+        for reserve in ("ENTERING", "()")
+    )
+    assert with_it is None
+    assert without == "finds TCP clients in containers of this host, in milliseconds for want of CAP_SYS_ADMIN"
+
+
 class TestWhatTakesWhat:
     """What may be seen of another user's process, with which rights: why these two are kept."""
 
