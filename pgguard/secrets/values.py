@@ -157,7 +157,7 @@ class _Value:
         prefix = _PREFIX.match(text, at)
         first = at
         if prefix is not None:
-            at = self._closed(prefix["quote"], prefix.end())
+            at = self._quoted_until = self._closed(prefix["quote"], prefix.end())
             line = False
         while at < len(text):
             sign = text[at]
@@ -189,13 +189,13 @@ class _Value:
         return len(text) if line and _BLOCK.match(text, at) else None
 
     _quoted_until = -1
+    """The end of the quotation that a value begins with."""
 
     def _closed(self, quote: str, at: int) -> int:
         """The end of a quotation, its closing quote included; the end of the text if it has none."""
         text = self._text
         closing = rest_of_quotation(quote).match(text, at)
-        self._quoted_until = len(text) if closing is None else closing.end()
-        return self._quoted_until
+        return len(text) if closing is None else closing.end()
 
     def _balanced(self, at: int) -> int:
         """Where the bracket is closed that is opened at ``at``; the end of the text if it isn't."""

@@ -91,7 +91,7 @@ def in_conninfo(text: str) -> str:
 
 
 def bare_in_conninfo(text: str) -> str:
-    return re.sub(r"([\s'\\])", r"\\\1", text)
+    return "x" + re.sub(r"([\s'\\])", r"\\\1", text)
 
 
 def in_braces(text: str) -> str:
@@ -105,6 +105,10 @@ def in_xml(text: str) -> str:
 def one_word(text: str) -> str:
     """As where blanks and quotes end it, so that nobody has a secret with any."""
     return re.sub(r"[\s\"'`\\;&|()<>{}\[\],]", "x", text)
+
+
+def in_comment(text: str) -> str:
+    return one_word(text).replace("*", "x")
 
 
 def word_of_letters(text: str) -> str:
@@ -279,8 +283,8 @@ SQL: Final = (
     Place(("UPDATE users SET password = {} WHERE id = 3",), word_of_letters),
     Place(("SELECT id FROM users WHERE token IN ('a', {})",), in_sql),
     Place(("SELECT id FROM users WHERE password = crypt({}, password)",), in_sql),
-    Place(("SELECT 1 /* password='{}' */",), one_word),
-    Place(("SELECT 1 /*db_url='postgresql://app:{}@db'*/",), one_word),
+    Place(("SELECT 1 /* password='{}' */",), in_comment),
+    Place(("SELECT 1 /*db_url='postgresql://app:{}@db'*/",), in_comment),
     Place(("SELECT 1 -- token: {}\n, 2",), one_word),
     Place(("SELECT E'pass\\x77ord={}'",), one_word),
     Place(("SELECT U&'p\\0061ssword={}'",), one_word),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import string
 import time
 
@@ -19,8 +18,9 @@ from pgguard.secrets.text import redact, redact_structure
 from tests.secrets.surroundings import COMMANDS, PIECE, SQL, TEXTS, Place
 
 _SIGNS = string.ascii_letters + string.digits + string.punctuation + " éß日"
+# Cut off, one that begins with a dash looks like an option.
 secrets = st.text(_SIGNS, min_size=8, max_size=24).filter(
-    lambda text: len(set(text)) >= PIECE and text == text.strip() and not re.fullmatch("--?[a-z-]+", text)
+    lambda text: len(set(text)) >= PIECE and text == text.strip() and not text.startswith("-")
 )
 
 
