@@ -616,6 +616,8 @@ class Sweep:
 
     def _balance(self, end: End, tracker: Tracker, now: float) -> None:
         """Read a client no more that has the server owe it too much, and again when that has answered some of it."""
+        if tracker is not end.session.tracker:
+            return  # it has failed, and nobody would say that there is room again
         if end.is_client:
             if self._is_full(end, tracker, now):
                 end.choked = True

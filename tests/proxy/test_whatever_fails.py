@@ -39,6 +39,7 @@ from tests.proxy.messages import (
     COLUMNS,
     GSSENC_REQUEST,
     LOGGED_IN,
+    READY,
     SECONDS,
     SELECTED,
     SSL_REQUEST,
@@ -58,6 +59,8 @@ FIRST, SECOND, THIRD = query("select 1"), query("select 2"), query("select 3")
 IN_TRANSACTION: Final = SELECTED + message("Z", b"T")
 REFUSAL: Final = message("E", b"SFATAL\0VFATAL\0C53300\0Msorry\0Fproc.c\0L1\0RInitProcess\0\0")
 LET_GO: Final = message("E", b"SFATAL\0VFATAL\0C57P01\0Mterminating connection\0\0")
+
+SYNC: Final = message("S")
 
 UNTRACKED: Final = "untracked"
 SEEN_ON_THE_WIRE: Final = {
@@ -254,6 +257,23 @@ async def without_attribution(stage: Stage) -> None:
     await stage.hears(server, TERMINATE)
     await server.close()
     await stage.ends(client)
+
+
+@play(witness=False)
+async def more_than_is_kept_account_of(stage: Stage) -> None:
+    """A client asks more than the ledger holds, and isn't read until some of it has been answered."""
+    for name, value in {"_FEW": 2, "_MOST_ENTRIES": 8, "_MOST_REQUESTS": 8}.items():
+        stage.patch.setattr(f"pgguard.session.session.{name}", value)
+    for name in "_REQUESTS_AT_ONCE", "_REQUESTS_IN_DEPTH", "_ANSWERS_AT_ONCE":
+        stage.patch.setattr(f"pgguard.proxy.sweep.{name}", 3)
+    client, server = await stage.session()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.send, SYNC * 40)
+        for _ in range(10):
+            await stage.hears(server, SYNC * 4)
+            await server.send(READY * 4)
+        await stage.hears(client, READY * 40)
+    await stage.converse(client, server)
 
 
 @play(probe=True)
