@@ -16,11 +16,12 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import psycopg
 import pytest
 import trio
 
@@ -50,6 +51,7 @@ from tests.proxy.messages import (
     query,
     startup,
 )
+from tests.servers import Address, Server, installations, not_installed, running_server
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -662,10 +664,20 @@ def rehearsals(child: int) -> list[Rehearsal]:
     return sorted(found, key=lambda rehearsal: rehearsal.seconds)
 
 
+@contextmanager
+def nothing_working(rehearsals: list[Rehearsal]) -> Iterator[None]:
+    """All that is called beyond the relay fails, always."""
+    everything = {pair: code for rehearsal in rehearsals for pair, code in rehearsal.watcher.crossings.items()}
+    with ExitStack() as stack:
+        for n, (crossing, code) in enumerate(sorted(everything.items(), key=str)):
+            stack.enter_context(failing(crossing, code, ERRORS[n % len(ERRORS)], once=False))
+        before = losses._times.total()
+        yield
+        assert losses._times.total() - before > 10
+
+
 def test_everything_may_fail_at_once_and_for_ever(rehearsals: list[Rehearsal], child: int) -> None:
     """Nothing is recorded then, but every byte gets through, and the guard ends well."""
-    quickest = rehearsals[0].play
-    everything = {pair: code for rehearsal in rehearsals for pair, code in rehearsal.watcher.crossings.items()}
 
     async def converse(stage: Stage) -> None:
         for unix in (False, True):
@@ -679,11 +691,41 @@ def test_everything_may_fail_at_once_and_for_ever(rehearsals: list[Rehearsal], c
             await server.close()
             await stage.ends(client)
 
-    everyone = replace(quickest, scenario=converse, witness=True, probe=True)
-    with ExitStack() as stack:
-        for n, (crossing, code) in enumerate(sorted(everything.items(), key=str)):
-            stack.enter_context(failing(crossing, code, ERRORS[n % len(ERRORS)], once=False))
-        trio.run(perform, everyone, child)
+    with nothing_working(rehearsals):
+        trio.run(perform, Play(converse, probe=True, witness=True, settings={}), child)
+
+
+def test_a_real_client_and_a_real_server_notice_nothing(rehearsals: list[Rehearsal]) -> None:
+    bindir = next((bindir for bindir in installations().values() if bindir is not None), None)
+    if bindir is None:
+        not_installed("PostgreSQL")
+
+    async def through_the_guard(server: Server) -> list[Any]:
+        nobody = cast("FakeBackend", SimpleNamespace(port=1))
+        async with running(nobody, witness=Witness(), upstream=server.unix.conninfo) as house:
+            addresses = [Address("127.0.0.1", house.port), Address(str(Path(house.unix).parent), 1)]
+            return [await trio.to_thread.run_sync(work, address) for address in addresses]
+
+    with running_server(bindir) as server:
+        with nothing_working(rehearsals):
+            found = trio.run(through_the_guard, server)
+        assert found == [work(server.unix)] * 2
+
+
+def work(address: Address) -> list[Any]:
+    """Ask for rows, with and without a prepared statement, make an error, copy, and roll back: what comes of it."""
+    with psycopg.connect(address.conninfo) as connection:
+        rows: list[Any] = connection.execute("select n, repeat('x', n) from generate_series(1, 2000) n").fetchall()
+        for n in range(3):
+            rows += connection.execute("select %s + 1", (n,), prepare=True).fetchall()
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            connection.execute("select 1 / 0")
+        connection.rollback()
+        connection.execute("create temporary table t (n int)")
+        with connection.cursor().copy("copy t from stdin") as copy:
+            for n in range(5000):
+                copy.write_row((n,))
+        return rows + connection.execute("select sum(n), count(*) from t").fetchall()
 
 
 RELAYING: Final = {"proxy.aftermath", "proxy.greeting", "proxy.guard", "proxy.sweep"}
