@@ -145,12 +145,14 @@ class Aftermath:
     async def _finish_message(session: ProxiedSession) -> bool:
         """Bring the client to the end of the message that it is being sent, so that another can follow.
 
-        Returns False if the server never sent that end.
+        Returns False if the server never sent that end, or nobody knows where it is.
 
         Raises:
             OSError: one of the connections broke.
             trio.ClosedResourceError: the session was closed meanwhile.
         """
+        if session.tracker is None:
+            return False
         client, server = session.client, session.server
         rest = session.inside_message
         while rest and not server.eof:
