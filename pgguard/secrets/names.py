@@ -35,8 +35,8 @@ def word_list(text: str) -> frozenset[str]:
 
 
 _KEYS: Final = word_list("""
-    access account admin aes anthropic api app auth aws azure bot cipher client consumer crypto datadog deploy encrypt
-    encryption github gitlab google hmac jwt license master oauth openai priv private root rsa scram secret sendgrid
+    access account admin aes api app auth aws azure bot cipher client consumer crypto datadog deploy encrypt
+    encryption github gitlab google hmac jwt license master oauth priv private root rsa scram secret sendgrid
     service session shared sign signing slack ssh storage stripe subscription token twilio webhook
 """)
 _KEY: Final = re.compile(rf"(?:{'|'.join(sorted(_KEYS))})keys?")

@@ -20,7 +20,7 @@ _SHAPES: Final = re.compile(
       | gl(?:pat|ptt|dt|rt|cbt|ft|soat|imt|agent)-[\w-]{6,}                 # GitLab
       | x(?:ox[a-z]|app)-[\w-]{6,}                                          # Slack
       | [srp]k_(?:live|test)_\w{6,} | whsec_\w{6,}                          # Stripe
-      | sk-[\w-]{16,}                                                       # OpenAI, Anthropic
+      | sk-[\w-]{16,}                                                       # services of several makers
       | AIza[\w-]{16,} | ya29\.[\w.-]{6,} | GOCSPX-[\w-]{6,}                # Google
       | eyJ[\w-]{4,}(?:\.[\w-]*){0,4}                                       # JSON Web Tokens: the beginning is '{"'
       | SG\.[\w-]{6,}\.[\w-]{6,} | npm_\w{16,} | pypi-[\w-]{16,} | dop_v1_\w{6,} | hv[sbr]\.[\w-]{16,}
