@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 import stat
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -270,3 +272,26 @@ async def test_where_it_can_not_listen_it_says_what_to_change(text: str, says: s
 def test_what_is_no_address_to_listen_on(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^--listen "):
         parse_listen(text)
+
+
+def system_limit() -> int:
+    return int(Path("/proc/sys/net/core/somaxconn").read_text())
+
+
+@pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
+async def test_as_many_may_wait_as_the_system_lets_wait(short_directory: Path, unix: bool) -> None:
+    """Nobody accepts them yet. Over a Unix socket the next one would have EAGAIN, over TCP it would try again later."""
+    many = min(system_limit(), 1200)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, many + 200)), hard))
+    text = f"unix:{short_directory}:1" if unix else "127.0.0.1:0"
+    [listener] = await open_listeners(parse_listen(text), pass_credentials=False)
+    try:
+        with ExitStack() as stack:
+            for _ in range(many):
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX if unix else socket.AF_INET))
+                sock.settimeout(0.5)
+                sock.connect(listener.socket.getsockname())
+    finally:
+        listener.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
