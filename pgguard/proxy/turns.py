@@ -31,6 +31,9 @@ SLICE: Final = 0.001
 """Seconds for which trio's thread does such work at a time."""
 
 
+_SOON: Final = 0.001
+
+
 class Urgency(IntEnum):
     """What waits for a ruling, the most urgent first."""
 
@@ -95,10 +98,14 @@ class Allowance:
 
     def has_any(self) -> bool:
         """Whether something may be spent now."""
+        return not self.seconds_without()
+
+    def seconds_without(self) -> float:
+        """How long it is until something may be spent."""
         now = time.monotonic()
         self._left = min(self._savings, self._left + (now - self._at) * self._share)
         self._at = now
-        return self._left > 0
+        return 0.0 if self._left > 0 else max(_SOON, -self._left / self._share)
 
     def spend(self, seconds: float) -> None:
         """Account for what was spent."""

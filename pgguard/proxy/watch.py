@@ -3,7 +3,8 @@
 Each watch is a task that looks again and again and has a session judged in which it has found something. What it costs
 hardly grows with the number of sessions: heirs are looked for among new processes, for all sessions together; and for
 threads that wait it looks at a few sessions at a time, the less often the longer it has found nothing. Whatever there
-is to look at, a watch takes a share of a processor at most: the more a round has cost, the longer it is until the next.
+is to look at, a watch takes a share of a processor in the long run: when a round has cost too much, it is longer until
+the next.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pgguard.faults.heirs import PATIENCE, SERVERS_PATIENCE, judge_heirs
 from pgguard.faults.orphans import is_used
 from pgguard.proxy import looking
 from pgguard.proxy.losses import Loss, note, spared
-from pgguard.proxy.turns import Stint, timed
+from pgguard.proxy.turns import Allowance, Stint, timed
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
@@ -41,8 +42,10 @@ if TYPE_CHECKING:
 
 _HEIRS_INTERVAL: Final = 0.6
 _EARLY_INTERVAL: Final = 0.1
-_HEIRS_SHARE: Final = 0.04
-"""Of a processor, what looking for heirs takes at most."""
+_HEIRS_SHARE: Final = 0.05
+_HEIRS_SAVINGS: Final = 1.0
+"""Of a processor, what looking for heirs takes in the long run at most; and seconds of it that may be taken at once, so
+that new connections are looked at as often as is meant, beside many processes that come and go."""
 _HOLDS_AT_A_TIME: Final = 1500
 """Connections that processes have open, each counted for each process, that are looked at in one round: about 20 ms."""
 _EARLY: Final = 2.0
@@ -66,7 +69,8 @@ _BUSY_AT_A_TIME: Final = 6
 _IDLE_AT_A_TIME: Final = 2
 """Sessions of which it is looked at once who waits, while an answer is due and while none is."""
 _READERS_SHARE: Final = 0.1
-"""Of a processor, what looking at who waits for answers takes at most."""
+_READERS_SAVINGS: Final = 0.5
+"""The same for looking at who waits for answers."""
 _READERS_ROUND: Final = 0.005
 """Seconds of it after which no other session is looked at in the same round."""
 _CONTESTED_INTERVAL: Final = 0.1
@@ -121,14 +125,15 @@ class Watch:
 
     async def over_heirs(self, witness: Witness) -> None:
         """Look who has inherited connections, and who has outlived them; until cancelled."""
-        pause = _EARLY_INTERVAL
+        allowance, pause = Allowance(_HEIRS_SHARE, _HEIRS_SAVINGS), _EARLY_INTERVAL
         while True:
             if time.monotonic() - self._last_arrival >= _EARLY:
                 self._arrived = trio.Event()
                 with trio.move_on_after(_HEIRS_INTERVAL - _EARLY_INTERVAL):
                     await self._arrived.wait()
             await trio.sleep(pause)
-            pause = max(_EARLY_INTERVAL, await self._look_for_heirs(witness) / _HEIRS_SHARE)
+            allowance.spend(await self._look_for_heirs(witness))
+            pause = max(_EARLY_INTERVAL, allowance.seconds_without())
 
     async def _look_for_heirs(self, witness: Witness) -> float:
         """Look once, at those sessions that have waited for it the longest; return what it has cost in seconds."""
@@ -244,7 +249,7 @@ class Watch:
 
     async def over_readers(self, witness: Witness) -> None:
         """Look whether several threads wait for one answer; until cancelled."""
-        pause = _READERS_INTERVAL
+        allowance, pause = Allowance(_READERS_SHARE, _READERS_SAVINGS), _READERS_INTERVAL
         while True:
             await trio.sleep(pause)
             due, cost = await self._due(witness)
@@ -252,7 +257,8 @@ class Watch:
                 cost += await self._look_at_readers(witness, due)
             early = time.monotonic() - self._last_arrival < _EARLY and len(self._sessions) <= _EARLY_READERS
             interval = _EARLY_READERS_INTERVAL if early else _READERS_INTERVAL
-            pause = max(interval, cost / _READERS_SHARE)
+            allowance.spend(cost)
+            pause = max(interval, allowance.seconds_without())
 
     async def _due(self, witness: Witness) -> tuple[list[ProxiedSession], float]:
         """The sessions that it is time to look at, those first that have waited for it the longest; and its cost."""
