@@ -23,6 +23,9 @@ _LINES: Final = re.compile(rb"^(?:number of transactions actually processed|SQL 
 """What pgbench says that isn't about time."""
 
 
+_MANY: Final = "SELECT md5(g::text) FROM generate_series(1, :n) AS g;"
+
+
 class NotThereError(Exception):
     """A program that a workload needs is not installed."""
 
@@ -209,12 +212,17 @@ def _for_psql(step: Step) -> Iterator[str]:
             yield written(step.get("values", ())) + ";"
 
 
+def _script(kit: Kit, name: str, *lines: str) -> Path:
+    """A script that is written once, as another program may be reading it."""
+    script = kit.directory / name
+    if not script.exists():
+        script.write_text("".join(f"{line}\n" for line in lines))
+    return script
+
+
 def _pgbench(protocol: str, *options: str) -> Callable[[Kit, int], Command]:
     def command(kit: Kit, seed: int) -> Command:
-        script = kit.directory / "pgbench.sql"
-        script.write_text(
-            "\\set n random(1, 1000)\nSELECT :n;\nSELECT md5(g::text) FROM generate_series(1, :n) AS g;\n"
-        )
+        script = _script(kit, "pgbench.sql", "\\set n random(1, 1000)", "SELECT :n;", _MANY)
         arguments = ["-n", "-c", "4", "-j", "2", "-M", protocol, f"--random-seed={seed}", "-f", str(script), *options]
         return Command([kit.bindir / "pgbench", *arguments])
 
@@ -222,8 +230,8 @@ def _pgbench(protocol: str, *options: str) -> Callable[[Kit, int], Command]:
 
 
 def _pgbench_pipelines(kit: Kit, seed: int) -> Command:
-    script = kit.directory / "pipeline.sql"
-    script.write_text("\\startpipeline\n" + "SELECT 1;\nSELECT md5('x');\n" * 10 + "\\endpipeline\n")
+    pipelined = ("SELECT 1;", "SELECT md5('x');") * 10
+    script = _script(kit, "pipeline.sql", "\\startpipeline", *pipelined, "\\endpipeline")
     arguments = ["-n", "-c", "3", "-t", "50", "-M", "prepared", f"--random-seed={seed}", "-f", str(script)]
     return Command([kit.bindir / "pgbench", *arguments])
 
