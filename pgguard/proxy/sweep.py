@@ -10,7 +10,7 @@ buffers at most one chunk in each direction. A client that makes more requests t
 (:meth:`pgguard.session.session.Session.fullness`) is not read either until the server has answered some. Answers are
 always read, as long as there is room for them on the way to the client.
 
-Slices: a chunk may hold tens of thousands of small messages, or one known fault after the other. A few of its messages
+Slices: a chunk may hold tens of thousands of small messages, or one known fault after the other. Some of its messages
 are followed at once, and more as long as the round has taken less than :data:`_SLICE` seconds. What is left waits for
 its turn, one slice of one end in each round, behind all that has come meanwhile.
 
@@ -73,12 +73,12 @@ _HURRY: Final = 0.02
 """Seconds for a client that arrives, or is judged, to get through trio's tasks."""
 _SLICE: Final = 0.00025
 """Seconds for which messages are followed before others get their turn."""
-_REQUESTS_AT_ONCE: Final = 32
-_REQUESTS_IN_DEPTH: Final = 16
-_ANSWERS_AT_ONCE: Final = 128
-_ANSWERS_IN_DEPTH: Final = 256
-"""Messages that are followed before it is looked at the clock: the first of a chunk, and those behind them. A client's
-may stand behind thousands of others; most of a server's are rows."""
+_REQUESTS_AT_ONCE: Final = 1024
+_REQUESTS_IN_DEPTH: Final = 256
+_ANSWERS_AT_ONCE: Final = 2048
+_ANSWERS_IN_DEPTH: Final = 16384
+"""Bytes of which the messages are followed before it is looked at the clock: the first of a chunk, and those behind
+them. A message has five at least. A client's may stand behind thousands of others; most of a server's are rows."""
 _ROOM: Final = 0.5
 """How full the ledger may be for a client to be read again that has filled it."""
 _HEALTH_CHECK: Final = 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import repeat
 from typing import TYPE_CHECKING, Final
 
 from pgguard.session import libpq
@@ -95,19 +94,19 @@ class BackendStream:
         self._ledger = session.ledger
 
     def follow(self, buffer: bytearray, start: int, end: int, most: int, *, apart: bool) -> int:
-        """Follow ``buffer[start:end]``, ``most`` messages; the position returned is how far it is in order."""
+        """Follow ``buffer[start:end]``, messages that begin in ``most`` bytes; returns how far it is in order."""
         pos = start + self.rest
         ledger = self._ledger
         state = ledger.state
         row = _ROWS[state]
         last = end - HEADER_SIZE
+        if last - start >= most:
+            last = start + most - 1
         code = length = 0
-        for _ in repeat(None, most):
-            if pos > last:
-                break
+        while pos <= last:
             code, length = parse_header(buffer, pos)
-            least, greatest, follows = row[code]
-            if follows == _SPECIAL or not least <= length <= greatest:
+            least, longest, follows = row[code]
+            if follows == _SPECIAL or not least <= length <= longest:
                 if not self._special(buffer, pos, end, code, length):
                     break
                 if code == _READY_FOR_QUERY:
@@ -121,7 +120,7 @@ class BackendStream:
                 if follows == _PAID:
                     state = ledger.pay()
                 elif follows == _READY:
-                    if pos == last:
+                    if end - pos < READY_SIZE:
                         break  # its status is still to come
                     session = self._session
                     session.transaction_status = chr(buffer[pos + HEADER_SIZE])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import repeat
 from typing import TYPE_CHECKING, Final
 
 from pgguard.session import libpq
@@ -122,7 +121,7 @@ class FrontendStream:
         """What is to be noted of a message that names a prepared statement."""
 
     def follow(self, buffer: bytearray, start: int, end: int, sender: Sender | None, at: float, most: int) -> int:
-        """Follow ``buffer[start:end]``, ``most`` messages; the position returned is how far it is in order."""
+        """Follow ``buffer[start:end]``, messages that begin in ``most`` bytes; returns how far it is in order."""
         session = self._session
         ledger = self._ledger
         if session.over:
@@ -133,13 +132,13 @@ class FrontendStream:
             return start
         pos = start + self.rest
         last = end - HEADER_SIZE
+        if last - start >= most:
+            last = start + most - 1
         code = length = 0
-        for _ in repeat(None, most):
-            if pos > last:
-                break
+        while pos <= last:
             code, length = parse_header(buffer, pos)
-            least, greatest, look = _SHAPES[code]
-            if not least <= length <= greatest and not self._accept_frame(pos, code, length):
+            least, longest, look = _SHAPES[code]
+            if not least <= length <= longest and not self._accept_frame(pos, code, length):
                 break
             stop = pos + (look if length >= look else 1 + length)
             if stop > end:

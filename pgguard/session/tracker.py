@@ -34,8 +34,8 @@ class Tracker(Session):
     ``frontend`` and ``backend`` take a chunk and return a position in it: the bytes before it are in order and may be
     forwarded. When that is not the chunk's end, either :attr:`verdict` is set, and the message at that position is
     what is wrong, or :attr:`lost` is, or the bytes from there on are not enough to be judged and are to be presented
-    again, in front of the next ones. A call may be limited to a number of messages; then it may also be that there are
-    more in the chunk: another call, from that position on, tells, as it comes no further if there are not.
+    again, in front of the next ones. A call may be limited to the messages that begin in so many bytes of the chunk;
+    then it may also be that there are more: another call, from that position on, tells, as it comes no further if not.
 
     After a verdict the caller says what becomes of the message: :meth:`overrule` (it is forwarded) or
     :meth:`swallow` (it is not), and presents the chunk again from that position. Nothing is forwarded twice.
@@ -61,14 +61,14 @@ class Tracker(Session):
             end: its end.
             sender: who sent it, ``None`` if the kernel didn't say. The same sender is best given as the same object.
             at: now, in seconds since the epoch.
-            most: how many messages are looked at.
+            most: only messages that begin in so many bytes are looked at.
         """
         return self._frontend.follow(buffer, start, end, sender, at, most)
 
     def backend(self, buffer: bytearray, start: int, end: int, most: int = maxsize, *, apart: bool = False) -> int:
         """Follow a chunk of the server's, ``buffer[start:end]``; see the class for what is returned.
 
-        With ``apart`` it stops behind each answer: :attr:`at_answers_end` says so.
+        With ``apart`` it stops behind each answer: :attr:`at_answers_end` says so. ``most`` is as for the client's.
         """
         return self._backend.follow(buffer, start, end, most, apart=apart)
 

@@ -107,7 +107,7 @@ class Conversation:
     Args:
         sender: who has opened the connection.
         login: whether it has logged in.
-        most: how many messages are followed at once.
+        most: the messages that begin in so many bytes are followed at once.
     """
 
     def __init__(self, sender: Sender | None = MODEL, *, login: bool = True, most: int = maxsize) -> None:

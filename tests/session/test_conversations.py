@@ -207,21 +207,21 @@ def test_chunks_make_no_difference_to_verdicts_whoever_sends(data: st.DataObject
 
 
 @thoroughly
-@given(sent_by_several(), st.booleans(), st.integers(1, 5))
+@given(sent_by_several(), st.booleans(), st.integers(1, 40))
 def test_slices_make_no_difference_whoever_sends(runs: list[Run], asks: bool, most: int) -> None:
     """It is all the same whether a chunk is followed at once or a few messages at a time."""
     differ_in_nothing(runs, runs, asks=asks, most=most)
 
 
 @thoroughly
-@given(st.data(), sent_by_several(), st.booleans(), st.integers(1, 3))
+@given(st.data(), sent_by_several(), st.booleans(), st.integers(1, 30))
 def test_slices_of_pieces_make_no_difference(data: st.DataObject, runs: list[Run], asks: bool, most: int) -> None:
     pieces = [(d, sender, piece) for d, sender, stream in runs for piece in data.draw(cuts(stream))]
     differ_in_nothing(runs, pieces, asks=asks, most=most)
 
 
 @thoroughly
-@given(st.data(), st.integers(1, 3))
+@given(st.data(), st.integers(1, 30))
 def test_slices_stand_between_what_the_other_side_says(data: st.DataObject, most: int) -> None:
     """What is left of a chunk may wait, and the other direction goes on meanwhile."""
     recording = data.draw(recordings(most=3))
