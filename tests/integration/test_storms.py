@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 
-from tests.integration.running import PROGRAMS, every_transport, running
+from tests.integration.running import PROGRAMS, named_transport, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MANY = 60
 """Connections; the server under test has 100 slots."""
-LONGEST = 1.0
+LONGEST = 5.0
 """Seconds for which a bystander may wait, on a machine that is busy with other tests."""
 
 
@@ -83,7 +83,7 @@ def wait_for_all(guard: GuardProcess, kind: str) -> None:
         time.sleep(0.05)
 
 
-@every_transport
+@named_transport
 @pytest.mark.parametrize(
     ("storm", "kind"),
     [("busy", "request-while-busy"), ("killed", "unclean-close"), ("transaction", "idle-in-transaction")],
@@ -101,7 +101,7 @@ def test_none_of_many_faults_at_once_is_lost_and_a_bystander_is_served(
     assert max(other.took) < LONGEST
 
 
-@pytest.mark.parametrize("transport", ["probed", "unix"], indirect=True)
+@pytest.mark.parametrize("transport", ["unix"], indirect=True)
 @pytest.mark.parametrize(("storm", "kind"), [("busy", "request-while-busy"), ("terminate", "foreign-terminate")])
 def test_all_of_many_sessions_are_rejected_at_once(
     start_guard: StartGuard, transport: Transport, tmp_path: Path, storm: str, kind: str
@@ -123,7 +123,7 @@ def test_all_of_many_sessions_are_rejected_at_once(
     assert max(other.took) < LONGEST
 
 
-@every_transport
+@pytest.mark.parametrize("transport", ["sampled", "unix"], indirect=True)
 def test_many_goodbyes_at_once_are_nobodys_fault(start_guard: StartGuard, transport: Transport, tmp_path: Path) -> None:
     guard = start_guard()
     address = guard.at(transport)
