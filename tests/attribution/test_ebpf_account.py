@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -62,6 +63,26 @@ def test_what_contradicts_itself_is_unknown() -> None:
     account = account_of(event(Kind.SENDING, 0, 10), event(Kind.SENDING, 4, 2, who=2))
     assert account.contradictions == 1
     assert account.split(8) == [Segment(4, sender(1)), Segment(2, sender(2)), Segment(2, None)]
+
+
+def test_two_that_send_by_turns_while_nobody_reads_take_bounded_memory() -> None:
+    """The senders of what is beyond that aren't known, and those of what comes later are again."""
+    account = account_of()
+    sends = 100_000
+    tracemalloc.start()
+    try:
+        for n in range(sends):
+            account.apply(event(Kind.SENDING, 5 * n, 5, who=1 + n % 2))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken < 1_000_000
+    assert account.split(10) == [Segment(5, sender(1)), Segment(5, sender(2))]
+    *known, rest = account.split(5 * sends - 10)
+    assert all(segment.sender == sender(1 + n % 2) for n, segment in enumerate(known))
+    assert rest.sender is None
+    account.apply(event(Kind.SENDING, 5 * sends, 5, who=3))
+    assert account.split(5) == [Segment(5, sender(3))]
 
 
 def test_what_was_not_known_is_counted_and_said_at_the_end() -> None:
