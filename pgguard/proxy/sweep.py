@@ -43,6 +43,7 @@ from pgguard.proxy.lateness import Lateness
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.session import End, Phase
 from pgguard.proxy.unread import ReadingAlarm
+from pgguard.session.session import FEW
 from pgguard.session.states import OWED, WANTED
 from pgguard.session.verdicts import Sender
 from pgguard.wire.fields import build_error_response
@@ -531,7 +532,8 @@ class Sweep:
             return
         if done == stop:
             self._forward(end, begin, stop)
-            self._balance(end, tracker, now)
+            if end.peer.choked or (end.is_client and len(tracker.ledger.entries) >= FEW):
+                self._balance(end, tracker, now)
         else:
             self._examine_on(end, tracker, begin, done, stop, now)
 

@@ -23,7 +23,7 @@ _RECENT: Final = 8
 """Requests that are remembered beyond their answer, for the timeline of a record."""
 _OUTSTANDING: Final = 16
 """Unanswered requests that a verdict shows."""
-_FEW: Final = 256
+FEW: Final = 256
 """Entries of the ledger up to which it is not full for certain."""
 _MOST_ENTRIES: Final = 4096
 _MOST_REQUESTS: Final = 1024
@@ -154,7 +154,7 @@ class Session:
         """
         ledger = self.ledger
         count = len(ledger.entries)
-        if count < _FEW or ledger.copying_in:
+        if count < FEW or ledger.copying_in:
             return 0.0
         head = ledger.entries[0][1]
         if head is not self.unsynced:

@@ -272,8 +272,9 @@ async def without_attribution(stage: Stage) -> None:
 @play(witness=False)
 async def more_than_is_kept_account_of(stage: Stage) -> None:
     """A client asks more than the ledger holds, and isn't read until some of it has been answered."""
-    for name, value in {"_FEW": 2, "_MOST_ENTRIES": 8, "_MOST_REQUESTS": 8}.items():
+    for name, value in {"FEW": 2, "_MOST_ENTRIES": 8, "_MOST_REQUESTS": 8}.items():
         stage.patch.setattr(f"pgguard.session.session.{name}", value)
+    stage.patch.setattr("pgguard.proxy.sweep.FEW", 2)
     for name in "_REQUESTS_AT_ONCE", "_REQUESTS_IN_DEPTH", "_ANSWERS_AT_ONCE":
         stage.patch.setattr(f"pgguard.proxy.sweep.{name}", 3)
     client, server = await stage.session()
