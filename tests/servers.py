@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,11 @@ _REQUIRE_ALL = os.environ.get("PGGUARD_REQUIRE_ALL") == "1"
 def needs(what: str, *, found: object) -> pytest.MarkDecorator:
     """A mark for a test that needs it: skip it if it wasn't found; let it fail where everything has to be there."""
     return pytest.mark.skipif(not found and not _REQUIRE_ALL, reason=f"{what} is not installed")
+
+
+def is_open_to_others() -> bool:
+    """Whether other users can run what is installed here: it may be in somebody's home directory."""
+    return all(directory.stat().st_mode & 0o001 for directory in Path(sys.executable).parents)
 
 
 def not_installed(what: str) -> NoReturn:

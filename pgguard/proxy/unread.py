@@ -450,6 +450,8 @@ class UnreadWatch:
         except Exception:
             note(Loss.EVIDENCE, session)
             return False
+        if session.done.is_set():
+            return False  # its descriptor may be another's by now
         return size is not None and size + _waiting(session.client) > 0
 
     async def still_unread(self, session: ProxiedSession) -> Unread:
@@ -464,7 +466,7 @@ class UnreadWatch:
         except Exception:
             note(Loss.EVIDENCE, session)
             return Unread(0)
-        if size is None or tracker.position != position or session.leftover is not leftover:
+        if size is None or session.done.is_set() or tracker.position != position or session.leftover is not leftover:
             return Unread(0)
         return Unread(_size(tracker, position - size - _waiting(session.client)))
 

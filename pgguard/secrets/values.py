@@ -40,6 +40,8 @@ _ODBC: Final = frozenset({"password", "pwd"})
 """Keywords of ``Server=…;Pwd=…``, where a value ends with a semicolon and not with a space."""
 _NOTHING: Final = re.compile(r"\*{3}|\$\d{1,3}|\?|%s|null|none|true|false|yes|no|on|off|…", re.IGNORECASE)
 """What stands in for a secret, or says that there is none."""
+_PORT: Final = re.compile(r"\d{1,5}(?!\w)")
+"""What stands behind the path of a Unix socket: ``/run/pwd:5432``."""
 _METHODS: Final = re.compile(r"trust|md5|peer|ident|basic|digest|reject|cert|ldap|pam|gss|scram-sha-256", re.IGNORECASE)
 """Ways to authenticate: what ``auth=`` may be followed by that is none."""
 
@@ -93,6 +95,8 @@ def _value(text: str, start: int, end: int) -> Span | None:
     ends = _Value(text, before).end(at, line=line)
     raw = text[at:ends].strip("\"'`\\")
     value = raw.strip(" \t,;)]}\"'`\\")
+    if before == "/" and behind["colon"] == ":" and _PORT.match(text, at):
+        return None
     if not raw or _NOTHING.fullmatch(value) or (name.endswith("auth") and _METHODS.fullmatch(value)):
         return None
     return at, ends

@@ -11,7 +11,7 @@ import pytest
 from pgguard.attribution.stacks import find_py_spy
 from tests.integration.running import PROGRAMS, every_transport, running, sampled_transport, threads_named
 from tests.integration.test_fork_misuse import culprits, pids_named, scenario
-from tests.servers import not_installed
+from tests.servers import is_open_to_others, not_installed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="it takes root's rights to give them up"),
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not is_open_to_others(),
+        reason="it takes root's rights to give them up, and an installation that others can run",
+    ),
     pytest.mark.parametrize("user", ["root", "nobody"]),
 ]
 """The programs are root's own, which nobody may look at without the rights that are kept."""

@@ -128,6 +128,7 @@ LEFT_ALONE = [
     "ftp --passive -p 5432 -p5432",
     "app --password-file /run/secret --token-bucket-size 5",
     "app --no-password joe",
+    "ready on 127.0.0.1:6544, unix:/run/app-pw:5432, unix:/run/pwd:5432",
     "compass=2 bypass=1 author=joe authority=x secretary=eve passenger=7",
     "primary_key=3 sort_key=name key=value public_key=abc cache_key=x keyboard=de",
     "password_encryption=scram-sha-256 max_token_length=12 token_ttl=60 passfile=/x sslkey=/y",
