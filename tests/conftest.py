@@ -11,7 +11,7 @@ import pytest
 from pgguard.attribution import scout
 from pgguard.attribution.ebpf.probe import ProbeUnavailable
 from pgguard.attribution.transparency import start
-from tests.guard_process import GuardProcess, running_guard
+from tests.guard_process import LIMITED, UNLIMITED, GuardProcess, running_guard
 from tests.servers import Server, Transport, installations, not_installed, running_server
 
 if TYPE_CHECKING:
@@ -21,9 +21,12 @@ _INSTALLATIONS = installations()
 
 
 class StartGuard(Protocol):
-    """Starts a guard in front of the server under test, with more options for ``pgguard serve``."""
+    """Starts a guard in front of the server under test, with more options for ``pgguard serve``.
 
-    def __call__(self, *options: str) -> GuardProcess: ...
+    ``unlimited``: it records every fault in full, however often its cause comes.
+    """
+
+    def __call__(self, *options: str, unlimited: bool = False) -> GuardProcess: ...
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,8 +66,9 @@ def start_guard(server: Server, request: pytest.FixtureRequest) -> Iterator[Star
     probe = not sampled or os.geteuid() != 0
     with ExitStack() as stack:
 
-        def start(*options: str) -> GuardProcess:
-            return stack.enter_context(running_guard(server.unix, *options, probe=probe))
+        def start(*options: str, unlimited: bool = False) -> GuardProcess:
+            program = UNLIMITED if unlimited else LIMITED
+            return stack.enter_context(running_guard(server.unix, *options, probe=probe, program=program))
 
         yield start
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests import unlimited_guard
 from tests.servers import Address
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ Fault = dict[str, Any]
 _READY = "pgguard: ready on "
 _START_SECONDS = 20.0
 _STOP_SECONDS = 20.0
+
+LIMITED = (sys.executable, "-m", "pgguard")
+"""What users run."""
+UNLIMITED = (sys.executable, "-P", unlimited_guard.__file__)
+"""A guard that records every fault in full; ``-P``, as some directories beside it are named like Python's modules."""
 
 
 class GuardProcess:
@@ -112,7 +118,7 @@ def running_guard(
     upstream: Address | str,
     *options: str,
     probe: bool = True,
-    program: Sequence[str] = (sys.executable, "-m", "pgguard"),
+    program: Sequence[str] = LIMITED,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[GuardProcess]:
     """Run a guard in front of a server, listening on the loopback address and on a Unix socket.

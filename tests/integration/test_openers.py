@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.conftest import StartGuard
-    from tests.guard_process import GuardProcess
     from tests.servers import Transport
 
 pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
@@ -23,9 +22,10 @@ TIMES = 30
 
 @named_transport
 def test_of_thirty_forks_right_after_connecting_every_opener_is_known(
-    guard: GuardProcess, transport: Transport, tmp_path: Path
+    start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
     """The child's query is an inheritor's first: the verdict falls while the opener is still being looked for."""
+    guard = start_guard("--mode", "log", unlimited=True)
     command = (sys.executable, PROGRAMS / "forks_at_once.py", str(TIMES), "query")
     with running(command, guard.at(transport), tmp_path) as program:
         said = program.read()
@@ -44,7 +44,7 @@ def test_of_thirty_forks_right_after_connecting_every_opener_is_known(
 def test_of_thirty_goodbyes_right_after_connecting_every_one_is_foreign(
     mode: str, action: str, start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
-    guard = start_guard("--mode", mode)
+    guard = start_guard("--mode", mode, unlimited=True)
     command = (sys.executable, PROGRAMS / "forks_at_once.py", str(TIMES), "terminate")
     with running(command, guard.at(transport), tmp_path) as program:
         said = program.read()

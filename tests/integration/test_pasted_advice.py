@@ -195,10 +195,12 @@ CASES = {
 def advised(guard: GuardProcess) -> list[str]:
     """The code that records of connections that a fork took along advise; not those of what the advice leaves.
 
-    Of a process that was gone before it could be looked at it isn't known what it runs, and so what it needs.
+    Of a process that was gone before it could be looked at it isn't known what it runs, and so what it needs. Repeats
+    have no advice of their own.
     """
     faults = [fault for fault in guard.faults() if fault["kind"] in _KINDS and fault["severity"] != "info"]
-    return [fault["advice"]["code"] for fault in faults if fault["advice"]["code"] is not None]
+    advice = [fault["advice"] for fault in faults if fault["repeat_of"] is None]
+    return [one["code"] for one in advice if one["code"] is not None]
 
 
 @pytest.fixture(scope="session")

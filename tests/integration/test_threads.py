@@ -12,6 +12,7 @@ from tests.integration.running import PROGRAMS, compiled, every_transport, inter
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.conftest import StartGuard
     from tests.guard_process import GuardProcess
     from tests.servers import Transport
 
@@ -37,8 +38,9 @@ def sharing_threads(request: pytest.FixtureRequest) -> list[str | Path]:
 
 
 def test_two_threads_that_overlap_are_both_named_every_time(
-    sharing_threads: list[str | Path], guard: GuardProcess, transport: Transport, tmp_path: Path
+    sharing_threads: list[str | Path], start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
+    guard = start_guard("--mode", "log", unlimited=True)
     played = []
     for _ in range(TIMES // 2):
         with (

@@ -1,0 +1,15 @@
+"""``pgguard``, with every fault recorded in full however often its cause comes, for tests that look at each of many.
+
+Of one session's fault by the same processes repeats are recorded as ever. Everything else is what users run.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pgguard.cli.main import main
+from pgguard.faults import docket
+
+if __name__ == "__main__":
+    vars(docket).update(FULL_RECORDS=sys.maxsize, ENDS=sys.maxsize)
+    main()
