@@ -77,6 +77,9 @@ _STACKS_SHARE: Final = 0.1
 _STACKS_SAVINGS: Final = 1.0
 """The same for reading stacks, a program of its own that takes longer than all the rest."""
 
+_DRIVER_BUDGET: Final = 1.0
+"""Seconds for which a request may be held until its client's driver is known, if that decides on its rejection."""
+
 _GOODBYE_BUDGET: Final = 1.0
 """Seconds for which a Terminate may be held until it is seen whether somebody else has the connection open.
 
@@ -403,6 +406,9 @@ class Judge:
         witness = self._witness
         if witness is None:
             return
+        if self._depends_on_the_driver(session, verdict):
+            with trio.move_on_after(_DRIVER_BUDGET):
+                await session.opening_known.wait()
         counted: tuple[Counted, ...] = ()
         budget = EVIDENCE_BUDGET
         if verdict.kind is Kind.CONNECTION_EXHAUSTION:
@@ -440,6 +446,13 @@ class Judge:
                     limit.deadline = min(limit.deadline, trio.current_time() + budget)
                     investigation.begin(began if desk.is_crowded else None, stacks=self._stacks.has_any())
                     await self._look(investigation.investigate, threads)
+
+    def _depends_on_the_driver(self, session: ProxiedSession, verdict: Verdict) -> bool:
+        """Whether a session is to be ended unless its driver, which isn't known yet, may do what it did."""
+        if verdict.kind is not Kind.REQUEST_WHILE_BUSY or session.opening is not None:
+            return False
+        grave, mild = (self._actions[verdict.kind, severity] for severity in (Severity.ERROR, Severity.WARNING))
+        return grave is Action.REJECTED and mild is not Action.REJECTED
 
     async def _look(self, look: Callable[[], None], threads: trio.CapacityLimiter) -> None:
         """Have a worker thread look at something, and account for what that takes. Given up, it goes on by itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -42,13 +42,19 @@ def errors(guard: GuardProcess) -> list[Fault]:
 
 @every_transport
 def test_the_child_is_named(
-    terminating_child: list[str | Path], guard: GuardProcess, transport: Transport, tmp_path: Path
+    terminating_child: list[str | Path], start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
-    with running([*terminating_child, LONG_ENOUGH], guard.at(transport), tmp_path) as program:
-        said = program.read()
-        assert said["alive"] == 0, "the parent's connection is gone"
-    guard.stop()
-    [fault] = guard.faults("foreign-terminate")
+    found: list[Fault] = []
+    said: dict[str, Any] = {}
+    for _ in range(1 if transport != "sampled" else 5):  # a busy guard may come to look when the child has gone
+        guard = start_guard("--mode", "log")
+        with running([*terminating_child, LONG_ENOUGH], guard.at(transport), tmp_path) as program:
+            said = program.read()
+            assert said["alive"] == 0, "the parent's connection is gone"
+        guard.stop()
+        if found := guard.faults("foreign-terminate"):
+            break
+    [fault] = found
     assert fault["severity"] == "error"
     assert fault["action"] == "logged"
     assert fault["message"]["name"] == "Terminate"

@@ -67,7 +67,7 @@ def test_clients_are_told_what_to_raise(guard: GuardProcess, transport: Transpor
 
     def try_to() -> None:
         with pytest.raises(psycopg.OperationalError) as raised:
-            connect(guard, transport)
+            connect(guard, transport).close()
         refusals.append(raised.value)
 
     with filled(guard, transport) as connections:

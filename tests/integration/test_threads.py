@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.conftest import StartGuard
-    from tests.guard_process import GuardProcess
+    from tests.guard_process import Fault, GuardProcess
     from tests.servers import Transport
 
 pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
@@ -65,16 +65,23 @@ def test_two_threads_that_overlap_are_both_named_every_time(
 
 @every_transport
 def test_a_thread_that_asks_while_another_one_sleeps_in_its_read(
-    guard: GuardProcess, transport: Transport, tmp_path: Path
+    start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
     """In pg8000 only one of them reads: the other waits for a lock. It is known by being the only one that has run."""
     command = (sys.executable, PROGRAMS / "threads_pg8000.py")
-    with running(command, guard.at(transport), tmp_path) as program:
-        said = program.read()
-        assert program.wait() == 0, program.log
-    guard.stop()
-    assert guard.faults("request-while-busy") == []
-    [fault] = guard.faults("shared-by-threads")
+    found: list[Fault] = []
+    said: dict[str, Any] = {}
+    for _ in range(1 if transport != "sampled" else 5):  # a busy guard may come to look when the thread has woken
+        guard = start_guard("--mode", "log")
+        with running(command, guard.at(transport), tmp_path) as program:
+            said = program.read()
+            assert program.wait() == 0, program.log
+        guard.stop()
+        found = [fault for fault in guard.faults() if fault["kind"] in ("shared-by-threads", "request-while-busy")]
+        if [fault["kind"] for fault in found] == ["shared-by-threads"]:
+            break
+    [fault] = found
+    assert fault["kind"] == "shared-by-threads"
     assert fault["severity"] == "error"
     threads = {culprit["role"]: (culprit["pid"], culprit["tid"]) for culprit in fault["culprits"]}
     assert threads["requester"] == (said["pid"], said["first"])
