@@ -46,7 +46,7 @@ class Place:
         return sorted(
             piece
             for piece in pieces
-            if piece in shown and piece not in without and len(re.sub(r"[\"'\\]", "", piece)) > PIECE - 3
+            if piece in shown and piece not in without and len(re.sub(r"[\"'\\]|%2[Ff]", "", piece)) > PIECE - 3
         )
 
 
