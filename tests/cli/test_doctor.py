@@ -25,7 +25,7 @@ from pgguard.cli.main import main
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.settings import Settings
 from tests.proxy.conftest import backend
-from tests.proxy.messages import ANSWER, LOGGED_IN, TERMINATE, Client, query, startup
+from tests.proxy.fake_backend import converse, part
 from tests.proxy.spawned import Spawned, environment, run
 
 if TYPE_CHECKING:
@@ -258,20 +258,9 @@ async def test_a_guard_that_may_do_without_the_probe_says_so_and_works(
     wrapper: list[str], problem: str, remedy: str, backend: FakeBackend
 ) -> None:
     with _running(wrapper, backend) as guard:
-        client = await Client.connect(guard.port)
-        backend.keep(client)
-        await client.send(startup())
-        server = await backend.accept()
-        await server.log_in()
-        await client.expect(LOGGED_IN)
-        await client.send(query("select 1"))
-        await server.expect(query("select 1"))
-        await server.send(ANSWER)
-        await client.expect(ANSWER)
-        await client.send(TERMINATE)
-        await client.close()
-        await server.expect(TERMINATE)
-        await server.close()
+        client, server = await backend.session(guard.port)
+        await converse(client, server)
+        await part(client, server)
         guard.signal(signal.SIGTERM)
         said = guard.end()
     [line] = [line for line in said.splitlines() if "kernel senders on TCP" in line]

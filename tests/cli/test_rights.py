@@ -27,7 +27,8 @@ from pgguard.proxy.upstream import barred
 from pgguard.reporting.sinks import Fanout
 from tests.cli.conftest import Refused
 from tests.proxy.conftest import backend
-from tests.proxy.messages import ANSWER, COLUMNS, LOGGED_IN, TERMINATE, Client, query, startup
+from tests.proxy.fake_backend import converse, part
+from tests.proxy.messages import COLUMNS
 from tests.proxy.spawned import Spawned, environment, spawned
 from tests.servers import is_open_to_others
 
@@ -78,20 +79,9 @@ def _end(guard: Spawned) -> str:
 
 
 async def _converse(guard: Spawned, backend: FakeBackend) -> None:
-    client = await Client.connect(guard.port)
-    backend.keep(client)
-    await client.send(startup())
-    server = await backend.accept()
-    await server.log_in()
-    await client.expect(LOGGED_IN)
-    await client.send(query("select 1"))
-    await server.expect(query("select 1"))
-    await server.send(ANSWER)
-    await client.expect(ANSWER)
-    await client.send(TERMINATE)
-    await client.close()
-    await server.expect(TERMINATE)
-    await server.close()
+    client, server = await backend.session(guard.port)
+    await converse(client, server)
+    await part(client, server)
 
 
 @needs_root
@@ -156,11 +146,7 @@ async def test_it_becomes_another_user_on_all_threads(by: str, backend: FakeBack
         await _converse(guard, backend)
         found = _threads(guard)
         not_dumpable = _owner(guard.pid)
-        client = await Client.connect(guard.port)
-        await client.send(startup())
-        server = await backend.accept()
-        await server.log_in()
-        await client.expect(LOGGED_IN)
+        client, server = await backend.session(guard.port)
         await server.send(COLUMNS)
         await client.expect(COLUMNS)
         await client.close()

@@ -19,7 +19,7 @@ from pgguard.proxy.guard import Guard
 from pgguard.proxy.settings import Settings
 from pgguard.reporting.sinks import Fanout
 from tests.proxy.fake_backend import BackendConnection, FakeBackend
-from tests.proxy.messages import LOGGED_IN, SECONDS, Client, startup
+from tests.proxy.messages import SECONDS, Client
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -61,11 +61,7 @@ class House:
     async def session(self, *, unix: bool = False) -> tuple[Client, BackendConnection]:
         """A session that has logged in."""
         client = await self.connect(unix=unix)
-        await client.send(startup())
-        server = await self.backend.accept()
-        await server.log_in()
-        await client.expect(LOGGED_IN)
-        return client, server
+        return client, await self.backend.let_in(client)
 
     @property
     def kinds(self) -> list[str]:

@@ -9,7 +9,7 @@ from contextlib import suppress
 import trio
 
 from pgguard.proxy.greeting import as_plain
-from tests.proxy.messages import LOGGED_IN, SECONDS, Peer
+from tests.proxy.messages import ANSWER, LOGGED_IN, SECONDS, TERMINATE, Client, Peer, query, startup
 
 MARK = bytes.fromhex("00000010 04d2162e 7fffffff")
 """What a guard's mark begins with: a CancelRequest for a process that there can't be."""
@@ -60,6 +60,25 @@ class FakeBackend:
         self.keep(connection)
         return connection
 
+    async def connect(self, port: int) -> Client:
+        """A client of a guard's, which is closed when the test is over."""
+        client = await Client.connect(port)
+        self.keep(client)
+        return client
+
+    async def let_in(self, client: Client) -> BackendConnection:
+        """Have a client log in; returns the server's end of its session."""
+        await client.send(startup())
+        server = await self.accept()
+        await server.log_in()
+        await client.expect(LOGGED_IN)
+        return server
+
+    async def session(self, port: int) -> tuple[Client, BackendConnection]:
+        """A session of a guard's that has logged in."""
+        client = await self.connect(port)
+        return client, await self.let_in(client)
+
     def keep(self, peer: Peer) -> None:
         """Close this one, too, when the test is over."""
         self._peers.append(peer)
@@ -93,3 +112,19 @@ class FakeBackend:
         self.close()
         for peer in self._peers:
             await peer.close()
+
+
+async def converse(client: Client, server: BackendConnection) -> None:
+    """A query and its answer."""
+    await client.send(query("select 1"))
+    await server.expect(query("select 1"))
+    await server.send(ANSWER)
+    await client.expect(ANSWER)
+
+
+async def part(client: Client, server: BackendConnection) -> None:
+    """End a session as clients do."""
+    await client.send(TERMINATE)
+    await client.close()
+    await server.expect(TERMINATE)
+    await server.close()

@@ -17,6 +17,7 @@ import pytest
 import trio
 
 from tests.proxy.conftest import until
+from tests.proxy.fake_backend import converse
 from tests.proxy.messages import (
     ANSWER,
     COLUMNS,
@@ -43,25 +44,11 @@ def upstream(backend: FakeBackend) -> str:
 
 
 async def connect(guard: Spawned, backend: FakeBackend) -> Client:
-    client = await Client.connect(guard.port)
-    backend.keep(client)
-    return client
+    return await backend.connect(guard.port)
 
 
 async def session(guard: Spawned, backend: FakeBackend) -> tuple[Client, BackendConnection]:
-    client = await connect(guard, backend)
-    await client.send(startup())
-    server = await backend.accept()
-    await server.log_in()
-    await client.expect(LOGGED_IN)
-    return client, server
-
-
-async def converse(client: Client, server: BackendConnection) -> None:
-    await client.send(query("select 1"))
-    await server.expect(query("select 1"))
-    await server.send(ANSWER)
-    await client.expect(ANSWER)
+    return await backend.session(guard.port)
 
 
 @pytest.mark.parametrize("direction", ["DataRow", "CopyData"])

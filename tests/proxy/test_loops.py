@@ -11,7 +11,8 @@ import pytest
 import trio
 
 from tests.proxy.conftest import running, until
-from tests.proxy.messages import ANSWER, LOGGED_IN, SECONDS, Client, query, startup
+from tests.proxy.fake_backend import converse
+from tests.proxy.messages import SECONDS, Client, startup
 from tests.proxy.spawned import run, spawned
 
 if TYPE_CHECKING:
@@ -180,20 +181,7 @@ async def test_one_that_comes_about_later(backend: FakeBackend, nursery: trio.Nu
     forwarder = Forwarder(backend.port)
     await nursery.start(forwarder.run)
     with spawned(f"host=127.0.0.1 port={forwarder.port}", cwd=tmp_path) as guard:
-
-        async def converse() -> None:
-            client = await Client.connect(guard.port)
-            backend.keep(client)
-            await client.send(startup())
-            server = await backend.accept()
-            await server.log_in()
-            await client.expect(LOGGED_IN)
-            await client.send(query("select 1"))
-            await server.expect(query("select 1"))
-            await server.send(ANSWER)
-            await client.expect(ANSWER)
-
-        await converse()
+        await converse(*await backend.session(guard.port))
         before = forwarder.connections
         forwarder.target = guard.port
         for _ in range(3):
@@ -208,7 +196,7 @@ async def test_one_that_comes_about_later(backend: FakeBackend, nursery: trio.Nu
         await until(lambda: guard.descriptors() < 40)
         forwarder.target = backend.port
         await trio.sleep(1.1)
-        await converse()
+        await converse(*await backend.session(guard.port))
         nursery.cancel_scope.cancel()
         guard.signal(signal.SIGTERM)
         guard.end()

@@ -85,20 +85,10 @@ async def measured() -> AsyncIterator[Work]:
         finally:
             trio.lowlevel.remove_instrument(work)
             nursery.cancel_scope.cancel()
-        if "STORMS" in os.environ:
-            print(f"\nlongest {1000 * work.longest:.1f} ms", file=__import__("sys").__stderr__)
 
 
 async def sessions(house: House, number: int = MANY, *, unix: bool = True) -> list[tuple[Client, BackendConnection]]:
-    found = []
-    for _ in range(number):
-        client = await house.connect(unix=unix)
-        await client.send(startup())
-        server = await house.backend.accept()
-        await server.log_in()
-        await client.expect(LOGGED_IN)
-        found.append((client, server))
-    return found
+    return [await house.session(unix=unix) for _ in range(number)]
 
 
 def send_at_once(peers: Iterable[Peer], data: bytes) -> None:

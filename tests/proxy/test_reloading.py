@@ -19,7 +19,7 @@ from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.settings import Reloaded, Settings, load_settings, reload_settings
 from pgguard.session.verdicts import Kind
 from tests.proxy.conftest import until
-from tests.proxy.messages import ANSWER, COLUMNS, LOGGED_IN, Client, message, query, startup
+from tests.proxy.messages import ANSWER, COLUMNS, Client, message, query
 from tests.proxy.spawned import Spawned, environment, spawned
 
 if TYPE_CHECKING:
@@ -38,13 +38,7 @@ class Scene:
         self._reloads = 0
 
     async def session(self) -> tuple[Client, BackendConnection]:
-        client = await Client.connect(self.guard.port)
-        self.backend.keep(client)
-        await client.send(startup())
-        server = await self.backend.accept()
-        await server.log_in()
-        await client.expect(LOGGED_IN)
-        return client, server
+        return await self.backend.session(self.guard.port)
 
     def reload(self, config: str | None = None) -> None:
         """Change the configuration, and wait until that is known."""
