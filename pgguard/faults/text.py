@@ -44,6 +44,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts, ``1 fault`` or ``2 faults``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def shorten(text: str, length: int) -> str:
     """The beginning of a text that is too long, with an ellipsis; ``length`` characters at most."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"

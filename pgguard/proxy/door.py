@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from pgguard.proxy.admission import is_exhaustion, remedy, too_many
+from pgguard.proxy.greeting import as_plain
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -178,9 +179,5 @@ class Door:
 
 def _accept_at_once(listener: trio.socket.SocketType) -> trio.socket.SocketType:
     """Accept a client that is there already. Raises OSError: BlockingIOError if there is none."""
-    plain = socket.socket(listener.family, listener.type, listener.proto, fileno=listener.fileno())
-    try:
-        sock, _ = plain.accept()
-    finally:
-        plain.detach()
+    sock, _ = as_plain(listener, socket.socket.accept)
     return trio.socket.from_stdlib_socket(sock)

@@ -45,15 +45,30 @@ class Urgency(IntEnum):
     """The end of a session; or nothing of the client's at all."""
 
 
-class Turns:
+class _Places:
+    """Places for which tasks wait, the most urgent first, and of those who has waited for longest."""
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._lots = {urgency: trio.lowlevel.ParkingLot() for urgency in Urgency}
+
+    def _pass_on(self) -> None:
+        """Give up one's place to the next."""
+        for lot in self._lots.values():
+            if lot:
+                lot.unpark()
+                return
+        self._free += 1
+
+
+class Turns(_Places):
     """Lets tasks do what keeps trio's thread busy one at a time, and all other tasks have their turn in between.
 
     Whoever has its turn is to come to its next checkpoint soon, and ends its turn by leaving the context.
     """
 
     def __init__(self) -> None:
-        self._lots = {urgency: trio.lowlevel.ParkingLot() for urgency in Urgency}
-        self._taken = False
+        super().__init__(1)
 
     @asynccontextmanager
     async def turn(self, urgency: Urgency) -> AsyncIterator[None]:
@@ -61,10 +76,10 @@ class Turns:
 
         Always a checkpoint, also where nobody else waits: trio's thread works on one turn in each round of its loop.
         """
-        if self._taken:
+        if not self._free:
             await self._lots[urgency].park()
         else:
-            self._taken = True
+            self._free -= 1
             try:
                 await trio.lowlevel.checkpoint()
             except BaseException:
@@ -74,13 +89,6 @@ class Turns:
             yield
         finally:
             self._pass_on()
-
-    def _pass_on(self) -> None:
-        for lot in self._lots.values():
-            if lot:
-                lot.unpark()
-                return
-        self._taken = False
 
 
 class Allowance:
@@ -112,7 +120,7 @@ class Allowance:
         self._left -= seconds
 
 
-class Desk:
+class Desk(_Places):
     """Where evidence is asked for: a few are served at a time, the most urgent first.
 
     Args:
@@ -121,9 +129,8 @@ class Desk:
     """
 
     def __init__(self, places: int, line: int) -> None:
-        self._free = places
+        super().__init__(places)
         self._line = line
-        self._lots = {urgency: trio.lowlevel.ParkingLot() for urgency in Urgency}
 
     @property
     def is_crowded(self) -> bool:
@@ -153,13 +160,6 @@ class Desk:
             yield True
         finally:
             self._pass_on()
-
-    def _pass_on(self) -> None:
-        for lot in self._lots.values():
-            if lot:
-                lot.unpark()
-                return
-        self._free += 1
 
 
 class Stint:

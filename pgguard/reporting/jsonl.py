@@ -11,7 +11,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from pgguard.reporting.opening import Untrusted, open_for_appending
+from pgguard.attribution.trust import UntrustedError
+from pgguard.reporting.opening import open_for_appending
 from pgguard.reporting.sinks import SinkError
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class JsonLines:
     def _open(self, owner: tuple[int, int] | None = None) -> int:
         try:
             return open_for_appending(self._path, owner=owner)
-        except Untrusted as error:
+        except UntrustedError as error:
             raise SinkError(f"can't append faults to {self._path}: {error}") from error
         except OSError as error:
             raise SinkError(f"can't append faults to {self._path}: {_why(self._path, error)}") from error

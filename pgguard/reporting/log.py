@@ -9,7 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from pgguard.faults.text import printable
+from pgguard.faults.text import counted, printable
 from pgguard.secrets.text import redact
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ class _Remark:
 
     def summary(self, now: float) -> str:
         """How often it has come since that was last said."""
-        times = f"{self.unsaid} more time{'' if self.unsaid == 1 else 's'}"
-        text = f"{_PREFIX}{times} in {now - self.counted_at:.0f} s, the last: {self.last}"
+        text = f"{_PREFIX}{counted(self.unsaid, 'more time')} in {now - self.counted_at:.0f} s, the last: {self.last}"
         self.counted_at, self.unsaid = now, 0
         return text
 

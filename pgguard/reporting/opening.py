@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pgguard.attribution.trust import user_name
+from pgguard.attribution.trust import UntrustedError, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,10 +41,6 @@ _ATTEMPTS: Final = 8
 """Times that a file may be replaced while it is being opened."""
 
 
-class Untrusted(Exception):
-    """Somebody else could decide what is written to; the message is a clause that says who, and what to change."""
-
-
 def open_for_appending(path: Path, *, owner: tuple[int, int] | None = None) -> int:
     """Open a file, or create it for its owner to write and its group to read; returns the descriptor.
 
@@ -54,7 +50,7 @@ def open_for_appending(path: Path, *, owner: tuple[int, int] | None = None) -> i
 
     Raises:
         OSError: It can't be opened.
-        Untrusted: It, or the way to it, is somebody else's.
+        UntrustedError: It, or the way to it, is somebody else's; the message says what to change too.
     """
     return _Walk(path, owner).open()
 
@@ -83,7 +79,7 @@ class _Walk:
                     if self._names:
                         break  # it was a symbolic link
                 else:
-                    raise Untrusted(f"{self._shown / name} is being replaced again and again")
+                    raise UntrustedError(f"{self._shown / name} is being replaced again and again")
         finally:
             os.close(self._directory)
 
@@ -112,7 +108,7 @@ class _Walk:
         """Put the way that a symbolic link leads in place of its name."""
         owner = os.fstat(link).st_uid
         if owner not in self._trusted:
-            raise Untrusted(
+            raise UntrustedError(
                 f"{self._shown / name} is a symbolic link of {user_name(owner)}, who could lead it elsewhere: "
                 "name the file that it leads to"
             )
@@ -170,7 +166,7 @@ class _Walk:
     def _check_directory(self) -> None:
         facts = os.fstat(self._directory)
         if os.geteuid() == 0 and facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX:
-            raise Untrusted(
+            raise UntrustedError(
                 f"everybody may put another file in its place, as {self._shown} can be written by all: "
                 f"use another directory, or chmod o-w {self._shown}"
             )
@@ -180,9 +176,9 @@ class _Walk:
             return  # what else there is, only root can have made, or it can't be written to
         keeper = os.fstat(self._directory).st_uid
         if facts.st_uid not in {*self._trusted, keeper}:
-            raise Untrusted(f"it belongs to {user_name(facts.st_uid)}: name a file of your own, or remove it")
+            raise UntrustedError(f"it belongs to {user_name(facts.st_uid)}: name a file of your own, or remove it")
         if facts.st_nlink > 1 and keeper not in self._trusted:
-            raise Untrusted(
+            raise UntrustedError(
                 f"it has another name as well, which {user_name(keeper)} may have chosen: remove {self._shown / name}"
             )
 

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
+from pgguard.faults.text import counted
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -86,7 +88,8 @@ class Fanout:
                 self._note(trouble, _LOSING if lost else _WAITING, f": {_in_one_line(error)}")
             else:
                 if trouble.said is not None:
-                    self._note(trouble, _AGAIN, f"; {_number(trouble.lost)} lost so far" if trouble.lost else "")
+                    lost_so_far = f"; {counted(trouble.lost, 'fault')} lost so far" if trouble.lost else ""
+                    self._note(trouble, _AGAIN, lost_so_far)
                     trouble.said = None
 
     @staticmethod
@@ -110,7 +113,7 @@ class Fanout:
                 if trouble.said is None or not isinstance(error, SinkError):
                     self._say(_in_one_line(error))
             if trouble.lost:
-                self._say(f"{_number(trouble.lost)} could not be recorded by {type(sink).__name__}")
+                self._say(f"{counted(trouble.lost, 'fault')} could not be recorded by {type(sink).__name__}")
 
     def _note(self, trouble: _Trouble, what: str, details: str) -> None:
         if trouble.said == what or time.monotonic() < trouble.quiet_until.get(what, 0.0):
@@ -123,10 +126,6 @@ class Fanout:
         # If complaining fails, nobody is left to be told.
         with contextlib.suppress(Exception):
             self._complain(line)
-
-
-def _number(faults: int) -> str:
-    return f"{faults} fault{'' if faults == 1 else 's'}"
 
 
 def _in_one_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pgguard.faults.catalogue import Severity
-from pgguard.faults.text import listed
+from pgguard.faults.text import counted, listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +26,8 @@ def summary_lines(sessions: int, counts: Sequence[Count]) -> list[str]:
     totals = dict.fromkeys(sorted(Severity, key=lambda severity: -severity.rank), 0)
     for count in counts:
         totals[count.severity] += count.faults
-    found = [_number(total, _NAMES[severity]) for severity, total in totals.items() if total]
-    lines = [", ".join([f"pgguard: {_number(sessions, 'session')}", *(found or ["no faults"])])]
+    found = [counted(total, _NAMES[severity]) for severity, total in totals.items() if total]
+    lines = [", ".join([f"pgguard: {counted(sessions, 'session')}", *(found or ["no faults"])])]
     lines.extend(
         f"pgguard: {_NAMES[severity]}s: {listed(_kinds(counts, severity))}"
         for severity, total in totals.items()
@@ -51,9 +51,5 @@ def _kinds(counts: Sequence[Count], severity: Severity) -> list[str]:
 
 def _kind(kind: Kind, faults: int, times: int) -> str:
     if times > faults:
-        return f"{kind} ({_number(faults, 'fault')}, seen {times} times)"
+        return f"{kind} ({counted(faults, 'fault')}, seen {times} times)"
     return kind if faults == 1 else f"{kind} ({faults})"
-
-
-def _number(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

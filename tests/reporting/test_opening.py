@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pgguard.reporting.opening import Untrusted, open_for_appending
+from pgguard.attribution.trust import UntrustedError
+from pgguard.reporting.opening import open_for_appending
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +31,7 @@ def append(path: Path, data: bytes = b"x") -> None:
 
 
 def refuse(path: Path, says: str) -> None:
-    with pytest.raises(Untrusted, match=re.escape(says)):
+    with pytest.raises(UntrustedError, match=re.escape(says)):
         open_for_appending(path)
 
 
@@ -251,7 +252,7 @@ def test_a_link_that_comes_and_goes_is_never_followed(theirs: Path, victim: Path
             try:
                 append(path)
                 opened += 1
-            except Untrusted:
+            except UntrustedError:
                 refused += 1
             if opened > 50 and refused > 50:
                 break
