@@ -95,6 +95,16 @@ class UnixClient:
 ClientSocket = TcpClient | UnixClient
 
 
+def peer_pid(accepted: socket.socket) -> int:
+    """The pid that called connect(2) at the far end of a Unix socket; 0 if the guard's pid namespace has none for it.
+
+    Raises:
+        OSError: it can't be asked.
+    """
+    pid, _, _ = struct.unpack("=iII", accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid)
+
+
 def client_socket(accepted: socket.socket) -> ClientSocket:
     """Describe the far end of a socket that has just been accepted and not been written to. Doesn't block.
 
@@ -103,8 +113,7 @@ def client_socket(accepted: socket.socket) -> ClientSocket:
     """
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     if accepted.family == socket.AF_UNIX:
-        pid, _, _ = struct.unpack("=iII", accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return UnixClient(os.fstat(accepted.fileno()).st_ino, pid or None, now)
+        return UnixClient(os.fstat(accepted.fileno()).st_ino, peer_pid(accepted) or None, now)
     client, guard = accepted.getpeername(), accepted.getsockname()
     return TcpClient(
         address=_packed(accepted.family, client[0]),

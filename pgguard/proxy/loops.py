@@ -15,13 +15,14 @@ import math
 import os
 import secrets
 import socket
-import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from pgguard.attribution.sockets import peer_pid
 from pgguard.proxy.addresses import TcpAddress
+from pgguard.proxy.greeting import as_plain
 from pgguard.proxy.upstream import connect_to
 from pgguard.wire.startup import CancelKey
 
@@ -62,8 +63,7 @@ class LoopWatch:
     def is_from_here(self, sock: trio.socket.SocketType) -> bool:
         """Whether a client that has brought the mark is the guard itself. Raises OSError if it is gone."""
         if sock.family == socket.AF_UNIX:
-            pid, _, _ = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            return bool(pid == os.getpid())
+            return as_plain(sock, peer_pid) == os.getpid()
         return _name(sock.getpeername()) in self._sent_from
 
     def came_back(self, how: str) -> None:

@@ -42,6 +42,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVarTuple
 
 import trio
 
+from pgguard.faults.text import counted
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
@@ -124,7 +126,7 @@ def note(loss: Loss, session: ProxiedSession | None = None) -> None:
 
 def remarks() -> list[str]:
     """What has failed so far, and how often: clauses for the end, none if nothing has."""
-    return [f"{place}, {count} time{'' if count == 1 else 's'}" for place, count in _times.most_common()]
+    return [f"{place}, {counted(count, 'time')}" for place, count in _times.most_common()]
 
 
 def _place(error: BaseException) -> _Place:
