@@ -29,9 +29,10 @@ from rich.tree import Tree
 
 from pgguard.attribution.evidence import Evidence
 from pgguard.faults.catalogue import CATALOGUE, Severity
-from pgguard.faults.fault import Culprit, Fault, Request, Role, rfc3339
+from pgguard.faults.fault import Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
 from pgguard.faults.text import listed, named, printable, shorten
+from pgguard.reporting.record import rfc3339
 from pgguard.reporting.sinks import SinkError
 from pgguard.session.verdicts import OUTSTANDING, Direction, Kind, Party, RequestState
 

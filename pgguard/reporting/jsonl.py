@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from pgguard.attribution.trust import UntrustedError
 from pgguard.reporting.opening import open_for_appending
+from pgguard.reporting.record import to_record
 from pgguard.reporting.sinks import SinkError
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def encode(fault: Fault) -> bytes:
     end of a line, and what reorders or hides the text beside it on a screen. Lone surrogates, which stand for bytes of
     names that aren't UTF-8, are too.
     """
-    text = json.dumps(fault.to_record(), ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(to_record(fault), ensure_ascii=False, separators=(",", ":"))
     if not text.isprintable():
         text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
     return text.encode() + b"\n"

@@ -19,7 +19,7 @@ from pgguard.attribution.capabilities import KERNEL_SENDERS, Capability
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.attribution.transparency import Comparison
 from pgguard.cli import doctor as command
-from pgguard.cli import serve
+from pgguard import running
 from pgguard.cli.doctor import doctor
 from pgguard.cli.main import main
 from pgguard.proxy.errors import ConfigurationError
@@ -154,16 +154,16 @@ def test_the_command_ends_with_its_status(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_a_guard_does_without_what_is_missing_unless_it_is_told_to_insist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "check", lambda **_: (PROC, SENDERS, NO_TCP, NO_THREADS))
-    assert serve._missing_capabilities(Settings(attribution="auto")) == [NO_TCP, NO_THREADS]
-    assert serve._missing_capabilities(Settings(attribution="off")) == []
+    monkeypatch.setattr(running, "check", lambda **_: (PROC, SENDERS, NO_TCP, NO_THREADS))
+    assert running._missing_capabilities(Settings(attribution="auto")) == [NO_TCP, NO_THREADS]
+    assert running._missing_capabilities(Settings(attribution="off")) == []
     with pytest.raises(ConfigurationError) as raised:
-        serve._missing_capabilities(Settings(attribution="proc"))
+        running._missing_capabilities(Settings(attribution="proc"))
     assert str(raised.value) == (
         "--attribution proc: sock_diag for TCP: no such family; allow it; or use --attribution auto"
     )
-    monkeypatch.setattr(serve, "check", lambda **_: (PROC, SENDERS, NO_THREADS))
-    assert serve._missing_capabilities(Settings(attribution="proc")) == [NO_THREADS]
+    monkeypatch.setattr(running, "check", lambda **_: (PROC, SENDERS, NO_THREADS))
+    assert running._missing_capabilities(Settings(attribution="proc")) == [NO_THREADS]
 
 
 # What keeps the kernel from naming senders on TCP, and what a guard and the doctor make of it
@@ -322,8 +322,8 @@ def test_what_the_probe_can_not_do_here_is_said_at_the_start(
         insisted.append(insist)
         return _Probe(), comparison
 
-    monkeypatch.setattr(serve, "start_probe", start)
-    assert serve._start_probe(attribution, [("127.0.0.1", 1)]) is not None
+    monkeypatch.setattr(running, "start_probe", start)
+    assert running._start_probe(attribution, [("127.0.0.1", 1)]) is not None
     assert insisted == [attribution == "ebpf"]
     assert caplog.messages == [
         "attribution: on TCP the kernel names every sender by process and thread",
@@ -333,11 +333,11 @@ def test_what_the_probe_can_not_do_here_is_said_at_the_start(
 
 
 def test_without_a_tcp_listener_no_probe_is_missed() -> None:
-    assert serve._start_probe("ebpf", []) is None
-    assert serve._start_probe("off", [("127.0.0.1", 1)]) is None
+    assert running._start_probe("ebpf", []) is None
+    assert running._start_probe("off", [("127.0.0.1", 1)]) is None
 
 
 def test_insisting_on_what_proc_gives_is_part_of_insisting_on_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "check", lambda **_: (PROC, SENDERS, NO_TCP))
+    monkeypatch.setattr(running, "check", lambda **_: (PROC, SENDERS, NO_TCP))
     with pytest.raises(ConfigurationError, match=re.escape("--attribution ebpf: sock_diag for TCP: no such family")):
-        serve._missing_capabilities(Settings(attribution="ebpf"))
+        running._missing_capabilities(Settings(attribution="ebpf"))

@@ -18,7 +18,7 @@ import pytest
 
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.attribution.privileges import ENTERING, LOOKING, Account, Right, rights
-from pgguard.cli import serve
+from pgguard import running
 from pgguard.faults.docket import Docket
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.guard import Guard
@@ -315,7 +315,7 @@ def test_a_user_that_may_not_read_the_guards_own_code_is_refused(monkeypatch: py
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
     guard = Guard(Settings(upstream=UPSTREAM), sinks=Fanout([], complain=print), docket=Docket(), witness=None)
     with pytest.raises(ConfigurationError, match=r"it may not read .*: install pgguard where it may"):
-        serve._check_reach(guard, Account("nobody", 1, 1))
+        running._check_reach(guard, Account("nobody", 1, 1))
 
 
 def test_a_guard_without_rights_has_none_to_give_up() -> None:

@@ -14,9 +14,10 @@ from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.attribution.threads import Waits
 from pgguard.faults.catalogue import CATALOGUE, SERVERS_ADVICE, SETTLED_ADVICE, Severity
 from pgguard.faults.conclude import AT_ONCE
-from pgguard.faults.fault import Role, rfc3339
+from pgguard.faults.fault import Role
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
+from pgguard.reporting.record import rfc3339, to_record
 from pgguard.session.verdicts import (
     Direction,
     Kind,
@@ -447,7 +448,7 @@ def test_severity_depends_on_the_driver() -> None:
 def test_the_record_is_the_one_of_the_contract() -> None:
     """Key by key, in the contract's order; dashboards read this."""
     built = fault(OVERLAP, replace(KERNEL, holders=(WORKER_0, WORKER_1), opener=None))
-    record = built.to_record()
+    record = to_record(built)
     assert json.loads(json.dumps(record)) == record
     assert record == {
         "id": 7,
@@ -566,7 +567,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
 
 
 def test_the_record_says_what_a_thread_was_doing_and_how_that_is_known() -> None:
-    record = fault(BUSY, replace(ALONE, waits=WAITS, stacks=STACKS, runtimes={4864: PUMA})).to_record()
+    record = to_record(fault(BUSY, replace(ALONE, waits=WAITS, stacks=STACKS, runtimes={4864: PUMA})))
     culprit = record["culprits"][0]
     assert json.loads(json.dumps(record)) == record
     assert {key: culprit[key] for key in ("tid", "evidence", "tid_evidence", "thread_name", "system_call")} == {
@@ -583,22 +584,22 @@ def test_the_record_says_what_a_thread_was_doing_and_how_that_is_known() -> None
 
 def test_the_record_says_who_has_how_many_connections() -> None:
     full = verdict(Kind.CONNECTION_EXHAUSTION)
-    record = fault(full, replace(ALONE, shares=(Share(MASTER, 90), Share(None, 2)))).to_record()
+    record = to_record(fault(full, replace(ALONE, shares=(Share(MASTER, 90), Share(None, 2)))))
     assert [(share["pid"], share["count"]) for share in record["connections"]] == [(4864, 90), (None, 2)]
     assert record["connections"][0]["process"]["name"] == "ruby"
     assert record["connections"][1]["process"] is None
-    assert fault(full, replace(ALONE, shares=())).to_record()["connections"] == []
+    assert to_record(fault(full, replace(ALONE, shares=())))["connections"] == []
 
 
 def test_the_record_names_a_process_in_a_container_by_both_its_pids() -> None:
     inside = replace(WORKER_1, namespace_pid=17)
-    record = fault(OVERLAP, replace(KERNEL, senders={4866: WORKER_0, 4867: inside})).to_record()
+    record = to_record(fault(OVERLAP, replace(KERNEL, senders={4866: WORKER_0, 4867: inside})))
     assert [culprit["process"]["namespace_pid"] for culprit in record["culprits"][:2]] == [17, None]
 
 
 def test_the_record_says_what_a_client_declared_that_can_not_be_looked_at() -> None:
     said = Findings(declared={"pid": "31", "controller": "users"})
-    [culprit] = fault(verdict(Kind.IDLE_IN_TRANSACTION), said).to_record()["culprits"]
+    [culprit] = to_record(fault(verdict(Kind.IDLE_IN_TRANSACTION), said))["culprits"]
     assert (culprit["pid"], culprit["evidence"], culprit["process"]) == (31, "declared", None)
     assert culprit["declared"] == {"pid": "31", "controller": "users"}
 
@@ -614,7 +615,7 @@ def test_the_record_says_what_a_client_declared_that_can_not_be_looked_at() -> N
     ],
 )
 def test_each_request_says_how_its_sender_is_known(sender: Sender | None, evidence: str | None) -> None:
-    record = fault(replace(BUSY, requests=(replace(OUTSTANDING, sender=sender),)), ALONE).to_record()
+    record = to_record(fault(replace(BUSY, requests=(replace(OUTSTANDING, sender=sender),)), ALONE))
     assert record["requests"][0]["evidence"] == evidence
 
 
@@ -622,7 +623,7 @@ def test_what_is_not_known_is_null() -> None:
     facts = replace(FACTS, user=None, database=None, application_name=None, client=None, backend_pid=None)
     seen = replace(OUTSTANDING, sql=None, sender=None, state=RequestState.WAITING)
     startup = MessageSeen(Direction.FRONTEND, None, "StartupMessage", 84)
-    record = fault(replace(BUSY, message=startup, requests=(seen,)), NOTHING, facts=facts).to_record()
+    record = to_record(fault(replace(BUSY, message=startup, requests=(seen,)), NOTHING, facts=facts))
     assert record["message"] == {
         "direction": "frontend",
         "type": None,
@@ -651,15 +652,15 @@ def test_what_is_not_known_is_null() -> None:
     assert record["requests"][0]["sql"] is None
     assert record["requests"][0]["pid"] is None
     assert record["requests"][0]["evidence"] is None
-    assert fault(CLOSED, NOTHING).to_record()["message"] is None
+    assert to_record(fault(CLOSED, NOTHING))["message"] is None
 
 
 def test_no_password_of_a_command_line_is_recorded() -> None:
     psql = process(4867, 4864, "psql", "postgresql://app:s3cret@db/app", name="psql")
     for mode in SqlMode:
-        record = fault(
+        record = to_record(fault(
             OVERLAP, replace(KERNEL, senders={4867: psql}), sql_mode=mode, action=Action.REJECTED
-        ).to_record()
+        ))
         assert "s3cret" not in json.dumps(record)
 
 

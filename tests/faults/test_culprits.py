@@ -15,6 +15,7 @@ from pgguard.attribution.threads import Sleep, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.culprits import find_culprits, foremost, known_processes, sender_evidence, tell_story
 from pgguard.faults.fault import Chapter, Culprit, Event, Role
+from pgguard.reporting.record import to_record
 from pgguard.session.verdicts import AFTER_END, Kind, Limit, Refusal, Sender, Verdict
 from tests.faults.samples import (
     DATA_ROW,
@@ -333,8 +334,8 @@ def test_a_record_names_eight_beside_the_owner_and_counts_the_others() -> None:
     named, more = foremost(find_culprits(OVERLAP, shared))
     assert [c.role for c in named] == [INTRUDER, REQUESTER, OWNER, *[HOLDER] * 6]
     assert more == 6
-    assert fault(OVERLAP, shared).to_record()["more_culprits"] == 6
-    assert fault(OVERLAP, KERNEL).to_record()["more_culprits"] == 0
+    assert to_record(fault(OVERLAP, shared))["more_culprits"] == 6
+    assert to_record(fault(OVERLAP, KERNEL))["more_culprits"] == 0
 
 
 def test_a_client_that_can_not_be_looked_at_is_named_by_its_own_account() -> None:

@@ -17,6 +17,7 @@ from pgguard.faults.rejection import rejection
 from pgguard.faults.sql import SqlMode
 from pgguard.faults.text import discreet, discreet_setting
 from pgguard.reporting.console import print_fault
+from pgguard.reporting.record import to_record
 from pgguard.session.verdicts import Kind, Limit, Party, Refusal, RequestSeen, RequestState, Sender
 from tests.faults.samples import FACTS, KERNEL, NOW, OVERLAP, WORKER_0, WORKER_1, asleep, fault, process, verdict
 
@@ -55,7 +56,7 @@ def test_no_part_of_a_fault_holds_a_secret(mode: SqlMode) -> None:
     )
     printed = io.StringIO()
     print_fault(Console(file=printed, width=10000), told)
-    shown = "\n".join([json.dumps(told.to_record()), repr(told), printed.getvalue(), *rejection(told)])
+    shown = "\n".join([json.dumps(to_record(told)), repr(told), printed.getvalue(), *rejection(told)])
     assert "***" in shown
     for length in range(4, len(SECRET)):
         assert SECRET[-length:] not in shown
@@ -80,7 +81,7 @@ def test_what_a_client_says_of_itself(mode: SqlMode, shown: dict[str, str]) -> N
     declared = {"controller": "users", "db_url": f"postgresql://u:{SECRET}@h", "password": SECRET, "job": "a"}
     findings = Findings(declared=declared | {"application_name": "puma"}, driver=Driver.UNKNOWN)
     told = fault(verdict(Kind.PROTOCOL_VIOLATION, by=Party.CLIENT), findings, sql_mode=mode)
-    [record] = [one["declared"] for one in told.to_record()["culprits"] if one["declared"] is not None]
+    [record] = [one["declared"] for one in to_record(told)["culprits"] if one["declared"] is not None]
     assert record == shown | {"application_name": "puma"}
 
 

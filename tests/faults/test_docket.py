@@ -28,6 +28,7 @@ from pgguard.faults.docket import (
 )
 from pgguard.faults.fault import Fault
 from pgguard.faults.policy import Action
+from pgguard.reporting.record import to_record
 from pgguard.session.verdicts import Kind, Limit, Party, Refusal, Sender, Verdict
 from tests.faults.samples import FACTS, KERNEL, NOW, OVERLAP, QUERY, WORKER_0, WORKER_1, asleep, fault, process, verdict
 
@@ -341,7 +342,7 @@ def test_a_storm_of_sessions_is_recorded_by_its_cause() -> None:
         records += docket.close(session, at=at)
         records += docket.settle(at=at)
     assert len(records) <= FULL_RECORDS + 8 + ENDS
-    assert sum(len(json.dumps(record.to_record())) for record in records) < 32_000
+    assert sum(len(json.dumps(to_record(record))) for record in records) < 32_000
     records += docket.close_all(at=NOW + 9)
     assert sum(1 + record.suppressed for record in records) == 2000
     assert [count.faults for count in docket.counts()] == [2000]
@@ -401,7 +402,7 @@ def test_a_repeat_on_another_session_says_which_and_by_whom() -> None:
     assert again.culprits[0].pid == 5000
     assert (again.requests, again.story) == ((), ())
     assert all(culprit.stack is None and culprit.stack_problem is None for culprit in again.culprits)
-    assert again.to_record()["advice"] is None
+    assert to_record(again)["advice"] is None
 
 
 OTHERS = replace(KERNEL, senders={4866: WORKER_0, 4867: process(4867, 4864, "sidekiq 7 [app]")})

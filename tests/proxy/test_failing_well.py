@@ -14,6 +14,7 @@ from pgguard.faults.docket import Docket
 from pgguard.proxy.investigation import EVIDENCE_BUDGET
 from pgguard.proxy.judge import Judge
 from pgguard.proxy.session import ProxiedSession
+from pgguard.reporting.record import to_record
 from pgguard.reporting.sinks import Fanout
 from pgguard.session.tracker import Tracker
 from tests.proxy.conftest import House, running, until
@@ -88,7 +89,7 @@ async def test_a_fault_of_which_nothing_can_be_said_is_recorded_plainly(
     await client.send(TERMINATE)
     await server.expect(TERMINATE)
     await house.recorded("message-while-idle", "untracked")
-    record = house.faults[0].to_record()
+    record = to_record(house.faults[0])
     assert (record["session"]["id"], record["message"]["name"]) == (1, "RowDescription")
     assert (record["severity"], record["action"]) == ("error", "logged")
 

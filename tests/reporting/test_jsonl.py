@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from pgguard.attribution.findings import Findings
 from pgguard.reporting.jsonl import BACKLOG, JsonLines, encode
+from pgguard.reporting.record import to_record
 from pgguard.reporting.sinks import SinkError
 from tests.faults.samples import FACTS, OVERLAP, fault, process
 
@@ -48,7 +49,7 @@ def test_each_fault_is_in_the_file_as_a_line_before_record_returns(tmp_path: Pat
     for n in (1, 2):
         sink.record(fault(id=n))
         lines = path.read_text(encoding="utf-8").splitlines()
-        assert [json.loads(line) for line in lines] == [fault(id=m).to_record() for m in range(1, n + 1)]
+        assert [json.loads(line) for line in lines] == [to_record(fault(id=m)) for m in range(1, n + 1)]
     sink.close()
 
 
@@ -126,7 +127,7 @@ def test_every_record_is_one_line_for_every_reader_and_the_same_text_again(text:
     data = encode(what)
     line = data.decode("utf-8")
     assert line.splitlines() == [line[:-1]] == line.split("\n")[:-1]
-    assert json.loads(data) == what.to_record()
+    assert json.loads(data) == to_record(what)
 
 
 def test_what_can_be_read_is_not_escaped() -> None:
@@ -171,7 +172,7 @@ def test_a_fifo_whose_reader_stalls_never_blocks_and_never_tears_a_line(tmp_path
     received += os.read(reader, 1 << 20)
     os.close(reader)
     lines = [json.loads(line) for line in received.splitlines()]
-    assert lines == [LARGE.to_record(), *(fault(id=n).to_record() for n in range(8, 20))]
+    assert lines == [to_record(LARGE), *(to_record(fault(id=n)) for n in range(8, 20))]
 
 
 def test_a_line_that_stays_torn_is_said_when_the_file_is_closed(tmp_path: Path) -> None:

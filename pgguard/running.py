@@ -1,0 +1,323 @@
+"""A guard with its sinks, started and ended: for whoever runs one, on the command line or inside a program.
+
+What it takes, in this order: the listeners are opened, the kernel is asked to name senders, rights that aren't needed
+any more are given up, it is found out which evidence can be had, and whether the guard stands in front of itself. No
+thread is started before the rights have been given up, as they are a thread's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from pgguard.attribution import privileges, scout
+from pgguard.attribution.capabilities import check
+from pgguard.attribution.ebpf.probe import ProbeUnavailable
+from pgguard.attribution.privileges import Right, RightsError
+from pgguard.attribution.transparency import start as start_probe
+from pgguard.attribution.trust import user_name
+from pgguard.attribution.witness import Witness
+from pgguard.faults.docket import Docket
+from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.guard import Guard
+from pgguard.proxy.interpreter import tune
+from pgguard.proxy.losses import Loss, keep_going, spared
+from pgguard.proxy.upstream import barred
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from pgguard.attribution.capabilities import Capability
+    from pgguard.attribution.ebpf.probe import SenderProbe
+    from pgguard.attribution.privileges import Account
+    from pgguard.faults.docket import Count
+    from pgguard.proxy.addresses import Address, Upstream
+    from pgguard.proxy.settings import Settings
+    from pgguard.reporting.sinks import Fanout
+
+_TRIAL: Final = 20.0
+"""Seconds to try which evidence can be had: it takes tenths of one, unless somebody's process hangs."""
+
+_LOOK_FIRST: Final = 0.5
+"""Seconds for a server to ignore a CancelRequest before clients are told that the guard is ready."""
+
+logger = logging.getLogger(__name__)
+
+
+class RunningGuard:
+    """A guard that accepts connections; made by :func:`running_guard`.
+
+    Args:
+        guard: That guard.
+        docket: Counts its faults.
+        everything: What is cancelled to end it at once.
+        ended: Set when it has been stopped and no session is left.
+        addresses: Where it listens, with the ports that the system has chosen.
+        missing: What attribution, where it is wanted, must do without on this host.
+        warnings: What else is to be said as it starts: sentences.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        docket: Docket,
+        everything: trio.CancelScope,
+        ended: trio.Event,
+        *,
+        addresses: Sequence[Address],
+        missing: Sequence[Capability],
+        warnings: Sequence[str],
+    ) -> None:
+        self._guard = guard
+        self._docket = docket
+        self._everything = everything
+        self._ended = ended
+        self.addresses = tuple(addresses)
+        self.missing = tuple(missing)
+        self.warnings = tuple(warnings)
+
+    @property
+    def upstream(self) -> Upstream:
+        """Where PostgreSQL is."""
+        return self._guard.upstream
+
+    @property
+    def sessions(self) -> int:
+        """How many clients have connected so far."""
+        return self._guard.sessions
+
+    def counts(self) -> list[Count]:
+        """What has happened so far, the gravest first."""
+        return self._docket.counts()
+
+    def remarks(self) -> list[str]:
+        """What the kernel couldn't say about senders so far: clauses, none if all was known."""
+        return self._guard.remarks()
+
+    def reload(self, settings: Settings) -> None:
+        """Go on by other settings: those that :func:`pgguard.proxy.settings.reload_settings` lets change.
+
+        Raises:
+            ConfigurationError: They contradict themselves; nothing has changed.
+        """
+        self._guard.reload(settings)
+
+    def stop(self) -> None:
+        """Accept nobody any more, and end when the sessions are done or the settings' ``shutdown_timeout`` is over."""
+        self._guard.stop()
+
+    def cut_off(self) -> None:
+        """End at once, whatever its sessions are doing; the block is cancelled too."""
+        self._everything.cancel()
+
+    async def wait_ended(self) -> None:
+        """Wait until it has been stopped and no session is left."""
+        await self._ended.wait()
+
+
+@asynccontextmanager
+async def running_guard(
+    settings: Settings, sinks: Fanout, *, account: Account | None = None
+) -> AsyncIterator[RunningGuard]:
+    """Run a guard for as long as the block takes, which is entered once it accepts connections.
+
+    When the block is left the guard accepts nobody any more, and the context waits until the sessions are done, or for
+    the settings' ``shutdown_timeout``; cancelling it cuts them off at once. Then every fault has been handed to the
+    sinks, and what was suppressed is accounted for.
+
+    Args:
+        settings: What to guard, where to listen, what to do about faults.
+        sinks: Where the faults go; not closed.
+        account: The user to become once everything is set up, of a guard that is started as root.
+
+    Raises:
+        ConfigurationError: The guard can't run like that: raised on entering, or out of the block when it is found out
+            only then that the guard is in front of itself.
+    """
+    docket = Docket()
+    witness = None if settings.attribution == "off" else Witness()
+    guard = Guard(settings, sinks=sinks, docket=docket, witness=witness)
+    with ExitStack() as stack:
+        addresses = await guard.listen()
+        stack.callback(guard.close)
+        probe = _start_probe(settings.attribution, guard.tcp_listeners())
+        if probe is not None:
+            stack.callback(probe.close)
+            guard.use_probe(probe)
+        _give_up_rights(guard, settings, account, probe)
+        missing = await _look_around(settings)
+        room = guard.look_for_room()
+        said = (settings.remark, *guard.listener_remarks, guard.upstream.remark, room)
+        warnings = [remark for remark in said if remark is not None]
+        stack.callback(_account, docket, sinks)
+        async with _serving(guard) as (everything, ended):
+            yield RunningGuard(
+                guard, docket, everything, ended, addresses=addresses, missing=missing, warnings=warnings
+            )
+
+
+@asynccontextmanager
+async def _serving(guard: Guard) -> AsyncIterator[tuple[trio.CancelScope, trio.Event]]:
+    """Serve, unless it is found out that the guard is in front of itself: that raises ConfigurationError.
+
+    Yields what is cancelled to end everything at once, and what is set when the guard has been stopped and is done.
+    """
+    ended = trio.Event()
+    loops: list[str] = []
+    failures: list[Exception] = []
+    looked = trio.Event()
+    async with trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            await guard.serve()
+            ended.set()
+
+        async def look() -> None:
+            with spared(Loss.STEP):
+                if (loop := await guard.find_loop()) is not None:
+                    loops.append(loop)
+                    nursery.cancel_scope.cancel()
+            looked.set()
+
+        nursery.start_soon(serve)
+        nursery.start_soon(look)
+        nursery.start_soon(keep_going, tune)
+        with trio.move_on_after(_LOOK_FIRST):
+            await looked.wait()
+        if not loops:
+            try:
+                yield nursery.cancel_scope, ended
+            except Exception as error:
+                failures.append(error)  # to be raised as it is, and not in a group
+            guard.stop()
+            await ended.wait()
+            nursery.cancel_scope.cancel()
+    for loop in loops:
+        raise ConfigurationError(loop)
+    for failure in failures:
+        raise failure
+
+
+def _account(docket: Docket, sinks: Fanout) -> None:
+    """Account for what was suppressed, as nothing more comes."""
+    with spared(Loss.RECORD):
+        for fault in docket.close_all(at=time.time()):
+            sinks.record(fault)
+
+
+def _missing_capabilities(settings: Settings) -> list[Capability]:
+    """What attribution, where it is wanted, must do without on this host.
+
+    Raises:
+        ConfigurationError: it must not.
+    """
+    if settings.attribution == "off":
+        return []
+    missing = [capability for capability in check(probe=False) if not capability.available]
+    if settings.attribution in ("proc", "ebpf"):
+        for capability in missing:
+            if capability.essential:
+                raise ConfigurationError(
+                    f"--attribution {settings.attribution}: {capability.name}: {capability.explanation}; "
+                    "or use --attribution auto"
+                )
+    return missing
+
+
+def _start_probe(attribution: str, listeners: Sequence[tuple[str, int]]) -> SenderProbe | None:
+    """Have the kernel say who sends on TCP, if it is wanted and can be had.
+
+    Raises:
+        ConfigurationError: it must be had, and can't.
+    """
+    if attribution == "off" or not listeners:
+        return None
+    insisted = attribution == "ebpf"
+    try:
+        probe, comparison = start_probe(listeners, insist=insisted)
+    except ProbeUnavailable as error:
+        if insisted:
+            raise ConfigurationError(f"--attribution ebpf: {error}; or use --attribution auto") from error
+        logger.warning("attribution does without kernel senders on TCP: %s", error)
+        return None
+    logger.info("attribution: on TCP the kernel names every sender by process and thread")
+    for limit in probe.limits:
+        logger.warning("attribution: %s", limit)
+    if not comparison.alike:
+        logger.warning("attribution: as is insisted on, clients are watched though %s", comparison)
+    return probe
+
+
+def _give_up_rights(guard: Guard, settings: Settings, account: Account | None, probe: SenderProbe | None) -> None:
+    """Keep the rights that a guard takes which has everything that it needs to begin, and no others.
+
+    To be called before any thread is started, and after everything is opened that takes more.
+
+    Raises:
+        ConfigurationError: it must be another user's, and can't.
+    """
+    if not privileges.has_any():
+        return
+    kept: set[int] = set()
+    reserve: frozenset[int] = frozenset()
+    if settings.attribution != "off":
+        kept |= privileges.looking()
+        if guard.is_for_neighbours:
+            reserve = privileges.ENTERING
+    with privileges.only(kept):
+        if probe is not None and probe.takes_rights:
+            kept.add(Right.CAP_BPF)
+        if account is None and barred(guard.upstream):
+            kept.add(Right.CAP_DAC_OVERRIDE)
+    try:
+        gone = privileges.give_up(kept, reserve, account)
+    except RightsError as error:
+        if account is not None:
+            raise ConfigurationError(
+                f"--user {account.name}: {error}: that takes CAP_SETUID, CAP_SETGID and CAP_SETPCAP"
+            ) from error
+        logger.warning("rights: more of them are kept than are needed: %s", error)
+        return
+    if account is not None:
+        _check_reach(guard, account)
+    has = sorted(privileges.rights() | reserve)
+    logger.info(
+        "rights: as %s, with %s; %d other capabilities are given up",
+        user_name(os.geteuid()),
+        privileges.names(has) or "no capabilities",
+        len(gone),
+    )
+
+
+def _check_reach(guard: Guard, account: Account) -> None:
+    """See whether the user that has been changed to can do what the guard goes on to do.
+
+    Raises:
+        ConfigurationError: it can't.
+    """
+    for program in (__file__, os.__file__):
+        if not os.access(program, os.R_OK, effective_ids=True):
+            raise ConfigurationError(
+                f"--user {account.name}: it may not read {program}, which is the guard's: install pgguard where it may"
+            )
+    for address in barred(guard.upstream):
+        raise ConfigurationError(
+            f"--user {account.name}: it may not connect to the server at {address}: have the socket's group be one "
+            "of its own, or give the server's TCP address"
+        )
+
+
+async def _look_around(settings: Settings) -> list[Capability]:
+    """As :func:`_missing_capabilities`, with the rights that the guard has by now. Raises ConfigurationError."""
+    with trio.move_on_after(_TRIAL):
+        if settings.attribution != "off":
+            await trio.to_thread.run_sync(scout.start, abandon_on_cancel=True)
+        return await trio.to_thread.run_sync(_missing_capabilities, settings, abandon_on_cancel=True)
+    logger.warning("what attribution can have here could not be found out within %g s", _TRIAL)
+    return []
