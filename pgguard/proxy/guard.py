@@ -112,6 +112,7 @@ class Guard:
             sinks=sinks,
             witness=witness,
             sessions=self._sessions.values,
+            evidence_budget=settings.evidence_budget,
         )
         self._unread = UnreadWatch(settings.unread_answer)
         self._sweep = Sweep(
@@ -256,7 +257,7 @@ class Guard:
         Raises:
             ConfigurationError: they contradict themselves; nothing has changed.
         """
-        self._judge.follow(settings.policy(), settings.sql)
+        self._judge.follow(settings.policy(), settings.sql, settings.evidence_budget)
         self._settings = settings
         self._watch.limit_idleness(settings.idle_in_transaction)
         self._unread.limit(settings.unread_answer)

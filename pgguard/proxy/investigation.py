@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from pgguard.proxy.session import ProxiedSession
     from pgguard.session.verdicts import Verdict
 
-EVIDENCE_BUDGET: Final = 0.05
-"""Seconds for which what has been sent may be held while evidence is taken."""
 _WAITING_BUDGET: Final = 0.005
 """Seconds for which a culprit is given to come from its send to its wait."""
 _STAYING_BUDGET: Final = 0.02
@@ -100,6 +98,7 @@ class Investigation:
         verdict: what is being judged.
         evidence: where what is found is put, piece by piece.
         counted: of a connection-exhaustion, the sessions that count toward the limit.
+        budget: seconds in which it has to be done, from its beginning.
     """
 
     def __init__(
@@ -109,13 +108,15 @@ class Investigation:
         verdict: Verdict,
         evidence: Evidence,
         counted: Sequence[Counted],
+        budget: float,
     ) -> None:
         self._witness = witness
         self._session = session
         self._verdict = verdict
         self._evidence = evidence
         self._counted = counted
-        self._ends = time.monotonic() + EVIDENCE_BUDGET
+        self._budget = budget
+        self._ends = time.monotonic() + budget
         self._since: float | None = None
         self._stacks = True
 
@@ -127,7 +128,7 @@ class Investigation:
                 has been seen for any of them since then holds for this one as well, and nothing is waited for.
             stacks: whether there may be stacks.
         """
-        self._ends = time.monotonic() + EVIDENCE_BUDGET
+        self._ends = time.monotonic() + self._budget
         self._since = since
         self._stacks = stacks and since is None
 

@@ -25,7 +25,7 @@ from pgguard.faults.fault import SessionFacts
 from pgguard.faults.policy import Action, Policy
 from pgguard.faults.rejection import PLAIN_REJECTION, SQLSTATE, rejection
 from pgguard.proxy import looking
-from pgguard.proxy.investigation import EVIDENCE_BUDGET, Evidence, Investigation, known_at_once
+from pgguard.proxy.investigation import Evidence, Investigation, known_at_once
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.rollcall import call_roll
 from pgguard.proxy.turns import Allowance, Desk, Turns, Urgency, spent_by_children, timed
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 _SAMPLING_BUDGET: Final = 0.004
 """Seconds for which a request is held back until its sender is seen to wait for the answer."""
+_SAMPLING_LIMIT: Final = 0.05
+"""The same, where looking itself takes long: the processors are busy with something else."""
 _SAMPLING_SHARE: Final = 0.1
 """Of the time, that is spent on sampling in the long run at most, for all contested sessions together."""
 _SAMPLING_SAVINGS: Final = 1.0
@@ -121,6 +123,7 @@ class Judge:
         sinks: where records go.
         witness: attribution; ``None`` when it is off.
         sessions: the sessions that are open.
+        evidence_budget: seconds for which a session may be held while a fault is looked into; 0 for none.
     """
 
     def __init__(
@@ -132,6 +135,7 @@ class Judge:
         sinks: Fanout,
         witness: Witness | None,
         sessions: Callable[[], Iterable[ProxiedSession]],
+        evidence_budget: float,
     ) -> None:
         self._actions = _actions(policy)
         """What is done about which fault; ``None``: nothing."""
@@ -140,6 +144,7 @@ class Judge:
         self._sinks = sinks
         self._witness = witness
         self._sessions = sessions
+        self._evidence_budget = evidence_budget
         self._turns = Turns()
         self._threads = trio.CapacityLimiter(_INVESTIGATIONS)
         self._desk = Desk(_INVESTIGATIONS, _LINE)
@@ -156,13 +161,14 @@ class Judge:
         self._refusals: dict[Refusal, list[tuple[ProxiedSession, Verdict]]] = {}
         """By what is being looked into, the sessions that have been refused for the same reason meanwhile."""
 
-    def follow(self, policy: Policy, sql_mode: SqlMode) -> None:
-        """Do from now on what another policy says. If that differs, faults that are known are news again."""
+    def follow(self, policy: Policy, sql_mode: SqlMode, evidence_budget: float) -> None:
+        """Go on by other settings. If another policy is among them, faults that are known are news again."""
         actions = _actions(policy)
         if actions != self._actions:
             self._docket.renew(at=time.time())
         self._actions = actions
         self._sql_mode = sql_mode
+        self._evidence_budget = evidence_budget
 
     def is_repeat(self, session: ProxiedSession, verdict: Verdict, now: float) -> bool:
         """Deal with a verdict for which nothing needs to be held: it is ignored, or logged and known.
@@ -302,7 +308,7 @@ class Judge:
             watchers=session.sightings.watchers | session.sightings.loiterers,
             seconds=_SAMPLING_BUDGET,
         )
-        with trio.move_on_after(EVIDENCE_BUDGET) as limit:
+        with trio.move_on_after(_SAMPLING_LIMIT) as limit:
             sample, blocked = await looking.look(look, limiter=self._threads)
         self._sampling.spend(time.monotonic() - began)
         if limit.cancelled_caught:
@@ -410,7 +416,7 @@ class Judge:
             with trio.move_on_after(_DRIVER_BUDGET):
                 await session.opening_known.wait()
         counted: tuple[Counted, ...] = ()
-        budget = EVIDENCE_BUDGET
+        budget = self._evidence_budget
         if verdict.kind is Kind.CONNECTION_EXHAUSTION:
             counted = call_roll(session, verdict.refusal, self._sessions())
             budget = _ROLL_CALL_BUDGET
@@ -423,16 +429,16 @@ class Judge:
         if session.connected is not None and (session.opening is None or doubtful):
             # With evidence of its own: if it comes too late, it goes on beside the next look.
             first = Evidence(evidence.findings)
-            look = Investigation(witness, session, verdict, first, counted)
+            look = Investigation(witness, session, verdict, first, counted, self._evidence_budget)
             try:
-                with trio.move_on_after(_GOODBYE_BUDGET if doubtful else EVIDENCE_BUDGET):
+                with trio.move_on_after(_GOODBYE_BUDGET if doubtful else self._evidence_budget):
                     async with self._desk.place(urgency, insist=doubtful) as served:
                         if served:
                             look.begin(began if self._desk.is_crowded else None)
                             await self._look(look.look_at_named, self._threads)
             finally:
                 evidence.findings, evidence.met = first.findings, dict(first.met)
-        investigation = Investigation(witness, session, verdict, evidence, counted)
+        investigation = Investigation(witness, session, verdict, evidence, counted, self._evidence_budget)
         waits = verdict.kind is Kind.UNCLEAN_CLOSE
         desk, threads = (self._waiting_desk, self._waiting_threads) if waits else (self._desk, self._threads)
         # Whether it is a fault at all shows only now.

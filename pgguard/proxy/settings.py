@@ -53,6 +53,8 @@ class Settings(BaseModel):
     """Seconds for which a transaction may sit idle; 0 for ever."""
     unread_answer: Annotated[float, Field(ge=0, le=86400)] = 5.0
     """Seconds for which a complete answer may lie unread; 0 for ever."""
+    evidence_budget: Annotated[float, Field(ge=0, le=5)] = 0.25
+    """Seconds for which a session may be held while the first fault of a cause is looked into; 0 for none."""
     user: str = ""
     """An ordinary user to change to once everything is set up; empty for none."""
     startup_timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0
@@ -117,6 +119,7 @@ _AT_RUN_TIME: Final = (
     "sql",
     "idle_in_transaction",
     "unread_answer",
+    "evidence_budget",
     "startup_timeout",
     "shutdown_timeout",
 )

@@ -11,9 +11,9 @@ import trio
 
 from pgguard.attribution.witness import Witness
 from pgguard.faults.docket import Docket
-from pgguard.proxy.investigation import EVIDENCE_BUDGET
 from pgguard.proxy.judge import Judge
 from pgguard.proxy.session import ProxiedSession
+from pgguard.proxy.settings import Settings
 from pgguard.reporting.record import to_record
 from pgguard.reporting.sinks import Fanout
 from pgguard.session.tracker import Tracker
@@ -165,6 +165,31 @@ async def test_a_sink_that_fails(backend: FakeBackend) -> None:
         await converse(client, server)
 
 
+@pytest.mark.parametrize("budget", [0.0, 1.0])
+async def test_a_session_is_held_for_as_long_as_the_budget_says(
+    backend: FakeBackend, budget: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def hang(*_: Any, **__: Any) -> None:
+        go_on.wait(30)
+
+    monkeypatch.setattr(Witness, "findings", hang)
+    try:
+        async with running(backend, witness=Witness(), evidence_budget=budget) as house:
+            client, server = await house.session(unix=True)
+            [session] = house.guard._sessions.values()
+            await session.opening_known.wait()
+            started = time.monotonic()
+            await server.send(COLUMNS)
+            await client.expect(COLUMNS)
+            held = time.monotonic() - started
+            await house.recorded("message-while-idle")
+    finally:
+        go_on.set()
+    assert budget <= held < budget + 10
+
+
 @pytest.mark.parametrize("method", ["opened_many", "watch", "findings", "sender", "waits", "runtimes"])
 async def test_a_witness_that_fails(backend: FakeBackend, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Witness, method, fail)
@@ -194,7 +219,7 @@ async def test_a_witness_that_hangs(backend: FakeBackend, method: str, monkeypat
             started = time.monotonic()
             await server.send(COLUMNS)
             await client.expect(COLUMNS)
-            assert time.monotonic() - started < EVIDENCE_BUDGET + 0.5
+            assert time.monotonic() - started < Settings().evidence_budget + 0.5
             await converse(client, server)
             await until(lambda: house.kinds == ["message-while-idle"])
             started = time.monotonic()
@@ -336,7 +361,7 @@ async def test_a_witness_that_fails_to_see_who_sends_costs_a_contested_session_n
                     await server.expect(request)
                 await server.send(ANSWER)
                 await client.expect(ANSWER)
-            assert time.monotonic() - started < 5 * EVIDENCE_BUDGET + 5
+            assert time.monotonic() - started < 5 * Settings().evidence_budget + 5
             await client.send(TERMINATE)
             await server.expect(TERMINATE)
     finally:

@@ -151,10 +151,9 @@ def probing() -> SenderProbe:
 
 @either_transport
 async def test_an_answer_that_nobody_reads_is_told_with_what_its_client_does_instead(
-    backend: FakeBackend, puppet: Puppet, transport: str, monkeypatch: pytest.MonkeyPatch
+    backend: FakeBackend, puppet: Puppet, transport: str
 ) -> None:
-    monkeypatch.setattr("pgguard.proxy.judge.EVIDENCE_BUDGET", 6.0)  # a busy machine takes its time
-    async with playing(backend, puppet, transport) as scene:
+    async with playing(backend, puppet, transport, evidence_budget=5.0) as scene:  # a busy machine takes its time
         await scene.ask()
         await scene.house.recorded("unread-answer")
         [fault] = scene.house.faults
