@@ -11,17 +11,15 @@ import logging
 import os
 import time
 from contextlib import ExitStack, asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from pgguard.attribution import privileges, scout
-from pgguard.attribution.capabilities import check
+from pgguard.attribution.capabilities import check, without_tcp_senders
 from pgguard.attribution.ebpf.probe import ProbeUnavailable
 from pgguard.attribution.privileges import Right, RightsError
 from pgguard.attribution.transparency import start as start_probe
-from pgguard.attribution.trust import user_name
 from pgguard.attribution.witness import Witness
 from pgguard.faults.docket import Docket
 from pgguard.proxy.errors import ConfigurationError
@@ -146,12 +144,13 @@ async def running_guard(
     with ExitStack() as stack:
         addresses = await guard.listen()
         stack.callback(guard.close)
-        probe = _start_probe(settings.attribution, guard.tcp_listeners())
+        missing: list[Capability] = []
+        probe = _start_probe(settings.attribution, guard.tcp_listeners(), missing)
         if probe is not None:
             stack.callback(probe.close)
             guard.use_probe(probe)
         _give_up_rights(guard, settings, account, probe)
-        missing = await _look_around(settings)
+        missing += await _look_around(settings)
         room = guard.look_for_room()
         said = (settings.remark, *guard.listener_remarks, guard.upstream.remark, room)
         warnings = [remark for remark in said if remark is not None]
@@ -183,6 +182,8 @@ async def _serving(guard: Guard) -> AsyncIterator[tuple[trio.CancelScope, trio.E
                 if (loop := await guard.find_loop()) is not None:
                     loops.append(loop)
                     nursery.cancel_scope.cancel()
+                elif (problem := guard.unreachable()) is not None:
+                    logger.warning("%s", problem)
             looked.set()
 
         nursery.start_soon(serve)
@@ -230,8 +231,15 @@ def _missing_capabilities(settings: Settings) -> list[Capability]:
     return missing
 
 
-def _start_probe(attribution: str, listeners: Sequence[tuple[str, int]]) -> SenderProbe | None:
+def _start_probe(
+    attribution: str, listeners: Sequence[tuple[str, int]], missing: list[Capability]
+) -> SenderProbe | None:
     """Have the kernel say who sends on TCP, if it is wanted and can be had.
+
+    Args:
+        attribution: what is wanted.
+        listeners: where clients connect.
+        missing: where what can't be had is added.
 
     Raises:
         ConfigurationError: it must be had, and can't.
@@ -244,13 +252,12 @@ def _start_probe(attribution: str, listeners: Sequence[tuple[str, int]]) -> Send
     except ProbeUnavailable as error:
         if insisted:
             raise ConfigurationError(f"--attribution ebpf: {error}; or use --attribution auto") from error
-        logger.warning("attribution does without kernel senders on TCP: %s", error)
+        missing.append(without_tcp_senders(error.problem, error.remedy))
         return None
-    logger.info("attribution: on TCP the kernel names every sender by process and thread")
-    for limit in probe.limits:
-        logger.warning("attribution: %s", limit)
+    if probe.limits:
+        missing.append(without_tcp_senders("; ".join(probe.limits), "run a newer kernel", altogether=False))
     if not comparison.alike:
-        logger.warning("attribution: as is insisted on, clients are watched though %s", comparison)
+        logger.warning("as --attribution ebpf insists, clients are watched though %s", comparison)
     return probe
 
 
@@ -276,23 +283,16 @@ def _give_up_rights(guard: Guard, settings: Settings, account: Account | None, p
         if account is None and barred(guard.upstream):
             kept.add(Right.CAP_DAC_OVERRIDE)
     try:
-        gone = privileges.give_up(kept, reserve, account)
+        privileges.give_up(kept, reserve, account)
     except RightsError as error:
         if account is not None:
             raise ConfigurationError(
                 f"--user {account.name}: {error}: that takes CAP_SETUID, CAP_SETGID and CAP_SETPCAP"
             ) from error
-        logger.warning("rights: more of them are kept than are needed: %s", error)
+        logger.warning("the guard keeps more rights than it needs: %s", error)
         return
     if account is not None:
         _check_reach(guard, account)
-    has = sorted(privileges.rights() | reserve)
-    logger.info(
-        "rights: as %s, with %s; %d other capabilities are given up",
-        user_name(os.geteuid()),
-        privileges.names(has) or "no capabilities",
-        len(gone),
-    )
 
 
 def _check_reach(guard: Guard, account: Account) -> None:
@@ -319,5 +319,5 @@ async def _look_around(settings: Settings) -> list[Capability]:
         if settings.attribution != "off":
             await trio.to_thread.run_sync(scout.start, abandon_on_cancel=True)
         return await trio.to_thread.run_sync(_missing_capabilities, settings, abandon_on_cancel=True)
-    logger.warning("what attribution can have here could not be found out within %g s", _TRIAL)
+    logger.warning("which evidence can be had here could not be found out within %g s", _TRIAL)
     return []

@@ -99,6 +99,8 @@ class Capability:
 
 KERNEL_SENDERS = "kernel senders on Unix sockets"
 """The capability that makes up for the lack of others."""
+TCP_SENDERS = "kernel senders on TCP"
+"""The one that the kernel's probe gives."""
 
 
 class _Missing(Exception):
@@ -223,6 +225,18 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
         return (proc, *(one.run(proc=proc.available) for one in checks))
 
 
+def without_tcp_senders(problem: str, remedy: str, *, altogether: bool = True) -> Capability:
+    """The lack of :data:`TCP_SENDERS`, as whoever has tried the kernel's probe has found it.
+
+    Args:
+        problem: what is wrong, a clause.
+        remedy: the one thing to do about it, an imperative.
+        altogether: False: some can be had.
+    """
+    name = TCP_SENDERS if altogether else f"some {TCP_SENDERS}"
+    return Capability(name, _TCP_SENDERS.purpose, essential=False, unix_instead=True, problem=problem, remedy=remedy)
+
+
 def _try_tcp_senders() -> str | None:
     """Have the kernel name ourselves as the sender of a byte, by a probe that changes nothing."""
     try:
@@ -259,7 +273,7 @@ def _connecting(address: tuple[str, int]) -> Iterator[socket.socket]:
 
 
 _TCP_SENDERS = _Check(
-    "kernel senders on TCP",
+    TCP_SENDERS,
     "names the process and the thread that sent each byte",
     _try_tcp_senders,
     "run the guard on the host's own kernel, not on a sandbox's imitation of one",

@@ -13,6 +13,8 @@ from rich.text import Text
 
 from pgguard.attribution.capabilities import KERNEL_SENDERS, check
 from pgguard.attribution.privileges import ENTERING, LOADING, LOOKING, names
+from pgguard.cli.progress import progress
+from pgguard.cli.statuses import DONE, MISSING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,12 +37,13 @@ def doctor(*, as_json: bool) -> int:
 
     That is 0 if everything essential can be had, else 1. Takes a second at most, unless something hangs.
     """
-    capabilities = check()
+    with progress("Trying what this host allows"):
+        capabilities = check()
     if as_json:
         print(json.dumps([_as_dict(capability) for capability in capabilities], indent=2))  # noqa: T201 - the answer
     else:
         _print(capabilities)
-    return 1 if _essential_missing(capabilities) else 0
+    return MISSING if _essential_missing(capabilities) else DONE
 
 
 def _as_dict(capability: Capability) -> dict[str, str | bool | list[str] | None]:

@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 from rich.padding import Padding
+from rich.pager import SystemPager
 from rich.table import Table
 from rich.text import Text
 
-from pgguard.faults.advice import advice_for, advised, closing, exhaustion
+from pgguard.attribution.runtime import Language, Library
+from pgguard.faults.advice import advice_for, advised_software, closing, exhaustion, runtime_with
 from pgguard.faults.catalogue import CATALOGUE, Severity, kind_hint
 from pgguard.faults.policy import KindAction
+from pgguard.faults.text import nearest
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.session import libpq
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from pgguard.attribution.runtime import Runtime
+    from pgguard.faults.advice import Software
     from pgguard.faults.catalogue import Advice, Entry
 
 PLAIN_WIDTH: Final = 80
@@ -57,16 +61,37 @@ _CASES: Final[Mapping[Kind, Mapping[str, Advice]]] = MappingProxyType(
 )
 """Advice by what has come to be known of a fault, besides that by what the processes run."""
 
+_ALSO_CALLED: Final[Mapping[str, Software]] = MappingProxyType(
+    {
+        "node": Language.NODE,
+        "golang": Language.GO,
+        "javascript": Language.NODE,
+        "rails": Library.ACTIVE_RECORD,
+        "psycopg3": Library.PSYCOPG,
+        "dbi": Library.DBD_PG,
+        "pdo": Library.PDO_PGSQL,
+    }
+)
+"""Other names for what there is advice for, in lower case."""
 
-def explain(kind: str | None) -> int:
+
+def explain(kind: str | None, software: Sequence[str] = ()) -> int:
     """Print what is known about a kind of fault, or a list of all kinds; return the exit status.
 
     Text is wrapped to the terminal's width, or to ``COLUMNS``; code and URLs never are, so that they can be copied.
+    What is more than a screen goes to the pager, as git's output does.
+
+    Args:
+        kind: The kind; ``None``: list them all.
+        software: What the application runs: the advice is for that, then, and is all that is printed.
 
     Raises:
-        ConfigurationError: There is no such kind.
+        ConfigurationError: There is no such kind, or nothing is known of such software.
     """
+    if software and kind is None:
+        raise ConfigurationError(f"--for takes a kind of fault as well: pgguard explain KIND --for {software[0]}")
     entry = None if kind is None else CATALOGUE[_kind(kind)]
+    runtime = _runtime(software) if software else None
     columns = os.environ.get("COLUMNS", "")
     wanted = int(columns) if columns.isdigit() and int(columns) else None
     terminal = sys.stdout.isatty()
@@ -76,10 +101,19 @@ def explain(kind: str | None) -> int:
     with console.capture() as printed:
         if entry is None:
             _print_kinds(console)
-        else:
+        elif runtime is None:
             _print_entry(console, entry)
+        else:
+            _print_advice(console, entry, runtime)
     text = printed.get()
-    sys.stdout.write(text if terminal else _TRAILING_SPACE.sub("", text))
+    if not terminal:
+        sys.stdout.write(_TRAILING_SPACE.sub("", text))
+    elif text.count("\n") < console.height:
+        sys.stdout.write(text)
+    else:
+        # What git sets: less ends at once where all fits, leaves the text on the screen, and shows colours.
+        os.environ.setdefault("LESS", "FRX")
+        SystemPager().show(text)
     return 0
 
 
@@ -88,6 +122,35 @@ def _kind(name: str) -> Kind:
         return Kind(name)
     except ValueError:
         raise ConfigurationError(f"there is no kind of fault {name!r}: {kind_hint(name)}") from None
+
+
+def software_names() -> list[str]:
+    """What ``--for`` can be given, by its own name."""
+    return sorted(advised_software(), key=str.lower)
+
+
+def _runtime(names: Sequence[str]) -> Runtime:
+    """A process that runs all of what is named."""
+    languages = advised_software()
+    by_name = {_letters(str(what)): what for what in languages}
+    by_name |= {name: what for name, what in _ALSO_CALLED.items() if what in languages}
+    software: list[Software] = []
+    for name in names:
+        if (what := by_name.get(_letters(name))) is None:
+            close = nearest(name, [*map(str, languages), *_ALSO_CALLED])
+            hint = f"did you mean {close}?" if close else f"there is {', '.join(software_names())}"
+            raise ConfigurationError(f"--for {name}: there is no advice for that: {hint}")
+        software.append(what)
+    first, *others = dict.fromkeys(languages[what] for what in software)
+    if others:
+        raise ConfigurationError(
+            f"--for: one process doesn't run {first} and {others[0]}: ask for {', then for '.join(names)}"
+        )
+    return runtime_with(software, languages)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.lower())
 
 
 def _print_kinds(console: Console) -> None:
@@ -101,7 +164,11 @@ def _print_kinds(console: Console) -> None:
         )
     console.print(table)
     console.print()
-    _paragraph(console, "pgguard explain KIND says what a kind means, how it comes about and how to fix it.")
+    _paragraph(
+        console,
+        "pgguard explain KIND says what a kind means, how it comes about and how to fix it; with --for FRAMEWORK, how "
+        "to fix it there.",
+    )
 
 
 def _print_entry(console: Console, entry: Entry) -> None:
@@ -114,12 +181,9 @@ def _print_entry(console: Console, entry: Entry) -> None:
         _verbatim(console, text)
     _section(console, "What to change", f"{entry.advice.title}. {entry.advice.text}", *entry.fixes)
     _sources(console, entry.advice)
-    for heading, advice in _fixes(entry.kind):
-        _section(console, heading, f"{advice.title}. {advice.text}")
-        if advice.code is not None:
-            console.print()
-            _verbatim(console, advice.code)
-        _sources(console, advice)
+    for case, advice in _CASES.get(entry.kind, {}).items():
+        _print_fix(console, case, advice)
+    _print_software(console, entry.kind)
     _section(
         console,
         "What pgguard can do about it",
@@ -137,21 +201,47 @@ def _in_mode_reject(entry: Entry) -> str:
     return "its session is ended" if always else "its session is ended where it is an error"
 
 
-def _fixes(kind: Kind) -> Iterator[tuple[str, Advice]]:
-    """The special advice there is for a kind, each once, under what it is for."""
-    yield from _CASES.get(kind, {}).items()
-    general = advice_for(kind, ())
-    said: set[Advice] = {general}
-    for runtime in advised(kind):
-        advice = advice_for(kind, [runtime])
-        if advice not in said:
-            said.add(advice)
-            yield _heading(runtime), advice
+def _print_advice(console: Console, entry: Entry, runtime: Runtime) -> None:
+    """What to change in the software at hand."""
+    _line(console, Text.assemble((entry.kind, _STYLES[entry.severity]), f": {entry.title}"))
+    _section(console, "What it means", entry.meaning)
+    advice = advice_for(entry.kind, [runtime])
+    if advice == entry.advice:
+        _section(console, "What to change", f"{advice.title}. {advice.text}", *entry.fixes)
+        _sources(console, advice)
+    else:
+        _print_fix(console, f"What to change in {_heading(runtime)}", advice)
+    if not (runtime.server or runtime.libraries):
+        _print_software(console, entry.kind, runtime.language)
+
+
+def _print_fix(console: Console, heading: str, advice: Advice) -> None:
+    _section(console, heading, f"{advice.title}. {advice.text}")
+    if advice.code is not None:
+        console.print()
+        _verbatim(console, advice.code)
+    _sources(console, advice)
+
+
+def _print_software(console: Console, kind: Kind, language: Language | None = None) -> None:
+    """List what there is special advice for, of one language or of all."""
+    by_language: dict[Language, list[str]] = {}
+    for what, its in advised_software(kind).items():
+        if language in {None, its}:
+            by_language.setdefault(its, [])
+            if what is not its:
+                by_language[its].append(str(what))
+    if not by_language or (language is not None and not any(by_language.values())):
+        return
+    _section(console, f"With code to paste: pgguard explain {kind} --for NAME, where NAME is one of")
+    for its, names in sorted(by_language.items()):
+        listed = ", ".join([*([its] if language is None else []), *sorted(names, key=str.lower)])
+        _paragraph(console, listed, indent=2)
 
 
 def _heading(runtime: Runtime) -> str:
     names = [*sorted(runtime.libraries), *([runtime.server] if runtime.server is not None else [])]
-    return f"{runtime.language}: {' with '.join(names)}" if names else f"{runtime.language}"
+    return " with ".join(names) if names else f"{runtime.language}"
 
 
 def _settings(entry: Entry) -> Iterator[str]:

@@ -5,128 +5,97 @@ from __future__ import annotations
 import os
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
+from rich.markup import escape
 
+from pgguard.cli import options
 from pgguard.cli.doctor import doctor
-from pgguard.cli.explain import explain
+from pgguard.cli.explain import explain, software_names
 from pgguard.cli.serve import serve
+from pgguard.cli.statuses import CANNOT, STATUSES
+from pgguard.faults.text import nearest
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.secrets.text import redact
+from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_CONFIGURATION_ERROR: Final = 2
+_NAME: Final = "pgguard"
 _MAY_HOLD_A_PASSWORD: Final = re.compile(r"://|passw|^(?!unix:).*:.*@", re.IGNORECASE | re.DOTALL)
+_NO_COMMAND: Final = re.compile(r"No such command '(.*)'\.", re.DOTALL)
+_SINGLE: Final = re.compile(r"-[^-]+")
+
+
+def _examples(*examples: str) -> str:
+    """The end of a help text. No line of it may be so long that a narrow terminal breaks it: it couldn't be pasted."""
+    return escape("\n".join(["Examples:", *(f"\n{example}" for example in examples)]))
+
+
+_STATUSES: Final = "\n".join(f"  {status:5}  {meaning}" for status, meaning in STATUSES)
 
 app = typer.Typer(
-    name="pgguard",
+    name=_NAME,
     help="A transparent guard in front of PostgreSQL that catches misused connections and names who did it.",
+    epilog=_examples(
+        "pgguard demo",
+        "pgguard serve --upstream postgresql://db.example.com",
+        "pgguard explain shared-by-processes --for gunicorn",
+    )
+    + f"\n\nExit status:\n\n{_STATUSES}",
     no_args_is_help=True,
-    add_completion=False,
+    suggest_commands=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
 
-@app.command("serve")
-def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
-    upstream: Annotated[
-        str,
-        typer.Option(
-            envvar="PGGUARD_UPSTREAM",
-            metavar="URL",
-            help="Where PostgreSQL is: a libpq connection string or URI. Default: libpq's PG* variables.",
-            show_default=False,
-        ),
-    ] = "",
-    listen: Annotated[
-        list[str] | None,
-        typer.Option(
-            envvar="PGGUARD_LISTEN",
-            metavar="ADDR",
-            help="HOST:PORT or unix:DIR[:PORT]; repeatable, and separated by spaces in the environment. "
-            "Default: 127.0.0.1:6544.",
-            show_default=False,
-        ),
-    ] = None,
-    mode: Annotated[
-        str,
-        typer.Option(
-            envvar="PGGUARD_MODE",
-            metavar="log|reject",
-            help="What an error does to its session. Default: log.",
-            show_default=False,
-        ),
-    ] = "",
-    faults: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="PGGUARD_FAULTS",
-            metavar="PATH",
-            help="Append every fault to PATH as JSON Lines.",
-            show_default=False,
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="PGGUARD_CONFIG",
-            metavar="PATH",
-            help="A configuration file in TOML. Default: pgguard.toml if there is one.",
-            show_default=False,
-        ),
-    ] = None,
-    attribution: Annotated[
-        str,
-        typer.Option(
-            envvar="PGGUARD_ATTRIBUTION",
-            metavar="auto|ebpf|proc|off",
-            help="Whether processes are named: as far as this host allows; on pain of an error, by the kernel on TCP "
-            "too or by /proc; or not. Default: auto.",
-            show_default=False,
-        ),
-    ] = "",
-    sql: Annotated[
-        str,
-        typer.Option(
-            envvar="PGGUARD_SQL",
-            metavar="normalized|full|none",
-            help="How SQL text appears in records. Default: normalized.",
-            show_default=False,
-        ),
-    ] = "",
-    idle_in_transaction: Annotated[
-        str,
-        typer.Option(
-            envvar="PGGUARD_IDLE_IN_TRANSACTION",
-            metavar="SECONDS",
-            help="How long a transaction may sit idle; 0: for ever. Default: 60.",
-            show_default=False,
-        ),
-    ] = "",
-    unread_answer: Annotated[
-        str,
-        typer.Option(
-            envvar="PGGUARD_UNREAD_ANSWER",
-            metavar="SECONDS",
-            help="How long a complete answer may lie unread in the client's socket; 0: for ever. Default: 5.",
-            show_default=False,
-        ),
-    ] = "",
-    user: Annotated[
-        str,
-        typer.Option(
-            envvar="PGGUARD_USER",
-            metavar="NAME",
-            help="An ordinary user to become once everything is set up, for a guard that is started as root.",
-            show_default=False,
-        ),
-    ] = "",
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(_NAME, version(_NAME))  # noqa: T201 - the answer
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit."),
+    ] = False,
 ) -> None:
-    """Run the guard in front of one PostgreSQL until SIGINT or SIGTERM; a second signal ends it at once."""
+    pass
+
+
+@app.command(
+    "serve",
+    help="Run the guard in front of one PostgreSQL, until Ctrl-C or SIGTERM.\n\n"
+    "Sessions that are open then may finish; a second Ctrl-C or SIGTERM ends them at once. SIGHUP reopens the file of "
+    "faults, and reads the configuration file again.",
+    epilog=_examples(
+        "pgguard serve --upstream postgresql://db.example.com",
+        "pgguard serve --upstream 'host=db.example.com port=5432' \\\n  --faults faults.jsonl --mode reject",
+        "mkdir -p ~/pgguard\npgguard serve --upstream postgresql://db.example.com \\\n"
+        "  --listen 127.0.0.1:6544 --listen unix:$HOME/pgguard",
+    ),
+)
+def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
+    upstream: options.Upstream = "",
+    listen: options.Listen = None,
+    mode: options.ModeChoice = "",
+    faults: options.Faults = None,
+    config: options.Config = None,
+    attribution: options.Attribution = "",
+    sql: options.Sql = "",
+    idle_in_transaction: options.IdleInTransaction = "",
+    unread_answer: options.UnreadAnswer = "",
+    evidence_budget: options.EvidenceBudget = "",
+    user: options.User = "",
+) -> None:
+    """Run the guard in front of one PostgreSQL, until Ctrl-C or SIGTERM."""
     given = {
         "upstream": upstream,
         "listen": listen,
@@ -136,12 +105,13 @@ def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
         "sql": sql,
         "idle_in_transaction": idle_in_transaction,
         "unread_answer": unread_answer,
+        "evidence_budget": evidence_budget,
         "user": user,
     }
     raise typer.Exit(serve(given, config))
 
 
-@app.command("demo")
+@app.command("demo", epilog=_examples("pgguard demo"))
 def demo_command() -> None:
     """Show in less than a minute what pgguard is for: a real PostgreSQL, a real misuse, and who did it."""
     from pgguard.demo.demonstration import run_demo  # noqa: PLC0415 - its extra need not be installed for the other commands
@@ -149,22 +119,45 @@ def demo_command() -> None:
     raise typer.Exit(run_demo())
 
 
-@app.command("explain")
+@app.command(
+    "explain",
+    epilog=_examples(
+        "pgguard explain",
+        "pgguard explain shared-by-processes",
+        "pgguard explain shared-by-processes \\\n  --for gunicorn --for Django",
+    ),
+)
 def explain_command(
     kind: Annotated[
         str | None,
-        typer.Argument(metavar="[KIND]", help="A kind of fault. Default: list them all.", show_default=False),
+        typer.Argument(
+            metavar="[KIND]",
+            help="A kind of fault. Without it, all kinds are listed.",
+            show_default=False,
+            autocompletion=options.completing(list(Kind)),
+        ),
+    ] = None,
+    software: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            metavar="FRAMEWORK",
+            help="Say how to fix it in this framework, library or language. Can be repeated, for what runs in one "
+            "process.",
+            show_default=False,
+            autocompletion=options.completing(software_names()),
+        ),
     ] = None,
 ) -> None:
-    """Say what a kind of fault means, how it comes about and how to fix it."""
-    raise typer.Exit(explain(kind))
+    """Say what a kind of fault means, how it comes about, and how to fix it."""
+    raise typer.Exit(explain(kind, software or ()))
 
 
-@app.command("doctor")
+@app.command("doctor", epilog=_examples("pgguard doctor", "pgguard doctor --json"))
 def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead of a table.")] = False,
 ) -> None:
-    """Say which kinds of evidence this host allows, and how to get the others; exit status 1 if one is essential."""
+    """Say which kinds of evidence this host allows, by trying each, and how to get the others."""
     raise typer.Exit(doctor(as_json=as_json))
 
 
@@ -172,18 +165,55 @@ def main() -> None:
     """Run the command line: exit status 2 and one line on standard error for what can't be understood."""
     _open_missing_streams()
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name=_NAME, standalone_mode=False)
     except ConfigurationError as error:
         _complain(str(error))
-        sys.exit(_CONFIGURATION_ERROR)
+        sys.exit(CANNOT)
     except typer.TyperException as error:
         if str(error):  # it is empty when the help has been printed for want of a command
-            # Typer names the nearest options, the nearest first, of one that doesn't exist.
-            nearest = next(iter(getattr(error, "possibilities", None) or ()), None)
-            what_to_do = "see pgguard --help" if nearest is None else f"did you mean {nearest}?"
-            _complain(f"{str(error).rstrip('.')}: {what_to_do}")
-        sys.exit(_CONFIGURATION_ERROR)
+            _complain(f"{str(error).rstrip('.')}: {_what_to_do(error)}")
+        sys.exit(CANNOT)
     sys.exit(status)
+
+
+def _what_to_do(error: typer.TyperException) -> str:
+    """What to say to who has typed what there isn't: the nearest that there is, or which help to read."""
+    context: typer.Context | None = getattr(error, "ctx", None)
+    if context is None:
+        command = next((word for word in sys.argv[1:] if word in _commands()), None)
+        return f"see {' '.join(filter(None, (_NAME, command)))} --help"
+    if typed := _NO_COMMAND.fullmatch(str(error)):
+        meant = _command_meant(typed[1])
+    else:
+        meant = _option_meant(getattr(error, "option_name", None), context)
+    return f"see {context.command_path} --help" if meant is None else f"did you mean {meant}?"
+
+
+def _commands() -> list[str]:
+    return [str(command.name) for command in app.registered_commands]
+
+
+def _command_meant(typed: str) -> str | None:
+    commands = {command: f"{_NAME} {command}" for command in _commands()}
+    commands |= {"help": f"{_NAME} --help", "version": f"{_NAME} --version"}
+    close = nearest(typed, commands)
+    return None if close is None else commands[close]
+
+
+def _option_meant(typed: str | None, context: typer.Context) -> str | None:
+    if typed is None:
+        return None
+    if _SINGLE.fullmatch(typed):
+        # One hyphen before a long name: of that only the first letter is taken for the option.
+        words = [argument.partition("=")[0] for argument in sys.argv[1:] if argument.startswith(typed)]
+        typed = next((f"-{word}" for word in words if len(word) > 2), typed)
+    long = [name for parameter in context.command.get_params(context) for name in parameter.opts if name[:2] == "--"]
+    if (close := nearest(typed, long)) is not None:
+        return close
+    for name, command in getattr(context.find_root().command, "commands", {}).items():
+        if any(typed in parameter.opts for parameter in command.params):
+            return f"{_NAME} {name} {typed}"
+    return None
 
 
 def _open_missing_streams() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from pgguard.cli.progress import progress
+from pgguard.proxy.addresses import unused_database_url
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.losses import Loss, keep_going, remarks, spared
 from pgguard.proxy.settings import Settings, load_settings, reload_settings
@@ -36,10 +39,15 @@ class _Voice:
     """Says what is logged, without holding anybody up.
 
     It is held back until the guard can run as it was told to: else the user gets one line, which says why not.
+
+    Args:
+        console: What it is said on.
+        starting: The line that says that the guard is starting, which goes then.
     """
 
-    def __init__(self, console: ConsoleSink) -> None:
+    def __init__(self, console: ConsoleSink, starting: ExitStack) -> None:
         self._console = console
+        self._starting = starting
         self._held: list[str] | None = []
 
     def __call__(self, text: str) -> None:
@@ -50,6 +58,7 @@ class _Voice:
 
     def begin(self) -> None:
         """Say what has been held back, and from now on everything at once; the console gets its thread."""
+        self._starting.close()
         held, self._held = self._held or [], None
         self._console.start()
         for text in held:
@@ -92,7 +101,10 @@ class _Reloader:
         self._recorder = recorder
 
     async def reload(self, guard: RunningGuard) -> None:
-        """Reload a guard's settings, and say what has been changed, and what can't be; with an error nothing is. Never raises but for cancellation."""
+        """Reload a guard's settings, and say what has been changed, and what can't be; with an error nothing is.
+
+        Never raises but for cancellation.
+        """
         try:
             reloaded = await trio.to_thread.run_sync(
                 reload_settings, self._settings, self._given, self._config, abandon_on_cancel=True
@@ -138,15 +150,17 @@ def serve(given: dict[str, Any], config: Path | None) -> int:
     Raises:
         ConfigurationError: the guard can't run like that.
     """
-    with _Hangups() as hangups:
-        return _run(given, config, hangups)
+    with _Hangups() as hangups, ExitStack() as starting:
+        # It starts no thread: they have to wait until the rights that aren't needed have been given up.
+        starting.enter_context(progress("pgguard: starting", moving=False))
+        return _run(given, config, hangups, starting)
 
 
-def _run(given: dict[str, Any], config: Path | None, hangups: _Hangups) -> int:
+def _run(given: dict[str, Any], config: Path | None, hangups: _Hangups, starting: ExitStack) -> int:
     settings = load_settings(given, config)
     account = settings.account()
     console = ConsoleSink(sys.stderr.fileno(), wait=True)
-    voice = _Voice(console)
+    voice = _Voice(console, starting)
     log = BoundedLog(voice)
     logging.basicConfig(level=logging.INFO, handlers=[log])
     recorder = _recorder(settings, account)
@@ -197,7 +211,7 @@ async def _until_signalled(
     ):
         async with running_guard(settings, sinks, account=account) as guard:
             voice.begin()
-            _announce(guard)
+            _announce(guard, settings)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(keep_going, _tend, tended)
                 nursery.start_soon(keep_going, _reload, reloads, reloader, guard, hangups.early)
@@ -212,12 +226,19 @@ async def _until_signalled(
     return last
 
 
-def _announce(guard: RunningGuard) -> None:
-    for capability in guard.missing:
-        logger.warning("attribution does without %s: %s", capability.name, capability.explanation)
+def _announce(guard: RunningGuard, settings: Settings) -> None:
+    """Say what is wrong, and then in three lines at most what is to be known of a guard that runs."""
     for warning in guard.warnings:
         logger.warning("%s", warning)
-    logger.info("PostgreSQL is at %s", guard.upstream)
+    if not settings.upstream and (unused := unused_database_url(guard.upstream, guard.addresses)) is not None:
+        logger.warning("%s", unused)
+    if guard.missing:
+        without = ", ".join(capability.name for capability in guard.missing)
+        blind = any(capability.essential for capability in guard.missing)
+        what = "clients can't be found here, for want of" if blind else "some evidence can't be had here:"
+        logger.warning("%s %s; pgguard doctor says why, and what to do", what, without)
+    source = "" if settings.source is None else f"; settings are from {settings.source}"
+    logger.info("PostgreSQL is at %s%s", guard.upstream, source)
     logger.info("ready on %s", ", ".join(map(str, guard.addresses)))
 
 

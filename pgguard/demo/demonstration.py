@@ -23,12 +23,11 @@ import trio
 from psycopg.conninfo import make_conninfo
 from rich.console import Console
 
+from pgguard.cli.progress import progress
 from pgguard.demo.postgres import NotInstalledError, ServerFailedError, embedded_bindir, running_cluster
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
-
-    from rich.status import Status
 
 _SECONDS = 16.0
 """How long everything may take before it is called off. Ending what was started takes at most 4 more."""
@@ -144,32 +143,17 @@ async def _within_time(console: Console) -> int:
 async def _demonstrate(console: Console) -> int:
     bindir = embedded_bindir()
     with ExitStack() as stack:
-        progress = _Progress(console, stack.enter_context(console.status("")))
+        say = stack.enter_context(progress("Starting PostgreSQL"))
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgguard-demo-")))
-        progress("Starting PostgreSQL")
         running = running_cluster(bindir, timeout=_POSTGRES_SECONDS)
         cluster = await trio.to_thread.run_sync(stack.enter_context, running)
-        progress("Starting the guard in front of it")
+        say("Starting the guard in front of it")
         async with _running_guard(cluster.conninfo, directory, console.width) as listeners:
-            progress("Letting two workers of an application share a connection, and two others not")
+            say("Letting two workers of an application share a connection, and two others not")
             runs = await _perform(listeners)
         findings = _Findings.read(directory)
-        progress("Stopping PostgreSQL")
+        say("Stopping PostgreSQL")
     return _show(console, runs, findings)
-
-
-class _Progress:
-    """Says what is going on: in a live line on a terminal, in plain lines elsewhere."""
-
-    def __init__(self, console: Console, status: Status) -> None:
-        self._console = console
-        self._status = status
-
-    def __call__(self, doing: str) -> None:
-        if self._console.is_terminal:
-            self._status.update(f"{doing}…")
-        else:
-            self._console.print(f"{doing}…")
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -11,7 +12,7 @@ from pgguard.secrets.commands import redact_command
 from pgguard.secrets.text import HIDDEN, redact
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from pgguard.attribution.evidence import Process
 
@@ -47,6 +48,20 @@ def printable(text: str) -> str:
 def counted(number: int, noun: str) -> str:
     """A number and what it counts, ``1 fault`` or ``2 faults``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """What somebody most likely meant who wrote a name that there isn't; ``None`` if none is much like it.
+
+    Upper and lower case, and what stands between words, make no difference.
+    """
+    by_letters = {_letters(one): one for one in known}
+    found = difflib.get_close_matches(_letters(name), by_letters, n=1)
+    return by_letters[found[0]] if found else None
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.lower())
 
 
 def shorten(text: str, length: int) -> str:

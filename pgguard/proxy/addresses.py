@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import shlex
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pgguard.proxy.conninfo import read_connection_string
 from pgguard.proxy.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 DEFAULT_PORT: Final = 5432
 _SOCKET_DIRECTORIES: Final = ("/var/run/postgresql", "/tmp")  # noqa: S108 - where Debian's and PostgreSQL's own libpq look
@@ -138,6 +139,44 @@ def parse_upstream(conninfo: str) -> Upstream:
     remarks = filter(None, (read.remark, _remark_on_attributes(settings.get("target_session_attrs", ""))))
     timeout = _connect_timeout(settings, may_be_shown=not read.may_hold_secrets)
     return Upstream(addresses, timeout, "; ".join(remarks) or None)
+
+
+def unused_database_url(upstream: Upstream, listening: Sequence[Address]) -> str | None:
+    """What to say if ``DATABASE_URL`` names another PostgreSQL than the guard's, which hasn't been told where it is.
+
+    Nothing if it names the guard, as it should for the guard's clients, or another database's server. A sentence
+    without its stop; no user, password or database is in it.
+    """
+    text = os.environ.get("DATABASE_URL", "")
+    try:
+        given = read_connection_string(text).settings if text else {}
+        given.pop("service", None)
+        addresses = tuple(_addresses(given, may_be_shown=False)) if given else ()
+    except ConfigurationError:
+        return None  # it isn't PostgreSQL's, or nobody can connect with it
+    places = {_place(address) for address in addresses}
+    if not places or places == set(map(_place, upstream.addresses)) or places <= set(map(_place, listening)):
+        return None
+    return (
+        f"DATABASE_URL is not used: the guard is in front of {upstream}; to guard the server that it names, start it "
+        f"with --upstream {_conninfo(addresses)}"
+    )
+
+
+def _place(address: Address) -> Address:
+    """An address by one of the names that it goes by on this host."""
+    if isinstance(address, TcpAddress) and address.host in {"localhost", "127.0.0.1", "::1", "0.0.0.0"}:  # noqa: S104 - compared
+        return TcpAddress("localhost", address.port)
+    return address
+
+
+def _conninfo(addresses: Sequence[Address]) -> str:
+    """What ``--upstream`` takes for these addresses, to be typed into a shell."""
+    hosts = [address.host if isinstance(address, TcpAddress) else address.directory for address in addresses]
+    if all(isinstance(address, TcpAddress) for address in addresses):
+        return f"postgresql://{','.join(map(str, addresses))}"
+    ports = ",".join(str(address.port) for address in addresses)
+    return shlex.quote(f"host={','.join(hosts)} port={ports}")
 
 
 def _remark_on_attributes(wanted: str) -> str | None:

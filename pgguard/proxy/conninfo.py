@@ -42,17 +42,19 @@ _SERVER_TYPES: Final = {
 }
 _NO_TLS: Final = frozenset({"false", "0", "off", "no", "disable", "allow", "prefer"})
 """Values of ``ssl`` that don't insist on it: pgjdbc's, asyncpg's, node-postgres's."""
-_OWN: Final = {
-    "user": "user",
-    "password": "password",
-    "dbname": "database",
-    "passfile": "passfile",
-    "sslpassword": "sslpassword",
-    "oauth_client_secret": "oauth_client_secret",
-    "scram_client_key": "scram_client_key",
-    "scram_server_key": "scram_server_key",
-}
-"""What is each client's own, or its secret, and how it is called here."""
+_OWN: Final = frozenset(
+    {
+        "user",
+        "password",
+        "dbname",
+        "passfile",
+        "sslpassword",
+        "oauth_client_secret",
+        "scram_client_key",
+        "scram_server_key",
+    }
+)
+"""What is each client's own, or its secret."""
 _NAME: Final = re.compile(r"[A-Za-z][\w.-]{0,40}")
 _MAY_HOLD_SECRETS: Final = re.compile(r"pass|pwd|pw=|secret|key|token|@|://", re.IGNORECASE)
 _ENCODED_WRONG: Final = re.compile(r"%(?![0-9A-Fa-f]{2})|%00")
@@ -110,30 +112,23 @@ def _read_url(match: re.Match[str]) -> ConnectionString:
         raise ConfigurationError(f"--upstream: {jdbc or ''}{scheme}: is no scheme of PostgreSQL's: {_HELP}")
     if _ENCODED_WRONG.search(match["rest"]) and not (jdbc or driver):
         raise ConfigurationError("--upstream: a % in the URL stands before no two hexadecimal digits: write % as %25")
-    credentials, hosts, database, query = _split(match["rest"])
-    parameters, own, unknown = _parameters(query)
+    hosts, query = _split(match["rest"])
+    parameters, unknown = _parameters(query)
     if jdbc and not hosts and not parameters.keys() & {"host", "hostaddr"}:
         hosts = "localhost"
     settings = _parse(f"postgresql://{hosts}/?{'&'.join(f'{name}={value}' for name, value in parameters.items())}")
-    dropped = [f"the driver {driver}"] if driver else []
-    dropped += ["user and password"] if credentials else []
-    dropped += ["the database"] if database else []
-    remark = None
-    if unknown or jdbc or driver or scheme not in _NATIVE:
-        what = ", ".join(dropped + own + unknown)
-        remark = f"--upstream is taken for a postgresql: URL, {f'without {what}' if what else 'as it stands'}"
+    remark = f"--upstream: {', '.join(unknown)} is not used" if unknown else None
     return ConnectionString(settings, may_hold_secrets=True, remark=remark)
 
 
-def _split(rest: str) -> tuple[str, str, str, str]:
-    """Take what stands behind the scheme apart: credentials, hosts, the database, the query.
+def _split(rest: str) -> tuple[str, str]:
+    """Find the hosts and the query in what stands behind the scheme, beside credentials and a database.
 
     As in libpq credentials may hold a ``?``; and since a password may have been written as it is, they reach to the
     last ``@`` that can end them. One behind the hosts leaves in doubt what are hosts and what is a password.
     """
     if not rest.startswith("//"):
-        database, _, query = rest.partition("?")
-        return "", "", database.strip("/"), query
+        return "", rest.partition("?")[2]
     rest = rest[2:]
     before = rest.partition("/")[0]
     at = before.partition("?")[0].rfind("@")
@@ -145,15 +140,13 @@ def _split(rest: str) -> tuple[str, str, str, str]:
             "--upstream: which @ ends the password can't be told: write others as %40 and / as %2F, or leave user and "
             "password out, which aren't used"
         )
-    database, _, query = rest[end:].partition("?")
-    return rest[: max(at, 0)], rest[at + 1 : end], database.strip("/"), query
+    return rest[at + 1 : end], rest[end:].partition("?")[2]
 
 
-def _parameters(query: str) -> tuple[dict[str, str], list[str], list[str]]:
-    """A URL's parameters: those about the server as they stand there, what is the clients' own, what libpq hasn't."""
+def _parameters(query: str) -> tuple[dict[str, str], list[str]]:
+    """A URL's parameters: those about the server as they stand there, and which libpq hasn't."""
     known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
     kept: dict[str, str] = {}
-    own: list[str] = []
     unknown: list[str] = []
     for pair in filter(None, query.split("&")):
         name, equals, value = pair.partition("=")
@@ -161,8 +154,8 @@ def _parameters(query: str) -> tuple[dict[str, str], list[str], list[str]]:
         if not equals or not _NAME.fullmatch(name):
             raise ConfigurationError("--upstream: the URL's parameters have to be NAME=VALUE, with & in between")
         if name in _OWN:
-            own.append(_OWN[name])
-        elif name == "ssl":
+            continue
+        if name == "ssl":
             kept.setdefault("sslmode", "prefer" if unquote(value).lower() in _NO_TLS else "require")
         elif name not in known:
             unknown.append(name)
@@ -172,8 +165,8 @@ def _parameters(query: str) -> tuple[dict[str, str], list[str], list[str]]:
             kept[name] = _SERVER_TYPES.get(value, value) if name == "target_session_attrs" else value
     if unknown and _MAY_HOLD_SECRETS.search(query):
         # A & in a password makes a parameter of what is behind it.
-        return kept, own, ["what libpq doesn't know"]
+        return kept, ["what libpq doesn't know"]
     for name in unknown:
         if close := difflib.get_close_matches(name, known, n=1, cutoff=_CLOSE):
             raise ConfigurationError(f"--upstream: there is no parameter {name}: did you mean {close[0]}?")
-    return kept, own, unknown
+    return kept, unknown

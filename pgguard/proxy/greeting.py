@@ -17,8 +17,11 @@ A client that closes, or says Terminate, before it has said who it is, has chang
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import socket
+import sys
+import termios
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import trio
@@ -84,10 +87,12 @@ class Dismissed(Exception):
 
     Args:
         verdict: what is to be recorded of it, if anything is.
+        insists_on: the encryption that it has asked for, if it left when it had read that there is none.
     """
 
-    def __init__(self, verdict: Verdict | None = None) -> None:
+    def __init__(self, verdict: Verdict | None = None, *, insists_on: PacketKind | None = None) -> None:
         super().__init__()
+        self.insists_on = insists_on
         self.verdict = verdict
 
 
@@ -121,7 +126,9 @@ async def greet(
             if not chunk:
                 if data:
                     logger.info("session %d: the client left an incomplete startup packet", session.id)
-                raise Dismissed
+                    raise Dismissed
+                turned_down = chunk is not None and declined and as_plain(sock, _has_read_all)
+                raise Dismissed(insists_on=next(reversed(declined)) if turned_down else None)
             data += chunk
             if data[0] == TLS_HANDSHAKE and not declined:
                 # Servers before PostgreSQL 17 wait for three bytes more.
@@ -164,16 +171,30 @@ def _sender(
     return None
 
 
-async def _receive(sock: trio.socket.SocketType, size: int, *, has_credentials: bool) -> tuple[bytes, bytes | None]:
+async def _receive(
+    sock: trio.socket.SocketType, size: int, *, has_credentials: bool
+) -> tuple[bytes | None, bytes | None]:
+    """What comes next, and whose it is; no bytes: the client has closed, ``None``: it is gone, or didn't read all."""
     try:
         if not has_credentials:
             return await sock.recv(size), None
         chunk, ancillary, _, _ = await sock.recvmsg(size, CREDENTIALS_SPACE)
     except OSError as error:
         if error.errno in (errno.ECONNRESET, errno.ETIMEDOUT):
-            return b"", None
+            return None, None
         raise
     return chunk, ancillary[0][2] if ancillary else None
+
+
+def _has_read_all(sock: socket.socket) -> bool:
+    """Whether a client that has closed its side had read all that was sent to it.
+
+    If it closes with something unread, the kernel resets the connection: that isn't seen here. What hadn't come yet
+    when it closed isn't acknowledged: SIOCOUTQ in tcp(7). On a Unix socket there is no way in between.
+    """
+    if sock.family == socket.AF_UNIX:
+        return True
+    return not int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def _already_there(sock: trio.socket.SocketType, size: int) -> bytes:

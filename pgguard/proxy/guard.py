@@ -33,6 +33,7 @@ from pgguard.faults.text import named
 from pgguard.proxy import looking
 from pgguard.proxy.addresses import TcpAddress
 from pgguard.proxy.admission import HOW_TO_RAISE, Admission, too_many
+from pgguard.proxy.declined import DeclinedClients
 from pgguard.proxy.door import Door
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.gate import Gate
@@ -45,7 +46,7 @@ from pgguard.proxy.losses import Loss, keep_going, note, spared
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.sweep import TRACKER_FAILED, Sweep
 from pgguard.proxy.unread import UnreadWatch
-from pgguard.proxy.upstream import DECLINED, UpstreamUnavailable, ask, cancel_query, introduce, relay_cancel
+from pgguard.proxy.upstream import DECLINED, UpstreamUnavailable, ask, cancel_query, introduce, reason, relay_cancel
 from pgguard.proxy.watch import Watch
 from pgguard.session.tracker import Tracker
 from pgguard.wire.fields import build_error_response
@@ -130,6 +131,7 @@ class Guard:
         self._door = Door(
             self._admission, make_room=self._sweep.make_room, receive=self._receive, turn_away=self._turn_away
         )
+        self._declined = DeclinedClients()
         self._loops = LoopWatch(self._upstream)
         self._gate = Gate(self._suspect_loop)
         self._cancel_gate = Gate(self._suspect_loop)
@@ -352,6 +354,8 @@ class Guard:
                     await self._judge.rule_surely(session, greeting.verdict)
                 await oblige(greeting)
         except Dismissed as dismissed:
+            if dismissed.insists_on is not None:
+                self._nursery.start_soon(self._declined.consider, session, dismissed.insists_on)
             if dismissed.verdict is not None:
                 await self._judge.rule_surely(session, dismissed.verdict)
         except UpstreamUnavailable as error:
@@ -453,6 +457,19 @@ class Guard:
             found = await self._loops.seek()
         return None if found is None else f"--upstream {self._upstream}: {found}: name the address of PostgreSQL"
 
+    def unreachable(self) -> str | None:
+        """What to say of addresses that could not be connected to when it was last looked for a loop."""
+        failures = self._loops.unreachable
+        if not failures:
+            return None
+        where = ", ".join(f"{address} ({reason(error)})" for address, error in failures.items())
+        outlook = (
+            "clients get an error until it can: check that it is running there, and what --upstream says"
+            if len(failures) == len(self._upstream.addresses)
+            else "the other addresses are used meanwhile"
+        )
+        return f"PostgreSQL can't be reached at {where}: {outlook}"
+
     def _suspect_loop(self) -> None:
         """The server doesn't answer: is that because it is the guard that has been connected to?"""
         self._nursery.start_soon(self._look_for_loop)
@@ -479,6 +496,8 @@ class Guard:
 
     async def _introduce(self, sock: trio.socket.SocketType, session: ProxiedSession, greeting: Greeting) -> None:
         packet = greeting.packet
+        if not greeting.before:
+            self._declined.arrived_plain(session)
         major, minor = packet.version
         untracked = (
             None if major == _TRACKED_MAJOR else f"it speaks protocol {major}.{minor}, which pgguard doesn't follow"

@@ -33,6 +33,8 @@ _NOBODY: Final = 2**31 - 1
 """A pid that no process has: Linux's go up to 2**22, ``PID_MAX_LIMIT`` in ``linux/threads.h``."""
 _SECONDS: Final = 3.0
 """For a mark to come round. Without a loop it takes as long as the server takes to ignore it: some milliseconds."""
+_CONNECTING: Final = 0.8
+"""The share of it in which a server has to accept a connection."""
 _AGAIN: Final = 1.0
 """Seconds after which it is tried again whether a loop is still there, when a client comes."""
 _SUSPICIONS: Final = 10.0
@@ -55,6 +57,8 @@ class LoopWatch:
         self._back = trio.Event()
         self.found: str | None = None
         """How a mark came back, as a clause about the server's address; ``None``: none has."""
+        self.unreachable: dict[Address, Exception] = {}
+        """The addresses that could not be connected to when it was looked last, and why."""
 
     def recognizes(self, packet: bytes) -> bool:
         """Whether a packet is the mark that was sent last."""
@@ -76,6 +80,7 @@ class LoopWatch:
         async with self._looking:
             self._mark = CancelKey(_NOBODY, secrets.token_bytes(4)).packet
             self._sent_from.clear()
+            self.unreachable.clear()
             self._back = trio.Event()
             with trio.move_on_after(_SECONDS):
                 async with trio.open_nursery() as nursery:
@@ -108,14 +113,17 @@ class LoopWatch:
 
     async def _send(self, address: Address) -> None:
         """Send the mark and wait until whoever has got it is done with it."""
-        with suppress(OSError, UnicodeError, trio.BrokenResourceError):
-            sock = await connect_to(address, _SECONDS)
-            with sock:
-                if sock.family != socket.AF_UNIX:
-                    self._sent_from.add(_name(sock.getsockname()))
-                await trio.SocketStream(sock).send_all(self._mark)
-                while await sock.recv(1024):
-                    pass
+        try:
+            sock = await connect_to(address, _SECONDS * _CONNECTING)
+        except (OSError, UnicodeError) as error:
+            self.unreachable[address] = error
+            return
+        with suppress(OSError, trio.BrokenResourceError), sock:
+            if sock.family != socket.AF_UNIX:
+                self._sent_from.add(_name(sock.getsockname()))
+            await trio.SocketStream(sock).send_all(self._mark)
+            while await sock.recv(1024):
+                pass
 
 
 def _name(address: tuple[str, int]) -> str:

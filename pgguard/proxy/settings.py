@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import pwd
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
@@ -16,6 +16,7 @@ from pgguard.attribution.trust import TRUST_REMEDY, UntrustedError, open_trusted
 from pgguard.faults.catalogue import kind_hint
 from pgguard.faults.policy import KindAction, Mode, Policy, PolicyError
 from pgguard.faults.sql import SqlMode
+from pgguard.faults.text import nearest
 from pgguard.proxy.addresses import Address, Upstream, parse_listen, parse_upstream
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.session.verdicts import Kind
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG: Final = Path("pgguard.toml")
 DEFAULT_LISTEN: Final = "127.0.0.1:6544"
 
+Attribution = Literal["auto", "ebpf", "proc", "off"]
 Seconds = Annotated[float, Field(ge=0, le=3600)]
 
 
@@ -47,7 +49,7 @@ class Settings(BaseModel):
     listen: Annotated[list[str], Field(min_length=1)] = [DEFAULT_LISTEN]
     mode: Mode = Mode.LOG
     faults: Path | None = None
-    attribution: Literal["auto", "ebpf", "proc", "off"] = "auto"
+    attribution: Attribution = "auto"
     sql: SqlMode = SqlMode.NORMALIZED
     idle_in_transaction: Annotated[float, Field(ge=0, le=86400)] = 60.0
     """Seconds for which a transaction may sit idle; 0 for ever."""
@@ -62,12 +64,24 @@ class Settings(BaseModel):
     shutdown_timeout: Seconds = 8.0
     """Seconds for sessions to finish when the guard is told to stop."""
     kinds: dict[Kind, KindSettings] = {}
+    _source: Path | None = PrivateAttr(default=None)
     _remark: str | None = PrivateAttr(default=None)
 
     @property
+    def source(self) -> Path | None:
+        """The file that they are from, as far as they weren't given otherwise; ``None`` if there is none."""
+        return self._source
+
+    @property
     def remark(self) -> str | None:
-        """Which file they are from, or why one that is there isn't read: a sentence for the log, without its stop."""
+        """Why a file that is there isn't read: a sentence for the log, without its stop."""
         return self._remark
+
+    @field_validator("listen", mode="before")
+    @classmethod
+    def _one_alone(cls, listen: Any) -> Any:
+        """Let ``listen = "ADDR"`` stand for a list of one."""
+        return [listen] if isinstance(listen, str) else listen
 
     @field_validator("kinds", mode="before")
     @classmethod
@@ -156,7 +170,9 @@ def reload_settings(current: Settings, given: dict[str, Any], config: Path | Non
     if "upstream" in differing:
         asked.server()
     changed: dict[str, Any] = {}
-    remarks = [] if asked.remark in (None, current.remark) else [str(asked.remark)]
+    remarks = [] if asked.remark in {None, current.remark} else [str(asked.remark)]
+    if asked.source not in {None, current.source}:
+        remarks.append(f"settings are from {asked.source}")
     for name in differing:
         before, now = getattr(current, name), getattr(asked, name)
         if name in _AT_RUN_TIME or (name == "faults" and None not in (before, now)):
@@ -167,7 +183,7 @@ def reload_settings(current: Settings, given: dict[str, Any], config: Path | Non
         else:
             remarks.append(f"{name} stays as it was: it takes a restart to change it")
     settings = current.model_copy(update=changed)
-    settings._remark = asked.remark  # noqa: SLF001 - nobody else sets it
+    settings._source, settings._remark = asked.source, asked.remark  # noqa: SLF001 - nobody else sets them
     return Reloaded(settings, remarks)
 
 
@@ -199,26 +215,27 @@ def load_settings(given: dict[str, Any], config: Path | None) -> Settings:
         ConfigurationError: the file can't be read, somebody else may have written it, or a setting isn't one.
     """
     given = {name: value for name, value in given.items() if value not in (None, [], "")}
-    in_file, remark = _read_default() if config is None else (_read_named(config), _is_from(config))
+    source, in_file, remark = _read_default() if config is None else (config, _read_named(config), None)
     try:
         settings = Settings.model_validate(in_file | given)
     except ValidationError as error:
         raise ConfigurationError(_first_problem(error, given, config or DEFAULT_CONFIG)) from error
-    settings._remark = remark  # noqa: SLF001 - nobody else sets it
+    settings._source = None if source is None else source.absolute()  # noqa: SLF001 - nobody else sets it
+    settings._remark = remark  # noqa: SLF001 - likewise
     return settings
 
 
-def _read_default() -> tuple[dict[str, Any], str | None]:
-    """What :data:`DEFAULT_CONFIG` says, nothing if there is none or it isn't trusted; and what is to be said of it."""
+def _read_default() -> tuple[Path | None, dict[str, Any], str | None]:
+    """:data:`DEFAULT_CONFIG` and what it says, nothing if there is none or it isn't trusted; and why it isn't."""
     # A link is no more followed, to where it may take any time, than a file is read, before it is known whose it is.
     if not os.path.lexists(DEFAULT_CONFIG):
-        return {}, None
+        return None, {}, None
     try:
-        return _read(DEFAULT_CONFIG), _is_from(DEFAULT_CONFIG)
+        return DEFAULT_CONFIG, _read(DEFAULT_CONFIG), None
     except FileNotFoundError:
-        return {}, None  # a link that leads nowhere
+        return None, {}, None  # a link that leads nowhere
     except UntrustedError as error:
-        return {}, f"{DEFAULT_CONFIG.absolute()} is not read: {error}: {TRUST_REMEDY}, or remove it"
+        return None, {}, f"{DEFAULT_CONFIG.absolute()} is not read: {error}: {TRUST_REMEDY}, or remove it"
     except OSError as error:
         raise _unreadable(DEFAULT_CONFIG, error) from error
 
@@ -230,10 +247,6 @@ def _read_named(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"--config {path}: {error}: {TRUST_REMEDY}") from error
     except OSError as error:
         raise _unreadable(path, error) from error
-
-
-def _is_from(path: Path) -> str:
-    return f"settings are from {path.absolute()}"
 
 
 def _unreadable(path: Path, error: OSError) -> ConfigurationError:
@@ -261,15 +274,17 @@ def _first_problem(error: ValidationError, given: dict[str, Any], config: Path |
         place = f"{config}: " + ".".join(str(part) for part in problem["loc"] if part != "[key]")
     if problem["type"] == "extra_forbidden":
         known = KindSettings.model_fields if problem["loc"][0] == "kinds" else Settings.model_fields
-        key = str(problem["loc"][-1]).lower().replace("-", "_")
-        nearest = difflib.get_close_matches(key, known, n=1)
-        return f"{place} is no setting" + (f": did you mean {nearest[0]}?" if nearest else ", remove it")
+        close = nearest(str(problem["loc"][-1]), known)
+        what = f"did you mean {close}?" if close else f"remove it. There are {', '.join(sorted(known))}"
+        return f"{place}: there is no such setting: {what}"
     if problem["loc"][0] == "kinds" and problem["loc"][-1] == "[key]":
-        return f"{place} is no kind of fault: {kind_hint(str(problem['input']))}"
+        return f"{place}: there is no such kind of fault: {kind_hint(str(problem['input']))}"
     stands = problem["input"]
     shown = f", not {stands!r}" if isinstance(stands, str | int | float | bool) else ""
     text = _in_seconds(name) or problem["msg"].removeprefix("Input ")
-    return f"{place} {text}{shown}"
+    # Where there is a choice, pydantic lists what can be chosen in quotation marks.
+    choice = nearest(stands, re.findall(r"'([^']*)'", text)) if isinstance(stands, str) else None
+    return f"{place} {text}{shown}" + (f": did you mean {choice}?" if choice else "")
 
 
 def _in_seconds(name: str) -> str | None:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pgguard import running
 from pgguard.attribution.capabilities import KERNEL_SENDERS, Capability
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.attribution.transparency import Comparison
 from pgguard.cli import doctor as command
-from pgguard import running
 from pgguard.cli.doctor import doctor
 from pgguard.cli.main import main
 from pgguard.proxy.errors import ConfigurationError
@@ -257,6 +257,7 @@ def _running(wrapper: list[str], backend: FakeBackend) -> Iterator[Spawned]:
 async def test_a_guard_that_may_do_without_the_probe_says_so_and_works(
     wrapper: list[str], problem: str, remedy: str, backend: FakeBackend
 ) -> None:
+    """What is wrong at length is the doctor's to say."""
     with _running(wrapper, backend) as guard:
         client, server = await backend.session(guard.port)
         await converse(client, server)
@@ -264,8 +265,10 @@ async def test_a_guard_that_may_do_without_the_probe_says_so_and_works(
         guard.signal(signal.SIGTERM)
         said = guard.end()
     [line] = [line for line in said.splitlines() if "kernel senders on TCP" in line]
-    assert line.startswith(f"pgguard: attribution does without kernel senders on TCP: {problem}; {remedy}")
-    assert "the kernel names" not in said
+    assert line.startswith("pgguard: some evidence can't be had here: kernel senders on TCP")
+    assert line.endswith("; pgguard doctor says why, and what to do")
+    assert problem not in said
+    assert remedy not in said
     assert "1 session, no faults" in said
 
 
@@ -289,9 +292,11 @@ def test_the_doctor_says_the_same_of_the_probe_as_the_guard(wrapper: list[str], 
 class _Probe:
     """One that the kernel of this machine may not be able to give."""
 
-    limits = ("who opens a connection on TCP the kernel does not say: it does since Linux 6.10",)
+    def __init__(self, *limits: str) -> None:
+        self.limits = limits
 
 
+@pytest.mark.parametrize("limits", [(), ("who opens a connection on TCP the kernel does not say",)])
 @pytest.mark.parametrize(
     ("attribution", "comparison", "said"),
     [
@@ -312,6 +317,7 @@ def test_what_the_probe_can_not_do_here_is_said_at_the_start(
     attribution: str,
     comparison: Comparison,
     said: str | None,
+    limits: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -320,21 +326,23 @@ def test_what_the_probe_can_not_do_here_is_said_at_the_start(
 
     def start(_: object, *, insist: bool) -> tuple[_Probe, Comparison]:
         insisted.append(insist)
-        return _Probe(), comparison
+        return _Probe(*limits), comparison
 
     monkeypatch.setattr(running, "start_probe", start)
-    assert running._start_probe(attribution, [("127.0.0.1", 1)]) is not None
+    missing: list[Capability] = []
+    assert running._start_probe(attribution, [("127.0.0.1", 1)], missing) is not None
     assert insisted == [attribution == "ebpf"]
-    assert caplog.messages == [
-        "attribution: on TCP the kernel names every sender by process and thread",
-        f"attribution: {_Probe.limits[0]}",
-        *([] if said is None else [f"attribution: as is insisted on, clients are watched though {said}"]),
-    ]
+    assert [one.name for one in missing] == ["some kernel senders on TCP"] * len(limits)
+    assert caplog.messages == (
+        [] if said is None else [f"as --attribution ebpf insists, clients are watched though {said}"]
+    )
 
 
 def test_without_a_tcp_listener_no_probe_is_missed() -> None:
-    assert running._start_probe("ebpf", []) is None
-    assert running._start_probe("off", [("127.0.0.1", 1)]) is None
+    missing: list[Capability] = []
+    assert running._start_probe("ebpf", [], missing) is None
+    assert running._start_probe("off", [("127.0.0.1", 1)], missing) is None
+    assert missing == []
 
 
 def test_insisting_on_what_proc_gives_is_part_of_insisting_on_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:

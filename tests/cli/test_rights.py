@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pgguard import running
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.attribution.privileges import ENTERING, LOOKING, Account, Right, rights
-from pgguard import running
 from pgguard.faults.docket import Docket
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.guard import Guard
@@ -94,7 +94,7 @@ async def test_root_keeps_what_it_looks_with_on_all_threads(backend: FakeBackend
     for thread in found:
         assert [_capabilities(thread, kind) for kind in ("CapPrm", "CapEff", "CapBnd")] == [LOOKING] * 3
         assert thread["NoNewPrivs"] == ["1"]
-    assert "pgguard: rights: as user root, with CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE; " in said
+    assert "keeps more rights" not in said
     assert "1 session, no faults" in said
 
 
@@ -110,7 +110,7 @@ async def test_as_a_containers_root_it_does_with_what_it_has(backend: FakeBacken
     for thread in found:
         assert _capabilities(thread, "CapEff") == {Right.CAP_SYS_PTRACE, Right.CAP_DAC_OVERRIDE}
     for missing in "waiting threads", "Python stacks":
-        assert f"does without {missing}" not in said
+        assert missing not in said
 
 
 @needs_root
@@ -127,9 +127,8 @@ def test_for_neighbours_it_keeps_in_reserve_what_enters_their_namespaces(tmp_pat
 def test_without_attribution_it_keeps_nothing(tmp_path: Path) -> None:
     with spawned(UPSTREAM, "--attribution", "off", cwd=tmp_path) as guard:
         found = _threads(guard)
-        said = _end(guard)
+        _end(guard)
     assert all(_capabilities(thread, "CapPrm") == set() for thread in found)
-    assert "pgguard: rights: as user root, with no capabilities; " in said
 
 
 @needs_root
@@ -159,8 +158,7 @@ async def test_it_becomes_another_user_on_all_threads(by: str, backend: FakeBack
         assert [_capabilities(thread, kind) for kind in ("CapPrm", "CapEff", "CapBnd", "CapAmb")] == [LOOKING] * 4
         assert thread["NoNewPrivs"] == ["1"]
     assert not_dumpable == 0
-    assert "pgguard: rights: as user nobody, with CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE; " in said
-    assert "does without Python stacks" not in said
+    assert "Python stacks" not in said
     assert "message-while-idle" in _read(faults), "into a directory that is root's"
 
 
@@ -185,7 +183,7 @@ async def test_an_evidence_that_it_insists_on_is_tried_with_the_rights_that_it_k
     with spawned(f"host=127.0.0.1 port={backend.port}", *options, cwd=tmp_path) as guard:
         await _converse(guard, backend)
         said = _end(guard)
-    assert "on TCP the kernel names every sender" in said
+    assert "here: kernel senders on TCP" not in said
     assert "of its senders" not in said
 
 
@@ -344,5 +342,5 @@ def test_a_guard_without_rights_has_none_to_give_up() -> None:
             guard = Spawned(process)
             found = _threads(guard)
             said = _end(guard)
-    assert "rights:" not in said
+    assert "rights" not in said
     assert all(thread["NoNewPrivs"] == ["0"] for thread in found), "py-spy may have rights of its own"

@@ -658,9 +658,7 @@ def test_what_is_not_known_is_null() -> None:
 def test_no_password_of_a_command_line_is_recorded() -> None:
     psql = process(4867, 4864, "psql", "postgresql://app:s3cret@db/app", name="psql")
     for mode in SqlMode:
-        record = to_record(fault(
-            OVERLAP, replace(KERNEL, senders={4867: psql}), sql_mode=mode, action=Action.REJECTED
-        ))
+        record = to_record(fault(OVERLAP, replace(KERNEL, senders={4867: psql}), sql_mode=mode, action=Action.REJECTED))
         assert "s3cret" not in json.dumps(record)
 
 

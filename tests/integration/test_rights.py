@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import pwd
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from pgguard.attribution.privileges import Right
 from pgguard.attribution.stacks import find_py_spy
 from tests.integration.running import PROGRAMS, every_transport, running, sampled_transport, threads_named
 from tests.integration.test_fork_misuse import culprits, pids_named, scenario
 from tests.servers import is_open_to_others, not_installed
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.conftest import StartGuard
     from tests.guard_process import Fault, GuardProcess
     from tests.servers import Transport
@@ -33,7 +34,9 @@ pytestmark = [
 
 def guard_of(user: str, start_guard: StartGuard) -> GuardProcess:
     guard = start_guard(*(() if user == "root" else ("--user", user)))
-    assert f"pgguard: rights: as user {user}, with CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE; " in guard.stderr
+    status = dict(line.split(":\t") for line in Path(f"/proc/{guard.pid}/status").read_text().splitlines())
+    assert status["Uid"].split() == [str(pwd.getpwnam(user).pw_uid)] * 4
+    assert int(status["CapEff"], 16) == 1 << Right.CAP_DAC_READ_SEARCH | 1 << Right.CAP_SYS_PTRACE
     return guard
 
 

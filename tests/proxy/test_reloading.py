@@ -162,7 +162,7 @@ async def test_thresholds_change(backend: FakeBackend, tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("mode = ", "pgguard.toml: it is not valid TOML"),
-        ("moed = 'reject'\nmode = 'reject'", "pgguard.toml: moed is no setting: did you mean mode?"),
+        ("moed = 'reject'\nmode = 'reject'", "pgguard.toml: moed: there is no such setting: did you mean mode?"),
         ("mode = 'reject'\n[kinds]\nunclean-close = 'drop'", r"\[kinds\]: unclean-close can't be dropped"),
     ],
 )

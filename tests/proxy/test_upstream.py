@@ -71,9 +71,9 @@ def test_what_can_not_be_seen_to_is_said(wanted: str) -> None:
     else:
         assert remark is not None
         assert f"target_session_attrs={wanted} can't be seen to" in remark
-    both = parse_upstream("jdbc:postgresql://a,b/app?targetServerType=master").remark
+    both = parse_upstream("jdbc:postgresql://a,b/app?targetServerType=master&currentSchema=x").remark
     assert both is not None
-    assert "is taken for a postgresql: URL" in both
+    assert both.startswith("--upstream: currentSchema is not used; ")
     assert "target_session_attrs=primary" in both
 
 

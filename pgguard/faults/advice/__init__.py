@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from pgguard.attribution.runtime import Language, Runtime
+from pgguard.attribution.runtime import Language, Library, Runtime, Server
 from pgguard.faults.advice.answers import ANSWERS
 from pgguard.faults.advice.forks import CALLS, HOOKS
 from pgguard.faults.advice.rows import TAKEN_ALONG, Call, Hook, Side
@@ -25,7 +25,10 @@ from pgguard.faults.catalogue import CATALOGUE, Advice
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+Software = Language | Server | Library
+"""What advice can be for."""
 
 _CONSTANT: Final = re.compile(r"[A-Z]\w*(?:::[A-Z][a-z]\w*)?")
 """What a line of Ruby calls something of: a module or class, but not a constant like DATABASES within it."""
@@ -88,6 +91,36 @@ def advised(kind: Kind) -> tuple[Runtime, ...]:
         if kind in answer.kinds
     )
     return tuple(dict.fromkeys(rows))
+
+
+def advised_software(kind: Kind | None = None) -> dict[Software, Language]:
+    """What there is special advice for, each with the language that it belongs to; a language belongs to itself.
+
+    Args:
+        kind: The kind of fault that the advice is about; ``None``: any.
+    """
+    found: dict[Software, Language] = {}
+    for runtime in (runtime for one in Kind if kind in {None, one} for runtime in advised(one)):
+        if runtime.language is not None:
+            for what in (runtime.language, runtime.server, *runtime.libraries):
+                if what is not None:
+                    found.setdefault(what, runtime.language)
+    return found
+
+
+def runtime_with(software: Sequence[Software], languages: Mapping[Software, Language]) -> Runtime:
+    """A process that runs all of this, for :func:`advice_for`.
+
+    A library that is met with one server alone, for all that the tables say, comes with that server.
+
+    Args:
+        software: What it runs, all of one language.
+        languages: The language that each belongs to.
+    """
+    libraries = frozenset(what for what in software if isinstance(what, Library))
+    servers: Iterator[Server | None] = (what for what in software if isinstance(what, Server))
+    usual: Iterator[Server | None] = (call.server for call in CALLS if call.library in libraries)
+    return Runtime(languages[software[0]], next(servers, None) or next(usual, None), libraries)
 
 
 def _merged(runtimes: Sequence[Runtime]) -> Runtime:
