@@ -13,9 +13,7 @@ import typer
 from rich.markup import escape
 
 from pgguard.cli import options
-from pgguard.cli.doctor import doctor
 from pgguard.cli.explain import explain, software_names
-from pgguard.cli.serve import serve
 from pgguard.cli.statuses import CANNOT, STATUSES
 from pgguard.faults.text import nearest
 from pgguard.proxy.errors import ConfigurationError
@@ -96,6 +94,8 @@ def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
     user: options.User = "",
 ) -> None:
     """Run the guard in front of one PostgreSQL, until Ctrl-C or SIGTERM."""
+    from pgguard.cli.serve import serve  # noqa: PLC0415 - whoever completes a command needn't wait for it
+
     given = {
         "upstream": upstream,
         "listen": listen,
@@ -158,6 +158,8 @@ def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead of a table.")] = False,
 ) -> None:
     """Say which kinds of evidence this host allows, by trying each, and how to get the others."""
+    from pgguard.cli.doctor import doctor  # noqa: PLC0415 - likewise
+
     raise typer.Exit(doctor(as_json=as_json))
 
 

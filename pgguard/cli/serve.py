@@ -14,7 +14,7 @@ from pgguard.cli.progress import progress
 from pgguard.proxy.addresses import unused_database_url
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.losses import Loss, keep_going, remarks, spared
-from pgguard.proxy.settings import Settings, load_settings, reload_settings
+from pgguard.proxy.settings import Settings, load_settings, mistyped_variables, reload_settings
 from pgguard.reporting.console import ConsoleSink
 from pgguard.reporting.jsonl import JsonLines
 from pgguard.reporting.log import BoundedLog
@@ -228,7 +228,7 @@ async def _until_signalled(
 
 def _announce(guard: RunningGuard, settings: Settings) -> None:
     """Say what is wrong, and then in three lines at most what is to be known of a guard that runs."""
-    for warning in guard.warnings:
+    for warning in (*guard.warnings, *mistyped_variables()):
         logger.warning("%s", warning)
     if not settings.upstream and (unused := unused_database_url(guard.upstream, guard.addresses)) is not None:
         logger.warning("%s", unused)

@@ -127,6 +127,29 @@ class Settings(BaseModel):
             raise ConfigurationError(f"[kinds]: {error}") from error
 
 
+IN_FILE_ALONE: Final = frozenset({"kinds", "startup_timeout", "shutdown_timeout"})
+"""What no option and no variable says."""
+
+
+def mistyped_variables() -> list[str]:
+    """What to say of variables that look like the guard's, and aren't: sentences for the log.
+
+    Others than the guard may have such variables, Kubernetes for one for a service of that name. So nothing is said of
+    those that are like none of the guard's.
+    """
+    known = {name.upper() for name in ("config", *Settings.model_fields) if name not in IN_FILE_ALONE}
+    said = []
+    for variable in os.environ:
+        _, prefix, name = variable.partition("PGGUARD_")
+        if prefix and variable.startswith(prefix) and name not in known:
+            close = nearest(name, known)
+            if name.lower() in IN_FILE_ALONE:
+                said.append(f"{variable} is not used: {name.lower()} can be set in the configuration file alone")
+            elif close is not None:
+                said.append(f"{variable} is not used: did you mean PGGUARD_{close}?")
+    return said
+
+
 _AT_RUN_TIME: Final = (
     "mode",
     "kinds",

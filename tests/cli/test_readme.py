@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pgguard.proxy.settings import Settings, load_settings
+from pgguard.proxy.settings import IN_FILE_ALONE, Settings, load_settings
 from tests.cli.pasted import pasted
 from tests.servers import is_open_to_others
 
@@ -64,6 +64,6 @@ def test_the_configuration_file_is_one(tmp_path: Path) -> None:
 
 
 def test_every_option_of_the_command_line_is_in_its_table() -> None:
-    for name in Settings.model_fields.keys() - {"kinds", "startup_timeout", "shutdown_timeout"}:
+    for name in Settings.model_fields.keys() - IN_FILE_ALONE:
         assert f"| `--{name.replace('_', '-')} " in README
         assert f"`PGGUARD_{name.upper()}`" in README

@@ -18,6 +18,7 @@ import trio
 
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, parse_listen, parse_upstream, unused_database_url
 from pgguard.proxy.loops import LoopWatch
+from pgguard.proxy.settings import mistyped_variables
 from tests.proxy.conftest import backend, running, until
 from tests.proxy.fake_backend import converse, part
 from tests.proxy.messages import TERMINATE, Client
@@ -88,20 +89,30 @@ def port_of_nobody() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("how", ["refused", "no socket", "no name"])
-def test_a_server_that_can_not_be_reached_is_a_warning(how: str, tmp_path: Path) -> None:
+HOPE = "clients get an error until it can: check that it is running there, and what --upstream says"
+
+
+def test_a_server_that_can_not_be_reached_is_a_warning(tmp_path: Path) -> None:
     port = port_of_nobody()
-    upstream, where = {
-        "refused": (f"host=127.0.0.1 port={port}", rf"127\.0\.0\.1:{port} \(Connection refused\)"),
-        "no socket": (f"host={tmp_path} port=7", rf"unix:{tmp_path}:7 \(No such file or directory\)"),
-        "no name": ("host=nowhere.invalid", r"nowhere\.invalid:5432 \(.+\)"),
-    }[how]
-    with spawned(upstream, cwd=tmp_path) as guard:
-        guard.wait_for(
-            rf"(pgguard: PostgreSQL can't be reached at {where}: clients get an error until it can: check that it is "
-            r"running there, and what --upstream says\n)"
-        )
+    with spawned(f"host=127.0.0.1 port={port}", cwd=tmp_path) as guard:
+        where = rf"127\.0\.0\.1:{port} \(Connection refused\)"
+        guard.wait_for(rf"(pgguard: PostgreSQL can't be reached at {where}: {HOPE}\n)")
         end(guard)
+
+
+@pytest.mark.parametrize(
+    ("upstream", "why"),
+    [
+        ("host=/nowhere port=7", r"unix:/nowhere:7 \(No such file or directory\)"),
+        ("host=nowhere.invalid", r"nowhere\.invalid:5432 \(.+\)"),
+        ("host=192.0.2.1.2", r"192\.0\.2\.1\.2:5432 \(.+\)"),
+    ],
+)
+async def test_it_says_why(upstream: str, why: str) -> None:
+    async with running(upstream=upstream) as house:
+        assert house.guard.unreachable() is None, "it hasn't been tried yet"
+        assert await house.guard.find_loop() is None
+        assert re.fullmatch(rf"PostgreSQL can't be reached at {why}: {HOPE}", str(house.guard.unreachable()))
 
 
 async def test_of_several_servers_those_that_can_not_be_reached(backend: FakeBackend, tmp_path: Path) -> None:
@@ -190,19 +201,46 @@ def test_one_that_leads_to_the_guard_or_its_server_or_elsewhere_is_not(
     assert unused_database_url(parse_upstream("host=other"), listening) is None
 
 
-@pytest.mark.parametrize("by", ["nobody", "option", "environment", "file"])
+@pytest.mark.parametrize("by", ["nobody", "file"])
 def test_it_is_said_if_nothing_else_says_where_the_server_is(by: str, tmp_path: Path) -> None:
-    variables = {"PGHOST": "127.0.0.1", "PGPORT": str(port_of_nobody()), "DATABASE_URL": URL}
+    variables = {"PGHOST": "127.0.0.1", "PGPORT": str(port_of_nobody()), "DATABASE_URL": URL, "PGGUARD_MODUS": "log"}
     upstream = f"host=127.0.0.1 port={port_of_nobody()}"
-    if by == "environment":
-        variables["PGGUARD_UPSTREAM"] = upstream
     if by == "file":
         (tmp_path / "pgguard.toml").write_text(f"upstream = '{upstream}'\n")
-    given = upstream if by == "option" else None
-    with spawned(given, cwd=tmp_path, listen="127.0.0.1:0", descriptors=None, **variables) as guard:
+    with spawned(None, cwd=tmp_path, listen="127.0.0.1:0", descriptors=None, **variables) as guard:
         said = end(guard)
     assert ("DATABASE_URL is not used" in said) is (by == "nobody")
+    assert "pgguard: PGGUARD_MODUS is not used: did you mean PGGUARD_MODE?\n" in said
     assert "S3CRET" not in said
+
+
+# Variables
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("PGGUARD_LISTNE", ["PGGUARD_LISTNE is not used: did you mean PGGUARD_LISTEN?"]),
+        ("PGGUARD_FAULT", ["PGGUARD_FAULT is not used: did you mean PGGUARD_FAULTS?"]),
+        (
+            "PGGUARD_STARTUP_TIMEOUT",
+            ["PGGUARD_STARTUP_TIMEOUT is not used: startup_timeout can be set in the configuration file alone"],
+        ),
+        ("PGGUARD_LISTEN", []),
+        ("PGGUARD_CONFIG", []),
+        ("PGGUARD_SERVICE_HOST", []),
+        ("PGGUARD_PORT_5432_TCP_ADDR", []),
+        ("PGGUARD_REQUIRE_ALL", []),
+        ("MY_PGGUARD_LISTNE", []),
+    ],
+)
+def test_a_variable_that_is_mistyped_is_said(name: str, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And others' variables aren't the guard's: Kubernetes has some for a service that is called pgguard."""
+    for variable in os.environ:
+        if variable.startswith("PGGUARD_"):
+            monkeypatch.delenv(variable)
+    monkeypatch.setenv(name, "x")
+    assert mistyped_variables() == said
 
 
 # Clients that insist on TLS
