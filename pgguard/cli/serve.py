@@ -235,8 +235,8 @@ def _announce(guard: RunningGuard, settings: Settings) -> None:
     if guard.missing:
         without = ", ".join(capability.name for capability in guard.missing)
         blind = any(capability.essential for capability in guard.missing)
-        what = "clients can't be found here, for want of" if blind else "some evidence can't be had here:"
-        logger.warning("%s %s; pgguard doctor says why, and what to do", what, without)
+        what = "clients can't be found here without" if blind else "some evidence isn't available here:"
+        logger.warning("%s %s; run pgguard doctor to see why", what, without)
     source = "" if settings.source is None else f"; settings are from {settings.source}"
     logger.info("PostgreSQL is at %s%s", guard.upstream, source)
     logger.info("ready on %s", ", ".join(map(str, guard.addresses)))

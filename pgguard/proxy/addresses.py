@@ -158,8 +158,8 @@ def unused_database_url(upstream: Upstream, listening: Sequence[Address]) -> str
     if not places or places == set(map(_place, upstream.addresses)) or places <= set(map(_place, listening)):
         return None
     return (
-        f"DATABASE_URL is not used: the guard is in front of {upstream}; to guard the server that it names, start it "
-        f"with --upstream {_conninfo(addresses)}"
+        f"DATABASE_URL is set, but serve doesn't use it: pgguard guards {upstream}. To guard the server in "
+        f"DATABASE_URL instead, add --upstream {_conninfo(addresses)}"
     )
 
 

@@ -29,7 +29,7 @@ _AT_ONCE: Final = 16
 _CAUSES: Final = 64
 """Programs and hosts of which it is said."""
 _WANTED: Final[Mapping[PacketKind, tuple[str, str]]] = {
-    PacketKind.SSL_REQUEST: ("TLS", "sslmode=prefer or sslmode=disable (or what its driver calls it)"),
+    PacketKind.SSL_REQUEST: ("TLS", "sslmode=prefer or sslmode=disable"),
     PacketKind.GSSENC_REQUEST: ("GSSAPI encryption", "gssencmode=disable"),
 }
 """What each request asks for, and what a client has to set that is to do without."""
@@ -80,7 +80,7 @@ class DeclinedClients:
         self._told.add(cause)
         what, setting = _WANTED[wanted]
         logger.warning(
-            "session %d: %s asked for %s, and left when it was told that there is none here yet: set %s for it",
+            "session %d: %s asked for %s, and hung up when it was told that pgguard offers none yet: connect with %s",
             session.id,
             _who(session),
             what,

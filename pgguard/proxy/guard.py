@@ -464,11 +464,11 @@ class Guard:
             return None
         where = ", ".join(f"{address} ({reason(error)})" for address, error in failures.items())
         outlook = (
-            "clients get an error until it can: check that it is running there, and what --upstream says"
+            "so clients get an error: check that it is running there, and what --upstream says"
             if len(failures) == len(self._upstream.addresses)
-            else "the other addresses are used meanwhile"
+            else "so only its other addresses are used"
         )
-        return f"PostgreSQL can't be reached at {where}: {outlook}"
+        return f"PostgreSQL can't be reached at {where}, {outlook}"
 
     def _suspect_loop(self) -> None:
         """The server doesn't answer: is that because it is the guard that has been connected to?"""

@@ -265,8 +265,8 @@ async def test_a_guard_that_may_do_without_the_probe_says_so_and_works(
         guard.signal(signal.SIGTERM)
         said = guard.end()
     [line] = [line for line in said.splitlines() if "kernel senders on TCP" in line]
-    assert line.startswith("pgguard: some evidence can't be had here: kernel senders on TCP")
-    assert line.endswith("; pgguard doctor says why, and what to do")
+    assert line.startswith("pgguard: some evidence isn't available here: kernel senders on TCP")
+    assert line.endswith("; run pgguard doctor to see why")
     assert problem not in said
     assert remedy not in said
     assert "1 session, no faults" in said

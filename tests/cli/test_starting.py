@@ -60,7 +60,7 @@ async def test_three_lines_at_most(backend: FakeBackend, attribution: str, tmp_p
     ]
     for line in said[:-2]:
         assert re.fullmatch(
-            r"pgguard: some evidence can't be had here: [\w' ,/]+; pgguard doctor says why, and what to do", line
+            r"pgguard: some evidence isn't available here: [\w' ,/]+; run pgguard doctor to see why", line
         )
 
 
@@ -76,7 +76,7 @@ def test_what_can_not_be_had_is_named_in_one_line(tmp_path: Path) -> None:
             if process.poll() is None:
                 process.kill()
     [line] = [line for line in said if "evidence" in line]
-    assert "can't be had here: kernel senders on TCP" in line
+    assert "isn't available here: kernel senders on TCP" in line
     assert [line for line in said if "reached" not in line] == said[-3:]
 
 
@@ -89,14 +89,14 @@ def port_of_nobody() -> int:
         return int(probe.getsockname()[1])
 
 
-HOPE = "clients get an error until it can: check that it is running there, and what --upstream says"
+HOPE = "so clients get an error: check that it is running there, and what --upstream says"
 
 
 def test_a_server_that_can_not_be_reached_is_a_warning(tmp_path: Path) -> None:
     port = port_of_nobody()
     with spawned(f"host=127.0.0.1 port={port}", cwd=tmp_path) as guard:
         where = rf"127\.0\.0\.1:{port} \(Connection refused\)"
-        guard.wait_for(rf"(pgguard: PostgreSQL can't be reached at {where}: {HOPE}\n)")
+        guard.wait_for(rf"(pgguard: PostgreSQL can't be reached at {where}, {HOPE}\n)")
         end(guard)
 
 
@@ -112,7 +112,7 @@ async def test_it_says_why(upstream: str, why: str) -> None:
     async with running(upstream=upstream) as house:
         assert house.guard.unreachable() is None, "it hasn't been tried yet"
         assert await house.guard.find_loop() is None
-        assert re.fullmatch(rf"PostgreSQL can't be reached at {why}: {HOPE}", str(house.guard.unreachable()))
+        assert re.fullmatch(rf"PostgreSQL can't be reached at {why}, {HOPE}", str(house.guard.unreachable()))
 
 
 async def test_of_several_servers_those_that_can_not_be_reached(backend: FakeBackend, tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ async def test_of_several_servers_those_that_can_not_be_reached(backend: FakeBac
         await backend.close_mark()
         await trio.to_thread.run_sync(
             guard.wait_for,
-            rf"(PostgreSQL can't be reached at 127\.0\.0\.1:{port} \(Connection refused\): the other addresses are "
-            r"used meanwhile\n)",
+            rf"(PostgreSQL can't be reached at 127\.0\.0\.1:{port} \(Connection refused\), so only its other addresses "
+            r"are used\n)",
         )
         end(guard)
 
@@ -174,8 +174,8 @@ def test_a_database_url_that_is_not_used_is_said(url: str, instead: str, monkeyp
     upstream = parse_upstream("host=other")
     said = unused_database_url(upstream, [parse_listen("127.0.0.1:6544")])
     assert said == (
-        "DATABASE_URL is not used: the guard is in front of other:5432; to guard the server that it names, start it "
-        f"with --upstream {instead}"
+        "DATABASE_URL is set, but serve doesn't use it: pgguard guards other:5432. To guard the server in DATABASE_URL "
+        f"instead, add --upstream {instead}"
     )
 
 
@@ -209,7 +209,7 @@ def test_it_is_said_if_nothing_else_says_where_the_server_is(by: str, tmp_path: 
         (tmp_path / "pgguard.toml").write_text(f"upstream = '{upstream}'\n")
     with spawned(None, cwd=tmp_path, listen="127.0.0.1:0", descriptors=None, **variables) as guard:
         said = end(guard)
-    assert ("DATABASE_URL is not used" in said) is (by == "nobody")
+    assert ("DATABASE_URL is set, but" in said) is (by == "nobody")
     assert "pgguard: PGGUARD_MODUS is not used: did you mean PGGUARD_MODE?\n" in said
     assert "S3CRET" not in said
 
@@ -252,7 +252,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def said_of_tls(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [message for message in caplog.messages if "there is none here yet" in message]
+    return [message for message in caplog.messages if "pgguard offers none yet" in message]
 
 
 async def ask(port: int, *requests: bytes) -> Client:
@@ -278,10 +278,10 @@ async def test_a_client_that_leaves_as_there_is_no_tls_is_told_of_once(
         assert house.kinds == []
     [said] = said_of_tls(caplog)
     what = "TLS" if SSL_REQUEST in requests else "GSSAPI encryption"
-    setting = "sslmode=prefer or sslmode=disable (or what its driver calls it)"
+    setting = "sslmode=prefer or sslmode=disable" if what == "TLS" else "gssencmode=disable"
     assert re.fullmatch(
-        rf"session \d: 127\.0\.0\.1:\d+ asked for {what}, and left when it was told that there is none here yet: set "
-        rf"{re.escape(setting) if what == 'TLS' else 'gssencmode=disable'} for it",
+        rf"session \d: 127\.0\.0\.1:\d+ asked for {what}, and hung up when it was told that pgguard offers none yet: "
+        rf"connect with {setting}",
         said,
     )
 
@@ -328,7 +328,7 @@ async def test_a_real_client_that_insists(tmp_path: Path) -> None:
         with pytest.raises(psycopg.OperationalError, match="does not support SSL"):
             psycopg.connect(host="127.0.0.1", port=guard.port, sslmode="require")
         guard.wait_for(
-            rf"(session 1: pid {os.getpid()} \(.+\) asked for TLS, and left when it was told that there is none here "
-            r"yet: set sslmode=prefer )"
+            rf"(session 1: pid {os.getpid()} \(.+\) asked for TLS, and hung up when it was told that pgguard offers "
+            r"none yet: connect with sslmode=prefer )"
         )
         end(guard)
