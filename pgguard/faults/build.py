@@ -23,7 +23,7 @@ from pgguard.faults.fault import OUTLINED, Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode, sql_text
 from pgguard.faults.summaries import summarize
-from pgguard.faults.text import discreet, discreet_name, discreet_setting, printable
+from pgguard.faults.text import discreet, discreet_name, discreet_setting, printable, shorten
 from pgguard.secrets.names import is_secret_name
 from pgguard.secrets.text import HIDDEN, redact
 from pgguard.session.verdicts import Direction, Kind, Party, Verdict
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from pgguard.session.verdicts import RequestSeen
 
 
+_LINE: Final = 1000
+"""Characters of a summary, at most: twice what eight named processes take."""
 _MAY_BE_LIBPQ: Final = frozenset({Driver.LIBPQ, Driver.UNKNOWN})
 """Drivers whose users may find libpq's texts in their logs."""
 _LIBRARIES_KEYS: Final = SQLCOMMENTER_KEYS | RAILS_KEYS | {"application_name"}
@@ -76,8 +78,8 @@ def build_fault(
         action=action,
         repeat_of=None,
         suppressed=0,
-        summary=printable(summarize(verdict, findings, culprits)),
-        reason=printable(verdict.reason),
+        summary=_in_one_line(summarize(verdict, findings, culprits)),
+        reason=_in_one_line(verdict.reason),
         session=_session(facts),
         message=verdict.message,
         libpq=_libpq(verdict, findings),
@@ -90,7 +92,7 @@ def build_fault(
         limit=None if verdict.refusal is None else verdict.refusal.limit,
         unnamed=unnamed,
         by=verdict.by,
-        over=action is not Action.DROPPED and (verdict.ends or _says_goodbye(verdict)),
+        over=_is_over(verdict, action),
     )
 
 
@@ -123,6 +125,7 @@ def plain_fault(verdict: Verdict, facts: SessionFacts, *, at: float, severity: S
         requests=(),
         advice=entry.advice,
         by=verdict.by,
+        over=_is_over(verdict, action),
     )
 
 
@@ -130,7 +133,12 @@ def build_instance(verdict: Verdict, facts: SessionFacts, findings: Findings, *,
     """What the record of a repeat says that stands for another session than the first; arguments as above."""
     verdict = _verdict(verdict)
     culprits, _ = _culprits(verdict, findings, sql_mode)
-    return Instance(_session(facts), verdict.message, printable(summarize(verdict, findings, culprits)), culprits)
+    return Instance(_session(facts), verdict.message, _in_one_line(summarize(verdict, findings, culprits)), culprits)
+
+
+def _in_one_line(text: str) -> str:
+    """What is said of a fault: a line that can be shown, however long the names in it are that others have chosen."""
+    return shorten(printable(text), _LINE)
 
 
 def _libpq(verdict: Verdict, findings: Findings) -> str | None:
@@ -195,9 +203,11 @@ def _share(share: Share) -> Share:
     return share if share.process is None else share._replace(process=discreet(share.process))
 
 
-def _says_goodbye(verdict: Verdict) -> bool:
+def _is_over(verdict: Verdict, action: Action) -> bool:
+    """Whether the session ends with a fault, whatever else is done about it."""
     message = verdict.message
-    return message is not None and message.direction is Direction.FRONTEND and message.type == "X"
+    says_goodbye = message is not None and message.direction is Direction.FRONTEND and message.type == "X"
+    return action is not Action.DROPPED and (verdict.ends or says_goodbye)
 
 
 def _advice(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> Advice:

@@ -54,8 +54,8 @@ HARMLESS_GOODBYES: Final[Mapping[str, str]] = MappingProxyType(
 """Programs whose children's Terminate is known to do no harm, by the name of the process that opened the connection."""
 
 
-AT_ONCE: Final = "wait for an answer on one connection at the same time"
-"""The reason of a verdict on those who read from one connection: what they do."""
+AT_ONCE: Final = "waited for an answer on one connection at the same time"
+"""The reason of a verdict on those who read from one connection: what they did."""
 
 
 class Readers(NamedTuple):

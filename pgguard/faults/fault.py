@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pgguard.session.verdicts import Kind, Limit, MessageSeen, RequestState, Sender
 
 
-OUTLINED: Final = "nothing more can be said of it, as something failed in the guard, whose log says what"
+OUTLINED: Final = "the details are missing because something failed inside the guard; its log says what"
 """The summary and the reason of a fault of which the rest couldn't be told."""
 
 

@@ -14,6 +14,8 @@ from pgguard.faults.text import all_named, listed, named
 from pgguard.session.verdicts import OUTSTANDING, Kind, Party, Verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pgguard.attribution.fates import Fate
     from pgguard.attribution.findings import Findings, Share, Slots
 
@@ -62,7 +64,8 @@ def _used_out_of_turn(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ..
     if sender is not None and intruder is not None:
         owner = next((named(c.pid, c.process) for c in culprits if c.pid == sender.pid), f"pid {sender.pid}")
         reason = reason.replace("another process", f"pid {intruder.pid}")
-        return f"{_who(culprits)} uses the connection that {owner} opened, which sent {_message(verdict)} {reason}"
+        shown = f"pid {sender.pid} sent {_message(verdict)} {reason}"
+        return f"{_who(culprits)} uses the connection that {owner} opened: {shown}"
     if verdict.requesters:
         reason = reason.replace("another process", f"pid {verdict.requesters[0].pid}")
     return f"{_who(culprits)} sent {_message(verdict)} {reason}"
@@ -75,11 +78,14 @@ def _readers(culprits: tuple[Culprit, ...]) -> str:
     for culprit in culprits:
         if culprit.pid is not None and culprit.role in (Role.INTRUDER, Role.REQUESTER):
             names[culprit.pid] = named(culprit.pid, culprit.process)
-            threads.setdefault(culprit.pid, []).append(str(culprit.tid))
-    if len(names) == 1:
-        [(pid, name)] = names.items()
-        return f"threads {listed(threads[pid])} of {name}"
-    return listed([f"{name}, thread {listed(threads[pid])}," for pid, name in names.items()])
+            threads.setdefault(culprit.pid, []).extend([] if culprit.tid is None else [str(culprit.tid)])
+    return listed([_threads_of(name, threads[pid]) for pid, name in names.items()])
+
+
+def _threads_of(name: str, threads: Sequence[str]) -> str:
+    if not threads:
+        return name
+    return f"thread{'' if len(threads) == 1 else 's'} {listed(threads)} of {name}"
 
 
 def _busy(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
@@ -88,7 +94,7 @@ def _busy(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -
     who = _who(culprits)
     if culprits and culprits[0].pid is None and len(findings.holders or ()) > 1:
         pids = listed([str(holder.pid) for holder in findings.holders or ()])
-        who = f"one of the processes {pids}, which share the connection,"
+        who = f"one of pids {pids}, which share the connection,"
     return f"{who} sent {_message(verdict)} before the answer to {last} was complete"
 
 
@@ -101,21 +107,25 @@ def _unread(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...])
 
 def _violation(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ...]) -> str:
     is_known = verdict.intruder is not None or (verdict.by is Party.STRANGER and bool(culprits))
-    return f"{_who(culprits)}: {verdict.reason}" if is_known else verdict.reason
+    if not is_known:
+        return verdict.reason
+    who, did = _who(culprits), verdict.reason.removeprefix("the client ")
+    return f"{who}: {did}" if did == verdict.reason else f"{who} {did}"
 
 
 def _ended(_: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
     owner = _opener(findings) or "another process"
     if not culprits or culprits[0].pid is None:
-        return f"another process than {owner}, which opened the connection, sent Terminate on it"
+        return f"a process other than {owner}, which opened the connection, sent Terminate on it"
     return f"{_who(culprits)} sent Terminate on the connection that {owner} opened"
 
 
 def _leaked(verdict: Verdict, findings: Findings, _: tuple[Culprit, ...]) -> str:
     heirs = findings.holders or ()
-    owner = _opener(findings) or "the process"
+    owner = _opener(findings)
+    known = "the process that opened it" if owner is None else f"{owner}, which opened it"
     has = f": {all_named(heirs)} {'has' if len(heirs) == 1 else 'have'} it open" if heirs else ""
-    return f"{verdict.reason.replace('the process that opened it', f'{owner}, which opened it')}{has}"
+    return f"{verdict.reason.replace('the process that opened it', known)}{has}"
 
 
 def _owner(findings: Findings) -> str:
@@ -142,9 +152,9 @@ def _exhausted(verdict: Verdict, findings: Findings, _: tuple[Culprit, ...]) -> 
         rest = f"{len(more)} other {'process has' if len(more) == 1 else 'processes have'}"
         named_shares.append(f"{rest} {sum(share.connections for share in more)}")
     if shares:
-        said += f"; of those that count and go through this guard {listed(named_shares)}"
+        said += f"; of the connections that count and go through this guard, {listed(named_shares)}"
     elif findings.shares is not None:
-        said += "; none of those that count goes through this guard"
+        said += "; none of the connections that count goes through this guard"
     slots = findings.slots
     if slots is not None and slots.idle_in_transaction:
         said += f"; {_some(slots.idle_in_transaction, slots)} sat idle in a transaction"
@@ -159,7 +169,7 @@ def _some(number: int, slots: Slots) -> str:
 
 def _share(share: Share) -> str:
     if share.process is None:
-        return f"clients that are not known have {share.connections}"
+        return f"clients that could not be identified have {share.connections}"
     return f"{named(share.process.pid, share.process)} has {share.connections}"
 
 
@@ -170,13 +180,14 @@ def _inherited(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ..
     heirs = [h for h in findings.holders or () if h.pid != findings.opener_pid]
     if not heirs:
         return "more than one process has the connection's socket open"
+    end = ""
+    if verdict.settled:
+        one = len(heirs) == 1
+        end = f", which {'has' if one else 'have'} not used it and {'has its' if one else 'have their'} own"
     names = all_named(heirs)
-    have = "has" if len(heirs) == 1 else "have"
-    settled = f", {have} others of {'its' if len(heirs) == 1 else 'their'} own, and {have} not used this one"
-    end = settled if verdict.settled else ""
     if opener is None:
-        return f"{names} {have} one connection's socket open{end}"
-    return f"{names} {have} the connection open that {opener} opened{end}"
+        return f"one connection is open in {names}{end}"
+    return f"the connection that {opener} opened is also open in {names}{end}"
 
 
 def _end(who: str, fate: Fate | None) -> str:
@@ -186,9 +197,9 @@ def _end(who: str, fate: Fate | None) -> str:
         return f"the connection of {who} ended"
     match fate.state:
         case State.ALIVE if fate.has_socket:
-            return f"{who}, alive a moment later, shut its connection down"
+            return f"{who}, which is still running, shut its connection down"
         case State.ALIVE:
-            return f"{who}, alive a moment later, closed its connection"
+            return f"{who}, which is still running, closed its connection"
         case State.EXITED:
             return f"{who} exited with status {fate.code}, and {ended}"
         case State.KILLED:
@@ -215,7 +226,7 @@ def _closed(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...])
     owner = _opener(findings)
     if owner is not None:
         cut = findings.was_reset and findings.fate is not None and findings.fate.has_socket
-        ended = "was reset by neither side," if cut else "ended"
+        ended = "was reset by something in between," if cut else "ended"
         return f"the connection that {owner} opened {ended} without Terminate, {when}"
     return f"the client's side ended without Terminate, {when}"
 

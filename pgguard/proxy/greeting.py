@@ -55,7 +55,7 @@ _TERMINATE: Final = "X"
 _FIRST: Final = (1 << 24) - 1
 """What can be the length of a message that somebody begins with; text would make a larger one."""
 _MESSAGES: Final = by_code(FRONTEND)
-_NO_TLS: Final = "this port offers no TLS"
+_NO_TLS: Final = "but this port offers no TLS"
 _NO_DIRECT_TLS: Final = f"{_NO_TLS}: connect with sslmode=disable or prefer, and without sslnegotiation=direct"
 _ALPN: Final = b"\x0apostgresql"
 """As PostgreSQL's clients name their protocol in a TLS hello: "SSL Session Encryption" in the protocol chapter."""
@@ -125,7 +125,7 @@ async def greet(
                 sender = _sender(session, chunk, credentials, senders) or sender
             if not chunk:
                 if data:
-                    logger.info("session %d: the client left an incomplete startup packet", session.id)
+                    logger.info("session %d: the client left after an incomplete startup packet", session.id)
                     raise Dismissed
                 turned_down = chunk is not None and declined and as_plain(sock, _has_read_all)
                 raise Dismissed(insists_on=next(reversed(declined)) if turned_down else None)
@@ -254,7 +254,7 @@ def _no_startup_packet(data: bytearray, sender: Sender | None, declined: dict[Pa
         return None
     return Verdict(
         kind=Kind.PROTOCOL_VIOLATION,
-        reason=f"the client sent {message.name} before it had said who it is, and not a startup packet",
+        reason=f"the client sent {message.name} as its first message, instead of a startup packet",
         message=message,
         requests=(),
         intruder=sender,
@@ -280,7 +280,7 @@ def _stranger(data: bytearray, *, went_on: bool = False) -> Verdict:
     if data[0] == TLS_HANDSHAKE:
         instead = _NO_DIRECT_TLS if _ALPN in data else _NO_TLS
         if went_on:
-            instead = "though it had been told that there is no TLS"
+            instead = "although it had been told that there is no TLS"
     return Verdict(
         kind=Kind.PROTOCOL_VIOLATION,
         reason=f"the connection {began} with {what}, {instead}",
@@ -293,7 +293,7 @@ def _stranger(data: bytearray, *, went_on: bool = False) -> Verdict:
 
 def _out_of_place(packet: StartupPacket, behind: int | None, sender: Sender | None) -> Verdict:
     name = packet.kind.value
-    what = "a second time" if behind is None else f"and {behind} bytes behind it, before it was answered"
+    what = "a second time" if behind is None else f"and {behind} bytes more without waiting for the answer"
     return Verdict(
         kind=Kind.PROTOCOL_VIOLATION,
         reason=f"the client sent {name} {what}",

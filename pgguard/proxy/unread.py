@@ -378,7 +378,7 @@ class UnreadWatch:
     def _abandoned(self, session: ProxiedSession, tracker: Tracker, leftover: Leftover) -> Verdict:
         driver = session.driver
         return tracker.judge_unread(
-            f"has not read an answer of {leftover.size} bytes for more than {self._threshold:g} s so far",
+            f"has left an answer of {leftover.size} bytes unread for more than {self._threshold:g} s",
             sender=None,
             libpq=libpq.IN_PROGRESS if driver is Driver.LIBPQ else None,
         )

@@ -242,7 +242,8 @@ class Watch:
         elif orphan is _Orphan.LEFT_ALONE and holders.lasting(_LASTING):
             if is_used(holders.processes, tracker.senders.pids, tracker.requests_seen()):
                 return
-            reason = f"the connection has outlived the process that opened it, unused for more than {UNUSED:g} s"
+            idleness = f"has not been used for more than {UNUSED:g} s"
+            reason = f"the connection has outlived the process that opened it, and {idleness}"
             sightings.leak_told = self._accuse(session, session.concern(Kind.LEAKED_CONNECTION, reason))
 
     # Threads

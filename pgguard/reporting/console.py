@@ -21,6 +21,7 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -39,6 +40,9 @@ from pgguard.session.verdicts import OUTSTANDING, Direction, Kind, Party, Reques
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from rich.console import ConsoleOptions, RenderResult
+
+    from pgguard.attribution.evidence import Process
     from pgguard.attribution.findings import Share
     from pgguard.faults.catalogue import Advice
     from pgguard.faults.fault import SessionFacts
@@ -55,9 +59,22 @@ interpreter with the one that makes them."""
 PLAIN_WIDTH: Final = 120
 """Columns where standard error is not a terminal, unless ``COLUMNS`` says otherwise."""
 
+_NARROWEST: Final = 40
+"""Columns that a report takes at least. A narrower terminal breaks its lines itself, so that nothing is lost."""
+_TREE_WIDTH: Final = 60
+"""Columns from which on parents and children are shown as a tree: its branches take four for each generation."""
+_SQL_WIDTH: Final = 24
+"""Columns that a table of requests has left for their SQL at least: where there are fewer, each request is a block."""
+
 _TRAILING_SPACE: Final = re.compile(r" +$", re.MULTILINE)
 _SQL_LENGTH: Final = 200
 _COMMAND_LENGTH: Final = 160
+_NAME_LENGTH: Final = 100
+"""Characters of a name that a client has chosen. A server keeps 63 of them, but is sent as many as somebody likes."""
+_PLACE_LENGTH: Final = 200
+"""Characters of a file's name in a stack, and of what a client says of itself."""
+_TICK: Final = 0.02
+"""Seconds by which a process's start, which the kernel counts in ticks, can seem to be too early."""
 _FRAMES: Final = 8
 """Calls of a stack that are printed, the innermost ones."""
 
@@ -74,22 +91,42 @@ _ROLES: Final = {
     Role.HOLDER: "Also open in",
 }
 
+_TRESPASSES: Final = frozenset(
+    {Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS, Kind.INHERITED_CONNECTION, Kind.FOREIGN_TERMINATE}
+)
+"""Kinds whose intruder has no business on the connection. That of others has misused what may well be its own."""
+_SENT_BY: Final = "Sent by"
+_ASKED_BY: Final = "Asked for by"
+"""Of a connection that was refused, who wanted it."""
+
 _EVIDENCE: Final = {
     Evidence.KERNEL_SENDER: "the kernel named it as the sender",
-    Evidence.SOLE_HOLDER: "the only process with the socket open",
-    Evidence.THREAD_SAMPLE: "seen waiting on the socket",
-    Evidence.SOCKET_HOLDER: "has, or had, the socket open",
-    Evidence.ONLY_THREAD: "its only thread",
-    Evidence.DECLARED: "by its own account",
-    Evidence.UNKNOWN: "not known for certain",
+    Evidence.SOLE_HOLDER: "it is the only process with the socket open",
+    Evidence.THREAD_SAMPLE: "it was seen waiting on the socket",
+    Evidence.SOCKET_HOLDER: "it has, or had, the socket open",
+    Evidence.ONLY_THREAD: "it has no other thread",
+    Evidence.DECLARED: "it says so itself",
+    Evidence.UNKNOWN: "this is not certain",
 }
+_OPENERS_EVIDENCE: Final = {
+    **_EVIDENCE,
+    Evidence.KERNEL_SENDER: "the kernel named it when it connected",
+    Evidence.SOLE_HOLDER: "it was the only process with the socket open then",
+    Evidence.THREAD_SAMPLE: "it was seen waiting on the socket then",
+    Evidence.SOCKET_HOLDER: "it had the socket open then",
+}
+_THREADS_EVIDENCE: Final = {
+    Evidence.KERNEL_SENDER: "the kernel named the thread too",
+    Evidence.THREAD_SAMPLE: "the thread was seen waiting on the socket",
+}
+_UNIDENTIFIED: Final = "a process that could not be identified"
 
 _ACTIONS: Final = {
-    Action.LOGGED: "logged, the session goes on",
+    Action.LOGGED: "logged only",
     Action.REJECTED: "session rejected",
-    Action.DROPPED: "message dropped, the session goes on",
+    Action.DROPPED: "message dropped",
 }
-_LOGGED_AND_OVER: Final = "logged, the session has ended"
+_LOGGED_AND_OVER: Final = "logged only; the session has ended"
 
 
 def summary_line(fault: Fault) -> str:
@@ -107,7 +144,10 @@ def summary_line(fault: Fault) -> str:
 
 
 def render(fault: Fault) -> RenderableType:
-    """The report of a fault that is not a repeat, without its summary line."""
+    """The report of a fault that is not a repeat, without its summary line.
+
+    Whatever the width, everything is there: what has no room beside something else stands below it.
+    """
     style = _STYLES[fault.severity]
     title = CATALOGUE[fault.kind].title
     head = Text.assemble((f"pgguard: {fault.severity.upper()}: {fault.kind}", style), f": {title}")
@@ -118,15 +158,28 @@ def render(fault: Fault) -> RenderableType:
     parts.extend(_section(f"Session {fault.session.id}", [_text(_session(fault.session))]))
     lineage = fault.shares is None and len({c.pid for c in fault.culprits if c.process is not None}) > 1
     if lineage:
-        parts.extend(_section("How the socket came to be shared", _lineage(fault)))
+        parts.extend(_section("How the socket came to be shared", [_Lineage(fault)]))
     if fault.requests:
-        parts.extend(_section("Recent requests", [_timeline(fault)]))
+        parts.extend(_section("Recent requests", [_Timeline(fault.requests)]))
     if fault.libpq is not None:
-        parts.extend(_section("What libpq prints for this, to search logs for", [_text(fault.libpq)]))
+        # Every driver passes the server's own error on.
+        whose = "The server's error" if fault.kind is Kind.SESSION_STATE_LOST else "What clients that use libpq print"
+        parts.extend(_section(f"{whose}, to search logs for", [_text(fault.libpq)]))
     if fault.shares:
         parts.extend(_section("Connections that count and go through this guard", [_shares(fault.shares)]))
     parts.extend(_section("What to change", _advice(fault.advice)))
-    return Group(*parts)
+    return _AtLeast(_NARROWEST, Group(*parts))
+
+
+class _AtLeast:
+    """Renders something in so many columns at least."""
+
+    def __init__(self, columns: int, part: RenderableType) -> None:
+        self._columns = columns
+        self._part = part
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self._part, options.update(width=max(options.max_width, self._columns)))
 
 
 def print_fault(console: Console, fault: Fault) -> None:
@@ -158,49 +211,97 @@ def _sides(fault: Fault) -> list[RenderableType]:
     """Who did what, one after the other, each with how that is known."""
     sides: list[RenderableType] = []
     if fault.by is Party.SERVER:
-        sides.append(_text("The server, or what stands between it and the guard; nobody on the client's side."))
-    for culprit in fault.culprits:
-        if culprit.role is Role.HOLDER:
+        sides.append(_text("The server, or something between it and the guard: nobody on the client's side did this."))
+    culprits = [culprit for culprit in fault.culprits if culprit.role is not Role.HOLDER]
+    # Of a connection-exhaustion there is a table of those that hold others.
+    holders = [one for one in fault.culprits if one.role is Role.HOLDER] if fault.shares is None else []
+    holding = {holder.pid for holder in holders}
+    owner = next((culprit for culprit in culprits if culprit.role is Role.OWNER), None)
+    told: set[int] = set()
+    for culprit in culprits:
+        if culprit is owner and culprit.pid in told:
             continue
-        sides.append(_text(f"{_ROLES[culprit.role]}: {_culprit(culprit)}"))
-        sides.extend(_indented(_text(deed)) for deed in _deeds(fault, culprit))
-    holders = [_who(culprit) for culprit in fault.culprits if culprit.role is Role.HOLDER]
-    if holders and fault.shares is None:  # otherwise there is a table of them
-        sides.append(_text(f"{_ROLES[Role.HOLDER]}: {listed(holders)}"))
+        facts: list[str] = []
+        if culprit.pid is not None and culprit.pid not in told:
+            told.add(culprit.pid)
+            if owner is not None and culprit is not owner and owner.pid == culprit.pid:
+                facts.append(_opened(owner, culprit))
+            if culprit.pid in holding:
+                facts.append("still has it open")
+            facts += _process(culprit)
+        sides.append(_text(f"{_role(fault, culprit)}: {_culprit(culprit)}"))
+        sides.extend(_indented(_text(line)) for line in (*_deeds(fault, culprit), *facts, *_activity(fault, culprit)))
+    others = [_who(holder) for holder in holders if holder.pid not in told]
+    if others:
+        sides.append(_text(f"{_ROLES[Role.HOLDER]}: {listed(others)}"))
     if fault.unnamed and fault.shares is None:
-        sides.append(_text(f"And {fault.unnamed} more"))
+        sides.append(_text(f"And {fault.unnamed} more process{'' if fault.unnamed == 1 else 'es'}"))
     if not sides:
-        sides.append(_text("not known: the kernel named no sender, and no process was found to have the socket open"))
+        sides.append(
+            _text(
+                "Nobody could be identified: the kernel named no sender, and no process was seen with the socket open."
+            )
+        )
     return sides
+
+
+def _role(fault: Fault, culprit: Culprit) -> str:
+    if culprit.role is Role.INTRUDER and fault.kind not in _TRESPASSES:
+        return _SENT_BY
+    if culprit.role is Role.OWNER and fault.kind is Kind.CONNECTION_EXHAUSTION:
+        return _ASKED_BY
+    return _ROLES[culprit.role]
+
+
+def _opened(owner: Culprit, culprit: Culprit) -> str:
+    """That a culprit is the opener as well, and how that is known."""
+    thread = "" if owner.tid is None or owner.tid == culprit.tid else f" in thread {owner.tid}"
+    return f"opened the connection{thread}: {_OPENERS_EVIDENCE[owner.evidence]}"
+
+
+def _own_requests(fault: Fault, culprit: Culprit) -> list[Request]:
+    """The requests that a culprit has sent: its thread's, where that is known."""
+    own = [request for request in fault.requests if request.pid == culprit.pid and culprit.pid is not None]
+    if culprit.tid is None:
+        return own
+    threads = {one.tid for one in fault.culprits if one.pid == culprit.pid and one.role is not Role.OWNER}
+    return [one for one in own if one.tid == culprit.tid or (one.tid is None and len(threads) == 1)]
 
 
 def _deeds(fault: Fault, culprit: Culprit) -> Iterator[str]:
     message = fault.message
     if message is not None and message.direction is Direction.FRONTEND and _sent_it(fault, culprit):
         yield f"sent {message.name}, {message.size} bytes, at {_clock(fault.at)}"
-    own = [request for request in fault.requests if request.pid == culprit.pid]
+    own = _own_requests(fault, culprit)
     if culprit.role is Role.REQUESTER:
         told = [request for request in own if request.state in OUTSTANDING]
     else:
         told = own[-1:] if culprit.role is Role.INTRUDER and not _sent_it(fault, culprit) else []
     for request in told:
         yield f"its request {request.n}, sent at {_clock(request.at)}, was {_STATES[request.state]}"
+
+
+def _process(culprit: Culprit) -> Iterator[str]:
     process = culprit.process
     if process is not None and culprit.role is not Role.OWNER:
         command = " ".join(process.cmdline).strip() or process.name
         yield f"command: {shorten(command, _COMMAND_LENGTH)}"
     if process is not None and process.namespace_pid is not None:
         yield f"in its own container it is pid {process.namespace_pid}"
+
+
+def _activity(fault: Fault, culprit: Culprit) -> Iterator[str]:
+    """What a thread is doing, and what a client says of itself."""
     if culprit.system_call is not None:
         # Of an unread answer it is told where its client is, whatever it waits for there.
         waiting = "" if fault.kind is Kind.UNREAD_ANSWER else ", waiting for this connection"
         yield f"blocked in {culprit.system_call}{waiting}"
     for n, frame in enumerate((culprit.stack or ())[:_FRAMES]):
-        yield f"#{n} {frame.function} {frame.file}:{frame.line}"
+        yield f"#{n} {shorten(frame.function, _NAME_LENGTH)} {shorten(frame.file, _PLACE_LENGTH)}:{frame.line}"
     if culprit.stack_problem is not None:
         yield f"no stack: {culprit.stack_problem}"
     for key, value in (culprit.declared or {}).items():
-        yield f"{key}: {value}"
+        yield f"{shorten(key, _NAME_LENGTH)}: {shorten(value, _PLACE_LENGTH)}"
 
 
 def _sent_it(fault: Fault, culprit: Culprit) -> bool:
@@ -222,19 +323,18 @@ _STATES: Final = {
 
 def _culprit(culprit: Culprit) -> str:
     if culprit.evidence is Evidence.DECLARED:
-        return f"a client that can't be looked at: {_EVIDENCE[culprit.evidence]}"
+        return "a client whose process can't be seen from here. It says of itself:"
     if culprit.pid is None:
-        return "not known which process"
-    then = "at that time, " if culprit.role is Role.OWNER else ""
-    thread = ""
-    if culprit.tid_evidence not in {None, culprit.evidence, Evidence.ONLY_THREAD}:
-        thread = f"; the thread: {_EVIDENCE[culprit.tid_evidence]}"
-    return f"{_who(culprit)}: {then}{_EVIDENCE[culprit.evidence]}{thread}"
+        return _UNIDENTIFIED
+    evidence = (_OPENERS_EVIDENCE if culprit.role is Role.OWNER else _EVIDENCE)[culprit.evidence]
+    thread = None if culprit.tid_evidence == culprit.evidence else culprit.tid_evidence
+    known = "" if thread not in _THREADS_EVIDENCE else f"; {_THREADS_EVIDENCE[thread]}"
+    return f"{_who(culprit)}: {evidence}{known}"
 
 
 def _who(culprit: Culprit) -> str:
     if culprit.pid is None:
-        return "a process not known"
+        return _UNIDENTIFIED
     who = named(culprit.pid, culprit.process)
     if culprit.tid is None or (culprit.tid == culprit.pid and culprit.tid_evidence is Evidence.ONLY_THREAD):
         return who
@@ -243,9 +343,10 @@ def _who(culprit: Culprit) -> str:
 
 
 def _session(session: SessionFacts) -> str:
-    user = "not logged in" if session.user is None else f"user {session.user}"
-    database = "" if session.database is None else f", database {session.database}"
-    application = "" if not session.application_name else f', application_name "{session.application_name}"'
+    user = "user not known" if session.user is None else f"user {shorten(session.user, _NAME_LENGTH)}"
+    database = "" if session.database is None else f", database {shorten(session.database, _NAME_LENGTH)}"
+    name = session.application_name
+    application = f', application_name "{shorten(name, _NAME_LENGTH)}"' if name else ""
     transport = "a Unix socket" if session.transport == "unix" else "TCP"
     client = "" if session.client is None else f" from {session.client}"
     backend = "" if session.backend_pid is None else f", backend pid {session.backend_pid}"
@@ -253,30 +354,41 @@ def _session(session: SessionFacts) -> str:
     return f"{user}{database}{application}, over {transport}{tls}{client}{backend}, opened {rfc3339(session.opened_at)}"
 
 
-def _lineage(fault: Fault) -> list[RenderableType]:
-    """The processes as a forest of parents and children."""
-    processes = {c.process.pid: c.process for c in fault.culprits if c.process is not None}
-    owner = next((c.pid for c in fault.culprits if c.role is Role.OWNER), None)
-    holding = {c.pid for c in fault.culprits if c.role is Role.HOLDER}
-    trees: dict[int, Tree] = {}
-    roots: list[RenderableType] = []
-    for process in sorted(processes.values(), key=lambda p: (p.started, p.pid)):
-        parent = None if process.ppid is None else trees.get(process.ppid)
-        facts = [f"started {_clock(process.started_at)}"]
-        if process.pid == owner:
-            facts.append(f"opened the connection {_clock(fault.session.opened_at)}")
-        elif parent is not None:
-            facts.append("got the socket with the fork")
-        if process.pid in holding:
+class _Lineage:
+    """The processes as a forest of parents and children; where that is too broad, one below the other."""
+
+    def __init__(self, fault: Fault) -> None:
+        self._fault = fault
+        processes = {c.process.pid: c.process for c in fault.culprits if c.process is not None}
+        self._processes = sorted(processes.values(), key=lambda process: (process.started, process.pid))
+        self._owner = next((c.pid for c in fault.culprits if c.role is Role.OWNER), None)
+        self._holding = {c.pid for c in fault.culprits if c.role is Role.HOLDER}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        trees: dict[int, Tree] = {}
+        roots: list[Tree] = []
+        labels: list[Text] = []
+        for process in self._processes:
+            parent = None if process.ppid is None else trees.get(process.ppid)
+            labels.append(self._label(process, forked=parent is not None))
+            if parent is None:
+                trees[process.pid] = Tree(labels[-1], guide_style="dim")
+                roots.append(trees[process.pid])
+            else:
+                trees[process.pid] = parent.add(labels[-1])
+        yield from labels if options.max_width < _TREE_WIDTH else roots
+
+    def _label(self, process: Process, *, forked: bool) -> Text:
+        opened_at = self._fault.session.opened_at
+        facts = [f"started at {_clock(process.started_at)}"]
+        if process.pid == self._owner:
+            facts.append(f"opened the connection at {_clock(opened_at)}")
+        elif forked and process.started_at >= opened_at - _TICK:
+            facts.append("inherited the socket through the fork")
+        if process.pid in self._holding:
             facts.append("has it open")
         child = "" if process.ppid is None else f", child of {process.ppid}"
-        label = _text(f"{named(process.pid, process)}{child}: {', '.join(facts)}")
-        if parent is None:
-            trees[process.pid] = Tree(label, guide_style="dim")
-            roots.append(trees[process.pid])
-        else:
-            trees[process.pid] = parent.add(label)
-    return roots
+        return _text(f"{named(process.pid, process)}{child}: {', '.join(facts)}")
 
 
 def _shares(shares: Sequence[Share]) -> Table:
@@ -284,7 +396,7 @@ def _shares(shares: Sequence[Share]) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     for share in shares[:_ROWS]:
-        who = "not known" if share.process is None else named(share.process.pid, share.process)
+        who = named(share.process.pid, share.process) if share.process else "clients that could not be identified"
         doing = [f"{share.idle} idle"] if share.idle else []
         doing += [f"{share.idle_in_transaction} idle in a transaction"] if share.idle_in_transaction else []
         table.add_row(_text(str(share.connections)), _text(": ".join([who, *([listed(doing)] if doing else [])])))
@@ -303,22 +415,50 @@ def _advice(advice: Advice) -> list[RenderableType]:
     return parts
 
 
-def _timeline(fault: Fault) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(justify="right", no_wrap=True)
-    for _ in range(4):
-        table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for request in fault.requests:
-        table.add_row(
-            _text(f"#{request.n}"),
-            _text(_clock(request.at)),
-            _text(_sent_by(request)),
-            _text(shorten(request.messages, 12)),
-            _text(request.state, style="bold" if request.state in OUTSTANDING else ""),
-            _text("" if request.sql is None else shorten(" ".join(request.sql.split()), _SQL_LENGTH)),
-        )
-    return table
+class _Timeline:
+    """The last requests: a table if it is broad enough, otherwise a block for each."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._rows = [(_facts(request), _sql(request)) for request in requests]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = zip(*(facts for facts, _ in self._rows), strict=True)
+        widths = [max(cell_len(fact.plain) for fact in column) for column in columns]
+        if sum(width + 2 for width in widths) + _SQL_WIDTH <= options.max_width:
+            yield self._table(len(widths))
+        else:
+            yield from self._blocks()
+
+    def _table(self, facts: int) -> Table:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(justify="right", no_wrap=True)
+        for _ in range(facts - 1):
+            table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for row, sql in self._rows:
+            table.add_row(*row, sql)
+        return table
+
+    def _blocks(self) -> Iterator[RenderableType]:
+        for (number, *facts), sql in self._rows:
+            told = Text(", ").join(fact for fact in facts if fact)
+            yield Text.assemble(number, " ", told, overflow="fold")
+            if sql:
+                yield _indented(sql)
+
+
+def _facts(request: Request) -> list[Text]:
+    return [
+        _text(f"#{request.n}"),
+        _text(_clock(request.at)),
+        _text(_sent_by(request)),
+        _text(shorten(request.messages, 12)),
+        _text(request.state, style="bold" if request.state in OUTSTANDING else ""),
+    ]
+
+
+def _sql(request: Request) -> Text:
+    return _text("" if request.sql is None else shorten(" ".join(request.sql.split()), _SQL_LENGTH))
 
 
 def _sent_by(request: Request) -> str:

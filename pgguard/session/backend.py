@@ -221,7 +221,9 @@ class BackendStream:
         session = self._session
         if follows == _PAID:
             if not ledger.ready():
-                session.lost = "a COPY failed, and whether the server executed what was sent behind it can't be told"
+                session.lost = (
+                    "a COPY failed, and the guard can't tell whether the server executed what was sent after it"
+                )
                 return False
         elif not self._accept_undue(pos, _READY_FOR_QUERY, 5):
             return False
@@ -286,13 +288,14 @@ class BackendStream:
         statements = self._session.statements
         name = named.name.decode("utf-8", "replace")
         if sqlstate == _EXISTS and owes == _PARSE and statements.contradicts_existence(named):
-            done = "has closed" if isinstance(named, Named) and named.closed is not None else "has never made"
+            done = "has closed it" if isinstance(named, Named) and named.closed is not None else "never made it"
             text = f'prepared statement "{name}" already exists'
-            reason = f'the server says that prepared statement "{name}" exists, which this session {done}'
+            reason = f"the server says that {text}, but this session {done}"
         elif sqlstate == _DOES_NOT_EXIST and owes in _USES and statements.contradicts_absence(named):
             what = f'prepared statement "{name}"' if name else "unnamed prepared statement"
             text = f"{what} does not exist"
-            reason = f"the server says that {'' if name else 'the '}{text}, which this session has made and not closed"
+            made = "but this session made it and has not closed it"
+            reason = f"the server says that {'' if name else 'the '}{text}, {made}"
         else:
             return False
         session = self._session
@@ -340,7 +343,7 @@ class BackendStream:
         what = ill_formed(message, length, known=known)
         if self.overruled is not None or session.goodbye:
             if not framed:
-                session.lost = f"the server sent {what}, behind which nothing can be told apart"
+                session.lost = f"the server sent {what}, after which message boundaries can't be found"
             return framed
         if known or not framed:
             text: str | None = libpq.lost_synchronization(chr(code), length)

@@ -145,7 +145,7 @@ class FrontendStream:
                 break
             if _COPYING_IN[ledger.state] and not _IN_COPY_IN[code] and ledger.copying_in:
                 text = libpq.invalid_type(code, copy_in=True)
-                taken = self._out_of_place(pos, code, length, "while the server expects copy data", text)
+                taken = self._out_of_place(pos, code, length, "while the server expected COPY data", text)
             elif _EXTENDED[code]:
                 taken = self._extended_message(buffer, pos, stop, code, length, at)
             elif _SIMPLE[code]:
@@ -195,7 +195,7 @@ class FrontendStream:
         elif session.in_transaction:
             when = "with a transaction open"
         elif not session.idle:
-            when = "with no work open, before its last messages were answered"
+            when = "with no work in progress, before its last messages were answered"
         else:
             when = "between two requests"
         verdicts.append(
@@ -222,7 +222,7 @@ class FrontendStream:
         if code == _PASSWORD_MESSAGE:
             if self._ledger.state != _LOGIN:
                 text = libpq.invalid_type(code, copy_in=False)
-                return self._out_of_place(pos, code, length, "although no authentication is going on", text)
+                return self._out_of_place(pos, code, length, "although no authentication was in progress", text)
         elif code == _TERMINATE_CODE:
             if self._is_foreign_goodbye(pos, length) or self._cuts_copy_short(pos, length):
                 return False
@@ -388,7 +388,7 @@ class FrontendStream:
             return True
         if self._session.copy_over or self._session.copied or ledger.skipping:
             return True
-        return self._out_of_place(pos, code, length, "although no COPY is going on", None)
+        return self._out_of_place(pos, code, length, "although no COPY was in progress", None)
 
     def _busy_with_simple(self) -> Request | None:
         """The last simple Query or FunctionCall, if the server is still to answer it and not reading its copy data."""
@@ -437,7 +437,7 @@ class FrontendStream:
         if self.overruled is not None:
             framed = known and HEADER_SIZE - 1 <= length <= max(_MESSAGES[code].most, SMALL)
             if not framed:
-                session.lost = f"the client sent {what}, behind which nothing can be told apart"
+                session.lost = f"the client sent {what}, after which message boundaries can't be found"
             return framed
         text = None if known else libpq.invalid_type(code, copy_in=self._ledger.copying_in)
         session.verdict = session.judge(

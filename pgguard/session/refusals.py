@@ -83,7 +83,7 @@ def reason_of(refusal: Refusal, text: str) -> str:
         text: What the server said, for what it doesn't say otherwise.
     """
     name, limit = refusal.name, refusal.limit
-    why = f'"{text}", which doesn\'t say what limit that is' if limit is None else _REASONS[limit].format(name=name)
+    why = f'"{text}" (it doesn\'t say which limit it means)' if limit is None else _REASONS[limit].format(name=name)
     return f"the server refused the connection: {why}"
 
 

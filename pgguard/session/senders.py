@@ -96,7 +96,7 @@ class Senders:
         elif known:
             reason = "after another process had used the connection in between"
         elif len(requesters) > 1:
-            reason = "as the third process to use the connection"
+            reason = "on a connection that several other processes had used"
         else:
             kind, reason = Kind.INHERITED_CONNECTION, "on a connection that another process had used"
         return Change(kind, reason, requesters)

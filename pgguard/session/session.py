@@ -289,7 +289,7 @@ def ill_formed(message: MessageSeen, length: int, *, known: bool) -> str:
     if not known:
         return f"a message of unknown type {message.type!r}"
     signed = length - (1 << 32) if length >= 1 << 31 else length
-    return f"{message.name} with a length word of {signed}"
+    return f"{message.name} with an impossible length of {signed}"
 
 
 def torn_end(side: str, rest: int, partial: MessageSeen | None, held_back: int) -> tuple[str, MessageSeen | None]:

@@ -12,6 +12,7 @@ from pgguard.attribution.findings import Findings, Share, Slots
 from pgguard.attribution.runtime import Language, Library, Runtime, Server
 from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.attribution.threads import Waits
+from pgguard.faults.build import plain_fault
 from pgguard.faults.catalogue import CATALOGUE, SERVERS_ADVICE, SETTLED_ADVICE, Severity
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Role
@@ -155,6 +156,18 @@ def test_roles(what: Verdict, findings: Findings, roles: list[tuple[Role, int | 
     assert [(c.role, c.pid, c.tid, c.evidence) for c in culprits] == roles
 
 
+@pytest.mark.parametrize("action", Action)
+def test_that_a_session_is_over_is_known_even_where_nothing_else_can_be_told(action: Action) -> None:
+    goodbye = verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE)
+    for what, over in (
+        (goodbye, action is not Action.DROPPED),
+        (replace(CLOSED, ends=True), action is not Action.DROPPED),
+        (OVERLAP, False),
+    ):
+        assert fault(what, action=action).over is over
+        assert plain_fault(what, FACTS, at=NOW, severity=Severity.ERROR, action=action).over is over
+
+
 def test_a_sender_that_could_not_be_looked_at_is_named_by_its_pid_alone() -> None:
     built = fault(OVERLAP, replace(KERNEL, senders={}, holders=None))
     assert built.culprits[0].process is None
@@ -162,7 +175,8 @@ def test_a_sender_that_could_not_be_looked_at_is_named_by_its_pid_alone() -> Non
 
 
 LEAK = verdict(
-    Kind.LEAKED_CONNECTION, "the connection has outlived the process that opened it, unused for more than 5 s"
+    Kind.LEAKED_CONNECTION,
+    "the connection has outlived the process that opened it, and has not been used for more than 5 s",
 )
 FULL = verdict(
     Kind.CONNECTION_EXHAUSTION,
@@ -187,7 +201,7 @@ SUMMARIES = [
         KERNEL,
         (
             "pid 4867 (puma: cluster worker 1) uses the connection that pid 4864"
-            " (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) opened, which sent Query"
+            " (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) opened: pid 4864 sent Query"
             " after pid 4867 had used the connection in between"
         ),
     ),
@@ -205,14 +219,14 @@ SUMMARIES = [
         verdict(Kind.INHERITED_CONNECTION),
         KERNEL,
         (
-            "pid 4866 (puma: cluster worker 0) and pid 4867 (puma: cluster worker 1) have the connection open"
-            " that pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) opened"
+            "the connection that pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) opened is also open in"
+            " pid 4866 (puma: cluster worker 0) and pid 4867 (puma: cluster worker 1)"
         ),
     ),
     (
         verdict(Kind.INHERITED_CONNECTION),
         Findings(holders=(WORKER_0, WORKER_1)),
-        ("pid 4866 (puma: cluster worker 0) and pid 4867 (puma: cluster worker 1) have one connection's socket open"),
+        "one connection is open in pid 4866 (puma: cluster worker 0) and pid 4867 (puma: cluster worker 1)",
     ),
     (verdict(Kind.INHERITED_CONNECTION), NOTHING, "more than one process has the connection's socket open"),
     (
@@ -227,9 +241,9 @@ SUMMARIES = [
         "the server sent DataRow while no request was outstanding",
     ),
     (
-        verdict(Kind.PROTOCOL_VIOLATION, "the client sent Bind with a length word of 2", intruder=Sender(4867)),
+        verdict(Kind.PROTOCOL_VIOLATION, "the client sent Bind with an impossible length of 2", intruder=Sender(4867)),
         KERNEL,
-        "pid 4867 (puma: cluster worker 1): the client sent Bind with a length word of 2",
+        "pid 4867 (puma: cluster worker 1) sent Bind with an impossible length of 2",
     ),
     (
         replace(CLOSED, open_request=True, reason=ENDED + "in the middle of a request"),
@@ -261,7 +275,7 @@ SUMMARIES = [
         BUSY,
         SHARED_UNSEEN,
         (
-            "one of the processes 4864 and 4866, which share the connection, "
+            "one of pids 4864 and 4866, which share the connection, "
             "sent Query before the answer to request 41 was complete"
         ),
     ),
@@ -298,9 +312,19 @@ SUMMARIES = [
         ),
         KERNEL,
         (
-            "pid 4867 (puma: cluster worker 1), thread 4880, and pid 4866 (puma: cluster worker 0), thread 4871,"
+            "thread 4880 of pid 4867 (puma: cluster worker 1) and thread 4871 of pid 4866 (puma: cluster worker 0)"
             f" {AT_ONCE}"
         ),
+    ),
+    (
+        verdict(
+            Kind.SHARED_BY_PROCESSES,
+            AT_ONCE,
+            intruder=Sender(4867, sampled=True),
+            requesters=(Sender(4866, sampled=True),),
+        ),
+        KERNEL,
+        f"pid 4867 (puma: cluster worker 1) and pid 4866 (puma: cluster worker 0) {AT_ONCE}",
     ),
     (
         verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE, intruder=Sender(4867)),
@@ -322,7 +346,7 @@ SUMMARIES = [
         verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE),
         ALONE,
         (
-            "another process than pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]),"
+            "a process other than pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]),"
             " which opened the connection, sent Terminate on it"
         ),
     ),
@@ -330,19 +354,20 @@ SUMMARIES = [
         LEAK,
         replace(KERNEL, holders=(WORKER_0,)),
         (
-            "the connection has outlived pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), which opened it, unused for"
-            " more than 5 s: pid 4866 (puma: cluster worker 0) has it open"
+            "the connection has outlived pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), which opened it, and has not"
+            " been used for more than 5 s: pid 4866 (puma: cluster worker 0) has it open"
         ),
     ),
     (
         LEAK,
         replace(KERNEL, holders=(WORKER_0, WORKER_1)),
         (
-            "the connection has outlived pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), which opened it, unused for"
-            " more than 5 s: pid 4866 (puma: cluster worker 0) and pid 4867 (puma: cluster worker 1) have it open"
+            "the connection has outlived pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), which opened it, and has not"
+            " been used for more than 5 s: pid 4866 (puma: cluster worker 0) and pid 4867 (puma: cluster worker 1) have"
+            " it open"
         ),
     ),
-    (LEAK, NOTHING, "the connection has outlived the process, which opened it, unused for more than 5 s"),
+    (LEAK, NOTHING, "the connection has outlived the process that opened it, and has not been used for more than 5 s"),
     (
         verdict(Kind.IDLE_IN_TRANSACTION, "has left a transaction idle for more than 60 s"),
         ALONE,
@@ -359,23 +384,23 @@ SUMMARIES = [
         "the client has left a transaction idle for more than 60 s",
     ),
     (
-        verdict(Kind.UNREAD_ANSWER, "has not read an answer of 7 bytes for more than 5 s so far"),
+        verdict(Kind.UNREAD_ANSWER, "has left an answer of 7 bytes unread for more than 5 s"),
         ALONE,
-        "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) has not read an answer of 7 bytes for more than 5 s so far",
+        "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) has left an answer of 7 bytes unread for more than 5 s",
     ),
     (
-        verdict(Kind.UNREAD_ANSWER, "has not read an answer of 7 bytes for more than 5 s so far"),
+        verdict(Kind.UNREAD_ANSWER, "has left an answer of 7 bytes unread for more than 5 s"),
         NOTHING,
-        "the client has not read an answer of 7 bytes for more than 5 s so far",
+        "the client has left an answer of 7 bytes unread for more than 5 s",
     ),
     (
         verdict(
             Kind.UNREAD_ANSWER,
-            "has not read an answer of 7 bytes for more than 5 s so far",
+            "has left an answer of 7 bytes unread for more than 5 s",
             requesters=(Sender(4866, 4871),),
         ),
         KERNEL,
-        "pid 4866 (puma: cluster worker 0) has not read an answer of 7 bytes for more than 5 s so far",
+        "pid 4866 (puma: cluster worker 0) has left an answer of 7 bytes unread for more than 5 s",
     ),
     (
         verdict(
@@ -394,26 +419,26 @@ SUMMARIES = [
         FULL,
         replace(KERNEL, opener=WORKER_1, holders=(WORKER_1,), shares=(Share(WORKER_0, 12), Share(None, 3))),
         (
-            "the server refused pid 4867 (puma: cluster worker 1) a connection: all its slots are taken; of those that"
-            " count and go through this guard pid 4866 (puma: cluster worker 0) has 12 and clients that are not known"
-            " have 3"
+            "the server refused pid 4867 (puma: cluster worker 1) a connection: all its slots are taken; of the"
+            " connections that count and go through this guard, pid 4866 (puma: cluster worker 0) has 12 and clients"
+            " that could not be identified have 3"
         ),
     ),
     (
         FULL,
         replace(NOTHING, shares=tuple(Share(WORKER_1, n) for n in (5, 4, 3, 2, 1)), slots=Slots(15, 9, 0)),
         (
-            "the server refused the client a connection: all its slots are taken; of those that count and go through"
-            " this guard pid 4867 (puma: cluster worker 1) has 5, pid 4867 (puma: cluster worker 1) has 4,"
-            " pid 4867 (puma: cluster worker 1) has 3 and 2 other processes have 3; 9 of the 15 sat idle"
+            "the server refused the client a connection: all its slots are taken; of the connections that count"
+            " and go through this guard, pid 4867 (puma: cluster worker 1) has 5, pid 4867 (puma: cluster worker 1) has"
+            " 4, pid 4867 (puma: cluster worker 1) has 3 and 2 other processes have 3; 9 of the 15 sat idle"
         ),
     ),
     (
         FULL,
         replace(NOTHING, shares=(Share(WORKER_1, 3),), slots=Slots(3, 1, 2)),
         (
-            "the server refused the client a connection: all its slots are taken; of those that count and go through"
-            " this guard pid 4867 (puma: cluster worker 1) has 3; 2 of the 3 sat idle in a transaction"
+            "the server refused the client a connection: all its slots are taken; of the connections that count"
+            " and go through this guard, pid 4867 (puma: cluster worker 1) has 3; 2 of the 3 sat idle in a transaction"
         ),
     ),
     (FULL, NOTHING, "the server refused the client a connection: all its slots are taken"),
@@ -422,7 +447,7 @@ SUMMARIES = [
         replace(NOTHING, shares=(), slots=Slots(0, 0, 0)),
         (
             "the server refused the client a connection: all its slots are taken;"
-            " none of those that count goes through this guard"
+            " none of the connections that count goes through this guard"
         ),
     ),
     (verdict(Kind.UNTRACKED, "the session is encrypted with GSS"), KERNEL, "the session is encrypted with GSS"),
@@ -712,6 +737,6 @@ def test_of_heirs_that_have_followed_the_advice_nothing_more_is_asked() -> None:
 def test_the_summary_says_that_the_heirs_have_others_of_their_own() -> None:
     inherited = replace(verdict(Kind.INHERITED_CONNECTION), settled=True)
     told = fault(inherited, replace(KERNEL, opener=MASTER, holders=(MASTER, WORKER_0))).summary
-    assert told.endswith("opened, has others of its own, and has not used this one")
+    assert told.endswith("(puma: cluster worker 0), which has not used it and has its own")
     told = fault(inherited, replace(KERNEL, opener=MASTER, holders=(MASTER, WORKER_0, WORKER_1))).summary
-    assert told.endswith("opened, have others of their own, and have not used this one")
+    assert told.endswith("(puma: cluster worker 1), which have not used it and have their own")

@@ -202,7 +202,7 @@ def test_heirs_that_forget_the_connection_and_open_their_own_are_only_mentioned(
     assert {fault["severity"] for fault in guard.faults()} == {"info"}
     assert {fault["kind"] for fault in guard.faults()} == {"inherited-connection"}
     assert pids_named(found[0]) == {parent, idle, *active}
-    assert "not used this one" in found[0]["summary"]
+    assert "not used it" in found[0]["summary"]
     assert "What to change" not in guard.stderr, "a line is enough"
 
 

@@ -218,10 +218,10 @@ _ANYTHING = "not with PostgreSQL's startup packet"
 
 _STRANGERS: tuple[tuple[Callable[[Address], None], str], ...] = (
     (_speak_http, f"HTTP, {_ANYTHING}"),
-    (partial(_speak_tls, alpn=None), "a TLS hello, this port offers no TLS"),
+    (partial(_speak_tls, alpn=None), "a TLS hello, but this port offers no TLS"),
     (
         partial(_speak_tls, alpn="postgresql"),
-        "a TLS hello, this port offers no TLS: connect with sslmode=disable or prefer",
+        "a TLS hello, but this port offers no TLS: connect with sslmode=disable or prefer",
     ),
     (partial(_say, data=b"SSH-2.0-OpenSSH_9.2\r\n"), f"SSH, {_ANYTHING}"),
     (partial(_say, data=b"*1\r\n$4\r\nPING\r\n"), f"Redis, {_ANYTHING}"),
@@ -261,7 +261,7 @@ def test_postgresqls_own_messages_before_login_are_an_error(guard: GuardProcess)
     _say(guard.tcp, query("select 'secret'"))
     [fault] = guard.wait_for("protocol-violation")
     assert (fault["severity"], fault["message"]["name"]) == ("error", "Query")
-    assert fault["reason"] == "the client sent Query before it had said who it is, and not a startup packet"
+    assert fault["reason"] == "the client sent Query as its first message, instead of a startup packet"
     assert "secret" not in str(fault)
 
 
@@ -270,4 +270,4 @@ def test_data_behind_a_request_for_encryption_is_an_error(guard: GuardProcess) -
     assert b"received unencrypted data after SSL request" in knock_at(guard.tcp, knock).received
     [fault] = guard.wait_for("protocol-violation")
     assert (fault["severity"], fault["message"]["name"]) == ("error", "SSLRequest")
-    assert fault["reason"] == f"the client sent SSLRequest and {len(START)} bytes behind it, before it was answered"
+    assert fault["reason"] == f"the client sent SSLRequest and {len(START)} bytes more without waiting for the answer"

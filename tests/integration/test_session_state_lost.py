@@ -107,7 +107,7 @@ def test_a_statement_that_another_client_has_made(server: Server) -> None:
         [fault] = guard.wait_for(KIND)
         assert (fault["severity"], fault["action"]) == ("warning", "logged")
         assert fault["libpq"] in str(raised.value)
-        assert 'prepared statement "_pg3_0" exists, which this session has never made' in fault["summary"]
+        assert 'prepared statement "_pg3_0" already exists, but this session never made it' in fault["summary"]
         assert (fault["message"]["direction"], fault["message"]["name"]) == ("backend", "ErrorResponse")
         assert "max_prepared_statements" in fault["advice"]["text"]
         ask(first)
@@ -127,7 +127,7 @@ def test_a_statement_that_is_gone(server: Server) -> None:
             ask(first)
         [fault] = guard.wait_for(KIND)
         assert 'prepared statement "_pg3_0" does not exist' in fault["libpq"]
-        assert "which this session has made and not closed" in fault["summary"]
+        assert "but this session made it and has not closed it" in fault["summary"]
         assert len(guard.faults()) == 1
 
 

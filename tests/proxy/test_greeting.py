@@ -99,7 +99,7 @@ async def test_the_server_refuses_what_is_stuffed_behind_a_request_itself(house:
     await server.close()
     assert await client.rest() == b"N" + message("E", b"its own words")
     await house.recorded("protocol-violation")
-    assert house.faults[0].reason.endswith(f" and {len(startup())} bytes behind it, before it was answered")
+    assert house.faults[0].reason.endswith(f" and {len(startup())} bytes more without waiting for the answer")
 
 
 @both_requests

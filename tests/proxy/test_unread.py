@@ -159,7 +159,7 @@ async def test_an_answer_that_nobody_reads_is_told_with_what_its_client_does_ins
         [fault] = scene.house.faults
         assert fault.severity == "warning"
         size = len(ANSWER) - len(READY)
-        assert fault.reason == f"has not read an answer of {size} bytes for more than {THRESHOLD:g} s so far"
+        assert fault.reason == f"has left an answer of {size} bytes unread for more than {THRESHOLD:g} s"
         assert fault.summary.startswith(f"pid {puppet.pid}")
         assert fault.message is None
         assert fault.libpq is None
@@ -573,7 +573,7 @@ async def test_it_is_told_when_it_is_time(
     assert stage.accused == []
     await trio.sleep(1.5)
     [verdict] = stage.accused
-    assert verdict.reason == f"has not read an answer of {len(ANSWER) - len(READY)} bytes for more than 10 s so far"
+    assert verdict.reason == f"has left an answer of {len(ANSWER) - len(READY)} bytes unread for more than 10 s"
     assert verdict.libpq == "another command is already in progress"
     looks = watched[1].looks
     await trio.sleep(600)

@@ -476,7 +476,7 @@ async def test_a_connection_whose_opener_has_ended_and_that_nobody_uses_is_leake
     [verdict] = stage.accused
     assert (verdict.kind, verdict.reason) == (
         Kind.LEAKED_CONNECTION,
-        "the connection has outlived the process that opened it, unused for more than 5 s",
+        "the connection has outlived the process that opened it, and has not been used for more than 5 s",
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from pgguard.attribution.evidence import Evidence
+from pgguard.attribution.evidence import Driver, Evidence
 from pgguard.attribution.findings import Findings, Share
 from pgguard.attribution.runtime import Language, Runtime
 from pgguard.attribution.stacks import Frame, Stacks
@@ -28,6 +28,7 @@ from pgguard.session.verdicts import Kind, Party, Sender
 from tests.faults.samples import (
     DATA_ROW,
     KERNEL,
+    MASTER,
     OUTSTANDING,
     OVERLAP,
     TERMINATE,
@@ -66,7 +67,7 @@ REPORT = f"""\
 {"=" * 100}
 pgguard: ERROR: shared-by-processes: two processes use one connection
   pid 4867 (puma: cluster worker 1) sent Query while the answer to pid 4866 was outstanding
-  (2026-11-22T11:52:07.120402Z; logged, the session goes on)
+  (2026-11-22T11:52:07.120402Z; logged only)
 
   Who:
     Intruder: pid 4867 (puma: cluster worker 1), thread 4880: the kernel named it as the sender
@@ -75,26 +76,26 @@ pgguard: ERROR: shared-by-processes: two processes use one connection
     Used by: pid 4866 (puma: cluster worker 0), thread 4871: the kernel named it as the sender
       its request 41, sent at 11:52:07.119402, was being answered
       command: puma: cluster worker 0: 4864 [app]
-    Opened by: pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]): at that time, the only process with
-    the socket open
-    Also open in: pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app])
+    Opened by: pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]): it was the only process with the
+    socket open then
+      still has it open
 
   Session 3:
     user app, database app, application_name "puma", over TCP from 127.0.0.1:53984, backend pid
     4865, opened 2026-11-22T11:51:54.620402Z
 
   How the socket came to be shared:
-    pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), child of 1: started 11:51:47.120402, opened
-    the connection 11:51:54.620402, has it open
-    ├── pid 4866 (puma: cluster worker 0), child of 4864: started 11:51:58.120402, got the socket
-    │   with the fork
-    └── pid 4867 (puma: cluster worker 1), child of 4864: started 11:51:59.120402, got the socket
-        with the fork
+    pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), child of 1: started at 11:51:47.120402, opened
+    the connection at 11:51:54.620402, has it open
+    ├── pid 4866 (puma: cluster worker 0), child of 4864: started at 11:51:58.120402, inherited the
+    │   socket through the fork
+    └── pid 4867 (puma: cluster worker 1), child of 4864: started at 11:51:59.120402, inherited the
+        socket through the fork
 
   Recent requests:
     #41  11:52:07.119402  pid 4866, thread 4871  Q  answering  SELECT $1 AS pid
 
-  What libpq prints for this, to search logs for:
+  What clients that use libpq print, to search logs for:
     message type 0x54 arrived from server while idle
 
   What to change:
@@ -112,20 +113,20 @@ def test_a_report_shows_both_sides_and_how_the_socket_came_to_be_shared() -> Non
 @pytest.mark.parametrize(
     ("what", "action", "says"),
     [
-        (verdict(Kind.SHARED_BY_PROCESSES), Action.LOGGED, "logged, the session goes on"),
-        (verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE), Action.LOGGED, "logged, the session has ended"),
-        (verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE), Action.DROPPED, "message dropped, the session goes on"),
+        (verdict(Kind.SHARED_BY_PROCESSES), Action.LOGGED, "logged only"),
+        (verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE), Action.LOGGED, "logged only; the session has ended"),
+        (verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE), Action.DROPPED, "message dropped"),
         (verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE), Action.REJECTED, "session rejected"),
-        (replace(verdict(Kind.UNCLEAN_CLOSE), ends=True), Action.LOGGED, "logged, the session has ended"),
+        (replace(verdict(Kind.UNCLEAN_CLOSE), ends=True), Action.LOGGED, "logged only; the session has ended"),
         (
             replace(verdict(Kind.PROTOCOL_VIOLATION, message=DATA_ROW), by=Party.SERVER, ends=True),
             Action.LOGGED,
-            "logged, the session has ended",
+            "logged only; the session has ended",
         ),
         (
             replace(verdict(Kind.PROTOCOL_VIOLATION, message=DATA_ROW), by=Party.SERVER),
             Action.LOGGED,
-            "logged, the session goes on",
+            "logged only",
         ),
     ],
 )
@@ -141,10 +142,98 @@ def test_what_the_opener_sent_stands_beside_the_opener() -> None:
     opener = next(n for n, line in enumerate(lines) if line.startswith("Used by: pid 4864"))
     assert lines[intruder + 1].startswith("its request 41, sent at")
     assert lines[opener + 1].startswith("sent Query, 61 bytes, at")
+    assert lines[opener + 2].startswith("opened the connection: ")
 
 
 def test_culprits_that_a_record_leaves_out_are_counted() -> None:
-    assert "And 12 more\n" in printed(fault(unnamed=12))
+    assert "And 12 more processes\n" in printed(fault(unnamed=12))
+
+
+def test_a_process_in_two_roles_is_told_of_once() -> None:
+    own = replace(OVERLAP, intruder=Sender(4867, 4880), requesters=(Sender(4864, 4871),))
+    lines = printed(fault(own, replace(KERNEL, connected=(4864, 4864))), width=400).splitlines()
+    [start] = [n for n, line in enumerate(lines) if line.startswith("    Used by: pid 4864 ")]
+    assert lines[start + 1].strip() == "opened the connection in thread 4864: the kernel named it when it connected"
+    assert not [line for line in lines if line.startswith(("    Opened by:", "    Also open in: pid 4864"))]
+
+
+def test_a_request_is_told_of_the_thread_that_sent_it() -> None:
+    """The other thread of the same process has sent another one, or it isn't known which has."""
+    other = replace(OUTSTANDING, n=42, sender=Sender(4866, 4872))
+    unknown = replace(OUTSTANDING, n=43, sender=Sender(4866))
+    threads = replace(
+        OVERLAP,
+        kind=Kind.SHARED_BY_THREADS,
+        requests=(OUTSTANDING, other, unknown),
+        intruder=Sender(4866, 4872),
+        requesters=(Sender(4866, 4871),),
+    )
+    text = printed(fault(threads), width=400)
+    assert re.findall(r"its request (\d+),", text) == ["41"]
+    alone = replace(threads, kind=Kind.REQUEST_WHILE_BUSY, intruder=Sender(4866, 4871), requesters=(), sender=None)
+    assert "thread 4871" in printed(fault(alone))
+    one = replace(OVERLAP, requests=(unknown,))
+    assert re.findall(r"its request (\d+),", printed(fault(one), width=400)) == ["43"], "there is no other thread"
+
+
+def test_who_misuses_its_own_connection_is_no_intruder() -> None:
+    busy = replace(OVERLAP, kind=Kind.REQUEST_WHILE_BUSY, intruder=Sender(4866, 4871), requesters=())
+    text = printed(fault(busy))
+    assert "Sent by: pid 4866" in text
+    assert "Intruder" not in text
+
+
+def test_the_servers_words_are_not_said_to_be_libpqs() -> None:
+    """Every driver passes them on."""
+    error = 'prepared statement "s" does not exist'
+    text = printed(fault(verdict(Kind.SESSION_STATE_LOST, libpq=error), replace(KERNEL, driver=Driver.ASYNCPG)))
+    assert f"The server's error, to search logs for:\n    {error}\n" in text
+    assert "libpq" not in text.partition("What to change")[0]
+
+
+def test_a_child_that_is_older_than_the_connection_has_not_inherited_it() -> None:
+    handed = process(4870, 4864, "python", "worker.py", age=15)
+    text = printed(fault(verdict(Kind.INHERITED_CONNECTION), replace(KERNEL, holders=(MASTER, handed))), width=400)
+    assert "pid 4870 (python worker.py), child of 4864: started at 11:51:52.120402, has it open" in text
+
+
+LONG_SQL = b"SELECT alpha, beta FROM orders JOIN customers USING (customer_id) WHERE placed_at > now() AND total > 10"
+EVERYTHING = (
+    fault(
+        replace(
+            OVERLAP,
+            requests=tuple(
+                replace(OUTSTANDING, n=n, messages="PBDES", sql=LONG_SQL, sender=Sender(4_194_300 + n, 4_194_200 + n))
+                for n in range(8, 12)
+            ),
+            intruder=Sender(4867, 4880),
+        ),
+        replace(
+            KERNEL,
+            holders=(MASTER, WORKER_0, WORKER_1, process(4868, 4867, "python3", "app.py", age=3)),
+            waits=Waits((waiting(WORKER_1, 4880, name="puma srv tp 002", call="ppoll"),)),
+            stacks=Stacks(problems={4867: "py-spy is not installed"}),
+            runtimes={4867: Runtime(Language.PYTHON)},
+        ),
+    ),
+    fault(
+        verdict(Kind.CONNECTION_EXHAUSTION),
+        replace(KERNEL, shares=(Share(WORKER_0, 90, idle=40, idle_in_transaction=7), Share(None, 2))),
+    ),
+)
+
+
+@pytest.mark.parametrize("what", EVERYTHING, ids=lambda what: str(what.kind))
+def test_at_every_width_everything_is_there_in_order(what: Fault) -> None:
+    """What has no room beside something else stands below it: no pid, no thread, no word of SQL is cut."""
+    shown = printed(what, width=200)
+    assert "#8  11:52:07.119402  pid 4194308, thread 4194208  PBDES  answering  SELECT alpha," in shown or what.shares
+    everything = re.sub(r"[\s,=├└│─]+", "", shown)
+    for width in range(20, 200):
+        text = printed(what, width=width)
+        assert re.sub(r"[\s,=├└│─]+", "", text) == everything, width
+        words = re.findall(r"\w+", text)
+        assert [word for word in words if word.isdigit()] == re.findall(r"\b\d+\b", shown), width
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 120, 400])
@@ -192,11 +281,11 @@ def test_what_is_not_known_is_said_to_be_unknown() -> None:
     busy = verdict(Kind.REQUEST_WHILE_BUSY, message=OVERLAP.message, requests=(replace(OUTSTANDING, sender=None),))
     facts = replace(fault().session, user=None, transport="unix", client=None, application_name=None, tls=True)
     text = printed(fault(busy, Findings(), facts=facts))
-    assert "Intruder: not known which process" in text
-    assert "not logged in, database app, over a Unix socket with TLS, backend pid 4865" in text
+    assert "Sent by: a process that could not be identified" in text
+    assert "user not known, database app, over a Unix socket with TLS, backend pid 4865" in text
     assert "How the socket came" not in text
     text = printed(fault(verdict(Kind.UNCLEAN_CLOSE), Findings()))
-    assert "not known: the kernel named no sender" in text
+    assert "Nobody could be identified: the kernel named no sender" in text
     assert "Recent requests" not in text
     assert "libpq" not in text
 
@@ -204,7 +293,7 @@ def test_what_is_not_known_is_said_to_be_unknown() -> None:
 def test_a_process_of_other_parents_is_not_said_to_have_got_the_socket_by_a_fork() -> None:
     stranger = process(7, 1, "nc", "-U", name="nc")
     text = printed(fault(verdict(Kind.INHERITED_CONNECTION), replace(KERNEL, holders=(stranger,))))
-    assert "pid 7 (nc), child of 1: started 11:51:58.120402, has it open" in text
+    assert "pid 7 (nc), child of 1: started at 11:51:58.120402, has it open" in text
 
 
 @pytest.mark.parametrize("kind", Kind)
@@ -231,7 +320,7 @@ def test_a_thread_is_shown_with_its_name_its_call_and_the_innermost_of_its_frame
     text = printed(fault(BY_WORKER_1, findings))
     assert (
         'Intruder: pid 4867 (puma: cluster worker 1), thread 4880 "puma srv tp 002": the kernel named it as the sender;'
-        " the thread: seen waiting on the socket"
+        " the thread was seen waiting on the socket"
     ) in " ".join(text.split())
     assert "      blocked in ppoll, waiting for this connection\n" in text
     assert "      #0 function_0 /app/models.py:0\n      #1 function_1 /app/models.py:1\n" in text
@@ -270,7 +359,7 @@ def test_who_has_how_many_connections_is_shown() -> None:
     full = verdict(Kind.CONNECTION_EXHAUSTION)
     text = printed(fault(full, replace(KERNEL, shares=(Share(WORKER_0, 90), Share(None, 2)))))
     assert "Connections that count and go through this guard:\n    90  pid 4866 (puma: cluster worker 0)\n" in text
-    assert "     2  not known\n" in text
+    assert "     2  clients that could not be identified\n" in text
     many = printed(fault(full, replace(KERNEL, shares=tuple(Share(WORKER_0, n) for n in range(30, 0, -1)))))
     assert "    15  pid 4866 (puma: cluster worker 0)\n    105  14 other processes\n" in many
     assert "Connections that count" not in printed(fault(full, replace(KERNEL, shares=())))
@@ -284,7 +373,8 @@ def test_a_pid_in_a_container_is_shown_too() -> None:
 
 def test_a_client_known_by_its_own_account_is_shown_with_it() -> None:
     text = printed(fault(verdict(Kind.IDLE_IN_TRANSACTION), Findings(declared={"controller": "users\x1b[2J"})))
-    assert "Opened by: a client that can't be looked at: by its own account\n      controller: users\\x1b[2J\n" in text
+    shown = "Opened by: a client whose process can't be seen from here. It says of itself:\n      controller: users"
+    assert f"{shown}\\x1b[2J\n" in text
 
 
 # The sink
@@ -429,8 +519,9 @@ def test_what_the_server_did_is_not_said_of_its_client(findings: Findings) -> No
     reason = "the server's stream ended 505 bytes before the end of a DataRow message"
     torn = replace(verdict(Kind.PROTOCOL_VIOLATION, reason, message=DATA_ROW), by=Party.SERVER, ends=True)
     shown = printed(fault(torn, findings), width=200)
-    assert "  Who:\n    The server, or what stands between it and the guard; nobody on the client's side.\n" in shown
-    assert "not known" not in shown
+    server = "The server, or something between it and the guard: nobody on the client's side did this.\n"
+    assert f"  Who:\n    {server}" in shown
+    assert "identified" not in shown
     assert "Intruder" not in shown
     assert "What to change:\n    Look into the server's log at this time." in shown
 

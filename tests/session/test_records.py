@@ -282,9 +282,9 @@ class TestReasons:
         ("< D", "the server sent DataRow while no request was outstanding"),
         ("> PBE < C", "the server sent CommandComplete, which can't belong to the answer to request 1 (PBE)"),
         ("> Q Q", "Query was sent before the answer to request 1 (Q) was complete"),
-        ("> d", "the client sent CopyData although no COPY is going on"),
-        ("> p", "the client sent PasswordMessage although no authentication is going on"),
-        ("> Q < G > P", "the client sent Parse while the server expects copy data"),
+        ("> d", "the client sent CopyData although no COPY was in progress"),
+        ("> p", "the client sent PasswordMessage although no authentication was in progress"),
+        ("> Q < G > P", "the client sent Parse while the server expected COPY data"),
     ])  # fmt: skip
     def test_are_clauses(self, script: str, reason: str) -> None:
         [verdict] = Conversation().talk(script)
@@ -292,7 +292,8 @@ class TestReasons:
 
     def test_of_malformed_messages_name_the_length(self) -> None:
         assert (
-            Conversation().frontend(b"Q\xff\xff\xff\xff")[0].reason == "the client sent Query with a length word of -1"
+            Conversation().frontend(b"Q\xff\xff\xff\xff")[0].reason
+            == "the client sent Query with an impossible length of -1"
         )
         assert Conversation().frontend(b"?\0\0\0\x04")[0].reason == "the client sent a message of unknown type '?'"
         [verdict] = Conversation().frontend(message("C", b"?x\0"))

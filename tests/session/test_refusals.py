@@ -82,7 +82,7 @@ def test_whoever_names_no_function_of_postgresqls_does_not_say_which_limit(routi
     verdict = refused(routine, "too many tcp connections")
     assert verdict.refusal == Refusal(None)
     assert verdict.reason == (
-        'the server refused the connection: "too many tcp connections", which doesn\'t say what limit that is'
+        'the server refused the connection: "too many tcp connections" (it doesn\'t say which limit it means)'
     )
 
 

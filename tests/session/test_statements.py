@@ -57,7 +57,7 @@ class TestOfAnother:
         assert verdict.kind is Kind.SESSION_STATE_LOST
         assert (
             verdict.reason
-            == 'the server says that prepared statement "_pg3_0" exists, which this session has never made'
+            == 'the server says that prepared statement "_pg3_0" already exists, but this session never made it'
         )
         assert verdict.libpq == 'prepared statement "_pg3_0" already exists'
         assert verdict.message is not None
@@ -71,7 +71,7 @@ class TestOfAnother:
         session.frontend(close("s") + SYNC)
         session.backend("3Z")
         [verdict] = session.refused(parse("SELECT 1", "s"), EXISTS)
-        assert verdict.reason.endswith("which this session has closed")
+        assert verdict.reason.endswith("but this session has closed it")
 
     @pytest.mark.parametrize("before", [
         "SELECT 1",
@@ -112,9 +112,8 @@ class TestItsOwn:
         session.execute("s")
         [verdict] = session.refused(use, GONE)
         assert verdict.kind is Kind.SESSION_STATE_LOST
-        assert (
-            verdict.reason
-            == 'the server says that prepared statement "s" does not exist, which this session has made and not closed'
+        assert verdict.reason == (
+            'the server says that prepared statement "s" does not exist, but this session made it and has not closed it'
         )
         assert verdict.libpq == 'prepared statement "s" does not exist'
 
@@ -124,7 +123,7 @@ class TestItsOwn:
         [verdict] = session.refused(bind(), GONE)
         assert verdict.reason == (
             "the server says that the unnamed prepared statement does not exist, "
-            "which this session has made and not closed"
+            "but this session made it and has not closed it"
         )
         assert verdict.libpq == "unnamed prepared statement does not exist"
 
