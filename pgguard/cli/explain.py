@@ -40,7 +40,7 @@ _STYLES: Final = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", S
 _ACTIONS: Final = {
     KindAction.LOG: "record it, and let the session go on",
     KindAction.REJECT: "end the session with an error that says what happened",
-    KindAction.IGNORE: "take no notice of it",
+    KindAction.IGNORE: "neither record it nor do anything about it",
     KindAction.DROP: "swallow the message, and let the session go on",
 }
 
@@ -196,7 +196,7 @@ def _print_entry(console: Console, entry: Entry) -> None:
 
 def _in_mode_reject(entry: Entry) -> str:
     if not entry.can_reject or Severity.ERROR not in entry.severity_rule:
-        return "likewise"
+        return "too"
     always = entry.severity_rule == Severity.ERROR
     return "its session is ended" if always else "its session is ended where it is an error"
 

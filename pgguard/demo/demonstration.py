@@ -46,12 +46,12 @@ Put it in front of a PostgreSQL of your own, where your application runs and as 
     pgguard serve --upstream postgresql://db.example.com --faults faults.jsonl
     DATABASE_URL=postgresql://app@127.0.0.1:6544/app  your-application
 
-Over a Unix socket the kernel names the sender of every byte, so give it one if your application can use it:
+Over a Unix socket the kernel names the sender of every byte, so use one if your application can:
 
     pgguard serve --upstream postgresql://db.example.com --listen unix:/tmp
     DATABASE_URL=postgresql://app@/app?host=/tmp  your-application
 
-With --mode reject an error ends its session before anybody is handed another's answer."""
+With --mode reject, pgguard ends a session at an error, before anybody is handed another's answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ async def _within_time(console: Console) -> int:
     except (ServerFailedError, _FailedError) as error:
         complaint = str(error)
     except trio.TooSlowError:
-        complaint = f"called off, as it took more than {_SECONDS:.0f} seconds"
+        complaint = f"stopped, because it took more than {_SECONDS:.0f} seconds"
     _show_plain(Console(stderr=True, highlight=False), f"pgguard: demo: {complaint}")
     return status
 
@@ -249,7 +249,7 @@ def _show(console: Console, runs: Sequence[_Run], findings: _Findings) -> int:
         _show_seen(console, run)
         found = findings.of(run)
         told = found if run.fixed else sorted(found, key=lambda fault: _GRAVITY.index(fault["severity"]))[:1]
-        first = " The gravest in full:\n" if told and not run.fixed else ""
+        first = " The most serious one in full:\n" if told and not run.fixed else ""
         _show_plain(console, f"\npgguard saw {_counted(found) or 'nothing wrong'}.{first}")
         for fault in told:
             _show_plain(console, findings.report(fault))
@@ -263,7 +263,7 @@ def _show(console: Console, runs: Sequence[_Run], findings: _Findings) -> int:
 
 def _show_seen(console: Console, run: _Run) -> None:
     if not run.seen:
-        console.print("The application saw its own answers only.")
+        console.print("The application saw only its own answers.")
         return
     console.print("What the application saw:\n")
     for line, times in run.seen.items():

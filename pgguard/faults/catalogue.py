@@ -190,25 +190,25 @@ SERVERS_ADVICE: Final = Advice(
     "A stream that ends in the middle of a message is a server process that crashed or was killed (PostgreSQL's log: "
     "'terminated by signal'; the kernel's: 'Out of memory'), pg_terminate_backend while the client wasn't reading, a "
     "failover, or a proxy or network device that gave up the connection. A malformed message comes from a proxy or "
-    "pooler on the way: point --upstream straight at PostgreSQL. The application has only to cope with it: connect "
-    "anew, and repeat the transaction.",
+    "pooler on the way: point --upstream straight at PostgreSQL. All that the application can do is reconnect, and "
+    "repeat the transaction.",
     sources=(_SHUTDOWN,),
 )
 """What to change about a protocol-violation of the server's."""
 
 SETTLED_ADVICE: Final = Advice(
     "Nothing has to change",
-    "The heirs have opened connections of their own and leave this one alone, as they should. Its socket stays open in "
-    "them until they end, and keeps the session alive for as long. Closing the pool in the parent just before the fork "
-    "leaves nothing to inherit. To hear no more of it, say ignore for this kind.",
+    "The processes that inherited it have opened connections of their own and leave this one alone, as they should. "
+    "Its socket stays open in them until they end, and keeps the session alive for as long. To leave nothing to "
+    "inherit, close the pool in the parent just before the fork. To hear no more of this, set this kind to ignore.",
     sources=(_LIBPQ_FORK,),
 )
 """What to change about an inherited connection whose heirs have others of their own."""
 
 STRANGERS_ADVICE: Final = Advice(
     "Find out what connects to this port, and why",
-    "The connection was closed without a word, as PostgreSQL does. A health check had better connect and close, or run "
-    "pg_isready; a load balancer must not send the PROXY protocol; and whoever wants TLS has to go without: "
+    "pgguard closed the connection without an answer, as PostgreSQL would. A health check should connect and close, or "
+    "run pg_isready; a load balancer must not send the PROXY protocol; and a client that requires TLS needs "
     "sslmode=disable or prefer.",
     sources=(_ISREADY,),
 )
@@ -229,19 +229,19 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "unasked except NoticeResponse, ParameterStatus, NotificationResponse and the ErrorResponse with which it "
         "ends a session. The client will take the message for the beginning of its next answer.",
         "Not a fork: a connection shared by processes looks orderly from the server's side. Something between the "
-        "guard and PostgreSQL gave this client an answer of another's (a pooler or proxy that reuses a server "
+        "guard and PostgreSQL gave this client another client's answer (a pooler or proxy that reuses a server "
         "connection before its last answer has been read), or the server is not PostgreSQL and has its own idea of "
         "the protocol.",
         Advice(
             "Look between the guard and PostgreSQL",
-            "Point --upstream straight at PostgreSQL, without the pooler or proxy in between. If the fault is "
-            "gone, that one hands out connections with answers left in them: upgrade it, and make it close a "
-            "server connection whose client vanished or cancelled in the middle of a query.",
+            "Point --upstream straight at PostgreSQL, without the pooler or proxy in between. If the fault is gone "
+            "then, the pooler or proxy hands out connections with answers left in them: upgrade it, and make it close "
+            "a server connection whose client vanished or cancelled in the middle of a query.",
         ),
         (
             "Rows read since then may have been another client's: discard the connection, don't retry on it.",
             (
-                "While you look for the cause, the configuration can say drop for this kind: the guard then "
+                "While you look for the cause, you can set this kind to drop in the configuration: the guard then "
                 "swallows the message and the session goes on."
             ),
         ),
@@ -300,8 +300,8 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "pipelining. Whichever of them reads first gets the answer: rows meant for one thread end up in the other, or "
         "the driver loses count and gives up the connection.",
         "One connection object is used by several threads without a lock: a global or a class attribute, a connection "
-        "kept from a pool beyond its block, an object with a connection inside that a threaded server (Puma, gthread, "
-        "Sidekiq) or a thread pool shares.",
+        "that is kept after its pool's block has ended, or an object with a connection inside that a threaded server "
+        "(Puma, gthread, Sidekiq) or a thread pool shares.",
         Advice(
             "Give each thread a connection of its own",
             "Check a connection out of a thread-safe pool for as long as a thread needs it, and keep no reference to "
@@ -324,14 +324,14 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
             "Close a connection whose query was interrupted, and give each thread its own",
             "After a client-side timeout (Ruby's Timeout.timeout, a cancelled coroutine, a signal handler that "
             "raises) the rest of the answer is still on its way: close the connection instead of returning it to "
-            "the pool, or let the server do the timing with statement_timeout. A connection is not to be used by "
-            "two threads at once: check one out of the pool for each.",
+            "the pool, or let the server do the timing with statement_timeout. Two threads must not use one "
+            "connection at once: check one out of the pool for each.",
             sources=(f"{_SETTINGS}client.html#GUC-STATEMENT-TIMEOUT",),
         ),
         (
             "C: read with PQgetResult until it returns NULL before the connection is used again.",
             (
-                "If this is only a warning and the driver pipelines by design, say ignore for this kind in the "
+                "If this is only a warning and the driver pipelines by design, set this kind to ignore in the "
                 "configuration."
             ),
         ),
@@ -347,8 +347,8 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "command is already in progress' (libpq), 'unexpected Parse response' (lib/pq).",
         "A timeout, a cancellation or an exception has abandoned the request between sending it and reading the "
         "answer; or the rows of one query are still being read while the next one is sent on the same connection; or "
-        "two threads or tasks use one connection. An answer that is only read late is no fault unless something is "
-        "sent on top of it: the warning then says no more than that it has lain there for so long.",
+        "two threads or tasks use one connection. An answer that is only read late is not a fault unless something is "
+        "sent on top of it: then the warning says no more than how long it has lain there.",
         Advice(
             "Close a connection whose query was abandoned, or read its answer to the end",
             "After a client-side timeout or an exception in the middle of a query close the connection instead of "
@@ -359,26 +359,26 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         ),
         (
             "C: read with PQgetResult until it returns NULL before the connection is used again.",
-            "Clients that read late on purpose: raise --unread-answer; 0 takes no notice of how late it is.",
+            "Clients that read late on purpose: raise --unread-answer; 0 turns this warning off.",
         ),
     ),
     Entry(
         Kind.INHERITED_CONNECTION,
         Severity.WARNING,
-        "warning; info for an heir that has opened connections of its own and never used this one",
-        "a fork took the connection along",
+        "warning; info if whoever inherited it has opened connections of its own and never used this one",
+        "more than one process has the connection open",
         "More than one process has the connection's socket open. Nothing has gone wrong yet; as soon as two of "
-        "them use it, answers go astray. And even unused, the copy keeps the session alive after its owner has "
-        "gone, and a child that tidies up at exit sends Terminate on its parent's connection. An heir is given a few "
-        "seconds to open a connection of its own; if it does, this is only information.",
-        "A process that had a connection open forked. Every open file descriptor is inherited, and closing it on "
-        "exec (FD_CLOEXEC) does not help a child that only forks. fork(2).",
+        "them use it, answers go astray. Even unused, the copy keeps the session alive after its owner has gone, and "
+        "a child that tidies up at exit sends Terminate on its parent's connection. A child is given a few seconds to "
+        "open a connection of its own; if it does, this is only information.",
+        "A process forked while it had a connection open. A child inherits every open file descriptor, and FD_CLOEXEC, "
+        "which closes them on exec, does not help a child that only forks: see fork(2).",
         Advice(
             "Close the pool before forking",
             "Disconnect in the parent just before the fork, or connect in each child after it. A child that must "
             "not use the connection should forget it without closing it (SQLAlchemy: engine.dispose(close=False)). "
-            "Where one child alone goes on with the connection and the parent never touches it again, this is "
-            "harmless: say ignore for this kind.",
+            "If one child alone goes on with the connection and the parent never touches it again, this is "
+            "harmless: set this kind to ignore.",
             sources=(_LIBPQ_FORK,),
         ),
     ),
@@ -386,14 +386,14 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         Kind.FOREIGN_TERMINATE,
         Severity.ERROR,
         "error",
-        "a process ended a connection that another one has open",
+        "a process ended a connection that another process has open",
         "Terminate came from a process other than the one that opened the connection, and another process still has "
         "it open. The server ends the session, rolls back its transaction, and the owner finds out with its next "
         "query: 'server closed the connection unexpectedly', or 'SSL connection has been closed unexpectedly'.",
         "A forked child ended, and on its way out closed what it had inherited: a destructor, a finalizer or an exit "
-        "handler says goodbye for the parent. Perl's DBI handles do without AutoInactiveDestroy, Ruby does in at_exit "
-        "blocks and when it frees a PG::Connection, Python does in atexit handlers or when the child disposes of a "
-        "pool, and PHP closes every connection at the end of the script.",
+        "handler said goodbye for the parent. Perl's DBI handles do this unless AutoInactiveDestroy is set; Ruby does "
+        "it in at_exit blocks and when it frees a PG::Connection; Python does it in atexit handlers or when the child "
+        "disposes of a pool; and PHP closes every connection at the end of the script.",
         Advice(
             "Let the child leave without closing what isn't its own",
             "Disconnect in the parent just before the fork, so that there is nothing to close. Where that can't be, "
@@ -404,8 +404,8 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         ),
         (
             (
-                "While you look for the child, the configuration can say drop for this kind: the guard then swallows "
-                "the Terminate, and the owner's session goes on."
+                "While you look for the child, you can set this kind to drop in the configuration: the guard then "
+                "swallows the Terminate, and the owner's session goes on."
             ),
         ),
         can_drop=True,
@@ -418,15 +418,16 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "The connection ended without Terminate. An open transaction is rolled back; a query that was running goes "
         "on until PostgreSQL notices, and nobody learns its outcome.",
         "The process was killed (SIGKILL, the kernel's out-of-memory killer, a supervisor's timeout), crashed, exited "
-        "without closing its connections, or left through os._exit; or it lives, and its driver dropped the socket "
-        "after a timeout or an error of its own, or something in between cut the connection. The record says which of "
-        "these it was, as far as the kernel does: how a process has ended can be seen until its parent has asked.",
+        "without closing its connections, or left through os._exit. Or it is still running, and its driver dropped the "
+        "socket after a timeout or an error of its own, or something in between cut the connection. The record says "
+        "which of these it was, if the kernel still knew: how a process ended can be seen only until its parent has "
+        "collected its exit status.",
         Advice(
             "Find out how the process ended, and close connections on the way out",
             "If it was killed: look in the logs of its supervisor and of the kernel (dmesg: 'Out of memory: Killed "
-            "process'), and at SIGTERM finish or cancel the running query, then disconnect. If it has exited: close "
-            "the pool first, on every path, and before os._exit. If it lives: look for a timeout after which the "
-            "driver drops the connection, or a proxy or firewall in between.",
+            "process'), and at SIGTERM finish or cancel the running query, then disconnect. If it exited: close the "
+            "pool first, on every path, and before os._exit. If it is still running: look for a timeout after which "
+            "the driver drops the connection, or a proxy or firewall in between.",
         ),
         (
             (
@@ -434,7 +435,7 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
                 "query takes."
             ),
             "PostgreSQL 14 and later: client_connection_check_interval ends queries whose client has gone.",
-            "Forked children that leave through os._exit or exit!: they must not own connections.",
+            "Forked children that leave through os._exit or exit! must not own connections.",
             (
                 "Terminate in the middle of COPY FROM STDIN loses all its rows (the server's log: 'unexpected message "
                 "type 0x58 during COPY from stdin'): end the COPY before the connection is closed, by leaving the "
@@ -466,17 +467,18 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         Severity.WARNING,
         "warning",
         "a connection outlived the process that opened it",
-        "The process that opened the connection has ended, and the session goes on: an heir keeps the socket open, and "
-        "neither uses it nor waits on it. It holds one of the server's slots, and its locks if a transaction is open. "
-        "A daemon that goes on with the connection of the process that started it has been handed it, and leaks none.",
+        "The process that opened the connection has ended, and the session goes on: another process has inherited the "
+        "socket and keeps it open, but neither uses it nor waits on it. The session takes one of the server's slots, "
+        "and keeps its locks if a transaction is open. A daemon that goes on using the connection of the process that "
+        "started it is not meant: that one was handed over.",
         "The process forked while it had the connection open, and the child (a daemon, a background job, a worker that "
-        "was left behind) inherited the socket and never closed it; or the command had ended and something that it "
-        "started had not.",
+        "was left behind) inherited the socket and never closed it; or the command ended, and something that it had "
+        "started did not.",
         Advice(
             "Close connections before forking, and before the process ends",
-            "Disconnect in the parent just before the fork, so that no child keeps its socket open. Find the heir by "
-            "its pid: if it should have ended with its parent, end it; if it is a daemon, let it close what it "
-            "inherited, or start it by executing a program anew, which closes libpq's sockets.",
+            "Disconnect in the parent just before the fork, so that no child keeps its socket open. Find the process "
+            "that has it open by its pid: if it should have ended with its parent, end it; if it is a daemon, let it "
+            "close what it inherited, or start it through exec, which closes libpq's sockets.",
             sources=(_LIBPQ_FORK,),
         ),
     ),
@@ -485,19 +487,19 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         Severity.ERROR,
         "error",
         "the server has no connection left",
-        "The server refused a connection for want of slots, SQLSTATE 53300 (too_many_connections). The record says "
-        "which limit it was, where the server says it, and which processes hold how many of the connections that count "
-        "toward it and go through the guard.",
-        "More connections are asked for than max_connections allows, less those that are reserved, or than the role or "
-        "the database may have: every process of every server has a pool of its own, so pool size times workers times "
-        "hosts is what counts, twice that during a rolling restart. Or connections are kept that nobody needs: opened "
-        "for each request and never closed, or idle in a transaction that nobody ends.",
+        "The server refused a connection because it had no slot left for it: SQLSTATE 53300 (too_many_connections). "
+        "The record says which limit was reached, if the server says so, and which processes hold how many of the "
+        "connections that count toward it and go through the guard.",
+        "The application asks for more connections than max_connections allows (minus those that are reserved), or "
+        "than the role or the database may have. Every process of every server has a pool of its own, so pool size "
+        "times workers times hosts is what counts, and twice that during a rolling restart. Or connections are kept "
+        "that nobody needs: opened for each request and never closed, or idle in a transaction that nobody ends.",
         Advice(
             "Make all pools together fit into max_connections",
             "Multiply pool size by processes by hosts, allow for deployments and for psql, and size the pools to stay "
-            "below max_connections: a process needs as many connections as threads of it run queries at once. If "
-            "that is still too many, put a pooler in transaction mode (pgbouncer) in between. A process with many "
-            "more of them than its pool's size leaks them.",
+            "below max_connections: a process needs as many connections as it has threads that run queries at once. "
+            "If that is still too many, put a pooler in transaction mode (pgbouncer) in between. A process that has "
+            "many more connections than its pool's size is leaking them.",
             sources=(f"{_SETTINGS}connection.html#GUC-MAX-CONNECTIONS",),
         ),
         (
@@ -520,16 +522,16 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "the server does not know what this session has prepared",
         "The server's error contradicts what this session has done: a prepared statement exists that it never made "
         "(42P05), or one that it made and has not closed is gone (26000). Between the guard and PostgreSQL the "
-        "server's session has been swapped for another one. What else belongs to a session is lost with it: settings, "
-        "temporary tables, advisory locks, LISTEN.",
+        "server's session has been swapped for another one. Whatever else belongs to a session is lost with it: "
+        "settings, temporary tables, advisory locks, LISTEN.",
         "A pooler in transaction mode (pgbouncer with pool_mode = transaction, and hosted ones like it) gives each "
         "transaction the next server session that is free, and the driver prepares statements by name: psycopg after "
-        "the fifth execution, asyncpg and Rails from the first, pgjdbc from the fifth. Rarely it is a trigger or a "
-        "view that calls a function which drops statements.",
+        "the fifth execution, asyncpg and Rails from the first, pgjdbc from the fifth. Rarely, a trigger or a view "
+        "calls a function that drops statements.",
         Advice(
-            "Let the pooler keep track of prepared statements, or have the driver make none",
-            "pgbouncer 1.21 and later does with max_prepared_statements above 0. Otherwise switch them off: psycopg "
-            "prepare_threshold=None, asyncpg statement_cache_size=0, pgjdbc prepareThreshold=0, Rails "
+            "Let the pooler keep track of prepared statements, or turn them off in the driver",
+            "pgbouncer 1.21 and later tracks them if max_prepared_statements is above 0. Otherwise turn them off: "
+            "psycopg prepare_threshold=None, asyncpg statement_cache_size=0, pgjdbc prepareThreshold=0, Rails "
             "prepared_statements: false, pgx default_query_exec_mode=exec, postgres.js prepare: false. Or use "
             "pool_mode = session where sessions matter.",
             "; pgbouncer.ini\nmax_prepared_statements = 200",
@@ -538,8 +540,8 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         (
             "What a session sets, locks or listens to must stay within one transaction behind such a pooler.",
             (
-                "Names that two clients make alike can be told apart (asyncpg: prepared_statement_name_func), but a "
-                "statement that is gone stays gone."
+                "Giving each client's statements names of their own (asyncpg: prepared_statement_name_func) avoids "
+                "names that exist already, but not statements that are gone."
             ),
         ),
     ),
@@ -550,10 +552,10 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "a message that is malformed, torn, or out of place",
         "A message was malformed, torn, or not allowed at this point of the session. Whoever reads it can't tell "
         "where the next one begins.",
-        "The client's: two threads or processes wrote to the socket at once, and their messages ran into each other; "
-        "or a driver or proxy is faulty; or something that doesn't speak PostgreSQL's protocol connected to the port. "
-        "The server's: it, or what stands before it, crashed or gave up in the middle of an answer; then nobody on the "
-        "client's side did anything wrong.",
+        "If the client sent it: two threads or processes wrote to the socket at once, and their messages ran into each "
+        "other; or a driver or proxy is faulty; or something that doesn't speak PostgreSQL's protocol connected to the "
+        "port. If the server sent it: the server, or something in front of it, crashed or gave up in the middle of an "
+        "answer, and nobody on the client's side did anything wrong.",
         Advice(
             "Find out who else writes to this socket",
             "If more than one process has the socket open, fix that first: connect after forking. Within one "
@@ -561,8 +563,8 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
             "the driver or a proxy on the way, and try the latest version of it.",
         ),
         (
-            f"The server's message: {SERVERS_ADVICE.text}",
-            f"What isn't PostgreSQL's protocol at all: {STRANGERS_ADVICE.text}",
+            f"If the server sent it: {SERVERS_ADVICE.text}",
+            f"If it isn't PostgreSQL's protocol at all: {STRANGERS_ADVICE.text}",
         ),
     ),
     Entry(
@@ -575,9 +577,9 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "something that the guard does not understand.",
         Advice(
             "Let the guard read the session",
-            "Encryption: give the guard a certificate (--tls-cert, --tls-key) so that TLS ends there, and set "
-            "gssencmode=disable in the client; over loopback, sslmode=disable will do. Anything else is a "
-            "shortcoming of pgguard: please report it with the reason given here.",
+            "If the session is encrypted: set sslmode=disable and gssencmode=disable in the client, and connect to "
+            "the guard over loopback or a Unix socket. Anything else is a shortcoming of pgguard: please report it "
+            "with the reason given here.",
         ),
         can_reject=False,
     ),

@@ -63,7 +63,7 @@ class Policy:
                 droppable = ", ".join(k for k in Kind if CATALOGUE[k].can_drop)
                 raise PolicyError(f"{kind} can't be dropped, only {droppable} can: say log, reject or ignore")
             if action is KindAction.REJECT and not CATALOGUE[kind].can_reject:
-                raise PolicyError(f"{kind} leaves nothing to reject: say log or ignore")
+                raise PolicyError(f"{kind} can't be rejected: say log or ignore")
 
     def decide(self, kind: Kind, severity: Severity) -> Action | None:
         """What to do about a fault; ``None``: take no notice of it."""

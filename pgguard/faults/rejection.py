@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.faults.catalogue import CATALOGUE
 from pgguard.faults.fault import Fault, Request, Role
 from pgguard.faults.text import listed, named, printable, shorten
 from pgguard.session.verdicts import OUTSTANDING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SQLSTATE: Final = "08P01"
 """protocol_violation: PostgreSQL documentation, appendix A."""
@@ -18,12 +21,6 @@ PLAIN_REJECTION: Final = f"pgguard: {_CLOSING}: the connection was misused"
 """The message for a client of which nothing more can be told than that."""
 _SQL_LENGTH: Final = 200
 _REQUESTS: Final = 3
-
-_ROLES: Final = {
-    Role.REQUESTER: ("used this connection before", "used this connection before"),
-    Role.OWNER: ("opened it", "opened it"),
-    Role.HOLDER: ("has it open as well", "have it open as well"),
-}
 
 
 class Rejection(NamedTuple):
@@ -39,15 +36,9 @@ def rejection(fault: Fault) -> Rejection:
     told = [f"This is {fault.kind}: {CATALOGUE[fault.kind].title}."]
     outstanding = [request for request in fault.requests if request.state in OUTSTANDING]
     told.extend(_outstanding(request) for request in outstanding[:_REQUESTS])
-    owners = {culprit.pid for culprit in fault.culprits if culprit.role is Role.OWNER}
-    for role, (one, many) in _ROLES.items():
-        # That the owner has it open goes without saying.
-        unsaid = {None} if role is not Role.HOLDER else {None, *owners}
-        people = [named(c.pid, c.process) for c in fault.culprits if c.role is role and c.pid not in unsaid and c.pid]
-        if people:
-            told.append(f"{listed(people)} {one if len(people) == 1 else many}.")
+    told.extend(_others(fault))
     if fault.unnamed:
-        told.append(f"And {fault.unnamed} more.")
+        told.append(f"And {fault.unnamed} more process{'' if fault.unnamed == 1 else 'es'}.")
     cancelled = " and its query cancelled" if outstanding else ""
     told.append(f"The session was closed{cancelled} (pgguard fault {fault.id}).")
     return Rejection(
@@ -55,6 +46,23 @@ def rejection(fault: Fault) -> Rejection:
         detail=printable(" ".join(told)),
         hint=f"{fault.advice.title}. {fault.advice.text}",
     )
+
+
+def _others(fault: Fault) -> Iterator[str]:
+    """Who else has to do with the connection, each process once. That the owner has it open goes without saying."""
+    users, owners, holders = (
+        {c.pid: named(c.pid, c.process) for c in fault.culprits if c.role is role and c.pid is not None}
+        for role in (Role.REQUESTER, Role.OWNER, Role.HOLDER)
+    )
+    for pids, one, many in (
+        (owners.keys() & users.keys(), *["opened this connection and used it before"] * 2),
+        (users.keys() - owners.keys(), *["used this connection before"] * 2),
+        (owners.keys() - users.keys(), *["opened it"] * 2),
+        (holders.keys() - owners.keys() - users.keys(), "has it open as well", "have it open as well"),
+    ):
+        names = [name for pid, name in (users | owners | holders).items() if pid in pids]
+        if names:
+            yield f"{listed(names)} {one if len(names) == 1 else many}."
 
 
 def _outstanding(request: Request) -> str:

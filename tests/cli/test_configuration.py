@@ -56,7 +56,7 @@ from tests.proxy.spawned import environment, run, spawned
         (["serve", "--listen", "unix:/nowhere"], "create the directory /nowhere"),
         (["serve", "--upstream", "host"], '--upstream: missing "=" after "host"'),
         (["serve", "--upstream", "sslmode=require"], "use sslmode=prefer or disable"),
-        (["serve", "--upstream", "sslmode=requir"], "--upstream: libpq knows no such sslmode: use disable, allow or"),
+        (["serve", "--upstream", "sslmode=requir"], "--upstream: there is no such sslmode: use disable, allow or"),
         (["serve", "--upstream", "service=nowhere"], 'definition of service "nowhere" not found'),
         (["serve", "--faults", "/nowhere/faults.jsonl"], "--faults: "),
         (["serve", "--faults", ""], "--faults: "),
@@ -137,7 +137,7 @@ def test_a_guard_in_front_of_itself(tmp_path: Path) -> None:
             "acton: there is no such setting: did you mean action?",
         ),
         ("[kinds]\nunclean-close = 'drop'", "unclean-close can't be dropped"),
-        ("[kinds]\nuntracked = 'reject'", "untracked leaves nothing to reject"),
+        ("[kinds]\nuntracked = 'reject'", "untracked can't be rejected"),
         ("kinds = 1", "kinds should be"),
         ("upstream = 1", "upstream should be a valid string, not 1"),
     ],
@@ -212,7 +212,7 @@ async def test_a_file_that_somebody_else_has_put_where_the_guard_is_started_is_n
         guard.signal(signal.SIGTERM)
         said = guard.end()
     whose = "it is a link made by user nobody" if kind == "link" else "it belongs to user nobody"
-    what = "have it belong to root or to the guard's user, and nobody else write to it, or remove it"
+    what = "make root or the guard's user its owner, and let nobody else write to it, or remove it"
     assert f"pgguard: {path} is not read: {whose}: {what}\n" in said
 
 
@@ -221,7 +221,7 @@ def test_a_file_that_is_named_and_somebody_elses_is_refused(refused: Refused, tm
     path = tmp_path / "other.toml"
     path.write_text("mode = 'log'\n")
     os.chown(path, NOBODY, NOBODY)
-    says = f"--config {path}: it belongs to user nobody: have it belong to root or to the guard's user"
+    says = f"--config {path}: it belongs to user nobody: make root or the guard's user its owner"
     refused("serve", "--config", str(path), says=says)
 
 
@@ -229,7 +229,7 @@ def test_a_file_that_anybody_may_write_is_refused(refused: Refused, tmp_path: Pa
     path = tmp_path / "other.toml"
     path.write_text("mode = 'log'\n")
     path.chmod(0o666)
-    refused("serve", says=f"--config {path}: anybody may write to it: have it", PGGUARD_CONFIG=str(path))
+    refused("serve", says=f"--config {path}: anybody can write to it: make root", PGGUARD_CONFIG=str(path))
 
 
 def test_a_link_that_leads_nowhere_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,8 +84,8 @@ def test_no_case_is_left_out(module: ModuleType) -> None:
         (Kind.SHARED_BY_THREADS, "its session is ended,"),
         (Kind.UNREAD_ANSWER, "its session is ended where it is an error,"),
         (Kind.PROTOCOL_VIOLATION, "its session is ended where it is an error,"),
-        (Kind.UNCLEAN_CLOSE, "likewise,"),
-        (Kind.IDLE_IN_TRANSACTION, "likewise,"),
+        (Kind.UNCLEAN_CLOSE, "too,"),
+        (Kind.IDLE_IN_TRANSACTION, "too,"),
     ],
 )
 def test_it_says_what_mode_reject_does(kind: Kind, says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,7 +121,7 @@ def test_puma_with_rom_in_a_hanami_application_needs_a_stop_hook() -> None:
     assert 'stop do\n  target["persistence.rom"].disconnect\nend' in code(written_by_hand)
     built_in = advice_for(SHARED, [runtime(Language.RUBY, Server.PUMA, *bundle, Library.HANAMI_DB)])
     assert built_in.code == "# config/puma.rb\nbefore_fork do\n  Hanami.shutdown\nend"
-    assert "built in" in built_in.text
+    assert "built-in" in built_in.text
 
 
 def test_sequel_is_suspected_before_active_record_which_takes_care_of_forks() -> None:
@@ -203,7 +203,7 @@ def test_a_foreign_terminate_is_also_avoided_by_how_a_child_leaves(
 
 def test_a_one_way_hand_over_is_said_to_be_harmless_whatever_the_software() -> None:
     for shown in Runtime(), PUMA, runtime(Language.PYTHON, None, Library.ASYNCPG):
-        assert "this is harmless: say ignore for this kind" in advice_for(Kind.INHERITED_CONNECTION, [shown]).text
+        assert "this is harmless: set this kind to ignore" in advice_for(Kind.INHERITED_CONNECTION, [shown]).text
 
 
 @pytest.mark.parametrize("advice", ALL, ids=lambda advice: advice.title)

@@ -27,8 +27,8 @@ OPEN = Fate(State.ALIVE, None, has_socket=True)
 @pytest.mark.parametrize(
     ("fate", "was_reset", "says"),
     [
-        (Fate(State.ALIVE, None, has_socket=False), False, "hadn't the socket open any more"),
-        (Fate(State.ALIVE, None, has_socket=False), True, "hadn't the socket open any more"),
+        (Fate(State.ALIVE, None, has_socket=False), False, "no longer had the socket open"),
+        (Fate(State.ALIVE, None, has_socket=False), True, "no longer had the socket open"),
         (OPEN, False, "shutdown(2)"),
         (OPEN, True, "Something in between"),
         (Fate(State.EXITED, 0), False, "exited by itself"),
@@ -47,7 +47,7 @@ def test_each_end_has_its_own(fate: Fate, was_reset: bool, says: str) -> None:
 @pytest.mark.parametrize("fate", [None, Fate(State.ENDED), Fate(State.ALIVE, None, None)])
 def test_where_the_end_is_not_known_all_are_said(fate: Fate | None) -> None:
     assert advice_on_closing(fate, was_reset=False, is_heir=False, runtimes=()) == GENERAL
-    assert all(case in GENERAL.text for case in ("If it was killed", "If it has exited", "If it lives"))
+    assert all(case in GENERAL.text for case in ("If it was killed", "If it exited", "If it is still running"))
 
 
 @pytest.mark.parametrize("fate", [Fate(State.EXITED, 0), Fate(State.ENDED)])
@@ -55,7 +55,7 @@ def test_an_heir_that_leaves_is_not_to_close_what_was_not_its_own(fate: Fate) ->
     advice = advice_on_closing(fate, was_reset=False, is_heir=True, runtimes=(SEQUEL,))
     inherited = advice_for(Kind.INHERITED_CONNECTION, (SEQUEL,))
     assert (advice.title, advice.code) == (inherited.title, inherited.code)
-    assert "as is right for what isn't its own" in advice.text
+    assert "which is right for a connection that isn't its own" in advice.text
 
 
 def test_an_end_has_no_sender() -> None:
@@ -69,7 +69,7 @@ def test_an_end_has_no_sender() -> None:
 def test_what_was_cut_off_in_between_was_closed_by_nobody() -> None:
     cut = replace(ALONE, fate=OPEN, was_reset=True)
     assert [culprit.role for culprit in fault(CLOSED, cut).culprits] == ["owner"]
-    assert "was reset by neither side" in fault(CLOSED, cut).summary
+    assert "was reset by something in between" in fault(CLOSED, cut).summary
     assert [culprit.role for culprit in fault(CLOSED, replace(cut, was_reset=False)).culprits] == ["closer", "owner"]
 
 
@@ -77,7 +77,7 @@ def test_an_heir_that_was_the_last_is_told_from_the_opener() -> None:
     heir = replace(ALONE, departed=(WORKER_0,), fate=Fate(State.EXITED, 0))
     record = fault(CLOSED, heir)
     assert [(culprit.role, culprit.pid) for culprit in record.culprits] == [("closer", 4866), ("owner", 4864)]
-    assert "a process that a fork had given it to" in record.advice.text
+    assert "had inherited it through a fork" in record.advice.text
     assert "exited with status 0" in record.summary
 
 

@@ -43,5 +43,5 @@ def test_drop_is_refused_where_it_would_break_the_session(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", [Kind.UNCLEAN_CLOSE, Kind.CONNECTION_EXHAUSTION, Kind.UNTRACKED])
 def test_reject_is_refused_where_it_would_do_nothing(kind: Kind) -> None:
-    with pytest.raises(PolicyError, match=f"^{kind} leaves nothing to reject"):
+    with pytest.raises(PolicyError, match=f"^{kind} can't be rejected"):
         Policy(per_kind={kind: KindAction.REJECT})

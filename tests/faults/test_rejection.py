@@ -40,6 +40,13 @@ def test_holders_are_told_in_number() -> None:
     assert "pid 4866 (puma: cluster worker 0) has it open as well." in detail
 
 
+def test_a_process_is_told_of_once_with_all_that_it_did() -> None:
+    threads = tuple(Sender(4864, tid) for tid in (4864, 4865))
+    detail = rejection(fault(replace(OVERLAP, requesters=threads), replace(KERNEL, opener=MASTER))).detail
+    assert "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) opened this connection and used it before." in detail
+    assert detail.count("pid 4864 (") == 1
+
+
 def test_nothing_is_said_to_be_cancelled_that_was_not_running() -> None:
     detail = rejection(fault(replace(OVERLAP, requests=()))).detail
     assert "The session was closed (pgguard fault 7)." in detail
@@ -68,7 +75,7 @@ def test_every_kind_can_be_put_into_words(kind: Kind) -> None:
             verdict(Kind.FOREIGN_TERMINATE, intruder=Sender(4867)),
             KERNEL,
             "pgguard: terminating connection: pid 4867 (puma: cluster worker 1) sent Terminate on the connection",
-            "This is foreign-terminate: a process ended a connection that another one has open.",
+            "This is foreign-terminate: a process ended a connection that another process has open.",
         ),
         (
             verdict(

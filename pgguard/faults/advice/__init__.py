@@ -34,27 +34,29 @@ _CONSTANT: Final = re.compile(r"[A-Z]\w*(?:::[A-Z][a-z]\w*)?")
 """What a line of Ruby calls something of: a module or class, but not a constant like DATABASES within it."""
 
 _ANY_CALL: Final = {
-    Side.PARENT: "disconnect whatever may have connected by then; a pool connects anew when needed.",
-    Side.CHILD: "connect anew, and forget what was connected before without closing it.",
+    Side.PARENT: "disconnect whatever may have connected by then; a pool reconnects when needed.",
+    Side.CHILD: "reconnect, and forget what was connected before without closing it.",
 }
 
 _REMARKS: Final = {
     (Kind.INHERITED_CONNECTION, None): (
-        "Where one child alone goes on with the connection and the parent never touches it again, this is harmless: "
-        "say ignore for this kind."
+        "If one child alone goes on with the connection and the parent never touches it again, this is harmless: set "
+        "this kind to ignore."
     ),
-    (Kind.LEAKED_CONNECTION, None): ("Find the heir by its pid; if it should have ended with its parent, end it."),
+    (Kind.LEAKED_CONNECTION, None): (
+        "Find the process that has it open by its pid; if it should have ended with its parent, end it."
+    ),
     (Kind.FOREIGN_TERMINATE, Language.RUBY): (
-        "A child that has inherited a connection all the same leaves through exit!, which runs neither at_exit blocks "
+        "A child that has inherited a connection anyway should leave through exit!, which runs neither at_exit blocks "
         "nor finalizers."
     ),
     (Kind.FOREIGN_TERMINATE, Language.PYTHON): (
-        "A child of os.fork that has inherited a connection all the same leaves through os._exit, which runs neither "
+        "A child of os.fork that has inherited a connection anyway should leave through os._exit, which runs neither "
         "atexit handlers nor destructors."
     ),
     (Kind.FOREIGN_TERMINATE, Language.PERL): (
-        "A child that has inherited a connection all the same may leave through POSIX::_exit, which runs neither END "
-        "blocks nor destructors."
+        "A child that has inherited a connection anyway can leave through POSIX::_exit, which runs neither END blocks "
+        "nor destructors."
     ),
 }
 """What to add for a kind, or for a kind in one language."""
@@ -201,7 +203,7 @@ def _composed(hook: Hook, call: Call) -> Advice:
     for name, lines in (("calls", call.code), ("closing", call.closing), ("anew", call.anew)):
         code = _filled(code, name, lines or "pass")
     return Advice(
-        "Close the pool before forking" if hook.side is Side.PARENT else "Connect anew after forking",
+        "Close the pool before forking" if hook.side is Side.PARENT else "Reconnect after forking",
         f"{hook.text}, {call.text}",
         code if call.elsewhere is None else f"{code}\n\n{call.elsewhere}",
         tuple(dict.fromkeys((*hook.sources, *call.sources))),

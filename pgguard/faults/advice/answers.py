@@ -42,7 +42,7 @@ _IDLE: Final = frozenset({Kind.IDLE_IN_TRANSACTION})
 _EXHAUSTED: Final = frozenset({Kind.CONNECTION_EXHAUSTION})
 _SWAPPED: Final = frozenset({Kind.SESSION_STATE_LOST})
 _TRACK: Final = (
-    "Or let the pooler keep track of them: pgbouncer 1.21 and later does with max_prepared_statements above 0."
+    "Or let the pooler keep track of them: pgbouncer 1.21 and later does if max_prepared_statements is above 0."
 )
 
 ANSWERS: Final = (
@@ -95,7 +95,7 @@ ANSWERS: Final = (
         Language.RUBY,
         Library.ACTIVE_RECORD,
         Advice(
-            "Use Active Record's connection within with_connection only",
+            "Use Active Record's connection only within with_connection",
             "Active Record leases a connection to a thread. Don't hand the object to another thread or keep it in a "
             "constant; a thread of your own wraps its work in ActiveRecord::Base.connection_pool.with_connection, "
             "which gives the connection back at its end.",
@@ -118,8 +118,8 @@ ANSWERS: Final = (
         None,
         Advice(
             "Check a PG::Connection out of a pool for each thread",
-            "A PG::Connection is not to be used by two threads at once. The gem connection_pool hands each thread one "
-            "of its own for the length of a with block.",
+            "Two threads must not use one PG::Connection at once. The gem connection_pool gives each thread one of its "
+            "own for the length of a with block.",
             code(
                 """
                 # db.rb
@@ -139,7 +139,7 @@ ANSWERS: Final = (
         Library.SQLALCHEMY,
         Advice(
             "One Session, and one Connection, for each thread",
-            "Neither Session nor Connection is for use by several threads at once; the engine is. Open a Session where "
+            "Several threads can use one engine at once, but not one Session or Connection. Open a Session where "
             "the thread's work begins, or use scoped_session, which keeps one for each thread: call Session.remove() "
             "at the end of the work.",
             code(
@@ -159,9 +159,9 @@ ANSWERS: Final = (
         Library.DJANGO,
         Advice(
             "Don't hand Django's connection to another thread",
-            "django.db.connection is another object in every thread. Don't keep the connection or a cursor of it where "
-            "other threads get at it, and don't call inc_thread_sharing(); a thread of your own closes its connection "
-            "when it is done.",
+            "django.db.connection is a different object in every thread. Don't keep the connection or a cursor of it "
+            "where other threads can reach it, and don't call inc_thread_sharing(). A thread of your own should close "
+            "its connection when it is done.",
             code(
                 """
                 # where a thread does its work: work.py
@@ -185,7 +185,7 @@ ANSWERS: Final = (
         Advice(
             "One asyncpg connection for each task, one pool for each event loop",
             "An asyncpg connection belongs to one event loop and does one thing at a time. Acquire one from the pool "
-            "for each task, and in a thread with an event loop of its own create a pool of its own.",
+            "for each task. A thread with an event loop of its own needs a pool of its own.",
             code(
                 """
                 # where a task does its work: work.py
@@ -228,8 +228,8 @@ ANSWERS: Final = (
         None,
         Advice(
             "Check a connection out of a pool for each thread",
-            "Use a thread-safe pool, psycopg_pool.ConnectionPool for instance, and a connection of it only within its "
-            "with block.",
+            "Use a thread-safe pool, for instance psycopg_pool.ConnectionPool, and use each of its connections only "
+            "within its with block.",
             code(
                 """
                 # db.py
@@ -272,7 +272,7 @@ ANSWERS: Final = (
         None,
         Advice(
             "Borrow a connection from a DataSource for each thread",
-            "A Connection of pgjdbc is not for several threads. Borrow one from a pool (HikariCP) and close it, in a "
+            "Several threads must not use one pgjdbc Connection. Borrow one from a pool (HikariCP) and close it, in a "
             "try-with-resources statement, in the same method.",
             None,
             ("https://jdbc.postgresql.org/documentation/thread/",),
@@ -412,8 +412,8 @@ ANSWERS: Final = (
         Advice(
             "Let the server time queries out, and close interrupted connections",
             "An exception raised from outside (a signal handler, gevent.Timeout, a cancelled task) leaves the rest of "
-            "the answer unread: close that connection instead of putting it back into the pool. Set statement_timeout "
-            "instead, and give each thread and task a connection of its own.",
+            "the answer unread: close that connection instead of putting it back into the pool. Let the server do the "
+            "timing with statement_timeout, and give each thread and task a connection of its own.",
             code(
                 """
                 # db.py
@@ -452,9 +452,9 @@ ANSWERS: Final = (
         None,
         Advice(
             "Read every answer to its end",
-            "After pg_send_query call pg_get_result until it returns false before the connection is used again, and "
-            "after a persistent connection's script was aborted expect its answer to be unread: don't use persistent "
-            "connections for queries that may be.",
+            "After pg_send_query, call pg_get_result until it returns false before you use the connection again. When "
+            "a script with a persistent connection is aborted, its answer may stay unread: don't use persistent "
+            "connections for queries that may be interrupted.",
             code(
                 """
                 <?php // db.php
@@ -472,10 +472,10 @@ ANSWERS: Final = (
         Language.NODE,
         None,
         Advice(
-            "Make sure that this is pipelining by design",
+            "Check whether this is intended pipelining",
             "postgres.js, and node-postgres with pipeline: true, send queries on a connection that is still answering "
-            "others, which is in order: say ignore for this kind. Otherwise check a client out of the pool for each "
-            "flow of control and release it when its last query has been answered.",
+            "others. If that is intended, set this kind to ignore. Otherwise check a client out of the pool for each "
+            "flow of control, and release it when its last query has been answered.",
             None,
             ("https://node-postgres.com/apis/pool",),
         ),
@@ -487,8 +487,8 @@ ANSWERS: Final = (
         Advice(
             "Read the rows to the end, or close them, before the next query on the same connection",
             "Within a transaction, or on a sql.Conn, all queries go over one connection: with lib/pq the rows of one "
-            "must have been read to the end or closed before the next. A transaction is for one goroutine. Time "
-            "queries out with the context that they are given: lib/pq then cancels them and closes the connection.",
+            "must be read to the end or closed before the next. Use a transaction in one goroutine only. To time "
+            "queries out, use the context that you pass to them: lib/pq then cancels them and closes the connection.",
             code(
                 """
                 // within the transaction: orders.go
@@ -661,8 +661,8 @@ ANSWERS: Final = (
         Library.SEQUEL,
         Advice(
             "Size Sequel's pool to the threads of a process",
-            "Each process has a pool of max_connections (4 by default). The threads of a worker are enough; times "
-            "workers, times hosts, it must fit into the limit.",
+            "Each process has a pool of up to max_connections connections (4 by default). As many as a worker has "
+            "threads are enough. Multiplied by workers and hosts, they must fit into the server's limit.",
             code(
                 """
                 # db.rb
@@ -678,8 +678,8 @@ ANSWERS: Final = (
         Library.ACTIVE_RECORD,
         Advice(
             "Size Active Record's pool to the threads of a process",
-            "Each process has a pool for each database. The threads of a worker are enough; times workers, times "
-            "hosts, it must fit into the limit.",
+            "Each process has a pool for each database. As many connections as a worker has threads are enough. "
+            "Multiplied by workers and hosts, they must fit into the server's limit.",
             code(
                 """
                 # config/database.yml
@@ -715,10 +715,10 @@ ANSWERS: Final = (
         Library.DJANGO,
         Advice(
             "Don't keep connections for threads that come and go",
-            "Django has one connection for each thread and database. With CONN_MAX_AGE other than 0 a server that "
-            "starts many threads keeps as many connections: set it to 0, and from Django 5.1 on use its pool (pool in "
-            "OPTIONS, with psycopg 3) if connecting takes too long. Threads of your own close their connection at the "
-            "end.",
+            "Django has one connection for each thread and database. If CONN_MAX_AGE isn't 0, a server that starts "
+            "many threads keeps as many connections: set it to 0, and from Django 5.1 on use its pool (pool in "
+            "OPTIONS, with psycopg 3) if connecting takes too long. Threads of your own should close their connection "
+            "at the end.",
             code(
                 """
                 # settings.py, below DATABASES
@@ -734,8 +734,8 @@ ANSWERS: Final = (
         Library.ASYNCPG,
         Advice(
             "Size the pool, and make one for each process",
-            "Each pool opens min_size connections at once and max_size at most, 10 each by default. Make one when the "
-            "process starts, not one for each request.",
+            "Each pool opens min_size connections at once and max_size at most (both are 10 by default). Make one when "
+            "the process starts, not one for each request.",
             code(
                 """
                 # where the application starts: main.py
@@ -773,10 +773,10 @@ ANSWERS: Final = (
         Language.PHP,
         None,
         Advice(
-            "Count the workers, and do without persistent connections",
+            "Count the workers, and avoid persistent connections",
             "With PDO::ATTR_PERSISTENT or pg_pconnect every worker of PHP-FPM or Apache keeps a connection for each "
-            "user and database, used or not: as many as pm.max_children or MaxRequestWorkers. Leave them out, or lower "
-            "those, and put a pooler in between if connecting takes too long.",
+            "user and database, used or not: as many as pm.max_children or MaxRequestWorkers. Avoid them, or lower "
+            "these settings, and put a pooler in between if connecting takes too long.",
             None,
             (PHP_PERSISTENT,),
         ),
@@ -786,9 +786,9 @@ ANSWERS: Final = (
         Language.PYTHON,
         Library.ASYNCPG,
         Advice(
-            "Have asyncpg keep no prepared statements",
-            "Behind a pooler in transaction mode a statement that asyncpg keeps is gone with the next transaction. "
-            "Without its cache of statements it makes none by name. " + _TRACK,
+            "Turn off asyncpg's cache of prepared statements",
+            "Behind a pooler in transaction mode a statement that asyncpg has prepared is gone with the next "
+            "transaction. Without its cache of statements it prepares none by name. " + _TRACK,
             code(
                 """
                 # where the pool is created: main.py
@@ -803,9 +803,9 @@ ANSWERS: Final = (
         Language.PYTHON,
         Library.DJANGO,
         Advice(
-            "Have Django's connections prepare nothing",
+            "Turn off prepared statements in Django",
             "Behind a pooler in transaction mode a prepared statement is gone with the next transaction, and so is a "
-            "server-side cursor. Switch both off. " + _TRACK,
+            "server-side cursor. Turn both off. " + _TRACK,
             code(
                 """
                 # settings.py
@@ -821,7 +821,7 @@ ANSWERS: Final = (
         Language.PYTHON,
         Library.PSYCOPG,
         Advice(
-            "Have psycopg prepare nothing",
+            "Turn off psycopg's prepared statements",
             "Behind a pooler in transaction mode a prepared statement is gone with the next transaction, and psycopg "
             "prepares what is executed more than five times. " + _TRACK,
             code(
@@ -839,7 +839,7 @@ ANSWERS: Final = (
         Language.RUBY,
         Library.ACTIVE_RECORD,
         Advice(
-            "Have Active Record prepare nothing",
+            "Turn off Active Record's prepared statements",
             "Behind a pooler in transaction mode a prepared statement is gone with the next transaction, "
             "and Active Record prepares every query that has parameters. " + _TRACK,
             code(
@@ -857,7 +857,7 @@ ANSWERS: Final = (
         Language.JAVA,
         None,
         Advice(
-            "Have pgjdbc prepare nothing by name",
+            "Turn off pgjdbc's named prepared statements",
             "Behind a pooler in transaction mode a prepared statement is gone with the next transaction, "
             "and pgjdbc makes one with a name when a PreparedStatement is executed for the fifth time. It makes none "
             "with prepareThreshold=0 in the URL (jdbc:postgresql://host/database?prepareThreshold=0). " + _TRACK,
@@ -870,7 +870,7 @@ ANSWERS: Final = (
         Language.GO,
         Library.PGX,
         Advice(
-            "Have pgx prepare nothing by name",
+            "Turn off pgx's named prepared statements",
             "Behind a pooler in transaction mode a prepared statement is gone with the next transaction, "
             "and pgx prepares what it executes and keeps it. " + _TRACK,
             code(
@@ -887,7 +887,7 @@ ANSWERS: Final = (
         Language.NODE,
         Library.POSTGRES_JS,
         Advice(
-            "Have postgres.js prepare nothing",
+            "Turn off postgres.js's prepared statements",
             "Behind a pooler in transaction mode a prepared statement is gone with the next transaction, "
             "and postgres.js prepares every query. Create its client with postgres(url, { prepare: false }). " + _TRACK,
             None,

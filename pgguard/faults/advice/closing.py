@@ -22,75 +22,75 @@ _SETTINGS: Final = "https://www.postgresql.org/docs/current/runtime-config-"
 
 COPY_ADVICE: Final = Advice(
     "End the COPY before the connection is closed",
-    "The server has thrown away all rows of this COPY FROM STDIN. Leave the block that psycopg's cursor.copy() opens, "
+    "The server threw away all rows of this COPY FROM STDIN. Leave the block that psycopg's cursor.copy() opens, "
     "or call libpq's PQputCopyEnd, and read the answer, before the connection is closed.",
     sources=("https://www.postgresql.org/docs/current/libpq-copy.html",),
 )
 
 _CLOSED: Final = Advice(
-    "Find out what closes the socket of a process that lives on",
-    "The process was alive a moment later and hadn't the socket open any more. Usual causes: a timeout or a cancelled "
-    "task, after which the driver drops the connection (let the server do the timing with statement_timeout); a "
-    "connection object that was forgotten, whose socket the garbage collector closes; code that closes descriptors "
-    "that aren't its own, as daemons do; an exec, which closes libpq's sockets. If it is a proxy or a tunnel, look at "
-    "who was connected to it.",
+    "Find out what closed the socket of a process that is still running",
+    "The process was still running a moment later, but no longer had the socket open. Usual causes: a timeout or a "
+    "cancelled task, after which the driver drops the connection (let the server do the timing with "
+    "statement_timeout); a connection object that was forgotten, whose socket the garbage collector closed; code that "
+    "closes descriptors that aren't its own, as daemons do; an exec, which closes libpq's sockets. If the process is a "
+    "proxy or a tunnel, look at who was connected to it.",
     sources=(f"{_SETTINGS}client.html#GUC-STATEMENT-TIMEOUT",),
 )
 _SHUT_DOWN: Final = Advice(
-    "Find out what shuts the socket down",
-    "The process is alive and has the socket open still, so it was shut down and not closed: by shutdown(2), which "
-    "works on the connection for all that have it open. Look for it where the connection is given up after an error, "
-    "and close the connection through its driver instead.",
+    "Find out what shut the socket down",
+    "The process is still running and still has the socket open, so the socket was not closed but shut down: by "
+    "shutdown(2), which ends the connection for every process that has it open. Look for it where the connection is "
+    "given up after an error, and close the connection through its driver instead.",
 )
 _CUT: Final = Advice(
-    "Look for what has cut the connection",
-    "The process is alive and has the socket open still, and the connection was reset. Something in between did that: "
-    "a firewall, a proxy, or address translation that forgets idle connections. Keepalives keep it from that "
-    "(libpq's keepalives_idle), as does a pool that closes connections before they have been idle for as long.",
+    "Look for what cut the connection",
+    "The process is still running and still has the socket open, but the connection was reset. Something in between "
+    "did that: a firewall, a proxy, or address translation that forgets idle connections. Keepalives prevent it "
+    "(libpq's keepalives_idle), and so does a pool that closes connections before they have been idle for that long.",
     sources=("https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-KEEPALIVES-IDLE",),
 )
-_LEFT_OPEN: Final = "The process has ended and left open what it had connected."
+_LEFT_OPEN: Final = "The process ended and left its connection open."
 _EXITED: Final = Advice(
     "Close connections on the way out",
-    "The process has exited by itself and left the connection open. Close connections and pools on every path that "
-    "ends it, an uncaught exception and sys.exit included: with a block that closes at its end (with, ensure, defer), "
-    "or in an exit handler. os._exit and exit! run neither: a child of os.fork or multiprocessing that leaves through "
-    "them closes what it has opened before it does.",
+    "The process exited by itself and left the connection open. Close connections and pools on every path that ends "
+    "it, including an uncaught exception and sys.exit: with a block that closes at its end (with, ensure, defer), or "
+    "in an exit handler. os._exit and exit! run neither: a child of os.fork or multiprocessing that leaves through "
+    "them must first close what it has opened.",
 )
 _HANDED_DOWN: Final = (
-    "The last that had the connection open was a process that a fork had given it to, and that said no goodbye for it, "
-    "as is right for what isn't its own. Nobody is left to say it then: whoever opened a connection closes it before "
-    "it forks, or outlives those that it has forked."
+    "The last process that had the connection open had inherited it through a fork, and did not say goodbye, which is "
+    "right for a connection that isn't its own. But then nobody is left to say it: the process that opens a connection "
+    "should close it before it forks, or outlive the processes that it forks."
 )
 _KILLED: Final = Advice(
-    "Find out who has killed the process",
+    "Find out who killed the process",
     "SIGKILL comes from the kernel's out-of-memory killer (dmesg: 'Out of memory: Killed process'), or from a "
-    "supervisor or container whose patience after SIGTERM has ended: give it longer than the longest query takes, and "
-    "at SIGTERM finish or cancel the running query, then close the pool.",
+    "supervisor or container that has waited long enough after SIGTERM: let it wait for longer than the longest query "
+    "takes, and at SIGTERM finish or cancel the running query, then close the pool.",
 )
 _ASKED_TO_END: Final = Advice(
     "Close the pool when a signal asks the process to end",
-    "Nothing has closed the pool before this signal ended the process, which by default it does at once. Install a "
+    "Nothing closed the pool before this signal ended the process. By default a signal does that at once. Install a "
     "handler for SIGTERM, SIGINT and SIGHUP that finishes or cancels the running query and closes the pool (in Python "
     "one that raises SystemExit is enough for with blocks and exit handlers to run).",
 )
 _CRASHED: Final = Advice(
-    "Find out why the process has crashed",
-    "This signal is sent to a process that has done what it mustn't, or has given up by itself (abort). Look at its "
-    "core dump (coredumpctl, ulimit -c) and in the kernel's log; native extensions, and threads or forked children "
-    "that share a connection, are suspects.",
+    "Find out why the process crashed",
+    "This signal means that the process did something that it must not do, or gave up by itself (abort). Look at its "
+    "core dump (coredumpctl, ulimit -c) and in the kernel's log. Suspect native extensions, and threads or forked "
+    "children that share a connection.",
 )
 
 CASES: Final[Mapping[str, Advice]] = MappingProxyType(
     {
-        "In the middle of a COPY": COPY_ADVICE,
-        "By a process that lives on": _CLOSED,
-        "By a process that lives on and has the socket open": _SHUT_DOWN,
-        "By something between the process and the server": _CUT,
-        "By a process that has exited": _EXITED,
-        "By a process that SIGKILL has ended": _KILLED,
-        "By a process that another signal has ended": _ASKED_TO_END,
-        "By a process that has crashed": _CRASHED,
+        "If it was in the middle of a COPY": COPY_ADVICE,
+        "If the process is still running": _CLOSED,
+        "If the process is still running and has the socket open": _SHUT_DOWN,
+        "If something between the process and the server did it": _CUT,
+        "If the process exited": _EXITED,
+        "If SIGKILL ended the process": _KILLED,
+        "If another signal ended the process": _ASKED_TO_END,
+        "If the process crashed": _CRASHED,
     }
 )
 """The advice there is, by how the connection was closed."""

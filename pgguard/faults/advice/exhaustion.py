@@ -1,4 +1,4 @@
-"""Advice on connections that are refused for want of slots: by the limit, and by what those that have them do.
+"""Advice on connections that are refused because no slot is left: by the limit, and by what those that have them do.
 
 What a framework's own advice says about the size of its pool holds whatever the limit. Connections that mostly sit idle
 in a transaction are another matter: they are kept, not needed, and no pool is too large for that.
@@ -22,17 +22,16 @@ if TYPE_CHECKING:
 _DOCUMENTATION: Final = "https://www.postgresql.org/docs/current/"
 
 _IN_TRANSACTIONS: Final = (
-    "Most of the connections that count sat idle in a transaction: each is kept from everybody else until its "
-    "transaction ends."
+    "Most of the connections that count sat idle in a transaction: nobody else can use one until its transaction ends."
 )
-_IDLE: Final = "Most of the connections that count sat idle: the pools are larger than what is used of them."
+_IDLE: Final = "Most of the connections that count sat idle: the pools are larger than they need to be."
 
 _WAL_SENDERS: Final = Advice(
     "Count the replication connections",
     "Each standby, each pg_receivewal, each logical subscription and each other reader of a replication slot takes one "
     "of max_wal_senders, and pg_basebackup with --wal-method=stream takes two: pg_stat_replication shows who is "
-    "connected. One that was cut off keeps its slot until wal_sender_timeout. Raise max_wal_senders, which takes a "
-    "restart, if more are needed.",
+    "connected. One that was cut off keeps its slot until wal_sender_timeout. If you need more, raise "
+    "max_wal_senders, which takes a restart.",
     sources=(f"{_DOCUMENTATION}runtime-config-replication.html#GUC-MAX-WAL-SENDERS",),
 )
 
@@ -40,22 +39,22 @@ _LIMITS: Final[Mapping[Limit, Advice]] = MappingProxyType(
     {
         Limit.RESERVED: Advice(
             "Make all pools together fit into max_connections",
-            "What is left is kept for administrators (superuser_reserved_connections and, since PostgreSQL 16, "
-            "reserved_connections): leave it to them, and make all pools together fit into max_connections less these.",
+            "The last slots are reserved for administrators (superuser_reserved_connections and, since PostgreSQL 16, "
+            "reserved_connections): leave them free, and make all pools together fit into max_connections minus those.",
             sources=(f"{_DOCUMENTATION}runtime-config-connection.html#GUC-SUPERUSER-RESERVED-CONNECTIONS",),
         ),
         Limit.ROLE: Advice(
             "Make the pools of this role fit into its limit",
-            "It is the role's own limit that was reached, whatever max_connections is: SELECT rolconnlimit FROM "
-            "pg_roles shows it, ALTER ROLE … CONNECTION LIMIT sets it, and -1 is none. What counts are all connections "
-            "of this role, to any database.",
+            "The role's own limit was reached, whatever max_connections is: SELECT rolconnlimit FROM pg_roles shows "
+            "it, ALTER ROLE … CONNECTION LIMIT sets it, and -1 means no limit. All connections of this role count, to "
+            "any database.",
             sources=(f"{_DOCUMENTATION}sql-alterrole.html",),
         ),
         Limit.DATABASE: Advice(
             "Make the pools of this database fit into its limit",
-            "It is the database's own limit that was reached, whatever max_connections is: SELECT datconnlimit FROM "
-            "pg_database shows it, ALTER DATABASE … CONNECTION LIMIT sets it, and -1 is none. What counts are all "
-            "connections to this database, of any role.",
+            "The database's own limit was reached, whatever max_connections is: SELECT datconnlimit FROM pg_database "
+            "shows it, ALTER DATABASE … CONNECTION LIMIT sets it, and -1 means no limit. All connections to this "
+            "database count, of any role.",
             sources=(f"{_DOCUMENTATION}sql-alterdatabase.html",),
         ),
     }
@@ -63,18 +62,18 @@ _LIMITS: Final[Mapping[Limit, Advice]] = MappingProxyType(
 
 CASES: Final[Mapping[str, Advice]] = MappingProxyType(
     {
-        "All slots but the reserved ones": _LIMITS[Limit.RESERVED],
-        "A role's limit": _LIMITS[Limit.ROLE],
-        "A database's limit": _LIMITS[Limit.DATABASE],
-        "Replication connections": _WAL_SENDERS,
+        "If only reserved slots are left": _LIMITS[Limit.RESERVED],
+        "If it is a role's limit": _LIMITS[Limit.ROLE],
+        "If it is a database's limit": _LIMITS[Limit.DATABASE],
+        "If it is the limit for replication": _WAL_SENDERS,
     }
 )
 """The advice there is for other limits than the server's, by the limit."""
 
 _POOLS: Final = (
-    "Multiply pool size by processes by hosts, allow for deployments, and size the pools to stay below: a process "
-    "needs as many connections as threads of it run queries at once. A process with many more of them than its pool's "
-    "size leaks them."
+    "Multiply pool size by processes by hosts, allow for deployments, and size the pools to stay below the limit: a "
+    "process needs as many connections as it has threads that run queries at once. A process that has many more "
+    "connections than its pool's size is leaking them."
 )
 
 

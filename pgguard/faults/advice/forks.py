@@ -287,8 +287,8 @@ HOOKS: Final = (
         Side.PARENT,
         "Celery's prefork pool forks the worker after it has loaded the application, and its children leave through "
         "os._exit, so that each has to close what it opens itself (worker_process_shutdown). In a function given to "
-        "os.register_at_fork as before, which runs in the parent (as the signal worker_before_create_process does, but "
-        "with some brokers alone)",
+        "os.register_at_fork as before, which runs in the parent (so does the signal worker_before_create_process, but "
+        "only with some brokers)",
         code(
             """
             # beside the Celery application: tasks.py
@@ -319,8 +319,8 @@ HOOKS: Final = (
         Server.RQ,
         Side.CHILD,
         "RQ's worker forks a child for each job, which leaves through os._exit, so that it has to close what it opens "
-        "itself. In perform_job of a class of workers of your own (rq worker --worker-class worker.ForkingWorker), "
-        "which runs in each child",
+        "itself. In perform_job of a worker class of your own (rq worker --worker-class worker.ForkingWorker), which "
+        "runs in each child",
         code(
             """
             # where rq worker finds it: worker.py
@@ -343,7 +343,7 @@ HOOKS: Final = (
         Server.RQ,
         Side.PARENT,
         "RQ's worker forks a child for each job, which leaves through os._exit, so that it has to close what it opens "
-        "itself. In fork_work_horse of a class of workers of your own (rq worker --worker-class worker.ForkingWorker), "
+        "itself. In fork_work_horse of a worker class of your own (rq worker --worker-class worker.ForkingWorker), "
         "which runs in the parent",
         code(
             """
@@ -369,8 +369,8 @@ HOOKS: Final = (
         Language.PYTHON,
         Server.MULTIPROCESSING,
         Side.CHILD,
-        "multiprocessing forks by default on Linux before Python 3.14, and 'spawn' inherits nothing. Its children "
-        "leave through os._exit: what they open they have to close where their work ends. In the pool's initializer, "
+        "multiprocessing forks by default on Linux before Python 3.14 ('spawn' inherits nothing). Its children leave "
+        "through os._exit, so they have to close what they open at the end of their work. In the pool's initializer, "
         "which runs in each child",
         code(
             """
@@ -397,8 +397,8 @@ HOOKS: Final = (
         Language.PYTHON,
         Server.MULTIPROCESSING,
         Side.PARENT,
-        "multiprocessing forks by default on Linux before Python 3.14, and 'spawn' inherits nothing. Its children "
-        "leave through os._exit: what they open they have to close where their work ends. In the parent, just before "
+        "multiprocessing forks by default on Linux before Python 3.14 ('spawn' inherits nothing). Its children leave "
+        "through os._exit, so they have to close what they open at the end of their work. In the parent, just before "
         "the processes are started",
         code(
             """
@@ -422,7 +422,7 @@ HOOKS: Final = (
         None,
         Side.CHILD,
         "A connection belongs to the process that opened it. A child that leaves through os._exit, as "
-        "multiprocessing's do, has to close what it opens where its work ends. In a function given to "
+        "multiprocessing's do, has to close what it opens at the end of its work. In a function given to "
         "os.register_at_fork as after_in_child, which os.fork and multiprocessing run in each child",
         code(
             """
@@ -450,7 +450,7 @@ HOOKS: Final = (
         None,
         Side.PARENT,
         "A connection belongs to the process that opened it. A child that leaves through os._exit, as "
-        "multiprocessing's do, has to close what it opens where its work ends. In a function given to "
+        "multiprocessing's do, has to close what it opens at the end of its work. In a function given to "
         "os.register_at_fork as before, which os.fork and multiprocessing run in the parent",
         code(
             """
@@ -520,8 +520,8 @@ HOOKS: Final = (
         Language.PHP,
         None,
         Side.PARENT,
-        "PHP inherits connections only through pcntl_fork, and closes them at the end of the child's script, the "
-        "parent's as well. In the parent, just before pcntl_fork",
+        "PHP processes inherit connections only through pcntl_fork, and PHP closes them at the end of the child's "
+        "script, which ends the parent's sessions. In the parent, just before pcntl_fork",
         code(
             """
             <?php // where the script forks: fork.php
@@ -547,9 +547,9 @@ CALLS: Final = (
         Language.RUBY,
         Library.HANAMI_DB,
         Side.PARENT,
-        "call Hanami.shutdown, as the config/puma.rb does that hanami new writes: it stops the providers, and from "
-        "Hanami 2.2 on the database provider that is built in disconnects when it is stopped. The workers connect "
-        "anew when they need to.",
+        "call Hanami.shutdown, as in the config/puma.rb that hanami new writes: it stops the providers, and from "
+        "Hanami 2.2 on the built-in database provider disconnects when it is stopped. The workers reconnect when they "
+        "need to.",
         "Hanami.shutdown",
         (
             "https://github.com/hanami/hanami/blob/main/lib/hanami/providers/db.rb",
@@ -561,9 +561,9 @@ CALLS: Final = (
         Language.RUBY,
         Library.HANAMI,
         Side.PARENT,
-        "call Hanami.shutdown, as the config/puma.rb does that hanami new writes: it stops the providers. But a "
-        "provider for ROM written by hand, as all were before Hanami 2.2, disconnects only if it has a stop hook that "
-        'calls target["persistence.rom"].disconnect. The workers connect anew when they need to.',
+        "call Hanami.shutdown, as in the config/puma.rb that hanami new writes: it stops the providers. But a provider "
+        "for ROM that was written by hand, as all were before Hanami 2.2, disconnects only if it has a stop hook that "
+        'calls target["persistence.rom"].disconnect. The workers reconnect when they need to.',
         "Hanami.shutdown",
         (
             "https://guides.hanamirb.org/v2.1/app/providers/",
@@ -586,7 +586,7 @@ CALLS: Final = (
         Library.ROM,
         Side.PARENT,
         "disconnect ROM's gateways: rom-sql connects through Sequel, so Sequel::DATABASES.each(&:disconnect) reaches "
-        "them all, as rom.disconnect does for one container. ROM connects anew when a child needs it to.",
+        "them all, as rom.disconnect does for one container. ROM reconnects when a child needs it to.",
         "Sequel::DATABASES.each(&:disconnect)",
         ("https://github.com/rom-rb/rom-sql/blob/main/lib/rom/sql/gateway.rb", SEQUEL_FORK),
         server=Server.PUMA,
@@ -595,7 +595,7 @@ CALLS: Final = (
         Language.RUBY,
         Library.SEQUEL,
         Side.PARENT,
-        "call Sequel::DATABASES.each(&:disconnect), or DB.disconnect if there is only one. Sequel connects anew when a "
+        "call Sequel::DATABASES.each(&:disconnect), or DB.disconnect if there is only one. Sequel reconnects when a "
         "child needs it to.",
         "Sequel::DATABASES.each(&:disconnect)",
         (SEQUEL_FORK,),
@@ -606,8 +606,8 @@ CALLS: Final = (
         Side.PARENT,
         "call ActiveRecord::Base.connection_pool.disconnect!, or with several databases and Rails 7.1 or later "
         "ActiveRecord::Base.connection_handler.clear_all_connections!(:all). Since 5.2 Active Record itself lets go of "
-        "an inherited pool in the child, so look as well for what is kept outside of it: a connection in a constant or "
-        "a thread, a PG.connect of your own.",
+        "an inherited pool in the child, so also look for connections that are kept outside the pool: in a constant, "
+        "in a thread, from a PG.connect of your own.",
         "ActiveRecord::Base.connection_pool.disconnect!",
         (RAILS_POOL, f"{RAILS_ADAPTERS}abstract/connection_handler.rb", f"{RAILS_ADAPTERS}pool_config.rb"),
     ),
@@ -615,8 +615,8 @@ CALLS: Final = (
         Language.RUBY,
         Library.PG,
         Side.PARENT,
-        "A PG::Connection of your own, here $connection, has to be made anew in each child; a ConnectionPool of the "
-        "gem connection_pool makes them after POOL.reload(&:close).",
+        "A PG::Connection of your own, here $connection, has to be opened again in each child; a ConnectionPool of the "
+        "gem connection_pool opens new ones after POOL.reload(&:close).",
         "$connection.close if $connection && !$connection.finished?",
         (
             "https://deveiate.org/code/pg/PG/Connection.html#method-i-finish",
@@ -630,8 +630,8 @@ CALLS: Final = (
         Library.SQLALCHEMY,
         Side.CHILD,
         "call engine.dispose(close=False) (SQLAlchemy 1.4.33 or later): it forgets the parent's connections without "
-        "closing them, and connects anew when needed. Their sockets stay open in the child, unused, which is recorded "
-        "as information; engine.dispose() in the parent before the fork leaves none.",
+        "closing them, and reconnects when needed. Their sockets stay open in the child, unused, which is recorded as "
+        "information; engine.dispose() in the parent before the fork leaves none open.",
         code(
             """
             from app import engine
@@ -653,7 +653,7 @@ CALLS: Final = (
         Library.DJANGO,
         Side.PARENT,
         "call django.db.connections.close_all(), never in the child, where it would send Terminate on the parent's "
-        "connection. Django connects anew with the next query.",
+        "connection. Django reconnects with the next query.",
         code(
             """
             from django.db import connections
@@ -674,10 +674,10 @@ CALLS: Final = (
         Language.PYTHON,
         Library.PSYCOPG,
         Side.CHILD,
-        "connect anew, and use nothing that was connected before the fork. The old connection can simply be "
-        "forgotten: psycopg closes none that another process has opened, and its socket stays open in the child, "
-        "unused, which is recorded as information. A pool is created with ConnectionPool(conninfo, open=False), and "
-        "opened there: app.pool.open().",
+        "reconnect, and use nothing that was connected before the fork. The old connection can simply be forgotten: "
+        "psycopg does not close a connection that another process opened. Its socket stays open in the child, unused, "
+        "which is recorded as information. Create a pool with ConnectionPool(conninfo, open=False), and open it there: "
+        "app.pool.open().",
         code(
             """
             import app
@@ -693,9 +693,9 @@ CALLS: Final = (
         Language.PYTHON,
         Library.PSYCOPG2,
         Side.CHILD,
-        "connect anew, with psycopg2.connect or a new pool, and use nothing that was connected before the fork. The "
-        "old connection can simply be forgotten: psycopg2 closes none that another process has opened, and its socket "
-        "stays open in the child, unused, which is recorded as information.",
+        "reconnect, with psycopg2.connect or a new pool, and use nothing that was connected before the fork. The old "
+        "connection can simply be forgotten: psycopg2 does not close a connection that another process opened. Its "
+        "socket stays open in the child, unused, which is recorded as information.",
         code(
             """
             import app
@@ -711,9 +711,9 @@ CALLS: Final = (
         Language.PERL,
         Library.DBD_PG,
         Side.CHILD,
-        "connect with DBI anew, for instance with $dbh->clone. Without InactiveDestroy, or AutoInactiveDestroy => 1 "
-        "from the beginning, on every handle, the child's copy of the parent's says goodbye to the server when it is "
-        "destroyed.",
+        "connect with DBI again, for instance with $dbh->clone. Set InactiveDestroy on every inherited handle, or "
+        "AutoInactiveDestroy => 1 from the beginning: otherwise the child's copy of the parent's handle ends the "
+        "session when it is destroyed.",
         code(
             """
             $dbh->{InactiveDestroy} = 1;
@@ -726,8 +726,8 @@ CALLS: Final = (
         Language.PHP,
         Library.PDO_PGSQL,
         Side.PARENT,
-        "Set every PDO object, and every statement made from it, to null, and connect anew in parent and child; don't "
-        "use PDO::ATTR_PERSISTENT in a script that forks.",
+        "Set every PDO object, and every statement made from it, to null, and reconnect in parent and child; don't use "
+        "PDO::ATTR_PERSISTENT in a script that forks.",
         "$pdo = null;",
         ("https://www.php.net/manual/en/pdo.connections.php",),
         only=False,
@@ -736,8 +736,8 @@ CALLS: Final = (
         Language.PHP,
         Library.PGSQL,
         Side.PARENT,
-        "Call pg_close() on every connection of pg_connect, and connect anew in parent and child; don't use "
-        "pg_pconnect in a script that forks.",
+        "Call pg_close() on every connection of pg_connect, and reconnect in parent and child; don't use pg_pconnect "
+        "in a script that forks.",
         "if (isset($connection)) { pg_close($connection); }",
         ("https://www.php.net/manual/en/function.pg-close.php",),
         only=False,
