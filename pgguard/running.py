@@ -304,12 +304,12 @@ def _check_reach(guard: Guard, account: Account) -> None:
     for program in (__file__, os.__file__):
         if not os.access(program, os.R_OK, effective_ids=True):
             raise ConfigurationError(
-                f"--user {account.name}: it may not read {program}, which is the guard's: install pgguard where it may"
+                f"--user {account.name}: this user can't read {program}: install pgguard where it can"
             )
     for address in barred(guard.upstream):
         raise ConfigurationError(
-            f"--user {account.name}: it may not connect to the server at {address}: have the socket's group be one "
-            "of its own, or give the server's TCP address"
+            f"--user {account.name}: this user can't connect to the server at {address}: add it to the socket's group, "
+            "or name the server's TCP address in --upstream"
         )
 
 

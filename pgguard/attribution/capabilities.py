@@ -41,7 +41,7 @@ _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 _NAMED = 3
 """Processes that are named as examples."""
 
-_BLIND = "does not find what is certainly there"
+_BLIND = "it doesn't find what is certainly there"
 
 _CLIENT = """
 import os, select
@@ -59,11 +59,11 @@ with open(sys.argv[1], "rb") as file:
 """
 """A guard that is no ancestor of the client."""
 
-_MOUNT_PROC = "mount the /proc of the guard's own pid namespace"
+_MOUNT_PROC = "mount /proc for the pid namespace that the guard runs in"
 
 _SHARE_PIDS = (
-    'share the application\'s: pid: "service:app" in compose, --pid container:APP with docker, shareProcessNamespace: '
-    "true in a pod; or the host's: pid: host"
+    'share the application\'s pid namespace (pid: "service:app" in compose, --pid container:APP with docker, '
+    "shareProcessNamespace: true in a pod), or the host's (pid: host)"
 )
 
 
@@ -128,7 +128,7 @@ class _Check:
         purpose, problem, remedy = self.purpose, None, None
         try:
             if self.takes_proc and not proc:
-                raise _Missing("it takes /proc", _MOUNT_PROC)  # noqa: TRY301 - as if the attempt had said so
+                raise _Missing("it needs /proc", _MOUNT_PROC)  # noqa: TRY301 - as if the attempt had said so
             purpose = self.attempt() or purpose
         except _Missing as missing:
             problem, remedy = missing.problem, missing.remedy or self.remedy
@@ -168,7 +168,7 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
             ),
             _Check(
                 "receive queues",
-                "tells how much of an answer a client has not read, over TCP and on Unix sockets",
+                "shows how much of an answer a client has not read, on TCP and on Unix sockets",
                 _try_receive_queues,
                 f"{netlink}s tcp_diag and unix_diag",
             ),
@@ -176,7 +176,7 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
                 KERNEL_SENDERS,
                 "names the process that sent each byte",
                 client.try_senders,
-                "run the guard on the host's own kernel, not on a sandbox's imitation of one",
+                "run the guard on the host's own kernel, not in a sandbox that imitates one",
             ),
             *([_TCP_SENDERS] if probe else []),
             _Check(
@@ -199,14 +199,14 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
                 "other network namespaces",
                 "finds TCP clients in containers of this host",
                 _try_network_namespaces,
-                "give the guard CAP_SYS_ADMIN, or the application's network namespace",
+                "give the guard CAP_SYS_ADMIN, or run it in the application's network namespace",
                 unix_instead=True,
                 rights=LOOKING | ENTERING,
                 takes_proc=True,
             ),
             _Check(
                 "waiting threads",
-                "tells which threads wait for an answer, and so who shares a TCP connection",
+                "shows which threads wait for an answer, and so who shares a TCP connection",
                 client.try_threads,
                 _ptrace_remedy(),
                 unix_instead=True,
@@ -215,7 +215,7 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
             ),
             _Check(
                 "Python stacks",
-                "tells what waiting Python threads do",
+                "shows what waiting Python threads are doing",
                 client.try_stacks,
                 _ptrace_remedy(),
                 rights=LOOKING,
@@ -253,12 +253,12 @@ def _try_tcp_senders() -> str | None:
             account = accounts.open(connection_key(accepted))
             _expect(account.split(1) == [(1, (os.getpid(), threading.get_native_id()))])
         if probe.scope is not None:
-            raise _Missing(f"it sees no process outside of the cgroup {probe.scope}", scope_remedy())
+            raise _Missing(f"it sees only the processes in the cgroup {probe.scope}", scope_remedy())
         purpose = _TCP_SENDERS.purpose
         if not probe.watches_blocking:
-            purpose += ", on sockets that don't block; with --attribution ebpf on all"
+            purpose += " on sockets that don't block (on all of them with --attribution ebpf)"
         if not probe.openers:
-            purpose += "; not who opened the connection, which takes Linux 6.10"
+            purpose += "; Linux 6.10 or later would also name who opened the connection"
     return purpose
 
 
@@ -276,7 +276,7 @@ _TCP_SENDERS = _Check(
     TCP_SENDERS,
     "names the process and the thread that sent each byte",
     _try_tcp_senders,
-    "run the guard on the host's own kernel, not on a sandbox's imitation of one",
+    "run the guard on the host's own kernel, not in a sandbox that imitates one",
     unix_instead=True,
     rights=LOADING,
 )
@@ -313,7 +313,7 @@ def _try_other_users() -> None:
     # Every pid namespace has a process 1, and nobody but root may look at it under hidepid: proc(5).
     if 1 not in pids:
         raise _Missing(
-            "/proc hides them (hidepid), so that nobody can be shown to be alone with a connection",
+            "/proc hides them (hidepid), so the guard can't tell whether a process is alone with its connection",
             "run the guard as root, or with the group that /proc is mounted with (gid=)",
         )
     unreadable = [pid for pid in pids if not _readable(pid)]
@@ -322,9 +322,10 @@ def _try_other_users() -> None:
         more = ["…"] if len(unreadable) > len(names) else []
         raise _Missing(
             f"{len(unreadable)} can't be looked at: {', '.join(names + more)}",
-            "see that none of them is a client: not even CAP_SYS_PTRACE opens them, for AppArmor's sake perhaps"
+            "make sure that none of them is a client: CAP_SYS_PTRACE isn't enough to look at them, maybe because of "
+            "AppArmor"
             if _has_capability(Right.CAP_SYS_PTRACE)
-            else "unless every client runs as the guard's user, run the guard as root with CAP_SYS_PTRACE",
+            else "run the guard as root with CAP_SYS_PTRACE, unless every client runs as the guard's user",
         )
 
 
@@ -350,8 +351,8 @@ def _try_pid_namespace() -> str | None:
     own = set(_lineage(os.getpid(), processes))
     others = [pid for pid in processes if pid not in own and guards.isdisjoint(_lineage(pid, processes))]
     if not others and 1 in processes:
-        raise _Missing("the guard is alone in the one that it is in, and sees only what it starts itself")
-    return "sees the processes of the one that the guard is in, and none outside of it"
+        raise _Missing("the guard is alone in its pid namespace, and sees only what it starts itself")
+    return "sees every process in the guard's pid namespace, and none outside it"
 
 
 def _is_guard(process: Process) -> bool:
@@ -376,7 +377,7 @@ def _try_network_namespaces() -> str | None:
                 _expect(in_a_new_thread(lambda: ask_in_namespace(os.getpid(), [described])) == [_inode(client)])
                 return None
             _expect(read_tables(os.getpid(), [described]) == [_inode(client)])
-    return "finds TCP clients in containers of this host, in milliseconds for want of CAP_SYS_ADMIN"
+    return "finds TCP clients in containers of this host, but slowly (milliseconds) without CAP_SYS_ADMIN"
 
 
 class _Client:
@@ -415,8 +416,8 @@ class _Client:
         if self._failure is not None:
             reason = self._failure.strerror or self._failure
             raise _Missing(
-                f"it can't be tried, as {sys.executable} can't be started: {reason}",
-                "install the guard where its user may execute Python, and let it start processes",
+                f"it can't be tried because {sys.executable} can't be started: {reason}",
+                "install the guard where its user can run Python, and let it start processes",
             )
 
     def try_senders(self) -> None:
@@ -458,7 +459,7 @@ class _Client:
                 return waits.threads[0]
             for obstacle in waits.obstacles.values():
                 permitted = obstacle is not Obstacle.NOT_PERMITTED
-                raise _Missing(obstacle, "run the guard on Linux for x86-64 or arm64 itself" if permitted else None)
+                raise _Missing(obstacle, "run the guard on plain Linux for x86-64 or arm64" if permitted else None)
             time.sleep(0.001)
         raise _Missing(_BLIND)
 
@@ -468,18 +469,18 @@ class _Client:
         That is what Yama's ptrace_scope 1 means: ``Documentation/admin-guide/LSM/Yama.rst`` in the kernel.
         """
         if not _succeeds(_STRANGER, f"/proc/{self._pid}/syscall"):
-            raise _Missing("only those of the guard's own children can be seen, as with pgguard run")
+            raise _Missing("only the threads of the guard's own children can be seen")
 
 
 def _ptrace_remedy() -> str:
     """Say what gives ptrace rights over the processes of clients: ptrace(2), "Ptrace access mode checking"."""
     scope = _ptrace_scope()
     if scope >= 3:
-        return f"boot with a kernel.yama.ptrace_scope below 3: it is {scope}, which lasts until then"
+        return f"reboot with kernel.yama.ptrace_scope below 3: it is {scope} and stays so until a reboot"
     if _has_capability(Right.CAP_SYS_PTRACE):
         return "allow ptrace(2) in the guard's sandbox: seccomp, AppArmor, SELinux"
     privilege = "run the guard as root with CAP_SYS_PTRACE (cap_add: [SYS_PTRACE] in compose)"
-    return f"sysctl kernel.yama.ptrace_scope=0 (it is {scope}), or {privilege}" if scope else privilege
+    return f"run sysctl kernel.yama.ptrace_scope=0 (it is {scope}), or {privilege}" if scope else privilege
 
 
 def _ptrace_scope() -> int:

@@ -118,7 +118,7 @@ def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
             return {}
         raise
     if len(fds) > _DESCRIPTORS and len(found) < len(inodes):
-        raise PermissionError(errno.E2BIG, "it has more descriptors than are looked at")
+        raise PermissionError(errno.E2BIG, "it has too many open files to look at")
     return found
 
 

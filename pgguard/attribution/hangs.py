@@ -75,7 +75,7 @@ def check(pid: int) -> None:
     """Raises TimeoutError: a process isn't to be looked at, as others hang that have begun to, or look at its likes."""
     _collect()
     if _is_refused(pid, time.monotonic()):
-        raise TimeoutError(errno.ETIMEDOUT, "reading about it, or about others of its user, hangs")
+        raise TimeoutError(errno.ETIMEDOUT, "reading the files of its user's processes in /proc hangs")
 
 
 def leave(child: subprocess.Popen[bytes], pid: int) -> None:

@@ -204,7 +204,7 @@ def give_up(kept: Collection[int], reserve: Collection[int] = (), account: Accou
         raise RightsError(error.strerror or str(error)) from error
     after = _Sets.read()
     if after.permitted != kept_mask | reserve_mask or (account is not None and os.getresuid() != (account.uid,) * 3):
-        raise RightsError("the system hasn't done what it was told")
+        raise RightsError("the system did not do what it was asked to")
     return _numbers(before.permitted & ~after.permitted)
 
 

@@ -111,7 +111,7 @@ class _Scout:
             data = self._socket.recv(65536)
             received += data
             if not data or len(received) > _ANSWER_LIMIT:
-                raise OSError(errno.EIO, "who was sent to look has not come back")
+                raise OSError(errno.EIO, "the helper process that looks at it has ended")
         return bytes(received)
 
     def leave(self, pid: int) -> None:
@@ -146,7 +146,7 @@ class _Scouts:
                 scout.leave(pid)
                 if isinstance(error, OSError):
                     raise
-                raise OSError(errno.EIO, "the answer isn't understood") from error
+                raise OSError(errno.EIO, "the answer of the helper process can't be read") from error
         modules = answer["modules"]
         return Findings(None if modules is None else frozenset(modules), frozenset(answer["files"]), answer["text"])
 

@@ -96,7 +96,7 @@ def why_no_py_spy() -> str:
     for path in programs_on_path("py-spy"):
         reason = _distrust(path)
         if reason is not None:
-            return f"py-spy at {path} is not run: {reason}"
+            return f"py-spy at {path} is not used: {reason}"
     return "py-spy is not installed"
 
 
@@ -195,7 +195,7 @@ def _result(child: subprocess.Popen[bytes], deadline: float) -> list[_Thread]:
     try:
         return _DUMP.validate_json(output)
     except ValidationError:
-        raise _NoDump("py-spy's answer isn't understood") from None
+        raise _NoDump("py-spy's answer can't be read") from None
 
 
 def _read(child: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, bytes]:

@@ -134,14 +134,14 @@ class Obstacle(StrEnum):
 
     NOT_PERMITTED = "the guard has no ptrace rights over it"
     """See ptrace(2), "Ptrace access mode checking": another user, a process that isn't dumpable, or Yama."""
-    UNKNOWN_ABI = "its system calls are neither those of x86-64 nor those of arm64"
+    UNKNOWN_ABI = "it uses the system calls of another architecture than x86-64 or arm64"
     """A 32-bit process on a 64-bit kernel among others: the numbers of its system calls mean something else."""
-    IO_URING = "a thread waits in io_uring_enter, which doesn't show for what"
-    RESTARTED = "a thread's system call was interrupted, and the kernel doesn't show which one it resumes"
+    IO_URING = "a thread waits in io_uring_enter, and the kernel doesn't show what for"
+    RESTARTED = "a thread's system call was interrupted, and the kernel doesn't show which one it will resume"
     LARGE_SET = f"a thread waits for more than {_SET_LIMIT} descriptors"
-    UNREADABLE = "/proc doesn't show what its threads do"
+    UNREADABLE = "/proc doesn't show what its threads are doing"
     """A kernel or sandbox without ``/proc/PID/syscall``, or an epoll set listed without inodes (before Linux 4.13)."""
-    OUT_OF_TIME = "it has too many threads for the time there was"
+    OUT_OF_TIME = "it has too many threads to look at in the time there was"
 
 
 @dataclass(frozen=True, slots=True)

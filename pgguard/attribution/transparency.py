@@ -442,8 +442,8 @@ class Comparison:
     def __str__(self) -> str:
         """What is wrong, a clause."""
         if self.problem is not None:
-            return f"whether watched sockets answer as others do can't be tried ({self.problem})"
-        return f"on this kernel a watched socket answers differently from others ({', '.join(self.differing)})"
+            return f"it can't be tested whether watched sockets behave like others ({self.problem})"
+        return f"on this kernel a watched socket behaves differently from others ({', '.join(self.differing)})"
 
 
 def compare(probe: SenderProbe, behaviours: tuple[Behaviour, ...] = BEHAVIOURS) -> Comparison:
@@ -518,7 +518,7 @@ class _Bench:
         account = self._accounts.open(key)
         self._accounts.close(key, account)
         if account.cookie is None or account.problem is not None:
-            reason = "nobody knows why" if account.problem is None else os.strerror(account.problem)
+            reason = "for an unknown reason" if account.problem is None else os.strerror(account.problem)
             raise OSError(account.problem or errno.EIO, f"a connection is not watched: {reason}")
 
 
@@ -539,7 +539,7 @@ def start(addresses: Iterable[tuple[str, int]], *, insist: bool) -> tuple[Sender
         _try_ways(tried, blocking=insist)
         probe, comparison = min(tried, key=_by_what_is_noticed)
         if not (comparison.alike or insist):
-            remedy = "run Linux 6.15 or later, where watching changes nothing, or accept it with --attribution ebpf"
+            remedy = "run Linux 6.15 or later, where watching changes nothing, or use --attribution ebpf all the same"
             raise ProbeUnavailable(str(comparison), remedy)
         for host, port in addresses:
             probe.add(host, port)

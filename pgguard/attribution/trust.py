@@ -20,7 +20,7 @@ from typing import BinaryIO
 _TRUSTED = frozenset({0, os.geteuid()})
 """Who may give orders: root, and the user that the guard was started as, whoever it has become since."""
 
-TRUST_REMEDY = "have it belong to root or to the guard's user, and nobody else write to it"
+TRUST_REMEDY = "make root or the guard's user its owner, and let nobody else write to it"
 """What to do about a file that isn't trusted, an imperative."""
 
 _NAME_ONLY = os.O_PATH | os.O_CLOEXEC
@@ -49,9 +49,9 @@ def distrust(status: os.stat_result, *, sticky: bool = False) -> str | None:
     if sticky and status.st_mode & stat.S_ISVTX:
         return None
     if status.st_mode & stat.S_IWOTH:
-        return "anybody may write to it"
+        return "anybody can write to it"
     if status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid, status.st_uid):
-        return f"group {_group_name(status.st_gid)} may write to it"
+        return f"group {_group_name(status.st_gid)} can write to it"
     return None
 
 
@@ -69,7 +69,7 @@ def distrust_path(path: Path) -> str | None:
             # A link that somebody has put beside it may lead to anything.
             reason = distrust(directory.stat(), sticky=directory != name.parent)
             if reason is not None:
-                return f"of its directory {directory}, {reason}"
+                return f"its directory {directory} isn't safe: {reason}"
     return None
 
 
@@ -121,7 +121,7 @@ def open_regular(path: Path, *, reader: int | None = None) -> int:
         status = os.fstat(name)
         readable = reader in {None, 0, status.st_uid} or status.st_mode & stat.S_IROTH
         if not stat.S_ISREG(status.st_mode) or not readable:
-            raise PermissionError(f"{path} is not a file for anybody to read")
+            raise PermissionError(f"{path} is not a file that the guard should read")
         return os.open(f"/proc/self/fd/{name}", _CONTENT)
     finally:
         os.close(name)

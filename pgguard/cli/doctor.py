@@ -15,6 +15,7 @@ from pgguard.attribution.capabilities import KERNEL_SENDERS, check
 from pgguard.attribution.privileges import ENTERING, LOADING, LOOKING, names
 from pgguard.cli.progress import progress
 from pgguard.cli.statuses import DONE, MISSING
+from pgguard.faults.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
     from pgguard.attribution.capabilities import Capability
 
 _RIGHTS: Final = (
-    f"Other users' clients are seen with {names(LOOKING)}; those in other network namespaces with {names(ENTERING)} as "
-    f"well, on other addresses than the loopback's; and {names(LOADING)} are needed until the kernel's probe is in "
-    "place (before Linux 5.19 CAP_BPF for good). A guard that is started as root keeps no other capabilities once it "
-    "runs, but for CAP_DAC_OVERRIDE where the server's Unix socket takes it. With --user NAME it becomes an ordinary "
-    "user besides."
+    f"To see other users' clients the guard needs {names(LOOKING)}. To see those in other network namespaces as well, "
+    f"it needs {names(ENTERING)}, and keeps it only if it listens on more than the loopback addresses. It needs "
+    f"{names(LOADING)} until its BPF programs are loaded (CAP_BPF for good before Linux 5.19). A guard that is started "
+    "as root gives up every other capability, except for CAP_DAC_OVERRIDE if the server's Unix socket requires it. "
+    "With --user NAME it also becomes an ordinary user."
 )
 _WIDTH: Final = 100
 """Columns at most: longer lines are hard to read."""
@@ -66,8 +67,9 @@ def _print(capabilities: Sequence[Capability]) -> None:
     for capability in capabilities:
         table.add_row(_verdict(capability), Text.assemble((capability.name, "bold"), ": ", capability.purpose))
         if not capability.available:
-            table.add_row("", Padding(Text(f"problem: {capability.problem}"), (0, 0, 0, 2)))
-            table.add_row("", Padding(Text(f"to do: {capability.remedy}"), (0, 0, 0, 2)))
+            # Names of processes are in it.
+            table.add_row("", Padding(Text(printable(f"problem: {capability.problem}")), (0, 0, 0, 2)))
+            table.add_row("", Padding(Text(printable(f"to do: {capability.remedy}")), (0, 0, 0, 2)))
     console.print(table)
     console.print()
     for line in _conclusion(capabilities):
@@ -84,16 +86,16 @@ def _conclusion(capabilities: Sequence[Capability]) -> list[str]:
     missing = [capability for capability in capabilities if not capability.available]
     if _essential_missing(capabilities):
         names = ", ".join(capability.name for capability in _essential_missing(capabilities))
-        lines = [f"Something essential is missing, without which clients can't be found: {names}."]
+        lines = [f"Something essential is missing, and without it clients can't be found: {names}."]
     elif missing:
-        lines = [f"Everything essential is there. Missing: {', '.join(capability.name for capability in missing)}."]
+        lines = [f"Everything essential works. Missing: {', '.join(capability.name for capability in missing)}."]
     else:
         lines = ["Nothing is missing."]
     instead = [capability.name for capability in missing if capability.unix_instead]
     if instead and all(capability.name != KERNEL_SENDERS for capability in missing):
         lines.append(
-            "Or give the application a Unix socket instead of a TCP port (--listen unix:DIR): there the kernel names "
-            f"the sender of every byte, whatever is missing of {', '.join(instead)}."
+            "Or let the application connect to a Unix socket instead of a TCP port (--listen unix:DIR): there the "
+            f"kernel names the sender of every byte, even without {', '.join(instead)}."
         )
     if any(capability.rights for capability in capabilities):
         lines += ["", _RIGHTS]

@@ -87,7 +87,9 @@ def parse_listen(text: str) -> Address:
             raise ConfigurationError(f"--listen {text}: name the socket's directory, as in unix:/run/pgguard:5432")
         unix = UnixAddress(directory, _port(port, f"--listen {text}", may_be_shown=False))
         if len(os.fsencode(unix.path)) > _SUN_PATH_LIMIT:
-            raise ConfigurationError(f"--listen {text}: the socket's path is too long for the system, use another DIR")
+            raise ConfigurationError(
+                f"--listen {text}: the socket's path is too long for the system, use a shorter DIR"
+            )
         return unix
     host, colon, port = text.rpartition(":")
     if not colon or not host:
@@ -99,8 +101,8 @@ def parse_listen(text: str) -> Address:
 
 def _port(text: str, where: str, *, may_be_shown: bool) -> int:
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
-        shown = repr(text) if may_be_shown else "what stands for the port"
-        raise ConfigurationError(f"{where}: {shown} is no port number, write one from 0 to 65535")
+        shown = repr(text) if may_be_shown else "the port"
+        raise ConfigurationError(f"{where}: {shown} is not a port number, write one from 0 to 65535")
     return int(text)
 
 
@@ -108,15 +110,13 @@ def _checked_host(host: str) -> str:
     """Refuse what can't be a host and may hold a password, before it can get into a message."""
     if _NO_HOST.search(host):
         raise ConfigurationError(
-            "--upstream: what stands for a host holds more than a name: write HOST, without user and so on"
+            "--upstream: the host is more than a name: write HOST alone, without a user or anything else"
         )
     if ":" in host:
         try:
             ipaddress.ip_address(host.partition("%")[0])
         except ValueError:
-            raise ConfigurationError(
-                "--upstream: what stands for a host holds a colon: give the port as port=PORT"
-            ) from None
+            raise ConfigurationError("--upstream: the host has a colon in it: give the port as port=PORT") from None
     return host
 
 
@@ -184,8 +184,8 @@ def _remark_on_attributes(wanted: str) -> str | None:
     if wanted not in _ATTRIBUTES:
         return None
     return (
-        f"--upstream: target_session_attrs={wanted} can't be seen to without logging in: the first host that accepts "
-        "is taken, so name one whose role doesn't change"
+        f"--upstream: target_session_attrs={wanted} can't be checked without logging in, so pgguard takes the first "
+        "host that accepts: name one whose role doesn't change"
     )
 
 
@@ -246,11 +246,11 @@ def _refuse_encryption(settings: dict[str, str]) -> None:
     sslmode = settings.get("sslmode", "")
     if sslmode in {"require", "verify-ca", "verify-full"}:
         raise ConfigurationError(
-            f"--upstream: sslmode={sslmode} asks for TLS, which pgguard can't speak to the server yet: "
+            f"--upstream: sslmode={sslmode} asks for TLS, which pgguard can't use towards the server yet: "
             "use sslmode=prefer or disable, over a network that you trust or a Unix socket"
         )
     if sslmode not in {"", "disable", "allow", "prefer"}:
-        raise ConfigurationError("--upstream: libpq knows no such sslmode: use disable, allow or prefer")
+        raise ConfigurationError("--upstream: there is no such sslmode: use disable, allow or prefer")
     if settings.get("sslnegotiation") == "direct":
         raise ConfigurationError("--upstream: sslnegotiation=direct asks for TLS: leave it out, with sslmode=disable")
     if settings.get("gssencmode") == "require":
@@ -263,7 +263,9 @@ def _addresses(settings: dict[str, str], *, may_be_shown: bool) -> Iterator[Addr
     if len(ports) == 1:
         ports *= len(hosts)
     if len(ports) != len(hosts):
-        raise ConfigurationError(f"--upstream: {len(ports)} ports for {len(hosts)} hosts: give one port, or one a host")
+        raise ConfigurationError(
+            f"--upstream: {len(ports)} ports for {len(hosts)} hosts: give one port, or one for each host"
+        )
     for host, text in zip(hosts, ports, strict=True):
         port = _port(text or str(DEFAULT_PORT), "--upstream", may_be_shown=may_be_shown)
         if host.startswith(("/", "@")):
@@ -282,15 +284,13 @@ def _hosts(settings: dict[str, str]) -> list[str]:
         return hosts
     if any(hosts) and len(hosts) != len(addresses):
         raise ConfigurationError(
-            f"--upstream: {len(addresses)} addresses (hostaddr) for {len(hosts)} hosts: give one a host"
+            f"--upstream: {len(addresses)} addresses (hostaddr) for {len(hosts)} hosts: give one for each host"
         )
     for address in filter(None, addresses):
         try:
             ipaddress.ip_address(address)
         except ValueError:
-            raise ConfigurationError(
-                "--upstream: what stands for hostaddr is no IP address: give a name as host=NAME"
-            ) from None
+            raise ConfigurationError("--upstream: hostaddr is not an IP address: give a name as host=NAME") from None
     names = hosts if any(hosts) else [""] * len(addresses)
     return [address or name for address, name in zip(addresses, names, strict=True)]
 
@@ -310,6 +310,6 @@ def _connect_timeout(settings: dict[str, str], *, may_be_shown: bool) -> float:
     try:
         seconds = int(text)
     except ValueError:
-        shown = f"connect_timeout={text}" if may_be_shown else "what stands for connect_timeout"
-        raise ConfigurationError(f"--upstream: {shown} is no number of seconds") from None
+        shown = f"connect_timeout={text}" if may_be_shown else "connect_timeout"
+        raise ConfigurationError(f"--upstream: {shown} is not a number of seconds") from None
     return float(seconds) if seconds > 0 else 10.0

@@ -39,12 +39,12 @@ _SQLSTATE: Final = "53300"
 """``too_many_connections``: PostgreSQL documentation, appendix A."""
 
 HOW_TO_RAISE: Final = (
-    "Raise the limit of open files that pgguard runs with: ulimit -n before it is started, LimitNOFILE= in a systemd "
-    "unit, --ulimit nofile= with docker."
+    "Raise the limit of open files for pgguard: ulimit -n before it starts, LimitNOFILE= in a systemd unit, "
+    "--ulimit nofile= with docker."
 )
 _REMEDIES: Final = {
     errno.EMFILE: HOW_TO_RAISE,
-    errno.ENFILE: "The whole system may have no more open: raise fs.file-max with sysctl, or end what holds so many.",
+    errno.ENFILE: "The whole system has too many open files: raise fs.file-max with sysctl, or end what holds them.",
     errno.ENOBUFS: "The system has no memory left for another socket.",
     errno.ENOMEM: "The system has no memory left for another socket.",
 }
@@ -102,7 +102,7 @@ class Admission:
 
     def why_full(self) -> str:
         """Why there is no room."""
-        return f"a limit of {self.limit} open files leaves room for {self.capacity}"
+        return f"a limit of {self.limit} open files leaves room for only {self.capacity}"
 
     def _for_sessions(self) -> int:
         return self.limit - self._others - self._reserve()

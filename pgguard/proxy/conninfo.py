@@ -109,9 +109,11 @@ def _without_quotations(said: str) -> str:
 def _read_url(match: re.Match[str]) -> ConnectionString:
     jdbc, scheme, driver = match["jdbc"], match["scheme"].lower(), match["driver"]
     if scheme not in _SCHEMES:
-        raise ConfigurationError(f"--upstream: {jdbc or ''}{scheme}: is no scheme of PostgreSQL's: {_HELP}")
+        raise ConfigurationError(f"--upstream: {jdbc or ''}{scheme}: is not a PostgreSQL URL: {_HELP}")
     if _ENCODED_WRONG.search(match["rest"]) and not (jdbc or driver):
-        raise ConfigurationError("--upstream: a % in the URL stands before no two hexadecimal digits: write % as %25")
+        raise ConfigurationError(
+            "--upstream: a % in the URL isn't followed by two hexadecimal digits: write % itself as %25"
+        )
     hosts, query = _split(match["rest"])
     parameters, unknown = _parameters(query)
     if jdbc and not hosts and not parameters.keys() & {"host", "hostaddr"}:
@@ -137,8 +139,8 @@ def _split(rest: str) -> tuple[str, str]:
     end = next((n for n in range(at + 1, len(rest)) if rest[n] in "/?"), len(rest))
     if "@" in rest[end:]:
         raise ConfigurationError(
-            "--upstream: which @ ends the password can't be told: write others as %40 and / as %2F, or leave user and "
-            "password out, which aren't used"
+            "--upstream: it isn't clear which @ ends the password: write the others as %40 and / as %2F, or leave out "
+            "user and password, which pgguard doesn't use"
         )
     return rest[at + 1 : end], rest[end:].partition("?")[2]
 
@@ -152,7 +154,7 @@ def _parameters(query: str) -> tuple[dict[str, str], list[str]]:
         name, equals, value = pair.partition("=")
         name = _TRANSLATED.get(unquote(name), unquote(name))
         if not equals or not _NAME.fullmatch(name):
-            raise ConfigurationError("--upstream: the URL's parameters have to be NAME=VALUE, with & in between")
+            raise ConfigurationError("--upstream: the URL's parameters must be NAME=VALUE, separated by &")
         if name in _OWN:
             continue
         if name == "ssl":
@@ -160,7 +162,7 @@ def _parameters(query: str) -> tuple[dict[str, str], list[str]]:
         elif name not in known:
             unknown.append(name)
         elif name in kept:
-            raise ConfigurationError(f"--upstream: {name} is there twice: separate several by commas")
+            raise ConfigurationError(f"--upstream: {name} is given twice: give several values separated by commas")
         else:
             kept[name] = _SERVER_TYPES.get(value, value) if name == "target_session_attrs" else value
     if unknown and _MAY_HOLD_SECRETS.search(query):

@@ -29,7 +29,7 @@ import trio
 
 from pgguard.attribution.holders import sole_holder
 from pgguard.attribution.sockets import TcpClient, client_socket
-from pgguard.faults.text import named
+from pgguard.faults.text import counted, named
 from pgguard.proxy import looking
 from pgguard.proxy.addresses import TcpAddress
 from pgguard.proxy.admission import HOW_TO_RAISE, Admission, too_many
@@ -276,7 +276,7 @@ class Guard:
         self._sweep.stop_lingering()
         if self._sessions:
             timeout = self._settings.shutdown_timeout
-            logger.info("waiting up to %g s for sessions to finish: %d open", timeout, len(self._sessions))
+            logger.info("waiting up to %g s for %s to finish", timeout, counted(len(self._sessions), "session"))
             with trio.move_on_after(timeout):
                 await self._all_gone.wait()
         farewell = build_error_response(
@@ -348,7 +348,7 @@ class Guard:
             with trio.move_on_after(seconds) as limit:
                 greeting = await greet(sock, session, senders=self._senders)
             if limit.cancelled_caught:
-                logger.info("session %d: %s said nothing in time", session.id, _who(session))
+                logger.info("session %d: %s did not send a startup packet in time", session.id, _who(session))
             else:
                 if greeting.verdict is not None:
                     await self._judge.rule_surely(session, greeting.verdict)
@@ -478,7 +478,7 @@ class Guard:
         with spared(Loss.STEP):
             found = await self._loops.suspect()
             if found is not None:
-                logger.error("clients are refused until that changes: %s: %s", self._upstream, found)
+                logger.error("clients are refused until this is corrected: --upstream %s: %s", self._upstream, found)
 
     async def _refuse_loop(self) -> None:
         if self._loops.found is not None and (found := await self._loops.seek_again()) is not None:
@@ -489,7 +489,9 @@ class Guard:
         if self._loops.is_from_here(sock):
             how = "that is where pgguard itself listens"
         else:
-            how = f"that leads back to {listener.address}, where pgguard itself listens, by {await _bringer(session)}"
+            how = (
+                f"it leads back to {listener.address}, where pgguard itself listens, through {await _bringer(session)}"
+            )
         self._loops.came_back(how)
 
     # Into the sweep
@@ -500,7 +502,9 @@ class Guard:
             self._declined.arrived_plain(session)
         major, minor = packet.version
         untracked = (
-            None if major == _TRACKED_MAJOR else f"it speaks protocol {major}.{minor}, which pgguard doesn't follow"
+            None
+            if major == _TRACKED_MAJOR
+            else f"the client speaks protocol {major}.{minor}, which pgguard can't follow"
         )
         parameters, tracker = {}, None
         try:
@@ -608,7 +612,7 @@ def _unavailable(error: UpstreamUnavailable) -> bytes:
     return build_error_response(
         f"pgguard: could not connect to the server: {error}",
         sqlstate="08001",
-        hint="Check that PostgreSQL is running there, and what --upstream or PGGUARD_UPSTREAM says.",
+        hint="Check that PostgreSQL is running there, and that --upstream or PGGUARD_UPSTREAM names the right place.",
     )
 
 

@@ -95,8 +95,8 @@ class Listener:
         if reason is None:
             return None
         return (
-            f"who can write to the directory of {self.address} can take the guard's place there, as {reason}: "
-            "use one of the guard's own, or make it sticky"
+            f"others can put a socket of theirs in the place of {self.address}, because {reason}: "
+            "use a directory that belongs to the guard's user, or make this one sticky (chmod +t)"
         )
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ async def open_listeners(address: Address, *, pass_credentials: bool) -> list[Li
         _close_all(opened)
         raise ConfigurationError(f"--listen {address}: {error.strerror or error}{_tcp_remedy(error)}") from error
     except (UnicodeError, ValueError) as error:
-        raise ConfigurationError(f"--listen {address}: there can be no such host name") from error
+        raise ConfigurationError(f"--listen {address}: this can't be a host name") from error
     listeners = []
     for listener in opened:
         host, port = listener.socket.getsockname()[:2]
@@ -202,8 +202,8 @@ def _find_own(place: _Place) -> None:
     found = place.look()
     if found is None or not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
         raise ConfigurationError(
-            f"--listen {place.address}: somebody has moved it, or its directory, while it was opened: "
-            "use a directory that nobody else may write to"
+            f"--listen {place.address}: somebody moved the socket, or its directory, while pgguard was opening it: "
+            "use a directory that nobody else can write to"
         )
     place.inode = found.st_ino
 
@@ -213,9 +213,9 @@ def _tcp_remedy(error: OSError) -> str:
         case errno.EADDRINUSE:
             return ": another program listens there, use another port"
         case errno.EADDRNOTAVAIL:
-            return ": it is no address of this machine"
+            return ": this machine has no such address"
         case errno.EACCES | errno.EPERM:
-            return ": use a port from 1024 on"
+            return ": use port 1024 or higher"
         case _:
             return ""
 
@@ -227,7 +227,7 @@ def _remedy(error: OSError, address: UnixAddress) -> str:
         case errno.ENOENT | errno.EACCES | errno.EPERM | errno.EROFS:
             return f": use a directory in which pgguard may create {address.path}"
         case errno.EADDRINUSE:
-            return f": something that is no socket stands at {address.path}"
+            return f": {address.path} exists and is not a socket, remove it or use another DIR or PORT"
         case _:
             return ""
 

@@ -115,7 +115,7 @@ class Settings(BaseModel):
             ) from None
         if entry.pw_uid == 0:
             raise ConfigurationError(
-                f"--user {self.user}: that is root: name an ordinary user, best one of the guard's own"
+                f"--user {self.user}: that is root: name an ordinary user, preferably one just for pgguard"
             )
         return Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
 
@@ -204,7 +204,7 @@ def reload_settings(current: Settings, given: dict[str, Any], config: Path | Non
                 _changes(before, now) if name == "kinds" else [f"{name} is {_shown(now)} now, not {_shown(before)}"]
             )
         else:
-            remarks.append(f"{name} stays as it was: it takes a restart to change it")
+            remarks.append(f"{name} stays as it was: changing it takes a restart")
     settings = current.model_copy(update=changed)
     settings._source, settings._remark = asked.source, asked.remark  # noqa: SLF001 - nobody else sets them
     return Reloaded(settings, remarks)

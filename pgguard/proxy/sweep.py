@@ -84,8 +84,8 @@ _ROOM: Final = 0.5
 """How full the ledger may be for a client to be read again that has filled it."""
 _HEALTH_CHECK: Final = 1.0
 """Seconds within which a client has gone again that logs in only to see whether it can, as HAProxy's pgsql-check."""
-_FAILED: Final = "something failed in the guard, whose log says what"
-TRACKER_FAILED: Final = "the tracker failed; the guard's log says how"
+_FAILED: Final = "something failed inside the guard; its log says what"
+TRACKER_FAILED: Final = "following it failed inside the guard; its log says how"
 
 _APART: Final = 0.1
 """Seconds for which an answer is kept from one that hasn't been read, where several read."""

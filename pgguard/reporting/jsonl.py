@@ -210,7 +210,7 @@ def _why(path: Path, error: OSError) -> str:
             fifo = stat.S_ISFIFO(path.stat().st_mode)
         except OSError:
             fifo = False
-        return "no process has this FIFO open for reading" if fifo else "it is a socket; give a file"
+        return "no process has this FIFO open for reading" if fifo else "it is a socket: name a file"
     return _reason(error)
 
 

@@ -109,8 +109,8 @@ class _Walk:
         owner = os.fstat(link).st_uid
         if owner not in self._trusted:
             raise UntrustedError(
-                f"{self._shown / name} is a symbolic link of {user_name(owner)}, who could lead it elsewhere: "
-                "name the file that it leads to"
+                f"{self._shown / name} is a symbolic link of {user_name(owner)}, who could point it elsewhere: "
+                "name the file that it points to"
             )
         self._links += 1
         if self._links > _LINKS:
@@ -167,7 +167,7 @@ class _Walk:
         facts = os.fstat(self._directory)
         if os.geteuid() == 0 and facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX:
             raise UntrustedError(
-                f"everybody may put another file in its place, as {self._shown} can be written by all: "
+                f"anybody can put another file in its place, because everybody can write to {self._shown}: "
                 f"use another directory, or chmod o-w {self._shown}"
             )
 
@@ -179,7 +179,8 @@ class _Walk:
             raise UntrustedError(f"it belongs to {user_name(facts.st_uid)}: name a file of your own, or remove it")
         if facts.st_nlink > 1 and keeper not in self._trusted:
             raise UntrustedError(
-                f"it has another name as well, which {user_name(keeper)} may have chosen: remove {self._shown / name}"
+                f"it has a second name (a hard link), which {user_name(keeper)} may have made: "
+                f"remove {self._shown / name}"
             )
 
     @staticmethod

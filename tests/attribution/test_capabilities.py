@@ -71,7 +71,7 @@ def test_a_kernel_that_does_not_count_what_lies_unread_is_reported_with_what_to_
     assert _named("receive queues").available
     monkeypatch.setattr(SockDiag, "unread", lambda *_: 0)
     queues = _named("receive queues")
-    assert queues.problem == "does not find what is certainly there"
+    assert queues.problem == "it doesn't find what is certainly there"
     assert not queues.essential
     assert queues.remedy is not None
     assert "tcp_diag and unix_diag" in queues.remedy
@@ -108,7 +108,7 @@ def test_where_no_process_can_be_started_that_is_the_reason(monkeypatch: pytest.
     for name in "kernel senders on Unix sockets", "waiting threads":
         explanation = _named(name).explanation
         assert explanation.startswith(
-            "it can't be tried, as /nowhere/python can't be started: No such file or directory; "
+            "it can't be tried because /nowhere/python can't be started: No such file or directory; "
         )
 
 
@@ -132,7 +132,7 @@ def test_a_child_that_says_nothing_holds_nobody_up(monkeypatch: pytest.MonkeyPat
 def test_a_kernel_that_names_no_senders_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capabilities, "ask_for_credentials", lambda _: None)
     senders = _named(capabilities.KERNEL_SENDERS)
-    assert senders.problem == "does not find what is certainly there"
+    assert senders.problem == "it doesn't find what is certainly there"
 
 
 class TestKernelSendersOnTcp:
@@ -148,7 +148,11 @@ class TestKernelSendersOnTcp:
             expected = unavailable.problem, unavailable.remedy
         else:
             probe.close()
-            purpose += "" if probe.watches_blocking else ", on sockets that don't block; with --attribution ebpf on all"
+            purpose += (
+                ""
+                if probe.watches_blocking
+                else " on sockets that don't block (on all of them with --attribution ebpf)"
+            )
         assert (found.problem, found.remedy) == expected
         assert found.purpose == purpose
 
@@ -157,8 +161,8 @@ class TestKernelSendersOnTcp:
         monkeypatch.setattr(capabilities, "start_probe", _start_blind)
         monkeypatch.setattr(capabilities, "_expect", lambda _: None)
         assert _named(self.NAME).purpose == (
-            "names the process and the thread that sent each byte, on sockets that don't block; "
-            "with --attribution ebpf on all; not who opened the connection, which takes Linux 6.10"
+            "names the process and the thread that sent each byte on sockets that don't block "
+            "(on all of them with --attribution ebpf); Linux 6.10 or later would also name who opened the connection"
         )
 
     def test_they_are_not_essential_and_unix_sockets_do_instead(self) -> None:
@@ -183,7 +187,7 @@ class TestKernelSendersOnTcp:
     def test_a_probe_that_names_nobody_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(capabilities, "start_probe", _start_blind)
         found = _named(self.NAME)
-        assert found.problem == "does not find what is certainly there"
+        assert found.problem == "it doesn't find what is certainly there"
         assert found.remedy is not None
 
     def test_a_probe_that_sees_only_a_part_of_the_host_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +195,7 @@ class TestKernelSendersOnTcp:
         monkeypatch.setattr(capabilities, "_expect", lambda _: None)
         monkeypatch.setattr(_Blind, "scope", "/sys/fs/cgroup/inner")
         found = _named(self.NAME)
-        assert found.problem == "it sees no process outside of the cgroup /sys/fs/cgroup/inner"
+        assert found.problem == "it sees only the processes in the cgroup /sys/fs/cgroup/inner"
         assert (found.remedy or "").startswith("give the container the host's cgroup tree")
 
 
@@ -228,8 +232,8 @@ class TestPtraceRights:
         [
             (0, False, "run the guard as root with CAP_SYS_PTRACE (cap_add: [SYS_PTRACE] in compose)"),
             (0, True, "allow ptrace(2) in the guard's sandbox: seccomp, AppArmor, SELinux"),
-            (1, False, "sysctl kernel.yama.ptrace_scope=0 (it is 1), or run the guard as root with CAP_SYS_PTRACE"),
-            (3, True, "boot with a kernel.yama.ptrace_scope below 3"),
+            (1, False, "run sysctl kernel.yama.ptrace_scope=0 (it is 1), or run the guard as root with CAP_SYS_PTRACE"),
+            (3, True, "reboot with kernel.yama.ptrace_scope below 3"),
         ],
     )
     def test_the_remedy_depends_on_who_refuses(
@@ -250,7 +254,7 @@ class TestPtraceRights:
         """Yama's ptrace_scope 1: the child of the guard that isn't the client's ancestor sees nothing of it."""
         monkeypatch.setattr(capabilities, "_STRANGER", "raise PermissionError")
         found = _named("waiting threads")
-        assert found.problem == "only those of the guard's own children can be seen, as with pgguard run"
+        assert found.problem == "only the threads of the guard's own children can be seen"
 
     def test_what_no_right_would_help_against_is_told_from_a_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
@@ -258,7 +262,7 @@ class TestPtraceRights:
             "waiting_threads",
             lambda processes, *_: Waits((), {process.pid: Obstacle.UNKNOWN_ABI for process in processes}),
         )
-        assert _named("waiting threads").remedy == "run the guard on Linux for x86-64 or arm64 itself"
+        assert _named("waiting threads").remedy == "run the guard on plain Linux for x86-64 or arm64"
 
     def test_a_thread_that_is_not_seen_is_not_waited_for_for_ever(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(capabilities, "waiting_threads", lambda *_: Waits())
@@ -267,7 +271,7 @@ class TestPtraceRights:
         checked = {capability.name: capability for capability in check()}
         assert time.monotonic() - before < 6
         for name in "waiting threads", "Python stacks":
-            assert checked[name].problem == "does not find what is certainly there"
+            assert checked[name].problem == "it doesn't find what is certainly there"
 
     def test_the_kernels_own_words_are_read(self, puppet: Puppets) -> None:
         guard = puppet()
@@ -292,7 +296,7 @@ class TestPythonStacks:
         ("problem", "remedy"),
         [
             ("py-spy: Failed to open: Operation not permitted (os error 1)", None),
-            ("py-spy's answer isn't understood", "pip install --upgrade 'pgguard[stacks]'"),
+            ("py-spy's answer can't be read", "pip install --upgrade 'pgguard[stacks]'"),
         ],
     )
     def test_a_py_spy_that_is_refused_is_told_from_one_that_is_too_old(
@@ -317,7 +321,7 @@ class TestNamespaces:
         monkeypatch.setattr(capabilities, "ask_in_namespace", refuse)
         found = _named("other network namespaces")
         assert found.available
-        assert "for want of CAP_SYS_ADMIN" in found.purpose
+        assert "without CAP_SYS_ADMIN" in found.purpose
         monkeypatch.setattr(capabilities, "read_tables", refuse)
         assert _named("other network namespaces").problem == "Operation not permitted"
 
@@ -342,10 +346,10 @@ class TestNamespaces:
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"no pid namespace can be made here: {error}")
         if alone:
-            assert done.stdout.startswith("False the guard is alone in the one that it is in")
-            assert "; share the application's: " in done.stdout
+            assert done.stdout.startswith("False the guard is alone in its pid namespace")
+            assert "; share the application's pid namespace (" in done.stdout
         else:
-            assert done.stdout == "True sees the processes of the one that the guard is in, and none outside of it\n"
+            assert done.stdout == "True sees every process in the guard's pid namespace, and none outside it\n"
 
     def test_with_the_proc_of_another_pid_namespace_that_is_the_one_thing_to_change(self) -> None:
         script = (
@@ -357,17 +361,17 @@ class TestNamespaces:
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"no pid namespace can be made here: {error}")
-        remedy = "mount the /proc of the guard's own pid namespace"
+        remedy = "mount /proc for the pid namespace that the guard runs in"
         # Whoever has the guard's pid there is somebody else, and may be looked at or not.
         first, *others = done.stdout.splitlines()
         assert first.startswith("/proc: ")
         assert first.endswith(f"; {remedy}")
         assert others == [
-            f"other users' processes: it takes /proc; {remedy}",
-            f"clients' pid namespace: it takes /proc; {remedy}",
-            f"other network namespaces: it takes /proc; {remedy}",
-            f"waiting threads: it takes /proc; {remedy}",
-            f"Python stacks: it takes /proc; {remedy}",
+            f"other users' processes: it needs /proc; {remedy}",
+            f"clients' pid namespace: it needs /proc; {remedy}",
+            f"other network namespaces: it needs /proc; {remedy}",
+            f"waiting threads: it needs /proc; {remedy}",
+            f"Python stacks: it needs /proc; {remedy}",
         ]
 
     def test_the_hosts_own_pid_namespace_is_everything(self) -> None:

@@ -668,7 +668,7 @@ def test_openers_are_unknown_where_the_kernel_does_not_let_programs_ask(
     monkeypatch.setattr(bpf, "load_program", refuse_first)
     with SenderProbe([("127.0.0.1", watched.port)], blocking=True, way=watched.probe.way) as probe:
         assert not probe.openers
-        assert [limit for limit in probe.limits if "who opens a connection on TCP the kernel does not say" in limit]
+        assert [limit for limit in probe.limits if "the kernel doesn't say who opens a TCP connection" in limit]
         watched.probe = probe
         client, accepted, account = watched.connect()
         with client, accepted:

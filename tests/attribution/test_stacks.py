@@ -198,7 +198,7 @@ def test_py_spy_beside_the_guards_own_python_comes_before_the_one_on_the_path(
     ("script", "reason"),
     [
         pytest.param("while :; do :; done", "py-spy didn't answer in time", id="hangs"),
-        pytest.param("echo surprise", "py-spy's answer isn't understood", id="another format"),
+        pytest.param("echo surprise", "py-spy's answer can't be read", id="another format"),
         pytest.param(
             r"printf 'Error: It failed.\n\nCaused by:\n  0: why\n  1: root\n\nStack backtrace:\n  0: x\n' >&2; exit 1",
             "py-spy: It failed: root",
@@ -250,14 +250,14 @@ class TestWhichProgram:
     def test_not_one_in_a_directory_that_others_may_write(self, program: Path) -> None:
         program.parent.chmod(0o777)
         assert find_py_spy() is None
-        reason = f"of its directory {program.parent}, anybody may write to it"
-        assert why_no_py_spy() == f"py-spy at {program} is not run: {reason}"
+        reason = f"its directory {program.parent} isn't safe: anybody can write to it"
+        assert why_no_py_spy() == f"py-spy at {program} is not used: {reason}"
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
     def test_not_somebody_elses(self, program: Path) -> None:
         os.chown(program, 65534, 65534)
         assert find_py_spy() is None
-        assert why_no_py_spy() == f"py-spy at {program} is not run: it belongs to user nobody"
+        assert why_no_py_spy() == f"py-spy at {program} is not used: it belongs to user nobody"
         sleep = Sleep(Thread(os.getpid(), 1, os.getpid(), 1), 1)
         assert python_stacks([sleep]).problems == {os.getpid(): why_no_py_spy()}
 
@@ -282,7 +282,7 @@ class TestWhichProgram:
             assert python_stacks([sleep], seconds=0.2).problems == {application.pid: "py-spy didn't answer in time"}
             assert list(hangs.hanging().values()) == [application.pid]
             again = python_stacks([sleep], seconds=10).problems
-            assert again == {application.pid: "reading about it, or about others of its user, hangs"}
+            assert again == {application.pid: "reading the files of its user's processes in /proc hangs"}
             assert time.monotonic() - began < 5
         deadline = time.monotonic() + 10
         while hangs.hanging():

@@ -37,7 +37,7 @@ def test_ones_own_file_is_obeyed(file: Path) -> None:
 @pytest.mark.parametrize("mode", [0o646, 0o666, 0o602])
 def test_what_anybody_may_write_is_not(file: Path, mode: int) -> None:
     file.chmod(mode)
-    with pytest.raises(UntrustedError, match=r"^anybody may write to it$"):
+    with pytest.raises(UntrustedError, match=r"^anybody can write to it$"):
         open_trusted(file)
 
 
@@ -56,7 +56,7 @@ def test_what_a_group_may_write_is_not_unless_the_group_is_the_owners_own(file: 
     file.chmod(0o664)
     assert _content(file) == b"content"
     os.chown(file, 0, 54321)
-    with pytest.raises(UntrustedError, match=r"^group 54321 may write to it$"):
+    with pytest.raises(UntrustedError, match=r"^group 54321 can write to it$"):
         open_trusted(file)
     file.chmod(0o644)
     assert _content(file) == b"content"
@@ -68,7 +68,7 @@ def test_a_group_of_the_users_own_name_is_the_users(file: Path, monkeypatch: pyt
     status[stat.ST_MODE], status[stat.ST_UID], status[stat.ST_GID] = stat.S_IFREG | 0o664, 1, 1
     assert distrust(os.stat_result(status)) is None, "daemon's own group"
     status[stat.ST_GID] = 2
-    assert distrust(os.stat_result(status)) == "group bin may write to it"
+    assert distrust(os.stat_result(status)) == "group bin can write to it"
 
 
 def test_null_and_terminals_are_nobodys_words() -> None:
@@ -114,7 +114,7 @@ class TestPlaces:
     def test_a_directory_beside_which_somebody_may_put_a_link(self, file: Path, tmp_path: Path) -> None:
         for mode in 0o777, 0o1777:
             tmp_path.chmod(mode)
-            assert distrust_path(file) == f"of its directory {tmp_path}, anybody may write to it"
+            assert distrust_path(file) == f"its directory {tmp_path} isn't safe: anybody can write to it"
 
     @needs_root
     def test_a_directory_that_can_be_replaced(self, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ class TestPlaces:
         ours.mkdir(parents=True)
         (ours / "file").touch(0o644)
         os.chown(theirs, NOBODY, NOBODY)
-        assert distrust_path(ours / "file") == f"of its directory {theirs}, it belongs to user nobody"
+        assert distrust_path(ours / "file") == f"its directory {theirs} isn't safe: it belongs to user nobody"
 
     @needs_root
     def test_where_a_link_leads(self, tmp_path: Path) -> None:
@@ -131,7 +131,10 @@ class TestPlaces:
         (tmp_path / "theirs" / "file").touch(0o755)
         os.chown(tmp_path / "theirs", NOBODY, NOBODY)
         (tmp_path / "link").symlink_to(tmp_path / "theirs" / "file")
-        assert distrust_path(tmp_path / "link") == f"of its directory {tmp_path / 'theirs'}, it belongs to user nobody"
+        assert (
+            distrust_path(tmp_path / "link")
+            == f"its directory {tmp_path / 'theirs'} isn't safe: it belongs to user nobody"
+        )
 
 
 class TestAnybodysFiles:

@@ -75,8 +75,8 @@ def test_on_this_machine(tmp_path: Path) -> None:
     for name in names:
         assert f" {name}: " in done.stdout
     said = " ".join(done.stdout.split())
-    assert "Other users' clients are seen with CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE; those in other" in said
-    assert "A guard that is started as root keeps no other capabilities once it runs, but for" in said
+    assert "To see other users' clients the guard needs CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE." in said
+    assert "A guard that is started as root gives up every other capability, except for" in said
 
 
 def test_the_same_as_json(tmp_path: Path) -> None:
@@ -119,9 +119,9 @@ def test_something_missing_that_is_not_essential(
         "           to do: sysctl kernel.yama.ptrace_scope=0 (it is 1), or run the guard",
         "           as root with CAP_SYS_PTRACE (cap_add: [SYS_PTRACE] in compose)",
         "",
-        "Everything essential is there. Missing: waiting threads.",
-        "Or give the application a Unix socket instead of a TCP port (--listen unix:DIR):",
-        "there the kernel names the sender of every byte, whatever is missing of waiting",
+        "Everything essential works. Missing: waiting threads.",
+        "Or let the application connect to a Unix socket instead of a TCP port (--listen",
+        "unix:DIR): there the kernel names the sender of every byte, even without waiting",
         "threads.",
     ]
 
@@ -130,7 +130,7 @@ def test_something_essential_missing(monkeypatch: pytest.MonkeyPatch, capsys: py
     status, said = _say(PROC, SENDERS, NO_TCP, NO_THREADS, monkeypatch=monkeypatch, capsys=capsys)
     assert status == 1
     said = " ".join(said.split())
-    assert "Something essential is missing, without which clients can't be found: sock_diag for TCP." in said
+    assert "Something essential is missing, and without it clients can't be found: sock_diag for TCP." in said
     assert HINT in said
 
 
@@ -189,7 +189,7 @@ WITHOUT = pytest.mark.parametrize(
         ),
         pytest.param(
             ["unshare", "-Ur"],
-            "the guard is in a user namespace, in which its capabilities don't extend to the kernel's programs",
+            "the guard is in a user namespace, where its capabilities don't allow loading BPF programs",
             "run it outside: as root of the host, or in a container that is not rootless",
             id="user namespace",
         ),
@@ -304,12 +304,12 @@ class _Probe:
         (
             "ebpf",
             Comparison(("FIONREAD", "splice")),
-            "on this kernel a watched socket answers differently from others (FIONREAD, splice)",
+            "on this kernel a watched socket behaves differently from others (FIONREAD, splice)",
         ),
         (
             "ebpf",
             Comparison(problem="no route"),
-            "whether watched sockets answer as others do can't be tried (no route)",
+            "it can't be tested whether watched sockets behave like others (no route)",
         ),
     ],
 )

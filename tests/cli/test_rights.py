@@ -202,14 +202,14 @@ def test_a_socket_in_its_own_directory_is_removed(short_directory: Path) -> None
     with spawned(UPSTREAM, "--user", "nobody", "--listen", f"unix:{short_directory}", cwd=short_directory) as guard:
         said = _end(guard)
     assert not (short_directory / ".s.PGSQL.5432").exists()
-    assert f"of unix:{short_directory}:5432 can take the guard's place there, as it belongs to user nobody: " in said
+    assert f"in the place of unix:{short_directory}:5432, because it belongs to user nobody: " in said
 
 
 @pytest.mark.parametrize(
     ("user", "says"),
     [
         ("mallory", "--user mallory: there is no such user: create it (useradd --system), or name another"),
-        ("root", "--user root: that is root: name an ordinary user, best one of the guard's own"),
+        ("root", "--user root: that is root: name an ordinary user, preferably one just for pgguard"),
         ("a\0b", "there is no such user"),
     ],
     ids=["unknown", "root", "nonsense"],
@@ -283,8 +283,8 @@ def test_whom_the_server_lets_nobody_in_for_can_not_be_become(short_directory: P
         )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"pgguard: --user nobody: it may not connect to the server at unix:{short_directory}:1: have the socket's "
-        "group be one of its own, or give the server's TCP address\n"
+        f"pgguard: --user nobody: this user can't connect to the server at unix:{short_directory}:1: add it to the "
+        "socket's group, or name the server's TCP address in --upstream\n"
     )
 
 
@@ -312,7 +312,7 @@ def test_whose_socket_may_be_connected_to_is_told_by_its_mode(short_directory: P
 def test_a_user_that_may_not_read_the_guards_own_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
     guard = Guard(Settings(upstream=UPSTREAM), sinks=Fanout([], complain=print), docket=Docket(), witness=None)
-    with pytest.raises(ConfigurationError, match=r"it may not read .*: install pgguard where it may"):
+    with pytest.raises(ConfigurationError, match=r"this user can't read .*: install pgguard where it can"):
         running._check_reach(guard, Account("nobody", 1, 1))
 
 

@@ -165,7 +165,7 @@ async def test_out_of_descriptors(backend: FakeBackend, tmp_path: Path) -> None:
     with spawned(upstream(backend), "--attribution", "off", cwd=tmp_path, descriptors=30) as guard:
         client, server = await session(guard, backend)
         crowd = [await connect(guard, backend) for _ in range(40)]
-        guard.wait_for("clients are turned away: a limit of 30 open files leaves room for [3-9]. Raise the limit")
+        guard.wait_for("clients are turned away: a limit of 30 open files leaves room for only [3-9]. Raise the limit")
         used = guard.cpu_seconds()
         for _ in range(20):
             await converse(client, server)
@@ -185,7 +185,7 @@ async def test_a_limit_without_room_for_anybody(backend: FakeBackend, tmp_path: 
     options = "serve", "--upstream", upstream(backend), "--attribution", "off", "--listen", "127.0.0.1:0"
     ended = await trio.to_thread.run_sync(lambda: run(*options, cwd=tmp_path, descriptors=13))
     assert ended.returncode == 2
-    assert "Raise the limit of open files" in ended.stderr
+    assert "Raise the limit of open files for pgguard" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
@@ -211,7 +211,7 @@ async def test_a_signal_lets_sessions_finish_and_nobody_in(
         await client.send(query("select pg_sleep(1)"))
         await server.expect(query("select pg_sleep(1)"))
         guard.signal(number)
-        guard.wait_for("waiting up to 8 s for sessions to finish: 1 open")
+        guard.wait_for("waiting up to 8 s for 1 session to finish")
         with pytest.raises(OSError, match="all attempts to connect"):
             await connect(guard, backend)
         await server.send(ANSWER)

@@ -92,7 +92,7 @@ async def test_a_socket_in_use_is_left_alone(short_directory: Path, backlog_full
 async def test_what_is_no_socket_is_left_alone(short_directory: Path) -> None:
     path = short_directory / ".s.PGSQL.1"
     path.write_text("precious")
-    with pytest.raises(ConfigurationError, match="something that is no socket stands at"):
+    with pytest.raises(ConfigurationError, match="exists and is not a socket"):
         await open_and_close(f"unix:{short_directory}:1")
     assert path.read_text() == "precious"
 
@@ -140,7 +140,7 @@ async def test_a_link_in_the_sockets_place_is_not_followed(
     secret.touch(0o600)
     _Replaced.target = str(secret)
     monkeypatch.setattr(socket, "socket", _Replaced)
-    with pytest.raises(ConfigurationError, match="somebody has moved it"):
+    with pytest.raises(ConfigurationError, match="somebody moved the socket"):
         await open_and_close(f"unix:{short_directory}:1")
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
 
@@ -150,7 +150,7 @@ async def test_a_link_is_left_alone_wherever_it_leads(short_directory: Path) -> 
         stale.bind(str(short_directory / "elsewhere"))
     link = short_directory / ".s.PGSQL.1"
     link.symlink_to(short_directory / "elsewhere")
-    with pytest.raises(ConfigurationError, match="something that is no socket stands at"):
+    with pytest.raises(ConfigurationError, match="exists and is not a socket"):
         await open_and_close(f"unix:{short_directory}:1")
     assert link.is_symlink()
     assert (short_directory / "elsewhere").is_socket()
@@ -171,7 +171,7 @@ async def test_what_is_removed_at_the_end_is_the_guards_own_wherever_its_directo
 
 @pytest.mark.parametrize(
     ("mode", "says"),
-    [(0o700, None), (0o755, None), (0o1777, None), (0o777, "anybody may write to it")],
+    [(0o700, None), (0o755, None), (0o1777, None), (0o777, "anybody can write to it")],
     ids=["own", "readable", "sticky", "everybodys"],
 )
 async def test_who_else_can_put_a_socket_there_is_said(short_directory: Path, mode: int, says: str | None) -> None:
@@ -183,8 +183,8 @@ async def test_who_else_can_put_a_socket_there_is_said(short_directory: Path, mo
         assert remark is None
     else:
         assert remark == (
-            f"who can write to the directory of unix:{short_directory}:1 can take the guard's place there, as {says}: "
-            "use one of the guard's own, or make it sticky"
+            f"others can put a socket of theirs in the place of unix:{short_directory}:1, because {says}: "
+            "use a directory that belongs to the guard's user, or make this one sticky (chmod +t)"
         )
 
 
@@ -195,7 +195,7 @@ async def test_who_owns_the_directory_can_replace_the_socket_even_if_it_is_stick
     (listener,) = await open_listeners(parse_listen(f"unix:{short_directory}:1"), pass_credentials=True)
     remark = listener.remark
     listener.close()
-    assert "as it belongs to user nobody: use one of the guard's own" in (remark or "")
+    assert "because it belongs to user nobody: use a directory that belongs to" in (remark or "")
 
 
 async def test_a_directory_in_which_it_may_not_be_removed_any_more_ends_nothing(short_directory: Path) -> None:
@@ -239,8 +239,8 @@ async def test_that_one_of_several_is_in_use_closes_the_others(backend: FakeBack
         ("unix:/nowhere/at/all", "create the directory /nowhere/at/all"),
         ("unix:/sys:1", "use a directory in which pgguard may create /sys/.s.PGSQL.1"),
         ("nowhere.invalid:1", "Name or service not known|Temporary failure in name resolution|No address"),
-        ("x" * 64 + ".example:1", "there can be no such host name"),
-        ("192.0.2.1:1", "it is no address of this machine"),
+        ("x" * 64 + ".example:1", "this can't be a host name"),
+        ("192.0.2.1:1", "this machine has no such address"),
     ],
 )
 async def test_where_it_can_not_listen_it_says_what_to_change(text: str, says: str) -> None:

@@ -139,7 +139,7 @@ async def closes_ring(upstream: int, port: int, before: int, cwd: Path) -> None:
     ended = await trio.to_thread.run_sync(lambda: run(*arguments, cwd=cwd))
     assert ended.returncode == 2, ended.stderr
     said = ended.stderr.splitlines()[-1]
-    assert f"that leads back to 127.0.0.1:{port}, where pgguard itself listens, by pid {before} (" in said
+    assert f"it leads back to 127.0.0.1:{port}, where pgguard itself listens, through pid {before} (" in said
     assert "ready on" not in ended.stderr
 
 
@@ -192,7 +192,7 @@ async def test_one_that_comes_about_later(backend: FakeBackend, nursery: trio.Nu
             assert fields["C"] == "08001"
             assert f"leads back to 127.0.0.1:{guard.port}, where pgguard itself listens" in fields["M"]
         assert forwarder.connections - before < 400
-        await trio.to_thread.run_sync(guard.wait_for, "clients are refused until that changes: ")
+        await trio.to_thread.run_sync(guard.wait_for, "clients are refused until this is corrected: ")
         await until(lambda: guard.descriptors() < 40)
         forwarder.target = backend.port
         await trio.sleep(1.1)
@@ -213,7 +213,7 @@ async def test_cancel_requests_in_a_loop(backend: FakeBackend, nursery: trio.Nur
         client = await Client.connect(guard.port)
         backend.keep(client)
         await client.send(bytes.fromhex("00000010 04d2162e 00000001 12345678"))
-        await trio.to_thread.run_sync(guard.wait_for, "clients are refused until that changes: ")
+        await trio.to_thread.run_sync(guard.wait_for, "clients are refused until this is corrected: ")
         await client.close()
         assert forwarder.connections - before < 400
         await until(lambda: guard.descriptors() < 40)

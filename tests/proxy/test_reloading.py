@@ -249,10 +249,10 @@ def test_what_can_not_be_changed_is_said_each_time_and_stays(tmp_path: Path) -> 
     expected = Settings(listen=["127.0.0.1:1"], upstream="host=a", mode=Mode.REJECT)
     assert settings.model_dump() == expected.model_dump()
     assert remarks == [
-        "upstream stays as it was: it takes a restart to change it",
-        "listen stays as it was: it takes a restart to change it",
+        "upstream stays as it was: changing it takes a restart",
+        "listen stays as it was: changing it takes a restart",
         "mode is reject now, not log",
-        "attribution stays as it was: it takes a restart to change it",
+        "attribution stays as it was: changing it takes a restart",
     ]
     again = reload_settings(settings, {}, tmp_path / "pgguard.toml")
     assert [remark.split()[0] for remark in again.remarks] == ["upstream", "listen", "attribution"]
@@ -265,7 +265,7 @@ def test_the_file_of_faults_can_be_another_one_but_not_come_or_go(tmp_path: Path
     assert settings.faults == Path("a")
     settings, remarks = reloaded(tmp_path, "", "faults = 'a'")
     assert settings.faults is None
-    assert remarks == ["faults stays as it was: it takes a restart to change it"]
+    assert remarks == ["faults stays as it was: changing it takes a restart"]
 
 
 @pytest.mark.parametrize(

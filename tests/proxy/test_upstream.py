@@ -70,7 +70,7 @@ def test_what_can_not_be_seen_to_is_said(wanted: str) -> None:
         assert remark is None
     else:
         assert remark is not None
-        assert f"target_session_attrs={wanted} can't be seen to" in remark
+        assert f"target_session_attrs={wanted} can't be checked without logging in" in remark
     both = parse_upstream("jdbc:postgresql://a,b/app?targetServerType=master&currentSchema=x").remark
     assert both is not None
     assert both.startswith("--upstream: currentSchema is not used; ")
@@ -111,9 +111,9 @@ def test_a_service_file_of_somebody_elses_does_not(
         ("host", 'missing "="'),
         ("port=1 hots=db.example", 'invalid connection option "hots"'),
         ("postgresql://[::1/", "IPv6"),
-        ("host=a,b port=1,2,3", "3 ports for 2 hosts: give one port, or one a host"),
-        ("host=a port=http", "'http' is no port number"),
-        ("host=a connect_timeout=soon", "connect_timeout=soon is no number of seconds"),
+        ("host=a,b port=1,2,3", "3 ports for 2 hosts: give one port, or one for each host"),
+        ("host=a port=http", "'http' is not a port number"),
+        ("host=a connect_timeout=soon", "connect_timeout=soon is not a number of seconds"),
         ("service=nowhere", 'definition of service "nowhere" not found'),
         ("host=a sslmode=require", "use sslmode=prefer or disable"),
         ("host=a sslmode=verify-full", "use sslmode=prefer or disable"),

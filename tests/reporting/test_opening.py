@@ -162,7 +162,7 @@ def test_root_may_write_into_a_users_directory(theirs: Path) -> None:
 @as_root
 def test_a_planted_link_is_not_followed(theirs: Path, victim: Path) -> None:
     own_link(theirs / "faults.jsonl", victim)
-    refuse(theirs / "faults.jsonl", f"{theirs}/faults.jsonl is a symbolic link of user nobody, who could lead it")
+    refuse(theirs / "faults.jsonl", f"{theirs}/faults.jsonl is a symbolic link of user nobody, who could point it")
     own_link(theirs / "dangling", victim.parent / "new")
     refuse(theirs / "dangling", "is a symbolic link of user nobody")
     assert not (victim.parent / "new").exists()
@@ -180,7 +180,7 @@ def own_link(link: Path, target: Path) -> None:
 @as_root
 def test_a_hard_link_in_somebody_elses_directory_may_be_any_file(theirs: Path, victim: Path) -> None:
     os.link(victim, theirs / "faults.jsonl")
-    refuse(theirs / "faults.jsonl", "it has another name as well, which user nobody may have chosen")
+    refuse(theirs / "faults.jsonl", "it has a second name (a hard link), which user nobody may have made")
 
 
 def test_a_hard_link_in_ones_own_directory_is_ones_own(tmp_path: Path) -> None:
@@ -206,10 +206,13 @@ def test_a_file_of_a_third_user(tmp_path: Path, fifo: bool) -> None:
 @as_root
 def test_a_directory_in_which_everybody_can_replace_the_file(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
-    refuse(tmp_path / "faults.jsonl", f"everybody may put another file in its place, as {tmp_path} can be written by")
+    refuse(
+        tmp_path / "faults.jsonl",
+        f"anybody can put another file in its place, because everybody can write to {tmp_path}",
+    )
     assert not (tmp_path / "faults.jsonl").exists()
     (tmp_path / "faults.jsonl").touch()
-    refuse(tmp_path / "faults.jsonl", "everybody may put another file in its place")
+    refuse(tmp_path / "faults.jsonl", "anybody can put another file in its place")
     tmp_path.chmod(0o1777)
     append(tmp_path / "faults.jsonl")
 

@@ -46,7 +46,10 @@ _STOPPED_SECONDS: Final = 6.5
 """Longer than an answer may lie unread."""
 _COMPLAINT: Final = 4000
 """Bytes that are shown of what a program has complained about."""
-_TROUBLE: Final = re.compile(r"Traceback|had to be closed|the tracker failed|could not be|can't accept|can't append")
+_TROUBLE: Final = re.compile(
+    r"Traceback|had to be closed|(?:session|sends|connection|evidence|repeat|check|up) failed|could not be|"
+    r"can't accept|can't append"
+)
 """What the guard says only when something is wrong with itself."""
 
 

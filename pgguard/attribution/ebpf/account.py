@@ -188,11 +188,11 @@ def _append(segments: list[Segment], length: int, sender: Sender | None) -> None
 
 
 _REASONS = {
-    errno.E2BIG: "for want of room in the map",
+    errno.E2BIG: "because the map of watched sockets was full",
     errno.EWOULDBLOCK: "because the client's socket blocks",
-    errno.ENOMEM: "because of a limit for TCP's memory",
-    errno.EBUSY: "because another program watches it",
-    errno.EOPNOTSUPP: "because it is not TCP's alone",
+    errno.ENOMEM: "because TCP had reached its memory limit",
+    errno.EBUSY: "because another BPF program was watching the socket",
+    errno.EOPNOTSUPP: "because the socket was not plain TCP",
 }
 """Why the kernel doesn't watch a connection, by :attr:`Account.problem`."""
 
@@ -234,11 +234,11 @@ class Tally:
             )
         if lost:
             remarks.append(
-                f"{lost} of the kernel's reports were lost, as they came too fast: who sent those is not known"
+                f"{lost} of the kernel's reports came too fast and were lost: who sent those bytes is not known"
             )
         if self.contradictions:
             remarks.append(
-                f"{self.contradictions} of the kernel's reports contradicted others: who sent that may be wrong"
+                f"{self.contradictions} of the kernel's reports contradicted others: the senders named may be wrong"
             )
         return remarks
 

@@ -230,13 +230,13 @@ class SenderProbe:
         """What it can't do here, and what would help: clauses, to be said where it is put to use."""
         limits = []
         if self.scope is not None:
-            limits.append(f"of senders on TCP only those in the cgroup {self.scope} are seen: {scope_remedy()}")
+            limits.append(f"on TCP only senders in the cgroup {self.scope} are seen: {scope_remedy()}")
         if not self.openers:
-            limits.append("who opens a connection on TCP the kernel does not say: it does since Linux 6.10")
+            limits.append("the kernel doesn't say who opens a TCP connection: Linux 6.10 and later do")
         if not self.watches_blocking:
             limits.append(
-                "of senders on TCP those whose sockets block are not seen (pg8000's, PHP's streams; libpq's and "
-                "asyncio's never do), as the kernel would let a signal end their wait: --attribution ebpf takes them in"
+                "TCP senders whose sockets block (pg8000, PHP's streams; not libpq or asyncio) are not seen, because "
+                "watching them would let a signal interrupt their reads: --attribution ebpf watches them all the same"
             )
         return tuple(limits)
 
@@ -254,14 +254,14 @@ class SenderProbe:
         try:
             btf = Btf()
         except (OSError, ValueError) as error:
-            problem = f"this kernel doesn't describe its structures ({error})"
+            problem = f"this kernel has no description of its structures ({error})"
             raise ProbeUnavailable(
-                problem, "run a kernel built with CONFIG_DEBUG_INFO_BTF, as distributions' are"
+                problem, "run a kernel built with CONFIG_DEBUG_INFO_BTF, as those of distributions are"
             ) from error
         try:
             return self._attach(stack, btf, cgroup, max_connections)
         except KeyError as error:
-            raise ProbeUnavailable(f"this kernel has other structures: {error.args[0]}", _RELEASE) from error
+            raise ProbeUnavailable(f"this kernel's structures are different: {error.args[0]}", _RELEASE) from error
         except BpfError as error:
             raise _explained(error) from error
         except OSError as error:
@@ -378,7 +378,7 @@ def _check_privileges() -> None:
         raise ProbeUnavailable(f"the guard lacks {' and '.join(missing)}", remedy)
     if Path("/proc/self/ns/user").stat().st_ino != _INITIAL_USER_NAMESPACE:
         raise ProbeUnavailable(
-            "the guard is in a user namespace, in which its capabilities don't extend to the kernel's programs",
+            "the guard is in a user namespace, where its capabilities don't allow loading BPF programs",
             "run it outside: as root of the host, or in a container that is not rootless",
         )
 
