@@ -138,5 +138,5 @@ def _kind(record: logging.LogRecord) -> Hashable:
 
 
 def _safe(text: str) -> str:
-    """Text with its lines kept, but nothing else that could do harm."""
-    return "\n".join(printable(line) for line in redact(text).split("\n"))
+    """Text that can do no harm. All lines but the first are indented, so that none passes for something else."""
+    return "\n  ".join(printable(line) for line in redact(text).split("\n"))

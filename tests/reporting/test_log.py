@@ -93,9 +93,9 @@ def test_a_traceback_is_said_once_and_counted(stage: Stage) -> None:
         except ZeroDivisionError:
             stage.logger.exception("session %d: the tracker failed", session)
     first, *others = stage.said
-    assert first.startswith("pgguard: session 1: the tracker failed\nTraceback (most recent call last):\n")
-    assert first.endswith("ZeroDivisionError: no\nway")
-    assert others[0] == "pgguard: session 2: the tracker failed: ZeroDivisionError: no\nway"
+    assert first.startswith("pgguard: session 1: the tracker failed\n  Traceback (most recent call last):\n")
+    assert first.endswith("ZeroDivisionError: no\n  way")
+    assert others[0] == "pgguard: session 2: the tracker failed: ZeroDivisionError: no\n  way"
     assert len(others) == SAID - 1
     stage.handler.close()
     assert stage.said[-1] == (
