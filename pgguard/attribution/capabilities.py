@@ -318,10 +318,10 @@ def _try_other_users() -> None:
         )
     unreadable = [pid for pid in pids if not _readable(pid)]
     if unreadable:
-        names = [f"{pid} ({process.name})" for pid in unreadable[:_NAMED] if (process := read_process(pid))]
+        names = [f"pid {pid} ({process.name})" for pid in unreadable[:_NAMED] if (process := read_process(pid))]
         more = ["…"] if len(unreadable) > len(names) else []
         raise _Missing(
-            f"{len(unreadable)} can't be looked at: {', '.join(names + more)}",
+            f"{len(unreadable)} of them can't be looked at: {', '.join(names + more)}",
             "make sure that none of them is a client: CAP_SYS_PTRACE isn't enough to look at them, maybe because of "
             "AppArmor"
             if _has_capability(Right.CAP_SYS_PTRACE)

@@ -406,12 +406,12 @@ def _shares(shares: Sequence[Share]) -> Table:
 
 
 def _advice(advice: Advice) -> list[RenderableType]:
-    """Prose, code to be pasted, and where that is from."""
+    """Prose, code to be pasted, and where that is from; code and URLs are never wrapped, so that they can be copied."""
     parts: list[RenderableType] = [_text(f"{advice.title}. {advice.text}")]
     if advice.code is not None:
         code = textwrap.indent(advice.code.rstrip(), " " * 6)
         parts += [Text(""), Text(code, no_wrap=True, overflow="ignore"), Text("")]
-    parts.extend(_text(f"See {source}", style="dim") for source in advice.sources)
+    parts.extend(Text(f"    See {source}", style="dim", no_wrap=True, overflow="ignore") for source in advice.sources)
     return parts
 
 

@@ -177,7 +177,7 @@ WITHOUT = pytest.mark.parametrize(
     [
         pytest.param(
             NOBODY,
-            "the guard lacks CAP_NET_ADMIN and CAP_PERFMON and CAP_BPF",
+            "the guard lacks CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF",
             "run the guard as root, or give it all of CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN",
             id="nobody",
         ),

@@ -245,7 +245,8 @@ def test_the_summary_is_one_plain_line_at_any_width(width: int, terminal: bool) 
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_nothing_is_cut_off_at_the_margin(width: int) -> None:
     text = printed(fault(), width=width)
-    assert all(len(line) <= width for line in text.splitlines()[:-1])
+    assert all(len(line) <= width for line in text.splitlines()[:-1] if not line.startswith("    See http"))
+    assert [f"    See {source}" for source in fault().advice.sources] == re.findall("^ *See http.*", text, re.MULTILINE)
     advice = fault().advice.text
     assert "".join(advice.split()) in "".join(text.split())
 

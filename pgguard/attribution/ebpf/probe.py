@@ -375,7 +375,7 @@ def _check_privileges() -> None:
     missing = [right.name for right in sorted(LOADING - own) if not (admin and right is not Right.CAP_NET_ADMIN)]
     if missing:
         remedy = f"run the guard as root, or give it all of CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN ({_CAP_ADD})"
-        raise ProbeUnavailable(f"the guard lacks {' and '.join(missing)}", remedy)
+        raise ProbeUnavailable(f"the guard lacks {', '.join(missing)}", remedy)
     if Path("/proc/self/ns/user").stat().st_ino != _INITIAL_USER_NAMESPACE:
         raise ProbeUnavailable(
             "the guard is in a user namespace, where its capabilities don't allow loading BPF programs",
