@@ -15,7 +15,7 @@ from rich.markup import escape
 from pgguard.cli import options
 from pgguard.cli.explain import explain, software_names
 from pgguard.cli.statuses import CANNOT, STATUSES
-from pgguard.faults.text import nearest
+from pgguard.faults.text import nearest, printable
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.secrets.text import redact
 from pgguard.session.verdicts import Kind
@@ -235,7 +235,7 @@ def _complain(text: str) -> None:
         if _MAY_HOLD_A_PASSWORD.search(given):
             for quoted in (given, repr(given)[1:-1], str(Path(given))):
                 text = text.replace(quoted, "…")
-    line = redact(" ".join(text.split()))
+    line = printable(redact(" ".join(text.split())))
     print(f"pgguard: {line}", file=sys.stderr)  # noqa: T201 - the one line that a user gets
 
 

@@ -23,7 +23,7 @@ from pgguard.attribution.findings import Findings, Share, Slots
 from pgguard.attribution.runtime import Language, Runtime
 from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.attribution.threads import Waits
-from pgguard.cli import doctor
+from pgguard.cli import doctor, main
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.rejection import rejection
 from pgguard.faults.sql import SqlMode
@@ -116,6 +116,7 @@ def test_whatever_comes_from_outside_is_harmless_wherever_it_is_shown(
         json.loads(line)
     _look_at_the_log(text)
     _look_at_doctor(text, capsys)
+    _look_at_an_error(text, capsys)
 
 
 def _look_at_the_console(what: Fault, width: int) -> None:
@@ -160,6 +161,13 @@ def _look_at_doctor(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert all(map(is_harmless, shown.split("\n")))
     assert not [line for line in shown.split("\n") if line.startswith("SUMMARY:")]
+
+
+def _look_at_an_error(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main._complain(f"--listen {text}: write HOST:PORT")
+    shown = capsys.readouterr().err
+    assert shown.startswith("pgguard: --listen ")
+    assert is_harmless(shown.removesuffix("\n"))
 
 
 def test_a_text_that_is_harmless_is_shown_as_it_is() -> None:
