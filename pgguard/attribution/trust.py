@@ -9,19 +9,24 @@ and what has been found is opened if it is a regular file: :func:`open_regular`.
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
 import stat
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 _TRUSTED = frozenset({0, os.geteuid()})
 """Who may give orders: root, and the user that the guard was started as, whoever it has become since."""
 
 TRUST_REMEDY = "have it belong to root or to the guard's user, and nobody else write to it"
 """What to do about a file that isn't trusted, an imperative."""
+
+_LINKS = 40
+"""Symbolic links on one path, at most: path_resolution(7)."""
 
 _NAME_ONLY = os.O_PATH | os.O_CLOEXEC
 """Opens nothing: neither waits for the other end of a FIFO nor wakes a device. open(2)."""
@@ -70,6 +75,52 @@ def distrust_path(path: Path) -> str | None:
             reason = distrust(directory.stat(), sticky=directory != name.parent)
             if reason is not None:
                 return f"of its directory {directory}, {reason}"
+    return None
+
+
+class Leader(NamedTuple):
+    """Who else can make a path lead elsewhere."""
+
+    uid: int | None
+    """``None``: not one user alone, but a group, or anybody."""
+    reason: str
+    """What can be done, a clause."""
+
+
+def find_leader(directory: Path) -> Leader | None:
+    """Find out who can put another directory in the place of this one or of one above it, or lead a link elsewhere.
+
+    Root and the guard's user aside; ``None`` if nobody can. It is the first one on the way: whoever that is can have
+    all that follows be what he likes. So what root does there as him, he could have done himself.
+
+    Raises:
+        OSError: it isn't there, or can't be looked at.
+    """
+    here, names, links = Path("/"), deque(directory.absolute().parts[1:]), 0
+    while names:
+        name = names.popleft()
+        if name == "..":
+            here = here.parent
+            continue
+        entry = here / name
+        above, status = here.stat(), entry.lstat()
+        reason = distrust(above)
+        if reason is not None:
+            sticky = above.st_uid in _TRUSTED and above.st_mode & stat.S_ISVTX
+            uid = status.st_uid if sticky else above.st_uid
+            if uid not in _TRUSTED:
+                return Leader(uid, f"{user_name(uid)} can put another directory in the place of {entry}")
+            if not sticky:
+                return Leader(None, f"another directory can be put in the place of {entry}: of {here}, {reason}")
+        if not stat.S_ISLNK(status.st_mode):
+            here = entry
+            continue
+        links += 1
+        if links > _LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        target = entry.readlink()
+        here = Path("/") if target.is_absolute() else here
+        names.extendleft(reversed([part for part in target.parts if part != "/"]))
     return None
 
 
