@@ -49,7 +49,7 @@ def _until_asleep(pid: int, tid: int, call: str = "") -> Sleep:
     """Wait for a thread to sleep in a system call that begins with ``call``."""
     process = read_process(pid)
     assert process is not None
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while True:
         line = Path(f"/proc/{pid}/task/{tid}/wchan").read_text()
         sleep = find_sleep(pid, process.started, tid)
@@ -284,7 +284,7 @@ class TestWhichProgram:
             again = python_stacks([sleep], seconds=10).problems
             assert again == {application.pid: "reading about it, or about others of its user, hangs"}
             assert time.monotonic() - began < 5
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while hangs.hanging():
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -207,7 +207,7 @@ def _wrapped(wrapper: list[str], *arguments: str, cwd: Path) -> list[str]:
     """The command line, if ``wrapper`` works here and what it leaves can run an interpreter."""
     try:
         tried = subprocess.run(
-            [*wrapper, sys.executable, "-c", ""], check=False, capture_output=True, text=True, cwd=cwd, timeout=20
+            [*wrapper, sys.executable, "-c", ""], check=False, capture_output=True, text=True, cwd=cwd, timeout=60
         )
     except OSError as error:
         pytest.skip(str(error))
@@ -230,7 +230,7 @@ def test_a_guard_that_insists_on_the_probe_says_what_is_missing_and_the_one_thin
         arguments = ("serve", "--listen", "127.0.0.1:0", "--upstream", "host=127.0.0.1 port=1", "--attribution", "ebpf")
         command_line = _wrapped(wrapper, *arguments, cwd=Path(name))
         done = subprocess.run(
-            command_line, check=False, cwd=name, env=environment(), capture_output=True, text=True, timeout=20
+            command_line, check=False, cwd=name, env=environment(), capture_output=True, text=True, timeout=60
         )
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""

@@ -97,6 +97,7 @@ def _task(secrets: _Secrets, guards: list[GuardProcess], passwords: dict[str, st
     return {"name": f"pw={secrets.plain()}"[:15], "connections": connections}
 
 
+@pytest.mark.flaky(reruns=0)
 @pytest.mark.parametrize("installation", installations())
 def test_no_secret_is_in_anything_that_a_guard_writes(installation: str, tmp_path: Path) -> None:
     bindir = installations()[installation]

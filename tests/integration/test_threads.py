@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from tests.guard_process import Fault, GuardProcess
     from tests.servers import Transport
 
-pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
+pytestmark = [
+    pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session"),
+    pytest.mark.usefixtures("alone"),
+]
 
 TIMES = 10
 

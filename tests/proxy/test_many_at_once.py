@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from tests.proxy.messages import Client, Peer
 
 MANY = 300
-LONGEST = 0.02
-"""Seconds of work after which others have waited for too long; with a thousand it would be a second if they didn't."""
+LONGEST = 0.06
+"""Seconds of work after which others have waited for too long; it would be 0.3 s with so many, and a second with a
+thousand, if they didn't."""
 IN_TRANSACTION = message("Z", b"T")
 
 

@@ -62,13 +62,14 @@ def test_what_happens_to_every_session_is_said_a_few_times_and_counted(stage: St
 
 
 def test_what_goes_on_for_a_day_is_counted_at_longer_and_longer_intervals(stage: Stage) -> None:
-    for _ in range(24 * 3600):
+    times = 24 * 360
+    for _ in range(times):
         stage.logger.warning("session %d: could not connect", 1)
-        stage.now += 1
+        stage.now += 10
         stage.handler.settle()
     assert SAID < len(stage.said) < 24 * 60
     stage.handler.close()
-    assert sum(1 if "more time" not in line else int(line.split()[1]) for line in stage.said) == 24 * 3600
+    assert sum(1 if "more time" not in line else int(line.split()[1]) for line in stage.said) == times
 
 
 def test_another_line_has_its_own_count(stage: Stage) -> None:
