@@ -134,7 +134,7 @@ class FrontendStream:
         last = end - HEADER_SIZE
         if last - start >= most:
             last = start + most - 1
-        code = length = 0
+        code, length = -1, 0  # no message has been looked at
         while pos <= last:
             code, length = parse_header(buffer, pos)
             least, longest, look = _SHAPES[code]
@@ -166,7 +166,7 @@ class FrontendStream:
             return self._follow_late(buffer, pos, end, sender) if session.terminated else pos
         self.rest = pos - end
         self._held_by = None
-        self.partial = seen(Direction.FRONTEND, _MESSAGES[code], code, length) if code else self.partial
+        self.partial = seen(Direction.FRONTEND, _MESSAGES[code], code, length) if code >= 0 else self.partial
         return end
 
     def swallow(self, message: MessageSeen) -> None:
