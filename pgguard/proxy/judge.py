@@ -409,6 +409,7 @@ class Judge:
         if self._depends_on_the_driver(session, verdict):
             with trio.move_on_after(_DRIVER_BUDGET):
                 await session.opening_known.wait()
+            evidence.findings = _known_at_once(session)  # which it rests on if there is no time for a look
         counted: tuple[Counted, ...] = ()
         budget = EVIDENCE_BUDGET
         if verdict.kind is Kind.CONNECTION_EXHAUSTION:
