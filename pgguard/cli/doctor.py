@@ -13,6 +13,7 @@ from rich.text import Text
 
 from pgguard.attribution.capabilities import KERNEL_SENDERS, check
 from pgguard.attribution.privileges import ENTERING, LOADING, LOOKING, names
+from pgguard.faults.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,10 +62,12 @@ def _print(capabilities: Sequence[Capability]) -> None:
     console.width = min(console.width, _WIDTH)
     table = Table.grid(padding=(0, 2, 0, 0))
     for capability in capabilities:
-        table.add_row(_verdict(capability), Text.assemble((capability.name, "bold"), ": ", capability.purpose))
+        table.add_row(
+            _verdict(capability), Text.assemble((capability.name, "bold"), ": ", printable(capability.purpose))
+        )
         if not capability.available:
-            table.add_row("", Padding(Text(f"problem: {capability.problem}"), (0, 0, 0, 2)))
-            table.add_row("", Padding(Text(f"to do: {capability.remedy}"), (0, 0, 0, 2)))
+            table.add_row("", Padding(Text(f"problem: {printable(capability.problem or '')}"), (0, 0, 0, 2)))
+            table.add_row("", Padding(Text(f"to do: {printable(capability.remedy or '')}"), (0, 0, 0, 2)))
     console.print(table)
     console.print()
     for line in _conclusion(capabilities):

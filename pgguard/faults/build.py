@@ -23,7 +23,8 @@ from pgguard.faults.fault import OUTLINED, Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode, sql_text
 from pgguard.faults.summaries import summarize
-from pgguard.faults.text import discreet, discreet_name, discreet_setting, printable
+from pgguard.faults.text import discreet, discreet_setting, printable
+from pgguard.secrets.commands import redact_name
 from pgguard.secrets.names import is_secret_name
 from pgguard.secrets.text import HIDDEN, redact
 from pgguard.session.verdicts import Direction, Kind, Party, Verdict
@@ -155,7 +156,7 @@ def _culprit(culprit: Culprit, sql_mode: SqlMode) -> Culprit:
     return replace(
         culprit,
         process=None if culprit.process is None else discreet(culprit.process),
-        thread_name=None if culprit.thread_name is None else discreet_name(culprit.thread_name),
+        thread_name=None if culprit.thread_name is None else redact_name(culprit.thread_name),
         stack=None if culprit.stack is None else tuple(map(_frame, culprit.stack)),
         declared=None if culprit.declared is None else _declared(culprit.declared, sql_mode),
     )

@@ -360,7 +360,8 @@ class _Secrets:
         if token.text.lower() in _NO_VALUES:
             return True
         last = token
-        for part in self._tokens[n + 1 :]:
+        for after in range(n + 1, len(self._tokens)):
+            part = self._tokens[after]
             if part.what not in {_NAME, _QUOTED} and part != (_OTHER, "."):
                 break
             last = part

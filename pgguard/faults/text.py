@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
-from pgguard.secrets.commands import redact_command
+from pgguard.secrets.commands import redact_command, redact_name
 from pgguard.secrets.text import HIDDEN, redact
 
 if TYPE_CHECKING:
@@ -26,12 +26,13 @@ _OPTIONS_WITH_VALUE: Final = frozenset(
     {"-W", "-X", "-r", "-I", "-cp", "-classpath", "--class-path", "--require", "--import"}
 )
 
-_NAME_LENGTH: Final = 15
-"""Bytes of a process's or a thread's name, at most: ``TASK_COMM_LEN``, less its terminator."""
 _CLEANED: Final = re.compile(r"(?:\\x[0-9a-f]{2})+")
-_UNREADABLE_NAME: Final = re.compile(r"(\?{3,}\s*[=:]\s*)\S.*", re.DOTALL)
+_UNREADABLE_NAME: Final = re.compile(r"(?<!\?)(\?{3,}+\s*+[=:]\s*+)\S.*", re.DOTALL)
 _SETTING_LENGTH: Final = 63
 """Bytes of names and of an ``application_name`` that a server keeps, unless it was built otherwise: ``NAMEDATALEN``."""
+
+_SHOWN: Final = 255
+"""Characters of what a client has set that are looked at, and shown: a start-up packet has room for thousands."""
 
 
 def printable(text: str) -> str:
@@ -56,15 +57,10 @@ def shorten(text: str, length: int) -> str:
 
 def discreet(process: Process) -> Process:
     """A process as it may be shown: without the secrets on its command line, or in its name."""
-    name, cmdline = discreet_name(process.name), tuple(redact_command(process.cmdline))
+    name, cmdline = redact_name(process.name), tuple(redact_command(process.cmdline))
     if (name, cmdline) == (process.name, process.cmdline):
         return process
     return replace(process, name=name, cmdline=cmdline)
-
-
-def discreet_name(name: str) -> str:
-    """A process's or a thread's name as it may be shown; programs give themselves any."""
-    return redact(name, cut=len(name.encode("utf-8", "replace")) >= _NAME_LENGTH)
 
 
 def discreet_setting(value: str | None) -> str | None:
@@ -75,6 +71,8 @@ def discreet_setting(value: str | None) -> str | None:
     """
     if value is None:
         return None
+    if len(value) > _SHOWN:
+        return f"{discreet_setting(value[:_SHOWN])}…"
     cut = len(value.encode("utf-8", "replace")) >= _SETTING_LENGTH
     if "\\x" in value:
         as_given = _CLEANED.sub(

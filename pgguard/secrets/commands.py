@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 CUT_OFF: Final = 4096
 """Bytes of a command line from which on it may be only the beginning of one: as many are read of it."""
 
+_NAME_LENGTH: Final = 15
+"""Bytes of a process's or a thread's name, at most: ``TASK_COMM_LEN``, less its terminator."""
+
 _NAMED: Final = re.compile(r"(?P<name>-{0,2}[^\W\d][\w.-]*)=(?P<value>.*)", re.DOTALL)
 _SETTINGS: Final = re.compile(
     r"(?:'(?:\\.|[^'\\])*+'|(?:\\.|[^\s'\\])++)"
@@ -36,14 +39,20 @@ def redact_command(arguments: Sequence[str]) -> list[str]:
     return list(_redact(tuple(arguments)))
 
 
+def redact_name(name: str) -> str:
+    """A process's or a thread's name without secrets; programs give themselves any, of which 15 bytes are kept."""
+    return redact(name, cut=len(name.encode("utf-8", "replace")) >= _NAME_LENGTH)
+
+
 @lru_cache(256)
 def _redact(arguments: tuple[str, ...]) -> tuple[str, ...]:
     # Processes of a kind come again and again, and titles of workers differ.
-    offsets = {part.word: part.offset for part in secret_parts(arguments, positional=len(arguments) > 1)}
     size = sum(len(argument.encode("utf-8", "replace")) + 1 for argument in arguments)
+    cut = size >= CUT_OFF
+    offsets = {part.word: part.offset for part in secret_parts(arguments, positional=len(arguments) > 1, cut=cut)}
     last = len(arguments) - 1
     return tuple(
-        _argument(argument, offsets.get(number), cut=number == last and size >= CUT_OFF)
+        _argument(argument, offsets.get(number), cut=cut and number == last)
         for number, argument in enumerate(arguments)
     )
 

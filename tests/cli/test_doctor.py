@@ -126,6 +126,17 @@ def test_something_missing_that_is_not_essential(
     ]
 
 
+def test_what_would_harm_a_terminal_is_spelled_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of processes are in it, and of files."""
+    problem = "1 can't be looked at: 5 (\x1b[2J\u202eevil)"
+    hidden = Capability("others", "x", essential=False, unix_instead=False, problem=problem, remedy="\x1b]0;y\x07")
+    said = _say(PROC, hidden, monkeypatch=monkeypatch, capsys=capsys)[1]
+    assert r"5 (\x1b[2J\u202eevil)" in said
+    assert r"\x1b]0;y\x07" in said
+
+
 def test_something_essential_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     status, said = _say(PROC, SENDERS, NO_TCP, NO_THREADS, monkeypatch=monkeypatch, capsys=capsys)
     assert status == 1
