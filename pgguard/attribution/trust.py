@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-_TRUSTED = frozenset({0, os.geteuid()})
+TRUSTED = frozenset({0, os.geteuid()})
 """Who may give orders: root, and the user that the guard was started as, whoever it has become since."""
 
 TRUST_REMEDY = "have it belong to root or to the guard's user, and nobody else write to it"
@@ -47,7 +47,7 @@ def distrust(status: os.stat_result, *, sticky: bool = False) -> str | None:
         sticky: a directory may be written by others if it is sticky, as /tmp is: nobody can then replace what isn't
             his, but put something there. unlink(2)
     """
-    if status.st_uid not in _TRUSTED:
+    if status.st_uid not in TRUSTED:
         return f"it belongs to {user_name(status.st_uid)}"
     if stat.S_ISCHR(status.st_mode):
         return None  # what is written to /dev/null or a terminal isn't what is read from it
@@ -143,7 +143,7 @@ def open_trusted(path: Path) -> BinaryIO:
     """
     link = path.lstat()
     is_link = stat.S_ISLNK(link.st_mode)
-    if is_link and link.st_uid not in _TRUSTED:
+    if is_link and link.st_uid not in TRUSTED:
         raise UntrustedError(f"it is a link made by {user_name(link.st_uid)}")
     # What has become a link since is looked at as such, and not followed.
     name = os.open(path, _NAME_ONLY if is_link else _NAME_ONLY | os.O_NOFOLLOW)
@@ -178,12 +178,25 @@ def open_regular(path: Path, *, reader: int | None = None) -> int:
         os.close(name)
 
 
-def programs_on_path(name: str) -> Iterator[Path]:
-    """Yield the programs of this name in the directories of ``PATH``, but for those that depend on the working one."""
+def places_on_path(name: str) -> Iterator[Path]:
+    """Yield where a program of this name can be by ``PATH``, but for directories that depend on the working one."""
     for directory in os.get_exec_path():
         path = Path(directory, name)
-        if path.is_absolute() and path.is_file() and os.access(path, os.X_OK):
+        if path.is_absolute():
             yield path
+
+
+def closed_directory(path: Path) -> Path | None:
+    """Find the first directory on the way to a file that the calling thread may not enter, if there is one."""
+    return next((one for one in reversed(path.parents) if one.exists() and not may_execute(one)), None)
+
+
+def may_execute(path: Path) -> bool:
+    """Whether the calling thread may execute a file, or enter a directory, with the rights that it has by now.
+
+    access(2) asks for the real user instead, and of one that isn't root for what that may without its capabilities.
+    """
+    return os.access(path, os.X_OK, effective_ids=True)
 
 
 def _is_private(gid: int, uid: int) -> bool:
