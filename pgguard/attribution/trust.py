@@ -106,9 +106,9 @@ def find_leader(directory: Path) -> Leader | None:
         above, status = here.stat(), entry.lstat()
         reason = distrust(above)
         if reason is not None:
-            sticky = above.st_uid in _TRUSTED and above.st_mode & stat.S_ISVTX
+            sticky = above.st_uid in TRUSTED and above.st_mode & stat.S_ISVTX
             uid = status.st_uid if sticky else above.st_uid
-            if uid not in _TRUSTED:
+            if uid not in TRUSTED:
                 return Leader(uid, f"{user_name(uid)} can put another directory in the place of {entry}")
             if not sticky:
                 return Leader(None, f"another directory can be put in the place of {entry}: of {here}, {reason}")

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from pgguard.proxy.admission import is_exhaustion, remedy, too_many
+from pgguard.proxy.admission import too_many
 from pgguard.proxy.greeting import as_plain
+from pgguard.proxy.remedies import is_exhaustion, remedy
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -160,7 +161,7 @@ class Door:
             except OSError:
                 await trio.sleep(_PAUSE)
             else:
-                await self._turn_away(sock, listener, too_many(why, number))
+                await self._turn_away(sock, listener, too_many(why, remedy(number)))
 
     @contextmanager
     def _given_up(self) -> Iterator[None]:

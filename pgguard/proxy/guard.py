@@ -32,9 +32,9 @@ from pgguard.attribution.sockets import TcpClient, client_socket
 from pgguard.faults.text import named
 from pgguard.proxy import looking
 from pgguard.proxy.addresses import TcpAddress
-from pgguard.proxy.admission import HOW_TO_RAISE, Admission, too_many
+from pgguard.proxy.admission import Admission, too_many
 from pgguard.proxy.door import Door
-from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.errors import ConfigurationError, LeadsBackError
 from pgguard.proxy.gate import Gate
 from pgguard.proxy.greeting import Dismissed, as_plain, greet, refusal, send_last
 from pgguard.proxy.judge import Judge
@@ -42,6 +42,7 @@ from pgguard.proxy.kernel_senders import KernelSenders
 from pgguard.proxy.listeners import BACKLOG, Listener, open_listeners
 from pgguard.proxy.loops import LoopWatch
 from pgguard.proxy.losses import Loss, keep_going, note, spared
+from pgguard.proxy.remedies import HOW_TO_RAISE
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.sweep import TRACKER_FAILED, Sweep
 from pgguard.proxy.unread import UnreadWatch
@@ -464,7 +465,7 @@ class Guard:
 
     async def _refuse_loop(self) -> None:
         if self._loops.found is not None and (found := await self._loops.seek_again()) is not None:
-            raise UpstreamUnavailable([(self._upstream, ConnectionError(found))])
+            raise UpstreamUnavailable([(self._upstream, LeadsBackError(found))])
 
     async def _note_loop(self, sock: trio.socket.SocketType, session: ProxiedSession, listener: Listener) -> None:
         """A mark has come round."""
@@ -583,13 +584,10 @@ async def _bringer(session: ProxiedSession) -> str:
 
 
 def _unavailable(error: UpstreamUnavailable) -> bytes:
-    if error.exhausted is not None:
-        return too_many(str(error), error.exhausted)
-    return build_error_response(
-        f"pgguard: could not connect to the server: {error}",
-        sqlstate="08001",
-        hint="Check that PostgreSQL is running there, and what --upstream or PGGUARD_UPSTREAM says.",
-    )
+    if error.exhausted:
+        return too_many(str(error), error.hint)
+    text = f"pgguard: could not connect to the server: {error}"
+    return build_error_response(text, sqlstate="08001", hint=error.hint)
 
 
 def _describe(sock: trio.socket.SocketType, kernel_account: TcpAccount | None) -> ClientSocket | None:

@@ -65,6 +65,7 @@ class End:
         "contested",
         "credentials",
         "eof",
+        "failure",
         "fd",
         "held",
         "interest",
@@ -126,6 +127,8 @@ class End:
         """It is the server that it waits for."""
         self.eof = False
         """Nothing more will come from it."""
+        self.failure: int | None = None
+        """The system's number for why nothing more will, unless it has ended its stream."""
         self.broken = False
         """Nothing more can be written to it."""
         self.interest: int | None = None

@@ -41,6 +41,7 @@ from pgguard.proxy.aftermath import Aftermath
 from pgguard.proxy.judge import Ruling
 from pgguard.proxy.lateness import Lateness
 from pgguard.proxy.losses import Loss, note, spared
+from pgguard.proxy.remedies import why_it_ended
 from pgguard.proxy.session import End, Phase
 from pgguard.proxy.unread import ReadingAlarm
 from pgguard.session.session import FEW
@@ -316,7 +317,8 @@ class Sweep:
                 size = end.receive(self._window)
         except BlockingIOError:
             return
-        except OSError:
+        except OSError as error:
+            end.failure = error.errno
             self._end_of_stream(end, reset=True)
             return
         if not size:
@@ -806,8 +808,7 @@ class Sweep:
                 session.client.outgoing += build_error_response(
                     f"pgguard: the server at {session.upstream} closed the connection unexpectedly",
                     sqlstate="08006",
-                    detail="It sent no error before. "
-                    "Usual causes are a crash, a failover, or a network device in between.",
+                    detail=why_it_ended(session.server.failure),
                     hint="Look into the server's log at this time.",
                 )
         self.end_server_side(session)
