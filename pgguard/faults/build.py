@@ -23,7 +23,7 @@ from pgguard.faults.fault import OUTLINED, Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode, sql_text
 from pgguard.faults.summaries import summarize
-from pgguard.faults.text import discreet, discreet_setting, printable
+from pgguard.faults.text import DECLARED_LENGTH, discreet, discreet_setting, printable
 from pgguard.secrets.commands import redact_name
 from pgguard.secrets.names import is_secret_name
 from pgguard.secrets.text import HIDDEN, redact
@@ -169,7 +169,7 @@ def _frame(frame: Frame) -> Frame:
 def _declared(declared: Mapping[str, str], sql_mode: SqlMode) -> dict[str, str]:
     """What a client says of itself. Where no SQL is to be shown, of its comments only what libraries write there is."""
     return {
-        redact(key): HIDDEN if is_secret_name(key) else discreet_setting(value) or ""
+        redact(key): HIDDEN if is_secret_name(key) else discreet_setting(value, DECLARED_LENGTH) or ""
         for key, value in declared.items()
         if sql_mode is not SqlMode.NONE or key in _LIBRARIES_KEYS
     }

@@ -99,6 +99,11 @@ _NO_VALUES: Final = word_list("""
     sha224 sha256 sha384 sha512 pgp_sym_encrypt pgp_sym_decrypt returning
 """)
 """Words that a secret is compared with or set to in an expression, and that are none."""
+_CRYPTOGRAPHY: Final = word_list("""
+    crypt decrypt decrypt_iv digest encrypt encrypt_iv hmac md5 pgp_pub_decrypt pgp_pub_decrypt_bytea pgp_sym_decrypt
+    pgp_sym_decrypt_bytea pgp_sym_encrypt pgp_sym_encrypt_bytea sha224 sha256 sha384 sha512
+""")
+"""Functions that passwords and keys are given to: pgcrypto's, "Binary String Functions" and md5()."""
 _UNICODE_ESCAPE: Final = re.compile(
     r"(?P<mark>[^\w\s'\"+])(?:(?P=mark)|\+(?P<six>[0-9a-fA-F]{6})|(?P<four>[0-9a-fA-F]{4}))"
 )
@@ -204,15 +209,26 @@ def _statements(tokens: list[_Token]) -> Iterator[_Statement]:
 
 def _statement(tokens: list[_Token]) -> _Statement:
     text = "".join(token.text for token in tokens)
+    encrypts = any(_calls_cryptography(tokens))
     if STEM.search(text) is None and "\\" not in text:
-        return _Statement(tokens, [False] * len(tokens), names_secret=False)
-    names_secret = any(
+        return _Statement(tokens, [False] * len(tokens), names_secret=encrypts)
+    names_secret = encrypts or any(
         is_secret_name(token.text) if token.what in {_NAME, _QUOTED} else mentions_secret(content)
         for token in tokens
         if token.what in {_NAME, _QUOTED, _LITERAL}
         for content in _contents(token.text)
     )
     return _Statement(tokens, _Secrets(tokens).found(), names_secret)
+
+
+def _calls_cryptography(tokens: list[_Token]) -> Iterator[bool]:
+    """Whether each bracket that is opened is that of a call of a function that takes passwords or keys."""
+    before = ""
+    for token in tokens:
+        if token == (_OTHER, "("):
+            yield before in _CRYPTOGRAPHY
+        if token.what not in {_SPACE, _COMMENT}:
+            before = token.text.strip('"').lower()
 
 
 def _normalized(statements: list[_Statement]) -> str:
@@ -231,7 +247,7 @@ def _normalized(statements: list[_Statement]) -> str:
                 last += 1
                 said.append(f"${last}")
         else:
-            said.append(token.text)
+            said.append(_shown(token))
         before = secret
     return "".join(said).rstrip(" ")
 
@@ -248,9 +264,16 @@ def _without_secrets(statement: _Statement) -> str:
         elif token.what == _COMMENT and (mentions_secret(token.text) or redact(token.text) != token.text):
             said.append("/* … */")
         else:
-            said.append(token.text)
+            said.append(_shown(token))
         hidden = secret
     return "".join(said)
+
+
+def _shown(token: _Token) -> str:
+    """A token that is no literal; a name in quotes may hold anything."""
+    if token.what == _QUOTED and _holds_secret(token.text):
+        return f'"{HIDDEN}"'
+    return token.text
 
 
 def _holds_secret(literal: str) -> bool:

@@ -31,8 +31,8 @@ _UNREADABLE_NAME: Final = re.compile(r"(?<!\?)(\?{3,}+\s*+[=:]\s*+)\S.*", re.DOT
 _SETTING_LENGTH: Final = 63
 """Bytes of names and of an ``application_name`` that a server keeps, unless it was built otherwise: ``NAMEDATALEN``."""
 
-_SHOWN: Final = 255
-"""Characters of what a client has set that are looked at, and shown: a start-up packet has room for thousands."""
+DECLARED_LENGTH: Final = 255
+"""Characters of what a client declares in comments, at most."""
 
 
 def printable(text: str) -> str:
@@ -63,16 +63,20 @@ def discreet(process: Process) -> Process:
     return replace(process, name=name, cmdline=cmdline)
 
 
-def discreet_setting(value: str | None) -> str | None:
+def discreet_setting(value: str | None, length: int = _SETTING_LENGTH) -> str | None:
     r"""What a client has set, its ``application_name`` for one, as it may be shown.
 
     Of that a server keeps ASCII alone: other bytes are written ``\xd0`` since PostgreSQL 16, and ``?`` before
     (``pg_clean_ascii()`` in ``src/common/string.c``), so that the name of a secret may be there in such letters.
+
+    Args:
+        value: It, of which a start-up packet has room for thousands of characters.
+        length: Characters that are looked at, and shown: by default as many bytes as a server keeps.
     """
     if value is None:
         return None
-    if len(value) > _SHOWN:
-        return f"{discreet_setting(value[:_SHOWN])}…"
+    if len(value) > length:
+        return f"{discreet_setting(value[:length], length)}…"
     cut = len(value.encode("utf-8", "replace")) >= _SETTING_LENGTH
     if "\\x" in value:
         as_given = _CLEANED.sub(

@@ -34,6 +34,8 @@ _NO_PASSWORD: Final = word_list("""
     xargs
 """)
 """Programs whose ``-p`` is no password."""
+_REGISTRIES: Final = word_list("buildah docker helm nerdctl oras podman skopeo")
+"""Programs that log in to registries: their ``login`` takes a password behind ``-p``."""
 _LOGIN: Final = word_list(
     "-a -u -U --auth --user --username --proxy-user --userpwd --proxy-userpwd --login --credentials"
 )
@@ -83,6 +85,7 @@ class _Reader:
         self._secret = False
         self._login = False
         self._doubtful = False
+        self._logs_in = False
 
     def read(self, word: str, *, cut: bool) -> int | None:
         """Take the next word; the offset from which on it is secret, or ``None``."""
@@ -94,12 +97,18 @@ class _Reader:
             return _behind_user(word, 0, cut=cut)
         if word == "--":  # what follows may be another command
             self._letters = None
+            self._logs_in = False
             return None
         if word.startswith("--"):
             return self._long(word, cut=cut)
         if word.startswith("-") and len(word) > 1:
             return self._short(word, cut=cut)
+        if word.startswith("/p:"):  # xfreerdp
+            return len("/p:")
         program = word.rpartition("/")[2]
+        if word == "login" and self._logs_in:
+            self._letters = "p"
+        self._logs_in = self._logs_in or program in _REGISTRIES
         if program in _SHORT:
             self._letters = _SHORT[program]
         elif program in _NO_PASSWORD:

@@ -201,6 +201,8 @@ def test_what_is_left_alone(text: str) -> None:
         (["app", "-p", "/run/pid"], None),
         (["app", "-p", "hunter2"], ["app", "-p", "***"]),
         (["mkdir", "-p", "hunter2"], None),
+        (["docker", "run", "-p", "hunter2", "login"], None),
+        (["java", "-Dfile.encoding=UTF-8", "-Dport=5", "x"], None),
         (["app", "-passive", "-print"], None),
         (["app", "--password", "s3cret", "-v"], ["app", "--password", "***", "-v"]),
         (["app", "--password", "-v"], None),
