@@ -134,3 +134,17 @@ def test_kinds_of_lines_are_bounded(stage: Stage) -> None:
 def test_nothing_that_is_said_does_harm_on_a_terminal(stage: Stage) -> None:
     stage.logger.warning("%s", "a\x1b[2J\u202eb\u2028c\x85d\x7f password=hunter2")
     assert stage.said == ["pgguard: a\\x1b[2J\\u202eb\\u2028c\\x85d\\x7f password=***"]
+
+
+@pytest.mark.parametrize("name", ["pgguard.cli", "pgguard.cli.serve", "pgguard.proxy"])
+def test_an_exception_is_said_with_what_has_failed_whoever_says_it(name: str) -> None:
+    said: list[str] = []
+    handler = BoundedLog(said.append)
+    try:
+        fail()
+    except ZeroDivisionError as error:
+        record = logging.LogRecord(name, logging.ERROR, "", 0, "nothing changed", (), (type(error), error, None))
+    handler.emit(record)
+    [text] = said
+    assert text.startswith("pgguard: nothing changed\nTraceback (most recent call last):\n")
+    assert "ZeroDivisionError: no\nway" in text
