@@ -139,12 +139,10 @@ def test_nothing_that_is_said_does_harm_on_a_terminal(stage: Stage) -> None:
 @pytest.mark.parametrize("name", ["pgguard.cli", "pgguard.cli.serve", "pgguard.proxy"])
 def test_an_exception_is_said_with_what_has_failed_whoever_says_it(name: str) -> None:
     said: list[str] = []
-    handler = BoundedLog(said.append)
-    try:
+    with pytest.raises(ZeroDivisionError) as raised:
         fail()
-    except ZeroDivisionError as error:
-        record = logging.LogRecord(name, logging.ERROR, "", 0, "nothing changed", (), (type(error), error, None))
-    handler.emit(record)
+    failed = (raised.type, raised.value, raised.tb)
+    BoundedLog(said.append).emit(logging.LogRecord(name, logging.ERROR, "", 0, "nothing changed", (), failed))
     [text] = said
     assert text.startswith("pgguard: nothing changed\nTraceback (most recent call last):\n")
     assert "ZeroDivisionError: no\nway" in text
