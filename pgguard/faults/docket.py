@@ -303,6 +303,15 @@ class Docket:
                 records += self._settle(cause, at)
         return records
 
+    def forget(self, session_id: int, pid: int) -> None:
+        """Take the faults of a session for news that are by this process: its pid has become another's."""
+        cases = self._sessions.get(session_id, OrderedDict())
+        for key in [key for key in cases if pid in key.pids]:
+            del cases[key]
+            del self._cases[session_id, key]
+        if not cases:
+            self._sessions.pop(session_id, None)
+
     def settle(self, *, at: float) -> list[Fault]:
         """Account for what was suppressed of causes of which a record is due; to be called now and then."""
         due = [cause for cause in self._causes.values() if cause.suppressed and cause.is_due(at, self._interval)]

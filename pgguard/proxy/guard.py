@@ -29,6 +29,7 @@ import trio
 
 from pgguard.attribution.holders import sole_holder
 from pgguard.attribution.sockets import TcpClient, client_socket
+from pgguard.attribution.vigil import BEAT
 from pgguard.faults.text import named
 from pgguard.proxy import looking
 from pgguard.proxy.addresses import TcpAddress
@@ -228,6 +229,7 @@ class Guard:
                 nursery.start_soon(keep_going, self._watch.over_transactions)
                 if self._witness is not None:
                     nursery.start_soon(keep_going, looking.over_hangs)
+                    nursery.start_soon(keep_going, _stay_awake, self._witness)
                     nursery.start_soon(keep_going, self._register, self._witness)
                     nursery.start_soon(keep_going, self._judge.look_at_strangers, self._witness)
                     nursery.start_soon(keep_going, self._watch.over_heirs, self._witness)
@@ -568,6 +570,14 @@ class Guard:
                 session.opening = opening
                 session.last_sole_holder = sole_holder(opening.holders)
                 session.tell_tracker()
+
+
+async def _stay_awake(witness: Witness) -> None:
+    """Let attribution know when the guard wasn't awake; until cancelled."""
+    while True:
+        with spared(Loss.EVIDENCE):
+            witness.stay_awake()
+        await trio.sleep(BEAT)
 
 
 def _who(session: ProxiedSession) -> str:

@@ -152,7 +152,9 @@ class Judge:
         self._taken: deque[float] = deque()
         """What looks have taken that is not accounted for yet, in seconds."""
         self._sampling = Allowance(_SAMPLING_SHARE, _SAMPLING_SAVINGS)
-        self._strangers_send, self._strangers = trio.open_memory_channel[tuple["ProxiedSession", int]](_STRANGERS)
+        self._strangers_send, self._strangers = trio.open_memory_channel[
+            tuple["ProxiedSession", int, "Process | None"]
+        ](_STRANGERS)
         self._refusals: dict[Refusal, list[tuple[ProxiedSession, Verdict]]] = {}
         """By what is being looked into, the sessions that have been refused for the same reason meanwhile."""
 
@@ -242,16 +244,22 @@ class Judge:
                 self._count_again(session, verdict, now)
 
     def meet(self, session: ProxiedSession, sender: Sender | None) -> None:
-        """Have a process looked at that sends for the first time: it may be on its way out. Doesn't wait for it."""
-        kernel_account = session.kernel_account
-        if self._witness is None or sender is None or kernel_account is None or not session.meets(sender.pid):
+        """Have a process looked at that sends for the first time, or again after a while. Doesn't wait for it.
+
+        Over TCP, where a verdict may come long after, it may be on its way out. Whoever has been looked at before isn't
+        taken for the same until that is known again: its pid may have become another's.
+        """
+        if self._witness is None or sender is None or not session.meets(sender.pid):
             return
-        opener = kernel_account.account.opener
-        if opener is not None and opener.pid == sender.pid:
-            return  # it is looked at as such
+        before = session.senders.pop(sender.pid, None)
+        if before is None:
+            kernel_account = session.kernel_account
+            opener = None if kernel_account is None else kernel_account.account.opener
+            if kernel_account is None or (opener is not None and opener.pid == sender.pid):
+                return  # it is looked at when a verdict is about it, or as the opener
         # If there are more of them than this, those are looked at that a verdict is about.
         with suppress(trio.WouldBlock):
-            self._strangers_send.send_nowait((session, sender.pid))
+            self._strangers_send.send_nowait((session, sender.pid, before))
 
     async def look_at_strangers(self, witness: Witness) -> None:
         """Look at the processes that have been met, until cancelled."""
@@ -260,15 +268,19 @@ class Judge:
             with suppress(trio.WouldBlock):
                 while True:
                     met.append(self._strangers.receive_nowait())
-            pids = {pid for _, pid in met}
+            pids = {pid for _, pid, _ in met}
             try:
                 found = await looking.look(_look_at, witness, pids)
             except Exception:
                 note(Loss.SENDER)
                 continue
-            for session, pid in met:
-                if pid in found and pid not in session.senders:
-                    session.remember({pid: found[pid]})
+            for session, pid, before in met:
+                process = session.senders.get(pid, found.get(pid))
+                if process is not None:
+                    session.remember({pid: process})
+                if before is not None and (process is None or process.started != before.started):
+                    with spared(Loss.MEMORY, session):
+                        self._docket.forget(session.id, pid)
 
     async def sample(self, session: ProxiedSession) -> Verdict | None:
         """Find out who has sent the request that is held of a contested session: the sender at its client's end.
@@ -507,10 +519,11 @@ class Judge:
     def _count_again(self, session: ProxiedSession, verdict: Verdict, now: float) -> None:
         with spared(Loss.RECORD, session):
             instance = None
-            if verdict.refusal is not None:
+            if verdict.refusal is not None or _is_by_others(session, verdict):
                 with spared(Loss.RECORD, session):
                     known = _known_at_once(session)
-                    instance = build_instance(verdict, _facts(session), known, sql_mode=self._sql_mode)
+                    concluded = self._conclude(session, verdict, known) or verdict
+                    instance = build_instance(concluded, _facts(session), known, sql_mode=self._sql_mode)
             self._record(session, self._docket.repeat(session.id, verdict, at=now, instance=instance))
 
     def _enter(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
@@ -577,6 +590,12 @@ def _known_at_once(session: ProxiedSession) -> Findings:
     except Exception:
         note(Loss.EVIDENCE, session)
         return _least_known(session)
+
+
+def _is_by_others(session: ProxiedSession, verdict: Verdict) -> bool:
+    """Whether a fault that is known may be by others this time: a pid that comes back may be another process's."""
+    senders = (verdict.intruder, *verdict.requesters)
+    return any(one is not None and not one.sampled and one.pid not in session.senders for one in senders)
 
 
 def _facts(session: ProxiedSession) -> SessionFacts:

@@ -312,7 +312,7 @@ class Sweep:
                 size, ancillary, _, _ = end.receive_message(self._windows, CREDENTIALS_SPACE)
                 if ancillary and ancillary[0][2] != end.credentials:
                     end.credentials = ancillary[0][2]
-                    end.sender = _named(end, ancillary[0][2])
+                    self._meet(end, _named(end, ancillary[0][2]))
             else:
                 size = end.receive(self._window)
         except BlockingIOError:
