@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import sys
 from contextlib import ExitStack
@@ -18,12 +19,13 @@ from tests.guard_process import LIMITED, UNLIMITED, GuardProcess, running_guard
 from tests.servers import Server, Transport, installations, not_installed, running_server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 _INSTALLATIONS = installations()
 
-_WITH_THE_SYSTEM = {"attribution", "integration", "proxy", "soak"}
-"""The rooms whose tests may ask the kernel."""
+_WITH_THE_SYSTEM = ("soak", "integration", "proxy", "attribution")
+"""The rooms whose tests may ask the kernel, those with the longest first."""
 _PROGRAMS = {
     "multiprocessing",
     "subprocess",
@@ -49,6 +51,7 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run a test again that has failed, at most twice, if other programs take part in it.
 
@@ -59,9 +62,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Tests of rooms that do no I/O have one chance only; so have those whose clock is their own, one that hangs, and
     those that say so, as they try something else each time.
     """
+    # What takes longest begins first, so that in the end no worker is left alone with it.
+    items.sort(key=lambda item: _rank(item.path.parent.name))
     for item in items:
         if _is_up_to_the_system(item) and item.get_closest_marker("flaky") is None:
             item.add_marker(pytest.mark.flaky(reruns=_AGAIN, reruns_delay=1, rerun_except="^Failed: Timeout"))
+
+
+def _rank(room: str) -> int:
+    return _WITH_THE_SYSTEM.index(room) if room in _WITH_THE_SYSTEM else len(_WITH_THE_SYSTEM)
 
 
 def _is_up_to_the_system(item: pytest.Item) -> bool:
@@ -98,14 +107,20 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def _servers() -> Iterator[Callable[[Path], Server]]:
+    """Starts a server when it is asked for, and keeps it: a worker's files come back to each version in turn."""
+    with ExitStack() as stack:
+        yield functools.cache(lambda bindir: stack.enter_context(running_server(bindir)))
+
+
 @pytest.fixture(scope="session", params=_INSTALLATIONS)
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, _servers: Callable[[Path], Server]) -> Server:
     """A running PostgreSQL, in turn of each version that is installed."""
     bindir = _INSTALLATIONS[request.param]
     if bindir is None:
         not_installed(f"{request.param} PostgreSQL")
-    with running_server(bindir) as running:
-        yield running
+    return _servers(bindir)
 
 
 @pytest.fixture(params=["tcp", "unix"])
