@@ -64,6 +64,8 @@ class Mutator:
                 self._tear,
                 self._contradict,
             ),
+            self._repeat_message,
+            self._send_unnamed,
             *(self._drop_step, self._double_step, self._move_step, self._send_as_another, self._send_rest_as_another),
             *(self._happen, self._happen, self._go_on_as_another_does, self._wait_for_ruling, self._cut),
         )
@@ -118,6 +120,15 @@ class Mutator:
 
     def _double_message(self, steps: list[Step]) -> None:
         self._change_messages(steps, lambda parts, at, _: parts.insert(at, parts[at]))
+
+    def _repeat_message(self, steps: list[Step]) -> None:
+        """Perhaps so often that not all of it is kept account of singly."""
+
+        def repeat(parts: list[bytes], at: int, _: Do) -> None:
+            times = self._pick((3, 5, 10, 300))
+            parts[at] *= min(times, 1 + _MOST_BYTES // (2 * len(parts[at])))
+
+        self._change_messages(steps, repeat)
 
     def _insert_message(self, steps: list[Step]) -> None:
         self._change_messages(steps, lambda parts, at, do: parts.insert(at, self._pick(self._known[do])))
@@ -212,6 +223,12 @@ class Mutator:
         index = self._sent(steps)
         if index is not None and steps[index].do is Do.CLIENT:
             steps[index] = steps[index]._replace(how=self._below(len(SENDERS)))
+
+    def _send_unnamed(self, steps: list[Step]) -> None:
+        """Nobody is named; who has opened the connection is found out, perhaps."""
+        steps[:] = [step._replace(how=0) if step.do is Do.CLIENT else step for step in steps]
+        if steps and self._below(4):
+            steps.insert(1 + self._below(min(4, len(steps))), Step(Do.INTRODUCE, self._pick((1, 9, 9, 13))))
 
     def _send_rest_as_another(self, steps: list[Step]) -> None:
         """From some byte on another one sends."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import socket
 import subprocess
 import tempfile
@@ -144,6 +145,18 @@ def _failed_copies(address: Address) -> None:
         connection.execute("SELECT 1")
 
 
+def _extended_copies(address: Address) -> None:
+    """Behind an Execute, and so behind a Sync too, as libpq has it."""
+    with _connected(address) as connection:
+        pgconn = connection.pgconn
+        for data, error in ((b"1\tthing\n", None), (b"no number\tthing\n", None), (b"1\tthing\n", b"enough")):
+            pgconn.exec_params(f"COPY {_TABLE} FROM STDIN".encode(), None)
+            pgconn.put_copy_data(data)
+            pgconn.put_copy_end(error)
+            while pgconn.get_result() is not None:
+                pass
+
+
 def _transactions(address: Address) -> None:
     with psycopg.connect(address.conninfo) as connection:
         with contextlib.suppress(psycopg.Error), connection.transaction():
@@ -266,6 +279,18 @@ def _pgbench(server: Server, address: Address) -> None:
             _run(server, address, "pgbench", "-n", "-M", mode, "-t", "2", "-f", str(script))
 
 
+def _in_a_process_of_its_own(talk: Callable[[Address], None]) -> Callable[[Address], None]:
+    """One that waits in libpq, where it would keep the recorder waiting, too."""
+
+    def call(address: Address) -> None:
+        process = multiprocessing.get_context("spawn").Process(target=talk, args=(address,))
+        process.start()
+        process.join(_SECONDS)
+        assert process.exitcode == 0
+
+    return call
+
+
 def _recordings(server: Server) -> dict[str, Callable[[Address], None]]:
     return {
         "psycopg-simple": _simple,
@@ -273,6 +298,7 @@ def _recordings(server: Server) -> dict[str, Callable[[Address], None]]:
         "psycopg-pipeline": _pipeline,
         "psycopg-copies": _copies,
         "psycopg-failed-copies": _failed_copies,
+        "psycopg-extended-copies": _in_a_process_of_its_own(_extended_copies),
         "psycopg-transactions": _transactions,
         "psycopg-deferred-constraint": _deferred,
         "psycopg-notified": _notified,
