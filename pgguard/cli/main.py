@@ -13,6 +13,7 @@ import typer
 from pgguard.cli.doctor import doctor
 from pgguard.cli.explain import explain
 from pgguard.cli.serve import serve
+from pgguard.faults.text import printable
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.secrets.text import redact
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _CONFIGURATION_ERROR: Final = 2
+_NO_THREAD: Final = "can't start new thread"
+"""What Python says then."""
 _MAY_HOLD_A_PASSWORD: Final = re.compile(r"://|passw|^(?!unix:).*:.*@", re.IGNORECASE | re.DOTALL)
 
 app = typer.Typer(
@@ -176,6 +179,11 @@ def main() -> None:
     except ConfigurationError as error:
         _complain(str(error))
         sys.exit(_CONFIGURATION_ERROR)
+    except RuntimeError as error:
+        if str(error) != _NO_THREAD:
+            raise
+        _complain("no thread can be started: raise the limit on processes, RLIMIT_NPROC or pids.max of the cgroup")
+        sys.exit(_CONFIGURATION_ERROR)
     except typer.TyperException as error:
         if str(error):  # it is empty when the help has been printed for want of a command
             # Typer names the nearest options, the nearest first, of one that doesn't exist.
@@ -203,7 +211,7 @@ def _complain(text: str) -> None:
         if _MAY_HOLD_A_PASSWORD.search(given):
             for quoted in (given, repr(given)[1:-1], str(Path(given))):
                 text = text.replace(quoted, "…")
-    line = redact(" ".join(text.split()))
+    line = printable(redact(" ".join(text.split())))
     print(f"pgguard: {line}", file=sys.stderr)  # noqa: T201 - the one line that a user gets
 
 

@@ -244,6 +244,8 @@ def _read(path: Path) -> dict[str, Any]:
             return tomllib.load(file)
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"--config {path}: it is not valid TOML: {error}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise ConfigurationError(f"--config {path}: it holds what is too long or too deep to be read") from error
 
 
 def _first_problem(error: ValidationError, given: dict[str, Any], config: Path | None) -> str:

@@ -372,7 +372,12 @@ class Watch:
         self._idleness_limited.set()
 
     async def over_transactions(self) -> None:
-        """Look which transactions sit idle for longer than they may; until cancelled."""
+        """Look which transactions sit idle for longer than they may; until cancelled.
+
+        Time in which nobody looked, as the guard was stopped or the machine suspended, doesn't count: what a client has
+        sent meanwhile hasn't been read.
+        """
+        looked_for, looked = 0.0, trio.current_time()
         while True:
             self._idleness_limited = trio.Event()
             threshold = self._idleness
@@ -380,10 +385,12 @@ class Watch:
             with trio.move_on_after(interval):
                 await self._idleness_limited.wait()
                 continue
+            now = trio.current_time()
+            looked_for, looked = looked_for + min(now - looked, 2 * interval), now
             stint = Stint()
             for session in list(self._sessions.values()):
                 with spared(Loss.EVIDENCE, session):
-                    self._note_idleness(session, trio.current_time(), threshold)
+                    self._note_idleness(session, looked_for, threshold)
                 await stint.rest()
 
     def _note_idleness(self, session: ProxiedSession, now: float, threshold: float) -> None:
@@ -394,6 +401,8 @@ class Watch:
             session.sightings.idle_since = tracker.requests, now
             session.sightings.idleness_told = False
         elif now - session.sightings.idle_since[1] >= threshold and not session.sightings.idleness_told:
+            if not session.client.is_drained:
+                return  # it has sent something, which is about to be read
             reason = f"has left a transaction idle for more than {threshold:g} s"
             session.sightings.idleness_told = self._accuse(session, session.concern(Kind.IDLE_IN_TRANSACTION, reason))
 

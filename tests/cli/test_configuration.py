@@ -91,6 +91,8 @@ def test_a_guard_in_front_of_itself(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("mode = ", "is not valid TOML"),
+        ("a = " + "[" * 5000, "it holds what is too long or too deep to be read"),
+        (f"idle_in_transaction = {'9' * 5000}", "it holds what is too long or too deep to be read"),
         ("mode = 'strict'", "mode should be 'log' or 'reject', not 'strict'"),
         ("moed = 'log'", "moed is no setting: did you mean mode?"),
         ("unread-answer = 3", "unread-answer is no setting: did you mean unread_answer?"),
@@ -120,6 +122,20 @@ def test_what_is_in_the_file(text: str, says: str, tmp_path: Path, monkeypatch: 
         load_settings({}, None).policy()
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--listen", f"127.0.0.1:{'9' * 5000}"), "what stands for the port is no port number"),
+        (("--upstream", f"host=h port={'9' * 5000}"), "is no port number, write one from 0 to 65535"),
+        (("--upstream", f"postgresql://h:{'9' * 5000}/"), "is no port number, write one from 0 to 65535"),
+        (("--upstream", f"host=h connect_timeout=1{'0' * 400}"), "is no number of seconds"),
+        (("--listen", "\x1b[31mx:5\u202e"), "\\x1b[31mx:5\\u202e"),
+    ],
+)
+def test_numbers_and_characters_that_nobody_means(arguments: tuple[str, str], says: str, refused: Refused) -> None:
+    refused("serve", "--listen", "127.0.0.1:0", *arguments, says=says)
 
 
 def test_an_error_of_the_file_in_one_line(refused: Refused, tmp_path: Path) -> None:
