@@ -25,7 +25,7 @@ import re
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pgguard.secrets.names import STEM, is_secret_name, mentions_secret, word_list
+from pgguard.secrets.names import NAME_LENGTH, STEM, is_secret_name, mentions_secret, word_list
 from pgguard.secrets.text import HIDDEN, redact, redact_structure
 
 if TYPE_CHECKING:
@@ -396,7 +396,8 @@ class _Secrets:
     def _note(self, token: _Token) -> None:
         """Take a token that is no secret: if it names one, that is expected next."""
         if token.what in {_NAME, _QUOTED}:
-            self._name += token.text
+            # What it is the name of stands in its last parts, of which there may be any number.
+            self._name = self._name[-NAME_LENGTH:] + token.text
         elif token == (_OTHER, "."):
             self._name += "."
             return

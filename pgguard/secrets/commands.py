@@ -30,6 +30,10 @@ _SETTINGS: Final = re.compile(
 """What follows the first name of a conninfo string: a value and more settings."""
 _URL: Final = re.compile(r"\A(?P<before>(?:[\w.+-]++[=:])*+//[^/?#@:\s]*:).*(?=@[^\s@]*\Z)", re.DOTALL)
 
+"""The password of a URL that is an argument by itself, and so may have blanks in it."""
+_CUT_URL: Final = re.compile(r"\A(?P<before>(?:[\w.+-]++[=:])*+//[^/?#@:\s]*:)(?!\d{1,5}[/?#,])[^@]*\Z", re.DOTALL)
+"""The same of one that has been cut off within it."""
+
 
 def redact_command(arguments: Sequence[str]) -> list[str]:
     """A process's arguments without passwords and other secrets, whichever way they are passed.
@@ -64,7 +68,8 @@ def _argument(argument: str, offset: int | None, *, cut: bool) -> str:
     if named is not None and is_secret_name(named["name"]) and not _has_more_settings(named):
         value = redact(argument, cut=cut)
         return value if value == argument else f"{named['name']}={HIDDEN}"
-    return redact(_URL.sub(rf"\g<before>{HIDDEN}", argument), cut=cut)
+    url = _CUT_URL if cut and "@" not in argument else _URL
+    return redact(url.sub(rf"\g<before>{HIDDEN}", argument), cut=cut)
 
 
 def _has_more_settings(named: re.Match[str]) -> bool:

@@ -74,6 +74,8 @@ def is_secret_name(name: str) -> bool:
     if "%" in name:
         name = unquote(name)
     name = name[-NAME_LENGTH:]
+    if STEM.search(name) is None:
+        return False
     split = _WORD.findall(_HUMP.sub("_", name).lower())
     return _is_secret(split) or _is_secret(_WORD.findall(name.lower()))
 
