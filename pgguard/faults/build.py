@@ -21,7 +21,7 @@ from pgguard.faults.culprits import find_culprits, foremost, sender_evidence, te
 from pgguard.faults.docket import Instance
 from pgguard.faults.fault import OUTLINED, Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
-from pgguard.faults.sql import SqlMode, sql_text
+from pgguard.faults.sql import SqlMode, SqlText
 from pgguard.faults.summaries import summarize
 from pgguard.faults.text import DECLARED_LENGTH, discreet, discreet_setting, printable
 from pgguard.secrets.commands import redact_name
@@ -240,7 +240,7 @@ def _request(seen: RequestSeen, findings: Findings, sql_mode: SqlMode) -> Reques
         n=seen.n,
         at=seen.at,
         messages=seen.messages,
-        sql=sql_text(seen.sql, sql_mode, cut=seen.sql_cut),
+        text=SqlText(seen.sql, sql_mode, cut=seen.sql_cut),
         pid=None if sender is None else sender.pid,
         tid=None if sender is None else sender.tid,
         evidence=None if sender is None else sender_evidence(sender, findings),

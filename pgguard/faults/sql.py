@@ -118,6 +118,36 @@ class _Token(NamedTuple):
     text: str
 
 
+class SqlText:
+    """A text that is made presentable when it is shown for the first time, as that takes time and few ever are.
+
+    Arguments as of :func:`sql_text`.
+    """
+
+    __slots__ = ("_cut", "_mode", "_shown", "_sql")
+
+    def __init__(self, sql: bytes | None, mode: SqlMode, *, cut: bool) -> None:
+        self._sql = sql
+        self._mode = mode
+        self._cut = cut
+        self._shown: str | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SqlText) and self._what() == other._what()
+
+    def __hash__(self) -> int:
+        return hash(self._what())
+
+    def _what(self) -> tuple[bytes | None, SqlMode, bool]:
+        return self._sql, self._mode, self._cut
+
+    def shown(self) -> str | None:
+        """The text as it may be shown, or ``None``."""
+        if self._shown is None:
+            self._shown = sql_text(self._sql, self._mode, cut=self._cut)
+        return self._shown
+
+
 def sql_text(sql: bytes | None, mode: SqlMode, *, cut: bool = False) -> str | None:
     """What a record may say of a request's SQL.
 
