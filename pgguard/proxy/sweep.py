@@ -208,7 +208,7 @@ class Sweep:
             or backlog
             or line
         ):
-            if len(events) == _EVENTS:
+            if line or len(events) == _EVENTS:
                 events = self._without_interrupters(events)
             now = time.time()
             self._slice_ends = clock() + _SLICE
