@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from pgguard.proxy.admission import Admission
     from pgguard.proxy.listeners import Listener
 
-_AT_A_TIME: Final = 16
-"""Clients that are let in before everybody else has a turn."""
+_AT_A_TIME: Final = 4
+"""Clients that are let in before everybody else has a turn: each takes a good part of a millisecond to introduce, and
+so come some thousands a second, more than a server lets in."""
 _PAUSE: Final = 0.1
 """Seconds to wait when nobody can be accepted, not even to be told why."""
 _COMPLAINTS: Final = 60.0

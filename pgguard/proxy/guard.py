@@ -515,6 +515,8 @@ class Guard:
             return
         # A guard that ends waits for it for a moment, and for no longer.
         ends = self._stopping.is_set()
+        if not ends:
+            await self._cancel_gate.enter(session.id)
         try:
             with trio.CancelScope(shield=ends, deadline=trio.current_time() + (_LAST_CANCEL if ends else math.inf)):
                 await cancel_query(session.upstream, self._upstream.connect_timeout, key)
@@ -522,6 +524,8 @@ class Guard:
             logger.warning("session %d: its query could not be cancelled: %s", session.id, error)
         except Exception:
             note(Loss.STEP, session)
+        finally:
+            self._cancel_gate.leave(session.id)
 
     def _answered(self, session: ProxiedSession) -> None:
         self._gate.leave(session.id)

@@ -28,7 +28,7 @@ from pgguard.proxy import looking
 from pgguard.proxy.investigation import EVIDENCE_BUDGET, Evidence, Investigation, known_at_once
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.rollcall import call_roll
-from pgguard.proxy.turns import Allowance, Desk, Turns, Urgency, spent_by_children, timed
+from pgguard.proxy.turns import Allowance, Desk, Stint, Turns, Urgency, spent_by_children, timed
 from pgguard.session.verdicts import AFTER_END, Kind, Sender, Verdict
 from pgguard.wire.fields import build_error_response
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.evidence import Driver, Process
     from pgguard.attribution.witness import Witness
-    from pgguard.faults.docket import Docket
+    from pgguard.faults.docket import Docket, Instance
     from pgguard.faults.fault import Fault
     from pgguard.faults.sql import SqlMode
     from pgguard.proxy.rollcall import Counted
@@ -201,7 +201,7 @@ class Judge:
                 return self._decide(session, verdict, findings or _least_known(session), now)
         finally:
             if verdict.refusal is not None:
-                self._count_meanwhile(verdict.refusal)
+                await self._count_meanwhile(verdict.refusal)
 
     def _decide(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
         """Decide on a verdict in the light of the evidence, and record it."""
@@ -236,12 +236,14 @@ class Judge:
             note(Loss.RECORD, session)
             return Ruling(None)
 
-    def _count_meanwhile(self, refusal: Refusal) -> None:
-        """Count the sessions that were refused while the first one was looked into."""
-        now = time.time()
-        for session, verdict in self._refusals.pop(refusal, ()):
-            if self._known(session, verdict, now) is not None:
-                self._count_again(session, verdict, now)
+    async def _count_meanwhile(self, refusal: Refusal) -> None:
+        """Count the sessions that were refused while the first one was looked into, and lose none if cancelled."""
+        now, stint = time.time(), Stint()
+        with trio.CancelScope(shield=True):
+            for session, verdict in self._refusals.pop(refusal, ()):
+                if self._known(session, verdict, now) is not None:
+                    self._count_again(session, verdict, now)
+                await stint.rest()
 
     def meet(self, session: ProxiedSession, sender: Sender | None) -> None:
         """Have a process looked at that sends for the first time, or again after a while. Doesn't wait for it.
@@ -518,13 +520,18 @@ class Judge:
 
     def _count_again(self, session: ProxiedSession, verdict: Verdict, now: float) -> None:
         with spared(Loss.RECORD, session):
-            instance = None
-            if verdict.refusal is not None or _is_by_others(session, verdict):
-                with spared(Loss.RECORD, session):
-                    known = _known_at_once(session)
-                    concluded = self._conclude(session, verdict, known) or verdict
-                    instance = build_instance(concluded, _facts(session), known, sql_mode=self._sql_mode)
+            by_itself = verdict.refusal is not None or _is_by_others(session, verdict)
+            instance = partial(self._instance, session, verdict) if by_itself else None
             self._record(session, self._docket.repeat(session.id, verdict, at=now, instance=instance))
+
+    def _instance(self, session: ProxiedSession, verdict: Verdict) -> Instance | None:
+        """What the record of a repeat says of itself that isn't what it repeats."""
+        instance = None
+        with spared(Loss.RECORD, session):
+            known = _known_at_once(session)
+            concluded = self._conclude(session, verdict, known) or verdict
+            instance = build_instance(concluded, _facts(session), known, sql_mode=self._sql_mode)
+        return instance  # noqa: RET504 - nothing, if that fails
 
     def _enter(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
         severity = _severity(session, verdict, findings.driver)

@@ -26,7 +26,7 @@ from pgguard.faults.heirs import PATIENCE, SERVERS_PATIENCE, judge_heirs
 from pgguard.faults.orphans import is_used
 from pgguard.proxy import looking
 from pgguard.proxy.losses import Loss, note, spared
-from pgguard.proxy.turns import Allowance, Stint, timed
+from pgguard.proxy.turns import GLANCES, Allowance, Stint, timed
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
@@ -265,19 +265,21 @@ class Watch:
         now, stint = trio.current_time(), Stint()
         busy: list[ProxiedSession] = []
         idle: list[ProxiedSession] = []
-        for session in list(self._sessions.values()):
-            await stint.rest()
+        for n, session in enumerate(list(self._sessions.values())):
+            if not n % GLANCES:
+                await stint.rest()
             tracker, sightings = session.tracker, session.sightings
-            if tracker is None or session.client.waits:
+            # Most have been looked at a moment ago, whether an answer is due by now or not.
+            if tracker is None or (sightings.watch_next > now and sightings.look_next > now) or session.client.waits:
                 continue
             try:
-                some = idle if tracker.idle else busy
-                if (sightings.watch_next if tracker.idle else sightings.look_next) <= now:
+                is_idle = tracker.idle
+                if (sightings.watch_next if is_idle else sightings.look_next) <= now:
                     solitary_until = self._solitary_until(witness, session, now)
                     if solitary_until > now:
                         sightings.look_next = sightings.watch_next = solitary_until
                     else:
-                        some.append(session)
+                        (idle if is_idle else busy).append(session)
             except Exception:
                 note(Loss.EVIDENCE, session)
                 sightings.look_next = sightings.watch_next = now + _READERS_RARELY
@@ -388,10 +390,11 @@ class Watch:
             now = trio.current_time()
             looked_for, looked = looked_for + min(now - looked, 2 * interval), now
             stint = Stint()
-            for session in list(self._sessions.values()):
+            for n, session in enumerate(list(self._sessions.values())):
                 with spared(Loss.EVIDENCE, session):
                     self._note_idleness(session, looked_for, threshold)
-                await stint.rest()
+                if not n % GLANCES:
+                    await stint.rest()
 
     def _note_idleness(self, session: ProxiedSession, now: float, threshold: float) -> None:
         tracker = session.tracker
