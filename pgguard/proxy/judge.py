@@ -360,8 +360,8 @@ class Judge:
 
     async def _is_shared(self, session: ProxiedSession) -> bool:
         witness, tracker = self._witness, session.afterwards
-        if witness is None or tracker is None:
-            return False
+        if witness is None or tracker is None or not tracker.logged_in:
+            return False  # nobody can have meant to use a connection that has never been good for anything
         await session.opening_known.wait()
         opening = session.opening
         if opening is None:
