@@ -60,8 +60,9 @@ _BY_SEVERAL: Final = frozenset({Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS
 
 _STRANGERS: Final = 1024
 """Processes that may wait to be looked at."""
-_INVESTIGATIONS: Final = 4
-"""Threads that take evidence at the same time."""
+_INVESTIGATIONS: Final = 2
+"""Threads that take evidence at the same time. They take turns with the relay in the interpreter, so that more of them
+would keep it waiting for longer each time, and be no quicker: what they do is rarely to wait."""
 _SETTLING: Final = 1.0
 """Seconds between two looks whether it is time to account for what was suppressed."""
 _LINE: Final = 32
