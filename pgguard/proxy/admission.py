@@ -29,7 +29,7 @@ _EACH: Final = 2
 _KEPT_BACK: Final = 48
 """Descriptors that aren't for sessions."""
 _KEPT_FOR_EVIDENCE: Final = 80
-"""And as many more where evidence is taken: for eight threads that take some at the same time, each with a few files of
+"""And as many more where evidence is taken: for the threads that take some at the same time, each with a few files of
 ``/proc``, a socket, and py-spy's pipes."""
 _SHARE: Final = 3
 """Where the limit is low, the part of what there is that is kept back: a third."""
