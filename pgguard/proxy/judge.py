@@ -521,8 +521,12 @@ class Judge:
 
     def _count_again(self, session: ProxiedSession, verdict: Verdict, now: float) -> None:
         with spared(Loss.RECORD, session):
-            by_itself = verdict.refusal is not None or _is_by_others(session, verdict)
-            instance = partial(self._instance, session, verdict) if by_itself else None
+            instance: Callable[[], Instance | None] | None = None
+            if verdict.refusal is not None:
+                instance = partial(self._instance, session, verdict)
+            elif _is_by_others(session, verdict):
+                described = self._instance(session, verdict)  # later on their pids may be others' once more
+                instance = lambda: described  # noqa: E731
             self._record(session, self._docket.repeat(session.id, verdict, at=now, instance=instance))
 
     def _instance(self, session: ProxiedSession, verdict: Verdict) -> Instance | None:
