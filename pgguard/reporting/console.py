@@ -54,6 +54,9 @@ interpreter with the one that makes them."""
 PLAIN_WIDTH: Final = 120
 """Columns where standard error is not a terminal, unless ``COLUMNS`` says otherwise."""
 
+_COLUMNS: Final = re.compile(r"[1-9][0-9]{0,8}")
+_WIDEST: Final = 1000
+"""Columns, at most: lines are filled up to there while they are made."""
 _TRAILING_SPACE: Final = re.compile(r" +$", re.MULTILINE)
 _SQL_LENGTH: Final = 200
 _COMMAND_LENGTH: Final = 160
@@ -332,7 +335,7 @@ def _clock(at: float) -> str:
 
 def _plain_width() -> int:
     columns = os.environ.get("COLUMNS", "")
-    return int(columns) if columns.isdigit() and int(columns) else PLAIN_WIDTH
+    return min(int(columns), _WIDEST) if _COLUMNS.fullmatch(columns) else PLAIN_WIDTH
 
 
 class ConsoleSink:

@@ -149,6 +149,10 @@ def test_a_file_in_no_encoding(tmp_path: Path) -> None:
         load_settings({}, tmp_path / "other.toml")
 
 
+def test_a_file_without_an_end(refused: Refused) -> None:
+    refused("serve", "--config", "/dev/zero", says="--config /dev/zero: it is larger than 1 MiB: name another file")
+
+
 def test_what_is_given_comes_before_the_file_and_the_file_before_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "other.toml"
     file.write_text(
