@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
+import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol, cast
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pgguard.attribution import scout
 from pgguard.attribution.ebpf.probe import ProbeUnavailable
@@ -15,9 +19,67 @@ from tests.guard_process import LIMITED, UNLIMITED, GuardProcess, running_guard
 from tests.servers import Server, Transport, installations, not_installed, running_server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 _INSTALLATIONS = installations()
+
+_WITH_THE_SYSTEM = ("soak", "integration", "proxy", "attribution")
+"""The rooms whose tests may ask the kernel, those with the longest first."""
+_PROGRAMS = {
+    "multiprocessing",
+    "subprocess",
+    "tests.attribution.puppets",
+    "tests.guard_process",
+    "tests.integration.running",
+    "tests.proxy.spawned",
+}
+"""The modules that start other programs."""
+_RUNNING = {"puppet", "server"}
+"""The fixtures that are some."""
+_AGAIN = 2
+
+
+def pytest_configure() -> None:
+    """Keep compiled modules, even where that isn't the custom: guards are started by the hundred."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+
+
+# How long an example takes is the machine's affair.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run a test again that has failed, at most twice, if other programs take part in it.
+
+    Who of them runs when is up to the kernel, and on a busy machine a guard can come too late to see what it sees on
+    any other. This is a net for that, and no excuse: a test waits for events, and what it expects holds whoever runs
+    when. What fails every time fails, each failure is shown, and their number in a run is bounded: pyproject.toml.
+
+    Tests of rooms that do no I/O have one chance only; so have those whose clock is their own, one that hangs, and
+    those that say so, as they try something else each time.
+    """
+    # What takes longest begins first, so that in the end no worker is left alone with it.
+    items.sort(key=lambda item: _rank(item.path.parent.name))
+    for item in items:
+        if _is_up_to_the_system(item) and item.get_closest_marker("flaky") is None:
+            item.add_marker(pytest.mark.flaky(reruns=_AGAIN, reruns_delay=1, rerun_except="^Failed: Timeout"))
+
+
+def _rank(room: str) -> int:
+    return _WITH_THE_SYSTEM.index(room) if room in _WITH_THE_SYSTEM else len(_WITH_THE_SYSTEM)
+
+
+def _is_up_to_the_system(item: pytest.Item) -> bool:
+    if not isinstance(item, pytest.Function) or item.path.parent.name not in _WITH_THE_SYSTEM:
+        return False
+    if "autojump_clock" in item.fixturenames:
+        return False
+    used = [getattr(one, "__module__", getattr(one, "__name__", "")) for one in vars(item.module).values()]
+    return not _RUNNING.isdisjoint(item.fixturenames) or not _PROGRAMS.isdisjoint(used)
 
 
 class StartGuard(Protocol):
@@ -37,14 +99,28 @@ def _scout() -> Iterator[None]:
     scout.close()
 
 
+@pytest.fixture
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of the tests that use this, one runs at a time, whatever workers there are: some crowd the machine for others."""
+    with (tmp_path_factory.getbasetemp().parent / "alone").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def _servers() -> Iterator[Callable[[Path], Server]]:
+    """Starts a server when it is asked for, and keeps it: a worker's files come back to each version in turn."""
+    with ExitStack() as stack:
+        yield functools.cache(lambda bindir: stack.enter_context(running_server(bindir)))
+
+
 @pytest.fixture(scope="session", params=_INSTALLATIONS)
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, _servers: Callable[[Path], Server]) -> Server:
     """A running PostgreSQL, in turn of each version that is installed."""
     bindir = _INSTALLATIONS[request.param]
     if bindir is None:
         not_installed(f"{request.param} PostgreSQL")
-    with running_server(bindir) as running:
-        yield running
+    return _servers(bindir)
 
 
 @pytest.fixture(params=["tcp", "unix"])

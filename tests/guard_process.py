@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 Fault = dict[str, Any]
 
 _READY = "pgguard: ready on "
-_START_SECONDS = 20.0
-_STOP_SECONDS = 20.0
+_START_SECONDS = 40.0
+_STOP_SECONDS = 40.0
 
 LIMITED = (sys.executable, "-m", "pgguard")
 """What users run."""
@@ -72,7 +72,7 @@ class GuardProcess:
         faults: list[Fault] = [json.loads(line) for line in lines]
         return [fault for fault in faults if kind is None or fault["kind"] == kind]
 
-    def wait_for(self, kind: str, *, count: int = 1, timeout: float = 20.0) -> list[Fault]:
+    def wait_for(self, kind: str, *, count: int = 1, timeout: float = 40.0) -> list[Fault]:
         """Wait until so many faults of a kind have been recorded, and return them all; fail when time is up."""
         deadline = time.monotonic() + timeout
         while len(found := self.faults(kind)) < count:

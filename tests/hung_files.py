@@ -69,5 +69,5 @@ def hung_files(directory: Path) -> Iterator[HungFiles]:
             yield HungFiles(directory, daemon)
         finally:
             daemon.kill()  # which breaks the connection, and lets everybody go
-            daemon.wait(10)
+            daemon.wait(30)
             ctypes.CDLL(None).umount2(os.fsencode(directory), 2)  # MNT_DETACH: whoever is in it may stay

@@ -28,9 +28,10 @@ from pgguard.attribution.privileges import ENTERING, LOADING, LOOKING, Right, ri
 from pgguard.attribution.processes import read_process
 from pgguard.attribution.senders import CREDENTIALS_SPACE, ask_for_credentials, sender_pid
 from pgguard.attribution.sockets import SockDiag, TcpClient, client_socket
-from pgguard.attribution.stacks import find_py_spy, python_stacks, why_no_py_spy
+from pgguard.attribution.stacks import find_py_spy, lack_of_py_spy, python_stacks
 from pgguard.attribution.threads import Obstacle, Waiting, waiting_threads
 from pgguard.attribution.transparency import start as start_probe
+from pgguard.secrets.commands import redact_name
 
 _SECONDS = 2.0
 """How long each thing that is started for a check may take: many times what it does take."""
@@ -318,7 +319,9 @@ def _try_other_users() -> None:
         )
     unreadable = [pid for pid in pids if not _readable(pid)]
     if unreadable:
-        names = [f"pid {pid} ({process.name})" for pid in unreadable[:_NAMED] if (process := read_process(pid))]
+        names = [
+            f"pid {pid} ({redact_name(process.name)})" for pid in unreadable[:_NAMED] if (process := read_process(pid))
+        ]
         more = ["…"] if len(unreadable) > len(names) else []
         raise _Missing(
             f"{len(unreadable)} of them can't be looked at: {', '.join(names + more)}",
@@ -439,7 +442,7 @@ class _Client:
         """Have py-spy show what the child does, once its threads have been tried: that takes the same rights."""
         self._require()
         if find_py_spy() is None:
-            raise _Missing(why_no_py_spy(), "pip install 'pgguard[stacks]'")
+            raise _Missing(*lack_of_py_spy())
         if self._waiting is None or self._blind is not None:
             raise self._blind or _Missing(_BLIND)
         stacks = python_stacks([self._waiting.sleep], _SECONDS)

@@ -186,6 +186,10 @@ class HolderWatch:
         self._clients: dict[int, None] = {}
         """Processes that have had a connection of ours open, the latest last."""
         self._connections: dict[int, _Connection] = {}
+        self._links: Mapping[str, int] | None = None
+        """Their inodes, each under what the link of a descriptor says; ``None`` if they have changed since."""
+        self._held: dict[int, set[int]] = {}
+        """By pid, the inodes of those of them that a process holds."""
         self._hidden = False
         """Other users' processes aren't even listed: ``hidepid``, see proc(5); or none is, for want of descriptors."""
         self._listed = -math.inf
@@ -315,7 +319,7 @@ class HolderWatch:
             seen = self._seen.get(pid)
             if seen is not None and seen.read >= since:
                 return seen.read
-            wanted = {link_to(inode): inode for inode in self._connections}
+            wanted = self._all_links()
         self._read(pid, wanted)
         with self._lock:
             if seen is not None and pid not in self._unreadable:
@@ -351,12 +355,29 @@ class HolderWatch:
         now = time.monotonic()
         with self._lock:
             for inode, at in opened.items():
-                connection = self._connections.setdefault(inode, _Connection(at, now, now))
+                connection = self._connections.get(inode)
+                if connection is None:
+                    connection = self._connections[inode] = _Connection(at, now, now)
+                    self._links = None
                 connection.asked = now
                 since = max(since, connection.known)
             for inode in [inode for inode, known in self._connections.items() if now - known.asked > _KEPT]:
-                del self._connections[inode]
+                for pid in self._connections.pop(inode).holds:
+                    self._release(pid, inode)
+                self._links = None
         return since
+
+    def _release(self, pid: int, inode: int) -> None:
+        """A process doesn't hold a connection any more. With the lock."""
+        self._held[pid].discard(inode)
+        if not self._held[pid]:
+            del self._held[pid]
+
+    def _all_links(self) -> Mapping[str, int]:
+        """Every known connection's inode under its link, not to be changed. With the lock."""
+        if self._links is None:
+            self._links = {link_to(inode): inode for inode in self._connections}
+        return self._links
 
     def _list(self, now: float) -> list[int]:
         # Locked while listing: an older list that is compared after a newer one would undo it.
@@ -396,14 +417,34 @@ class HolderWatch:
         self._clients.pop(pid, None)
 
     def _look(self, inodes: Iterable[int], pids: Iterable[int]) -> None:
-        """Look for the sockets in ``pids``, and see their known holders again."""
+        """Look for the sockets in ``pids``, and see their known holders again.
+
+        Of whoever is known to hold all of them it is only seen whether it does still, by one readlink(2) for each:
+        hundreds of children may have inherited as many connections, of which one is asked about.
+        """
         wanted = {link_to(inode): inode for inode in inodes}
         todo = dict.fromkeys(pids)
+        kept: dict[int, list[_Hold]] = {}
         for inode, hold in self._holds(wanted.values()):
-            if hold.process.pid not in todo and not self._confirm(inode, hold):
+            if self._confirm(inode, hold):
+                kept.setdefault(hold.process.pid, []).append(hold)
+            else:
                 todo[hold.process.pid] = None
         for pid in todo:
-            self._read(pid, wanted)
+            holds = kept.get(pid)
+            if holds is not None and len(holds) == len(wanted):
+                self._describe_again(pid, wanted.values(), self._book.refresh(holds[0].process))
+            else:
+                self._read(pid, wanted)
+
+    def _describe_again(self, pid: int, inodes: Iterable[int], process: Process) -> None:
+        """Say what a process that holds sockets is called by now."""
+        with self._lock:
+            for inode in inodes:
+                connection = self._connections.get(inode)
+                hold = None if connection is None else connection.holds.get(pid)
+                if connection is not None and hold is not None and hold.process.started == process.started:
+                    connection.holds[pid] = hold._replace(process=process)
 
     def _search(self, opened: Mapping[int, float], skip: Collection[int]) -> None:
         """Look at one process after the other until the opener of each connection has turned up.
@@ -453,16 +494,17 @@ class HolderWatch:
             with self._lock:
                 self._unreadable.pop(pid, None)
         process = self._book.look(pid) if found else None
-        return self._note(pid, process, wanted.values(), found, began)
+        return self._note(pid, process, wanted, found, began)
 
     def _note(
-        self, pid: int, process: Process | None, wanted: Iterable[int], found: Mapping[int, str], began: float
+        self, pid: int, process: Process | None, wanted: Mapping[str, int], found: Mapping[int, str], began: float
     ) -> dict[int, Process]:
         now = time.monotonic()
         noted: dict[int, Process] = {}
         with self._lock:
             seen = self._seen.get(pid)
-            for inode in wanted:
+            held = [inode for inode in self._held.get(pid, ()) if inode not in found and link_to(inode) in wanted]
+            for inode in (*held, *found):
                 connection = self._connections.get(inode)
                 if connection is None:
                     continue
@@ -471,7 +513,10 @@ class HolderWatch:
                     same = before is not None and before.process.started == process.started
                     since = before.since if before is not None and same else now
                     connection.holds[pid] = _Hold(process, seen.entry, found[inode], since, began)
+                    self._held.setdefault(pid, set()).add(inode)
                     noted[inode] = process
+                elif before is not None:
+                    self._release(pid, inode)
             if noted:
                 self._clients.pop(pid, None)
                 self._clients[pid] = None

@@ -17,7 +17,6 @@ import contextlib
 import os
 import re
 import selectors
-import shutil
 import subprocess
 import sys
 import time
@@ -31,7 +30,14 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pgguard.attribution import hangs
 from pgguard.attribution.runtime import is_python
 from pgguard.attribution.threads import Obstacle, Sleep, find_sleep
-from pgguard.attribution.trust import distrust_path, programs_on_path
+from pgguard.attribution.trust import (
+    TRUST_REMEDY,
+    closed_directory,
+    distrust_path,
+    may_execute,
+    places_on_path,
+    user_name,
+)
 
 _PIECE = 65536
 _OUTPUT_LIMIT = 1 << 21
@@ -78,7 +84,17 @@ class _NoDump(Exception):
     """Why there is none, as in :class:`Stacks`."""
 
 
+_INSTALL = "pip install 'pgguard[stacks]'"
 _DUMP = TypeAdapter(list[_Thread])
+
+
+class Lack(NamedTuple):
+    """Why there is no py-spy to be run."""
+
+    problem: str
+    """A clause."""
+    remedy: str
+    """What to do about it, an imperative."""
 
 
 def find_py_spy() -> str | None:
@@ -87,17 +103,37 @@ def find_py_spy() -> str | None:
     It gets the guard's rights. What is beside the interpreter is as trustworthy as that; of what else is on ``PATH`` it
     is made sure that nobody else may have put it there.
     """
-    beside = shutil.which("py-spy", path=str(Path(sys.executable).parent)) if sys.executable else None
-    return beside or next((str(path) for path in programs_on_path("py-spy") if _distrust(path) is None), None)
+    return next((str(path) for path, lack in _found() if lack is None), None)
 
 
-def why_no_py_spy() -> str:
-    """Say why :func:`find_py_spy` finds none: a clause."""
-    for path in programs_on_path("py-spy"):
-        reason = _distrust(path)
-        if reason is not None:
-            return f"py-spy at {path} is not used: {reason}"
-    return "py-spy is not installed"
+def lack_of_py_spy() -> Lack:
+    """Say why :func:`find_py_spy` finds none."""
+    return next((lack for _, lack in _found() if lack is not None), Lack("py-spy is not installed", _INSTALL))
+
+
+def _found() -> Iterator[tuple[Path, Lack | None]]:
+    """Yield where py-spy is, each with why it isn't run if it isn't; then where it may be and can't be looked for."""
+    beside = [Path(sys.executable).with_name("py-spy")] if sys.executable else []
+    hidden: list[tuple[Path, Lack]] = []
+    for path in (*beside, *places_on_path("py-spy")):
+        closed = closed_directory(path)
+        if closed is not None:
+            who = user_name(os.geteuid())
+            problem = f"py-spy is not installed, unless it is in {path.parent}: {who} may not enter {closed}"
+            hidden.append((path, Lack(problem, f"{_INSTALL} where {who} may run it")))
+        elif path.is_file():
+            yield path, _lack(path, trusted=path in beside)
+    yield from hidden
+
+
+def _lack(path: Path, *, trusted: bool) -> Lack | None:
+    reason = None if trusted else _distrust(path)
+    if reason is not None:
+        return Lack(f"py-spy at {path} is not used: {reason}", f"{TRUST_REMEDY}, or {_INSTALL}")
+    if not may_execute(path):
+        who = user_name(os.geteuid())
+        return Lack(f"py-spy at {path} is not used: {who} may not execute it", f"chmod a+rx {path}")
+    return None
 
 
 def _distrust(path: Path) -> str | None:
@@ -125,7 +161,7 @@ def python_stacks(sleeps: Collection[Sleep], seconds: float = 0.5) -> Stacks:
     problems: dict[int, str] = {}
     program = find_py_spy()
     if program is None:
-        return Stacks(problems=dict.fromkeys(pids, why_no_py_spy()))
+        return Stacks(problems=dict.fromkeys(pids, lack_of_py_spy().problem))
     with contextlib.ExitStack() as stack:
         children: dict[int, subprocess.Popen[bytes]] = {}
         for pid in pids:

@@ -9,19 +9,24 @@ and what has been found is opened if it is a regular file: :func:`open_regular`.
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
 import stat
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-_TRUSTED = frozenset({0, os.geteuid()})
+TRUSTED = frozenset({0, os.geteuid()})
 """Who may give orders: root, and the user that the guard was started as, whoever it has become since."""
 
 TRUST_REMEDY = "make root or the guard's user its owner, and let nobody else write to it"
 """What to do about a file that isn't trusted, an imperative."""
+
+_LINKS = 40
+"""Symbolic links on one path, at most: path_resolution(7)."""
 
 _NAME_ONLY = os.O_PATH | os.O_CLOEXEC
 """Opens nothing: neither waits for the other end of a FIFO nor wakes a device. open(2)."""
@@ -42,7 +47,7 @@ def distrust(status: os.stat_result, *, sticky: bool = False) -> str | None:
         sticky: a directory may be written by others if it is sticky, as /tmp is: nobody can then replace what isn't
             his, but put something there. unlink(2)
     """
-    if status.st_uid not in _TRUSTED:
+    if status.st_uid not in TRUSTED:
         return f"it belongs to {user_name(status.st_uid)}"
     if stat.S_ISCHR(status.st_mode):
         return None  # what is written to /dev/null or a terminal isn't what is read from it
@@ -73,6 +78,52 @@ def distrust_path(path: Path) -> str | None:
     return None
 
 
+class Leader(NamedTuple):
+    """Who else can make a path lead elsewhere."""
+
+    uid: int | None
+    """``None``: not one user alone, but a group, or anybody."""
+    reason: str
+    """What can be done, a clause."""
+
+
+def find_leader(directory: Path) -> Leader | None:
+    """Find out who can put another directory in the place of this one or of one above it, or lead a link elsewhere.
+
+    Root and the guard's user aside; ``None`` if nobody can. It is the first one on the way: whoever that is can have
+    all that follows be what he likes. So what root does there as him, he could have done himself.
+
+    Raises:
+        OSError: it isn't there, or can't be looked at.
+    """
+    here, names, links = Path("/"), deque(directory.absolute().parts[1:]), 0
+    while names:
+        name = names.popleft()
+        if name == "..":
+            here = here.parent
+            continue
+        entry = here / name
+        above, status = here.stat(), entry.lstat()
+        reason = distrust(above)
+        if reason is not None:
+            sticky = above.st_uid in TRUSTED and above.st_mode & stat.S_ISVTX
+            uid = status.st_uid if sticky else above.st_uid
+            if uid not in TRUSTED:
+                return Leader(uid, f"{user_name(uid)} can put another directory in the place of {entry}")
+            if not sticky:
+                return Leader(None, f"another directory can be put in the place of {entry}: of {here}, {reason}")
+        if not stat.S_ISLNK(status.st_mode):
+            here = entry
+            continue
+        links += 1
+        if links > _LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        target = entry.readlink()
+        here = Path("/") if target.is_absolute() else here
+        names.extendleft(reversed([part for part in target.parts if part != "/"]))
+    return None
+
+
 def user_name(uid: int) -> str:
     """Name a user for people, whether or not the system knows it."""
     try:
@@ -92,7 +143,7 @@ def open_trusted(path: Path) -> BinaryIO:
     """
     link = path.lstat()
     is_link = stat.S_ISLNK(link.st_mode)
-    if is_link and link.st_uid not in _TRUSTED:
+    if is_link and link.st_uid not in TRUSTED:
         raise UntrustedError(f"it is a link made by {user_name(link.st_uid)}")
     # What has become a link since is looked at as such, and not followed.
     name = os.open(path, _NAME_ONLY if is_link else _NAME_ONLY | os.O_NOFOLLOW)
@@ -127,12 +178,25 @@ def open_regular(path: Path, *, reader: int | None = None) -> int:
         os.close(name)
 
 
-def programs_on_path(name: str) -> Iterator[Path]:
-    """Yield the programs of this name in the directories of ``PATH``, but for those that depend on the working one."""
+def places_on_path(name: str) -> Iterator[Path]:
+    """Yield where a program of this name can be by ``PATH``, but for directories that depend on the working one."""
     for directory in os.get_exec_path():
         path = Path(directory, name)
-        if path.is_absolute() and path.is_file() and os.access(path, os.X_OK):
+        if path.is_absolute():
             yield path
+
+
+def closed_directory(path: Path) -> Path | None:
+    """Find the first directory on the way to a file that the calling thread may not enter, if there is one."""
+    return next((one for one in reversed(path.parents) if one.exists() and not may_execute(one)), None)
+
+
+def may_execute(path: Path) -> bool:
+    """Whether the calling thread may execute a file, or enter a directory, with the rights that it has by now.
+
+    access(2) asks for the real user instead, and of one that isn't root for what that may without its capabilities.
+    """
+    return os.access(path, os.X_OK, effective_ids=True)
 
 
 def _is_private(gid: int, uid: int) -> bool:

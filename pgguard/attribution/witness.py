@@ -37,6 +37,7 @@ from pgguard.attribution.threads import (
     system_call,
     waiting_threads,
 )
+from pgguard.attribution.vigil import Vigil
 
 _CLIENTS = 1024
 """Processes of which it is remembered what they run."""
@@ -78,6 +79,7 @@ class Witness:
 
     def __init__(self) -> None:
         self._book = ProcessBook()
+        self._vigil = Vigil()
         self._watch = HolderWatch(self._book)
         self._namespaces = NetworkNamespaces()
         self._lock = threading.Lock()
@@ -119,9 +121,15 @@ class Witness:
         """Look at a process that the kernel has just named as a sender, and remember it; ``None`` if it is gone.
 
         To be called when a pid first sends on a connection, and its answer kept with that connection: later on the
-        process may be gone and its pid another's.
+        process may be gone and its pid another's. If it may be so already, as the guard has slept meanwhile, that is
+        ``None`` too: see :mod:`pgguard.attribution.vigil`.
         """
-        return self._book.look(pid)
+        process = self._book.look(pid)
+        return process if process is not None and self._vigil.saw_begin(process.started) else None
+
+    def stay_awake(self) -> None:
+        """Take note that the guard is awake; to be called every :data:`pgguard.attribution.vigil.BEAT` seconds."""
+        self._vigil.beat()
 
     def holding(self, client: ClientSocket, pids: Iterable[int], *, since: float | None = None) -> tuple[Process, ...]:
         """Tell which of some processes have a client's socket open at this moment.

@@ -65,7 +65,9 @@ def _print(capabilities: Sequence[Capability]) -> None:
     console.width = min(console.width, _WIDTH)
     table = Table.grid(padding=(0, 2, 0, 0))
     for capability in capabilities:
-        table.add_row(_verdict(capability), Text.assemble((capability.name, "bold"), ": ", capability.purpose))
+        table.add_row(
+            _verdict(capability), Text.assemble((capability.name, "bold"), ": ", printable(capability.purpose))
+        )
         if not capability.available:
             # Names of processes are in it.
             table.add_row("", Padding(Text(printable(f"problem: {capability.problem}")), (0, 0, 0, 2)))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _NAME: Final = "pgguard"
+_NO_THREAD: Final = "can't start new thread"
+"""What Python says then."""
 _MAY_HOLD_A_PASSWORD: Final = re.compile(r"://|passw|^(?!unix:).*:.*@", re.IGNORECASE | re.DOTALL)
 _NO_COMMAND: Final = re.compile(r"No such command '(.*)'\.", re.DOTALL)
 _SINGLE: Final = re.compile(r"-[^-]+")
@@ -170,6 +172,11 @@ def main() -> None:
         status = app(prog_name=_NAME, standalone_mode=False)
     except ConfigurationError as error:
         _complain(str(error))
+        sys.exit(CANNOT)
+    except RuntimeError as error:
+        if str(error) != _NO_THREAD:
+            raise
+        _complain("no thread can be started: raise the limit on processes, RLIMIT_NPROC or pids.max of the cgroup")
         sys.exit(CANNOT)
     except typer.TyperException as error:
         if str(error):  # it is empty when the help has been printed for want of a command

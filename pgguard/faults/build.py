@@ -21,9 +21,10 @@ from pgguard.faults.culprits import find_culprits, foremost, sender_evidence, te
 from pgguard.faults.docket import Instance
 from pgguard.faults.fault import OUTLINED, Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
-from pgguard.faults.sql import SqlMode, sql_text
+from pgguard.faults.sql import SqlMode, SqlText
 from pgguard.faults.summaries import summarize
-from pgguard.faults.text import discreet, discreet_name, discreet_setting, printable, shorten
+from pgguard.faults.text import DECLARED_LENGTH, discreet, discreet_setting, printable, shorten
+from pgguard.secrets.commands import redact_name
 from pgguard.secrets.names import is_secret_name
 from pgguard.secrets.text import HIDDEN, redact
 from pgguard.session.verdicts import Direction, Kind, Party, Verdict
@@ -163,7 +164,7 @@ def _culprit(culprit: Culprit, sql_mode: SqlMode) -> Culprit:
     return replace(
         culprit,
         process=None if culprit.process is None else discreet(culprit.process),
-        thread_name=None if culprit.thread_name is None else discreet_name(culprit.thread_name),
+        thread_name=None if culprit.thread_name is None else redact_name(culprit.thread_name),
         stack=None if culprit.stack is None else tuple(map(_frame, culprit.stack)),
         declared=None if culprit.declared is None else _declared(culprit.declared, sql_mode),
     )
@@ -176,7 +177,7 @@ def _frame(frame: Frame) -> Frame:
 def _declared(declared: Mapping[str, str], sql_mode: SqlMode) -> dict[str, str]:
     """What a client says of itself. Where no SQL is to be shown, of its comments only what libraries write there is."""
     return {
-        redact(key): HIDDEN if is_secret_name(key) else discreet_setting(value) or ""
+        redact(key): HIDDEN if is_secret_name(key) else discreet_setting(value, DECLARED_LENGTH) or ""
         for key, value in declared.items()
         if sql_mode is not SqlMode.NONE or key in _LIBRARIES_KEYS
     }
@@ -249,7 +250,7 @@ def _request(seen: RequestSeen, findings: Findings, sql_mode: SqlMode) -> Reques
         n=seen.n,
         at=seen.at,
         messages=seen.messages,
-        sql=sql_text(seen.sql, sql_mode, cut=seen.sql_cut),
+        text=SqlText(seen.sql, sql_mode, cut=seen.sql_cut),
         pid=None if sender is None else sender.pid,
         tid=None if sender is None else sender.tid,
         evidence=None if sender is None else sender_evidence(sender, findings),

@@ -32,7 +32,7 @@ from pgguard.faults.fault import Fault, Role
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from pgguard.faults.catalogue import Severity
     from pgguard.faults.fault import Culprit, SessionFacts
@@ -131,7 +131,7 @@ class _Unrecorded(NamedTuple):
     """A repeat that was suppressed."""
 
     of: Fault
-    instance: Instance | None
+    instance: Callable[[], Instance | None] | None
     at: float
 
 
@@ -166,7 +166,7 @@ class _Cause:
         pause = max(interval, (self.recorded_at - self.began) * SHARE_OF_AGE)
         return _passed(self.recorded_at, at) >= pause
 
-    def suppress(self, of: Fault, instance: Instance | None, at: float) -> None:
+    def suppress(self, of: Fault, instance: Callable[[], Instance | None] | None, at: float) -> None:
         """Count one that isn't recorded."""
         self.suppressed += 1
         self.last = _Unrecorded(of, instance, at)
@@ -256,14 +256,17 @@ class Docket:
         place = _place(session_id, verdict)
         self._keep(place, _key(verdict), self._sessions[place][_key(concluded)])
 
-    def repeat(self, session_id: int, verdict: Verdict, *, at: float, instance: Instance | None = None) -> Fault | None:
+    def repeat(
+        self, session_id: int, verdict: Verdict, *, at: float, instance: Callable[[], Instance | None] | None = None
+    ) -> Fault | None:
         """Count a fault that is :meth:`known` once more.
 
         Args:
             session_id: The session.
             verdict: The fault.
             at: Seconds since the epoch.
-            instance: What its record is to say of itself; without it, all is as the first time.
+            instance: Says what its record is to say of itself, and is asked only if it is recorded, now or later on.
+                Without it, or if it says nothing, all is as the first time.
 
         Returns:
             The record to be made of it, or ``None`` if the last one of its cause is too recent.
@@ -302,6 +305,15 @@ class Docket:
                 cause.ends += 1
                 records += self._settle(cause, at)
         return records
+
+    def forget(self, session_id: int, pid: int) -> None:
+        """Take the faults of a session for news that are by this process: its pid has become another's."""
+        cases = self._sessions.get(session_id, OrderedDict())
+        for key in [key for key in cases if pid in key.pids]:
+            del cases[key]
+            del self._cases[session_id, key]
+        if not cases:
+            self._sessions.pop(session_id, None)
 
     def settle(self, *, at: float) -> list[Fault]:
         """Account for what was suppressed of causes of which a record is due; to be called now and then."""
@@ -391,7 +403,8 @@ class Docket:
             repeat_of=what.of.repeat_of or what.of.id,
             suppressed=cause.note_record(at),
         )
-        return fault if what.instance is None else replace(fault, unnamed=0, **what.instance._asdict())
+        instance = None if what.instance is None else what.instance()
+        return fault if instance is None else replace(fault, unnamed=0, **instance._asdict())
 
     def _count(self, fault: Fault, *, faults: int = 0, repeats: int = 0) -> None:
         key = (fault.kind, fault.severity, fault.action)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.stacks import Frame
     from pgguard.faults.catalogue import Advice, Severity
     from pgguard.faults.policy import Action
+    from pgguard.faults.sql import SqlText
     from pgguard.session.verdicts import Kind, Limit, MessageSeen, RequestState, Sender
 
 
@@ -109,17 +110,22 @@ class Chapter:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request of the session's recent past, its text as it may be shown."""
+    """A request of the session's recent past."""
 
     n: int
     at: float
     messages: str
-    sql: str | None
+    text: SqlText = field(repr=False)
     pid: int | None
     tid: int | None
     evidence: Evidence | None
     """How its sender is known."""
     state: RequestState
+
+    @property
+    def sql(self) -> str | None:
+        """Its text as it may be shown."""
+        return self.text.shown()
 
 
 @dataclass(frozen=True, slots=True)

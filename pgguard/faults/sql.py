@@ -25,7 +25,7 @@ import re
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pgguard.secrets.names import STEM, is_secret_name, mentions_secret, word_list
+from pgguard.secrets.names import NAME_LENGTH, STEM, is_secret_name, mentions_secret, word_list
 from pgguard.secrets.text import HIDDEN, redact, redact_structure
 
 if TYPE_CHECKING:
@@ -99,6 +99,11 @@ _NO_VALUES: Final = word_list("""
     sha224 sha256 sha384 sha512 pgp_sym_encrypt pgp_sym_decrypt returning
 """)
 """Words that a secret is compared with or set to in an expression, and that are none."""
+_CRYPTOGRAPHY: Final = word_list("""
+    crypt decrypt decrypt_iv digest encrypt encrypt_iv hmac md5 pgp_pub_decrypt pgp_pub_decrypt_bytea pgp_sym_decrypt
+    pgp_sym_decrypt_bytea pgp_sym_encrypt pgp_sym_encrypt_bytea sha224 sha256 sha384 sha512
+""")
+"""Functions that passwords and keys are given to: pgcrypto's, "Binary String Functions" and md5()."""
 _UNICODE_ESCAPE: Final = re.compile(
     r"(?P<mark>[^\w\s'\"+])(?:(?P=mark)|\+(?P<six>[0-9a-fA-F]{6})|(?P<four>[0-9a-fA-F]{4}))"
 )
@@ -111,6 +116,36 @@ _ESCAPE: Final = re.compile(
 class _Token(NamedTuple):
     what: str
     text: str
+
+
+class SqlText:
+    """A text that is made presentable when it is shown for the first time, as that takes time and few ever are.
+
+    Arguments as of :func:`sql_text`.
+    """
+
+    __slots__ = ("_cut", "_mode", "_shown", "_sql")
+
+    def __init__(self, sql: bytes | None, mode: SqlMode, *, cut: bool) -> None:
+        self._sql = sql
+        self._mode = mode
+        self._cut = cut
+        self._shown: str | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SqlText) and self._what() == other._what()
+
+    def __hash__(self) -> int:
+        return hash(self._what())
+
+    def _what(self) -> tuple[bytes | None, SqlMode, bool]:
+        return self._sql, self._mode, self._cut
+
+    def shown(self) -> str | None:
+        """The text as it may be shown, or ``None``."""
+        if self._shown is None:
+            self._shown = sql_text(self._sql, self._mode, cut=self._cut)
+        return self._shown
 
 
 def sql_text(sql: bytes | None, mode: SqlMode, *, cut: bool = False) -> str | None:
@@ -204,15 +239,26 @@ def _statements(tokens: list[_Token]) -> Iterator[_Statement]:
 
 def _statement(tokens: list[_Token]) -> _Statement:
     text = "".join(token.text for token in tokens)
+    encrypts = any(_calls_cryptography(tokens))
     if STEM.search(text) is None and "\\" not in text:
-        return _Statement(tokens, [False] * len(tokens), names_secret=False)
-    names_secret = any(
+        return _Statement(tokens, [False] * len(tokens), names_secret=encrypts)
+    names_secret = encrypts or any(
         is_secret_name(token.text) if token.what in {_NAME, _QUOTED} else mentions_secret(content)
         for token in tokens
         if token.what in {_NAME, _QUOTED, _LITERAL}
         for content in _contents(token.text)
     )
     return _Statement(tokens, _Secrets(tokens).found(), names_secret)
+
+
+def _calls_cryptography(tokens: list[_Token]) -> Iterator[bool]:
+    """Whether each bracket that is opened is that of a call of a function that takes passwords or keys."""
+    before = ""
+    for token in tokens:
+        if token == (_OTHER, "("):
+            yield before in _CRYPTOGRAPHY
+        if token.what not in {_SPACE, _COMMENT}:
+            before = token.text.strip('"').lower()
 
 
 def _normalized(statements: list[_Statement]) -> str:
@@ -231,7 +277,7 @@ def _normalized(statements: list[_Statement]) -> str:
                 last += 1
                 said.append(f"${last}")
         else:
-            said.append(token.text)
+            said.append(_shown(token))
         before = secret
     return "".join(said).rstrip(" ")
 
@@ -248,9 +294,16 @@ def _without_secrets(statement: _Statement) -> str:
         elif token.what == _COMMENT and (mentions_secret(token.text) or redact(token.text) != token.text):
             said.append("/* … */")
         else:
-            said.append(token.text)
+            said.append(_shown(token))
         hidden = secret
     return "".join(said)
+
+
+def _shown(token: _Token) -> str:
+    """A token that is no literal; a name in quotes may hold anything."""
+    if token.what == _QUOTED and _holds_secret(token.text):
+        return f'"{HIDDEN}"'
+    return token.text
 
 
 def _holds_secret(literal: str) -> bool:
@@ -360,7 +413,8 @@ class _Secrets:
         if token.text.lower() in _NO_VALUES:
             return True
         last = token
-        for part in self._tokens[n + 1 :]:
+        for after in range(n + 1, len(self._tokens)):
+            part = self._tokens[after]
             if part.what not in {_NAME, _QUOTED} and part != (_OTHER, "."):
                 break
             last = part
@@ -372,7 +426,8 @@ class _Secrets:
     def _note(self, token: _Token) -> None:
         """Take a token that is no secret: if it names one, that is expected next."""
         if token.what in {_NAME, _QUOTED}:
-            self._name += token.text
+            # What it is the name of stands in its last parts, of which there may be any number.
+            self._name = self._name[-NAME_LENGTH:] + token.text
         elif token == (_OTHER, "."):
             self._name += "."
             return

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
-from pgguard.secrets.commands import redact_command
+from pgguard.secrets.commands import redact_command, redact_name
 from pgguard.secrets.text import HIDDEN, redact
 
 if TYPE_CHECKING:
@@ -27,12 +27,13 @@ _OPTIONS_WITH_VALUE: Final = frozenset(
     {"-W", "-X", "-r", "-I", "-cp", "-classpath", "--class-path", "--require", "--import"}
 )
 
-_NAME_LENGTH: Final = 15
-"""Bytes of a process's or a thread's name, at most: ``TASK_COMM_LEN``, less its terminator."""
 _CLEANED: Final = re.compile(r"(?:\\x[0-9a-f]{2})+")
-_UNREADABLE_NAME: Final = re.compile(r"(\?{3,}\s*[=:]\s*)\S.*", re.DOTALL)
+_UNREADABLE_NAME: Final = re.compile(r"(?<!\?)(\?{3,}+\s*+[=:]\s*+)\S.*", re.DOTALL)
 _SETTING_LENGTH: Final = 63
 """Bytes of names and of an ``application_name`` that a server keeps, unless it was built otherwise: ``NAMEDATALEN``."""
+
+DECLARED_LENGTH: Final = 255
+"""Characters of what a client declares in comments, at most."""
 
 
 def printable(text: str) -> str:
@@ -71,25 +72,26 @@ def shorten(text: str, length: int) -> str:
 
 def discreet(process: Process) -> Process:
     """A process as it may be shown: without the secrets on its command line, or in its name."""
-    name, cmdline = discreet_name(process.name), tuple(redact_command(process.cmdline))
+    name, cmdline = redact_name(process.name), tuple(redact_command(process.cmdline))
     if (name, cmdline) == (process.name, process.cmdline):
         return process
     return replace(process, name=name, cmdline=cmdline)
 
 
-def discreet_name(name: str) -> str:
-    """A process's or a thread's name as it may be shown; programs give themselves any."""
-    return redact(name, cut=len(name.encode("utf-8", "replace")) >= _NAME_LENGTH)
-
-
-def discreet_setting(value: str | None) -> str | None:
+def discreet_setting(value: str | None, length: int = _SETTING_LENGTH) -> str | None:
     r"""What a client has set, its ``application_name`` for one, as it may be shown.
 
     Of that a server keeps ASCII alone: other bytes are written ``\xd0`` since PostgreSQL 16, and ``?`` before
     (``pg_clean_ascii()`` in ``src/common/string.c``), so that the name of a secret may be there in such letters.
+
+    Args:
+        value: It, of which a start-up packet has room for thousands of characters.
+        length: Characters that are looked at, and shown: by default as many bytes as a server keeps.
     """
     if value is None:
         return None
+    if len(value) > length:
+        return f"{discreet_setting(value[:length], length)}…"
     cut = len(value.encode("utf-8", "replace")) >= _SETTING_LENGTH
     if "\\x" in value:
         as_given = _CLEANED.sub(

@@ -99,8 +99,13 @@ def parse_listen(text: str) -> Address:
     return TcpAddress(host.strip("[]"), _port(port, f"--listen {text}", may_be_shown=False))
 
 
+_DIGITS: Final = 10
+"""Of a number, at most: what a C int has, in decimal."""
+
+
 def _port(text: str, where: str, *, may_be_shown: bool) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+    # A number of thousands of digits isn't even read.
+    if not text.isascii() or not text.isdigit() or len(text) > _DIGITS or int(text) > 65535:
         shown = repr(text) if may_be_shown else "the port"
         raise ConfigurationError(f"{where}: {shown} is not a port number, write one from 0 to 65535")
     return int(text)
@@ -308,7 +313,7 @@ def _connect_timeout(settings: dict[str, str], *, may_be_shown: bool) -> float:
     """Seconds as ``connect_timeout`` says; 0, negative or nothing, libpq's waiting without end, is 10 here."""
     text = settings.get("connect_timeout", "0")
     try:
-        seconds = int(text)
+        seconds = int(text if len(text) <= _DIGITS else "")
     except ValueError:
         shown = f"connect_timeout={text}" if may_be_shown else "connect_timeout"
         raise ConfigurationError(f"--upstream: {shown} is not a number of seconds") from None

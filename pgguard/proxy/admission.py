@@ -14,11 +14,11 @@ What is counted is what sessions take, not what is open: that costs nothing, how
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 from typing import TYPE_CHECKING, Final
 
+from pgguard.proxy.remedies import HOW_TO_RAISE
 from pgguard.wire.fields import build_error_response
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _EACH: Final = 2
 _KEPT_BACK: Final = 48
 """Descriptors that aren't for sessions."""
 _KEPT_FOR_EVIDENCE: Final = 80
-"""And as many more where evidence is taken: for eight threads that take some at the same time, each with a few files of
+"""And as many more where evidence is taken: for the threads that take some at the same time, each with a few files of
 ``/proc``, a socket, and py-spy's pipes."""
 _SHARE: Final = 3
 """Where the limit is low, the part of what there is that is kept back: a third."""
@@ -37,18 +37,6 @@ _TURNED_AWAY: Final = 16
 """Clients that are told at the same time that there is no room, at most."""
 _SQLSTATE: Final = "53300"
 """``too_many_connections``: PostgreSQL documentation, appendix A."""
-
-HOW_TO_RAISE: Final = (
-    "Raise the limit of open files for pgguard: ulimit -n before it starts, LimitNOFILE= in a systemd unit, "
-    "--ulimit nofile= with docker."
-)
-_REMEDIES: Final = {
-    errno.EMFILE: HOW_TO_RAISE,
-    errno.ENFILE: "The whole system has too many open files: raise fs.file-max with sysctl, or end what holds them.",
-    errno.ENOBUFS: "The system has no memory left for another socket.",
-    errno.ENOMEM: "The system has no memory left for another socket.",
-}
-"""By what the system says when there are no descriptors, or nothing to make one of, what to change."""
 
 
 class Admission:
@@ -111,21 +99,11 @@ class Admission:
         return min(self._kept_back, (self.limit - self._others) // _SHARE)
 
 
-def too_many(why: str, number: int = errno.EMFILE) -> bytes:
-    """What a client is told that there are no descriptors for.
+def too_many(why: str, hint: str = HOW_TO_RAISE) -> bytes:
+    """What a client is told that this host has no room for.
 
     Args:
-        why: there are none.
-        number: what the system says, or would.
+        why: there is none.
+        hint: what to change.
     """
-    return build_error_response(f"pgguard: too many connections: {why}", sqlstate=_SQLSTATE, hint=remedy(number))
-
-
-def remedy(number: int) -> str:
-    """What to change, by what the system says when there are no descriptors left."""
-    return _REMEDIES[number]
-
-
-def is_exhaustion(number: int | None) -> bool:
-    """Whether a system call failed for want of descriptors, or of what they are made of: socket(2), accept(2)."""
-    return number in _REMEDIES
+    return build_error_response(f"pgguard: too many connections: {why}", sqlstate=_SQLSTATE, hint=hint)

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from pgguard.proxy.admission import is_exhaustion, remedy, too_many
+from pgguard.proxy.admission import too_many
 from pgguard.proxy.greeting import as_plain
+from pgguard.proxy.remedies import is_exhaustion, remedy
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from pgguard.proxy.admission import Admission
     from pgguard.proxy.listeners import Listener
 
-_AT_A_TIME: Final = 16
-"""Clients that are let in before everybody else has a turn."""
+_AT_A_TIME: Final = 4
+"""Clients that are let in before everybody else has a turn: each takes a good part of a millisecond to introduce, and
+so come some thousands a second, more than a server lets in."""
 _PAUSE: Final = 0.1
 """Seconds to wait when nobody can be accepted, not even to be told why."""
 _COMPLAINTS: Final = 60.0
@@ -160,7 +162,7 @@ class Door:
             except OSError:
                 await trio.sleep(_PAUSE)
             else:
-                await self._turn_away(sock, listener, too_many(why, number))
+                await self._turn_away(sock, listener, too_many(why, remedy(number)))
 
     @contextmanager
     def _given_up(self) -> Iterator[None]:

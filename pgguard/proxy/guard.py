@@ -29,13 +29,14 @@ import trio
 
 from pgguard.attribution.holders import sole_holder
 from pgguard.attribution.sockets import TcpClient, client_socket
+from pgguard.attribution.vigil import BEAT
 from pgguard.faults.text import counted, named
 from pgguard.proxy import looking
 from pgguard.proxy.addresses import TcpAddress
-from pgguard.proxy.admission import HOW_TO_RAISE, Admission, too_many
+from pgguard.proxy.admission import Admission, too_many
 from pgguard.proxy.declined import DeclinedClients
 from pgguard.proxy.door import Door
-from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.errors import ConfigurationError, LeadsBackError
 from pgguard.proxy.gate import Gate
 from pgguard.proxy.greeting import Dismissed, as_plain, greet, refusal, send_last
 from pgguard.proxy.judge import Judge
@@ -43,6 +44,7 @@ from pgguard.proxy.kernel_senders import KernelSenders
 from pgguard.proxy.listeners import BACKLOG, Listener, open_listeners
 from pgguard.proxy.loops import LoopWatch
 from pgguard.proxy.losses import Loss, keep_going, note, spared
+from pgguard.proxy.remedies import HOW_TO_RAISE
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.sweep import TRACKER_FAILED, Sweep
 from pgguard.proxy.unread import UnreadWatch
@@ -230,6 +232,7 @@ class Guard:
                 nursery.start_soon(keep_going, self._watch.over_transactions)
                 if self._witness is not None:
                     nursery.start_soon(keep_going, looking.over_hangs)
+                    nursery.start_soon(keep_going, _stay_awake, self._witness)
                     nursery.start_soon(keep_going, self._register, self._witness)
                     nursery.start_soon(keep_going, self._judge.look_at_strangers, self._witness)
                     nursery.start_soon(keep_going, self._watch.over_heirs, self._witness)
@@ -482,7 +485,7 @@ class Guard:
 
     async def _refuse_loop(self) -> None:
         if self._loops.found is not None and (found := await self._loops.seek_again()) is not None:
-            raise UpstreamUnavailable([(self._upstream, ConnectionError(found))])
+            raise UpstreamUnavailable([(self._upstream, LeadsBackError(found))])
 
     async def _note_loop(self, sock: trio.socket.SocketType, session: ProxiedSession, listener: Listener) -> None:
         """A mark has come round."""
@@ -536,6 +539,8 @@ class Guard:
             return
         # A guard that ends waits for it for a moment, and for no longer.
         ends = self._stopping.is_set()
+        if not ends:
+            await self._cancel_gate.enter(session.id)
         try:
             with trio.CancelScope(shield=ends, deadline=trio.current_time() + (_LAST_CANCEL if ends else math.inf)):
                 await cancel_query(session.upstream, self._upstream.connect_timeout, key)
@@ -543,6 +548,8 @@ class Guard:
             logger.warning("session %d: its query could not be cancelled: %s", session.id, error)
         except Exception:
             note(Loss.STEP, session)
+        finally:
+            self._cancel_gate.leave(session.id)
 
     def _answered(self, session: ProxiedSession) -> None:
         self._gate.leave(session.id)
@@ -593,6 +600,14 @@ class Guard:
                 session.tell_tracker()
 
 
+async def _stay_awake(witness: Witness) -> None:
+    """Let attribution know when the guard wasn't awake; until cancelled."""
+    while True:
+        with spared(Loss.EVIDENCE):
+            witness.stay_awake()
+        await trio.sleep(BEAT)
+
+
 def _who(session: ProxiedSession) -> str:
     return session.client_name or "a client on a Unix socket"
 
@@ -607,13 +622,10 @@ async def _bringer(session: ProxiedSession) -> str:
 
 
 def _unavailable(error: UpstreamUnavailable) -> bytes:
-    if error.exhausted is not None:
-        return too_many(str(error), error.exhausted)
-    return build_error_response(
-        f"pgguard: could not connect to the server: {error}",
-        sqlstate="08001",
-        hint="Check that PostgreSQL is running there, and that --upstream or PGGUARD_UPSTREAM names the right place.",
-    )
+    if error.exhausted:
+        return too_many(str(error), error.hint)
+    text = f"pgguard: could not connect to the server: {error}"
+    return build_error_response(text, sqlstate="08001", hint=error.hint)
 
 
 def _describe(sock: trio.socket.SocketType, kernel_account: TcpAccount | None) -> ClientSocket | None:

@@ -8,9 +8,10 @@ from typing import Final
 
 import trio
 
-_SWITCH_INTERVAL: Final = 0.001
+_SWITCH_INTERVAL: Final = 0.0001
 """Seconds for which one thread keeps the interpreter from another that wants it: ``sys.setswitchinterval()``. The relay
-gives it up with each system call, so it would wait five times as long otherwise, several times for each message."""
+gives it up with each system call, and so waits for as long several times with each message while another one computes:
+with a millisecond, or Python's five, a round over many sessions would take tens of them."""
 _YOUNG: Final = (700, 10)
 """Objects after which the youngest are looked at, and how often that is until those that have survived it are."""
 _NEVER: Final = 1_000_000

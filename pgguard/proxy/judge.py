@@ -28,7 +28,7 @@ from pgguard.proxy import looking
 from pgguard.proxy.investigation import Evidence, Investigation, known_at_once
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.rollcall import call_roll
-from pgguard.proxy.turns import Allowance, Desk, Turns, Urgency, spent_by_children, timed
+from pgguard.proxy.turns import Allowance, Desk, Stint, Turns, Urgency, spent_by_children, timed
 from pgguard.session.verdicts import AFTER_END, Kind, Sender, Verdict
 from pgguard.wire.fields import build_error_response
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.evidence import Driver, Process
     from pgguard.attribution.witness import Witness
-    from pgguard.faults.docket import Docket
+    from pgguard.faults.docket import Docket, Instance
     from pgguard.faults.fault import Fault
     from pgguard.faults.sql import SqlMode
     from pgguard.proxy.rollcall import Counted
@@ -62,8 +62,9 @@ _BY_SEVERAL: Final = frozenset({Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS
 
 _STRANGERS: Final = 1024
 """Processes that may wait to be looked at."""
-_INVESTIGATIONS: Final = 4
-"""Threads that take evidence at the same time."""
+_INVESTIGATIONS: Final = 2
+"""Threads that take evidence at the same time. They take turns with the relay in the interpreter, so that more of them
+would keep it waiting for longer each time, and be no quicker: what they do is rarely to wait."""
 _SETTLING: Final = 1.0
 """Seconds between two looks whether it is time to account for what was suppressed."""
 _LINE: Final = 32
@@ -157,7 +158,9 @@ class Judge:
         self._taken: deque[float] = deque()
         """What looks have taken that is not accounted for yet, in seconds."""
         self._sampling = Allowance(_SAMPLING_SHARE, _SAMPLING_SAVINGS)
-        self._strangers_send, self._strangers = trio.open_memory_channel[tuple["ProxiedSession", int]](_STRANGERS)
+        self._strangers_send, self._strangers = trio.open_memory_channel[
+            tuple["ProxiedSession", int, "Process | None"]
+        ](_STRANGERS)
         self._refusals: dict[Refusal, list[tuple[ProxiedSession, Verdict]]] = {}
         """By what is being looked into, the sessions that have been refused for the same reason meanwhile."""
 
@@ -205,7 +208,7 @@ class Judge:
                 return self._decide(session, verdict, findings or _least_known(session), now)
         finally:
             if verdict.refusal is not None:
-                self._count_meanwhile(verdict.refusal)
+                await self._count_meanwhile(verdict.refusal)
 
     def _decide(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
         """Decide on a verdict in the light of the evidence, and record it."""
@@ -240,24 +243,32 @@ class Judge:
             note(Loss.RECORD, session)
             return Ruling(None)
 
-    def _count_meanwhile(self, refusal: Refusal) -> None:
-        """Count the sessions that were refused while the first one was looked into."""
-        now = time.time()
-        for session, verdict in self._refusals.pop(refusal, ()):
-            if self._known(session, verdict, now) is not None:
-                self._count_again(session, verdict, now)
+    async def _count_meanwhile(self, refusal: Refusal) -> None:
+        """Count the sessions that were refused while the first one was looked into, and lose none if cancelled."""
+        now, stint = time.time(), Stint()
+        with trio.CancelScope(shield=True):
+            for session, verdict in self._refusals.pop(refusal, ()):
+                if self._known(session, verdict, now) is not None:
+                    self._count_again(session, verdict, now)
+                await stint.rest()
 
     def meet(self, session: ProxiedSession, sender: Sender | None) -> None:
-        """Have a process looked at that sends for the first time: it may be on its way out. Doesn't wait for it."""
-        kernel_account = session.kernel_account
-        if self._witness is None or sender is None or kernel_account is None or not session.meets(sender.pid):
+        """Have a process looked at that sends for the first time, or again after a while. Doesn't wait for it.
+
+        Over TCP, where a verdict may come long after, it may be on its way out. Whoever has been looked at before isn't
+        taken for the same until that is known again: its pid may have become another's.
+        """
+        if self._witness is None or sender is None or not session.meets(sender.pid):
             return
-        opener = kernel_account.account.opener
-        if opener is not None and opener.pid == sender.pid:
-            return  # it is looked at as such
+        before = session.senders.pop(sender.pid, None)
+        if before is None:
+            kernel_account = session.kernel_account
+            opener = None if kernel_account is None else kernel_account.account.opener
+            if kernel_account is None or (opener is not None and opener.pid == sender.pid):
+                return  # it is looked at when a verdict is about it, or as the opener
         # If there are more of them than this, those are looked at that a verdict is about.
         with suppress(trio.WouldBlock):
-            self._strangers_send.send_nowait((session, sender.pid))
+            self._strangers_send.send_nowait((session, sender.pid, before))
 
     async def look_at_strangers(self, witness: Witness) -> None:
         """Look at the processes that have been met, until cancelled."""
@@ -266,15 +277,19 @@ class Judge:
             with suppress(trio.WouldBlock):
                 while True:
                     met.append(self._strangers.receive_nowait())
-            pids = {pid for _, pid in met}
+            pids = {pid for _, pid, _ in met}
             try:
                 found = await looking.look(_look_at, witness, pids)
             except Exception:
                 note(Loss.SENDER)
                 continue
-            for session, pid in met:
-                if pid in found and pid not in session.senders:
-                    session.remember({pid: found[pid]})
+            for session, pid, before in met:
+                process = session.senders.get(pid, found.get(pid))
+                if process is not None:
+                    session.remember({pid: process})
+                if before is not None and (process is None or process.started != before.started):
+                    with spared(Loss.MEMORY, session):
+                        self._docket.forget(session.id, pid)
 
     async def sample(self, session: ProxiedSession) -> Verdict | None:
         """Find out who has sent the request that is held of a contested session: the sender at its client's end.
@@ -352,8 +367,8 @@ class Judge:
 
     async def _is_shared(self, session: ProxiedSession) -> bool:
         witness, tracker = self._witness, session.afterwards
-        if witness is None or tracker is None:
-            return False
+        if witness is None or tracker is None or not tracker.logged_in:
+            return False  # nobody can have meant to use a connection that has never been good for anything
         await session.opening_known.wait()
         opening = session.opening
         if opening is None:
@@ -415,6 +430,7 @@ class Judge:
         if self._depends_on_the_driver(session, verdict):
             with trio.move_on_after(_DRIVER_BUDGET):
                 await session.opening_known.wait()
+            evidence.findings = _known_at_once(session)  # which it rests on if there is no time for a look
         counted: tuple[Counted, ...] = ()
         budget = self._evidence_budget
         if verdict.kind is Kind.CONNECTION_EXHAUSTION:
@@ -511,12 +527,22 @@ class Judge:
 
     def _count_again(self, session: ProxiedSession, verdict: Verdict, now: float) -> None:
         with spared(Loss.RECORD, session):
-            instance = None
+            instance: Callable[[], Instance | None] | None = None
             if verdict.refusal is not None:
-                with spared(Loss.RECORD, session):
-                    known = _known_at_once(session)
-                    instance = build_instance(verdict, _facts(session), known, sql_mode=self._sql_mode)
+                instance = partial(self._instance, session, verdict)
+            elif _is_by_others(session, verdict):
+                described = self._instance(session, verdict)  # later on their pids may be others' once more
+                instance = lambda: described  # noqa: E731
             self._record(session, self._docket.repeat(session.id, verdict, at=now, instance=instance))
+
+    def _instance(self, session: ProxiedSession, verdict: Verdict) -> Instance | None:
+        """What the record of a repeat says of itself that isn't what it repeats."""
+        instance = None
+        with spared(Loss.RECORD, session):
+            known = _known_at_once(session)
+            concluded = self._conclude(session, verdict, known) or verdict
+            instance = build_instance(concluded, _facts(session), known, sql_mode=self._sql_mode)
+        return instance  # noqa: RET504 - nothing, if that fails
 
     def _enter(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
         severity = _severity(session, verdict, findings.driver)
@@ -582,6 +608,12 @@ def _known_at_once(session: ProxiedSession) -> Findings:
     except Exception:
         note(Loss.EVIDENCE, session)
         return _least_known(session)
+
+
+def _is_by_others(session: ProxiedSession, verdict: Verdict) -> bool:
+    """Whether a fault that is known may be by others this time: a pid that comes back may be another process's."""
+    senders = (verdict.intruder, *verdict.requesters)
+    return any(one is not None and not one.sampled and one.pid not in session.senders for one in senders)
 
 
 def _facts(session: ProxiedSession) -> SessionFacts:

@@ -4,6 +4,9 @@ A Unix socket may have to stand in a directory that somebody else can write to: 
 everybody. Whoever can may put something in the place of anything there, at any moment. So a guard that runs as root
 does nothing there by a path that leads elsewhere: the directory is pinned by a descriptor, its entries are looked at as
 they are and not as what they link to, and the socket is born with its mode instead of being given one afterwards.
+
+bind(2) alone has to be given the path: it is the address that clients are told, and to which Ruby's pg sends its cancel
+requests. Where another user could lead that path elsewhere meanwhile, root binds as that user.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import trio
 
 from pgguard.attribution.senders import ask_for_credentials
-from pgguard.attribution.trust import distrust
+from pgguard.attribution.trust import distrust, find_leader
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress
 from pgguard.proxy.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from pgguard.attribution.trust import Leader
 
 BACKLOG: Final = 4096
 """Clients that may wait to be accepted. The kernel makes it ``net.core.somaxconn`` if that is less: listen(2)."""
@@ -46,6 +51,8 @@ class _Place:
         self.name = Path(address.path).name
         self.inode: int | None = None
         """Of the guard's own socket, once it is there."""
+        self.leader = find_leader(Path(address.directory))
+        """Who can lead the path elsewhere."""
         self.directory = os.open(address.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def look(self) -> os.stat_result | None:
@@ -69,9 +76,40 @@ class _Place:
                 self.clear()
         os.close(self.directory)
 
+    @property
+    def by_descriptor(self) -> str:
+        """A path to what stands there that leads nowhere else, whatever becomes of the directory's own."""
+        return f"/proc/self/fd/{self.directory}/{self.name}"
+
+    @property
+    def binder(self) -> int:
+        """The user as whom the socket is made: whoever may do what making it could be abused for.
+
+        Raises:
+            ConfigurationError: that isn't one user alone.
+        """
+        if self.leader is None or os.geteuid() != 0:
+            return os.geteuid()
+        if self.leader.uid is None:
+            raise ConfigurationError(
+                f"--listen {self.address}: {self.leader.reason}: use a directory that nobody else can move or replace"
+            )
+        return self.leader.uid
+
     def remark(self) -> str | None:
-        """Say who can put a socket of his own in the place of the guard's, a clause; ``None`` if nobody can."""
-        return distrust(os.fstat(self.directory), sticky=True)
+        """Say who can put a socket of his own in the place of the guard's, and what to do; ``None`` if nobody can."""
+        reason = distrust(os.fstat(self.directory), sticky=True)
+        if reason is not None:
+            return (
+                f"others can put a socket of theirs in the place of {self.address}, because {reason}: "
+                "use a directory that belongs to the guard's user, or make this one sticky (chmod +t)"
+            )
+        if self.leader is not None:
+            return (
+                f"others can put a socket of theirs in the place of {self.address}, because {self.leader.reason}: "
+                "use a directory that nobody else can move or replace"
+            )
+        return None
 
 
 class Listener:
@@ -91,13 +129,7 @@ class Listener:
     @property
     def remark(self) -> str | None:
         """What is to be said of where it listens; ``None`` if nothing is."""
-        reason = None if self._place is None else self._place.remark()
-        if reason is None:
-            return None
-        return (
-            f"others can put a socket of theirs in the place of {self.address}, because {reason}: "
-            "use a directory that belongs to the guard's user, or make this one sticky (chmod +t)"
-        )
+        return None if self._place is None else self._place.remark()
 
     def close(self) -> None:
         """Stop accepting, and remove the socket from the file system if it is still this one."""
@@ -160,17 +192,20 @@ def _open_unix(address: UnixAddress, *, pass_credentials: bool) -> Listener:
     try:
         if pass_credentials:
             ask_for_credentials(sock)
-        if not address.path.startswith("\0"):
+        if address.path.startswith("\0"):
+            sock.bind(address.path)
+        else:
             place = _Place(address)
             _remove_stale(place)
-        _bind(sock, address.path)
-        if place is not None:
-            _find_own(place)
+            binder = place.binder
+            _bind(sock, address.path, binder)
+            _find_own(place, binder)
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         _leave(place)
-        raise ConfigurationError(f"--listen {address}: {error.strerror or error}{_remedy(error, address)}") from error
+        remedy = _remedy(error, address) if place is None or place.leader is None else _leaders_remedy(place.leader)
+        raise ConfigurationError(f"--listen {address}: {error.strerror or error}{remedy}") from error
     except BaseException:
         sock.close()
         _leave(place)
@@ -183,24 +218,28 @@ def _leave(place: _Place | None) -> None:
         place.leave()
 
 
-def _bind(sock: socket.socket, path: str) -> None:
-    """Bind a Unix socket that everybody may connect to, as unix_socket_permissions is by default. Raises OSError.
+def _bind(sock: socket.socket, path: str, uid: int) -> None:
+    """Bind a Unix socket as a user, so that everybody may connect to it, as unix_socket_permissions is by default.
 
     Who may is for the server's authentication to say. The mode is that of the umask, as of any file that is created:
     unix(7). A chmod(2) behind it would go wherever somebody has made the path lead in between. The umask is the whole
-    process's, but nothing is created by any other thread before the guard serves.
+    process's, and so is the user, but nothing is done by any other thread before the guard serves. Raises OSError.
     """
-    before = os.umask(0)
+    before, user = os.umask(0), os.geteuid()
     try:
+        if uid != user:
+            os.seteuid(uid)
         sock.bind(path)
     finally:
+        if uid != user:
+            os.seteuid(user)
         os.umask(before)
 
 
-def _find_own(place: _Place) -> None:
+def _find_own(place: _Place, owner: int) -> None:
     """Take note of the socket that has just been bound. Raises ConfigurationError: it isn't there."""
     found = place.look()
-    if found is None or not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
+    if found is None or not stat.S_ISSOCK(found.st_mode) or found.st_uid != owner:
         raise ConfigurationError(
             f"--listen {place.address}: somebody moved the socket, or its directory, while pgguard was opening it: "
             "use a directory that nobody else can write to"
@@ -232,6 +271,10 @@ def _remedy(error: OSError, address: UnixAddress) -> str:
             return ""
 
 
+def _leaders_remedy(leader: Leader) -> str:
+    return f": as {leader.reason}, it takes what that user may do: use a directory that nobody else can move or replace"
+
+
 def _remove_stale(place: _Place) -> None:
     """Clear away a socket that nobody listens on any more.
 
@@ -244,7 +287,7 @@ def _remove_stale(place: _Place) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_CONNECT_PROBE_TIMEOUT)
         try:
-            probe.connect(place.address.path)
+            probe.connect(place.by_descriptor)
         except ConnectionRefusedError:
             place.clear()
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import fcntl
+import math
 import socket
 import termios
 import time
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 _CHECK_SECONDS: Final = 75
 """Seconds between two questions of the kernel's whether a client is there still: more than the 60 for which the kernel
 of the client keeps what is left of a socket that was closed (``tcp_fin_timeout``)."""
+_FRESH: Final = 1.0
+"""Seconds for which a pid is certainly the same process's: no host gives out all the others in that time."""
 _SENDERS: Final = 256
 """Processes that have sent of which it is kept what was seen of them: the latest."""
 
@@ -65,6 +68,7 @@ class End:
         "contested",
         "credentials",
         "eof",
+        "failure",
         "fd",
         "held",
         "interest",
@@ -126,6 +130,8 @@ class End:
         """It is the server that it waits for."""
         self.eof = False
         """Nothing more will come from it."""
+        self.failure: int | None = None
+        """The system's number for why nothing more will, unless it has ended its stream."""
         self.broken = False
         """Nothing more can be written to it."""
         self.interest: int | None = None
@@ -191,8 +197,8 @@ class ProxiedSession:
         self.senders: dict[int, Process] = {}
         """The processes that the kernel has named as senders, as they were when they were first looked at: the latest.
         Written by :meth:`remember` alone."""
-        self.met: set[int] = set()
-        """The pids of those that have sent on its TCP connection, looked at or not."""
+        self.met: dict[int, float] = {}
+        """The pids of those that have sent on it, and when one last began to, in seconds of time.monotonic()."""
         self.sightings = Sightings()
         self.leftover: Leftover | None = None
         """Its last answer, while it isn't known to have been read."""
@@ -257,13 +263,16 @@ class ProxiedSession:
             tracker.introduce(opener, asks_goodbye=self.driver is Driver.LIBPQ)
 
     def meets(self, pid: int) -> bool:
-        """Take note of who has sent; True if that one wasn't known, or has been forgotten as there were so many."""
-        if pid in self.met:
-            return False
-        if len(self.met) >= _SENDERS:
+        """Take note of who begins to send.
+
+        Returns True if that one isn't known, or hasn't begun to for so long that the pid may be another's by now.
+        """
+        now = time.monotonic()
+        before = self.met.get(pid, -math.inf)
+        if before == -math.inf and len(self.met) >= _SENDERS:
             self.met.clear()
-        self.met.add(pid)
-        return True
+        self.met[pid] = now
+        return now - before > _FRESH
 
     def remember(self, processes: Mapping[int, Process]) -> None:
         """Keep what was seen of processes that have sent, by pid."""

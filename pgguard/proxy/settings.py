@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG: Final = Path("pgguard.toml")
 DEFAULT_LISTEN: Final = "127.0.0.1:6544"
+_CONFIG_LIMIT: Final = 1 << 20
+"""Bytes of a configuration file, at most: a device may have no end."""
 
 Attribution = Literal["auto", "ebpf", "proc", "off"]
 Seconds = Annotated[float, Field(ge=0, le=3600)]
@@ -279,10 +281,15 @@ def _unreadable(path: Path, error: OSError) -> ConfigurationError:
 def _read(path: Path) -> dict[str, Any]:
     """Raises OSError; UntrustedError if somebody else may have written it; ConfigurationError if it isn't TOML."""
     with open_trusted(path) as file:
+        content = file.read(_CONFIG_LIMIT + 1)
+        if len(content) > _CONFIG_LIMIT:
+            raise ConfigurationError(f"--config {path}: it is larger than {_CONFIG_LIMIT >> 20} MiB: name another file")
         try:
-            return tomllib.load(file)
+            return tomllib.loads(content.decode())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"--config {path}: it is not valid TOML: {error}") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise ConfigurationError(f"--config {path}: it holds what is too long or too deep to be read") from error
 
 
 def _first_problem(error: ValidationError, given: dict[str, Any], config: Path | None) -> str:

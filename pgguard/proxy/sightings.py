@@ -55,7 +55,8 @@ class Sightings:
         """Since when nobody has used it, behind the request of this number, whose opener is known to have ended."""
         self.leak_told = False
         self.idle_since: tuple[int, float] | None = None
-        """Since when it is idle in a transaction, behind the request of this number."""
+        """Since when it is idle in a transaction, behind the request of this number: in seconds for which transactions
+        have been looked at."""
         self.idleness_told = False
 
     def note_holders(self, holders: tuple[Process, ...], lasting: tuple[Process, ...]) -> None:

@@ -14,6 +14,11 @@ Slices: a chunk may hold tens of thousands of small messages, or one known fault
 are followed at once, and more as long as the round has taken less than :data:`_SLICE` seconds. What is left waits for
 its turn, one slice of one end in each round, behind all that has come meanwhile.
 
+In line: what may take long to deal with keeps nobody waiting whose turn would come behind it. That is the end of a
+stream, and where many sockets are ready at once, whatever a client sends while an answer to it is due. These ends are
+taken out of the epoll, and dealt with one after the other, for a moment in each round. So when a process has been
+killed that had a thousand connections, or asks on all of them out of turn, others are served meanwhile.
+
 Holding: when a verdict falls on what one end has sent, that end isn't read until the ruling
 (:mod:`pgguard.proxy.judge`), and what it has sent waits. The other direction flows on: two answers that would have
 reached the client one after the other must not reach it together, or one of two readers swallows both, and the other
@@ -41,6 +46,7 @@ from pgguard.proxy.aftermath import Aftermath
 from pgguard.proxy.judge import Ruling
 from pgguard.proxy.lateness import Lateness
 from pgguard.proxy.losses import Loss, note, spared
+from pgguard.proxy.remedies import why_it_ended
 from pgguard.proxy.session import End, Phase
 from pgguard.proxy.unread import ReadingAlarm
 from pgguard.session.session import FEW
@@ -101,6 +107,9 @@ _IN: Final = select.EPOLLIN
 _OUT: Final = select.EPOLLOUT
 _OVER: Final = select.EPOLLHUP | select.EPOLLERR
 """Reported whether it was asked for or not: epoll_ctl(2)."""
+_ENDED: Final = select.EPOLLRDHUP
+"""The peer has ended its stream."""
+_ENDS: Final = _ENDED | _OVER
 _READABLE: Final = _IN | _OVER
 _WRITABLE: Final = _OUT | _OVER
 
@@ -143,6 +152,8 @@ class Sweep:
         """Those that are registered with the epoll, by descriptor."""
         self._backlog: deque[End] = deque()
         """Those that wait for their turn, with something held."""
+        self._line: deque[End] = deque()
+        """Those that are read when it is their turn."""
         self._slice_ends = 0.0
         """When who still has something to be followed has to wait for its turn."""
         self._asleep = False
@@ -187,12 +198,18 @@ class Sweep:
                     self._lateness.close()
 
     async def _sweep_while_busy(self) -> None:
-        ends, backlog = self._ends, self._backlog
+        ends, backlog, line = self._ends, self._backlog, self._line
         poll = self._epoll.poll
         clock = time.monotonic
         began = clock()
         turn_ends = began + _TURN
-        while (events := poll(0 if backlog or began < self._hurried_until else _PATIENCE, _EVENTS)) or backlog:
+        while (
+            (events := poll(0 if backlog or line or began < self._hurried_until else _PATIENCE, _EVENTS))
+            or backlog
+            or line
+        ):
+            if line or len(events) == _EVENTS:
+                events = self._without_interrupters(events)
             now = time.time()
             self._slice_ends = clock() + _SLICE
             if self.senders is not None:
@@ -216,6 +233,8 @@ class Sweep:
                     self.finish(end.session)
             if backlog:
                 self._take_turn(backlog.popleft())
+            if line:
+                self._read_in_line(line)
             began = clock()
             if began > turn_ends or began < self._hurried_until:
                 await trio.lowlevel.checkpoint()
@@ -223,11 +242,49 @@ class Sweep:
                 turn_ends = began + _TURN
 
     def _read_and_flush(self, end: End, mask: int, now: float) -> None:
+        if mask & _ENDS and self._may_wait(end):
+            self._put_in_line(end)
+            mask &= ~_READABLE
         # That it is over is reported of an end whose peer is stuffed as well, and it must not be read for that.
         if mask & _READABLE and (end.wants(_IN) or (end.eof and not end.waits)):
             self._read(end, now)
         if mask & _WRITABLE and end.wants(_OUT):
             self._flush(end)
+
+    def _without_interrupters(self, events: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Put in line who has sent something while an answer to it is due; the other events are returned."""
+        others = []
+        for event in events:
+            end = self._ends.get(event[0])
+            if end is not None and end.is_client and event[1] == _IN and _is_busy(end.session) and self._may_wait(end):
+                self._put_in_line(end)
+            else:
+                others.append(event)
+        return others
+
+    def _may_wait(self, end: End) -> bool:
+        return end.wants(_IN) and self._is_relayed(end.session)
+
+    def _put_in_line(self, end: End) -> None:
+        self._hold(end)
+        self._line.append(end)
+
+    def _read_in_line(self, line: deque[End]) -> None:
+        """Read who has waited for it for longest, and more of them as long as there is time for it."""
+        stops = time.monotonic() + _SLICE
+        while line:
+            end = line.popleft()
+            if self._is_relayed(end.session):
+                try:
+                    self._release(end)
+                    if end.wants(_IN):
+                        self._slice_ends = time.monotonic() + _SLICE
+                        self._read(end, time.time())
+                except Exception:
+                    note(Loss.SESSION, end.session)
+                    self.finish(end.session)
+            if time.monotonic() > stops:
+                return
 
     def _take_turn(self, end: End) -> None:
         """Go on with an end that has waited for it, if its session is still relayed."""
@@ -271,7 +328,7 @@ class Sweep:
             # Gone for good, it would be reported again and again until what it sent has been written.
             self._disarm(end)
             return
-        interest = (0 if end.eof or end.waits or end.peer.outgoing else _IN) | (_OUT if end.outgoing else 0)
+        interest = (0 if end.eof or end.waits or end.peer.outgoing else _IN | _ENDED) | (_OUT if end.outgoing else 0)
         if not interest and (end.waits or not end.eof):
             # Its peer is stuffed, or it is held. Whether it is over is found out when it is its turn to be read again.
             self._disarm(end)
@@ -311,12 +368,13 @@ class Sweep:
                 size, ancillary, _, _ = end.receive_message(self._windows, CREDENTIALS_SPACE)
                 if ancillary and ancillary[0][2] != end.credentials:
                     end.credentials = ancillary[0][2]
-                    end.sender = _named(end, ancillary[0][2])
+                    self._meet(end, _named(end, ancillary[0][2]))
             else:
                 size = end.receive(self._window)
         except BlockingIOError:
             return
-        except OSError:
+        except OSError as error:
+            end.failure = error.errno
             self._end_of_stream(end, reset=True)
             return
         if not size:
@@ -806,8 +864,7 @@ class Sweep:
                 session.client.outgoing += build_error_response(
                     f"pgguard: the server at {session.upstream} closed the connection unexpectedly",
                     sqlstate="08006",
-                    detail="It sent no error before. "
-                    "Usual causes are a crash, a failover, or a network device in between.",
+                    detail=why_it_ended(session.server.failure),
                     hint="Look into the server's log at this time.",
                 )
         self.end_server_side(session)
@@ -1018,6 +1075,15 @@ def _named(end: End, credentials: bytes) -> Sender | None:
         end.credentials = None
         return None
     return None if pid is None else Sender(pid)
+
+
+def _is_busy(session: ProxiedSession) -> bool:
+    """Whether the server owes its client an answer; False if that isn't known."""
+    try:
+        return session.tracker is not None and not session.tracker.idle
+    except Exception:
+        note(Loss.STEP, session)
+        return False
 
 
 def _is_inside_message(session: ProxiedSession) -> bool:

@@ -29,6 +29,8 @@ Ts = TypeVarTuple("Ts")
 
 SLICE: Final = 0.001
 """Seconds for which trio's thread does such work at a time."""
+GLANCES: Final = 64
+"""Sessions that are glanced at before it is looked at the clock: a glance takes less than that does."""
 
 
 _SOON: Final = 0.001

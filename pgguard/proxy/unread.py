@@ -46,7 +46,7 @@ from pgguard.attribution.evidence import Driver
 from pgguard.faults.catalogue import OVERLAP
 from pgguard.proxy import looking
 from pgguard.proxy.losses import Loss, note, spared
-from pgguard.proxy.turns import Stint, timed
+from pgguard.proxy.turns import GLANCES, Stint, timed
 from pgguard.session import libpq
 from pgguard.session.states import WANTED
 from pgguard.session.verdicts import Sender
@@ -78,7 +78,7 @@ _LEAST_INTERVAL: Final = 0.05
 _RARELY: Final = 10.0
 """Seconds between two looks, in the end, at an answer that has been reported."""
 
-_GLANCES: Final = 0.001
+_PEEKS: Final = 0.001
 """Seconds between two looks whether an answer has been read that another one waits behind."""
 
 _SIMPLE: Final = frozenset("QF")
@@ -245,8 +245,9 @@ class UnreadWatch:
         """What it is time to look at, that first which has waited the longest; and what finding it has cost."""
         due: list[_Look] = []
         stint = Stint()
-        for session in list(self._listed.values()):
-            await stint.rest()
+        for n, session in enumerate(list(self._listed.values())):
+            if not n % GLANCES:
+                await stint.rest()
             try:
                 look = self._due_look(session, now)
             except Exception:
@@ -436,7 +437,7 @@ class UnreadWatch:
         """Wait until a client has read all that it has been sent, for ``seconds`` at most."""
         with trio.move_on_after(seconds):
             while not session.done.is_set() and await self._has_unread(session):  # noqa: ASYNC110 - nobody is called back
-                await trio.sleep(_GLANCES)
+                await trio.sleep(_PEEKS)
 
     async def _has_unread(self, session: ProxiedSession) -> bool:
         if session.transport == "unix":

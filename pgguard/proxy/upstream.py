@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import stat
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, Upstream
-from pgguard.proxy.admission import is_exhaustion
+from pgguard.proxy.remedies import hints, is_want
 from pgguard.wire.fields import parse_fields, parse_severity
 from pgguard.wire.messages import HEADER_SIZE
 
@@ -49,8 +50,18 @@ class UpstreamUnavailable(OSError):
     def __init__(self, failures: Sequence[tuple[Address | Upstream, BaseException]]) -> None:
         self.failures = failures
         super().__init__("; ".join(f"{address}: {reason(error)}" for address, error in failures))
-        self.exhausted = next(filter(is_exhaustion, (_number(error) for _, error in failures)), None)
-        """The system's error number if one of them failed for want of descriptors."""
+        self.exhausted = any(is_want(error, ipv4=_is_ipv4(address)) for address, error in failures)
+        """One of them failed for want of something on this host: descriptors, memory, local ports."""
+
+    @property
+    def hint(self) -> str:
+        """What may be the matter, and what to change: sentences."""
+        found = [
+            hint
+            for address, error in self.failures
+            for hint in hints(error, unix=isinstance(address, UnixAddress), ipv4=_is_ipv4(address))
+        ]
+        return " ".join(dict.fromkeys(found))
 
 
 def barred(upstream: Upstream) -> list[UnixAddress]:
@@ -194,11 +205,12 @@ def reason(error: BaseException) -> str:
     return str(error)
 
 
-def _number(error: BaseException) -> int | None:
-    """The system's number for why a connection could not be made; of all that a name resolves to, one that counts."""
-    if isinstance(error.__cause__, BaseExceptionGroup):
-        return next(filter(is_exhaustion, map(_number, error.__cause__.exceptions)), None)
-    return error.errno if isinstance(error, OSError) else None
+def _is_ipv4(address: Address | Upstream) -> bool:
+    """Whether it certainly is one: a name may stand for addresses of several kinds."""
+    try:
+        return isinstance(address, TcpAddress) and ipaddress.ip_address(address.host).version == 4
+    except ValueError:
+        return False
 
 
 async def relay_cancel(upstream: Upstream, packet: bytes) -> None:
@@ -238,7 +250,8 @@ async def ask(upstream: Upstream, before: Sequence[bytes], last: bytes) -> bytes
         last: what it refuses the client for; a request for encryption that is declined first, or is one too many.
 
     Returns:
-        All that it says to ``last``, until it ends the connection. ``None``: it would offer encryption.
+        All that it says to ``last``, until it ends the connection. ``None``: it would offer encryption, or does not
+        behave like a server: it says something else before, or nothing in time, or resets the connection.
 
     Raises:
         UpstreamUnavailable: no address can be connected to.
@@ -257,7 +270,8 @@ async def ask(upstream: Upstream, before: Sequence[bytes], last: bytes) -> bytes
                 said += data
                 if bytes(said[:1]) in _ENCRYPTS:
                     return None
-    return bytes(said)
+            return bytes(said)
+    return bytes(said) or None
 
 
 async def cancel_query(address: Address, connect_timeout: float, key: CancelKey) -> None:

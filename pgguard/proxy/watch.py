@@ -26,7 +26,7 @@ from pgguard.faults.heirs import PATIENCE, SERVERS_PATIENCE, judge_heirs
 from pgguard.faults.orphans import is_used
 from pgguard.proxy import looking
 from pgguard.proxy.losses import Loss, note, spared
-from pgguard.proxy.turns import Allowance, Stint, timed
+from pgguard.proxy.turns import GLANCES, Allowance, Stint, timed
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
@@ -266,19 +266,21 @@ class Watch:
         now, stint = trio.current_time(), Stint()
         busy: list[ProxiedSession] = []
         idle: list[ProxiedSession] = []
-        for session in list(self._sessions.values()):
-            await stint.rest()
+        for n, session in enumerate(list(self._sessions.values())):
+            if not n % GLANCES:
+                await stint.rest()
             tracker, sightings = session.tracker, session.sightings
-            if tracker is None or session.client.waits:
+            # Most have been looked at a moment ago, whether an answer is due by now or not.
+            if tracker is None or (sightings.watch_next > now and sightings.look_next > now) or session.client.waits:
                 continue
             try:
-                some = idle if tracker.idle else busy
-                if (sightings.watch_next if tracker.idle else sightings.look_next) <= now:
+                is_idle = tracker.idle
+                if (sightings.watch_next if is_idle else sightings.look_next) <= now:
                     solitary_until = self._solitary_until(witness, session, now)
                     if solitary_until > now:
                         sightings.look_next = sightings.watch_next = solitary_until
                     else:
-                        some.append(session)
+                        (idle if is_idle else busy).append(session)
             except Exception:
                 note(Loss.EVIDENCE, session)
                 sightings.look_next = sightings.watch_next = now + _READERS_RARELY
@@ -373,7 +375,12 @@ class Watch:
         self._idleness_limited.set()
 
     async def over_transactions(self) -> None:
-        """Look which transactions sit idle for longer than they may; until cancelled."""
+        """Look which transactions sit idle for longer than they may; until cancelled.
+
+        Time in which nobody looked, as the guard was stopped or the machine suspended, doesn't count: what a client has
+        sent meanwhile hasn't been read.
+        """
+        looked_for, looked = 0.0, trio.current_time()
         while True:
             self._idleness_limited = trio.Event()
             threshold = self._idleness
@@ -381,11 +388,14 @@ class Watch:
             with trio.move_on_after(interval):
                 await self._idleness_limited.wait()
                 continue
+            now = trio.current_time()
+            looked_for, looked = looked_for + min(now - looked, 2 * interval), now
             stint = Stint()
-            for session in list(self._sessions.values()):
+            for n, session in enumerate(list(self._sessions.values())):
                 with spared(Loss.EVIDENCE, session):
-                    self._note_idleness(session, trio.current_time(), threshold)
-                await stint.rest()
+                    self._note_idleness(session, looked_for, threshold)
+                if not n % GLANCES:
+                    await stint.rest()
 
     def _note_idleness(self, session: ProxiedSession, now: float, threshold: float) -> None:
         tracker = session.tracker
@@ -395,6 +405,8 @@ class Watch:
             session.sightings.idle_since = tracker.requests, now
             session.sightings.idleness_told = False
         elif now - session.sightings.idle_since[1] >= threshold and not session.sightings.idleness_told:
+            if not session.client.is_drained:
+                return  # it has sent something, which is about to be read
             reason = f"has left a transaction idle for more than {threshold:g} s"
             session.sightings.idleness_told = self._accuse(session, session.concern(Kind.IDLE_IN_TRANSACTION, reason))
 

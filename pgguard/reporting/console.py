@@ -59,6 +59,9 @@ interpreter with the one that makes them."""
 PLAIN_WIDTH: Final = 120
 """Columns where standard error is not a terminal, unless ``COLUMNS`` says otherwise."""
 
+_COLUMNS: Final = re.compile(r"[1-9][0-9]{0,8}")
+_WIDEST: Final = 1000
+"""Columns, at most: lines are filled up to there while they are made."""
 _NARROWEST: Final = 40
 """Columns that a report takes at least. A narrower terminal breaks its lines itself, so that nothing is lost."""
 _TREE_WIDTH: Final = 60
@@ -473,7 +476,7 @@ def _clock(at: float) -> str:
 
 def _plain_width() -> int:
     columns = os.environ.get("COLUMNS", "")
-    return int(columns) if columns.isdigit() and int(columns) else PLAIN_WIDTH
+    return min(int(columns), _WIDEST) if _COLUMNS.fullmatch(columns) else PLAIN_WIDTH
 
 
 class ConsoleSink:

@@ -83,8 +83,9 @@ class BoundedLog(logging.Handler):
             text = record.getMessage()
         except Exception:
             text = str(record.msg)
+        error = record.exc_info[1] if record.exc_info else None
         if record.name == self._unbounded or record.name.startswith(f"{self._unbounded}."):
-            self._say(_safe(_PREFIX + text))
+            self._say(_safe(_PREFIX + text + _traceback(error)))
             return
         now = self._clock()
         kind = _kind(record)
@@ -93,7 +94,6 @@ class BoundedLog(logging.Handler):
         remark = self._remarks.setdefault(kind, _Remark(now))
         if now - remark.began >= WINDOW and not remark.unsaid:
             self._remarks[kind] = remark = _Remark(now)
-        error = record.exc_info[1] if record.exc_info else None
         short = text if error is None else f"{text}: {type(error).__name__}: {error}"
         if remark.said >= SAID:
             remark.unsaid += 1
@@ -101,10 +101,7 @@ class BoundedLog(logging.Handler):
             if remark.is_due(now):
                 self._say(remark.summary(now))
             return
-        if error is None or remark.said:
-            text = short
-        else:
-            text = f"{text}\n{''.join(traceback.format_exception(error)).rstrip()}"
+        text = short if remark.said else text + _traceback(error)
         remark.said += 1
         remark.counted_at = now
         self._say(_safe(_PREFIX + text))
@@ -135,6 +132,11 @@ def _kind(record: logging.LogRecord) -> Hashable:
     error = record.exc_info[1]
     places = traceback.extract_tb(error.__traceback__, limit=-1)
     return record.name, record.levelno, record.msg, type(error), *((place.filename, place.lineno) for place in places)
+
+
+def _traceback(error: BaseException | None) -> str:
+    """What is said behind a line that comes with an exception."""
+    return "" if error is None else f"\n{''.join(traceback.format_exception(error)).rstrip()}"
 
 
 def _safe(text: str) -> str:

@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pgguard.attribution.trust import UntrustedError, user_name
+from pgguard.attribution.trust import TRUSTED, UntrustedError, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +63,7 @@ class _Walk:
         self._names = deque(_names(path))
         self._shown = Path("/" if path.is_absolute() else ".")
         self._links = 0
-        self._trusted = {0, os.geteuid()}
+        self._trusted = {*TRUSTED, os.geteuid()}
         self._directory = os.open("/" if path.is_absolute() else ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def open(self) -> int:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 CUT_OFF: Final = 4096
 """Bytes of a command line from which on it may be only the beginning of one: as many are read of it."""
 
+_NAME_LENGTH: Final = 15
+"""Bytes of a process's or a thread's name, at most: ``TASK_COMM_LEN``, less its terminator."""
+
 _NAMED: Final = re.compile(r"(?P<name>-{0,2}[^\W\d][\w.-]*)=(?P<value>.*)", re.DOTALL)
 _SETTINGS: Final = re.compile(
     r"(?:'(?:\\.|[^'\\])*+'|(?:\\.|[^\s'\\])++)"
@@ -27,6 +30,10 @@ _SETTINGS: Final = re.compile(
 """What follows the first name of a conninfo string: a value and more settings."""
 _URL: Final = re.compile(r"\A(?P<before>(?:[\w.+-]++[=:])*+//[^/?#@:\s]*:).*(?=@[^\s@]*\Z)", re.DOTALL)
 
+"""The password of a URL that is an argument by itself, and so may have blanks in it."""
+_CUT_URL: Final = re.compile(r"\A(?P<before>(?:[\w.+-]++[=:])*+//[^/?#@:\s]*:)(?!\d{1,5}[/?#,])[^@]*\Z", re.DOTALL)
+"""The same of one that has been cut off within it."""
+
 
 def redact_command(arguments: Sequence[str]) -> list[str]:
     """A process's arguments without passwords and other secrets, whichever way they are passed.
@@ -36,14 +43,20 @@ def redact_command(arguments: Sequence[str]) -> list[str]:
     return list(_redact(tuple(arguments)))
 
 
+def redact_name(name: str) -> str:
+    """A process's or a thread's name without secrets; programs give themselves any, of which 15 bytes are kept."""
+    return redact(name, cut=len(name.encode("utf-8", "replace")) >= _NAME_LENGTH)
+
+
 @lru_cache(256)
 def _redact(arguments: tuple[str, ...]) -> tuple[str, ...]:
     # Processes of a kind come again and again, and titles of workers differ.
-    offsets = {part.word: part.offset for part in secret_parts(arguments, positional=len(arguments) > 1)}
     size = sum(len(argument.encode("utf-8", "replace")) + 1 for argument in arguments)
+    cut = size >= CUT_OFF
+    offsets = {part.word: part.offset for part in secret_parts(arguments, positional=len(arguments) > 1, cut=cut)}
     last = len(arguments) - 1
     return tuple(
-        _argument(argument, offsets.get(number), cut=number == last and size >= CUT_OFF)
+        _argument(argument, offsets.get(number), cut=cut and number == last)
         for number, argument in enumerate(arguments)
     )
 
@@ -55,7 +68,8 @@ def _argument(argument: str, offset: int | None, *, cut: bool) -> str:
     if named is not None and is_secret_name(named["name"]) and not _has_more_settings(named):
         value = redact(argument, cut=cut)
         return value if value == argument else f"{named['name']}={HIDDEN}"
-    return redact(_URL.sub(rf"\g<before>{HIDDEN}", argument), cut=cut)
+    url = _CUT_URL if cut and "@" not in argument else _URL
+    return redact(url.sub(rf"\g<before>{HIDDEN}", argument), cut=cut)
 
 
 def _has_more_settings(named: re.Match[str]) -> bool:

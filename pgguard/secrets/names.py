@@ -70,9 +70,12 @@ it is like, what is done with it, or what kind of file has it in its name."""
 @lru_cache(4096)
 def is_secret_name(name: str) -> bool:
     """Whether what is called so is a secret, in any spelling: ``PGPASSWORD``, ``db-pass``, ``SecretAccessKey``."""
+    name = name.removeprefix("-D")  # java -Dpw=…
     if "%" in name:
         name = unquote(name)
     name = name[-NAME_LENGTH:]
+    if STEM.search(name) is None:
+        return False
     split = _WORD.findall(_HUMP.sub("_", name).lower())
     return _is_secret(split) or _is_secret(_WORD.findall(name.lower()))
 

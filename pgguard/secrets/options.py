@@ -34,6 +34,8 @@ _NO_PASSWORD: Final = word_list("""
     xargs
 """)
 """Programs whose ``-p`` is no password."""
+_REGISTRIES: Final = word_list("buildah docker helm nerdctl oras podman skopeo")
+"""Programs that log in to registries: their ``login`` takes a password behind ``-p``."""
 _LOGIN: Final = word_list(
     "-a -u -U --auth --user --username --proxy-user --userpwd --proxy-userpwd --login --credentials"
 )
@@ -58,16 +60,18 @@ class Part(NamedTuple):
     offset: int
 
 
-def secret_parts(words: Sequence[str], *, positional: bool) -> Iterator[Part]:
+def secret_parts(words: Sequence[str], *, positional: bool, cut: bool) -> Iterator[Part]:
     """Which words of a command are secrets, or end in one. What is named within a word isn't looked for.
 
     Args:
         words: A command line: the program and its arguments.
         positional: The name of a secret without a dash, too, is taken for one that the secret follows.
+        cut: The last word may be only the beginning of one: what it looks like says nothing.
     """
     reader = _Reader(positional=positional)
+    last = len(words) - 1 if cut else -1
     for number, word in enumerate(words):
-        offset = reader.read(word)
+        offset = reader.read(word, cut=number == last)
         if offset is not None:
             yield Part(number, offset)
 
@@ -81,23 +85,30 @@ class _Reader:
         self._secret = False
         self._login = False
         self._doubtful = False
+        self._logs_in = False
 
-    def read(self, word: str) -> int | None:
+    def read(self, word: str, *, cut: bool) -> int | None:
         """Take the next word; the offset from which on it is secret, or ``None``."""
         secret, login, doubtful = self._secret, self._login, self._doubtful
         self._secret = self._login = self._doubtful = False
-        if (secret or doubtful) and not _OPTION.fullmatch(word):
-            return None if doubtful and _NO_SECRET.fullmatch(word) else 0
+        if (secret or doubtful) and (cut or not _OPTION.fullmatch(word)):
+            return None if doubtful and not cut and _NO_SECRET.fullmatch(word) else 0
         if login and not word.startswith("-"):
-            return _behind_user(word, 0)
+            return _behind_user(word, 0, cut=cut)
         if word == "--":  # what follows may be another command
             self._letters = None
+            self._logs_in = False
             return None
         if word.startswith("--"):
-            return self._long(word)
+            return self._long(word, cut=cut)
         if word.startswith("-") and len(word) > 1:
-            return self._short(word)
+            return self._short(word, cut=cut)
+        if word.startswith("/p:"):  # xfreerdp
+            return len("/p:")
         program = word.rpartition("/")[2]
+        if word == "login" and self._logs_in:
+            self._letters = "p"
+        self._logs_in = self._logs_in or program in _REGISTRIES
         if program in _SHORT:
             self._letters = _SHORT[program]
         elif program in _NO_PASSWORD:
@@ -106,16 +117,16 @@ class _Reader:
             self._secret = is_secret_name(word)
         return None
 
-    def _long(self, word: str) -> int | None:
+    def _long(self, word: str, *, cut: bool) -> int | None:
         name, equals, _ = word.partition("=")
         if equals:
-            return _behind_user(word, len(name) + 1) if name in _LOGIN else None
+            return _behind_user(word, len(name) + 1, cut=cut) if name in _LOGIN else None
         asks = name[2:].partition("-")[0] in _QUESTIONS
         self._secret = is_secret_name(name) and not asks
         self._login = name in _LOGIN
         return None
 
-    def _short(self, word: str) -> int | None:
+    def _short(self, word: str, *, cut: bool) -> int | None:
         letter, value = word[1], word[2:]
         if self._letters and letter in self._letters:
             self._secret = not value
@@ -125,17 +136,18 @@ class _Reader:
             return None
         if word[:2] in _LOGIN:
             self._login = not value
-            return _behind_user(word, 2) if value else None
+            return _behind_user(word, 2, cut=cut) if value else None
         if letter == "p" and self._letters is None:
             self._doubtful = not value
-            return 2 if value and not (_NO_SECRET.fullmatch(value) or _LETTERS.fullmatch(value)) else None
+            harmless = not cut and (_NO_SECRET.fullmatch(value) or _LETTERS.fullmatch(value))
+            return 2 if value and not harmless else None
         return None
 
 
-def _behind_user(word: str, start: int) -> int | None:
+def _behind_user(word: str, start: int, *, cut: bool) -> int | None:
     """Where the password begins in ``user:password`` and ``user%password``; a port is none."""
     for offset in range(start, len(word)):
         if word[offset] in ":%":
             rest = word[offset + 1 :]
-            return None if not rest or _NO_SECRET.fullmatch(rest) else offset + 1
+            return None if not rest or (not cut and _NO_SECRET.fullmatch(rest)) else offset + 1
     return None

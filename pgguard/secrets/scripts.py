@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 _WORD: Final = re.compile(
     r"""(?:[^\s\\'"`;|&()]|\\.|\\\Z|'[^']*+(?:'|\Z)|"(?:[^"\\]|\\.)*+\\?(?:"|\Z)|`)++""", re.DOTALL
 )
-_STRETCH: Final = re.compile(r"""(?<!\S)[\\"'`({\[]*(?P<word>\S+?)[\\"'`)}\],;]*(?!\S)""")
+_STRETCH: Final = re.compile(r"\S+")
+_OPENING: Final = "\\\"'`({["
+_CLOSING: Final = "\\\"'`)}],;"
 _NEW_COMMAND: Final = re.compile(r"[;|&()\n]")
 _QUOTED: Final = re.compile(
     r"""'(?P<single>[^']*+)'?|"(?P<double>(?:[^"\\]|\\.)*+)\\?"?|\\(?P<escaped>.)|(?P<plain>.)""", re.DOTALL
@@ -43,15 +45,31 @@ class _Word(NamedTuple):
         return self.places[start], self.places[end - 1] + 1
 
 
-def script_spans(text: str) -> Iterator[Span]:
-    """Where in a script, a title or any other text a secret stands behind its option, or within a quoted script."""
+def script_spans(text: str, *, cut: bool) -> Iterator[Span]:
+    """Where in a script, a title or any other text a secret stands behind its option, or within a quoted script.
+
+    Args:
+        text: the script.
+        cut: it is only the beginning of one, so that its last word may be.
+    """
     if "-" in text:  # whatever the quotes are
-        words = [_plain(text, *found.span("word")) for found in _STRETCH.finditer(text)]
-        yield from _command_spans(words)
-    yield from _script_spans(text, _DEPTH)
+        words = [_bare(text, *found.span()) for found in _STRETCH.finditer(text)]
+        yield from _command_spans(words, cut=cut and not text[-1:].isspace())
+    yield from _script_spans(text, _DEPTH, cut=cut)
 
 
-def _script_spans(text: str, depth: int) -> Iterator[Span]:
+def _bare(text: str, start: int, end: int) -> _Word:
+    """A word without what it may be quoted or put in brackets by."""
+    stretch = text[start:end]
+    rest = stretch.lstrip(_OPENING)
+    word = rest.rstrip(_CLOSING)
+    if not word:
+        return _plain(text, start, end)
+    start += len(stretch) - len(rest)
+    return _plain(text, start, start + len(word))
+
+
+def _script_spans(text: str, depth: int, *, cut: bool) -> Iterator[Span]:
     command: list[_Word] = []
     for found in _WORD.finditer(text):
         start, end = found.span()
@@ -61,13 +79,14 @@ def _script_spans(text: str, depth: int) -> Iterator[Span]:
         word = _unquoted(text, start, end)
         command.append(word)
         if depth and len(word.text) < end - start and text[start] not in "{[":
-            for inner in (*named_spans(word.text), *_script_spans(word.text, depth - 1)):
+            ends = cut and end == len(text)
+            for inner in (*named_spans(word.text, cut=ends), *_script_spans(word.text, depth - 1, cut=ends)):
                 yield word.span(*inner)
-    yield from _command_spans(command)
+    yield from _command_spans(command, cut=cut and bool(command) and command[-1].end == len(text))
 
 
-def _command_spans(words: list[_Word]) -> Iterator[Span]:
-    for number, offset in secret_parts([word.text for word in words], positional=False):
+def _command_spans(words: list[_Word], *, cut: bool = False) -> Iterator[Span]:
+    for number, offset in secret_parts([word.text for word in words], positional=False, cut=cut):
         if offset < len(words[number].text):
             yield words[number].span(offset, len(words[number].text))
 

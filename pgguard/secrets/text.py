@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from pgguard.secrets.encoded import encoded_spans
+from pgguard.secrets.escapes import unescaped
 from pgguard.secrets.scripts import script_spans
 from pgguard.secrets.shapes import shaped_spans
 from pgguard.secrets.urls import login_spans, passfile_spans, url_spans
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 HIDDEN: Final = "***"
 """Stands for each secret."""
+_DEPTH: Final = 2
+"""Texts that are encoded, or full of escapes, within one that is, which are looked into."""
 
 
 def redact(text: str, *, cut: bool = False) -> str:
@@ -34,12 +38,12 @@ def redact(text: str, *, cut: bool = False) -> str:
     Returns:
         The text with ``***`` for each secret; the same if it has none.
     """
-    return hide(text, [*_structural_spans(text, cut=cut), *named_spans(text), *script_spans(text)])
+    return hide(text, _spans(text, cut=cut, depth=_DEPTH))
 
 
 def redact_structure(text: str, *, cut: bool = False) -> str:
     """Text without the secrets that are known by their shape or place alone; arguments as of :func:`redact`."""
-    return hide(text, _structural_spans(text, cut=cut))
+    return hide(text, _structural_spans(text, cut=cut, depth=_DEPTH))
 
 
 def hide(text: str, spans: Iterable[Span]) -> str:
@@ -56,8 +60,22 @@ def hide(text: str, spans: Iterable[Span]) -> str:
     return "".join([*said, text[done:]]) if said else text
 
 
-def _structural_spans(text: str, *, cut: bool) -> Iterator[Span]:
+def _spans(text: str, *, cut: bool, depth: int) -> Iterator[Span]:
+    yield from _structural_spans(text, cut=cut, depth=depth)
+    yield from named_spans(text, cut=cut)
+    yield from script_spans(text, cut=cut)
+    if depth and (plain := unescaped(text)) is not None:
+        for span in _spans(plain.text, cut=cut, depth=depth - 1):
+            yield plain.span(*span)
+
+
+def _structural_spans(text: str, *, cut: bool, depth: int) -> Iterator[Span]:
+    def holds_secret(plain: str, is_cut: bool) -> bool:
+        return any(start < end for start, end in _spans(plain, cut=is_cut, depth=depth - 1))
+
     yield from shaped_spans(text)
+    if depth:
+        yield from encoded_spans(text, holds_secret, cut=cut)
     yield from url_spans(text, cut=cut)
     if "@" in text or cut:
         yield from login_spans(text, cut=cut)

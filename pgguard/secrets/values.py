@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Final
 
 from pgguard.secrets.names import NAME_LENGTH, STEM, is_secret_name
@@ -46,8 +47,14 @@ _METHODS: Final = re.compile(r"trust|md5|peer|ident|basic|digest|reject|cert|lda
 """Ways to authenticate: what ``auth=`` may be followed by that is none."""
 
 
-def named_spans(text: str) -> Iterator[Span]:
-    """What stands behind the name of a secret: ``NAME=…``, ``"NAME": …``, ``NAME '…'``, ``NAME: …`` and so on."""
+def named_spans(text: str, *, cut: bool) -> Iterator[Span]:
+    """What stands behind the name of a secret: ``NAME=…``, ``"NAME": …``, ``NAME '…'``, ``NAME: …`` and so on.
+
+    Args:
+        text: where it stands.
+        cut: it is only the beginning of a text: what ends with it may be the beginning of something else.
+    """
+    quotes = _Quotes(text)
     position = 0
     while (stem := STEM.search(text, position)) is not None:
         start = _name_begins(text, stem.start(), position)
@@ -58,7 +65,10 @@ def named_spans(text: str) -> Iterator[Span]:
         name = text[start:name_ends]
         if not (is_secret_name(name) or _is_two_words(text, start, name) or name.lower() == "identified"):
             continue
-        value = _value(text, start, end) if encoded is None else (encoded.end(), _Value(text, "&").end(encoded.end()))
+        if encoded is None:
+            value = _value(text, start, end, quotes, cut=cut)
+        else:
+            value = encoded.end(), _Value(text, "&", quotes).end(encoded.end())
         if value is not None:
             yield value
             position = max(position, value[1])
@@ -77,7 +87,7 @@ def _is_two_words(text: str, start: int, name: str) -> bool:
     return before is not None and name.lower() in {"key", "code", "word", "phrase"} and is_secret_name(before[1] + name)
 
 
-def _value(text: str, start: int, end: int) -> Span | None:
+def _value(text: str, start: int, end: int, quotes: _Quotes, *, cut: bool) -> Span | None:
     """Where the secret stands that ``text[start:end]`` is the name of."""
     name = text[start:end].lower()
     before = text[max(0, start - NAME_LENGTH) : start].rstrip(" \t\r\n\"'`\\")[-1:]
@@ -90,14 +100,20 @@ def _value(text: str, start: int, end: int) -> Span | None:
     at: int | None = behind.end() if behind["word"] is None else _behind_a_word(text, start, behind.end(), name)
     if at is None:
         return None
+    if before == "/" and behind["colon"] == ":":
+        port = _PORT.match(text, at)
+        if port is not None and not (cut and port.end() == len(text)):
+            return None
     line = behind["colon"] == ":" or (behind["pair"] or "").rstrip().endswith(":")
     line = line or (before == ";" and name in _ODBC)
-    ends = _Value(text, before).end(at, line=line)
+    ends = _Value(text, before, quotes).end(at, line=line)
     raw = text[at:ends].strip("\"'`\\")
-    value = raw.strip(" \t,;)]}\"'`\\")
-    if before == "/" and behind["colon"] == ":" and _PORT.match(text, at):
+    if not raw:
         return None
-    if not raw or _NOTHING.fullmatch(value) or (name.endswith("auth") and _METHODS.fullmatch(value)):
+    if cut and ends == len(text):
+        return at, ends
+    value = raw.strip(" \t,;)]}\"'`\\")
+    if _NOTHING.fullmatch(value) or (name.endswith("auth") and _METHODS.fullmatch(value)):
         return None
     return at, ends
 
@@ -127,14 +143,29 @@ _BRACKETS: Final = {
 """By the opening one, what opens and closes; ODBC doubles a closing one to mean it."""
 _DOLLAR: Final = re.compile(r"\$\w*\$")
 _BLOCK: Final = re.compile(r"[|>][+-]?\d?[ \t]*(?:\\n|\n)")
-_PLAIN: Final = re.compile(r"(?:\\.|[^\s\\\"'`&;,)\]}])+", re.DOTALL)
+_PLAIN: Final = re.compile(r"(?:\\.|[^\s\\\"'`&;,)\]}])++", re.DOTALL)
 _OPENING: Final = {")": {"(", ","}, "]": {"[", ","}, "}": {"{", ","}}
 """By what ends a list or a mapping, what may stand in front of the name of what is in it."""
-_END: Final = re.compile(r"[\\\"'`)\]},;]*(?:\s|$)")
+_END: Final = re.compile(r"[\\\"'`)\]},;]{0,64}+(?:\s|$)")
 _DELIMITED: Final = re.compile(r"\s|$|[,;:)\]}&|<>.+]")
 _AFTER_AMPERSAND: Final = re.compile(r"&[\w.%-]+=")
-_AFTER_SEMICOLON: Final = re.compile(r";\s*(?:[\w. -]+=|$)")
+_AFTER_SEMICOLON: Final = re.compile(r";(?:[\w.\s-]++=|\s*+$)")
 _AFTER_COMMA: Final = re.compile(r",\s*[\\\"':]*[\w.-]+[\\\"']*\s*(?:=|:)")
+
+
+class _Quotes:
+    """Where the quotes of a text are."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._places: dict[str, list[int]] = {}
+
+    def before(self, quote: str, at: int) -> int:
+        """How many of one kind there are in front of a place."""
+        places = self._places.get(quote)
+        if places is None:
+            places = self._places[quote] = [n for n, sign in enumerate(self._text) if sign == quote]
+        return bisect_left(places, at)
 
 
 class _Value:
@@ -143,10 +174,12 @@ class _Value:
     Args:
         text: Where it stands.
         before: What stands before its name: it says what ends a value without quotes.
+        quotes: Where the text's are.
     """
 
-    def __init__(self, text: str, before: str) -> None:
+    def __init__(self, text: str, before: str, quotes: _Quotes) -> None:
         self._text = text
+        self._quotes = quotes
         self._listed = before != "" and before in ",{(["
         self._before = before
 
@@ -213,7 +246,7 @@ class _Value:
 
     def _is_closing(self, quote: str, first: int, at: int) -> bool:
         """Whether a quote ends what the value is within, rather than to begin a part of the value."""
-        return self._text.count(quote, 0, first) % 2 == 1 and _END.match(self._text, at) is not None
+        return self._quotes.before(quote, first) % 2 == 1 and _END.match(self._text, at) is not None
 
     def _is_over(self, sign: str, at: int) -> bool:
         """Whether a sign ends a value without quotes."""

@@ -102,7 +102,7 @@ class BackendStream:
         last = end - HEADER_SIZE
         if last - start >= most:
             last = start + most - 1
-        code = length = 0
+        code, length = -1, 0  # no message has been looked at
         while pos <= last:
             code, length = parse_header(buffer, pos)
             least, longest, follows = row[code]
@@ -139,7 +139,7 @@ class BackendStream:
             return pos
         self.rest = pos - end
         self._session.position += end - start
-        self.partial = seen(Direction.BACKEND, _MESSAGES[code], code, length) if code else self.partial
+        self.partial = seen(Direction.BACKEND, _MESSAGES[code], code, length) if code >= 0 else self.partial
         return end
 
     def swallow(self, message: MessageSeen) -> None:

@@ -84,6 +84,7 @@ class FrontendStream:
         "_session",
         "_simple",
         "_statements",
+        "_swallowing",
         "overruled",
         "partial",
         "rest",
@@ -103,6 +104,8 @@ class FrontendStream:
         """Who sent the bytes that were left with the caller."""
         self._held = 0
         """How many they were."""
+        self._swallowing = False
+        """What is still to come of a message is kept from the server."""
         self._simple: Request | None = None
         """The last simple Query or FunctionCall."""
         self._fed: Request | None = None
@@ -124,8 +127,8 @@ class FrontendStream:
         """Follow ``buffer[start:end]``, messages that begin in ``most`` bytes; returns how far it is in order."""
         session = self._session
         ledger = self._ledger
-        if session.over:
-            return self._follow_late(buffer, start, end, sender)
+        if session.over or self._swallowing:
+            return self._pass_by(buffer, start, end, sender)
         if (sender is not self._sender or self._held_by is not None) and not self._accept_sender(
             buffer, start, end, sender
         ):
@@ -134,7 +137,7 @@ class FrontendStream:
         last = end - HEADER_SIZE
         if last - start >= most:
             last = start + most - 1
-        code = length = 0
+        code, length = -1, 0  # no message has been looked at
         while pos <= last:
             code, length = parse_header(buffer, pos)
             least, longest, look = _SHAPES[code]
@@ -166,14 +169,26 @@ class FrontendStream:
             return self._follow_late(buffer, pos, end, sender) if session.terminated else pos
         self.rest = pos - end
         self._held_by = None
-        self.partial = seen(Direction.FRONTEND, _MESSAGES[code], code, length) if code else self.partial
+        self.partial = seen(Direction.FRONTEND, _MESSAGES[code], code, length) if code >= 0 else self.partial
         return end
 
     def swallow(self, message: MessageSeen) -> None:
         """Pass over a message that was judged, as if it had never been sent, by whomever."""
         self.rest = message.size
+        self._swallowing = True
         self.partial = message
         self._sender = self._session.senders.latest
+        self._held_by = None
+        self._held = 0
+
+    def _pass_by(self, buffer: bytearray, start: int, end: int, sender: Sender | None) -> int:
+        """Go on with what has no effect: a message that is swallowed, up to its end, or what comes too late."""
+        if not self._swallowing:
+            return self._follow_late(buffer, start, end, sender)
+        passed = min(self.rest, end - start)
+        self.rest -= passed
+        self._swallowing = self.rest > 0
+        return start + passed
 
     def end(self, held_back: int, *, reset: bool) -> list[Verdict]:
         """The stream has ended: what was wrong with that."""
@@ -462,8 +477,6 @@ class FrontendStream:
         """Take note that these bytes have another sender than the last: False when that is a verdict."""
         session = self._session
         held_by = self._held_by
-        if self.rest and held_by is not None:
-            return True  # a message that has been judged, and is swallowed
         split = sender is not None and held_by is not None and held_by.pid != sender.pid
         if sender is None or not (session.senders.changes(sender) or split):
             self._sender = sender

@@ -34,8 +34,9 @@ class Tracker(Session):
     ``frontend`` and ``backend`` take a chunk and return a position in it: the bytes before it are in order and may be
     forwarded. When that is not the chunk's end, either :attr:`verdict` is set, and the message at that position is
     what is wrong, or :attr:`lost` is, or the bytes from there on are not enough to be judged and are to be presented
-    again, in front of the next ones. A call may be limited to the messages that begin in so many bytes of the chunk;
-    then it may also be that there are more: another call, from that position on, tells, as it comes no further if not.
+    again, in front of the next ones. A call may be limited to the messages that begin in so many bytes of the chunk,
+    and one that gets behind a message that is swallowed stops there; then it may also be that there are more: another
+    call, from that position on, tells, as it comes no further if not.
 
     After a verdict the caller says what becomes of the message: :meth:`overrule` (it is forwarded) or
     :meth:`swallow` (it is not), and presents the chunk again from that position. Nothing is forwarded twice.

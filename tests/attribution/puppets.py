@@ -159,7 +159,7 @@ class Puppet:
         """Let the process and its forked children end, and reap it."""
         if self._process.stdin is not None and self._process.stdout is not None:
             self._process.stdin.close()
-            self._process.wait(10)
+            self._process.wait(30)
             self._process.stdout.close()
 
 

@@ -65,6 +65,17 @@ def test_processes_that_can_not_be_looked_at_are_reported_with_what_to_do(puppet
     assert "run the guard as root" in explanation
 
 
+def test_no_secret_is_in_the_names_of_processes_that_can_not_be_looked_at(puppet: Puppets) -> None:
+    """A process gives itself any name."""
+    secretive, guard = puppet(), puppet()
+    secretive.do("open('/proc/self/comm', 'w').write('pw=hunter2')")
+    secretive.do("set_dumpable(0)")
+    guard.do("from pgguard.attribution import capabilities; capabilities.check(); become_nobody()")
+    guard.do("capabilities._NAMED = 1 << 20")
+    problem = guard.do("{c.name: c.problem for c in capabilities.check()}")
+    assert f"{secretive.pid} (pw=***)" in problem["other users' processes"]
+
+
 def test_a_kernel_that_does_not_count_what_lies_unread_is_reported_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

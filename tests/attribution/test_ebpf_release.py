@@ -35,7 +35,7 @@ try:
 except ProbeUnavailable as unavailable:
     pytest.skip(str(unavailable), allow_module_level=True)
 
-SECONDS = 20.0
+SECONDS = 40.0
 ways = pytest.mark.parametrize("way", WAYS)
 
 

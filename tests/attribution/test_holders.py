@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from pgguard.attribution.descriptors import find_sockets
+from pgguard.attribution.descriptors import find_sockets, link_to
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.holders import Holders, HolderWatch
 from pgguard.attribution.processes import ProcessBook
@@ -442,6 +442,50 @@ def test_everybody_is_read_once_for_all_connections_that_nobody_has_open_any_mor
         for inode in inodes:
             assert watch.find({inode: opened[inode]}, since=since)[inode] == Holders()
         assert readings.pids.count(other.pid) == 1
+
+
+def test_what_a_walk_for_many_connections_takes_is_not_multiplied_by_the_processes(
+    listener: socket.socket, puppet: Puppets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that had a thousand connections has been killed: each process is read once, and compared once."""
+    client = puppet()
+    bystanders = [puppet() for _ in range(3)]
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    with ExitStack() as accepted:
+        inodes = _connections(client, listener, accepted, "cdefgh")
+        opened = dict.fromkeys(inodes, _now())
+        watch.find(opened)
+        client.end()
+        named: list[int] = []
+
+        def naming(inode: int) -> str:
+            named.append(inode)
+            return link_to(inode)
+
+        monkeypatch.setattr("pgguard.attribution.holders.link_to", naming)
+        assert set(watch.find(opened, since=time.monotonic()).values()) == {Holders()}
+        # When the list is made, and for those that the one process was seen to hold.
+        assert len(named) <= 3 * len(inodes) < len(bystanders) * len(inodes) + len(inodes)
+
+
+def test_an_heir_that_is_known_is_not_read_again(listener: socket.socket, puppet: Puppets, readings: Readings) -> None:
+    """Hundreds of children have inherited many connections, and a fault of one is looked into."""
+    client = puppet()
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    with ExitStack() as accepted:
+        [first, second] = _connections(client, listener, accepted, "cd")
+        opened = {first: _now(), second: _now()}
+        watch.find(opened)
+        child = client.do("fork()")
+        assert _pids(watch.find({first: opened[first]})[first]) == {client.pid, child}
+        readings.pids.clear()
+        assert _pids(watch.find({first: opened[first]})[first]) == {client.pid, child}
+        assert child not in readings.pids
+        assert _pids(watch.find(opened)[second]) == {client.pid, child}, "it wasn't known to hold this one"
+        client.do(f"release({child})")
+        assert _pids(watch.find({first: opened[first]})[first]) == {client.pid}
 
 
 def test_a_connection_that_becomes_known_later_is_looked_for_all_the_same(

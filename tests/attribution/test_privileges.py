@@ -15,6 +15,9 @@ import pytest
 
 from pgguard.attribution import privileges
 from pgguard.attribution.privileges import LOOKING, Right, names, only, raised, rights
+from tests.proxy.conftest import short_directory
+
+__all__ = ["short_directory"]
 
 pytestmark = pytest.mark.skipif(not {*LOOKING, Right.CAP_SETPCAP} <= rights(), reason="it takes root's rights")
 
@@ -256,3 +259,54 @@ def _can(what: str, pid: int) -> bool:
     except PermissionError:
         return False
     return True
+
+
+@pytest.mark.parametrize("kept", ["LOOKING", "[]"])
+def test_py_spy_in_a_directory_that_the_user_may_not_enter(kept: str, tmp_path: Path) -> None:
+    """With what a guard keeps it is found and run; without, it is said what is in the way."""
+    nobody = pwd.getpwnam("nobody")
+    directory = tmp_path / "closed"
+    directory.mkdir(mode=0o700)
+    program = directory / "py-spy"
+    program.write_text("#!/bin/sh\necho ran\n")
+    program.chmod(0o755)
+    found, ran, lack = _run(
+        f"""
+        from pgguard.attribution import stacks
+        sys.executable = "/nowhere/python"
+        os.environ["PATH"] = {str(directory)!r}
+        give_up({kept}, (), Account("nobody", {nobody.pw_uid}, {nobody.pw_gid}))
+        found = stacks.find_py_spy()
+        ran = None if found is None else subprocess.run([found], capture_output=True, text=True, env={{}}).stdout
+        [found, ran, stacks.lack_of_py_spy()]
+        """
+    )
+    if kept == "LOOKING":
+        assert (found, ran) == (str(program), "ran\n")
+        return
+    closed = next(one for one in reversed(program.parents) if not one.stat().st_mode & 0o001)
+    assert (found, ran) == (None, None)
+    assert lack == [
+        f"py-spy is not installed, unless it is in {directory}: user nobody may not enter {closed}",
+        "pip install 'pgguard[stacks]' where user nobody may run it",
+    ]
+
+
+def test_py_spy_that_the_user_may_not_execute(short_directory: Path) -> None:
+    nobody = pwd.getpwnam("nobody")
+    short_directory.chmod(0o755)
+    program = short_directory / "py-spy"
+    program.touch()
+    program.chmod(0o744)
+    found, lack = _run(
+        f"""
+        from pgguard.attribution import stacks
+        sys.executable = "/nowhere/python"
+        os.environ["PATH"] = {str(short_directory)!r}
+        before = stacks.find_py_spy()
+        give_up(LOOKING, (), Account("nobody", {nobody.pw_uid}, {nobody.pw_gid}))
+        [[before, stacks.find_py_spy()], stacks.lack_of_py_spy()]
+        """
+    )
+    assert found == [str(program), None]
+    assert lack == [f"py-spy at {program} is not used: user nobody may not execute it", f"chmod a+rx {program}"]

@@ -59,7 +59,7 @@ def test_within_a_pid_namespace_pids_are_what_they_are_there() -> None:
     )
     command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-c", script]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no pid namespace can be made here: {error}")
     assert done.stdout == "1 None None\n"

@@ -128,7 +128,7 @@ def test_a_child_that_multiprocessing_has_spawned_is_known(puppet: Puppets) -> N
         "child.start()"
     )
     child = parent.do("child.pid")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     # Until it has executed the interpreter anew it is its parent's likeness, and for a moment nothing.
     while runtime_of(child) != Runtime(Language.PYTHON, Server.MULTIPROCESSING):
         assert time.monotonic() < deadline

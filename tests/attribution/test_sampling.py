@@ -65,7 +65,7 @@ class Shared:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -187,9 +187,9 @@ def test_a_thread_that_comes_to_wait_a_little_later_is_awaited(shared: Shared) -
     """It is often seen between its send and its wait."""
     shared.client.do("start(lambda: (time.sleep(0.05), poll(c)))")
     started = time.monotonic()
-    sample = shared.sample(seconds=5.0)
+    sample = shared.sample(seconds=50.0)
     assert sample.pid == shared.client.pid
-    assert time.monotonic() - started < 4.0, "it stops as soon as somebody waits"
+    assert time.monotonic() - started < 40.0, "it stops as soon as somebody waits"
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.02])
@@ -197,7 +197,7 @@ def test_it_gives_up_in_time_when_nobody_comes_to_wait(shared: Shared, seconds: 
     started = time.monotonic()
     sample = shared.sample(seconds=seconds)
     assert (who(sample), sample.waits.threads) == (None, ())
-    assert seconds <= time.monotonic() - started < seconds + 0.5
+    assert seconds <= time.monotonic() - started < seconds + 5
 
 
 def test_processes_that_are_gone_are_nobody(shared: Shared) -> None:

@@ -63,7 +63,7 @@ def test_what_a_group_may_write_is_not_unless_the_group_is_the_owners_own(file: 
 
 
 def test_a_group_of_the_users_own_name_is_the_users(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trust, "_TRUSTED", frozenset({1}))
+    monkeypatch.setattr(trust, "TRUSTED", frozenset({1}))
     status = list(file.stat())
     status[stat.ST_MODE], status[stat.ST_UID], status[stat.ST_GID] = stat.S_IFREG | 0o664, 1, 1
     assert distrust(os.stat_result(status)) is None, "daemon's own group"

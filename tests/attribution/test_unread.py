@@ -130,7 +130,7 @@ class Client:
 
     def becomes(self, *wanted: Attention) -> None:
         """Wait until that is what is seen."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 30
         while (seen := attention([self.process], self.inode)) not in wanted:
             assert time.monotonic() < deadline, seen
 
@@ -252,7 +252,7 @@ def test_of_several_processes_one_that_may_read_is_enough(client: Client) -> Non
 )
 def test_what_a_thread_sleeps_in_has_a_name_whatever_it_waits_for(client: Client, code: str, name: str) -> None:
     tid = client.puppet.do(f"start(lambda: {code})")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 30
     while True:
         sleep = find_sleep(client.process.pid, client.process.started, tid)
         if sleep is not None and system_call(sleep) in {name, name.replace("poll", "ppoll")}:

@@ -107,6 +107,8 @@ def test_a_guard_in_front_of_itself(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("mode = ", "is not valid TOML"),
+        ("a = " + "[" * 5000, "it holds what is too long or too deep to be read"),
+        (f"idle_in_transaction = {'9' * 5000}", "it holds what is too long or too deep to be read"),
         ("mode = 'strict'", "mode should be 'log' or 'reject', not 'strict'"),
         ("moed = 'log'", "moed: there is no such setting: did you mean mode?"),
         ("unread-answer = 3", "unread-answer: there is no such setting: did you mean unread_answer?"),
@@ -151,6 +153,20 @@ def test_what_is_in_the_file(text: str, says: str, tmp_path: Path, monkeypatch: 
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--listen", f"127.0.0.1:{'9' * 5000}"), "the port is not a port number"),
+        (("--upstream", f"host=h port={'9' * 5000}"), "is not a port number, write one from 0 to 65535"),
+        (("--upstream", f"postgresql://h:{'9' * 5000}/"), "is not a port number, write one from 0 to 65535"),
+        (("--upstream", f"host=h connect_timeout=1{'0' * 400}"), "is not a number of seconds"),
+        (("--listen", "\x1b[31mx:5\u202e"), "\\x1b[31mx:5\\u202e"),
+    ],
+)
+def test_numbers_and_characters_that_nobody_means(arguments: tuple[str, str], says: str, refused: Refused) -> None:
+    refused("serve", "--listen", "127.0.0.1:0", *arguments, says=says)
+
+
 def test_an_error_of_the_file_in_one_line(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "pgguard.toml").write_text("[kinds]\nunclean-close = 'drop'\n")
     refused("serve", says="unclean-close can't be dropped")
@@ -160,6 +176,10 @@ def test_a_file_in_no_encoding(tmp_path: Path) -> None:
     (tmp_path / "other.toml").write_bytes(b"mode = '\xff'")
     with pytest.raises(ConfigurationError, match="is not valid TOML"):
         load_settings({}, tmp_path / "other.toml")
+
+
+def test_a_file_without_an_end(refused: Refused) -> None:
+    refused("serve", "--config", "/dev/zero", says="--config /dev/zero: it is larger than 1 MiB: name another file")
 
 
 def test_what_is_given_comes_before_the_file_and_the_file_before_the_defaults(tmp_path: Path) -> None:

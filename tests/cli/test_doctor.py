@@ -126,6 +126,17 @@ def test_something_missing_that_is_not_essential(
     ]
 
 
+def test_what_would_harm_a_terminal_is_spelled_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of processes are in it, and of files."""
+    problem = "1 can't be looked at: 5 (\x1b[2J\u202eevil)"
+    hidden = Capability("others", "x", essential=False, unix_instead=False, problem=problem, remedy="\x1b]0;y\x07")
+    said = _say(PROC, hidden, monkeypatch=monkeypatch, capsys=capsys)[1]
+    assert r"5 (\x1b[2J\u202eevil)" in said
+    assert r"\x1b]0;y\x07" in said
+
+
 def test_something_essential_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     status, said = _say(PROC, SENDERS, NO_TCP, NO_THREADS, monkeypatch=monkeypatch, capsys=capsys)
     assert status == 1
@@ -207,7 +218,7 @@ def _wrapped(wrapper: list[str], *arguments: str, cwd: Path) -> list[str]:
     """The command line, if ``wrapper`` works here and what it leaves can run an interpreter."""
     try:
         tried = subprocess.run(
-            [*wrapper, sys.executable, "-c", ""], check=False, capture_output=True, text=True, cwd=cwd, timeout=20
+            [*wrapper, sys.executable, "-c", ""], check=False, capture_output=True, text=True, cwd=cwd, timeout=60
         )
     except OSError as error:
         pytest.skip(str(error))
@@ -230,7 +241,7 @@ def test_a_guard_that_insists_on_the_probe_says_what_is_missing_and_the_one_thin
         arguments = ("serve", "--listen", "127.0.0.1:0", "--upstream", "host=127.0.0.1 port=1", "--attribution", "ebpf")
         command_line = _wrapped(wrapper, *arguments, cwd=Path(name))
         done = subprocess.run(
-            command_line, check=False, cwd=name, env=environment(), capture_output=True, text=True, timeout=20
+            command_line, check=False, cwd=name, env=environment(), capture_output=True, text=True, timeout=60
         )
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""

@@ -189,7 +189,7 @@ def test_80_columns_and_plain_text_where_there_is_no_terminal(tmp_path: Path) ->
         env=variables,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
     )
     assert "\x1b" not in done.stdout
     widest = max(len(line) for line in done.stdout.splitlines() if not line.startswith(("    ", "  See ")))

@@ -230,7 +230,7 @@ def test_root_without_the_right_to_become_another(tmp_path: Path) -> None:
     command = ["setpriv", "--bounding-set=-setuid", sys.executable, "-m", "pgguard", "serve", "--user", "nobody"]
     command += ["--listen", "127.0.0.1:0", "--upstream", UPSTREAM]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=20
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=60
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
@@ -279,7 +279,7 @@ def test_whom_the_server_lets_nobody_in_for_can_not_be_become(short_directory: P
             capture_output=True,
             text=True,
             check=False,
-            timeout=20,
+            timeout=60,
         )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (

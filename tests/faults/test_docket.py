@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -268,17 +269,33 @@ def test_a_refusal_is_known_on_every_session_by_its_limit_whoever_was_refused() 
 def test_a_refusal_that_comes_again_says_whom_it_is_about() -> None:
     docket = Docket()
     first = enter(docket, FULL)
-    again = docket.repeat(9, FULL, at=NOW + 2, instance=AGAIN)
+    again = docket.repeat(9, FULL, at=NOW + 2, instance=lambda: AGAIN)
     assert again is not None
     assert (again.repeat_of, again.session.id, again.summary, again.culprits) == (first.id, 9, "again", ())
     assert again.reason == first.reason
     assert again.advice == first.advice
 
 
+def test_nothing_is_made_up_for_a_repeat_that_is_only_counted() -> None:
+    """A thousand clients are refused: what it takes to say who they are is spent on the few that are recorded."""
+    docket, made = Docket(), []
+
+    def make(number: int) -> Instance:
+        made.append(number)
+        return AGAIN
+
+    enter(docket, FULL)
+    for n in range(100):
+        assert docket.repeat(n, FULL, at=NOW + 0.5, instance=partial(make, n)) is None
+    assert made == []
+    [last] = docket.settle(at=NOW + 1)
+    assert (made, last.suppressed, last.summary) == ([99], 99, "again")
+
+
 def test_a_refusal_is_looked_into_anew_after_a_while_and_nothing_uncounted() -> None:
     docket = Docket()
     enter(docket, FULL)
-    docket.repeat(9, FULL, at=NOW + 0.5, instance=AGAIN)
+    docket.repeat(9, FULL, at=NOW + 0.5, instance=lambda: AGAIN)
     assert docket.known(9, FULL, at=NOW + RENEWAL - 1) is not None
     assert docket.known(9, FULL, at=NOW + RENEWAL) is None
     [anew] = docket.enter(FULL, fault(FULL, at=NOW + RENEWAL)).records
@@ -290,7 +307,7 @@ def test_what_was_suppressed_is_accounted_for_when_it_is_time_to() -> None:
     docket = Docket(interval=1.0)
     enter(docket, FULL)
     for _ in range(3):
-        assert docket.repeat(9, FULL, at=NOW + 0.5, instance=AGAIN) is None
+        assert docket.repeat(9, FULL, at=NOW + 0.5, instance=lambda: AGAIN) is None
     assert docket.close(9, at=NOW + 0.6) == []
     assert docket.settle(at=NOW + 0.9) == []
     [last] = docket.settle(at=NOW + 1)

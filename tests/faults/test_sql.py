@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgguard.faults.sql import SqlMode, sql_text
+from pgguard.faults.sql import SqlMode, SqlText, sql_text
 
 NORMALIZED, FULL, NONE = SqlMode.NORMALIZED, SqlMode.FULL, SqlMode.NONE
 
@@ -223,3 +223,22 @@ def test_parameters_are_numbered_after_the_highest() -> None:
     shown = sql_text(b"SELECT $7, 'a', $2, 'b'", NORMALIZED)
     assert shown is not None
     assert re.findall(r"\d+", shown) == ["7", "8", "2", "9"]
+
+
+def test_a_text_is_made_presentable_when_it_is_shown_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes milliseconds, and of most faults no text is ever shown."""
+    made: list[bytes | None] = []
+
+    def counting(sql: bytes | None, mode: SqlMode, *, cut: bool = False) -> str | None:
+        made.append(sql)
+        return sql_text(sql, mode, cut=cut)
+
+    monkeypatch.setattr("pgguard.faults.sql.sql_text", counting)
+    text = SqlText(b"SELECT 'x'", SqlMode.NORMALIZED, cut=False)
+    assert text == SqlText(b"SELECT 'x'", SqlMode.NORMALIZED, cut=False)
+    assert text != SqlText(b"SELECT 'x'", SqlMode.FULL, cut=False)
+    assert made == []
+    assert "x'" not in repr(text)
+    assert (text.shown(), text.shown()) == ("SELECT $1", "SELECT $1")
+    assert made == [b"SELECT 'x'"]
+    assert SqlText(None, SqlMode.FULL, cut=False).shown() is None

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgguard.attribution.evidence import Process
-from pgguard.faults.text import LABEL_LENGTH, listed, named, printable, process_label, shorten
+from pgguard.faults.text import LABEL_LENGTH, discreet_setting, listed, named, printable, process_label, shorten
 from tests.faults.samples import WORKER_1, process
 
 
@@ -72,3 +72,13 @@ def test_lists_end_in_and_and_stay_short() -> None:
 def test_shortened_text_says_so() -> None:
     assert shorten("abcdef", 6) == "abcdef"
     assert shorten("abcdefg", 6) == "abcde…"
+
+
+def test_a_name_is_looked_at_and_shown_as_far_as_a_server_keeps_it() -> None:
+    """A stranger's start-up packet has room for ten thousand bytes, and nothing else is needed to send it."""
+    assert discreet_setting("a" * 63) == "a" * 63
+    assert discreet_setting("a" * 10_000) == "a" * 63 + "…"
+    shown = discreet_setting('/pwd:5"" ' * 1100)
+    assert shown is not None
+    assert len(shown) < 70
+    assert discreet_setting("x" * 50 + " password=hunter2" + "3" * 99) == "x" * 50 + " password=***…"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 End = Literal["fin", "reset", "none"]
 
-SECONDS: Final = 20.0
+SECONDS: Final = 40.0
 """How long anything that has to come may take."""
 QUIET: Final = 0.2
 """For how long nothing comes where nothing is to come."""

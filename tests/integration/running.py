@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tests.servers import Address
 
 PROGRAMS = Path(__file__).parent / "programs"
-_SECONDS = 15.0
+_SECONDS = 30.0
 
 every_transport = pytest.mark.parametrize("transport", ["probed", "sampled", "unix"], indirect=True)
 """For tests in which it matters who tells the guard who sends."""
@@ -102,7 +102,7 @@ class Program:
         self._process.stdin.write("\n")
         self._process.stdin.flush()
 
-    def wait_for(self, pattern: str, *, count: int = 1, seconds: float = 20.0) -> list[str]:
+    def wait_for(self, pattern: str, *, count: int = 1, seconds: float = 40.0) -> list[str]:
         """Wait until its log matches so many times, and return the matches' groups; fail when time is up."""
         deadline = time.monotonic() + seconds
         while len(found := re.findall(pattern, self.log)) < count:

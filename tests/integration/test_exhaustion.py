@@ -102,7 +102,7 @@ def stage(small: Address, transport: Transport, tmp_path: Path) -> Iterator[Stag
         others = (
             "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' OR backend_type = 'walsender'"
         )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 30
         while connection.execute(others).fetchall() != [(1,)]:
             assert time.monotonic() < deadline, "the test before has left connections"
             time.sleep(0.02)

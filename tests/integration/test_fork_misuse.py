@@ -41,7 +41,7 @@ def scenario(name: str, address: Address) -> Iterator[list[int]]:
             assert program.stdout.readline() == "done\n"
             yield pids
             program.stdin.close()
-            assert program.wait(10) == 0
+            assert program.wait(30) == 0
         finally:
             program.kill()
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.servers import Server, Transport
 
 DESCRIPTORS = 90
-_SECONDS = 20.0
+_SECONDS = 40.0
 
 Connection = psycopg.Connection[Any]
 

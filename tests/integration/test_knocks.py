@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tests.servers import Transport
 
 _AT_ONCE = 8
-_SECONDS = 20.0
+_SECONDS = 40.0
 _OWN_FIELDS = re.compile(rb"(?<=\0)[FLR][^\0]+\0|to 3\.\d")
 """Of an ErrorResponse: where in the server's source it comes from, and which versions that server speaks."""
 

@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from tests.conftest import StartGuard
     from tests.servers import Transport
 
-pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
+pytestmark = [
+    pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session"),
+    pytest.mark.usefixtures("alone"),
+]
 
-TIMES = 30
+TIMES = 12
 
 
 @named_transport
-def test_of_thirty_forks_right_after_connecting_every_opener_is_known(
+def test_of_a_dozen_forks_right_after_connecting_every_opener_is_known(
     start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
     """The child's query is an inheritor's first: the verdict falls while the opener is still being looked for."""
@@ -41,7 +44,7 @@ def test_of_thirty_forks_right_after_connecting_every_opener_is_known(
 
 @named_transport
 @pytest.mark.parametrize(("mode", "action"), [("log", "logged"), ("reject", "rejected")])
-def test_of_thirty_goodbyes_right_after_connecting_every_one_is_foreign(
+def test_of_a_dozen_goodbyes_right_after_connecting_every_one_is_foreign(
     mode: str, action: str, start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
     guard = start_guard("--mode", mode, unlimited=True)

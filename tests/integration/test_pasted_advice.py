@@ -211,7 +211,7 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path = directory / "s"
     options = ("--port", "0", "--unixsocket", path, "--save", "", "--dir", directory)
     with subprocess.Popen([command, *options], stdout=subprocess.DEVNULL) as server:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 30
         while not path.exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scop
 
 _REJECTED = PROGRAMS / "rejected"
 _PGJDBC = Path("/usr/share/java/postgresql.jar")
-_SECONDS = 20.0
+_SECONDS = 40.0
 
 OUT_OF_PLACE = b"p\0\0\0\x09evil\0"
 """An intruder's password, when nobody has asked for one."""

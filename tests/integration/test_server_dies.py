@@ -22,7 +22,7 @@ from tests.servers import Server, installations, not_installed, running_server
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_SECONDS = 20.0
+_SECONDS = 40.0
 _POLLS = ("7 ", "271 ")
 """poll(2) and ppoll(2) in /proc/PID/syscall."""
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
 
 KIND = "session-state-lost"
-_SECONDS = 20.0
+_SECONDS = 40.0
 
 
 @contextmanager

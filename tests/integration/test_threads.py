@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from tests.guard_process import Fault, GuardProcess
     from tests.servers import Transport
 
-pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
+pytestmark = [
+    pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session"),
+    pytest.mark.usefixtures("alone"),
+]
 
 TIMES = 10
 
@@ -71,7 +74,7 @@ def test_a_thread_that_asks_while_another_one_sleeps_in_its_read(
     command = (sys.executable, PROGRAMS / "threads_pg8000.py")
     found: list[Fault] = []
     said: dict[str, Any] = {}
-    for _ in range(1 if transport != "sampled" else 5):  # a busy guard may come to look when the thread has woken
+    for _ in range(5):  # a busy guard may come to look when the thread has woken
         guard = start_guard("--mode", "log")
         with running(command, guard.at(transport), tmp_path) as program:
             said = program.read()

@@ -86,6 +86,20 @@ async def until(condition: Callable[[], bool]) -> None:
         await trio.sleep(0.005)
 
 
+async def at_rest(spent: Callable[[], float]) -> None:
+    """Wait until what has to do nothing takes next to none of the processor's time, which it has spent so far.
+
+    Something that is reported to it again and again never does.
+    """
+    deadline = time.monotonic() + SECONDS
+    while True:
+        before = spent()
+        await trio.sleep(0.5)
+        if (took := spent() - before) < 0.05:
+            return
+        assert time.monotonic() < deadline, f"it takes {took} s of half a second"
+
+
 @asynccontextmanager
 async def running(
     backend: FakeBackend | None = None, *, witness: Witness | None = None, sinks: Fanout | None = None, **settings: Any

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import trio
 
-SECONDS = 10.0
+SECONDS = 30.0
 """How long anything that a test waits for may take."""
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-SECONDS = 20.0
+SECONDS = 30.0
 
 
 def environment(**variables: str) -> dict[str, str]:

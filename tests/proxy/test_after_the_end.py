@@ -169,6 +169,24 @@ async def test_over_tcp_it_is_reset_as_soon_as_it_says_anything(
         assert errors(house) == []
 
 
+async def test_a_child_that_says_goodbye_twice_at_once_is_dropped_twice(
+    backend: FakeBackend, application: Puppet
+) -> None:
+    """The second was taken for the parent's own, and ended its session."""
+    async with running(backend, witness=Witness(), kinds={"foreign-terminate": "drop"}) as house:
+        family = Family(house, application, unix=True)
+        await family.log_in()
+        child, _ = await family.do(f"child_does(lambda: c.send({TERMINATE * 2!r}))")
+        await house.recorded("foreign-terminate", "foreign-terminate")
+        await family.do(f"c.send({SELECT!r})")
+        await family.server.expect(SELECT)
+        assert {fault.action for fault in house.faults} == {"dropped"}
+        intruders = {one.pid for fault in house.faults for one in fault.culprits if one.role == "intruder"}
+        assert intruders == {child}
+        await family.end(goodbye=False)
+        await house.empty()
+
+
 @by_either
 async def test_over_a_unix_socket_it_is_told_at_once_if_nobody_else_has_it_open(
     backend: FakeBackend, application: Puppet, short_directory: Path, goodbye: bool

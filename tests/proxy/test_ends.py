@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 
 import pytest
@@ -135,9 +137,26 @@ async def test_a_server_that_goes_while_idle(house: House, how: str) -> None:
     error = await client.message()
     assert error.fields["C"] == "08006"
     assert error.fields["M"].startswith("pgguard: the server at 127.0.0.1:")
+    assert "shut down at once (pg_ctl stop -m immediate)" in error.fields["D"]
     assert await client.rest() == b""
     await client.close()
     await house.empty()
+
+
+async def test_a_server_that_nothing_is_heard_of_any_more(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel says so when its keepalive probes have gone unanswered; it is no crash of the server's."""
+    client, server = await house.session()
+    [session] = house.guard._sessions.values()
+
+    def fail(*_: object, **__: object) -> int:
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+    monkeypatch.setattr(session.server, "receive", fail)
+    await server.send(READY)
+    error = await client.message()
+    assert error.fields["C"] == "08006"
+    assert error.fields["D"].startswith("Of the connection the system says: Connection timed out. The server's host ")
+    assert await client.rest() == b""
 
 
 @both_transports

@@ -13,6 +13,7 @@ from tests.proxy.messages import (
     ANSWER,
     GSSENC_REQUEST,
     LOGGED_IN,
+    SECONDS,
     SSL_REQUEST,
     TERMINATE,
     Client,
@@ -229,7 +230,7 @@ async def test_a_client_that_says_too_little_is_let_go(backend: FakeBackend, sai
 async def test_a_trickle_does_not_put_the_deadline_off(backend: FakeBackend) -> None:
     async with running(backend, startup_timeout=0.2) as house:
         client = await house.connect()
-        with pytest.raises(trio.BrokenResourceError), trio.fail_after(2):
+        with pytest.raises(trio.BrokenResourceError), trio.fail_after(SECONDS / 3):
             await _trickle(client, startup(user="x" * 1000))
 
 
@@ -251,7 +252,7 @@ async def test_whatever_knocks_other_sessions_go_on(house: House) -> None:
         for said in [b"", HTTP, b"\x16\x03\x01", SSL_REQUEST * 3, startup()[:5], bytes(20_000)] * 20:
             nursery.start_soon(_knock, house, said)
         for _ in range(50):
-            with trio.fail_after(1):
+            with trio.fail_after(SECONDS):
                 await client.send(query("select 1"))
                 await server.expect(query("select 1"))
                 await server.send(ANSWER)

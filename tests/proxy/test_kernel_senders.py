@@ -7,7 +7,9 @@ import random
 import socket
 import struct
 import threading
+import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -19,6 +21,8 @@ from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.attribution.ebpf.programs import Kind, Way
 from pgguard.attribution.ebpf.ring import Event
 from pgguard.attribution.evidence import Process
+from pgguard.attribution.processes import read_process
+from pgguard.attribution.witness import Witness
 from pgguard.faults.policy import KindAction
 from pgguard.proxy.kernel_senders import KernelSenders
 from pgguard.proxy.session import ProxiedSession
@@ -28,6 +32,7 @@ from tests.proxy.fake_backend import BackendConnection, FakeBackend
 from tests.proxy.messages import (
     ANSWER,
     LOGGED_IN,
+    SECONDS,
     SECRET,
     SSL_REQUEST,
     TERMINATE,
@@ -847,3 +852,59 @@ def test_what_was_seen_of_senders_is_kept_of_the_latest_alone() -> None:
         session.remember({pid: Process(pid, pid, 0.0, "app", ("app",), 1)})
     assert list(session.senders) == list(range(1744, 2000))
     assert len(session.met) <= 256
+
+
+def test_a_pid_that_has_been_silent_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    session = ProxiedSession(1, transport="unix", client_name=None, client_socket=None, opened_at=0.0)
+    assert session.meets(7)
+    now += 0.9
+    assert not session.meets(7)
+    now += 0.9
+    assert not session.meets(7), "it has sent meanwhile"
+    now += 1.1
+    assert session.meets(7)
+
+
+async def test_a_pid_that_another_process_has_by_now_names_that_one_or_nobody(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job runner whose connection all its jobs use, for so long that pids come again."""
+    pid = os.getpid()
+    job, me = Sender(pid, pid), read_process(pid)
+    assert me is not None
+    first = replace(me, started=me.started - 1, name="first", cmdline=("the-first-job",))
+    async with told(backend, witness=Witness()) as house:
+        client, server = await house.session()
+
+        async def take_turns(who: Sender) -> None:
+            await client.say((asked("job"), who))
+            await server.expect(asked("job"))
+            await server.send(ANSWER)
+            await client.expect(ANSWER)
+
+        monkeypatch.setattr(Witness, "sender", lambda _, named: first if named == pid else None)
+        for who in (job, PARENT, job, PARENT):
+            await take_turns(who)
+        await until(lambda: "shared-by-processes" in house.house.kinds)
+        told_before = len(house.house.faults)
+        assert "the-first-job" in repr(house.house.faults)
+        monkeypatch.undo()
+        with monkeypatch.context() as a_while_later:
+            a_while_later.setattr("pgguard.proxy.session._FRESH", 0.0)
+            await take_turns(job)
+
+        def named() -> set[tuple[str, ...]]:
+            culprits = [culprit for one in house.house.faults[told_before:] for culprit in one.culprits]
+            return {one.process.cmdline for one in culprits if one.process is not None and one.pid == pid}
+
+        with trio.fail_after(SECONDS):
+            while me.cmdline not in named():
+                await take_turns(job)
+                await take_turns(PARENT)
+                await trio.sleep(0.01)
+        assert named() == {me.cmdline}, "the one that has the pid now, or nobody"
+        await client.close()
+        await server.close()
+        await house.house.empty()

@@ -20,6 +20,9 @@ from tests.proxy.conftest import running
 from tests.proxy.fake_backend import FakeBackend
 from tests.proxy.messages import LOGGED_IN, Client, startup
 
+NOBODY = 65534
+only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give directories away")
+
 
 async def test_several_at_once_each_under_its_own_address(backend: FakeBackend, short_directory: Path) -> None:
     listen = ["127.0.0.1:0", "[::1]:0", f"unix:{short_directory}:1", f"unix:@{short_directory}:2"]
@@ -188,7 +191,7 @@ async def test_who_else_can_put_a_socket_there_is_said(short_directory: Path, mo
         )
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give directories away")
+@only_root
 async def test_who_owns_the_directory_can_replace_the_socket_even_if_it_is_sticky(short_directory: Path) -> None:
     change_mode(short_directory, 0o1755)
     os.chown(short_directory, 65534, 65534)
@@ -196,6 +199,87 @@ async def test_who_owns_the_directory_can_replace_the_socket_even_if_it_is_stick
     remark = listener.remark
     listener.close()
     assert "because it belongs to user nobody: use a directory that belongs to" in (remark or "")
+
+
+def _nobodys(directory: Path) -> Path:
+    """A directory that an ordinary user can lead elsewhere, as the one above it is his."""
+    (directory / "theirs" / "d").mkdir(parents=True)
+    change_mode(directory, 0o755)
+    os.chown(directory / "theirs", NOBODY, NOBODY)
+    return directory / "theirs" / "d"
+
+
+class _Led(socket.socket):
+    """A socket that is bound when its directory's user has just put a link in the directory's place."""
+
+    target = ""
+
+    def bind(self, address: object) -> None:
+        directory = Path(str(address)).parent
+        directory.rename(f"{directory}.before")
+        directory.symlink_to(self.target)
+        # Nobody could do that, but for this process's own user by now.
+        super().bind(address)  # type: ignore[arg-type]
+
+
+@only_root
+async def test_root_makes_no_socket_where_a_user_leads_its_path(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He may not write there himself."""
+    directory = _nobodys(short_directory)
+    os.chown(directory, NOBODY, NOBODY)
+    (short_directory / "roots").mkdir(0o755)
+    _Led.target = str(short_directory / "roots")
+    monkeypatch.setattr(socket, "socket", _Led)
+    with pytest.raises(ConfigurationError, match="Permission denied: as user nobody can put another directory in"):
+        await open_and_close(f"unix:{directory}:1")
+    assert list((short_directory / "roots").iterdir()) == []
+    assert os.geteuid() == 0
+
+
+@only_root
+async def test_root_follows_a_users_link_no_further_than_the_user_may_go(short_directory: Path) -> None:
+    directory = _nobodys(short_directory)
+    (short_directory / "roots").mkdir(0o755)
+    (short_directory / "his").mkdir(0o755)
+    os.chown(short_directory / "his", NOBODY, NOBODY)
+    link = directory.parent / "link"
+    link.symlink_to(short_directory / "roots")
+    with pytest.raises(ConfigurationError, match="use a directory that nobody else can move or replace"):
+        await open_and_close(f"unix:{link}:1")
+    assert list((short_directory / "roots").iterdir()) == []
+    link.unlink()
+    link.symlink_to(short_directory / "his")
+    (listener,) = await open_listeners(parse_listen(f"unix:{link}:1"), pass_credentials=True)
+    assert (short_directory / "his" / ".s.PGSQL.1").stat().st_uid == NOBODY
+    assert listener.remark is not None
+    listener.close()
+    assert list((short_directory / "his").iterdir()) == [], "it is removed as ever"
+
+
+@only_root
+async def test_who_can_put_another_directory_in_its_place_is_said(short_directory: Path) -> None:
+    directory = _nobodys(short_directory)
+    change_mode(directory, 0o1777)
+    (listener,) = await open_listeners(parse_listen(f"unix:{directory}:1"), pass_credentials=True)
+    remark = listener.remark
+    listener.close()
+    assert remark == (
+        f"others can put a socket of theirs in the place of unix:{directory}:1, because user nobody can put another "
+        f"directory in the place of {directory}: use a directory that nobody else can move or replace"
+    )
+
+
+@only_root
+async def test_root_makes_no_socket_by_a_path_that_anybody_can_lead_elsewhere(short_directory: Path) -> None:
+    above = short_directory / "everybodys"
+    (above / "d").mkdir(parents=True)
+    change_mode(above, 0o777)
+    with pytest.raises(ConfigurationError, match=r"of .*everybodys, anybody can write to it: use a directory that"):
+        await open_and_close(f"unix:{above}/d:1")
+    change_mode(above, 0o1777)
+    await open_and_close(f"unix:{above}/d:1")
 
 
 async def test_a_directory_in_which_it_may_not_be_removed_any_more_ends_nothing(short_directory: Path) -> None:
@@ -290,7 +374,7 @@ async def test_as_many_may_wait_as_the_system_lets_wait(short_directory: Path, u
         with ExitStack() as stack:
             for _ in range(many):
                 sock = stack.enter_context(socket.socket(socket.AF_UNIX if unix else socket.AF_INET))
-                sock.settimeout(0.5)
+                sock.settimeout(5)
                 sock.connect(listener.socket.getsockname())
     finally:
         listener.close()

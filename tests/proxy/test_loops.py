@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import socket
-from contextlib import suppress
+import subprocess
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,8 +17,10 @@ from tests.proxy.conftest import running, until
 from tests.proxy.fake_backend import converse
 from tests.proxy.messages import SECONDS, Client, startup
 from tests.proxy.spawned import run, spawned
+from tests.servers import not_installed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.proxy.fake_backend import FakeBackend
@@ -220,3 +225,60 @@ async def test_cancel_requests_in_a_loop(backend: FakeBackend, nursery: trio.Nur
         nursery.cancel_scope.cancel()
         guard.signal(signal.SIGTERM)
         guard.end()
+
+
+@contextmanager
+def pooler(directory: Path, target: int) -> Iterator[int]:
+    """A pgbouncer in front of a port; yields its own. It refuses to run as root."""
+    program = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
+    if program is None:
+        not_installed("pgbouncer")
+    port = free_port()
+    directory.chmod(0o755)
+    configuration = directory / "pgbouncer.ini"
+    configuration.write_text(
+        f"[databases]\n* = host=127.0.0.1 port={target} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+        f"listen_port = {port}\nunix_socket_dir =\nauth_type = any\nserver_connect_timeout = 1\n"
+        "server_login_retry = 1\nclient_login_timeout = 4\n"
+    )
+    user = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"] if os.geteuid() == 0 else []
+    with subprocess.Popen([*user, program, "-q", str(configuration)]) as process:
+        try:
+            yield port
+        finally:
+            process.kill()
+
+
+async def test_by_way_of_a_pooler_which_passes_no_mark_on(short_directory: Path) -> None:
+    """It logs in on its own account. One login after the other comes round, as it makes no second one meanwhile.
+
+    Clients get its own words when it has given up; one a second goes on to come round for as long as it is waited for.
+    """
+    port = free_port()
+    with pooler(short_directory, port) as upstream:
+        where = f"host=127.0.0.1 port={upstream}"
+        with spawned(where, cwd=short_directory, listen=f"127.0.0.1:{port}") as guard:
+            before = guard.descriptors()
+            most = 0
+            clients = [await Client.connect(port) for _ in range(10)]
+            for client in clients:
+                await client.send(startup(user="postgres", database="postgres"))
+            said: list[bytes] = []
+
+            async def listen(client: Client) -> None:
+                said.append(await client.rest())
+                await client.close()
+
+            async with trio.open_nursery() as listening:
+                for client in clients:
+                    listening.start_soon(listen, client)
+                while len(said) < len(clients):
+                    most = max(most, guard.descriptors())
+                    await trio.sleep(0.02)
+            assert all(b"08P01" in words and b"(server down)" in words for words in said), said
+            assert most <= before + 2 * len(clients) + 2 * 8
+            await until(lambda: guard.descriptors() <= before + 2 * 8)
+            for _ in range(2):
+                guard.signal(signal.SIGTERM)
+                await trio.sleep(0.2)
+            guard.end()

@@ -10,26 +10,30 @@ import os
 import socket
 import time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 
 from pgguard.attribution.witness import Witness
+from pgguard.faults.build import build_instance
 from pgguard.proxy.interpreter import tune
 from tests.proxy.conftest import running, until
 from tests.proxy.messages import ANSWER, LOGGED_IN, SELECTED, message, query, startup
+from tests.proxy.test_refusals import REFUSAL
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
+    from pgguard.faults.docket import Instance
     from tests.proxy.conftest import House
     from tests.proxy.fake_backend import BackendConnection, FakeBackend
     from tests.proxy.messages import Client, Peer
 
 MANY = 300
-LONGEST = 0.02
-"""Seconds of work after which others have waited for too long; with a thousand it would be a second if they didn't."""
+LONGEST = 0.06
+"""Seconds of work after which others have waited for too long; it would be 0.3 s with so many, and a second with a
+thousand, if they didn't."""
 IN_TRANSACTION = message("Z", b"T")
 
 
@@ -206,4 +210,35 @@ async def test_openers_of_many_that_log_in_at_once_are_found(backend: FakeBacken
             await server.log_in()
         await until(lambda: len(logged_in) == MANY)
         await until(lambda: all(one.opening is not None for one in house.guard._sessions.values()))
+        assert work.longest < LONGEST
+
+
+async def test_many_that_are_refused_at_once_hold_up_nobody(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = []
+
+    def describing(*args: Any, **more: Any) -> Instance:
+        described.append(args)
+        return build_instance(*args, **more)
+
+    monkeypatch.setattr("pgguard.proxy.judge.build_instance", describing)
+    async with running(backend, witness=Witness()) as house, trio.open_nursery() as nursery, measured() as work:
+
+        async def be_refused() -> None:
+            client = await house.connect(unix=True)
+            await client.send(startup())
+            await client.expect(REFUSAL)
+            await client.close()
+
+        for _ in range(MANY):
+            nursery.start_soon(be_refused)
+        for _ in range(MANY):
+            server = await backend.accept()
+            await server.packet()
+            await server.send(REFUSAL)
+            await server.close()
+        await until(lambda: sum(one.faults + one.repeats for one in house.docket.counts()) == MANY)
+        assert set(house.kinds) == {"connection-exhaustion"}
+        assert len(described) < len(house.faults), "who is only counted isn't described"
         assert work.longest < LONGEST

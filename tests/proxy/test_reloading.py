@@ -71,7 +71,12 @@ def start(backend: FakeBackend, directory: Path, *options: str) -> tuple[str, ..
     )
 
 
+SOON = "shutdown_timeout = 0.1\n"
+"""For tests that end while sessions are open."""
+
+
 async def test_the_file_of_faults_is_reopened(backend: FakeBackend, tmp_path: Path) -> None:
+    (tmp_path / "pgguard.toml").write_text(SOON)
     with spawned(*start(backend, tmp_path), cwd=tmp_path) as guard:
         scene = Scene(guard, backend, tmp_path)
         client, server = await scene.session()
@@ -91,6 +96,7 @@ async def test_the_file_of_faults_is_reopened(backend: FakeBackend, tmp_path: Pa
 async def test_a_file_that_is_renamed_or_removed_is_begun_anew_without_a_signal(
     backend: FakeBackend, tmp_path: Path
 ) -> None:
+    (tmp_path / "pgguard.toml").write_text(SOON)
     with spawned(*start(backend, tmp_path), cwd=tmp_path) as guard:
         scene = Scene(guard, backend, tmp_path)
         await misuse(*await scene.session())

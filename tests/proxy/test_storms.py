@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 
 from pgguard.session.session import _MOST_REQUESTS
+from pgguard.session.tracker import Tracker
 from tests.proxy.conftest import House, until
 from tests.proxy.messages import ANSWER, READY, TERMINATE, message, query
 from tests.proxy.test_relay import stuff, unread
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.proxy.fake_backend import BackendConnection
     from tests.proxy.messages import Client, Peer
 
@@ -169,3 +172,37 @@ async def test_a_goodbye_at_the_end_of_a_storm(house: House) -> None:
     await server.close()
     await house.empty()
     assert house.kinds == []
+
+
+CROWD = 40
+"""More than are ready to be read at once before others are let in between."""
+
+
+@pytest.mark.parametrize("storm", ["ask", "go"])
+@pytest.mark.usefixtures("_in_short_turns")
+async def test_who_interrupts_or_goes_stands_in_line(house: House, storm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process asks on all of its connections out of turn, or is killed: a bystander is served at once."""
+    crowd = [await house.session() for _ in range(CROWD)]
+    for client, server in crowd:
+        await client.send(query("select 1"))
+        await server.expect(query("select 1"))
+    client, server = await house.session()
+    followed = []
+    for name, read in (("frontend", Tracker.frontend), ("frontend_eof", Tracker.frontend_eof)):
+
+        def following(tracker: Tracker, *args: Any, read: Callable[..., Any] = read, **more: Any) -> Any:
+            followed.append(tracker)
+            return read(tracker, *args, **more)
+
+        monkeypatch.setattr(Tracker, name, following)
+    for stormy, _ in crowd:
+        if storm == "ask":
+            os.write(stormy.stream.socket.fileno(), query("select 2"))
+        else:
+            stormy.stream.socket.close()
+    await client.send(query("select 1"))
+    await server.expect(query("select 1"))
+    assert len(set(followed)) < CROWD // 4
+    await server.send(ANSWER)
+    await client.expect(ANSWER)
+    await until(lambda: sum(one.faults for one in house.docket.counts()) == CROWD)

@@ -159,6 +159,32 @@ async def test_one_stretch_is_told_once_and_the_next_one_again(transactions: Sta
         assert transactions.kinds == [Kind.IDLE_IN_TRANSACTION] * stretch
 
 
+async def test_no_time_counts_in_which_the_guard_was_stopped(transactions: Stage, autojump_clock: MockClock) -> None:
+    session = transactions.session()
+    ask(session)
+    answer(session, IN_TRANSACTION)
+    await trio.sleep(3)
+    autojump_clock.jump(1000)
+    await trio.sleep(3)
+    assert transactions.kinds == []
+    await trio.sleep(6)
+    assert transactions.kinds == [Kind.IDLE_IN_TRANSACTION]
+
+
+async def test_a_client_that_has_sent_what_is_still_to_be_read_does_not_sit_idle(
+    transactions: Stage, autojump_clock: MockClock
+) -> None:
+    session = transactions.session()
+    ask(session)
+    answer(session, IN_TRANSACTION)
+    transactions.clients[session.id].send(query("select 1"))
+    await trio.sleep(30)
+    assert transactions.kinds == []
+    session.client.sock.recv(1 << 16)
+    await trio.sleep(3)
+    assert transactions.kinds == [Kind.IDLE_IN_TRANSACTION]
+
+
 @pytest.mark.parametrize("ready", [IDLE, b""])
 async def test_a_session_that_is_idle_or_busy_is_not_in_a_transaction_that_sits_idle(
     transactions: Stage, ready: bytes, autojump_clock: MockClock

@@ -480,7 +480,7 @@ def test_a_pipe_without_a_reader_ends_printing_and_is_said(pipe: Pipe) -> None:
     pipe.close_reader()
     sink = ConsoleSink(pipe.writer)
     sink.record(fault())
-    sink._thread.join(10)
+    sink._thread.join(30)
     with pytest.raises(SinkError, match="can't be printed any more"):
         sink.record(fault())
     sink.close()

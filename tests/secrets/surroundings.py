@@ -251,6 +251,10 @@ COMMANDS: Final = (
     Place(("sh", "-c", "PGPASSWORD={} psql -p 5432"), shlex.quote),
     Place(("sh", "-c", "exec app --password {} -v"), shlex.quote),
     Place(("sh", "-c", "{}"), within(shlex.quote, "exec mysql -uroot -p", shlex.quote)),
+    Place(("docker", "--debug", "login", "-u", "joe", "-p", "{}"), raw),
+    Place(("podman", "login", "-p{}", "registry.example"), raw),
+    Place(("java", "-Dpw={}", "-jar", "app.jar"), raw),
+    Place(("xfreerdp", "/u:joe", "/p:{}", "/v:host"), raw),
     Place(("openssl", "rsa", "-passin", "pass:{}"), raw),
 )
 
@@ -292,6 +296,19 @@ SQL: Final = (
     Place(("host=db password={} user=app",), in_conninfo),
     Place(("password={}",), word_of_letters),
     Place(("CREATE USER joe IDENTIFIED BY {}",), word_of_letters),
+    *(
+        Place((f"SELECT id FROM users WHERE h = {call}",), in_sql)
+        for call in (
+            "crypt({}, h)",
+            "pg_catalog.md5({} || salt)",
+            "hmac('data', {}, 'sha256')",
+            "digest({}::text, 'sha256')",
+            "encode(encrypt ('d', {}, 'aes'), 'hex')",
+            "pgp_sym_decrypt/**/(c, {})",
+            '"crypt"({}, h)',
+        )
+    ),
+    Place(('SELECT 1 AS "password={}"',), word_of_letters),
     Place(("SELECT {}",), within(in_sql, '{"password": ', in_json, "}")),
 )
 """What clients send as SQL, whether it is or not."""

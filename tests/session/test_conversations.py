@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from pgguard.session.verdicts import Direction, Kind, Sender, Verdict
+from pgguard.session.verdicts import Direction, Kind, Sender
 from pgguard.wire.messages import LOOK_LIMIT
 from tests.session.model import Recording, cuts, recordings, split_messages
+from tests.session.outcomes import named, outcome, told
 from tests.session.protocol import BACKEND, FRONTEND, LOGIN, MODEL, Conversation, error, kinds
 
 if TYPE_CHECKING:
@@ -25,32 +26,6 @@ def play(events: Iterable[tuple[Direction, bytes]]) -> Conversation:
     for direction, data in events:
         conversation.feed(direction, data, MODEL if direction is Direction.FRONTEND else None)
     return conversation
-
-
-def outcome(conversation: Conversation) -> tuple[object, ...]:
-    """All of a session's state that can make a difference later on."""
-    tracker = conversation.tracker
-    return (
-        tracker.idle,
-        tracker.transaction_status,
-        tracker.terminated,
-        tracker.goodbye,
-        tracker.lost,
-        tracker.backend_rest,
-        tracker.ledger.state,
-        tracker.ledger.skipping,
-        tracker.copy_over,
-        tracker.unsynced is None,
-        [(owes, request.n) for owes, request, _ in tracker.ledger.entries],
-        [(r.n, r.messages, r.sql, r.sql_cut, r.state) for r in tracker.requests_seen()],
-    )
-
-
-def told(verdicts: Iterable[Verdict]) -> list[tuple[object, ...]]:
-    return [
-        (v.kind, v.reason, v.message, v.libpq, v.open_request, v.open_transaction, [(r.n, r.state) for r in v.requests])
-        for v in verdicts
-    ]
 
 
 @thoroughly
@@ -69,11 +44,11 @@ def test_legitimate_conversations_are_faultless(recording: Recording) -> None:
 @given(st.data(), recordings())
 def test_chunks_make_no_difference(data: st.DataObject, recording: Recording) -> None:
     """However a conversation is cut, the state it leaves is the same."""
-    expected = outcome(play(recording.events))
+    expected = outcome(play(recording.events).tracker)
     pieces = [(d, piece) for d, stream in recording.runs() for piece in data.draw(cuts(stream))]
     conversation = play(pieces)
     assert conversation.verdicts == []
-    assert outcome(conversation) == expected
+    assert outcome(conversation.tracker) == expected
 
 
 @st.composite
@@ -117,7 +92,7 @@ def test_chunks_make_no_difference_to_verdicts(data: st.DataObject, recording: R
     assert told(cut.verdicts) == told(whole.verdicts)
     assert cut.tracker.lost == whole.tracker.lost
     if whole.tracker.lost is None:
-        assert outcome(cut) == outcome(whole)
+        assert outcome(cut.tracker) == outcome(whole.tracker)
 
 
 Run = tuple[Direction, Sender | None, bytes]
@@ -184,18 +159,13 @@ def play_runs(runs: Iterable[Run], asks: bool, most: int = maxsize) -> Conversat
     return conversation
 
 
-def named(verdicts: Iterable[Verdict]) -> list[tuple[object, ...]]:
-    """Of each, who is said to have done what."""
-    return [(v.intruder, v.requesters, v.sender, [r.sender for r in v.requests], v.ends) for v in verdicts]
-
-
 def differ_in_nothing(runs: list[Run], pieces: list[Run], *, asks: bool, most: int = maxsize) -> None:
     whole, cut = play_runs(runs, asks), play_runs(pieces, asks, most)
     assert told(cut.verdicts) == told(whole.verdicts)
     assert named(cut.verdicts) == named(whole.verdicts)
     assert cut.tracker.lost == whole.tracker.lost
     if whole.tracker.lost is None:
-        assert outcome(cut) == outcome(whole)
+        assert outcome(cut.tracker) == outcome(whole.tracker)
 
 
 @thoroughly
@@ -227,7 +197,7 @@ def test_slices_stand_between_what_the_other_side_says(data: st.DataObject, most
     recording = data.draw(recordings(most=3))
     left = {Direction.FRONTEND: bytearray(), Direction.BACKEND: bytearray()}
     tracker = Conversation().tracker
-    expected = outcome(play(recording.events))
+    expected = outcome(play(recording.events).tracker)
     for direction, stream in recording.runs():
         left[direction] += stream
         # An answer is read when its request has been followed; any number of requests may have been.
@@ -245,9 +215,7 @@ def test_slices_stand_between_what_the_other_side_says(data: st.DataObject, most
             del left[Direction.BACKEND][:done]
     rest = left[Direction.FRONTEND]
     assert tracker.frontend(rest, 0, len(rest), MODEL, 0.0) == len(rest)
-    conversation = Conversation()
-    conversation.tracker = tracker
-    assert outcome(conversation)[:-1] == expected[:-1]
+    assert outcome(tracker)[:-1] == expected[:-1]
 
 
 # Mutations that can be observed
@@ -375,7 +343,7 @@ def test_swallowed_goodbye_leaves_no_trace(recording: Recording, named: bool, cu
         tracker.swallow()
         assert tracker.frontend(terminate, 0, 5, child, 0.0) == 5
     assert dropped.verdicts == []
-    assert outcome(dropped) == outcome(untouched)
+    assert outcome(dropped.tracker) == outcome(untouched.tracker)
 
 
 @thoroughly

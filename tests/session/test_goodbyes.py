@@ -367,6 +367,33 @@ class TestSwallowed:
         assert relay.tracker.verdict is not None
         assert relay.tracker.verdict.kind is Kind.INHERITED_CONNECTION
 
+    @pytest.mark.parametrize(
+        ("behind", "kind"), [(TERMINATE, Kind.FOREIGN_TERMINATE), (SELECT, Kind.INHERITED_CONNECTION)]
+    )
+    def test_what_stands_behind_it_in_the_chunk_is_its_senders_too(self, behind: bytes, kind: Kind) -> None:
+        """It was taken for the owner's: a second goodbye went through, and ended the session."""
+        relay = Relay()
+        assert relay.send(TERMINATE + behind, CHILD) == 0
+        relay.tracker.swallow()
+        assert relay.send(TERMINATE + behind, CHILD) == len(TERMINATE)
+        assert relay.send(behind, CHILD) == 0
+        verdict = relay.tracker.verdict
+        assert verdict is not None
+        assert (verdict.kind, verdict.intruder, verdict.requesters) == (kind, CHILD, (PARENT,))
+        assert not relay.tracker.terminated
+
+    def test_that_is_long_and_comes_in_pieces_is_swallowed_whole(self) -> None:
+        relay = Relay()
+        long = message("X", bytes(100))
+        assert relay.send(long[:20], CHILD) == 0
+        relay.tracker.swallow()
+        for piece in (long[:20], long[20:50], long[50:]):
+            assert relay.send(piece, CHILD) == len(piece)
+            assert relay.tracker.verdict is None
+        assert relay.send(SELECT, PARENT) == len(SELECT)
+        assert relay.tracker.verdict is None
+        assert [request.sender for request in relay.tracker.requests_seen()] == [PARENT]
+
     def test_behind_a_query_in_the_same_chunk_takes_nothing_else_along(self) -> None:
         """Only the five bytes of Terminate are kept from the server."""
         relay = Relay()

@@ -382,6 +382,18 @@ class TestEndOfTheServersStream:
             conversation.tracker.frontend_eof(0, reset=how == "reset")
         assert conversation.tracker.backend_eof(0) == []
 
+    @pytest.mark.parametrize("cut", [5, 100])
+    def test_in_the_middle_of_a_message_of_type_zero(self, cut: int) -> None:
+        """It is one like any other that isn't known, however it comes in pieces."""
+        conversation = Conversation()
+        strange = message("\0", bytes(1000))
+        assert kinds(conversation.backend(strange[:cut])) == [Kind.PROTOCOL_VIOLATION]
+        conversation.backend(strange[cut:500])
+        [verdict] = conversation.tracker.backend_eof(0)
+        assert verdict.message is not None
+        assert verdict.message.size == len(strange)
+        assert verdict.reason.startswith("the server's stream ended 505 bytes before the end of a")
+
     def test_in_the_middle_of_a_header(self) -> None:
         conversation = Conversation()
         conversation.backend(b"N\0")

@@ -1,0 +1,161 @@
+"""What to change where a socket can't be had, or not be connected, by what the system says: one table for all of it.
+
+The numbers and what they mean: connect(2), socket(2), accept(2), ip(7), unix(7), getaddrinfo(3).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from pgguard.proxy.errors import LeadsBackError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+HOW_TO_RAISE: Final = (
+    "Raise the limit of open files for pgguard: ulimit -n before it starts, LimitNOFILE= in a systemd unit, "
+    "--ulimit nofile= with docker."
+)
+_SYSTEM: Final = "The whole system has too many open files: raise fs.file-max with sysctl, or end what holds them."
+_MEMORY: Final = "The system has no memory left for another socket."
+_EXHAUSTION: Final[Mapping[int, str]] = MappingProxyType(
+    {
+        errno.EMFILE: HOW_TO_RAISE,
+        errno.ENFILE: _SYSTEM,
+        errno.ENOBUFS: _MEMORY,
+        errno.ENOMEM: _MEMORY,
+    }
+)
+"""When there are no descriptors, or nothing to make one of."""
+
+_WHERE: Final = "that --upstream or PGGUARD_UPSTREAM names the right place"
+_CHECK: Final = f"Check that PostgreSQL is running there, and {_WHERE}."
+_NO_ROUTE: Final = f"No way leads from this host to that address: check the network and its routes, and {_WHERE}."
+_NO_ANSWER: Final = (
+    "Nothing answers there: the host is down, a firewall swallows what is sent to it, or PostgreSQL has no room for "
+    f"more in its backlog. Check that, and {_WHERE}."
+)
+_FORBIDDEN: Final = "This host forbids it: check its firewall and routes, and SELinux or AppArmor."
+_NO_PORT: Final = (
+    "This host has no local port left for one more connection to there: widen net.ipv4.ip_local_port_range with "
+    "sysctl, or keep connections open, as pools do, as each that is closed takes its port for another minute."
+)
+_NO_FAMILY: Final = f"This host has no address of that kind, IPv6 most often. Check {_WHERE}."
+_NO_ADDRESS: Final = f"One can't connect to such an address; fe80:… takes its interface, %eth0. Check {_WHERE}."
+_PATH: Final = f"Check the socket's path: {_WHERE}, and PostgreSQL's unix_socket_directories and port."
+
+_TCP: Final[Mapping[int, str]] = MappingProxyType(
+    {
+        errno.ECONNREFUSED: _CHECK,
+        errno.EADDRNOTAVAIL: f"{_NO_FAMILY} Or: {_NO_PORT}",
+        errno.ENETUNREACH: _NO_ROUTE,
+        errno.EHOSTUNREACH: _NO_ROUTE,
+        errno.ENETDOWN: _NO_ROUTE,
+        errno.EHOSTDOWN: _NO_ROUTE,
+        errno.ETIMEDOUT: _NO_ANSWER,
+        errno.ECONNRESET: f"Something on the way ends connections to there. {_CHECK}",
+        errno.EACCES: _FORBIDDEN,
+        errno.EPERM: _FORBIDDEN,
+        errno.EAFNOSUPPORT: _NO_FAMILY,
+        errno.EINVAL: _NO_ADDRESS,
+    }
+)
+_UNIX: Final[Mapping[int, str]] = MappingProxyType(
+    {
+        errno.ENOENT: f"There is no such socket. Check that PostgreSQL is running. {_PATH}",
+        errno.ECONNREFUSED: "Nobody listens on that socket: check that PostgreSQL is running.",
+        errno.EACCES: (
+            "pgguard's user may not connect to that socket: check the modes of the directories on the way, and "
+            "PostgreSQL's unix_socket_permissions and unix_socket_group."
+        ),
+        errno.EPERM: _FORBIDDEN,
+        errno.ENOTDIR: _PATH,
+        errno.ELOOP: _PATH,
+        errno.ENAMETOOLONG: _PATH,
+        errno.EPROTOTYPE: f"That socket is of another kind than PostgreSQL's. {_PATH}",
+        errno.ETIMEDOUT: "PostgreSQL has no room for more in its backlog: check that it isn't stopped or stuck.",
+    }
+)
+_NO_NAME: Final = f"The name isn't known: check the DNS, and {_WHERE}."
+_NAME_UNKNOWN_NOW: Final = "The DNS doesn't answer: check it, and the network."
+_OWN_ADDRESS: Final = "Name the address of PostgreSQL in --upstream or PGGUARD_UPSTREAM."
+_NOT_NOW: Final = "It says so itself: try again in a moment."
+
+_ENDED: Final = (
+    "It sent no error before. A server does so that has crashed or is shut down at once (pg_ctl stop -m immediate), if "
+    "it can with a warning that says which; a failover or a network device in between may do so as well."
+)
+"""``quickdie()`` in ``postgres.c``: it sends a warning, 57P01 or 57P02, and ends."""
+_LOST_TOUCH: Final = "The server's host is down, or the network in between: the server itself may know nothing of it."
+_LOST: Final = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN})
+"""What the system says of a connection when nobody answers on it any more: tcp(7), keepalive."""
+
+_OF_A_FAMILY: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETUNREACH})
+"""What is wrong with one of the addresses of a name, mostly the IPv6 one, where something else is with another one."""
+
+
+def remedy(number: int) -> str:
+    """What to change, by what the system says when there are no descriptors left."""
+    return _EXHAUSTION[number]
+
+
+def is_exhaustion(number: int | None) -> bool:
+    """Whether a system call failed for want of descriptors, or of what they are made of: socket(2), accept(2)."""
+    return number in _EXHAUSTION
+
+
+def is_want(error: BaseException, *, ipv4: bool) -> bool:
+    """Whether a connection could not be made for want of something on this host; arguments as of :func:`hints`."""
+    if isinstance(error.__cause__, BaseExceptionGroup):
+        return any(is_want(cause, ipv4=ipv4) for cause in error.__cause__.exceptions)
+    number = error.errno if isinstance(error, OSError) else None
+    return number in _EXHAUSTION or (ipv4 and number == errno.EADDRNOTAVAIL)
+
+
+def hints(error: BaseException, *, unix: bool, ipv4: bool) -> list[str]:
+    """What may be the matter where a connection could not be made: sentences.
+
+    Args:
+        error: what went wrong; trio's, of all that a name resolves to, is taken apart.
+        unix: it was to be made to a Unix socket.
+        ipv4: it was to be made to an address that is certainly IPv4.
+    """
+    if isinstance(error.__cause__, BaseExceptionGroup):
+        causes = [cause for cause in error.__cause__.exceptions if not _is_of_a_family(cause)]
+        found = [hint for cause in causes or error.__cause__.exceptions for hint in hints(cause, unix=unix, ipv4=ipv4)]
+        return list(dict.fromkeys(found))
+    if isinstance(error, socket.gaierror):
+        return [_NAME_UNKNOWN_NOW if error.errno == socket.EAI_AGAIN else _NO_NAME]
+    if isinstance(error, UnicodeError):
+        return [_NO_NAME]
+    if isinstance(error, LeadsBackError):
+        return [_OWN_ADDRESS]
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and isinstance(error, TimeoutError):
+        number = errno.ETIMEDOUT
+    if number is None:
+        return [_NOT_NOW if isinstance(error, ConnectionRefusedError) else _CHECK]
+    if number in _EXHAUSTION:
+        return [_EXHAUSTION[number]]
+    if number == errno.EADDRNOTAVAIL and ipv4:
+        return [_NO_PORT]
+    return [(_UNIX if unix else _TCP).get(number, _CHECK)]
+
+
+def why_it_ended(number: int | None) -> str:
+    """What may be the matter with a server that has ended a session without an error: sentences.
+
+    Args:
+        number: what the system says of the connection; ``None``: it has come to its end.
+    """
+    if number is None or number not in _LOST:
+        return _ENDED
+    return f"Of the connection the system says: {os.strerror(number)}. {_LOST_TOUCH}"
+
+
+def _is_of_a_family(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _OF_A_FAMILY
