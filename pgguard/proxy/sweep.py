@@ -15,9 +15,9 @@ are followed at once, and more as long as the round has taken less than :data:`_
 its turn, one slice of one end in each round, behind all that has come meanwhile.
 
 In line: what may take long to deal with keeps nobody waiting whose turn would come behind it. That is the end of a
-stream, and where many sockets are ready at once, whatever a client sends while an answer to it is due. These ends are
-taken out of the epoll, and dealt with one after the other, for a moment in each round. So when a process has been
-killed that had a thousand connections, or asks on all of them out of turn, others are served meanwhile.
+stream, and while somebody is judged, or stands in line, whatever a client sends while an answer to it is due. These
+ends are taken out of the epoll, and dealt with one after the other, for a moment in each round. So when a process has
+been killed that had a thousand connections, or asks on all of them out of turn, others are served meanwhile.
 
 Holding: when a verdict falls on what one end has sent, that end isn't read until the ruling
 (:mod:`pgguard.proxy.judge`), and what it has sent waits. The other direction flows on: two answers that would have
@@ -72,6 +72,8 @@ _HEADROOM: Final = LOOK_LIMIT
 _EVENTS: Final = 32
 """Sockets that are served before it is looked whether it is the turn of others: a verdict takes many times as long as a
 message that is in order."""
+_CROWD: Final = 256
+"""The same, while somebody is judged or stands in line: among many who are to do so one is looked for who isn't."""
 _PATIENCE: Final = 0.001
 """Seconds to wait for the next event before the sweep goes to sleep in trio."""
 _TURN: Final = 0.003
@@ -204,11 +206,16 @@ class Sweep:
         began = clock()
         turn_ends = began + _TURN
         while (
-            (events := poll(0 if backlog or line or began < self._hurried_until else _PATIENCE, _EVENTS))
+            (
+                events := poll(
+                    0 if backlog or line or began < self._hurried_until else _PATIENCE,
+                    _CROWD if line or began < self._hurried_until else _EVENTS,
+                )
+            )
             or backlog
             or line
         ):
-            if line or len(events) == _EVENTS:
+            if line or began < self._hurried_until:
                 events = self._without_interrupters(events)
             now = time.time()
             self._slice_ends = clock() + _SLICE

@@ -85,14 +85,20 @@ def test_a_dropped_goodbye_leaves_the_parent_its_connection(
 ) -> None:
     configuration = tmp_path / "pgguard.toml"
     configuration.write_text('[kinds]\nforeign-terminate = "drop"\n')
-    guard = start_guard("--config", str(configuration))
-    with running([*terminating_child, LONG_ENOUGH], guard.at(transport), tmp_path) as program:
-        assert program.read()["alive"] == 1
-        assert program.wait() == 0, program.log
-    guard.stop()
-    [fault] = guard.faults("foreign-terminate")
-    assert fault["action"] == "dropped"
-    assert errors(guard) == [fault]
+    found: list[Fault] = []
+    alive = status = None
+    for attempt in range(1 if transport != "sampled" else 5):  # a busy guard may come to look when the child has gone
+        guard = start_guard("--config", str(configuration))
+        with running([*terminating_child, LONG_ENOUGH], guard.at(transport), tmp_path, f"{attempt}") as program:
+            alive = program.read()["alive"]
+            status = program.wait()
+        guard.stop()
+        found = errors(guard)
+        if alive:
+            break
+    assert (alive, status) == (1, 0)
+    [fault] = found
+    assert (fault["kind"], fault["action"]) == ("foreign-terminate", "dropped")
 
 
 @every_transport
