@@ -119,8 +119,8 @@ def _found() -> Iterator[tuple[Path, Lack | None]]:
         closed = closed_directory(path)
         if closed is not None:
             who = user_name(os.geteuid())
-            problem = f"py-spy is not installed, unless it is in {path.parent}: {who} may not enter {closed}"
-            hidden.append((path, Lack(problem, f"{_INSTALL} where {who} may run it")))
+            problem = f"py-spy is not installed, unless it is in {path.parent}: {who} can't enter {closed}"
+            hidden.append((path, Lack(problem, f"{_INSTALL} where {who} can run it")))
         elif path.is_file():
             yield path, _lack(path, trusted=path in beside)
     yield from hidden
@@ -132,7 +132,7 @@ def _lack(path: Path, *, trusted: bool) -> Lack | None:
         return Lack(f"py-spy at {path} is not used: {reason}", f"{TRUST_REMEDY}, or {_INSTALL}")
     if not may_execute(path):
         who = user_name(os.geteuid())
-        return Lack(f"py-spy at {path} is not used: {who} may not execute it", f"chmod a+rx {path}")
+        return Lack(f"py-spy at {path} is not used: {who} can't execute it", f"chmod a+rx {path}")
     return None
 
 

@@ -111,7 +111,9 @@ def find_leader(directory: Path) -> Leader | None:
             if uid not in TRUSTED:
                 return Leader(uid, f"{user_name(uid)} can put another directory in the place of {entry}")
             if not sticky:
-                return Leader(None, f"another directory can be put in the place of {entry}: of {here}, {reason}")
+                return Leader(
+                    None, f"others can put another directory in the place of {entry} ({here} isn't safe: {reason})"
+                )
         if not stat.S_ISLNK(status.st_mode):
             here = entry
             continue

@@ -176,7 +176,10 @@ def main() -> None:
     except RuntimeError as error:
         if str(error) != _NO_THREAD:
             raise
-        _complain("no thread can be started: raise the limit on processes, RLIMIT_NPROC or pids.max of the cgroup")
+        _complain(
+            "the system doesn't let pgguard start another thread: raise the limit on processes, ulimit -u or pids.max "
+            "of the cgroup (TasksMax= in a systemd unit)"
+        )
         sys.exit(CANNOT)
     except typer.TyperException as error:
         if str(error):  # it is empty when the help has been printed for want of a command

@@ -204,7 +204,7 @@ def _open_unix(address: UnixAddress, *, pass_credentials: bool) -> Listener:
     except OSError as error:
         sock.close()
         _leave(place)
-        remedy = _remedy(error, address) if place is None or place.leader is None else _leaders_remedy(place.leader)
+        remedy = _remedy(error, address, None if place is None else place.leader)
         raise ConfigurationError(f"--listen {address}: {error.strerror or error}{remedy}") from error
     except BaseException:
         sock.close()
@@ -259,8 +259,13 @@ def _tcp_remedy(error: OSError) -> str:
             return ""
 
 
-def _remedy(error: OSError, address: UnixAddress) -> str:
+def _remedy(error: OSError, address: UnixAddress, leader: Leader | None) -> str:
     match error.errno:
+        case errno.EACCES | errno.EPERM if leader is not None and os.geteuid() == 0:
+            return (
+                f": {leader.reason}, so pgguard creates the socket with that user's rights: "
+                "use a directory that nobody else can move or replace"
+            )
         case errno.ENOENT if not Path(address.directory).is_dir():
             return f": create the directory {address.directory}"
         case errno.ENOENT | errno.EACCES | errno.EPERM | errno.EROFS:
@@ -269,10 +274,6 @@ def _remedy(error: OSError, address: UnixAddress) -> str:
             return f": {address.path} exists and is not a socket, remove it or use another DIR or PORT"
         case _:
             return ""
-
-
-def _leaders_remedy(leader: Leader) -> str:
-    return f": as {leader.reason}, it takes what that user may do: use a directory that nobody else can move or replace"
 
 
 def _remove_stale(place: _Place) -> None:

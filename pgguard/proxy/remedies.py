@@ -34,19 +34,24 @@ _EXHAUSTION: Final[Mapping[int, str]] = MappingProxyType(
 
 _WHERE: Final = "that --upstream or PGGUARD_UPSTREAM names the right place"
 _CHECK: Final = f"Check that PostgreSQL is running there, and {_WHERE}."
-_NO_ROUTE: Final = f"No way leads from this host to that address: check the network and its routes, and {_WHERE}."
+_NO_ROUTE: Final = f"This host has no route to that address: check the network and the routes, and {_WHERE}."
 _NO_ANSWER: Final = (
-    "Nothing answers there: the host is down, a firewall swallows what is sent to it, or PostgreSQL has no room for "
-    f"more in its backlog. Check that, and {_WHERE}."
+    "Nothing answers there: maybe the host is down, a firewall drops the packets, or PostgreSQL's backlog is full. "
+    f"Check these, and {_WHERE}."
 )
-_FORBIDDEN: Final = "This host forbids it: check its firewall and routes, and SELinux or AppArmor."
+_FORBIDDEN: Final = "This host doesn't allow it: check its firewall and routes, and SELinux or AppArmor."
 _NO_PORT: Final = (
-    "This host has no local port left for one more connection to there: widen net.ipv4.ip_local_port_range with "
-    "sysctl, or keep connections open, as pools do, as each that is closed takes its port for another minute."
+    "This host has no local port left for another connection to that address: widen net.ipv4.ip_local_port_range with "
+    "sysctl, or keep connections open, as a pool does: one that is closed keeps its port for another minute."
 )
-_NO_FAMILY: Final = f"This host has no address of that kind, IPv6 most often. Check {_WHERE}."
-_NO_ADDRESS: Final = f"One can't connect to such an address; fe80:… takes its interface, %eth0. Check {_WHERE}."
-_PATH: Final = f"Check the socket's path: {_WHERE}, and PostgreSQL's unix_socket_directories and port."
+_NO_FAMILY: Final = f"This host has no address of that kind (usually IPv6). Check {_WHERE}."
+_NO_ADDRESS: Final = (
+    f"Nobody can connect to such an address; one with fe80: needs its interface, as in fe80::1%eth0. Check {_WHERE}."
+)
+_PATH: Final = (
+    "Check the socket's path: --upstream or PGGUARD_UPSTREAM must name a directory in PostgreSQL's "
+    "unix_socket_directories, and its port."
+)
 
 _TCP: Final[Mapping[int, str]] = MappingProxyType(
     {
@@ -57,7 +62,7 @@ _TCP: Final[Mapping[int, str]] = MappingProxyType(
         errno.ENETDOWN: _NO_ROUTE,
         errno.EHOSTDOWN: _NO_ROUTE,
         errno.ETIMEDOUT: _NO_ANSWER,
-        errno.ECONNRESET: f"Something on the way ends connections to there. {_CHECK}",
+        errno.ECONNRESET: f"Something on the way closes connections to that address. {_CHECK}",
         errno.EACCES: _FORBIDDEN,
         errno.EPERM: _FORBIDDEN,
         errno.EAFNOSUPPORT: _NO_FAMILY,
@@ -67,30 +72,30 @@ _TCP: Final[Mapping[int, str]] = MappingProxyType(
 _UNIX: Final[Mapping[int, str]] = MappingProxyType(
     {
         errno.ENOENT: f"There is no such socket. Check that PostgreSQL is running. {_PATH}",
-        errno.ECONNREFUSED: "Nobody listens on that socket: check that PostgreSQL is running.",
+        errno.ECONNREFUSED: "No server listens on that socket: check that PostgreSQL is running.",
         errno.EACCES: (
-            "pgguard's user may not connect to that socket: check the modes of the directories on the way, and "
+            "pgguard's user can't connect to that socket: check the modes of the directories above it, and "
             "PostgreSQL's unix_socket_permissions and unix_socket_group."
         ),
         errno.EPERM: _FORBIDDEN,
         errno.ENOTDIR: _PATH,
         errno.ELOOP: _PATH,
         errno.ENAMETOOLONG: _PATH,
-        errno.EPROTOTYPE: f"That socket is of another kind than PostgreSQL's. {_PATH}",
-        errno.ETIMEDOUT: "PostgreSQL has no room for more in its backlog: check that it isn't stopped or stuck.",
+        errno.EPROTOTYPE: f"That socket isn't PostgreSQL's: it is of another type. {_PATH}",
+        errno.ETIMEDOUT: "PostgreSQL's backlog is full: check that it isn't stopped or stuck.",
     }
 )
-_NO_NAME: Final = f"The name isn't known: check the DNS, and {_WHERE}."
-_NAME_UNKNOWN_NOW: Final = "The DNS doesn't answer: check it, and the network."
-_OWN_ADDRESS: Final = "Name the address of PostgreSQL in --upstream or PGGUARD_UPSTREAM."
-_NOT_NOW: Final = "It says so itself: try again in a moment."
+_NO_NAME: Final = f"There is no host of that name: check the DNS, and {_WHERE}."
+_NAME_UNKNOWN_NOW: Final = "The DNS server doesn't answer: check it, and the network."
+_OWN_ADDRESS: Final = "Name PostgreSQL's own address in --upstream or PGGUARD_UPSTREAM."
+_NOT_NOW: Final = "The server itself says so: try again in a moment."
 
 _ENDED: Final = (
-    "It sent no error before. A server does so that has crashed or is shut down at once (pg_ctl stop -m immediate), if "
-    "it can with a warning that says which; a failover or a network device in between may do so as well."
+    "It sent no error first. So it is when a server crashes or is shut down at once (pg_ctl stop -m immediate); if it "
+    "can, it sends a warning that says which. A failover or a network device in between can have the same effect."
 )
 """``quickdie()`` in ``postgres.c``: it sends a warning, 57P01 or 57P02, and ends."""
-_LOST_TOUCH: Final = "The server's host is down, or the network in between: the server itself may know nothing of it."
+_LOST_TOUCH: Final = "The server's host is down, or the network in between is; the server itself may not have noticed."
 _LOST: Final = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN})
 """What the system says of a connection when nobody answers on it any more: tcp(7), keepalive."""
 
@@ -154,7 +159,7 @@ def why_it_ended(number: int | None) -> str:
     """
     if number is None or number not in _LOST:
         return _ENDED
-    return f"Of the connection the system says: {os.strerror(number)}. {_LOST_TOUCH}"
+    return f"About the connection the system says: {os.strerror(number)}. {_LOST_TOUCH}"
 
 
 def _is_of_a_family(error: BaseException) -> bool:

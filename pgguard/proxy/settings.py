@@ -289,7 +289,9 @@ def _read(path: Path) -> dict[str, Any]:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"--config {path}: it is not valid TOML: {error}") from error
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-            raise ConfigurationError(f"--config {path}: it holds what is too long or too deep to be read") from error
+            raise ConfigurationError(
+                f"--config {path}: a number in it is too long, or its brackets are nested too deeply"
+            ) from error
 
 
 def _first_problem(error: ValidationError, given: dict[str, Any], config: Path | None) -> str:

@@ -287,8 +287,8 @@ def test_py_spy_in_a_directory_that_the_user_may_not_enter(kept: str, tmp_path: 
     closed = next(one for one in reversed(program.parents) if not one.stat().st_mode & 0o001)
     assert (found, ran) == (None, None)
     assert lack == [
-        f"py-spy is not installed, unless it is in {directory}: user nobody may not enter {closed}",
-        "pip install 'pgguard[stacks]' where user nobody may run it",
+        f"py-spy is not installed, unless it is in {directory}: user nobody can't enter {closed}",
+        "pip install 'pgguard[stacks]' where user nobody can run it",
     ]
 
 
@@ -309,4 +309,4 @@ def test_py_spy_that_the_user_may_not_execute(short_directory: Path) -> None:
         """
     )
     assert found == [str(program), None]
-    assert lack == [f"py-spy at {program} is not used: user nobody may not execute it", f"chmod a+rx {program}"]
+    assert lack == [f"py-spy at {program} is not used: user nobody can't execute it", f"chmod a+rx {program}"]

@@ -107,8 +107,8 @@ def test_a_guard_in_front_of_itself(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("mode = ", "is not valid TOML"),
-        ("a = " + "[" * 5000, "it holds what is too long or too deep to be read"),
-        (f"idle_in_transaction = {'9' * 5000}", "it holds what is too long or too deep to be read"),
+        ("a = " + "[" * 5000, "a number in it is too long, or its brackets are nested too deeply"),
+        (f"idle_in_transaction = {'9' * 5000}", "a number in it is too long, or its brackets are nested too deeply"),
         ("mode = 'strict'", "mode should be 'log' or 'reject', not 'strict'"),
         ("moed = 'log'", "moed: there is no such setting: did you mean mode?"),
         ("unread-answer = 3", "unread-answer: there is no such setting: did you mean unread_answer?"),

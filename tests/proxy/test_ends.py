@@ -155,7 +155,9 @@ async def test_a_server_that_nothing_is_heard_of_any_more(house: House, monkeypa
     await server.send(READY)
     error = await client.message()
     assert error.fields["C"] == "08006"
-    assert error.fields["D"].startswith("Of the connection the system says: Connection timed out. The server's host ")
+    assert error.fields["D"].startswith(
+        "About the connection the system says: Connection timed out. The server's host "
+    )
     assert await client.rest() == b""
 
 

@@ -84,10 +84,10 @@ def test_over_tcp() -> None:
     expected = {
         "127.0.0.1": ("Connection refused", False, "Check that PostgreSQL is running there, "),
         "::1": ("Connection refused", False, "Check that PostgreSQL is running there, "),
-        "192.0.2.1": ("No route to host", False, "No way leads from this host to that address: "),
-        "192.0.2.2": ("Permission denied", False, "This host forbids it: check its firewall "),
-        "192.0.2.3": ("Network is unreachable", False, "No way leads from this host to that address: "),
-        "no IPv6": ("Cannot assign requested address", False, "This host has no address of that kind, IPv6 "),
+        "192.0.2.1": ("No route to host", False, "This host has no route to that address: "),
+        "192.0.2.2": ("Permission denied", False, "This host doesn't allow it: check its firewall "),
+        "192.0.2.3": ("Network is unreachable", False, "This host has no route to that address: "),
+        "no IPv6": ("Cannot assign requested address", False, "This host has no address of that kind (usually IPv6)"),
         "no port": ("Cannot assign requested address", True, "This host has no local port left "),
     }
     for what, (reason, exhausted, hint) in expected.items():
@@ -114,7 +114,7 @@ def test_a_client_that_no_local_port_is_left_for(short_directory: Path) -> None:
         finally:
             guard.kill()
     assert "\0C53300\0Mpgguard: too many connections: 127.0.0.1:7: Cannot assign requested address\0" in said
-    assert "\0HThis host has no local port left for one more connection to there: " in said
+    assert "\0HThis host has no local port left for another connection to that address: " in said
 
 
 _UNIX = """
@@ -144,9 +144,9 @@ def test_over_a_unix_socket(short_directory: Path) -> None:
         said = _run(command)
     expected = [
         ("No such file or directory", "There is no such socket. Check that PostgreSQL is running. "),
-        ("Connection refused", "Nobody listens on that socket: "),
-        ("Permission denied", "pgguard's user may not connect to that socket: "),
-        ("Protocol wrong type for socket", "That socket is of another kind than PostgreSQL's. "),
+        ("Connection refused", "No server listens on that socket: "),
+        ("Permission denied", "pgguard's user can't connect to that socket: "),
+        ("Protocol wrong type for socket", "That socket isn't PostgreSQL's: it is of another type. "),
     ]
     for (reason, exhausted, hint), (expected_reason, expected_hint) in zip(said, expected, strict=True):
         assert (reason, exhausted) == (expected_reason, False)
