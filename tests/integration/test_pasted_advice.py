@@ -59,6 +59,7 @@ def paste(code: str, directory: Path) -> None:
         marked = [
             (file, mark)
             for file in sorted(directory.rglob("*.*"))
+            if "__pycache__" not in file.parts
             for mark in (rf", {re.escape(name)}", "")
             if (mark or file == own) and _mark(mark).search(file.read_text())
         ]

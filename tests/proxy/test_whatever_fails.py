@@ -378,7 +378,7 @@ async def dropped(stage: Stage) -> None:
     for _ in range(2):
         await server.send(COLUMNS)
         await stage.recorded("message-while-idle")
-        if stage.is_untracked or "message-while-idle" not in stage.house.kinds:
+        if stage.is_untracked or "message-while-idle" not in stage.entered:
             return
     await stage.converse(client, server)
 
