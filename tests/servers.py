@@ -74,12 +74,13 @@ def installations() -> dict[str, Path | None]:
     return {"embedded": embedded, **(debian or {"debian": None})}
 
 
-_REQUIRE_ALL = os.environ.get("PGGUARD_REQUIRE_ALL") == "1"
+REQUIRE_ALL = os.environ.get("PGGUARD_REQUIRE_ALL") == "1"
+"""Everything has to be there that tests need, and what they make up is the same each time: for CI."""
 
 
 def needs(what: str, *, found: object) -> pytest.MarkDecorator:
     """A mark for a test that needs it: skip it if it wasn't found; let it fail where everything has to be there."""
-    return pytest.mark.skipif(not found and not _REQUIRE_ALL, reason=f"{what} is not installed")
+    return pytest.mark.skipif(not found and not REQUIRE_ALL, reason=f"{what} is not installed")
 
 
 def is_open_to_others() -> bool:
@@ -89,7 +90,7 @@ def is_open_to_others() -> bool:
 
 def not_installed(what: str) -> NoReturn:
     """Skip the test that needs it; fail where PGGUARD_REQUIRE_ALL says that everything has to be there, as in CI."""
-    if _REQUIRE_ALL:
+    if REQUIRE_ALL:
         pytest.fail(f"{what} is not installed")
     pytest.skip(f"{what} is not installed")
 

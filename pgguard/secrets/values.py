@@ -141,6 +141,8 @@ _BRACKETS: Final = {
     opening: re.compile(rf"(?P<open>\{opening})|\{closing}(?!\{closing})") for opening, closing in ("()", "[]", "{}")
 }
 """By the opening one, what opens and closes; ODBC doubles a closing one to mean it."""
+_BRACES: Final = re.compile(r"\$?\{(?:[^}]|\}\})*+\}")
+"""A value of ODBC's: nothing is opened within it."""
 _DOLLAR: Final = re.compile(r"\$\w*\$")
 _BLOCK: Final = re.compile(r"[|>][+-]?\d?[ \t]*(?:\\n|\n)")
 _PLAIN: Final = re.compile(r"(?:\\.|[^\s\\\"'`&;,)\]}])++", re.DOTALL)
@@ -236,6 +238,8 @@ class _Value:
 
     def _balanced(self, at: int) -> int:
         """Where the bracket is closed that is opened at ``at``; the end of the text if it isn't."""
+        if self._before == ";" and (braces := _BRACES.match(self._text, at)) is not None:
+            return braces.end()
         opening = self._text.find(self._text[at : at + 2].lstrip("$")[0], at)
         depth = 0
         for bracket in _BRACKETS[self._text[opening]].finditer(self._text, opening):

@@ -16,17 +16,20 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from pgguard.secrets.names import STEM
 from tests.guard_process import GuardProcess, running_guard
 from tests.integration.running import PROGRAMS, running
 from tests.proxy.spawned import run
 from tests.secrets.surroundings import COMMANDS, SQL, TEXTS, Place, pieces_of, raw
-from tests.servers import Server, installations, not_installed, running_server
+from tests.servers import REQUIRE_ALL, Server, installations, not_installed, running_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _METHODS = {"md5": "md5", "scram-sha-256": "scram-sha-256", "password": "scram-sha-256"}
 """How clients log in, and how the server keeps their passwords."""
+_SIGNS = "".join((string.ascii_letters, string.digits, string.punctuation)).replace("*", "")
+"""What secrets are made of: but for what stands in the place of one that is hidden."""
 _MODES = ("normalized", "full", "none")
 _PROGRAMS = 6
 _CONNECTIONS = 3
@@ -42,7 +45,9 @@ class _Secrets:
         self.told: list[tuple[Place, str]] = []
 
     def holding(self, place: Place) -> tuple[str, ...]:
-        secret = "".join(self.random.choices(string.ascii_letters + string.digits + string.punctuation, k=20))
+        secret = "".join(self.random.choices(_SIGNS, k=20))
+        while STEM.search(secret) is not None:  # without quotes it would be the name of a column that holds one
+            secret = "".join(self.random.choices(_SIGNS, k=20))
         self.told.append((place, f"x{secret}"))
         return place.holding(f"x{secret}")
 
@@ -118,7 +123,7 @@ def test_no_secret_is_in_anything_that_a_guard_writes(installation: str, tmp_pat
     bindir = installations()[installation]
     if bindir is None:
         not_installed(f"{installation} PostgreSQL")
-    seed = random.randrange(1 << 32)
+    seed = 2026 if REQUIRE_ALL else random.randrange(1 << 32)
     print(f"seed {seed}")
     secrets = _Secrets(seed)
     passwords = {method: secrets.plain() for method in _METHODS}

@@ -395,3 +395,16 @@ def test_a_longer_text_takes_no_longer_for_each_character(part: int) -> None:
             if taken > 24 * fewer:
                 slow.append((beginning, piece, taken, fewer))
     assert slow == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Server=db;Pwd={xHx}};<6Ln;Ud;m=0m89>};Database=app",
+        "ALTER ROLE joe PASSWORD 'x_Q2C\\'';m=0m89>' VALID UNTIL 'infinity'",
+        "database:\n  password: 'x_Q2C\\'';m=0m89>'\n  user: app",
+    ],
+)
+def test_what_doubles_a_sign_to_mean_it_goes_on_behind_it(text: str) -> None:
+    assert "m=0m89" not in redact(text)
+    assert redact(text) != text
