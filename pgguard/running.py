@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from pgguard.attribution.capabilities import Capability
     from pgguard.attribution.ebpf.probe import SenderProbe
     from pgguard.attribution.privileges import Account
+    from pgguard.faults.causes import Told
     from pgguard.faults.docket import Count
     from pgguard.proxy.addresses import Address, Upstream
+    from pgguard.proxy.overview import SessionListener, SessionSnapshot
     from pgguard.proxy.settings import Settings
     from pgguard.reporting.sinks import Fanout
 
@@ -90,9 +92,21 @@ class RunningGuard:
         """How many clients have connected so far."""
         return self._guard.sessions
 
+    def snapshot(self) -> list[SessionSnapshot]:
+        """The sessions that are open, in the order in which they came."""
+        return self._guard.snapshot()
+
+    def tell(self, listener: SessionListener) -> None:
+        """Have somebody told of each session that is opened or closed from now on."""
+        self._guard.tell(listener)
+
     def counts(self) -> list[Count]:
         """What has happened so far, the gravest first."""
         return self._docket.counts()
+
+    def causes(self) -> list[Told]:
+        """What it has come from, the gravest cause first; those that are remembered."""
+        return self._docket.causes()
 
     def remarks(self) -> list[str]:
         """What the kernel couldn't say about senders so far: clauses, none if all was known."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 
 from pgguard.cli.main import main
-from pgguard.faults import docket
+from pgguard.faults import causes, docket
 
 if __name__ == "__main__":
-    vars(docket).update(FULL_RECORDS=sys.maxsize, ENDS=sys.maxsize)
+    for module in (causes, docket):
+        vars(module).update(FULL_RECORDS=sys.maxsize)
+    vars(causes).update(ENDS=sys.maxsize)
     main()

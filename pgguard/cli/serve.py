@@ -220,7 +220,7 @@ async def _until_signalled(
                 nursery.cancel_scope.cancel()
     last: list[str] = []
     with spared(Loss.WORDS):
-        last += summary_lines(guard.sessions, guard.counts())
+        last += summary_lines(guard.sessions, guard.counts(), guard.causes())
     with spared(Loss.WORDS):
         last += [f"pgguard: attribution: {remark}" for remark in guard.remarks()]
     return last

@@ -17,8 +17,9 @@ from pgguard.faults.advice import advice_for
 from pgguard.faults.advice.closing import COPY_ADVICE, advice_on_closing
 from pgguard.faults.advice.exhaustion import advice_on_exhaustion
 from pgguard.faults.catalogue import CATALOGUE, SERVERS_ADVICE, SETTLED_ADVICE, STRANGERS_ADVICE, severity_of
+from pgguard.faults.causes import Instance, program
 from pgguard.faults.culprits import find_culprits, foremost, sender_evidence, tell_story
-from pgguard.faults.docket import Instance
+from pgguard.faults.docket import Family
 from pgguard.faults.fault import OUTLINED, Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode, SqlText
@@ -140,6 +141,32 @@ def build_instance(verdict: Verdict, facts: SessionFacts, findings: Findings, *,
 def _in_one_line(text: str) -> str:
     """What is said of a fault: a line that can be shown, however long the names in it are that others have chosen."""
     return shorten(printable(text), _LINE)
+
+
+def plain_instance(verdict: Verdict, facts: SessionFacts) -> Instance:
+    """The same, of what :func:`build_instance` can't tell; nothing can go wrong with it."""
+    return Instance(_outlined(facts), verdict.message, OUTLINED, ())
+
+
+def family_of(verdict: Verdict, findings: Findings) -> Family | None:
+    """What is known of a fault before evidence is taken, if that is enough to know what its cause is.
+
+    It is if the kernel has named everybody who has sent, and it is known what they run and who opened the connection.
+
+    Args:
+        verdict: What the session core says, unless evidence may make something else of it.
+        findings: What is known without looking.
+    """
+    intruder = verdict.intruder
+    if intruder is None or findings.opener is None:
+        return None
+    senders = (intruder, *verdict.requesters)
+    if any(sender.sampled or sender.pid not in findings.senders for sender in senders):
+        return None
+    runs = [program(" ".join(findings.senders[sender.pid].cmdline)) for sender in senders]
+    programs = (runs[0], *sorted(set(runs[1:])), program(" ".join(findings.opener.cmdline)))
+    graver = verdict.kind is Kind.UNREAD_ANSWER and verdict.message is not None
+    return Family(verdict.kind, severity_of(verdict, findings.driver), verdict.settled, graver, programs)
 
 
 def _libpq(verdict: Verdict, findings: Findings) -> str | None:

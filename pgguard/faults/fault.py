@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from pgguard.session.verdicts import Party
 
@@ -128,6 +128,18 @@ class Request:
         return self.text.shown()
 
 
+class Spread(NamedTuple):
+    """How far a cause has spread by the time of a record."""
+
+    times: int
+    """How often it has come."""
+    sessions: int
+    processes: int
+    """Of those who did it, or suffered it: how many are known."""
+    since: float
+    """When it came first, in seconds since the epoch."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One fault: what happened, who did it, and what to change. There is no secret in it: see :mod:`.build`."""
@@ -140,8 +152,8 @@ class Fault:
     severity: Severity
     action: Action
     repeat_of: int | None
-    """The id of the first record of the same fault, or of its cause, in the sense of :mod:`pgguard.faults.docket`; its
-    requests, stacks, story and advice aren't repeated."""
+    """The id of the first record of its cause, in the sense of :mod:`pgguard.faults.causes`, whose requests, stacks,
+    story and advice aren't repeated."""
     suppressed: int
     """Faults of this cause, on whichever session, that were counted and not recorded since its last record."""
     summary: str
@@ -172,6 +184,8 @@ class Fault:
     """Who sent the message, where that is known."""
     cause: int = 0
     """The number of its cause: counts those of one run of the guard, from 1."""
+    spread: Spread | None = None
+    """Of a repeat, how far its cause has spread."""
 
     def outlined(self) -> Fault:
         """The same fault without what has been found out about it: what is left can be told in any case."""

@@ -46,9 +46,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def counted(number: int, noun: str) -> str:
-    """A number and what it counts, ``1 fault`` or ``2 faults``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number and what it counts, ``1 fault`` or ``2 faults``; the plural if it isn't made with an ``s``."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -44,6 +44,7 @@ from pgguard.proxy.kernel_senders import KernelSenders
 from pgguard.proxy.listeners import BACKLOG, Listener, open_listeners
 from pgguard.proxy.loops import LoopWatch
 from pgguard.proxy.losses import Loss, keep_going, note, spared
+from pgguard.proxy.overview import snapshot
 from pgguard.proxy.remedies import HOW_TO_RAISE
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.sweep import TRACKER_FAILED, Sweep
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.addresses import Address, Upstream
     from pgguard.proxy.greeting import Greeting
     from pgguard.proxy.kernel_senders import TcpAccount
+    from pgguard.proxy.overview import SessionListener, SessionSnapshot
     from pgguard.proxy.session import End
     from pgguard.proxy.settings import Settings
     from pgguard.proxy.unread import ReadingAlarm
@@ -106,6 +108,7 @@ class Guard:
         self._witness = witness
         self._sessions: dict[int, ProxiedSession] = {}
         """Those in the sweep, by their numbers."""
+        self._session_listeners: list[SessionListener] = []
         self._present: set[int] = set()
         """The numbers of those that have been admitted: also of those on their way to the sweep."""
         self._judge = Judge(
@@ -147,6 +150,14 @@ class Guard:
     def sessions(self) -> int:
         """How many clients have connected so far."""
         return self._last_number
+
+    def snapshot(self) -> list[SessionSnapshot]:
+        """The sessions that are open, in the order in which they came."""
+        return [snapshot(session) for _, session in sorted(self._sessions.items())]
+
+    def tell(self, listener: SessionListener) -> None:
+        """Have somebody told of each session that is opened or closed from now on."""
+        self._session_listeners.append(listener)
 
     async def listen(self) -> list[Address]:
         """Open the listeners: from now on the system takes connections, and :meth:`serve` answers them.
@@ -523,6 +534,9 @@ class Guard:
         session.client.sender = greeting.sender
         session.preamble = len(greeting.before) * len(DECLINED)
         self._sessions[session.id] = session
+        for watching in self._session_listeners:
+            with spared(Loss.STEP, session):
+                watching.opened(session.facts())
         if untracked is not None and greeting.verdict is None:
             with spared(Loss.RECORD, session):
                 self._judge.lost(session, untracked, time.time())
@@ -561,7 +575,10 @@ class Guard:
         self._present.remove(session.id)
         self._gate.leave(session.id)
         self._settle(session)
-        self._sessions.pop(session.id, None)
+        if self._sessions.pop(session.id, None) is not None:
+            for watching in self._session_listeners:
+                with spared(Loss.STEP, session):
+                    watching.closed(session.facts())
         self._vacate()
         if self._stopping.is_set() and not self._sessions:
             self._all_gone.set()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from pgguard.attribution.findings import Findings
-from pgguard.faults.build import build_fault, build_instance, plain_fault
+from pgguard.faults.build import build_fault, build_instance, family_of, plain_fault, plain_instance
 from pgguard.faults.catalogue import CATALOGUE, Severity, severity_of
 from pgguard.faults.conclude import AT_ONCE, conclude, heirs, readers
 from pgguard.faults.docket import Entered
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.evidence import Driver, Process
     from pgguard.attribution.witness import Witness
-    from pgguard.faults.docket import Docket, Instance
+    from pgguard.faults.causes import Instance
+    from pgguard.faults.docket import Docket, Family
     from pgguard.faults.fault import Fault
     from pgguard.faults.sql import SqlMode
     from pgguard.proxy.rollcall import Counted
@@ -59,6 +60,9 @@ to count them: a refusal is looked into once, and nobody but the client that it 
 _ENDED_BUDGET: Final = 0.25
 """Seconds to look at a connection that has ended: nobody is left to wait for it but the server."""
 _BY_SEVERAL: Final = frozenset({Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS})
+
+_SHOWN_BY_EVIDENCE: Final = frozenset({Kind.REQUEST_WHILE_BUSY, Kind.FOREIGN_TERMINATE})
+"""Kinds of which evidence makes another one, or none at all."""
 
 _STRANGERS: Final = 1024
 """Processes that may wait to be looked at."""
@@ -168,7 +172,7 @@ class Judge:
         """Go on by other settings. If another policy is among them, faults that are known are news again."""
         actions = _actions(policy)
         if actions != self._actions:
-            self._docket.renew(at=time.time())
+            self._docket.renew()
         self._actions = actions
         self._sql_mode = sql_mode
         self._evidence_budget = evidence_budget
@@ -178,7 +182,7 @@ class Judge:
 
         Returns True if that was so; the message is then to be forwarded. Never raises.
         """
-        if self._ignores(verdict.kind):
+        if self._ignores(verdict.kind) or self._is_explained(session, verdict.kind):
             return True
         if _is_doubtful(verdict):
             return False
@@ -186,6 +190,8 @@ class Judge:
             self._refusals[verdict.refusal].append((session, verdict))
             return True
         known = self._known(session, verdict, now)
+        if known is None and self._is_familiar(session, verdict, now):
+            return True
         if known is None or known.action is not Action.LOGGED:
             if verdict.refusal is not None:
                 self._refusals[verdict.refusal] = []
@@ -213,15 +219,13 @@ class Judge:
     def _decide(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
         """Decide on a verdict in the light of the evidence, and record it."""
         concluded = self._conclude(session, verdict, findings)
-        if concluded is None or self._ignores(concluded.kind):
+        if concluded is None or self._ignores(concluded.kind) or self._is_explained(session, concluded.kind):
             return Ruling(None)
         known = self._known(session, concluded, now)
         if known is not None:
             self._equate(session, verdict, concluded)
             return self._repeat(session, concluded, known, now)
-        if concluded.kind in _BY_SEVERAL and session.tracker is not None:
-            with spared(Loss.STEP, session):
-                session.tracker.expect_readers()
+        self._expect_readers(session, concluded)
         ruling = self._enter(session, concluded, findings, now)
         if ruling.action is not None:
             self._equate(session, verdict, concluded)
@@ -502,6 +506,57 @@ class Judge:
             note(Loss.MEMORY, session)
             return None
 
+    def _is_explained(self, session: ProxiedSession, kind: Kind) -> bool:
+        """Whether there is no need to tell of such a fault, nor to do anything about it, as another one explains it."""
+        is_explained = False
+        with spared(Loss.MEMORY, session):
+            is_explained = self._docket.is_explained(session.id, kind)
+        return is_explained and all(self._actions[kind, severity] in {None, Action.LOGGED} for severity in Severity)
+
+    def _is_familiar(self, session: ProxiedSession, verdict: Verdict, now: float) -> bool:
+        """Deal with a fault that is news of its session, and of a cause that has been recorded.
+
+        Returns True if it can be told without evidence that it is, and the fault is logged: its message is then to be
+        forwarded. Never raises.
+        """
+        if verdict.kind in _SHOWN_BY_EVIDENCE or verdict.reason == AFTER_END:
+            return False
+        try:
+            findings = _known_at_once(session)
+            concluded = self._conclude(session, verdict, findings)
+            family = None if concluded is None else family_of(concluded, findings)
+            if concluded is None or family is None or self._docket.familiar(family) is None:
+                return False
+            if self._actions[family.kind, family.severity] is not Action.LOGGED:
+                return False
+            self._expect_readers(session, concluded)
+            instance = partial(self._instance, session, verdict, findings)
+            record = self._docket.enter_familiar(session.id, concluded, family, at=now, instance=instance)
+        except Exception:
+            note(Loss.MEMORY, session)
+            return False
+        self._equate(session, verdict, concluded)
+        self._record(session, record)
+        return True
+
+    @staticmethod
+    def _expect_readers(session: ProxiedSession, verdict: Verdict) -> None:
+        """Several read from a connection that several use."""
+        if verdict.kind in _BY_SEVERAL and session.tracker is not None:
+            with spared(Loss.STEP, session):
+                session.tracker.expect_readers()
+
+    def _instance(self, session: ProxiedSession, verdict: Verdict, findings: Findings | None) -> Instance:
+        """What the record of a repeat says of itself, by what was known then, or is known by now. Never raises."""
+        try:
+            if findings is None:
+                findings = _known_at_once(session)
+            concluded = self._conclude(session, verdict, findings) or verdict
+            return build_instance(concluded, _facts(session), findings, sql_mode=self._sql_mode)
+        except Exception:
+            note(Loss.RECORD, session)
+            return plain_instance(verdict, _facts(session))
+
     def _equate(self, session: ProxiedSession, verdict: Verdict, concluded: Verdict) -> None:
         """Know a fault by what the session core has said as well."""
         with spared(Loss.MEMORY, session):
@@ -527,22 +582,12 @@ class Judge:
 
     def _count_again(self, session: ProxiedSession, verdict: Verdict, now: float) -> None:
         with spared(Loss.RECORD, session):
-            instance: Callable[[], Instance | None] | None = None
-            if verdict.refusal is not None:
-                instance = partial(self._instance, session, verdict)
-            elif _is_by_others(session, verdict):
-                described = self._instance(session, verdict)  # later on their pids may be others' once more
-                instance = lambda: described  # noqa: E731
-            self._record(session, self._docket.repeat(session.id, verdict, at=now, instance=instance))
-
-    def _instance(self, session: ProxiedSession, verdict: Verdict) -> Instance | None:
-        """What the record of a repeat says of itself that isn't what it repeats."""
-        instance = None
-        with spared(Loss.RECORD, session):
-            known = _known_at_once(session)
-            concluded = self._conclude(session, verdict, known) or verdict
-            instance = build_instance(concluded, _facts(session), known, sql_mode=self._sql_mode)
-        return instance  # noqa: RET504 - nothing, if that fails
+            # Later on their pids may be others'. Of who was refused more may be known by then.
+            findings = _known_at_once(session) if verdict.refusal is None else None
+            instance = partial(self._instance, session, verdict, findings)
+            by_others = _is_by_others(session, verdict)
+            record = self._docket.repeat(session.id, verdict, at=now, instance=instance, by_others=by_others)
+            self._record(session, record)
 
     def _enter(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
         severity = _severity(session, verdict, findings.driver)
@@ -558,10 +603,18 @@ class Judge:
             fault = plain_fault(verdict, _facts(session), at=now, severity=severity, action=action)
         entered = Entered(fault, (fault,))
         with spared(Loss.MEMORY, session):
-            entered = self._docket.enter(verdict, fault)
+            entered = self._docket.enter(verdict, fault, self._family(session, verdict, findings))
         for record in entered.records:
             self._record(session, record)
         return self._ruling(session, entered.fault)
+
+    @staticmethod
+    def _family(session: ProxiedSession, verdict: Verdict, findings: Findings) -> Family | None:
+        try:
+            return family_of(verdict, findings)
+        except Exception:
+            note(Loss.MEMORY, session)
+            return None
 
     @staticmethod
     def _ruling(session: ProxiedSession, fault: Fault) -> Ruling:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pgguard.attribution.evidence import Evidence
 from pgguard.attribution.findings import Activity, Share, Slots
 from pgguard.attribution.holders import Holders, sole_holder
+from pgguard.proxy.overview import activity
 from pgguard.session.refusals import Replication
 from pgguard.session.verdicts import Limit
 
@@ -50,7 +51,7 @@ def call_roll(
     """
     limit = None if refusal is None else refusal.limit
     return tuple(
-        Counted(session, _activity(session.tracker))
+        Counted(session, activity(session.tracker))
         for session in sessions
         if session is not refused
         and session.upstream == refused.upstream
@@ -74,14 +75,6 @@ def _counts(protocol: Tracker, limit: Limit | None, name: str | None) -> bool:
             return protocol.replication is Replication.NONE
         case None:
             return True
-
-
-def _activity(tracker: Tracker | None) -> Activity:
-    if tracker is None:
-        return Activity.UNKNOWN
-    if not tracker.idle:
-        return Activity.BUSY
-    return Activity.IDLE_IN_TRANSACTION if tracker.in_transaction else Activity.IDLE
 
 
 def count(witness: Witness, counted: Sequence[Counted]) -> tuple[tuple[Share, ...], Slots]:

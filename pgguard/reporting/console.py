@@ -1,7 +1,8 @@
-"""The report for people: each fault on the terminal as it happens, in the manner of a ThreadSanitizer report.
+"""The report for people: each cause on the terminal as it shows, in the manner of a ThreadSanitizer report.
 
 Both sides of it, how the socket came to be shared, what went on before, what to change; and a line beginning with
-``SUMMARY: pgguard:`` that is always in one piece and plain, to be found with grep.
+``SUMMARY: pgguard:`` that is always in one piece and plain, to be found with grep. When the cause comes again there is
+one such line now and then, which says how far it has spread.
 
 What processes call themselves, and what they send, is other people's text: everything passes through
 :func:`~pgguard.faults.text.printable`, so that no escape sequence reaches the terminal.
@@ -18,6 +19,8 @@ import select
 import textwrap
 import threading
 import time
+from collections import OrderedDict
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
@@ -30,9 +33,10 @@ from rich.tree import Tree
 
 from pgguard.attribution.evidence import Evidence
 from pgguard.faults.catalogue import CATALOGUE, Severity
+from pgguard.faults.causes import CAUSES
 from pgguard.faults.fault import Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
-from pgguard.faults.text import listed, named, printable, shorten
+from pgguard.faults.text import counted, listed, named, printable, shorten
 from pgguard.reporting.record import rfc3339
 from pgguard.reporting.sinks import SinkError
 from pgguard.session.verdicts import OUTSTANDING, Direction, Kind, Party, RequestState
@@ -45,7 +49,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.evidence import Process
     from pgguard.attribution.findings import Share
     from pgguard.faults.catalogue import Advice
-    from pgguard.faults.fault import SessionFacts
+    from pgguard.faults.fault import SessionFacts, Spread
 
 BACKLOG: Final = 256
 """Reports that wait to be printed, at most."""
@@ -53,6 +57,8 @@ CLOSE_DEADLINE: Final = 2.0
 """Seconds that closing waits for standard error to take what is left."""
 CROWD: Final = 16
 """Reports that wait to be printed from which on a fault is printed as its summary line alone."""
+AGAIN: Final = (1.0, 10.0, 60.0, 600.0)
+"""Seconds from one line about a cause to the next, the last of them for as long as it goes on."""
 SHARE: Final = 0.2
 """Of a processor, what it takes at most to make reports, each of which takes some 10 ms: the relay's thread shares the
 interpreter with the one that makes them."""
@@ -133,17 +139,28 @@ _LOGGED_AND_OVER: Final = "logged only; the session has ended"
 
 
 def summary_line(fault: Fault) -> str:
-    """The line for grep: ``SUMMARY: pgguard: KIND: …``, with the fault's number and, for a repeat, of which.
+    """The line for grep: ``SUMMARY: pgguard: KIND: …``, with the fault's number; of a repeat, how far it has spread.
 
     Of a stranger of whom no process is known, as of a port scan from elsewhere, it says the address.
     """
-    number = f"fault {fault.id}" if fault.repeat_of is None else f"fault {fault.id}, again {fault.repeat_of}"
-    if fault.suppressed:
-        number += f", {fault.suppressed} more not printed"
     session = f"session {fault.session.id}"
     if fault.by is Party.STRANGER and not fault.culprits and fault.session.client is not None:
         session += f" from {fault.session.client}"
-    return printable(f"SUMMARY: pgguard: {fault.kind}: {fault.summary} ({number}, {session})")
+    if fault.repeat_of is None:
+        return printable(f"SUMMARY: pgguard: {fault.kind}: {fault.summary} (fault {fault.id}, {session})")
+    how_far = "" if fault.spread is None else f": {_spread(fault.spread)}"
+    return printable(
+        f"SUMMARY: pgguard: {fault.kind}: fault {fault.repeat_of} again{how_far} (fault {fault.id}, {session})"
+    )
+
+
+def _spread(spread: Spread) -> str:
+    parts = [counted(spread.sessions - 1, "more session")] if spread.sessions > 1 else []
+    if spread.processes > 1:
+        parts.append(counted(spread.processes, "process", "processes"))
+    since = datetime.fromtimestamp(spread.since, UTC).strftime("%H:%M:%S")
+    where = f"{', '.join(parts)}; " if parts else ""
+    return f"{where}{counted(spread.times, 'time')} since {since}"
 
 
 def render(fault: Fault) -> RenderableType:
@@ -186,7 +203,7 @@ class _AtLeast:
 
 
 def print_fault(console: Console, fault: Fault) -> None:
-    """Print a fault: a report and its summary line, or for a repeat and for information the summary line alone."""
+    """Print a fault: a report and its summary line, or for a repeat and for information the line alone."""
     if fault.repeat_of is None and fault.severity is not Severity.INFO:
         console.rule(style="dim", characters="=")
         console.print(render(fault), highlight=False, crop=False)
@@ -479,21 +496,38 @@ def _plain_width() -> int:
     return min(int(columns), _WIDEST) if _COLUMNS.fullmatch(columns) else PLAIN_WIDTH
 
 
+@dataclass(slots=True)
+class _Spreading:
+    """A cause that has been printed, and may come again."""
+
+    due: float
+    """When the next line about it may be printed, on the monotonic clock."""
+    step: int = 0
+    """How many there have been."""
+    latest: Fault | None = None
+    """What that line is to tell of, if there is anything new."""
+
+
 class ConsoleSink:
     """Prints faults to a file descriptor, from a thread of its own.
 
     A terminal or a pipe that nobody reads thus holds up no session. Faults for which there is no room in the backlog
     are counted, and how many they were is printed as soon as it can be. When many come at once, a few reports are
-    printed, and summary lines of the others.
+    printed, and summary lines of the others. Of repeats the latest of each cause is printed now and then
+    (:data:`AGAIN`); those that come as the guard ends are not: its last lines tell of them.
 
     Args:
         fd: Where to print; it is not closed.
         width: Columns; by default those of the terminal, or 120 where there is none.
+        again: Seconds from one line about a cause to the next, the last of them for as long as it goes on.
         wait: Begin the thread, and print, at :meth:`start`, and not at once.
     """
 
-    def __init__(self, fd: int, *, width: int | None = None, wait: bool = False) -> None:
+    def __init__(
+        self, fd: int, *, width: int | None = None, again: Sequence[float] = AGAIN, wait: bool = False
+    ) -> None:
         self._fd = fd
+        self._again = again
         self._terminal = os.isatty(fd)
         self._buffer = io.StringIO()
         self._console = Console(
@@ -503,6 +537,8 @@ class ConsoleSink:
             legacy_windows=False,
         )
         self._queue: queue.Queue[Fault | str | None] = queue.Queue(BACKLOG)
+        self._spreading: OrderedDict[int, _Spreading] = OrderedDict()
+        """By cause; the one first that has been quiet for longest."""
         self._dropped = 0
         self._dropped_said = 0
         self._closing = threading.Event()
@@ -523,7 +559,8 @@ class ConsoleSink:
         """
         if self._thread.ident is not None and not self._thread.is_alive():
             raise SinkError("reports can't be printed any more")
-        self._put(summary_line(fault) if self._queue.qsize() >= CROWD else fault)
+        crowded = self._queue.qsize() >= CROWD
+        self._put(summary_line(fault) if crowded and fault.repeat_of is None else fault)
 
     def say(self, text: str) -> None:
         """Have a line printed as it is, between the reports; returns at once, and never raises."""
@@ -549,7 +586,7 @@ class ConsoleSink:
     def _run(self) -> None:
         # EPIPE, EIO after a hangup, EBADF: there is nobody left to print for.
         with contextlib.suppress(OSError):
-            while (what := self._queue.get()) is not None:
+            while (what := self._next()) is not None:
                 began = time.thread_time()
                 try:
                     self._print(what)
@@ -564,6 +601,37 @@ class ConsoleSink:
                 if isinstance(what, Fault):
                     self._closing.wait((time.thread_time() - began) * (1 / SHARE - 1))
             self._flush()
+
+    def _next(self) -> Fault | str | None:
+        """What is to be printed next: waits for it. ``None``: nothing more."""
+        while True:
+            now = time.monotonic()
+            due = [one for one in self._spreading.values() if one.latest is not None]
+            first = min(due, key=lambda one: one.due, default=None)
+            if first is not None and first.due <= now:
+                latest, first.latest = first.latest, None
+                first.step += 1
+                first.due = now + self._again[min(first.step, len(self._again) - 1)]
+                return latest
+            try:
+                what = self._queue.get(timeout=None if first is None else first.due - now)
+            except queue.Empty:
+                continue
+            if not isinstance(what, Fault):
+                return what
+            if not self._is_for_later(what):
+                return what
+
+    def _is_for_later(self, fault: Fault) -> bool:
+        """Whether it is a repeat, which is kept until it is time for a line about its cause."""
+        known = self._spreading.pop(fault.cause, None) or _Spreading(time.monotonic() + self._again[0])
+        self._spreading[fault.cause] = known
+        if len(self._spreading) > CAUSES:
+            self._spreading.popitem(last=False)
+        if fault.repeat_of is None:
+            return False
+        known.latest = fault
+        return True
 
     def _print(self, what: Fault | str) -> None:
         if isinstance(what, str):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.findings import Share
     from pgguard.attribution.runtime import Runtime
     from pgguard.faults.catalogue import Advice
-    from pgguard.faults.fault import Chapter, Culprit, Fault, Request, SessionFacts
+    from pgguard.faults.fault import Chapter, Culprit, Fault, Request, SessionFacts, Spread
     from pgguard.session.verdicts import MessageSeen
 
 
@@ -25,6 +25,7 @@ def to_record(fault: Fault) -> dict[str, Any]:
         "action": fault.action.value,
         "repeat_of": fault.repeat_of,
         "suppressed": fault.suppressed,
+        "so_far": None if fault.spread is None else _spread_record(fault.spread),
         "summary": fault.summary,
         "reason": fault.reason,
         "session": _session_record(fault.session),
@@ -48,6 +49,10 @@ def rfc3339(at: float) -> str:
 
 def _advice_record(advice: Advice) -> dict[str, Any]:
     return {**advice._asdict(), "sources": list(advice.sources)}
+
+
+def _spread_record(spread: Spread) -> dict[str, Any]:
+    return {**spread._asdict(), "since": rfc3339(spread.since)}
 
 
 def _session_record(session: SessionFacts) -> dict[str, Any]:

@@ -1,55 +1,61 @@
-"""The last words of a guard: how many sessions it saw, and what went wrong in them."""
+"""The last words of a guard: how many sessions it saw, and what went wrong in them, by cause."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, Final
 
-from pgguard.faults.catalogue import Severity
-from pgguard.faults.text import counted, listed
+from pgguard.faults.text import counted, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pgguard.faults.catalogue import Severity
+    from pgguard.faults.causes import Told
     from pgguard.faults.docket import Count
     from pgguard.session.verdicts import Kind
 
+_TOLD: Final = 12
+"""Causes that get a line of their own."""
 
-def summary_lines(sessions: int, counts: Sequence[Count]) -> list[str]:
-    """One line on the whole and one on each severity.
+
+def summary_lines(sessions: int, counts: Sequence[Count], causes: Sequence[Told]) -> list[str]:
+    """One line on the whole, and one on each cause, the gravest first.
 
     For example::
 
-    pgguard: 12 sessions, 2 errors, 1 warning
-    pgguard: errors: shared-by-processes (2 faults, seen 43 times)
-    pgguard: warnings: unclean-close
+        pgguard: 12 sessions, 44 faults of 2 causes
+        pgguard: error: shared-by-processes, 43 times in 11 sessions by 4 processes: pid 4867 (puma: …) sent … (fault 1)
+        pgguard: warning: unclean-close, once: … (fault 7)
     """
-    totals = dict.fromkeys(sorted(Severity, key=lambda severity: -severity.rank), 0)
+    happened: Counter[tuple[Severity, Kind]] = Counter()
     for count in counts:
-        totals[count.severity] += count.faults
-    found = [counted(total, _NAMES[severity]) for severity, total in totals.items() if total]
-    lines = [", ".join([f"pgguard: {counted(sessions, 'session')}", *(found or ["no faults"])])]
-    lines.extend(
-        f"pgguard: {_NAMES[severity]}s: {listed(_kinds(counts, severity))}"
-        for severity, total in totals.items()
-        if total
-    )
-    return lines
+        happened[count.severity, count.kind] += count.faults + count.repeats
+    if not happened:
+        return [f"pgguard: {counted(sessions, 'session')}, no faults"]
+    lines = [_line(cause) for cause in causes[:_TOLD]]
+    for cause in causes[:_TOLD]:
+        happened[cause.fault.severity, cause.fault.kind] -= cause.spread.times
+    others = [f"{kind} {_times(times)}" for (_, kind), times in happened.items() if times > 0]
+    if others:
+        lines.append(f"pgguard: and of other causes: {listed(others)}")
+    return [_whole(sessions, counts, causes), *lines]
 
 
-_NAMES = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.INFO: "notice"}
+def _whole(sessions: int, counts: Sequence[Count], causes: Sequence[Told]) -> str:
+    faults = counted(sum(count.faults + count.repeats for count in counts), "fault")
+    return f"pgguard: {counted(sessions, 'session')}, {faults} of {counted(len(causes), 'cause')}"
 
 
-def _kinds(counts: Sequence[Count], severity: Severity) -> list[str]:
-    faults: dict[Kind, int] = {}
-    times: dict[Kind, int] = {}
-    for count in counts:
-        if count.severity is severity:
-            faults[count.kind] = faults.get(count.kind, 0) + count.faults
-            times[count.kind] = times.get(count.kind, 0) + count.faults + count.repeats
-    return [_kind(kind, faults[kind], times[kind]) for kind in faults]
+def _line(cause: Told) -> str:
+    fault, spread = cause.fault, cause.spread
+    how_far = _times(spread.times)
+    if spread.sessions > 1:
+        how_far += f" in {spread.sessions} sessions"
+    if spread.processes > 1:
+        how_far += f" by {spread.processes} processes"
+    return printable(f"pgguard: {fault.severity}: {fault.kind}, {how_far}: {fault.summary} (fault {fault.id})")
 
 
-def _kind(kind: Kind, faults: int, times: int) -> str:
-    if times > faults:
-        return f"{kind} ({counted(faults, 'fault')}, seen {times} times)"
-    return kind if faults == 1 else f"{kind} ({faults})"
+def _times(times: int) -> str:
+    return "once" if times == 1 else f"{times} times"

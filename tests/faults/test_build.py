@@ -484,6 +484,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
         "action": "logged",
         "repeat_of": None,
         "suppressed": 0,
+        "so_far": None,
         "summary": "pid 4867 (puma: cluster worker 1) sent Query while the answer to pid 4866 was outstanding",
         "reason": "while the answer to another process was outstanding",
         "session": {
@@ -581,7 +582,20 @@ def test_the_record_is_the_one_of_the_contract() -> None:
         },
     }
     assert list(record) == [
-        *("id", "at", "cause", "kind", "severity", "action", "repeat_of", "suppressed", "summary", "reason", "session"),
+        *(
+            "id",
+            "at",
+            "cause",
+            "kind",
+            "severity",
+            "action",
+            "repeat_of",
+            "suppressed",
+            "so_far",
+            "summary",
+            "reason",
+            "session",
+        ),
         *("message", "sent_by", "libpq", "culprits", "more_culprits", "requests", "story", "limit", "connections"),
         "advice",
     ]

@@ -14,21 +14,13 @@ from hypothesis import strategies as st
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.findings import Findings
 from pgguard.attribution.stacks import Frame, Stacks
+from pgguard.faults.build import build_instance, family_of
 from pgguard.faults.catalogue import Severity
-from pgguard.faults.docket import (
-    CAUSES,
-    ENDS,
-    FAULTS,
-    FAULTS_PER_SESSION,
-    FORGOTTEN_AFTER,
-    FULL_INTERVAL,
-    FULL_RECORDS,
-    RENEWAL,
-    Docket,
-    Instance,
-)
-from pgguard.faults.fault import Fault
+from pgguard.faults.causes import CAUSES, ENDS, FORGOTTEN_AFTER, FULL_RECORDS, PROCESSES, Instance, program
+from pgguard.faults.docket import EXPLAINED_BY, FAMILIES, FAULTS, FAULTS_PER_SESSION, RENEWAL, Docket
+from pgguard.faults.fault import Fault, Spread
 from pgguard.faults.policy import Action
+from pgguard.faults.sql import SqlMode
 from pgguard.reporting.record import to_record
 from pgguard.session.verdicts import Kind, Limit, Party, Refusal, Sender, Verdict
 from tests.faults.samples import FACTS, KERNEL, NOW, OVERLAP, QUERY, WORKER_0, WORKER_1, asleep, fault, process, verdict
@@ -130,7 +122,7 @@ def test_the_end_of_the_guard_closes_every_session() -> None:
         enter(docket, session=session)
         docket.repeat(session, OVERLAP, at=NOW)
     [last] = docket.close_all(at=NOW)
-    assert (last.session.id, last.repeat_of, last.suppressed) == (4, 2, 0), "the one of session 3 stands in session 4's"
+    assert (last.session.id, last.repeat_of, last.suppressed) == (4, 1, 2), "the one of session 3 stands in session 4's"
     assert docket.close_all(at=NOW) == []
     assert docket.known(3, OVERLAP, at=NOW) is None
 
@@ -185,10 +177,7 @@ def test_nothing_is_ever_lost(gaps: list[float], closed_after: int) -> None:
         now += gap
         if number == closed_after:
             records += docket.close(3, at=now)
-        if docket.known(3, OVERLAP, at=NOW) is None:
-            records.append(enter(docket, at=now))
-        elif (record := docket.repeat(3, OVERLAP, at=now)) is not None:
-            records.append(record)
+        records += recorded(docket, OVERLAP, 3, now)
     records += docket.close_all(at=now)
     assert sum(1 + record.suppressed for record in records) == len(gaps)
     assert sorted(record.id for record in records) == list(range(1, len(records) + 1))
@@ -292,6 +281,32 @@ def test_nothing_is_made_up_for_a_repeat_that_is_only_counted() -> None:
     assert (made, last.suppressed, last.summary) == ([99], 99, "again")
 
 
+def test_a_repeat_says_whom_it_is_by_where_that_may_be_others_than_the_first_time() -> None:
+    """A pid that comes back after a while may be another process's."""
+    docket = Docket()
+    first = enter(docket)
+    again = docket.repeat(3, OVERLAP, at=NOW + 1, instance=lambda: AGAIN)
+    assert again is not None
+    assert (again.summary, again.culprits) == (first.summary, first.culprits)
+    again = docket.repeat(3, OVERLAP, at=NOW + 3, instance=lambda: AGAIN, by_others=True)
+    assert again is not None
+    assert (again.repeat_of, again.summary, again.culprits) == (first.id, "again", ())
+
+
+def test_what_a_process_has_done_is_news_of_another_one_that_has_its_pid_by_now() -> None:
+    docket = Docket()
+    enter(docket)
+    docket.forget(4, 4867)
+    docket.forget(3, 1)
+    assert docket.known(3, OVERLAP, at=NOW) is not None
+    docket.forget(3, 4867)
+    assert docket.known(3, OVERLAP, at=NOW) is None
+    enter(docket)
+    assert docket.known(3, OVERLAP, at=NOW) is not None
+    [told] = docket.causes()
+    assert (told.spread.times, told.spread.sessions) == (2, 1), "it is the same session as before"
+
+
 def test_a_refusal_is_looked_into_anew_after_a_while_and_nothing_uncounted() -> None:
     docket = Docket()
     enter(docket, FULL)
@@ -299,7 +314,8 @@ def test_a_refusal_is_looked_into_anew_after_a_while_and_nothing_uncounted() -> 
     assert docket.known(9, FULL, at=NOW + RENEWAL - 1) is not None
     assert docket.known(9, FULL, at=NOW + RENEWAL) is None
     [anew] = docket.enter(FULL, fault(FULL, at=NOW + RENEWAL)).records
-    assert (anew.id, anew.repeat_of, anew.suppressed) == (2, None, 1)
+    assert (anew.id, anew.repeat_of, anew.suppressed) == (2, 1, 1)
+    assert anew.summary == fault(FULL).summary, "it is looked into anew, and says what was found"
     assert [(count.faults, count.repeats) for count in docket.counts()] == [(2, 1)]
 
 
@@ -400,8 +416,8 @@ def test_a_cause_that_goes_on_for_hours_is_recorded_less_and_less_often() -> Non
     docket = Docket()
     times = [second for second in range(3 * 3600) if recorded(docket, OVERLAP, 3, NOW + second)]
     assert times[:60] == list(range(60))
-    assert len(times) < 3 * 350
-    assert max(later - earlier for earlier, later in itertools.pairwise(times)) <= FULL_INTERVAL / 60 + 1
+    assert len(times) < 400
+    assert max(later - earlier for earlier, later in itertools.pairwise(times)) <= 3 * 60 + 1
 
 
 def test_a_repeat_on_another_session_says_which_and_by_whom() -> None:
@@ -455,9 +471,10 @@ def test_a_warning_of_one_cause_keeps_no_error_from_being_told_in_full() -> None
 
 def test_what_is_not_recorded_is_acted_on_and_told_by_the_first_of_its_cause() -> None:
     docket = Docket()
-    for session in range(1, FULL_RECORDS + 1):
-        enter(docket, session=session)
-    entered = docket.enter(OVERLAP, fault(facts=replace(FACTS, id=50), action=Action.REJECTED))
+    rejected = fault(action=Action.REJECTED)
+    for session in (1, 2):
+        docket.enter(OVERLAP, replace(rejected, session=replace(FACTS, id=session)))
+    entered = docket.enter(OVERLAP, replace(rejected, session=replace(FACTS, id=50)))
     assert entered.records == ()
     assert (entered.fault.id, entered.fault.action, entered.fault.session.id) == (1, Action.REJECTED, 50)
     assert entered.fault.requests, "the client is told what was outstanding"
@@ -466,29 +483,27 @@ def test_what_is_not_recorded_is_acted_on_and_told_by_the_first_of_its_cause() -
     assert known.action is Action.REJECTED
 
 
-def test_a_cause_is_told_in_full_again_after_an_hour() -> None:
+def test_what_is_done_for_the_first_time_is_recorded_at_once() -> None:
     docket = Docket()
-    for session in range(1, 100):
-        enter(docket, session=session)
-    [anew] = recorded(docket, OVERLAP, 100, NOW + FULL_INTERVAL)
-    assert (anew.cause, anew.repeat_of, anew.suppressed) == (1, None, 99 - FULL_RECORDS)
-    for session in range(101, 101 + FULL_RECORDS):
-        enter(docket, session=session, at=NOW + FULL_INTERVAL)
-    [again] = recorded(docket, OVERLAP, 200, NOW + FULL_INTERVAL + 1)
-    assert again.repeat_of == anew.id
+    enter(docket)
+    rejected = fault(action=Action.REJECTED, facts=replace(FACTS, id=9))
+    [record] = docket.enter(OVERLAP, rejected).records
+    assert (record.action, record.repeat_of) == (Action.REJECTED, 1)
+    assert docket.enter(OVERLAP, replace(rejected, session=replace(FACTS, id=10))).records == ()
 
 
-def test_when_what_is_done_changes_every_fault_is_news() -> None:
+def test_when_what_is_done_changes_every_fault_is_ruled_on_anew() -> None:
     docket = Docket()
     for session in range(1, 20):
         enter(docket, session=session)
-    docket.renew(at=NOW)
+    docket.renew()
     assert docket.known(3, OVERLAP, at=NOW) is None
-    [anew] = recorded(docket, OVERLAP, 3, NOW)
-    assert (anew.repeat_of, anew.suppressed) == (None, 19 - FULL_RECORDS)
+    rejected = fault(facts=replace(FACTS, id=3), action=Action.REJECTED, at=NOW + 1)
+    [anew] = docket.enter(OVERLAP, rejected).records
+    assert (anew.repeat_of, anew.suppressed, anew.action) == (1, 18, Action.REJECTED)
 
 
-def program(n: int, *, pid: int = 1) -> Findings:
+def run_by(n: int, *, pid: int = 1) -> Findings:
     """Of the ``n``-th program, whose name has no number in it."""
     name = "".join(chr(ord("a") + int(digit)) for digit in str(n))
     return Findings(senders={pid: process(pid, None, name)})
@@ -502,7 +517,7 @@ def test_causes_are_bounded_whatever_programs_call_themselves() -> None:
     docket = Docket()
     records: list[Fault] = []
     for n in range(3000):
-        records += recorded(docket, BY_ONE, n, NOW + n * 0.001, program(n))
+        records += recorded(docket, BY_ONE, n, NOW + n * 0.001, run_by(n))
         records += docket.close(n, at=NOW + n * 0.001)
     assert len(docket._causes) == CAUSES + 1
     assert len(records) <= CAUSES + FULL_RECORDS + 3 + ENDS
@@ -515,12 +530,12 @@ def test_causes_are_bounded_whatever_programs_call_themselves() -> None:
 
 def test_a_cause_that_has_been_quiet_makes_room_and_loses_nothing() -> None:
     docket = Docket()
-    enter(docket, BY_ONE, findings=program(0))
+    enter(docket, BY_ONE, findings=run_by(0))
     docket.repeat(3, BY_ONE, at=NOW + 0.5)
     for n in range(1, CAUSES):
-        enter(docket, BY_ONE, session=100 + n, findings=program(n))
+        enter(docket, BY_ONE, session=100 + n, findings=run_by(n))
     later = NOW + 0.5 + FORGOTTEN_AFTER
-    last, news = docket.enter(BY_ONE, fault(BY_ONE, program(CAUSES), facts=replace(FACTS, id=9), at=later)).records
+    last, news = docket.enter(BY_ONE, fault(BY_ONE, run_by(CAUSES), facts=replace(FACTS, id=9), at=later)).records
     assert (last.cause, last.repeat_of, last.suppressed) == (1, 1, 0)
     assert (news.cause, news.repeat_of) == (CAUSES + 1, None)
     assert len(docket._causes) == CAUSES
@@ -569,11 +584,11 @@ def test_nothing_is_lost_whatever_sessions_and_causes_there_are(steps: list[tupl
         elif what == "settle":
             records += docket.settle(at=now)
         elif what == "renew":
-            docket.renew(at=now)
+            docket.renew()
         else:
             happened += 1
             who = Sender(which + 1)
-            records += recorded(docket, replace(BY_ONE, intruder=who), session, now, program(which, pid=who.pid))
+            records += recorded(docket, replace(BY_ONE, intruder=who), session, now, run_by(which, pid=who.pid))
     records += docket.close_all(at=now)
     assert sum(1 + record.suppressed for record in records) == happened
     assert [record.id for record in records] == list(range(1, len(records) + 1))
@@ -590,3 +605,148 @@ def test_faults_that_are_ruled_on_out_of_order_are_recorded_no_more_often() -> N
         for record in docket.enter(OVERLAP, fault(facts=replace(FACTS, id=session), at=NOW - session / 1000)).records
     ]
     assert len(records) == FULL_RECORDS
+
+
+# How far a cause has spread
+
+
+def by_worker(pid: int) -> tuple[Verdict, Findings]:
+    """A fault of one more worker."""
+    worker = process(pid, 4864, f"puma: cluster worker {pid}: 4864 [app]")
+    return replace(OVERLAP, intruder=Sender(pid)), replace(KERNEL, senders={4866: WORKER_0, pid: worker})
+
+
+def test_a_repeat_says_how_often_its_cause_has_come_in_how_many_sessions_and_by_how_many_processes() -> None:
+    docket = Docket()
+    first = enter(docket)
+    assert first.spread is None
+    for session in range(4, 14):
+        what, findings = by_worker(5000 + session)
+        enter(docket, what, session=session, findings=findings)
+        docket.repeat(session, what, at=NOW)
+    again = docket.repeat(3, OVERLAP, at=NOW + 1)
+    assert again is not None
+    # The first two processes, and one more for each session.
+    assert again.spread == Spread(times=22, sessions=11, processes=12, since=NOW)
+    [told] = docket.causes()
+    assert (told.fault.id, told.spread) == (1, again.spread)
+
+
+def test_one_session_is_counted_once_whoever_does_it_there() -> None:
+    docket = Docket()
+    for pid in range(5000, 5010):
+        what, findings = by_worker(pid)
+        enter(docket, what, findings=findings)
+    [told] = docket.causes()
+    assert (told.spread.sessions, told.spread.processes, told.spread.times) == (1, 11, 10)
+
+
+def test_the_processes_of_a_cause_are_not_counted_without_end() -> None:
+    docket = Docket()
+    for pid in range(5000, 5000 + PROCESSES + 10):
+        what, findings = by_worker(pid)
+        enter(docket, what, session=pid, findings=findings)
+    [told] = docket.causes()
+    assert (told.spread.sessions, told.spread.processes) == (PROCESSES + 10, PROCESSES)
+
+
+def test_each_refusal_is_a_session_of_its_own() -> None:
+    docket = Docket()
+    enter(docket, FULL)
+    for session in range(4, 9):
+        docket.repeat(session, FULL, at=NOW, instance=lambda: AGAIN)
+    [told] = docket.causes()
+    assert (told.spread.times, told.spread.sessions) == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("puma: cluster worker 1: 4864 [app]", "puma: cluster worker 12: 4864 [app]", True),
+        ("rq: worker 3f2504e0-4f89-11d3-9a0c-0305e82c3301", "rq: worker 9b2c3d4e-5f60-4a1b-8c9d-0e1f2a3b4c5d", True),
+        ("python job.py --id=9f86d081884c7d65", "python job.py --id=60303ae22b998861", True),
+        ("python worker.py --queue=mail", "python worker.py --queue=billing", False),
+        ("python facade.py", "python decade.py", False),
+        ("sidekiq 7.1 app [3 of 5 busy]", "sidekiq 7.1 app [0 of 5 busy]", True),
+    ],
+)
+def test_a_program_is_known_by_what_its_siblings_share(one: str, other: str, same: bool) -> None:
+    assert (program(one) == program(other)) is same
+
+
+# Faults whose cause is known before evidence is taken
+
+FAMILY = family_of(OVERLAP, KERNEL)
+
+
+def test_a_fault_of_a_known_cause_is_familiar_on_another_session() -> None:
+    assert FAMILY is not None
+    docket = Docket()
+    assert docket.familiar(FAMILY) is None
+    first = docket.enter(OVERLAP, fault(), FAMILY).fault
+    standing = docket.familiar(FAMILY)
+    assert standing is not None
+    assert standing.id == first.id
+    facts = replace(FACTS, id=9)
+    what = replace(OVERLAP, intruder=Sender(5000))
+    findings = replace(KERNEL, senders={4866: WORKER_0, 5000: process(5000, 4864, WORKER_1.cmdline[0])})
+    assert family_of(what, findings) == FAMILY
+    told = build_instance(what, facts, findings, sql_mode=SqlMode.NONE)
+    record = docket.enter_familiar(9, what, FAMILY, at=NOW + 1, instance=lambda: told)
+    assert record is not None
+    assert (record.cause, record.repeat_of, record.session.id) == (1, 1, 9)
+    assert record.culprits[0].pid == 5000
+    assert record.spread == Spread(times=2, sessions=2, processes=3, since=NOW)
+    known = docket.known(9, what, at=NOW + 1)
+    assert known is not None
+    assert known.action is first.action
+    later = docket.repeat(9, what, at=NOW + 2, instance=lambda: told)
+    assert later is not None
+    assert (later.repeat_of, later.session.id, later.culprits) == (1, 9, record.culprits)
+    assert [(count.faults, count.repeats) for count in docket.counts()] == [(2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("what", "findings"),
+    [
+        (replace(OVERLAP, intruder=None), KERNEL),
+        (replace(OVERLAP, intruder=Sender(4867, 4880, sampled=True)), KERNEL),
+        (replace(OVERLAP, requesters=(Sender(4866, 4871, sampled=True),)), KERNEL),
+        (OVERLAP, replace(KERNEL, senders={4867: WORKER_1})),
+        (OVERLAP, replace(KERNEL, opener=None)),
+    ],
+)
+def test_nothing_is_familiar_unless_the_kernel_has_named_everybody(what: Verdict, findings: Findings) -> None:
+    assert family_of(what, findings) is None
+
+
+def test_another_program_is_another_family() -> None:
+    other = replace(KERNEL, senders={4866: WORKER_0, 4867: process(4867, 4864, "sidekiq 7 [app]")})
+    assert family_of(OVERLAP, other) not in (None, FAMILY)
+    assert family_of(replace(OVERLAP, kind=Kind.UNREAD_ANSWER), KERNEL) != FAMILY
+
+
+def test_families_are_bounded() -> None:
+    assert FAMILY is not None
+    docket = Docket()
+    for n in range(FAMILIES + 10):
+        docket.enter(OVERLAP, fault(facts=replace(FACTS, id=n + 1)), FAMILY._replace(programs=(str(n),)))
+    assert docket.familiar(FAMILY._replace(programs=("9",))) is None
+    assert docket.familiar(FAMILY._replace(programs=("10",))) is not None
+
+
+# What another fault of the session explains
+
+
+@pytest.mark.parametrize(
+    ("kind", "by"), [(kind, by) for kind, several in EXPLAINED_BY.items() for by in sorted(several)]
+)
+def test_what_another_fault_of_its_session_explains_is_known_to_be(kind: Kind, by: Kind) -> None:
+    docket = Docket()
+    assert not docket.is_explained(3, kind)
+    enter(docket, replace(OVERLAP, kind=by))
+    assert docket.is_explained(3, kind)
+    assert not docket.is_explained(4, kind), "another session"
+    assert not docket.is_explained(3, Kind.PROTOCOL_VIOLATION), "another fault"
+    docket.close(3, at=NOW)
+    assert not docket.is_explained(3, kind)

@@ -74,7 +74,7 @@ class House:
 
     async def empty(self) -> None:
         """Wait until no session is left, and nothing of any."""
-        await until(lambda: not self.guard._sessions)
+        await until(lambda: not self.guard.snapshot())
         assert not self.guard._sweep._ends
         assert not self.guard._sweep._sessions
 

@@ -297,7 +297,7 @@ async def test_the_latest_are_listened_to(
                 application.do, "kept = globals().setdefault('kept', []); kept.append(globals().get('c'))"
             )
             await listened(house, application)
-        await until(lambda: 1 not in house.guard._sessions)
+        await until(lambda: not any(one.facts.id == 1 for one in house.guard.snapshot()))
         await until(lambda: len(house.guard._sweep._aftermath._listened) == 2)
 
 

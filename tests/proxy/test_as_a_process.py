@@ -342,7 +342,7 @@ def test_a_storm_of_strangers_fills_neither_the_file_nor_the_screen(tmp_path: Pa
     causes = {record["cause"] for record in records}
     assert len(causes) <= 3, "one, or by whether it was found out in time which program it is"
     assert len(records) <= len(causes) * (5 + seconds + 5 + 2)
-    assert "500 sessions, 500 notices\n" in said
+    assert "pgguard: 500 sessions, 500 faults of " in said
     assert len(said.splitlines()) < len(records) + 20
 
 

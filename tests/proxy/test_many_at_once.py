@@ -25,7 +25,7 @@ from tests.proxy.test_refusals import REFUSAL
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
-    from pgguard.faults.docket import Instance
+    from pgguard.faults.causes import Instance
     from tests.proxy.conftest import House
     from tests.proxy.fake_backend import BackendConnection, FakeBackend
     from tests.proxy.messages import Client, Peer

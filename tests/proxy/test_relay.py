@@ -239,7 +239,7 @@ async def test_a_session_with_nothing_to_do_takes_no_time(house: House) -> None:
     await reader.send(query("select large"))
     await stuff(writer, memoryview(COLUMNS + row(bytes(40_000_000))))
     await writer.reset()
-    await until(lambda: len(house.guard._sessions) == 4)
+    await until(lambda: len(house.guard.snapshot()) == 4)
     await at_rest(time.process_time)
 
 

@@ -19,7 +19,8 @@ from pgguard.attribution.findings import Findings, Share
 from pgguard.attribution.runtime import Language, Runtime
 from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.attribution.threads import Waits
-from pgguard.faults.fault import OUTLINED
+from pgguard.faults.causes import CAUSES
+from pgguard.faults.fault import OUTLINED, Spread
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
 from pgguard.reporting.console import BACKLOG, ConsoleSink, print_fault, render, summary_line
@@ -29,6 +30,7 @@ from tests.faults.samples import (
     DATA_ROW,
     KERNEL,
     MASTER,
+    NOW,
     OUTSTANDING,
     OVERLAP,
     TERMINATE,
@@ -251,9 +253,18 @@ def test_nothing_is_cut_off_at_the_margin(width: int) -> None:
     assert "".join(advice.split()) in "".join(text.split())
 
 
-def test_a_repeat_is_its_summary_alone() -> None:
-    again = fault(id=9, repeat_of=7, suppressed=12)
-    assert printed(again) == SUMMARY.replace("(fault 7,", "(fault 9, again 7, 12 more not printed,")
+@pytest.mark.parametrize(
+    ("spread", "says"),
+    [
+        (Spread(311, 37, 4, NOW), "36 more sessions, 4 processes; 311 times since 11:52:07"),
+        (Spread(2, 2, 2, NOW), "1 more session, 2 processes; 2 times since 11:52:07"),
+        (Spread(43, 1, 2, NOW), "2 processes; 43 times since 11:52:07"),
+        (Spread(43, 1, 1, NOW), "43 times since 11:52:07"),
+    ],
+)
+def test_a_repeat_is_one_line_that_says_how_far_it_has_spread(spread: Spread, says: str) -> None:
+    again = fault(id=9, repeat_of=7, suppressed=12, spread=spread)
+    assert printed(again) == f"SUMMARY: pgguard: shared-by-processes: fault 7 again: {says} (fault 9, session 3)"
 
 
 def test_colour_is_for_terminals() -> None:
@@ -471,9 +482,48 @@ def test_a_pipe_that_nobody_reads_holds_up_nothing_and_what_was_left_out_is_said
 def test_close_waits_for_what_is_left(pipe: Pipe) -> None:
     sink = ConsoleSink(pipe.writer)
     for n in range(5):
-        sink.record(replace(fault(id=n), repeat_of=1))
+        sink.record(fault(id=n))
     sink.close()
     assert os.read(pipe.reader, 1 << 20).count(b"SUMMARY: ") == 5
+
+
+def repeat(n: int, *, cause: int = 1) -> Fault:
+    return fault(id=n, repeat_of=7, cause=cause, spread=Spread(n, 1, 2, NOW))
+
+
+def test_of_repeats_there_is_a_line_now_and_then(pipe: Pipe) -> None:
+    """One cause gave 333 lines in ten seconds."""
+    sink = ConsoleSink(pipe.writer, again=(0.1, 3600))
+    sink.record(fault(cause=1))
+    for n in range(8, 50):
+        sink.record(repeat(n))
+    pipe.read_until(" again: ")
+    for n in range(50, 100):
+        sink.record(repeat(n))
+    sink.say("the end")
+    sink.close()
+    assert pipe.read_until("the end").count(" again: ") == 1
+
+
+def test_each_cause_has_its_own_lines_and_nothing_has_to_come_for_the_last_of_them(pipe: Pipe) -> None:
+    sink = ConsoleSink(pipe.writer, again=(0.1, 0.2, 0.3))
+    for cause in (1, 2):
+        sink.record(fault(cause=cause))
+        for n in range(1, 6):
+            sink.record(repeat(10 * cause + n, cause=cause))
+    pipe.read_until("(fault 15, session 3)\n")
+    pipe.read_until("(fault 25, session 3)\n")
+    sink.close()
+
+
+def test_what_is_remembered_of_causes_is_bounded(pipe: Pipe) -> None:
+    sink = ConsoleSink(pipe.writer, again=(3600,))
+    for cause in range(1, CAUSES + 100):
+        while sink._queue.qsize() > BACKLOG / 2:
+            time.sleep(0.001)
+        sink.record(repeat(cause, cause=cause))
+    sink.close()
+    assert len(sink._spreading) == CAUSES
 
 
 def test_a_pipe_without_a_reader_ends_printing_and_is_said(pipe: Pipe) -> None:
