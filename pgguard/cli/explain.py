@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from types import MappingProxyType
@@ -17,6 +16,7 @@ from pgguard.faults.advice import advice_for, advised, closing, exhaustion
 from pgguard.faults.catalogue import CATALOGUE, Severity, kind_hint
 from pgguard.faults.policy import KindAction
 from pgguard.proxy.errors import ConfigurationError
+from pgguard.reporting.console import wanted_width
 from pgguard.session import libpq
 from pgguard.session.verdicts import Kind
 
@@ -67,11 +67,9 @@ def explain(kind: str | None) -> int:
         ConfigurationError: There is no such kind.
     """
     entry = None if kind is None else CATALOGUE[_kind(kind)]
-    columns = os.environ.get("COLUMNS", "")
-    wanted = int(columns) if columns.isdigit() and int(columns) else None
     terminal = sys.stdout.isatty()
     console = Console(
-        force_terminal=terminal, width=wanted or (None if terminal else PLAIN_WIDTH), legacy_windows=False
+        force_terminal=terminal, width=wanted_width() or (None if terminal else PLAIN_WIDTH), legacy_windows=False
     )
     with console.capture() as printed:
         if entry is None:

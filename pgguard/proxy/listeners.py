@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 BACKLOG: Final = 4096
 """Clients that may wait to be accepted. The kernel makes it ``net.core.somaxconn`` if that is less: listen(2)."""
 _CONNECT_PROBE_TIMEOUT: Final = 1.0
+_ANOTHER_DIRECTORY: Final = "use a directory that nobody else can move or replace"
+"""What to do where somebody can lead a socket's path elsewhere, an imperative."""
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +93,7 @@ class _Place:
         if self.leader is None or os.geteuid() != 0:
             return os.geteuid()
         if self.leader.uid is None:
-            raise ConfigurationError(
-                f"--listen {self.address}: {self.leader.reason}: use a directory that nobody else can move or replace"
-            )
+            raise ConfigurationError(f"--listen {self.address}: {self.leader.reason}: {_ANOTHER_DIRECTORY}")
         return self.leader.uid
 
     def remark(self) -> str | None:
@@ -107,7 +107,7 @@ class _Place:
         if self.leader is not None:
             return (
                 f"somebody else can take the guard's place at {self.address}, as {self.leader.reason}: "
-                "use a directory that nobody else can move or replace"
+                f"{_ANOTHER_DIRECTORY}"
             )
         return None
 
@@ -272,7 +272,7 @@ def _remedy(error: OSError, address: UnixAddress) -> str:
 
 
 def _leaders_remedy(leader: Leader) -> str:
-    return f": as {leader.reason}, it takes what that user may do: use a directory that nobody else can move or replace"
+    return f": as {leader.reason}, it takes what that user may do: {_ANOTHER_DIRECTORY}"
 
 
 def _remove_stale(place: _Place) -> None:
