@@ -25,7 +25,7 @@ TRUSTED = frozenset({0, os.geteuid()})
 TRUST_REMEDY = "make root or the guard's user its owner, and let nobody else write to it"
 """What to do about a file that isn't trusted, an imperative."""
 
-_LINKS = 40
+LINKS = 40
 """Symbolic links on one path, at most: path_resolution(7)."""
 
 _NAME_ONLY = os.O_PATH | os.O_CLOEXEC
@@ -118,7 +118,7 @@ def find_leader(directory: Path) -> Leader | None:
             here = entry
             continue
         links += 1
-        if links > _LINKS:
+        if links > LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         target = entry.readlink()
         here = Path("/") if target.is_absolute() else here

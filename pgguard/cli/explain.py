@@ -20,6 +20,7 @@ from pgguard.faults.catalogue import CATALOGUE, Severity, kind_hint
 from pgguard.faults.policy import KindAction
 from pgguard.faults.text import nearest
 from pgguard.proxy.errors import ConfigurationError
+from pgguard.reporting.console import wanted_width
 from pgguard.session import libpq
 from pgguard.session.verdicts import Kind
 
@@ -92,11 +93,9 @@ def explain(kind: str | None, software: Sequence[str] = ()) -> int:
         raise ConfigurationError(f"--for takes a kind of fault as well: pgguard explain KIND --for {software[0]}")
     entry = None if kind is None else CATALOGUE[_kind(kind)]
     runtime = _runtime(software) if software else None
-    columns = os.environ.get("COLUMNS", "")
-    wanted = int(columns) if columns.isdigit() and int(columns) else None
     terminal = sys.stdout.isatty()
     console = Console(
-        force_terminal=terminal, width=wanted or (None if terminal else PLAIN_WIDTH), legacy_windows=False
+        force_terminal=terminal, width=wanted_width() or (None if terminal else PLAIN_WIDTH), legacy_windows=False
     )
     with console.capture() as printed:
         if entry is None:

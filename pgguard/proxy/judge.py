@@ -264,7 +264,7 @@ class Judge:
         """
         if self._witness is None or sender is None or not session.meets(sender.pid):
             return
-        before = session.senders.pop(sender.pid, None)
+        before = session.forget(sender.pid)
         if before is None:
             kernel_account = session.kernel_account
             opener = None if kernel_account is None else kernel_account.account.opener

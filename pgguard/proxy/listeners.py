@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 BACKLOG: Final = 4096
 """Clients that may wait to be accepted. The kernel makes it ``net.core.somaxconn`` if that is less: listen(2)."""
 _CONNECT_PROBE_TIMEOUT: Final = 1.0
+_ANOTHER_DIRECTORY: Final = "use a directory that nobody else can move or replace"
+"""What to do where somebody can lead a socket's path elsewhere, an imperative."""
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +93,7 @@ class _Place:
         if self.leader is None or os.geteuid() != 0:
             return os.geteuid()
         if self.leader.uid is None:
-            raise ConfigurationError(
-                f"--listen {self.address}: {self.leader.reason}: use a directory that nobody else can move or replace"
-            )
+            raise ConfigurationError(f"--listen {self.address}: {self.leader.reason}: {_ANOTHER_DIRECTORY}")
         return self.leader.uid
 
     def remark(self) -> str | None:
@@ -107,7 +107,7 @@ class _Place:
         if self.leader is not None:
             return (
                 f"others can put a socket of theirs in the place of {self.address}, because {self.leader.reason}: "
-                "use a directory that nobody else can move or replace"
+                f"{_ANOTHER_DIRECTORY}"
             )
         return None
 
@@ -263,8 +263,7 @@ def _remedy(error: OSError, address: UnixAddress, leader: Leader | None) -> str:
     match error.errno:
         case errno.EACCES | errno.EPERM if leader is not None and os.geteuid() == 0:
             return (
-                f": {leader.reason}, so pgguard creates the socket with that user's rights: "
-                "use a directory that nobody else can move or replace"
+                f": {leader.reason}, so pgguard creates the socket with that user's rights: {_ANOTHER_DIRECTORY}"
             )
         case errno.ENOENT if not Path(address.directory).is_dir():
             return f": create the directory {address.directory}"

@@ -196,7 +196,7 @@ class ProxiedSession:
         """The kernel's account of who sends on its TCP connection."""
         self.senders: dict[int, Process] = {}
         """The processes that the kernel has named as senders, as they were when they were first looked at: the latest.
-        Written by :meth:`remember` alone."""
+        Written by :meth:`remember` and :meth:`forget` alone."""
         self.met: dict[int, float] = {}
         """The pids of those that have sent on it, and when one last began to, in seconds of time.monotonic()."""
         self.sightings = Sightings()
@@ -273,6 +273,10 @@ class ProxiedSession:
             self.met.clear()
         self.met[pid] = now
         return now - before > _FRESH
+
+    def forget(self, pid: int) -> Process | None:
+        """Take a process that has sent for unknown until it has been looked at again; returns what was seen of it."""
+        return self.senders.pop(pid, None)
 
     def remember(self, processes: Mapping[int, Process]) -> None:
         """Keep what was seen of processes that have sent, by pid."""

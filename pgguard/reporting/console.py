@@ -491,9 +491,10 @@ def _clock(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S.%f")
 
 
-def _plain_width() -> int:
+def wanted_width() -> int | None:
+    """How many columns ``COLUMNS`` asks for; ``None`` if it doesn't, or not in a number."""
     columns = os.environ.get("COLUMNS", "")
-    return min(int(columns), _WIDEST) if _COLUMNS.fullmatch(columns) else PLAIN_WIDTH
+    return min(int(columns), _WIDEST) if _COLUMNS.fullmatch(columns) else None
 
 
 @dataclass(slots=True)
@@ -533,7 +534,7 @@ class ConsoleSink:
         self._console = Console(
             file=self._buffer,
             force_terminal=self._terminal,
-            width=width or (None if self._terminal else _plain_width()),
+            width=width or (None if self._terminal else wanted_width() or PLAIN_WIDTH),
             legacy_windows=False,
         )
         self._queue: queue.Queue[Fault | str | None] = queue.Queue(BACKLOG)

@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pgguard.attribution.trust import TRUSTED, UntrustedError, user_name
+from pgguard.attribution.trust import LINKS, TRUSTED, UntrustedError, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,8 +35,6 @@ _MODE: Final = 0o640
 _FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
 """O_NONBLOCK: a FIFO that nobody reads is an error (ENXIO) and not a guard that hangs, open(2)."""
 _LOOK: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_LINKS: Final = 40
-"""Symbolic links on one path, at most: path_resolution(7)."""
 _ATTEMPTS: Final = 8
 """Times that a file may be replaced while it is being opened."""
 
@@ -113,7 +111,7 @@ class _Walk:
                 "name the file that it points to"
             )
         self._links += 1
-        if self._links > _LINKS:
+        if self._links > LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         target = os.readlink("", dir_fd=link)
         if target.startswith("/"):

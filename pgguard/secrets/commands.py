@@ -28,10 +28,10 @@ _SETTINGS: Final = re.compile(
     re.DOTALL,
 )
 """What follows the first name of a conninfo string: a value and more settings."""
-_URL: Final = re.compile(r"\A(?P<before>(?:[\w.+-]++[=:])*+//[^/?#@:\s]*:).*(?=@[^\s@]*\Z)", re.DOTALL)
-
+_AUTHORITY: Final = r"\A(?P<before>(?:[\w.+-]++[=:])*+//[^/?#@:\s]*:)"
+_URL: Final = re.compile(rf"{_AUTHORITY}.*(?=@[^\s@]*\Z)", re.DOTALL)
 """The password of a URL that is an argument by itself, and so may have blanks in it."""
-_CUT_URL: Final = re.compile(r"\A(?P<before>(?:[\w.+-]++[=:])*+//[^/?#@:\s]*:)(?!\d{1,5}[/?#,])[^@]*\Z", re.DOTALL)
+_CUT_URL: Final = re.compile(rf"{_AUTHORITY}(?!\d{{1,5}}[/?#,])[^@]*\Z", re.DOTALL)
 """The same of one that has been cut off within it."""
 
 
