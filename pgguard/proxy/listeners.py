@@ -262,9 +262,7 @@ def _tcp_remedy(error: OSError) -> str:
 def _remedy(error: OSError, address: UnixAddress, leader: Leader | None) -> str:
     match error.errno:
         case errno.EACCES | errno.EPERM if leader is not None and os.geteuid() == 0:
-            return (
-                f": {leader.reason}, so pgguard creates the socket with that user's rights: {_ANOTHER_DIRECTORY}"
-            )
+            return f": {leader.reason}, so pgguard creates the socket with that user's rights: {_ANOTHER_DIRECTORY}"
         case errno.ENOENT if not Path(address.directory).is_dir():
             return f": create the directory {address.directory}"
         case errno.ENOENT | errno.EACCES | errno.EPERM | errno.EROFS:
