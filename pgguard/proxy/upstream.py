@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from pgguard.faults.text import printable, shorten
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, Upstream
 from pgguard.proxy.remedies import hints, is_want
 from pgguard.wire.fields import parse_fields, parse_severity
@@ -28,6 +29,8 @@ _REFUSAL_TIMEOUT: Final = 10.0
 """Seconds for the server to refuse a client."""
 _REFUSAL_LIMIT: Final = 16 * 1024
 """Bytes in which it does."""
+_REASON_LENGTH: Final = 200
+"""Characters of a server's own words that are passed on, at most."""
 DECLINED: Final = b"N"
 """The answer to a request for encryption that there is none."""
 _ERROR_RESPONSE: Final = b"E"
@@ -49,9 +52,9 @@ class UpstreamUnavailable(OSError):
 
     def __init__(self, failures: Sequence[tuple[Address | Upstream, BaseException]]) -> None:
         self.failures = failures
-        super().__init__("; ".join(f"{address}: {reason(error)}" for address, error in failures))
+        super().__init__(printable("; ".join(f"{address}: {reason(error)}" for address, error in failures)))
         self.exhausted = any(is_want(error, ipv4=_is_ipv4(address)) for address, error in failures)
-        """One of them failed for want of something on this host: descriptors, memory, local ports."""
+        """One of them failed because this host had run out of something: descriptors, memory, local ports."""
 
     @property
     def hint(self) -> str:
@@ -195,14 +198,14 @@ async def _connect_unix(address: UnixAddress) -> trio.socket.SocketType:
 
 
 def reason(error: BaseException) -> str:
-    """Why a connection could not be made, in the system's words."""
+    """Why a connection could not be made, in the system's words, or the server's: one line."""
     if isinstance(error, socket.gaierror):
         return error.strerror or str(error)
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     if isinstance(error.__cause__, BaseExceptionGroup):  # trio's, of all that a name resolves to
         return ", ".join(dict.fromkeys(reason(cause) for cause in error.__cause__.exceptions))
-    return str(error)
+    return shorten(printable(str(error)), _REASON_LENGTH)
 
 
 def _is_ipv4(address: Address | Upstream) -> bool:

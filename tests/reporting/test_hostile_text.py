@@ -25,6 +25,9 @@ from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.attribution.threads import Waits
 from pgguard.cli import doctor, main
 from pgguard.faults.catalogue import Severity
+from pgguard.faults.causes import Told
+from pgguard.faults.docket import Count
+from pgguard.faults.fault import Spread
 from pgguard.faults.rejection import rejection
 from pgguard.faults.sql import SqlMode
 from pgguard.proxy.addresses import TcpAddress
@@ -32,9 +35,10 @@ from pgguard.proxy.upstream import UpstreamUnavailable
 from pgguard.reporting.console import print_fault, summary_line
 from pgguard.reporting.jsonl import encode
 from pgguard.reporting.log import BoundedLog
+from pgguard.reporting.summary import summary_lines
 from pgguard.session.refusals import reason_of
 from pgguard.session.verdicts import AFTER_END, Kind, Limit, Refusal, Sender
-from tests.faults.samples import FACTS, OUTSTANDING, OVERLAP, QUERY, fault, process, verdict, waiting
+from tests.faults.samples import FACTS, NOW, OUTSTANDING, OVERLAP, QUERY, fault, process, verdict, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,6 +114,10 @@ def test_whatever_comes_from_outside_is_harmless_wherever_it_is_shown(
         for told in (what.summary, what.reason):
             assert is_harmless(told)
             assert len(told) <= 1000
+        last = summary_lines(
+            3, [Count(what.kind, what.severity, what.action, 1, 1)], [Told(what, Spread(2, 1, 1, NOW))]
+        )
+        assert all(is_harmless(told) and len(told) < 1_200 for told in last)
         line = encode(what)
         assert line.count(b"\n") == 1
         assert is_harmless(line.decode().removesuffix("\n"))
@@ -117,6 +125,7 @@ def test_whatever_comes_from_outside_is_harmless_wherever_it_is_shown(
     _look_at_the_log(text)
     _look_at_doctor(text, capsys)
     _look_at_an_error(text, capsys)
+    _look_at_what_a_client_is_told(text)
 
 
 def _look_at_the_console(what: Fault, width: int) -> None:
@@ -168,6 +177,14 @@ def _look_at_an_error(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().err
     assert shown.startswith("pgguard: --listen ")
     assert is_harmless(shown.removesuffix("\n"))
+
+
+def _look_at_what_a_client_is_told(text: str) -> None:
+    """Of several servers one has said why it turns everybody away."""
+    failures = [(TcpAddress("db", 5432), ConnectionRefusedError(text)), (TcpAddress(text[:63], 5432), OSError(text))]
+    told = str(UpstreamUnavailable(failures))
+    assert is_harmless(told)
+    assert len(told) < 1_200
 
 
 def test_a_text_that_is_harmless_is_shown_as_it_is() -> None:
