@@ -1,7 +1,7 @@
 """A guard with its sinks, started and ended: for whoever runs one, on the command line or inside a program.
 
 What it takes, in this order: the listeners are opened, the kernel is asked to name senders, rights that aren't needed
-any more are given up, it is found out which evidence can be had, and whether the guard stands in front of itself. No
+any more are given up, it is found out which evidence is available, and whether the guard stands in front of itself. No
 thread is started before the rights have been given up, as they are a thread's own.
 """
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pgguard.reporting.sinks import Fanout
 
 _TRIAL: Final = 20.0
-"""Seconds to try which evidence can be had: it takes tenths of one, unless somebody's process hangs."""
+"""Seconds to try which evidence is available: it takes tenths of one, unless somebody's process hangs."""
 
 _LOOK_FIRST: Final = 0.5
 """Seconds for a server to ignore a CancelRequest before clients are told that the guard is ready."""
@@ -248,15 +248,15 @@ def _missing_capabilities(settings: Settings) -> list[Capability]:
 def _start_probe(
     attribution: str, listeners: Sequence[tuple[str, int]], missing: list[Capability]
 ) -> SenderProbe | None:
-    """Have the kernel say who sends on TCP, if it is wanted and can be had.
+    """Have the kernel say who sends on TCP, if that is wanted and possible.
 
     Args:
         attribution: what is wanted.
         listeners: where clients connect.
-        missing: where what can't be had is added.
+        missing: where what isn't available is added.
 
     Raises:
-        ConfigurationError: it must be had, and can't.
+        ConfigurationError: it is demanded, and isn't available.
     """
     if attribution == "off" or not listeners:
         return None
@@ -271,7 +271,7 @@ def _start_probe(
     if probe.limits:
         missing.append(without_tcp_senders("; ".join(probe.limits), "run a newer kernel", altogether=False))
     if not comparison.alike:
-        logger.warning("as --attribution ebpf insists, clients are watched though %s", comparison)
+        logger.warning("clients are watched, as --attribution ebpf demands, although %s", comparison)
     return probe
 
 
@@ -301,7 +301,7 @@ def _give_up_rights(guard: Guard, settings: Settings, account: Account | None, p
     except RightsError as error:
         if account is not None:
             raise ConfigurationError(
-                f"--user {account.name}: {error}: that takes CAP_SETUID, CAP_SETGID and CAP_SETPCAP"
+                f"--user {account.name}: {error}: to change users pgguard needs CAP_SETUID, CAP_SETGID and CAP_SETPCAP"
             ) from error
         logger.warning("the guard keeps more rights than it needs: %s", error)
         return
@@ -333,5 +333,5 @@ async def _look_around(settings: Settings) -> list[Capability]:
         if settings.attribution != "off":
             await trio.to_thread.run_sync(scout.start, abandon_on_cancel=True)
         return await trio.to_thread.run_sync(_missing_capabilities, settings, abandon_on_cancel=True)
-    logger.warning("which evidence can be had here could not be found out within %g s", _TRIAL)
+    logger.warning("could not find out within %g s which evidence this host allows", _TRIAL)
     return []

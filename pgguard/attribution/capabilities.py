@@ -42,7 +42,7 @@ _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 _NAMED = 3
 """Processes that are named as examples."""
 
-_BLIND = "it doesn't find what is certainly there"
+_BLIND = "a test on pgguard's own processes failed"
 
 _CLIENT = """
 import os, select
@@ -70,17 +70,17 @@ _SHARE_PIDS = (
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """One thing that attribution needs, and whether it can be had."""
+    """One thing that attribution needs, and whether it is available."""
 
     name: str
     purpose: str
-    """What it is for, and with what limits it can be had: a clause without a subject."""
+    """What it is for, and with what limits it is available: a clause without a subject."""
     essential: bool
     """Without it, no client of one kind of socket at least can be found."""
     unix_instead: bool
     """Clients that connect to a Unix socket can be named without it, by :attr:`KERNEL_SENDERS`."""
     problem: str | None = None
-    """What is wrong, a clause; ``None`` if there is nothing and it can be had."""
+    """What is wrong, a clause; ``None`` if nothing is, and it is available."""
     remedy: str | None = None
     """The one thing to do about the problem, an imperative; ``None`` exactly if there is none."""
     rights: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ class Capability:
 
     @property
     def available(self) -> bool:
-        """It can be had."""
+        """It works here."""
         return self.problem is None
 
     @property
@@ -177,7 +177,7 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
                 KERNEL_SENDERS,
                 "names the process that sent each byte",
                 client.try_senders,
-                "run the guard on the host's own kernel, not in a sandbox that imitates one",
+                "run the guard on the host's own kernel, not in a sandbox that emulates one, such as gVisor",
             ),
             *([_TCP_SENDERS] if probe else []),
             _Check(
@@ -207,7 +207,7 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
             ),
             _Check(
                 "waiting threads",
-                "shows which threads wait for an answer, and so who shares a TCP connection",
+                "shows which threads wait for an answer, and so which ones share a TCP connection",
                 client.try_threads,
                 _ptrace_remedy(),
                 unix_instead=True,
@@ -232,7 +232,7 @@ def without_tcp_senders(problem: str, remedy: str, *, altogether: bool = True) -
     Args:
         problem: what is wrong, a clause.
         remedy: the one thing to do about it, an imperative.
-        altogether: False: some can be had.
+        altogether: False: some of it works.
     """
     name = TCP_SENDERS if altogether else f"some {TCP_SENDERS}"
     return Capability(name, _TCP_SENDERS.purpose, essential=False, unix_instead=True, problem=problem, remedy=remedy)
@@ -277,7 +277,7 @@ _TCP_SENDERS = _Check(
     TCP_SENDERS,
     "names the process and the thread that sent each byte",
     _try_tcp_senders,
-    "run the guard on the host's own kernel, not in a sandbox that imitates one",
+    "run the guard on the host's own kernel, not in a sandbox that emulates one, such as gVisor",
     unix_instead=True,
     rights=LOADING,
 )
@@ -325,8 +325,8 @@ def _try_other_users() -> None:
         more = ["…"] if len(unreadable) > len(names) else []
         raise _Missing(
             f"{len(unreadable)} of them can't be looked at: {', '.join(names + more)}",
-            "make sure that none of them is a client: CAP_SYS_PTRACE isn't enough to look at them, maybe because of "
-            "AppArmor"
+            "make sure that none of them is a client; the guard has CAP_SYS_PTRACE, so something else hides them, such "
+            "as AppArmor"
             if _has_capability(Right.CAP_SYS_PTRACE)
             else "run the guard as root with CAP_SYS_PTRACE, unless every client runs as the guard's user",
         )
@@ -354,7 +354,7 @@ def _try_pid_namespace() -> str | None:
     own = set(_lineage(os.getpid(), processes))
     others = [pid for pid in processes if pid not in own and guards.isdisjoint(_lineage(pid, processes))]
     if not others and 1 in processes:
-        raise _Missing("the guard is alone in its pid namespace, and sees only what it starts itself")
+        raise _Missing("the guard is alone in its pid namespace, and sees only the processes that it starts itself")
     return "sees every process in the guard's pid namespace, and none outside it"
 
 
@@ -419,7 +419,7 @@ class _Client:
         if self._failure is not None:
             reason = self._failure.strerror or self._failure
             raise _Missing(
-                f"it can't be tried because {sys.executable} can't be started: {reason}",
+                f"this could not be tested, because {sys.executable} can't be started: {reason}",
                 "install the guard where its user can run Python, and let it start processes",
             )
 

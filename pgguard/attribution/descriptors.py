@@ -19,7 +19,7 @@ _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 def is_shortage(error: OSError) -> bool:
-    """Whether something can't be looked at now for want of descriptors or memory: whatever is there is there still."""
+    """Whether something can't be looked at now for lack of descriptors or memory: whatever is there is still there."""
     return error.errno in _SHORTAGES
 
 

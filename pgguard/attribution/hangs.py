@@ -12,7 +12,7 @@ some of what is looked at is under the control of the process that is looked at:
 No time limit ends such a read. So each is announced here, for as long as it takes: :class:`reading`. Where one takes
 longer than :data:`PATIENCE` nobody else looks at that process any more until it has ended, nor, when there are several
 of them, at any process of that user. That is refused as a TimeoutError, as if the read had been tried and had failed.
-Who waits for a thread that hangs is told so, and does without: :func:`hanging`.
+Who waits for a thread that hangs is told so, and goes on without its answer: :func:`hanging`.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ class HolderWatch:
         self._held: dict[int, set[int]] = {}
         """By pid, the inodes of those of them that a process holds."""
         self._hidden = False
-        """Other users' processes aren't even listed: ``hidepid``, see proc(5); or none is, for want of descriptors."""
+        """Other users' processes aren't even listed: ``hidepid``, see proc(5); or none is, as no descriptor is left."""
         self._listed = -math.inf
         """When the processes were last listed."""
         self._crowd = threading.Lock()

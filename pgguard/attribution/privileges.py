@@ -123,7 +123,7 @@ def rights() -> frozenset[int]:
 
 
 def looking() -> frozenset[Right]:
-    """Those of :data:`LOOKING`; for want of the second, as in a container, the stronger one that does instead."""
+    """Those of :data:`LOOKING`; where the second is missing, as in a container, the stronger one in its place."""
     if Right.CAP_DAC_READ_SEARCH in rights():
         return LOOKING
     return LOOKING - {Right.CAP_DAC_READ_SEARCH} | {Right.CAP_DAC_OVERRIDE}

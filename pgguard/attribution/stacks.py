@@ -254,7 +254,7 @@ def _read(child: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, bytes
                 if not data:
                     waiting.unregister(key.fileobj)
                 if len(said[key.fd]) > _OUTPUT_LIMIT:
-                    raise _NoDump("it has too much on its stacks")
+                    raise _NoDump("its stacks are too large")
     output, complaint = said.values()
     return bytes(output), bytes(complaint)
 

@@ -141,7 +141,7 @@ class Obstacle(StrEnum):
     LARGE_SET = f"a thread waits for more than {_SET_LIMIT} descriptors"
     UNREADABLE = "/proc doesn't show what its threads are doing"
     """A kernel or sandbox without ``/proc/PID/syscall``, or an epoll set listed without inodes (before Linux 4.13)."""
-    OUT_OF_TIME = "it has too many threads to look at in the time there was"
+    OUT_OF_TIME = "it has too many threads to look at in the time available"
 
 
 @dataclass(frozen=True, slots=True)

@@ -322,7 +322,7 @@ def _blocked(pair: Pair, size: int, flags: int, disturb: Callable[[int], None]) 
     thread.start()
     tid = thread.native_id
     if tid is None or not _is_asleep(tid):
-        raise TimeoutError(errno.ETIMEDOUT, "a thread does not come to wait")
+        raise TimeoutError(errno.ETIMEDOUT, "a thread did not begin to wait")
     disturb(tid)
     thread.join(_SECONDS)
     if thread.is_alive():
@@ -442,7 +442,7 @@ class Comparison:
     def __str__(self) -> str:
         """What is wrong, a clause."""
         if self.problem is not None:
-            return f"it can't be tested whether watched sockets behave like others ({self.problem})"
+            return f"pgguard could not test whether watched sockets behave like others ({self.problem})"
         return f"on this kernel a watched socket behaves differently from others ({', '.join(self.differing)})"
 
 
@@ -539,7 +539,7 @@ def start(addresses: Iterable[tuple[str, int]], *, insist: bool) -> tuple[Sender
         _try_ways(tried, blocking=insist)
         probe, comparison = min(tried, key=_by_what_is_noticed)
         if not (comparison.alike or insist):
-            remedy = "run Linux 6.15 or later, where watching changes nothing, or use --attribution ebpf all the same"
+            remedy = "run Linux 6.15 or later, where watching changes nothing, or accept it with --attribution ebpf"
             raise ProbeUnavailable(str(comparison), remedy)
         for host, port in addresses:
             probe.add(host, port)
@@ -554,7 +554,7 @@ def start(addresses: Iterable[tuple[str, int]], *, insist: bool) -> tuple[Sender
 
 
 def _try_ways(tried: list[tuple[SenderProbe, Comparison]], *, blocking: bool) -> None:
-    """Make probes, the best first, until one changes nothing. Raises ProbeUnavailable: none can be had."""
+    """Make probes, the best first, until one changes nothing. Raises ProbeUnavailable: none works."""
     refused: list[ProbeUnavailable] = []
     for way in (None, Way.MAP):
         try:

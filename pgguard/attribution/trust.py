@@ -109,11 +109,9 @@ def find_leader(directory: Path) -> Leader | None:
             sticky = above.st_uid in TRUSTED and above.st_mode & stat.S_ISVTX
             uid = status.st_uid if sticky else above.st_uid
             if uid not in TRUSTED:
-                return Leader(uid, f"{user_name(uid)} can put another directory in the place of {entry}")
+                return Leader(uid, f"{user_name(uid)} can replace the directory {entry}")
             if not sticky:
-                return Leader(
-                    None, f"others can put another directory in the place of {entry} ({here} isn't safe: {reason})"
-                )
+                return Leader(None, f"other users can replace the directory {entry} ({here} isn't safe: {reason})")
         if not stat.S_ISLNK(status.st_mode):
             here = entry
             continue

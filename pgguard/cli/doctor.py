@@ -1,4 +1,4 @@
-"""``pgguard doctor``: which evidence can be had here, and what to do about the rest."""
+"""``pgguard doctor``: which evidence is available here, and how to get the rest."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from pgguard.attribution.capabilities import Capability
 
 _RIGHTS: Final = (
-    f"To see other users' clients the guard needs {names(LOOKING)}. To see those in other network namespaces as well, "
-    f"it needs {names(ENTERING)}, and keeps it only if it listens on more than the loopback addresses. It needs "
-    f"{names(LOADING)} until its BPF programs are loaded (CAP_BPF for good before Linux 5.19). A guard that is started "
-    "as root gives up every other capability, except for CAP_DAC_OVERRIDE if the server's Unix socket requires it. "
+    f"To see other users' processes the guard needs {names(LOOKING)}. To look into other network namespaces it also "
+    f"needs {names(ENTERING)}, which it keeps only if it listens on more than the loopback addresses. It needs "
+    f"{names(LOADING)} until its BPF programs are loaded (before Linux 5.19 it keeps CAP_BPF). A guard that is started "
+    "as root gives up every other capability, except CAP_DAC_OVERRIDE if the server's Unix socket requires it. "
     "With --user NAME it also becomes an ordinary user."
 )
 _WIDTH: Final = 100
@@ -34,11 +34,11 @@ _WIDTH: Final = 100
 
 
 def doctor(*, as_json: bool) -> int:
-    """Try every kind of evidence, print what came of it, and return the exit status.
+    """Try every kind of evidence, print the results, and return the exit status.
 
-    That is 0 if everything essential can be had, else 1. Takes a second at most, unless something hangs.
+    That is 0 if everything essential is available, else 1. Takes a second at most, unless something hangs.
     """
-    with progress("Trying what this host allows"):
+    with progress("Checking what this host allows"):
         capabilities = check()
     if as_json:
         print(json.dumps([_as_dict(capability) for capability in capabilities], indent=2))  # noqa: T201 - the answer
@@ -71,7 +71,7 @@ def _print(capabilities: Sequence[Capability]) -> None:
         if not capability.available:
             # Names of processes are in it.
             table.add_row("", Padding(Text(printable(f"problem: {capability.problem}")), (0, 0, 0, 2)))
-            table.add_row("", Padding(Text(printable(f"to do: {capability.remedy}")), (0, 0, 0, 2)))
+            table.add_row("", Padding(Text(printable(f"fix: {capability.remedy}")), (0, 0, 0, 2)))
     console.print(table)
     console.print()
     for line in _conclusion(capabilities):
@@ -88,15 +88,15 @@ def _conclusion(capabilities: Sequence[Capability]) -> list[str]:
     missing = [capability for capability in capabilities if not capability.available]
     if _essential_missing(capabilities):
         names = ", ".join(capability.name for capability in _essential_missing(capabilities))
-        lines = [f"Something essential is missing, and without it clients can't be found: {names}."]
+        lines = [f"Something essential is missing, so client processes can't be found: {names}."]
     elif missing:
         lines = [f"Everything essential works. Missing: {', '.join(capability.name for capability in missing)}."]
     else:
-        lines = ["Nothing is missing."]
+        lines = ["Everything works."]
     instead = [capability.name for capability in missing if capability.unix_instead]
     if instead and all(capability.name != KERNEL_SENDERS for capability in missing):
         lines.append(
-            "Or let the application connect to a Unix socket instead of a TCP port (--listen unix:DIR): there the "
+            "Or have the application connect to a Unix socket (--listen unix:DIR) instead of a TCP port: there the "
             f"kernel names the sender of every byte, even without {', '.join(instead)}."
         )
     if any(capability.rights for capability in capabilities):

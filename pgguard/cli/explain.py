@@ -1,4 +1,4 @@
-"""``pgguard explain``: what a kind of fault means, how it comes about, and how to fix it in which framework."""
+"""``pgguard explain``: what a kind of fault means, how it happens, and how to fix it in which framework."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _TRAILING_SPACE: Final = re.compile(r" +$", re.MULTILINE)
 _STYLES: Final = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "bold cyan"}
 
 _ACTIONS: Final = {
-    KindAction.LOG: "record it, and let the session go on",
-    KindAction.REJECT: "end the session with an error that says what happened",
-    KindAction.IGNORE: "neither record it nor do anything about it",
-    KindAction.DROP: "swallow the message, and let the session go on",
+    KindAction.LOG: "only record it",
+    KindAction.REJECT: "record it, and end the session with an error",
+    KindAction.IGNORE: "don't even record it",
+    KindAction.DROP: "record it, and drop the message: the session goes on",
 }
 
 _LIBPQ: Final = {
@@ -90,7 +90,7 @@ def explain(kind: str | None, software: Sequence[str] = ()) -> int:
         ConfigurationError: There is no such kind, or nothing is known of such software.
     """
     if software and kind is None:
-        raise ConfigurationError(f"--for takes a kind of fault as well: pgguard explain KIND --for {software[0]}")
+        raise ConfigurationError(f"--for needs a kind of fault: pgguard explain KIND --for {software[0]}")
     entry = None if kind is None else CATALOGUE[_kind(kind)]
     runtime = _runtime(software) if software else None
     terminal = sys.stdout.isatty()
@@ -137,14 +137,12 @@ def _runtime(names: Sequence[str]) -> Runtime:
     for name in names:
         if (what := by_name.get(_letters(name))) is None:
             close = nearest(name, [*map(str, languages), *_ALSO_CALLED])
-            hint = f"did you mean {close}?" if close else f"there is {', '.join(software_names())}"
+            hint = f"did you mean {close}?" if close else f"choose from {', '.join(software_names())}"
             raise ConfigurationError(f"--for {name}: there is no advice for that: {hint}")
         software.append(what)
     first, *others = dict.fromkeys(languages[what] for what in software)
     if others:
-        raise ConfigurationError(
-            f"--for: one process doesn't run {first} and {others[0]}: ask for {', then for '.join(names)}"
-        )
+        raise ConfigurationError(f"--for: one process doesn't run both {first} and {others[0]}: ask for one at a time")
     return runtime_with(software, languages)
 
 
@@ -165,8 +163,8 @@ def _print_kinds(console: Console) -> None:
     console.print()
     _paragraph(
         console,
-        "pgguard explain KIND says what a kind means, how it comes about and how to fix it; with --for FRAMEWORK, how "
-        "to fix it there.",
+        "Run pgguard explain KIND to see what a kind means, how it happens and how to fix it. Add --for FRAMEWORK for "
+        "code to paste.",
     )
 
 
@@ -174,20 +172,20 @@ def _print_entry(console: Console, entry: Entry) -> None:
     _line(console, Text.assemble((entry.kind, _STYLES[entry.severity]), f": {entry.title}"))
     _section(console, "Severity", entry.severity_rule)
     _section(console, "What it means", entry.meaning)
-    _section(console, "How it comes about", entry.cause)
+    _section(console, "How it happens", entry.cause)
     if (text := _LIBPQ.get(entry.kind)) is not None:
-        _section(console, "What libpq prints, to search logs for")
+        _section(console, "What to look for in the logs of clients that use libpq")
         _verbatim(console, text)
-    _section(console, "What to change", f"{entry.advice.title}. {entry.advice.text}", *entry.fixes)
+    _section(console, "What to change", f"{entry.advice.title}. {entry.advice.text}")
+    _items(console, entry.fixes)
     _sources(console, entry.advice)
     for case, advice in _CASES.get(entry.kind, {}).items():
         _print_fix(console, case, advice)
     _print_software(console, entry.kind)
     _section(
         console,
-        "What pgguard can do about it",
-        f"In mode log it is recorded; in mode reject {_in_mode_reject(entry)}, unless the configuration file says "
-        "otherwise:",
+        "What pgguard does about it",
+        f"Mode log records it. Mode reject {_in_mode_reject(entry)}. The configuration file can say otherwise:",
     )
     console.print()
     _verbatim(console, "\n".join(_settings(entry)))
@@ -195,9 +193,9 @@ def _print_entry(console: Console, entry: Entry) -> None:
 
 def _in_mode_reject(entry: Entry) -> str:
     if not entry.can_reject or Severity.ERROR not in entry.severity_rule:
-        return "too"
+        return "does the same"
     always = entry.severity_rule == Severity.ERROR
-    return "its session is ended" if always else "its session is ended where it is an error"
+    return "also ends the session" if always else "also ends the session if it is an error"
 
 
 def _print_advice(console: Console, entry: Entry, runtime: Runtime) -> None:
@@ -206,7 +204,8 @@ def _print_advice(console: Console, entry: Entry, runtime: Runtime) -> None:
     _section(console, "What it means", entry.meaning)
     advice = advice_for(entry.kind, [runtime])
     if advice == entry.advice:
-        _section(console, "What to change", f"{advice.title}. {advice.text}", *entry.fixes)
+        _section(console, "What to change", f"{advice.title}. {advice.text}")
+        _items(console, entry.fixes)
         _sources(console, advice)
     else:
         _print_fix(console, f"What to change in {_heading(runtime)}", advice)
@@ -232,7 +231,7 @@ def _print_software(console: Console, kind: Kind, language: Language | None = No
                 by_language[its].append(str(what))
     if not by_language or (language is not None and not any(by_language.values())):
         return
-    _section(console, f"With code to paste: pgguard explain {kind} --for NAME, where NAME is one of")
+    _section(console, f"For code to paste, run pgguard explain {kind} --for NAME, where NAME is one of")
     for its, names in sorted(by_language.items()):
         listed = ", ".join([*([its] if language is None else []), *sorted(names, key=str.lower)])
         _paragraph(console, listed, indent=2)
@@ -258,11 +257,19 @@ def _settings(entry: Entry) -> Iterator[str]:
         default = False
 
 
-def _section(console: Console, heading: str, *paragraphs: str) -> None:
+def _section(console: Console, heading: str, paragraph: str | None = None) -> None:
     console.print()
     _line(console, Text(f"{heading}:", style="bold"))
-    for paragraph in paragraphs:
+    if paragraph is not None:
         _paragraph(console, paragraph, indent=2)
+
+
+def _items(console: Console, items: Sequence[str]) -> None:
+    """Print what else there is to say, each behind a hyphen."""
+    for item in items:
+        table = Table.grid(padding=(0, 1, 0, 0))
+        table.add_row("-", Text(item))
+        console.print(Padding(table, (0, 0, 0, 2)), highlight=False)
 
 
 def _sources(console: Console, advice: Advice) -> None:

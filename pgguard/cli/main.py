@@ -7,10 +7,11 @@ import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
 from pgguard.cli import options
 from pgguard.cli.explain import explain, software_names
@@ -36,10 +37,29 @@ def _examples(*examples: str) -> str:
     return escape("\n".join(["Examples:", *(f"\n{example}" for example in examples)]))
 
 
+def _without_types_of_flags(params: Any) -> Any:
+    """Parameters, of which those that take no value show no type in a help text."""
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
+
+
+class _Group(TyperGroup):
+    def get_params(self, ctx: Any) -> Any:
+        return _without_types_of_flags(super().get_params(ctx))
+
+
+class _Command(TyperCommand):
+    def get_params(self, ctx: Any) -> Any:
+        return _without_types_of_flags(super().get_params(ctx))
+
+
 _STATUSES: Final = "\n".join(f"  {status:5}  {meaning}" for status, meaning in STATUSES)
 
 app = typer.Typer(
     name=_NAME,
+    cls=_Group,
     help="A transparent guard in front of PostgreSQL that catches misused connections and names who did it.",
     epilog=_examples(
         "pgguard demo",
@@ -72,9 +92,10 @@ def _root(
 
 @app.command(
     "serve",
+    cls=_Command,
     help="Run the guard in front of one PostgreSQL, until Ctrl-C or SIGTERM.\n\n"
-    "Sessions that are open then may finish; a second Ctrl-C or SIGTERM ends them at once. SIGHUP reopens the file of "
-    "faults, and reads the configuration file again.",
+    "Open sessions may then finish; a second Ctrl-C or SIGTERM ends them at once. SIGHUP reopens the file that faults "
+    "are written to, and rereads the configuration file.",
     epilog=_examples(
         "pgguard serve --upstream postgresql://db.example.com",
         "pgguard serve --upstream 'host=db.example.com port=5432' \\\n  --faults faults.jsonl --mode reject",
@@ -113,9 +134,9 @@ def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
     raise typer.Exit(serve(given, config))
 
 
-@app.command("demo", epilog=_examples("pgguard demo"))
+@app.command("demo", cls=_Command, epilog=_examples("pgguard demo"))
 def demo_command() -> None:
-    """Show in less than a minute what pgguard is for: a real PostgreSQL, a real misuse, and who did it."""
+    """Show in less than a minute what pgguard does, with a real PostgreSQL and an application that misuses it."""
     from pgguard.demo.demonstration import run_demo  # noqa: PLC0415 - its extra need not be installed for the other commands
 
     raise typer.Exit(run_demo())
@@ -123,6 +144,7 @@ def demo_command() -> None:
 
 @app.command(
     "explain",
+    cls=_Command,
     epilog=_examples(
         "pgguard explain",
         "pgguard explain shared-by-processes",
@@ -133,8 +155,8 @@ def explain_command(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="[KIND]",
-            help="A kind of fault. Without it, all kinds are listed.",
+            metavar="KIND",
+            help="The kind of fault. Leave it out to list all kinds.",
             show_default=False,
             autocompletion=options.completing(list(Kind)),
         ),
@@ -144,22 +166,21 @@ def explain_command(
         typer.Option(
             "--for",
             metavar="FRAMEWORK",
-            help="Say how to fix it in this framework, library or language. Can be repeated, for what runs in one "
-            "process.",
+            help="Show the fix for this framework, library or language. Repeat it for several that run in one process.",
             show_default=False,
             autocompletion=options.completing(software_names()),
         ),
     ] = None,
 ) -> None:
-    """Say what a kind of fault means, how it comes about, and how to fix it."""
+    """Explain a kind of fault: what it means, how it happens, and how to fix it."""
     raise typer.Exit(explain(kind, software or ()))
 
 
-@app.command("doctor", epilog=_examples("pgguard doctor", "pgguard doctor --json"))
+@app.command("doctor", cls=_Command, epilog=_examples("pgguard doctor", "pgguard doctor --json"))
 def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead of a table.")] = False,
 ) -> None:
-    """Say which kinds of evidence this host allows, by trying each, and how to get the others."""
+    """Try every kind of evidence on this host; say which ones work, and how to get the others."""
     from pgguard.cli.doctor import doctor  # noqa: PLC0415 - likewise
 
     raise typer.Exit(doctor(as_json=as_json))
@@ -177,19 +198,19 @@ def main() -> None:
         if str(error) != _NO_THREAD:
             raise
         _complain(
-            "the system doesn't let pgguard start another thread: raise the limit on processes, ulimit -u or pids.max "
-            "of the cgroup (TasksMax= in a systemd unit)"
+            "the system doesn't let pgguard start another thread: raise the limit on processes (ulimit -u), or the "
+            "cgroup's pids.max (TasksMax= in a systemd unit)"
         )
         sys.exit(CANNOT)
     except typer.TyperException as error:
-        if str(error):  # it is empty when the help has been printed for want of a command
+        if str(error):  # it is empty when no command was given and the help has been printed
             _complain(f"{str(error).rstrip('.')}: {_what_to_do(error)}")
         sys.exit(CANNOT)
     sys.exit(status)
 
 
 def _what_to_do(error: typer.TyperException) -> str:
-    """What to say to who has typed what there isn't: the nearest that there is, or which help to read."""
+    """What to say to somebody who has mistyped a name: the nearest one that exists, or which help to read."""
     context: typer.Context | None = getattr(error, "ctx", None)
     if context is None:
         command = next((word for word in sys.argv[1:] if word in _commands()), None)

@@ -45,8 +45,8 @@ Upstream = Annotated[
     _option(
         "upstream",
         "URL",
-        "Where PostgreSQL is: a libpq connection string or URI. Only where it leads is used; user, database and "
-        "password are those that each client sends. Default: what libpq's variables say, PGHOST and the like.",
+        "Where PostgreSQL is: a libpq connection string or URI. Only the host, the port and the timeout are used: each "
+        "client sends its own user, database and password. Default: libpq's variables, such as PGHOST.",
     ),
 ]
 Listen = Annotated[
@@ -54,8 +54,8 @@ Listen = Annotated[
     _option(
         "listen",
         "ADDR",
-        "Where clients connect: HOST:PORT, or unix:DIR for a socket in DIR, or unix:DIR:PORT. Can be repeated; in the "
-        "environment, put a space between two. Default: 127.0.0.1:6544.",
+        "Where clients connect: HOST:PORT, or unix:DIR or unix:DIR:PORT for a Unix socket in DIR. Can be repeated; in "
+        "the environment variable, separate addresses by spaces. Default: 127.0.0.1:6544.",
     ),
 ]
 ModeChoice = Annotated[
@@ -63,24 +63,24 @@ ModeChoice = Annotated[
     _option(
         "mode",
         "MODE",
-        "What happens to a session with an error. log: the error is recorded, and the session goes on. reject: the "
-        "session ends, with a message to its client that says what happened. Default: log.",
+        "What to do when a fault is an error. log: record it, and let the session go on. reject: also end the session, "
+        "and tell its client why. Default: log.",
         values=list(Mode),
     ),
 ]
-Faults = Annotated[Path | None, _option("faults", "PATH", "Append every fault to this file, one line of JSON each.")]
+Faults = Annotated[Path | None, _option("faults", "PATH", "Append faults to this file, one line of JSON each.")]
 Config = Annotated[
     Path | None,
-    _option("config", "PATH", "The configuration file, in TOML. Default: pgguard.toml, if there is one here."),
+    _option("config", "PATH", "The configuration file (TOML). Default: pgguard.toml in this directory, if it exists."),
 ]
 Attribution = Annotated[
     str,
     _option(
         "attribution",
         "HOW",
-        "How to find out which process did it. auto: by every means that this host allows. ebpf: also end with an "
-        "error unless the kernel names the senders on TCP. proc: end with an error unless processes and sockets can be "
-        "looked at. off: not at all. Default: auto.",
+        "How to find out which process did it. auto: with all the evidence that this host allows. ebpf: the same, but "
+        "refuse to start unless the kernel names senders on TCP. proc: the same, but refuse to start unless processes "
+        "and their sockets can be looked up. off: don't find out. Default: auto.",
         values=get_args(settings.Attribution),
     ),
 ]
@@ -89,8 +89,8 @@ Sql = Annotated[
     _option(
         "sql",
         "HOW",
-        "How records show SQL. normalized: with a ? for each value. full: as it was sent. none: not at all. Secrets "
-        "are never shown. Default: normalized.",
+        "How to show SQL. normalized: with $1, $2 and so on in place of values. full: as it was sent. none: not at "
+        "all. Secrets are never shown. Default: normalized.",
         values=list(SqlMode),
     ),
 ]
@@ -99,7 +99,7 @@ IdleInTransaction = Annotated[
     _option(
         "idle-in-transaction",
         "SECONDS",
-        "How long a transaction may sit idle before that is a fault; 0: as long as it likes. Default: 60.",
+        "How long a transaction may sit idle before it is reported. 0: no limit. Default: 60.",
     ),
 ]
 UnreadAnswer = Annotated[
@@ -107,8 +107,8 @@ UnreadAnswer = Annotated[
     _option(
         "unread-answer",
         "SECONDS",
-        "How long a complete answer may lie unread in the client's socket before that is a fault; 0: as long as it "
-        "likes. Default: 5.",
+        "How long a complete answer may lie unread in the client's socket before it is reported. 0: no limit. "
+        "Default: 5.",
     ),
 ]
 EvidenceBudget = Annotated[
@@ -116,11 +116,11 @@ EvidenceBudget = Annotated[
     _option(
         "evidence-budget",
         "SECONDS",
-        "For how long a session may be held while the first fault of a cause is looked into; 0: not at all. Default: "
-        "0.25.",
+        "How long a session may be held up, at most, while pgguard collects evidence of a fault that is new. 0: not at "
+        "all. Default: 0.25.",
     ),
 ]
 User = Annotated[
     str,
-    _option("user", "NAME", "The ordinary user to become once everything is set up, for a guard that root starts."),
+    _option("user", "NAME", "If root starts pgguard: the ordinary user to become once everything is set up."),
 ]

@@ -18,11 +18,11 @@ def progress(doing: str, *, moving: bool = True) -> Iterator[Callable[[str], Non
     """Say what is going on until the context is left; then the line is gone.
 
     Args:
-        doing: What is being done, to be followed by an ellipsis.
-        moving: Show that something is alive, which takes a thread. Without it no thread is started.
+        doing: What is being done; an ellipsis is added.
+        moving: Show a moving sign, which takes a thread. Without it no thread is started.
 
     Yields:
-        What says that something else is being done.
+        A function that takes what is being done from then on.
     """
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal or console.is_dumb_terminal:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from pgguard.cli.progress import progress
+from pgguard.faults.text import printable
 from pgguard.proxy.addresses import unused_database_url
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.losses import Loss, keep_going, remarks, spared
@@ -112,16 +113,16 @@ class _Reloader:
             self._reopen(reloaded.settings)
             guard.reload(reloaded.settings)
         except ConfigurationError as error:
-            logger.error("SIGHUP: nothing has been changed: %s", error)  # noqa: TRY400 - it is the user's
+            logger.error("SIGHUP: nothing has changed: %s", error)  # noqa: TRY400 - it is the user's
             return
         except Exception:
-            logger.exception("SIGHUP: nothing has been changed")
+            logger.exception("SIGHUP: nothing has changed")
             return
         self._settings = reloaded.settings
         for remark in reloaded.remarks:
             logger.info("SIGHUP: %s", remark)
         if not reloaded.remarks:
-            logger.info("SIGHUP: the settings are as they were")
+            logger.info("SIGHUP: no setting has changed")
 
     def _reopen(self, settings: Settings) -> None:
         if self._recorder is None or settings.faults is None:
@@ -135,7 +136,7 @@ class _Reloader:
         try:
             self._recorder.reopen()
         except SinkError as error:
-            logger.error("SIGHUP: %s; it goes on with what it has open", error)  # noqa: TRY400 - it is the user's
+            logger.error("SIGHUP: %s; faults still go to the file that is open", error)  # noqa: TRY400 - likewise
         else:
             logger.info("SIGHUP: reopened %s", settings.faults)
 
@@ -173,7 +174,7 @@ def _run(given: dict[str, Any], config: Path | None, hangups: _Hangups, starting
         for line in last:
             console.say(line)
         for remark in remarks():
-            console.say(f"pgguard: failed inside the guard: {remark}")
+            console.say(f"pgguard: internal error: {remark}")
     finally:
         sinks.close()
     return 0
@@ -222,7 +223,7 @@ async def _until_signalled(
     with spared(Loss.WORDS):
         last += summary_lines(guard.sessions, guard.counts(), guard.causes())
     with spared(Loss.WORDS):
-        last += [f"pgguard: attribution: {remark}" for remark in guard.remarks()]
+        last += [printable(f"pgguard: attribution: {remark}") for remark in guard.remarks()]
     return last
 
 
@@ -233,10 +234,10 @@ def _announce(guard: RunningGuard, settings: Settings) -> None:
     if not settings.upstream and (unused := unused_database_url(guard.upstream, guard.addresses)) is not None:
         logger.warning("%s", unused)
     if guard.missing:
-        without = ", ".join(capability.name for capability in guard.missing)
-        blind = any(capability.essential for capability in guard.missing)
-        what = "clients can't be found here without" if blind else "some evidence isn't available here:"
-        logger.warning("%s %s; run pgguard doctor to see why", what, without)
+        essential = [capability.name for capability in guard.missing if capability.essential]
+        what = "client processes can't be found here without" if essential else "some evidence isn't available here:"
+        names = ", ".join(essential or (capability.name for capability in guard.missing))
+        logger.warning("%s %s; run pgguard doctor to see why", what, names)
     source = "" if settings.source is None else f"; settings are from {settings.source}"
     logger.info("PostgreSQL is at %s%s", guard.upstream, source)
     logger.info("ready on %s", ", ".join(map(str, guard.addresses)))

@@ -10,10 +10,10 @@ CANNOT: Final = 2
 FAULT_SEEN: Final = 66
 
 STATUSES: Final = (
-    (str(DONE), "done; serve: it was told to end"),
-    (str(MISSING), "doctor: something essential is missing; demo: it went wrong"),
-    (str(CANNOT), "it can't be done as asked; standard error says what to change"),
-    (str(FAULT_SEEN), "kept for pgguard run, which is to come: a fault was seen"),
-    ("128+N", "signal N ended it: 130 for Ctrl-C"),
+    (str(DONE), "success; serve: a signal stopped it"),
+    (str(MISSING), "doctor: something essential is missing; demo: it failed"),
+    (str(CANNOT), "wrong usage or setting: standard error says what to change"),
+    (str(FAULT_SEEN), "reserved for pgguard run, which doesn't exist yet"),
+    ("128+N", "ended by signal N: 130 for Ctrl-C"),
 )
 """Each status and its meaning, as the README has them too."""

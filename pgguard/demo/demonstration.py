@@ -41,7 +41,7 @@ _FAULTS = "faults.jsonl"
 _LOG = "guard.log"
 
 _NEXT = """\
-Put it in front of a PostgreSQL of your own, where your application runs and as the same user:
+Put pgguard in front of your own PostgreSQL, on your application's host and as the same user:
 
     pgguard serve --upstream postgresql://db.example.com --faults faults.jsonl
     DATABASE_URL=postgresql://app@127.0.0.1:6544/app  your-application
@@ -51,7 +51,7 @@ Over a Unix socket the kernel names the sender of every byte, so use one if your
     pgguard serve --upstream postgresql://db.example.com --listen unix:/tmp
     DATABASE_URL=postgresql://app@/app?host=/tmp  your-application
 
-With --mode reject, pgguard ends a session at an error, before anybody is handed another's answer."""
+With --mode reject, pgguard ends a misused session before anybody gets another's answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ async def _demonstrate(console: Console) -> int:
         cluster = await trio.to_thread.run_sync(stack.enter_context, running)
         say("Starting the guard in front of it")
         async with _running_guard(cluster.conninfo, directory, console.width) as listeners:
-            say("Letting two workers of an application share a connection, and two others not")
+            say("Running an application that shares a connection between two workers, and a corrected one")
             runs = await _perform(listeners)
         findings = _Findings.read(directory)
         say("Stopping PostgreSQL")
@@ -249,7 +249,7 @@ def _show(console: Console, runs: Sequence[_Run], findings: _Findings) -> int:
         _show_seen(console, run)
         found = findings.of(run)
         told = found if run.fixed else sorted(found, key=lambda fault: _GRAVITY.index(fault["severity"]))[:1]
-        first = " The most serious one in full:\n" if told and not run.fixed else ""
+        first = " The most serious one:\n" if told and not run.fixed else ""
         _show_plain(console, f"\npgguard saw {_counted(found) or 'nothing wrong'}.{first}")
         for fault in told:
             _show_plain(console, findings.report(fault))

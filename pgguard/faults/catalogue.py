@@ -1,4 +1,4 @@
-"""The kinds of fault: how grave each is, what it means, how it comes about and what to change.
+"""The kinds of fault: how grave each is, what it means, how it happens and what to change.
 
 The severity rules stand here as tables, and what can be said whatever the software; :mod:`pgguard.faults.advice` has
 what fits single frameworks, and ``pgguard explain`` prints both. Claims about other software name the documentation or
@@ -187,20 +187,20 @@ _SETTINGS: Final = "https://www.postgresql.org/docs/current/runtime-config-"
 
 SERVERS_ADVICE: Final = Advice(
     "Look into the server's log at this time",
-    "A stream that ends in the middle of a message is a server process that crashed or was killed (PostgreSQL's log: "
-    "'terminated by signal'; the kernel's: 'Out of memory'), pg_terminate_backend while the client wasn't reading, a "
-    "failover, or a proxy or network device that gave up the connection. A malformed message comes from a proxy or "
-    "pooler on the way: point --upstream straight at PostgreSQL. All that the application can do is reconnect, and "
-    "repeat the transaction.",
+    "A stream that ends in the middle of a message means that a server process crashed or was killed (PostgreSQL's "
+    "log: 'terminated by signal'; the kernel's: 'Out of memory'), that pg_terminate_backend was called while the "
+    "client wasn't reading, that there was a failover, or that a proxy or network device gave up the connection. A "
+    "malformed message comes from a proxy or pooler on the way: point --upstream straight at PostgreSQL. All that the "
+    "application can do is to reconnect and repeat the transaction.",
     sources=(_SHUTDOWN,),
 )
 """What to change about a protocol-violation of the server's."""
 
 SETTLED_ADVICE: Final = Advice(
-    "Nothing has to change",
-    "The processes that inherited it have opened connections of their own and leave this one alone, as they should. "
-    "Its socket stays open in them until they end, and keeps the session alive for as long. To leave nothing to "
-    "inherit, close the pool in the parent just before the fork. To hear no more of this, set this kind to ignore.",
+    "Nothing needs to change",
+    "The processes that inherited the connection have opened their own and leave this one alone, as they should. Its "
+    "socket stays open in them until they end, and keeps the session alive until then. To leave nothing to inherit, "
+    "close the pool in the parent just before the fork. To silence this, set the kind to ignore.",
     sources=(_LIBPQ_FORK,),
 )
 """What to change about an inherited connection whose heirs have others of their own."""
@@ -208,7 +208,7 @@ SETTLED_ADVICE: Final = Advice(
 STRANGERS_ADVICE: Final = Advice(
     "Find out what connects to this port, and why",
     "pgguard closed the connection without an answer, as PostgreSQL would. A health check should connect and close, or "
-    "run pg_isready; a load balancer must not send the PROXY protocol; and a client that requires TLS needs "
+    "run pg_isready; a load balancer must not send the PROXY protocol; and a client that requires TLS must be set to "
     "sslmode=disable or prefer.",
     sources=(_ISREADY,),
 )
@@ -234,15 +234,15 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "the protocol.",
         Advice(
             "Look between the guard and PostgreSQL",
-            "Point --upstream straight at PostgreSQL, without the pooler or proxy in between. If the fault is gone "
-            "then, the pooler or proxy hands out connections with answers left in them: upgrade it, and make it close "
-            "a server connection whose client vanished or cancelled in the middle of a query.",
+            "Point --upstream straight at PostgreSQL, without the pooler or proxy in between. If that makes the fault "
+            "go away, the pooler or proxy hands out connections with answers left in them: upgrade it, and make it "
+            "close a server connection whose client vanished or cancelled in the middle of a query.",
         ),
         (
-            "Rows read since then may have been another client's: discard the connection, don't retry on it.",
+            "Rows read since then may have been another client's: discard the connection, and don't retry on it.",
             (
-                "While you look for the cause, you can set this kind to drop in the configuration: the guard then "
-                "swallows the message and the session goes on."
+                "While you look for the cause, you can set this kind to drop in the configuration file: the guard then "
+                "drops the message, and the session goes on."
             ),
         ),
         can_drop=True,
@@ -259,7 +259,7 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         Advice(
             "Discard this connection, then look between the guard and PostgreSQL",
             "Nothing read on this connection since the last complete answer can be trusted. Point --upstream "
-            "straight at PostgreSQL: if the fault is gone, the pooler or proxy in between mixes up answers.",
+            "straight at PostgreSQL: if that makes the fault go away, the pooler or proxy in between mixes up answers.",
         ),
         (
             (
@@ -274,11 +274,10 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "error",
         "two processes use one connection",
         "Requests of more than one process went over a single connection. The server answers in order, but "
-        "whichever process reads first gets the answer: one process is handed another's rows, the other waits for "
-        "ever or prints 'arrived from server while idle'. It goes unnoticed until two of them are busy at the same "
-        "time.",
-        "A process opened the connection and then forked. The child inherits every open file descriptor, the "
-        "socket of the connection among them, and a copy of the driver's state, so both believe that they own it. "
+        "whichever process reads first gets the answer: one process gets another's rows, and the other waits for "
+        "ever or prints 'arrived from server while idle'. Nobody notices until two of them are busy at the same time.",
+        "A process opened the connection and then forked. The child inherits every open file descriptor, including "
+        "the connection's socket, and a copy of the driver's state, so both believe that they own the connection. "
         "Preforking servers that preload the application (Puma, Unicorn, gunicorn, uWSGI, Celery, multiprocessing) "
         "do this whenever loading it runs a query.",
         Advice(
@@ -315,16 +314,16 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         Severity.ERROR,
         "error; warning where the client's driver may pipeline",
         "a request was sent before the last answer was complete",
-        "The client asked again while the server still owed it an answer, and not by pipelining as far as the guard "
-        "can tell. The answer to the first request will be taken for the answer to the second, and so on for the "
-        "rest of the session.",
-        "A timeout, cancellation or exception abandoned an answer half read, and the connection went on being "
-        "used; or two threads, or two coroutines, use one connection without a lock.",
+        "The client sent another request while the server still owed it an answer, and as far as the guard can tell it "
+        "wasn't pipelining. The client will take the answer to the first request for the answer to the second, and so "
+        "on for the rest of the session.",
+        "A timeout, cancellation or exception left an answer half read, and the application kept using the connection; "
+        "or two threads, or two coroutines, use one connection without a lock.",
         Advice(
             "Close a connection whose query was interrupted, and give each thread its own",
             "After a client-side timeout (Ruby's Timeout.timeout, a cancelled coroutine, a signal handler that "
             "raises) the rest of the answer is still on its way: close the connection instead of returning it to "
-            "the pool, or let the server do the timing with statement_timeout. Two threads must not use one "
+            "the pool, or let the server time queries out with statement_timeout. Two threads must not use one "
             "connection at once: check one out of the pool for each.",
             sources=(f"{_SETTINGS}client.html#GUC-STATEMENT-TIMEOUT",),
         ),
@@ -341,25 +340,25 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         Severity.WARNING,
         "warning; error when the next request was sent on top of it",
         "an answer lies unread in the client's socket",
-        "The server has answered in full, the session is at rest, and the client hasn't taken the answer out of its "
-        "socket. Whoever uses the connection next finds it there: the driver takes it for the answer to the next "
-        "request, so that from then on every answer is off by one, or it gives up with an error of its own: 'another "
-        "command is already in progress' (libpq), 'unexpected Parse response' (lib/pq).",
-        "A timeout, a cancellation or an exception has abandoned the request between sending it and reading the "
-        "answer; or the rows of one query are still being read while the next one is sent on the same connection; or "
-        "two threads or tasks use one connection. An answer that is only read late is not a fault unless something is "
-        "sent on top of it: then the warning says no more than how long it has lain there.",
+        "The server has answered in full, the session is idle, and the client hasn't read the answer from its socket. "
+        "Whoever uses the connection next finds it there. Either the driver takes it for the answer to the next "
+        "request, so that every later answer is off by one; or it gives up with an error of its own, such as 'another "
+        "command is already in progress' (libpq) or 'unexpected Parse response' (lib/pq).",
+        "A timeout, a cancellation or an exception abandoned the request after it was sent and before its answer was "
+        "read; or the rows of one query are still being read while the next one is sent on the same connection; or "
+        "two threads or tasks use one connection. An answer that is merely read late does no harm: then the warning "
+        "only says how long it lay there. It becomes an error when the next request is sent on top of the answer.",
         Advice(
             "Close a connection whose query was abandoned, or read its answer to the end",
-            "After a client-side timeout or an exception in the middle of a query close the connection instead of "
-            "returning it to the pool, or read until the driver says that the answer is complete. Let the server do "
-            "the timing: with statement_timeout the answer is an error, which the driver reads as usual. Close rows "
-            "and cursors before the next query on the same connection.",
+            "After a client-side timeout or an exception in the middle of a query, close the connection instead of "
+            "returning it to the pool, or read until the driver says that the answer is complete. Better, let the "
+            "server time queries out: with statement_timeout the answer is an error, which the driver reads as usual. "
+            "Close rows and cursors before the next query on the same connection.",
             sources=(f"{_SETTINGS}client.html#GUC-STATEMENT-TIMEOUT",),
         ),
         (
             "C: read with PQgetResult until it returns NULL before the connection is used again.",
-            "Clients that read late on purpose: raise --unread-answer; 0 turns this warning off.",
+            "If clients read late on purpose, raise --unread-answer; 0 turns this warning off.",
         ),
     ),
     Entry(
@@ -367,17 +366,17 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         Severity.WARNING,
         "warning; info if whoever inherited it has opened connections of its own and never used this one",
         "more than one process has the connection open",
-        "More than one process has the connection's socket open. Nothing has gone wrong yet; as soon as two of "
+        "More than one process has the connection's socket open. Nothing has gone wrong yet, but as soon as two of "
         "them use it, answers go astray. Even unused, the copy keeps the session alive after its owner has gone, and "
-        "a child that tidies up at exit sends Terminate on its parent's connection. A child is given a few seconds to "
-        "open a connection of its own; if it does, this is only information.",
+        "a child that cleans up at exit sends Terminate on its parent's connection. A child has a few seconds to open "
+        "a connection of its own; if it does, this is only information.",
         "A process forked while it had a connection open. A child inherits every open file descriptor, and FD_CLOEXEC, "
         "which closes them on exec, does not help a child that only forks: see fork(2).",
         Advice(
             "Close the pool before forking",
             "Disconnect in the parent just before the fork, or connect in each child after it. A child that must "
             "not use the connection should forget it without closing it (SQLAlchemy: engine.dispose(close=False)). "
-            "If one child alone goes on with the connection and the parent never touches it again, this is "
+            "If only one child goes on to use the connection and the parent never touches it again, this is "
             "harmless: set this kind to ignore.",
             sources=(_LIBPQ_FORK,),
         ),
@@ -390,22 +389,22 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "Terminate came from a process other than the one that opened the connection, and another process still has "
         "it open. The server ends the session, rolls back its transaction, and the owner finds out with its next "
         "query: 'server closed the connection unexpectedly', or 'SSL connection has been closed unexpectedly'.",
-        "A forked child ended, and on its way out closed what it had inherited: a destructor, a finalizer or an exit "
-        "handler said goodbye for the parent. Perl's DBI handles do this unless AutoInactiveDestroy is set; Ruby does "
+        "A forked child exited, and on its way out closed what it had inherited: a destructor, a finalizer or an exit "
+        "handler sent Terminate. Perl's DBI handles do this unless AutoInactiveDestroy is set; Ruby does "
         "it in at_exit blocks and when it frees a PG::Connection; Python does it in atexit handlers or when the child "
         "disposes of a pool; and PHP closes every connection at the end of the script.",
         Advice(
             "Let the child leave without closing what isn't its own",
-            "Disconnect in the parent just before the fork, so that there is nothing to close. Where that can't be, "
-            "the child must forget the connection instead of closing it (Perl: AutoInactiveDestroy; SQLAlchemy: "
-            "engine.dispose(close=False)), or leave without exit handlers and destructors (Ruby: exit!, Python: "
-            "os._exit, C: _exit).",
+            "Disconnect in the parent just before the fork, so that there is nothing to close. Where that isn't "
+            "possible, the child must forget the connection instead of closing it (Perl: AutoInactiveDestroy; "
+            "SQLAlchemy: engine.dispose(close=False)), or exit without running exit handlers and destructors (Ruby: "
+            "exit!, Python: os._exit, C: _exit).",
             sources=(_LIBPQ_FORK,),
         ),
         (
             (
-                "While you look for the child, you can set this kind to drop in the configuration: the guard then "
-                "swallows the Terminate, and the owner's session goes on."
+                "While you look for the child, you can set this kind to drop in the configuration file: the guard then "
+                "drops the Terminate, and the owner's session goes on."
             ),
         ),
         can_drop=True,
@@ -414,12 +413,13 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         Kind.UNCLEAN_CLOSE,
         Severity.WARNING,
         "warning; error with work open: a Query, Execute, FunctionCall, COPY or transaction",
-        "the client went away without saying goodbye",
-        "The connection ended without Terminate. An open transaction is rolled back; a query that was running goes "
-        "on until PostgreSQL notices, and nobody learns its outcome.",
+        "the client disconnected without Terminate",
+        "The client's side of the connection ended without the Terminate message that a client sends when it is done. "
+        "An open transaction is rolled back; a query that was running goes on until PostgreSQL notices, and nobody "
+        "learns its outcome.",
         "The process was killed (SIGKILL, the kernel's out-of-memory killer, a supervisor's timeout), crashed, exited "
         "without closing its connections, or left through os._exit. Or it is still running, and its driver dropped the "
-        "socket after a timeout or an error of its own, or something in between cut the connection. The record says "
+        "socket after a timeout or an error of its own, or something in between cut the connection. The report says "
         "which of these it was, if the kernel still knew: how a process ended can be seen only until its parent has "
         "collected its exit status.",
         Advice(
@@ -431,11 +431,11 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         ),
         (
             (
-                "Containers and supervisors: give the process longer between SIGTERM and SIGKILL than its longest "
+                "Containers and supervisors: between SIGTERM and SIGKILL, give the process more time than its longest "
                 "query takes."
             ),
             "PostgreSQL 14 and later: client_connection_check_interval ends queries whose client has gone.",
-            "Forked children that leave through os._exit or exit! must not own connections.",
+            "Forked children that exit with os._exit or exit! must not own connections.",
             (
                 "Terminate in the middle of COPY FROM STDIN loses all its rows (the server's log: 'unexpected message "
                 "type 0x58 during COPY from stdin'): end the COPY before the connection is closed, by leaving the "
@@ -452,13 +452,14 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "A transaction block has been open for longer than its threshold without a request. It keeps its locks, so "
         "others wait for it, and keeps VACUUM from removing dead rows anywhere in the database.",
         "The application began a transaction and then did something else: called another service, waited for a user, "
-        "or forgot to commit. Drivers that follow Python's DB-API begin one with the first query, a SELECT included, "
-        "and an exception on a path without a rollback leaves it open.",
+        "or forgot to commit. Drivers that follow Python's DB-API begin a transaction with the first query, even a "
+        "SELECT, and an exception on a path without a rollback leaves it open.",
         Advice(
             "Keep transactions short, and end them on every path",
-            "Begin the transaction after the slow work, and commit before the next: blocks that commit or roll back at "
-            "their end (with conn.transaction(), DB.transaction do) leave none open. Where only single statements are "
-            "run, use autocommit. idle_in_transaction_session_timeout has the server end those that remain.",
+            "Begin the transaction after the slow work, and commit before more slow work: blocks that commit or roll "
+            "back at their end (with conn.transaction(), DB.transaction do) leave none open. Where only single "
+            "statements are run, use autocommit. With idle_in_transaction_session_timeout the server ends sessions "
+            "that do it anyway.",
             sources=(f"{_SETTINGS}client.html#GUC-IDLE-IN-TRANSACTION-SESSION-TIMEOUT",),
         ),
     ),
@@ -467,18 +468,17 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         Severity.WARNING,
         "warning",
         "a connection outlived the process that opened it",
-        "The process that opened the connection has ended, and the session goes on: another process has inherited the "
-        "socket and keeps it open, but neither uses it nor waits on it. The session takes one of the server's slots, "
-        "and keeps its locks if a transaction is open. A daemon that goes on using the connection of the process that "
-        "started it is not meant: that one was handed over.",
+        "The process that opened the connection has ended, but the session goes on: another process has inherited the "
+        "socket and keeps it open, and neither uses it nor waits on it. The session takes one of the server's slots, "
+        "and keeps its locks if a transaction is open. A daemon that keeps using the connection of the process that "
+        "started it isn't reported: that connection was handed over.",
         "The process forked while it had the connection open, and the child (a daemon, a background job, a worker that "
-        "was left behind) inherited the socket and never closed it; or the command ended, and something that it had "
-        "started did not.",
+        "was left behind) inherited the socket and never closed it.",
         Advice(
             "Close connections before forking, and before the process ends",
-            "Disconnect in the parent just before the fork, so that no child keeps its socket open. Find the process "
-            "that has it open by its pid: if it should have ended with its parent, end it; if it is a daemon, let it "
-            "close what it inherited, or start it through exec, which closes libpq's sockets.",
+            "Disconnect in the parent just before the fork, so that no child keeps the socket open. Find the process "
+            "that has it open by its pid. If it should have ended with its parent, end it. If it is a daemon, make it "
+            "close what it inherited, or start it with exec, which closes libpq's sockets.",
             sources=(_LIBPQ_FORK,),
         ),
     ),
@@ -488,18 +488,18 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "error",
         "the server has no connection left",
         "The server refused a connection because it had no slot left for it: SQLSTATE 53300 (too_many_connections). "
-        "The record says which limit was reached, if the server says so, and which processes hold how many of the "
-        "connections that count toward it and go through the guard.",
+        "The report says which limit was reached, if the server says so, and how many of the connections that count "
+        "toward it each process has open through this guard.",
         "The application asks for more connections than max_connections allows (minus those that are reserved), or "
-        "than the role or the database may have. Every process of every server has a pool of its own, so pool size "
-        "times workers times hosts is what counts, and twice that during a rolling restart. Or connections are kept "
-        "that nobody needs: opened for each request and never closed, or idle in a transaction that nobody ends.",
+        "than the role or the database may have. Every process has a pool of its own, so what counts is pool size "
+        "times workers times hosts, and twice that during a rolling restart. Or connections are kept that nobody "
+        "needs: opened for each request and never closed, or idle in a transaction that nobody ends.",
         Advice(
             "Make all pools together fit into max_connections",
-            "Multiply pool size by processes by hosts, allow for deployments and for psql, and size the pools to stay "
-            "below max_connections: a process needs as many connections as it has threads that run queries at once. "
-            "If that is still too many, put a pooler in transaction mode (pgbouncer) in between. A process that has "
-            "many more connections than its pool's size is leaking them.",
+            "Multiply pool size by processes by hosts, allow for deployments and for psql, and size the pools so that "
+            "the total stays below max_connections: a process needs as many connections as it has threads that run "
+            "queries at once. If that is still too many, put a pooler in transaction mode (pgbouncer) in between. A "
+            "process that has many more connections than its pool's size is leaking them.",
             sources=(f"{_SETTINGS}connection.html#GUC-MAX-CONNECTIONS",),
         ),
         (
@@ -538,7 +538,7 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
             (f"{_PGBOUNCER}config.html#max_prepared_statements", f"{_PGBOUNCER}features.html"),
         ),
         (
-            "What a session sets, locks or listens to must stay within one transaction behind such a pooler.",
+            "Behind such a pooler, settings, locks and LISTEN must not outlast a transaction.",
             (
                 "Giving each client's statements names of their own (asyncpg: prepared_statement_name_func) avoids "
                 "names that exist already, but not statements that are gone."
@@ -577,9 +577,9 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "something that the guard does not understand.",
         Advice(
             "Let the guard read the session",
-            "If the session is encrypted: set sslmode=disable and gssencmode=disable in the client, and connect to "
-            "the guard over loopback or a Unix socket. Anything else is a shortcoming of pgguard: please report it "
-            "with the reason given here.",
+            "If the session is encrypted, set sslmode=disable and gssencmode=disable in the client, and connect to "
+            "the guard over loopback or a Unix socket. Anything else is a bug in pgguard: please report it with the "
+            "reason given here.",
         ),
         can_reject=False,
     ),

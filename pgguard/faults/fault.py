@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from pgguard.session.verdicts import Kind, Limit, MessageSeen, RequestState, Sender
 
 
-OUTLINED: Final = "the details are missing because something failed inside the guard; its log says what"
-"""The summary and the reason of a fault of which the rest couldn't be told."""
+OUTLINED: Final = "the details are missing because of an internal error; pgguard's log has more"
+"""The summary and the reason of a fault whose details couldn't be put together."""
 
 
 class Role(StrEnum):
@@ -37,7 +37,7 @@ class Role(StrEnum):
     OWNER = "owner"
     """Opened it."""
     HOLDER = "holder"
-    """Has its socket open; of a connection-exhaustion, has others open that count."""
+    """Has its socket open; of a connection-exhaustion, has other connections open that count toward the limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class SessionFacts:
 
 @dataclass(frozen=True, slots=True)
 class Culprit:
-    """One process, or one of its threads, in one role; who is in two roles is there twice."""
+    """One process, or one of its threads, in one role; a process in two roles is there twice."""
 
     role: Role
     pid: int | None
@@ -80,7 +80,7 @@ class Culprit:
     runtime: Runtime | None = None
     """What the process runs."""
     declared: Mapping[str, str] | None = None
-    """What a client says of itself that can't be looked at."""
+    """What a client says about itself, if its process can't be looked at."""
 
 
 class Event(StrEnum):
@@ -88,11 +88,11 @@ class Event(StrEnum):
 
     OPENED = "opened"
     INHERITED = "inherited"
-    """A fork took it along."""
+    """A process inherited it through a fork."""
     RECEIVED = "received"
-    """By a process that is older than the connection: it was handed over, through ``SCM_RIGHTS`` for one."""
+    """A process that is older than the connection got it: handed over, for example through ``SCM_RIGHTS``."""
     LEFT = "left"
-    """A process that had it open has not any more."""
+    """A process that had it open no longer has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Chapter:
     """Seconds since the epoch; ``None`` where that is not known."""
     pid: int
     parent: int | None
-    """Of whom the process that inherited it was forked, as far as that one is known to have had it."""
+    """The parent that the process inherited it from, if that is known to have had it open."""
     evidence: Evidence
 
 
@@ -135,7 +135,7 @@ class Spread(NamedTuple):
     """How often it has come."""
     sessions: int
     processes: int
-    """Of those who did it, or suffered it: how many are known."""
+    """How many processes are known to have done it, or suffered it."""
     since: float
     """When it came first, in seconds since the epoch."""
 
@@ -172,7 +172,7 @@ class Fault:
     story: tuple[Chapter, ...] = ()
     """How the socket came to be where it is, oldest first."""
     shares: tuple[Share, ...] | None = None
-    """Who had how many of the connections open that count; of kinds that it matters for."""
+    """How many of the connections that count each process had open; of a connection-exhaustion."""
     limit: Limit | None = None
     """Of a connection-exhaustion, which limit it was; ``None`` where the server doesn't say."""
     unnamed: int = 0

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from pgguard.faults.catalogue import CATALOGUE, Severity
+from pgguard.faults.text import listed
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
@@ -60,10 +61,11 @@ class Policy:
     def __post_init__(self) -> None:
         for kind, action in self.per_kind.items():
             if action is KindAction.DROP and not CATALOGUE[kind].can_drop:
-                droppable = ", ".join(k for k in Kind if CATALOGUE[k].can_drop)
-                raise PolicyError(f"{kind} can't be dropped, only {droppable} can: say log, reject or ignore")
+                droppable = listed([k for k in Kind if CATALOGUE[k].can_drop])
+                instead = "log, reject or ignore" if CATALOGUE[kind].can_reject else "log or ignore"
+                raise PolicyError(f"{kind} can't be dropped, only {droppable} can: use {instead}")
             if action is KindAction.REJECT and not CATALOGUE[kind].can_reject:
-                raise PolicyError(f"{kind} can't be rejected: say log or ignore")
+                raise PolicyError(f"{kind} can't be rejected: use log or ignore")
 
     def decide(self, kind: Kind, severity: Severity) -> Action | None:
         """What to do about a fault; ``None``: take no notice of it."""

@@ -57,8 +57,12 @@ def _others(fault: Fault) -> Iterator[str]:
     for pids, one, many in (
         (owners.keys() & users.keys(), *["opened this connection and used it before"] * 2),
         (users.keys() - owners.keys(), *["used this connection before"] * 2),
-        (owners.keys() - users.keys(), *["opened it"] * 2),
-        (holders.keys() - owners.keys() - users.keys(), "has it open as well", "have it open as well"),
+        (owners.keys() - users.keys(), *["opened this connection"] * 2),
+        (
+            holders.keys() - owners.keys() - users.keys(),
+            "has this connection open as well",
+            "have this connection open as well",
+        ),
     ):
         names = [name for pid, name in (users | owners | holders).items() if pid in pids]
         if names:

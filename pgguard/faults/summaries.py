@@ -152,9 +152,9 @@ def _exhausted(verdict: Verdict, findings: Findings, _: tuple[Culprit, ...]) -> 
         rest = f"{len(more)} other {'process has' if len(more) == 1 else 'processes have'}"
         named_shares.append(f"{rest} {sum(share.connections for share in more)}")
     if shares:
-        said += f"; of the connections that count and go through this guard, {listed(named_shares)}"
+        said += f"; of the connections through this guard that count toward the limit, {listed(named_shares)}"
     elif findings.shares is not None:
-        said += "; none of the connections that count goes through this guard"
+        said += "; no connection that counts toward the limit goes through this guard"
     slots = findings.slots
     if slots is not None and slots.idle_in_transaction:
         said += f"; {_some(slots.idle_in_transaction, slots)} sat idle in a transaction"

@@ -88,7 +88,7 @@ def parse_listen(text: str) -> Address:
         unix = UnixAddress(directory, _port(port, f"--listen {text}", may_be_shown=False))
         if len(os.fsencode(unix.path)) > _SUN_PATH_LIMIT:
             raise ConfigurationError(
-                f"--listen {text}: the socket's path is too long for the system, use a shorter DIR"
+                f"--listen {text}: the socket's path is too long for the system: use a shorter DIR"
             )
         return unix
     host, colon, port = text.rpartition(":")
@@ -107,7 +107,7 @@ def _port(text: str, where: str, *, may_be_shown: bool) -> int:
     # A number of thousands of digits isn't even read.
     if not text.isascii() or not text.isdigit() or len(text) > _DIGITS or int(text) > 65535:
         shown = repr(text) if may_be_shown else "the port"
-        raise ConfigurationError(f"{where}: {shown} is not a port number, write one from 0 to 65535")
+        raise ConfigurationError(f"{where}: {shown} is not a port number: write one from 0 to 65535")
     return int(text)
 
 
@@ -115,13 +115,13 @@ def _checked_host(host: str) -> str:
     """Refuse what can't be a host and may hold a password, before it can get into a message."""
     if _NO_HOST.search(host):
         raise ConfigurationError(
-            "--upstream: the host is more than a name: write HOST alone, without a user or anything else"
+            "--upstream: the host can only be a name or an address: leave out the user, and anything else"
         )
     if ":" in host:
         try:
             ipaddress.ip_address(host.partition("%")[0])
         except ValueError:
-            raise ConfigurationError("--upstream: the host has a colon in it: give the port as port=PORT") from None
+            raise ConfigurationError("--upstream: the host has a colon in it: write the port as port=PORT") from None
     return host
 
 
@@ -163,8 +163,8 @@ def unused_database_url(upstream: Upstream, listening: Sequence[Address]) -> str
     if not places or places == set(map(_place, upstream.addresses)) or places <= set(map(_place, listening)):
         return None
     return (
-        f"DATABASE_URL is set, but serve doesn't use it: pgguard guards {upstream}. To guard the server in "
-        f"DATABASE_URL instead, add --upstream {_conninfo(addresses)}"
+        f"DATABASE_URL is set, but pgguard serve doesn't use it. To guard the server in DATABASE_URL instead of "
+        f"{upstream}, add --upstream {_conninfo(addresses)}"
     )
 
 
@@ -185,12 +185,12 @@ def _conninfo(addresses: Sequence[Address]) -> str:
 
 
 def _remark_on_attributes(wanted: str) -> str | None:
-    """What is to be said of a wish that needs a login to be seen to, which is each client's own."""
+    """What is to be said of a wish that only a login could fulfil, which is each client's own."""
     if wanted not in _ATTRIBUTES:
         return None
     return (
-        f"--upstream: target_session_attrs={wanted} can't be checked without logging in, so pgguard takes the first "
-        "host that accepts: name one whose role doesn't change"
+        f"--upstream: target_session_attrs={wanted} can't be checked without logging in, so pgguard ignores it and "
+        "uses the first host that accepts connections: name only hosts that fit"
     )
 
 
@@ -251,8 +251,8 @@ def _refuse_encryption(settings: dict[str, str]) -> None:
     sslmode = settings.get("sslmode", "")
     if sslmode in {"require", "verify-ca", "verify-full"}:
         raise ConfigurationError(
-            f"--upstream: sslmode={sslmode} asks for TLS, which pgguard can't use towards the server yet: "
-            "use sslmode=prefer or disable, over a network that you trust or a Unix socket"
+            f"--upstream: sslmode={sslmode} asks for TLS, which pgguard doesn't speak to servers yet: use "
+            "sslmode=prefer or disable, and only over a network that you trust or a Unix socket"
         )
     if sslmode not in {"", "disable", "allow", "prefer"}:
         raise ConfigurationError("--upstream: there is no such sslmode: use disable, allow or prefer")
@@ -301,7 +301,7 @@ def _hosts(settings: dict[str, str]) -> list[str]:
 
 
 def _default_address(port: int) -> Address:
-    """The socket that libpq would use for want of a host, or TCP to this machine where there is none."""
+    """The socket that libpq would use where no host is given, or TCP to this host if there is no such socket."""
     for directory in _SOCKET_DIRECTORIES:
         address = UnixAddress(directory, port)
         if Path(address.path).exists():

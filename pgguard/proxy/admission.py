@@ -18,6 +18,7 @@ import os
 import resource
 from typing import TYPE_CHECKING, Final
 
+from pgguard.faults.text import counted
 from pgguard.proxy.remedies import HOW_TO_RAISE
 from pgguard.wire.fields import build_error_response
 
@@ -89,8 +90,9 @@ class Admission:
         self._sessions -= 1
 
     def why_full(self) -> str:
-        """Why there is no room."""
-        return f"a limit of {self.limit} open files leaves room for only {self.capacity}"
+        """Why there is no room: a clause."""
+        sessions = counted(self.capacity, "session")
+        return f"the limit of {self.limit} open files leaves room for only {sessions} at once"
 
     def _for_sessions(self) -> int:
         return self.limit - self._others - self._reserve()

@@ -19,6 +19,7 @@ import psycopg
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict
 
+from pgguard.faults.text import listed
 from pgguard.proxy.errors import ConfigurationError
 
 _NATIVE: Final = frozenset({"postgresql", "postgres"})
@@ -119,7 +120,7 @@ def _read_url(match: re.Match[str]) -> ConnectionString:
     if jdbc and not hosts and not parameters.keys() & {"host", "hostaddr"}:
         hosts = "localhost"
     settings = _parse(f"postgresql://{hosts}/?{'&'.join(f'{name}={value}' for name, value in parameters.items())}")
-    remark = f"--upstream: {', '.join(unknown)} is not used" if unknown else None
+    remark = f"--upstream: pgguard ignores {listed(unknown)}" if unknown else None
     return ConnectionString(settings, may_hold_secrets=True, remark=remark)
 
 
@@ -139,8 +140,8 @@ def _split(rest: str) -> tuple[str, str]:
     end = next((n for n in range(at + 1, len(rest)) if rest[n] in "/?"), len(rest))
     if "@" in rest[end:]:
         raise ConfigurationError(
-            "--upstream: it isn't clear which @ ends the password: write the others as %40 and / as %2F, or leave out "
-            "user and password, which pgguard doesn't use"
+            "--upstream: it isn't clear where the password ends: write @ in it as %40 and / as %2F, or leave out user "
+            "and password, which pgguard doesn't use"
         )
     return rest[at + 1 : end], rest[end:].partition("?")[2]
 
@@ -167,7 +168,7 @@ def _parameters(query: str) -> tuple[dict[str, str], list[str]]:
             kept[name] = _SERVER_TYPES.get(value, value) if name == "target_session_attrs" else value
     if unknown and _MAY_HOLD_SECRETS.search(query):
         # A & in a password makes a parameter of what is behind it.
-        return kept, ["what libpq doesn't know"]
+        return kept, ["parameters that libpq doesn't know"]
     for name in unknown:
         if close := difflib.get_close_matches(name, known, n=1, cutoff=_CLOSE):
             raise ConfigurationError(f"--upstream: there is no parameter {name}: did you mean {close[0]}?")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.session import ProxiedSession
 
 _SECOND_TRY: Final = 2.0
-"""Seconds in which a client comes back that does without encryption."""
+"""Seconds in which a client comes back that doesn't insist on encryption."""
 _AT_ONCE: Final = 16
 """Clients that are waited for at the same time, and clients that come meanwhile."""
 _CAUSES: Final = 64
@@ -80,7 +80,8 @@ class DeclinedClients:
         self._told.add(cause)
         what, setting = _WANTED[wanted]
         logger.warning(
-            "session %d: %s asked for %s, and hung up when it was told that pgguard offers none yet: connect with %s",
+            "session %d: %s asked for %s, and hung up when told that pgguard doesn't offer it yet: "
+            "set %s in the client",
             session.id,
             _who(session),
             what,

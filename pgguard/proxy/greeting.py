@@ -7,8 +7,8 @@ encryption:
 - A whole StartupMessage or CancelRequest goes to the server, which decides about it, whatever it says.
 - What the server is to refuse in words is answered in its own: a request for encryption that comes again, or with bytes
   behind it that didn't wait for the answer. :mod:`pgguard.proxy.guard` asks it.
-- Whatever can't be a start-up packet is read and closed without a word, so far as PostgreSQL reads it, and costs the
-  server nothing. PostgreSQL says it in its log alone.
+- Whatever can't be a start-up packet is read, as far as PostgreSQL reads it. Then the connection is closed without an
+  answer, and the server hears nothing of it. PostgreSQL says so in its log alone.
 
 What is not PostgreSQL's protocol at all is recorded for information; what is, but has no place here, as an error.
 A client that closes, or says Terminate, before it has said who it is, has changed its mind: that is neither.
@@ -83,7 +83,7 @@ class Greeting(NamedTuple):
 
 
 class Dismissed(Exception):
-    """The client is to be left without a word.
+    """The client gets no answer.
 
     Args:
         verdict: what is to be recorded of it, if anything is.

@@ -47,7 +47,7 @@ from pgguard.proxy.losses import Loss, keep_going, note, spared
 from pgguard.proxy.overview import snapshot
 from pgguard.proxy.remedies import HOW_TO_RAISE
 from pgguard.proxy.session import ProxiedSession
-from pgguard.proxy.sweep import TRACKER_FAILED, Sweep
+from pgguard.proxy.sweep import FAILED, Sweep
 from pgguard.proxy.unread import UnreadWatch
 from pgguard.proxy.upstream import DECLINED, UpstreamUnavailable, ask, cancel_query, introduce, reason, relay_cancel
 from pgguard.proxy.watch import Watch
@@ -210,8 +210,8 @@ class Guard:
         self._admission.count_others()
         capacity, why = self._admission.capacity, self._admission.why_full()
         if not capacity:
-            raise ConfigurationError(f"{why} sessions: {HOW_TO_RAISE}")
-        return None if capacity >= BACKLOG else f"{why} sessions at once. {HOW_TO_RAISE}"
+            raise ConfigurationError(f"{why}: {HOW_TO_RAISE}")
+        return None if capacity >= BACKLOG else f"{why}. {HOW_TO_RAISE}"
 
     def tcp_listeners(self) -> list[tuple[str, int]]:
         """The IP addresses and ports that it listens on."""
@@ -469,7 +469,7 @@ class Guard:
         found = None
         with spared(Loss.STEP):
             found = await self._loops.seek()
-        return None if found is None else f"--upstream {self._upstream}: {found}: name the address of PostgreSQL"
+        return None if found is None else f"--upstream {self._upstream}: {found}: name PostgreSQL's own address"
 
     def unreachable(self) -> str | None:
         """What to say of addresses that could not be connected to when it was last looked for a loop."""
@@ -478,7 +478,7 @@ class Guard:
             return None
         where = ", ".join(f"{address} ({reason(error)})" for address, error in failures.items())
         outlook = (
-            "so clients get an error: check that it is running there, and what --upstream says"
+            "so clients get an error: check that it is running there, and that --upstream is right"
             if len(failures) == len(self._upstream.addresses)
             else "so only its other addresses are used"
         )
@@ -526,7 +526,7 @@ class Guard:
             tracker = None if untracked else Tracker(parameters, greeting.sender)
         except Exception:
             note(Loss.TRACKING, session)
-            untracked = TRACKER_FAILED
+            untracked = FAILED
         self._sweep.hurry()
         server, session.upstream, rest = await introduce(self._upstream, packet.packet)
         session.settings = parameters

@@ -1,8 +1,8 @@
 """From a verdict to a ruling: evidence, fault, policy, record.
 
-What the verdict is about is held meanwhile, and nothing else. What evidence can't be had within the budget is left out
-of the record; whatever fails on the way costs what it was for (:mod:`pgguard.proxy.losses`), and neither the record
-nor the ruling.
+What the verdict is about is held meanwhile, and nothing else. Evidence that can't be collected within the budget is
+left out of the record; whatever fails on the way costs what it was for (:mod:`pgguard.proxy.losses`), and neither the
+record nor the ruling.
 """
 
 from __future__ import annotations

@@ -101,13 +101,12 @@ class _Place:
         reason = distrust(os.fstat(self.directory), sticky=True)
         if reason is not None:
             return (
-                f"others can put a socket of theirs in the place of {self.address}, because {reason}: "
+                f"other users can replace the socket {self.address}, because {reason}: "
                 "use a directory that belongs to the guard's user, or make this one sticky (chmod +t)"
             )
         if self.leader is not None:
             return (
-                f"others can put a socket of theirs in the place of {self.address}, because {self.leader.reason}: "
-                f"{_ANOTHER_DIRECTORY}"
+                f"other users can replace the socket {self.address}, because {self.leader.reason}: {_ANOTHER_DIRECTORY}"
             )
         return None
 
@@ -250,9 +249,9 @@ def _find_own(place: _Place, owner: int) -> None:
 def _tcp_remedy(error: OSError) -> str:
     match error.errno:
         case errno.EADDRINUSE:
-            return ": another program listens there, use another port"
+            return ": another program listens there: use another port"
         case errno.EADDRNOTAVAIL:
-            return ": this machine has no such address"
+            return ": this host has no such address: use one of its own, or 0.0.0.0 for all of them"
         case errno.EACCES | errno.EPERM:
             return ": use port 1024 or higher"
         case _:
@@ -268,7 +267,7 @@ def _remedy(error: OSError, address: UnixAddress, leader: Leader | None) -> str:
         case errno.ENOENT | errno.EACCES | errno.EPERM | errno.EROFS:
             return f": use a directory in which pgguard may create {address.path}"
         case errno.EADDRINUSE:
-            return f": {address.path} exists and is not a socket, remove it or use another DIR or PORT"
+            return f": {address.path} exists and is not a socket: remove it, or use another DIR or PORT"
         case _:
             return ""
 
@@ -292,5 +291,5 @@ def _remove_stale(place: _Place) -> None:
         except (FileNotFoundError, TimeoutError, BlockingIOError):  # the last: its backlog is full
             pass
     raise ConfigurationError(
-        f"--listen {place.address}: another server listens on {place.address.path}, use another DIR or PORT"
+        f"--listen {place.address}: another server listens on {place.address.path}: use another DIR or PORT"
     )

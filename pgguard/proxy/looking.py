@@ -97,5 +97,5 @@ async def over_hangs() -> None:
                 job.scope.cancel()
             if pid not in told:
                 told.add(pid)
-                logger.warning("attribution: pid %d can't be looked at: reading its files in /proc hangs", pid)
+                logger.warning("pid %d can't be looked at: reading its files in /proc hangs", pid)
         told &= set(found.values())

@@ -67,20 +67,20 @@ logger = logging.getLogger(__name__)
 class Loss(Enum):
     """What an exception costs, as the log says it."""
 
-    TRACKING = "following the session failed: it goes on, but is no longer checked"
-    SENDER = "finding out who sends failed"
-    OPENER = "finding out who opened the connection failed"
-    EVIDENCE = "collecting evidence failed"
-    CONCLUSION = "drawing a conclusion from the evidence failed"
-    RECORD = "a record could not be completed"
-    MEMORY = "finding out whether a fault is a repeat failed"
-    SINKS = "a fault could not be recorded"
-    WORDS = "a message to a client could not be completed"
-    STEP = "something failed that the guard can do without"
-    ROUND = "a periodic check failed"
-    ARRIVAL = "a client could not be connected to the server"
-    SESSION = "relaying the session failed: it had to be closed"
-    TIDINESS = "tidying up failed: something may be left behind"
+    TRACKING = "internal error while following the session: it goes on, but is no longer checked"
+    SENDER = "internal error while finding out who sent something"
+    OPENER = "internal error while finding out who opened a connection"
+    EVIDENCE = "internal error while collecting evidence"
+    CONCLUSION = "internal error while judging the evidence"
+    RECORD = "internal error while making a record: parts of it may be missing"
+    MEMORY = "internal error while looking up whether a fault is a repeat"
+    SINKS = "internal error: a fault could not be recorded"
+    WORDS = "internal error while writing a message: parts of it may be missing"
+    STEP = "internal error in something that sessions don't depend on"
+    ROUND = "internal error in a periodic check"
+    ARRIVAL = "internal error: a client could not be connected to the server"
+    SESSION = "internal error while relaying the session: it had to be closed"
+    TIDINESS = "internal error while cleaning up: something may be left behind"
 
 
 class _Place(NamedTuple):
@@ -120,7 +120,7 @@ def note(loss: Loss, session: ProxiedSession | None = None) -> None:
         if not before or now - said_at >= _INTERVAL:
             _said[place] = now, _times[place]
             whose = "" if session is None else f"session {session.id}: "
-            more = f", {_times[place] - before} times more" if before else ""
+            more = f", {counted(_times[place] - before, 'more time')}" if before else ""
             logger.error("%s", f"{whose}{loss.value}{more}", exc_info=error)
 
 

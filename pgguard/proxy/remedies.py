@@ -1,4 +1,4 @@
-"""What to change where a socket can't be had, or not be connected, by what the system says: one table for all of it.
+"""What to change where a socket can't be opened or connected, by what the system says: one table for all of it.
 
 The numbers and what they mean: connect(2), socket(2), accept(2), ip(7), unix(7), getaddrinfo(3).
 """
@@ -37,16 +37,16 @@ _CHECK: Final = f"Check that PostgreSQL is running there, and {_WHERE}."
 _NO_ROUTE: Final = f"This host has no route to that address: check the network and the routes, and {_WHERE}."
 _NO_ANSWER: Final = (
     "Nothing answers there: maybe the host is down, a firewall drops the packets, or PostgreSQL's backlog is full. "
-    f"Check these, and {_WHERE}."
+    f"Check for these, and {_WHERE}."
 )
 _FORBIDDEN: Final = "This host doesn't allow it: check its firewall and routes, and SELinux or AppArmor."
 _NO_PORT: Final = (
-    "This host has no local port left for another connection to that address: widen net.ipv4.ip_local_port_range with "
-    "sysctl, or keep connections open, as a pool does: one that is closed keeps its port for another minute."
+    "This host has no local port left for another connection to that address. Widen net.ipv4.ip_local_port_range with "
+    "sysctl, or keep connections open, as a pool does: a closed one keeps its port for another minute."
 )
 _NO_FAMILY: Final = f"This host has no address of that kind (usually IPv6). Check {_WHERE}."
 _NO_ADDRESS: Final = (
-    f"Nobody can connect to such an address; one with fe80: needs its interface, as in fe80::1%eth0. Check {_WHERE}."
+    f"That address can't be connected to. One with fe80: needs its interface, as in fe80::1%eth0. Check {_WHERE}."
 )
 _PATH: Final = (
     "Check the socket's path: --upstream or PGGUARD_UPSTREAM must name a directory in PostgreSQL's "
@@ -88,14 +88,14 @@ _UNIX: Final[Mapping[int, str]] = MappingProxyType(
 _NO_NAME: Final = f"There is no host of that name: check the DNS, and {_WHERE}."
 _NAME_UNKNOWN_NOW: Final = "The DNS server doesn't answer: check it, and the network."
 _OWN_ADDRESS: Final = "Name PostgreSQL's own address in --upstream or PGGUARD_UPSTREAM."
-_NOT_NOW: Final = "The server itself says so: try again in a moment."
+_NOT_NOW: Final = "The server itself refuses connections just now: try again in a moment."
 
 _ENDED: Final = (
-    "It sent no error first. So it is when a server crashes or is shut down at once (pg_ctl stop -m immediate); if it "
-    "can, it sends a warning that says which. A failover or a network device in between can have the same effect."
+    "It sent no error first. That happens when a server crashes or is shut down at once (pg_ctl stop -m immediate); if "
+    "it can, it sends a warning that says which. A failover or a network device in between can have the same effect."
 )
 """``quickdie()`` in ``postgres.c``: it sends a warning, 57P01 or 57P02, and ends."""
-_LOST_TOUCH: Final = "The server's host is down, or the network in between is; the server itself may not have noticed."
+_LOST_TOUCH: Final = "The server's host or the network in between is down; the server itself may not have noticed."
 _LOST: Final = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN})
 """What the system says of a connection when nobody answers on it any more: tcp(7), keepalive."""
 
@@ -109,12 +109,12 @@ def remedy(number: int) -> str:
 
 
 def is_exhaustion(number: int | None) -> bool:
-    """Whether a system call failed for want of descriptors, or of what they are made of: socket(2), accept(2)."""
+    """Whether a system call failed as there was no descriptor left, or no memory for one: socket(2), accept(2)."""
     return number in _EXHAUSTION
 
 
 def is_want(error: BaseException, *, ipv4: bool) -> bool:
-    """Whether a connection could not be made for want of something on this host; arguments as of :func:`hints`."""
+    """Whether a connection failed because this host had run out of something; arguments as of :func:`hints`."""
     if isinstance(error.__cause__, BaseExceptionGroup):
         return any(is_want(cause, ipv4=ipv4) for cause in error.__cause__.exceptions)
     number = error.errno if isinstance(error, OSError) else None

@@ -146,7 +146,7 @@ def mistyped_variables() -> list[str]:
         if prefix and variable.startswith(prefix) and name not in known:
             close = nearest(name, known)
             if name.lower() in IN_FILE_ALONE:
-                said.append(f"{variable} is not used: {name.lower()} can be set in the configuration file alone")
+                said.append(f"{variable} is not used: {name.lower()} can only be set in the configuration file")
             elif close is not None:
                 said.append(f"{variable} is not used: did you mean PGGUARD_{close}?")
     return said
@@ -197,16 +197,16 @@ def reload_settings(current: Settings, given: dict[str, Any], config: Path | Non
     changed: dict[str, Any] = {}
     remarks = [] if asked.remark in {None, current.remark} else [str(asked.remark)]
     if asked.source not in {None, current.source}:
-        remarks.append(f"settings are from {asked.source}")
+        remarks.append(f"settings are now read from {asked.source}")
     for name in differing:
         before, now = getattr(current, name), getattr(asked, name)
         if name in _AT_RUN_TIME or (name == "faults" and None not in (before, now)):
             changed[name] = now
             remarks += (
-                _changes(before, now) if name == "kinds" else [f"{name} is {_shown(now)} now, not {_shown(before)}"]
+                _changes(before, now) if name == "kinds" else [f"{name} is now {_shown(now)} (was {_shown(before)})"]
             )
         else:
-            remarks.append(f"{name} stays as it was: changing it takes a restart")
+            remarks.append(f"{name} stays as it is: restart pgguard to change it")
     settings = current.model_copy(update=changed)
     settings._source, settings._remark = asked.source, asked.remark  # noqa: SLF001 - nobody else sets them
     return Reloaded(settings, remarks)
@@ -216,12 +216,12 @@ def _changes(before: Mapping[Kind, KindSettings], now: Mapping[Kind, KindSetting
     """What has changed in what is said about kinds."""
     actions = {kind: (before.get(kind), now.get(kind)) for kind in Kind}
     return [
-        f"kinds.{kind} is {_action(new)} now, not {_action(old)}" for kind, (old, new) in actions.items() if old != new
+        f"kinds.{kind} is now {_action(new)} (was {_action(old)})" for kind, (old, new) in actions.items() if old != new
     ]
 
 
 def _action(settings: KindSettings | None) -> str:
-    return "as mode says" if settings is None else settings.action
+    return "not set" if settings is None else settings.action
 
 
 def _shown(value: object) -> str:
@@ -260,7 +260,7 @@ def _read_default() -> tuple[Path | None, dict[str, Any], str | None]:
     except FileNotFoundError:
         return None, {}, None  # a link that leads nowhere
     except UntrustedError as error:
-        return None, {}, f"{DEFAULT_CONFIG.absolute()} is not read: {error}: {TRUST_REMEDY}, or remove it"
+        return None, {}, f"{DEFAULT_CONFIG.absolute()} is ignored, because {error}: {TRUST_REMEDY}, or remove it"
     except OSError as error:
         raise _unreadable(DEFAULT_CONFIG, error) from error
 
@@ -307,7 +307,7 @@ def _first_problem(error: ValidationError, given: dict[str, Any], config: Path |
     if problem["type"] == "extra_forbidden":
         known = KindSettings.model_fields if problem["loc"][0] == "kinds" else Settings.model_fields
         close = nearest(str(problem["loc"][-1]), known)
-        what = f"did you mean {close}?" if close else f"remove it. There are {', '.join(sorted(known))}"
+        what = f"did you mean {close}?" if close else f"remove it. The settings are {', '.join(sorted(known))}"
         return f"{place}: there is no such setting: {what}"
     if problem["loc"][0] == "kinds" and problem["loc"][-1] == "[key]":
         return f"{place}: there is no such kind of fault: {kind_hint(str(problem['input']))}"

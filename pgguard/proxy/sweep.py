@@ -92,8 +92,7 @@ _ROOM: Final = 0.5
 """How full the ledger may be for a client to be read again that has filled it."""
 _HEALTH_CHECK: Final = 1.0
 """Seconds within which a client has gone again that logs in only to see whether it can, as HAProxy's pgsql-check."""
-_FAILED: Final = "something failed inside the guard; its log says what"
-TRACKER_FAILED: Final = "following it failed inside the guard; its log says how"
+FAILED: Final = "pgguard had an internal error, and stopped checking this session: its log has more"
 
 _APART: Final = 0.1
 """Seconds for which an answer is kept from one that hasn't been read, where several read."""
@@ -957,7 +956,7 @@ class Sweep:
             if not self._is_relayed(session):
                 self.finish(session)
             elif held is not None:
-                self._lose(session, _FAILED, time.time())
+                self._lose(session, FAILED, time.time())
                 self._go_on(held)
                 if held.eof:
                     self._after_end(held)
@@ -980,7 +979,7 @@ class Sweep:
     def _lose_track(self, session: ProxiedSession, now: float) -> None:
         """The tracker has failed."""
         note(Loss.TRACKING, session)
-        self._lose(session, TRACKER_FAILED, now)
+        self._lose(session, FAILED, now)
 
     async def _adjudicate(self, end: End, verdict: Verdict) -> None:
         """Have a verdict ruled on that is about what is held of ``end``, do as the ruling says, and go on with it."""

@@ -86,7 +86,7 @@ _BIND: Final = "B"
 _DESCRIBED: Final = frozenset("DS")
 """The messages of a request that asks only what a statement is like."""
 _SIOCOUTQNSD: Final = 0x894B
-"""``linux/sockios.h``: bytes in a TCP socket's send queue that haven't been sent, for want of room at the other end."""
+"""``linux/sockios.h``: bytes in a TCP socket's send queue that haven't been sent, as the other end has no room."""
 
 _Asking = dict[int, list[Sender]]
 """By pid, those that await an answer."""

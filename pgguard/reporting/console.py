@@ -105,7 +105,7 @@ _TRESPASSES: Final = frozenset(
 )
 """Kinds whose intruder has no business on the connection. That of others has misused what may well be its own."""
 _SENT_BY: Final = "Sent by"
-_ASKED_BY: Final = "Asked for by"
+_ASKED_BY: Final = "Requested by"
 """Of a connection that was refused, who wanted it."""
 
 _EVIDENCE: Final = {
@@ -183,10 +183,10 @@ def render(fault: Fault) -> RenderableType:
         parts.extend(_section("Recent requests", [_Timeline(fault.requests)]))
     if fault.libpq is not None:
         # Every driver passes the server's own error on.
-        whose = "The server's error" if fault.kind is Kind.SESSION_STATE_LOST else "What clients that use libpq print"
-        parts.extend(_section(f"{whose}, to search logs for", [_text(fault.libpq)]))
+        whose = "your logs" if fault.kind is Kind.SESSION_STATE_LOST else "the logs of clients that use libpq"
+        parts.extend(_section(f"What to look for in {whose}", [_text(fault.libpq)]))
     if fault.shares:
-        parts.extend(_section("Connections that count and go through this guard", [_shares(fault.shares)]))
+        parts.extend(_section("Connections through this guard that count toward the limit", [_shares(fault.shares)]))
     parts.extend(_section("What to change", _advice(fault.advice)))
     return _AtLeast(_NARROWEST, Group(*parts))
 
@@ -231,7 +231,7 @@ def _sides(fault: Fault) -> list[RenderableType]:
     """Who did what, one after the other, each with how that is known."""
     sides: list[RenderableType] = []
     if fault.by is Party.SERVER:
-        sides.append(_text("The server, or something between it and the guard: nobody on the client's side did this."))
+        sides.append(_text("This came from the server, or from something in front of it, and not from the client."))
     culprits = [culprit for culprit in fault.culprits if culprit.role is not Role.HOLDER]
     # Of a connection-exhaustion there is a table of those that hold others.
     holders = [one for one in fault.culprits if one.role is Role.HOLDER] if fault.shares is None else []
@@ -247,7 +247,7 @@ def _sides(fault: Fault) -> list[RenderableType]:
             if owner is not None and culprit is not owner and owner.pid == culprit.pid:
                 facts.append(_opened(owner, culprit))
             if culprit.pid in holding:
-                facts.append("still has it open")
+                facts.append("still has the connection open")
             facts += _process(culprit)
         sides.append(_text(f"{_role(fault, culprit)}: {_culprit(culprit)}"))
         sides.extend(_indented(_text(line)) for line in (*_deeds(fault, culprit), *facts, *_activity(fault, culprit)))
@@ -336,14 +336,14 @@ _STATES: Final = {
     RequestState.WAITING: "waiting for its answer",
     RequestState.ANSWERING: "being answered",
     RequestState.ANSWERED: "answered",
-    RequestState.FAILED: "failed",
+    RequestState.FAILED: "answered with an error",
     RequestState.SKIPPED: "skipped",
 }
 
 
 def _culprit(culprit: Culprit) -> str:
     if culprit.evidence is Evidence.DECLARED:
-        return "a client whose process can't be seen from here. It says of itself:"
+        return "a client whose process can't be seen from here. It says about itself:"
     if culprit.pid is None:
         return _UNIDENTIFIED
     evidence = (_OPENERS_EVIDENCE if culprit.role is Role.OWNER else _EVIDENCE)[culprit.evidence]
@@ -363,7 +363,7 @@ def _who(culprit: Culprit) -> str:
 
 
 def _session(session: SessionFacts) -> str:
-    user = "user not known" if session.user is None else f"user {shorten(session.user, _NAME_LENGTH)}"
+    user = "unknown user" if session.user is None else f"user {shorten(session.user, _NAME_LENGTH)}"
     database = "" if session.database is None else f", database {shorten(session.database, _NAME_LENGTH)}"
     name = session.application_name
     application = f', application_name "{shorten(name, _NAME_LENGTH)}"' if name else ""
@@ -547,6 +547,9 @@ class ConsoleSink:
         if not wait:
             self.start()
 
+    def __str__(self) -> str:
+        return "standard error"
+
     def start(self) -> None:
         """Begin to print, unless that has been done."""
         if self._thread.ident is None:
@@ -642,7 +645,8 @@ class ConsoleSink:
 
     def _flush(self) -> None:
         if unsaid := self._dropped - self._dropped_said:
-            self._console.out(f"pgguard: {unsaid} reports were left out, as nobody read those before", highlight=False)
+            left_out = f"{counted(unsaid, 'report')} left out, because standard error wasn't being read"
+            self._console.out(f"pgguard: {left_out}", highlight=False)
             self._dropped_said += unsaid
         text = self._buffer.getvalue()
         self._buffer.seek(0)

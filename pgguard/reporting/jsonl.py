@@ -62,6 +62,9 @@ class JsonLines:
         self._looked = time.monotonic()
         self._fd = self._open(owner)
 
+    def __str__(self) -> str:
+        return str(self._path)
+
     def record(self, fault: Fault) -> None:
         """Append a fault.
 

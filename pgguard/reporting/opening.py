@@ -77,7 +77,7 @@ class _Walk:
                     if self._names:
                         break  # it was a symbolic link
                 else:
-                    raise UntrustedError(f"{self._shown / name} is being replaced again and again")
+                    raise UntrustedError(f"{self._shown / name} is replaced again and again: name another file")
         finally:
             os.close(self._directory)
 
@@ -165,7 +165,7 @@ class _Walk:
         facts = os.fstat(self._directory)
         if os.geteuid() == 0 and facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX:
             raise UntrustedError(
-                f"anybody can put another file in its place, because everybody can write to {self._shown}: "
+                f"anybody can replace it, because everybody can write to {self._shown}: "
                 f"use another directory, or chmod o-w {self._shown}"
             )
 
@@ -174,11 +174,11 @@ class _Walk:
             return  # what else there is, only root can have made, or it can't be written to
         keeper = os.fstat(self._directory).st_uid
         if facts.st_uid not in {*self._trusted, keeper}:
-            raise UntrustedError(f"it belongs to {user_name(facts.st_uid)}: name a file of your own, or remove it")
+            raise UntrustedError(f"it belongs to {user_name(facts.st_uid)}: name another file, or remove this one")
         if facts.st_nlink > 1 and keeper not in self._trusted:
             raise UntrustedError(
                 f"it has a second name (a hard link), which {user_name(keeper)} may have made: "
-                f"remove {self._shown / name}"
+                f"remove {self._shown / name}, or name another file"
             )
 
     @staticmethod

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 _QUIET: Final = 60.0
 """Seconds between two times that the same is said of a sink, at least."""
 _LOSING: Final = "faults are being lost"
-_WAITING: Final = "faults are kept until they can be recorded"
-_AGAIN: Final = "faults are recorded again"
+_WAITING: Final = "faults are kept until they can be written"
+_AGAIN: Final = "faults are being written again"
 
 
 class Sink(Protocol):
-    """Something that takes faults. It must not block: it is called between two chunks of a session."""
+    """Something that takes faults. It must not block: it is called between two chunks of a session.
+
+    Its ``str`` is what people call it: the file's name, for example.
+    """
 
     def record(self, fault: Fault) -> None:
         """Take a fault; may raise anything."""
@@ -113,7 +116,7 @@ class Fanout:
                 if trouble.said is None or not isinstance(error, SinkError):
                     self._say(_in_one_line(error))
             if trouble.lost:
-                self._say(f"{counted(trouble.lost, 'fault')} could not be recorded by {type(sink).__name__}")
+                self._say(f"{counted(trouble.lost, 'fault')} could not be written to {sink}")
 
     def _note(self, trouble: _Trouble, what: str, details: str) -> None:
         if trouble.said == what or time.monotonic() < trouble.quiet_until.get(what, 0.0):

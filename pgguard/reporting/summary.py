@@ -24,7 +24,7 @@ def summary_lines(sessions: int, counts: Sequence[Count], causes: Sequence[Told]
 
     For example::
 
-        pgguard: 12 sessions, 44 faults of 2 causes
+        pgguard: 12 sessions, 44 faults from 2 causes
         pgguard: error: shared-by-processes, 43 times in 11 sessions by 4 processes: pid 4867 (puma: …) sent … (fault 1)
         pgguard: warning: unclean-close, once: … (fault 7)
     """
@@ -38,13 +38,13 @@ def summary_lines(sessions: int, counts: Sequence[Count], causes: Sequence[Told]
         happened[cause.fault.severity, cause.fault.kind] -= cause.spread.times
     others = [f"{kind} {_times(times)}" for (_, kind), times in happened.items() if times > 0]
     if others:
-        lines.append(f"pgguard: and of other causes: {listed(others)}")
+        lines.append(f"pgguard: and from other causes: {listed(others)}")
     return [_whole(sessions, counts, causes), *lines]
 
 
 def _whole(sessions: int, counts: Sequence[Count], causes: Sequence[Told]) -> str:
     faults = counted(sum(count.faults + count.repeats for count in counts), "fault")
-    return f"pgguard: {counted(sessions, 'session')}, {faults} of {counted(len(causes), 'cause')}"
+    return f"pgguard: {counted(sessions, 'session')}, {faults} from {counted(len(causes), 'cause')}"
 
 
 def _line(cause: Told) -> str:

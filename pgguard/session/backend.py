@@ -267,7 +267,7 @@ class BackendStream:
         return True
 
     def _refuse(self, body: bytearray, pos: int, length: int) -> None:
-        """Judge a login that is refused for want of slots."""
+        """Judge a login that is refused because no slot is left."""
         session = self._session
         fields = parse_fields(body)
         refusal = refusal_of(fields, user=session.user, database=session.database, replication=session.replication)

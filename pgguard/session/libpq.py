@@ -56,7 +56,7 @@ def while_idle(message: str | None) -> str | None:
 
 
 def while_busy(message: str, *, function_call: bool) -> str | None:
-    """What libpq prints when a message arrives that belongs to no answer; most it takes without a word."""
+    """What libpq prints when a message arrives that belongs to no answer; most it takes silently."""
     if function_call:
         return None if message in _FUNCTION_CALL else f"protocol error: id=0x{ord(message):x}"
     if message == "D":

@@ -1,4 +1,4 @@
-"""Logins that a server refuses for want of slots, SQLSTATE 53300: which limit it was, by the server's own account.
+"""Logins that a server refuses because no slot is left, SQLSTATE 53300: which limit it was, as the server says.
 
 An ErrorResponse names the function that raised it (field ``R``, "Error and Notice Message Fields" in the PostgreSQL
 documentation), which is the same whatever language the server speaks (``lc_messages``) and nearly the same in all its
@@ -90,7 +90,7 @@ def reason_of(refusal: Refusal, text: str) -> str:
 _REASONS: Final[Mapping[Limit, str]] = MappingProxyType(
     {
         Limit.SERVER: "all its slots are taken (max_connections)",
-        Limit.RESERVED: "all its slots are taken but those that are reserved (superuser_reserved_connections, "
+        Limit.RESERVED: "all its slots are taken, except reserved ones (superuser_reserved_connections, "
         "reserved_connections)",
         Limit.ROLE: 'role "{name}" has as many connections as its CONNECTION LIMIT allows',
         Limit.DATABASE: 'database "{name}" has as many connections as its CONNECTION LIMIT allows',

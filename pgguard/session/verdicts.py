@@ -96,7 +96,7 @@ class Limit(StrEnum):
 
 
 class Refusal(NamedTuple):
-    """Why a server has refused a connection for want of slots."""
+    """Why a server has refused a connection when it had no slot left."""
 
     limit: Limit | None
     """``None``: the server doesn't say which it was."""

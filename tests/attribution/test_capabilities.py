@@ -82,7 +82,7 @@ def test_a_kernel_that_does_not_count_what_lies_unread_is_reported_with_what_to_
     assert _named("receive queues").available
     monkeypatch.setattr(SockDiag, "unread", lambda *_: 0)
     queues = _named("receive queues")
-    assert queues.problem == "it doesn't find what is certainly there"
+    assert queues.problem == "a test on pgguard's own processes failed"
     assert not queues.essential
     assert queues.remedy is not None
     assert "tcp_diag and unix_diag" in queues.remedy
@@ -119,7 +119,7 @@ def test_where_no_process_can_be_started_that_is_the_reason(monkeypatch: pytest.
     for name in "kernel senders on Unix sockets", "waiting threads":
         explanation = _named(name).explanation
         assert explanation.startswith(
-            "it can't be tried because /nowhere/python can't be started: No such file or directory; "
+            "this could not be tested, because /nowhere/python can't be started: No such file or directory; "
         )
 
 
@@ -143,7 +143,7 @@ def test_a_child_that_says_nothing_holds_nobody_up(monkeypatch: pytest.MonkeyPat
 def test_a_kernel_that_names_no_senders_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capabilities, "ask_for_credentials", lambda _: None)
     senders = _named(capabilities.KERNEL_SENDERS)
-    assert senders.problem == "it doesn't find what is certainly there"
+    assert senders.problem == "a test on pgguard's own processes failed"
 
 
 class TestKernelSendersOnTcp:
@@ -198,7 +198,7 @@ class TestKernelSendersOnTcp:
     def test_a_probe_that_names_nobody_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(capabilities, "start_probe", _start_blind)
         found = _named(self.NAME)
-        assert found.problem == "it doesn't find what is certainly there"
+        assert found.problem == "a test on pgguard's own processes failed"
         assert found.remedy is not None
 
     def test_a_probe_that_sees_only_a_part_of_the_host_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +282,7 @@ class TestPtraceRights:
         checked = {capability.name: capability for capability in check()}
         assert time.monotonic() - before < 6
         for name in "waiting threads", "Python stacks":
-            assert checked[name].problem == "it doesn't find what is certainly there"
+            assert checked[name].problem == "a test on pgguard's own processes failed"
 
     def test_the_kernels_own_words_are_read(self, puppet: Puppets) -> None:
         guard = puppet()

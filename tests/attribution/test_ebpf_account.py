@@ -96,10 +96,10 @@ def test_what_was_not_known_is_counted_and_said_at_the_end() -> None:
         tally.count(account_of(event(Kind.UNWATCHED, size=problem)))
     assert tally.remarks(17) == [
         (
-            "the kernel did not say who sent on 4 of 6 connections: 2 because the map of watched sockets was full, "
+            "on 4 of 6 TCP connections the kernel did not say who sent: 2 because the map of watched sockets was full, "
             "1 because the client's socket blocks, 1 (Operation not permitted)"
         ),
-        "17 of the kernel's reports came too fast and were lost: who sent those bytes is not known",
+        "the kernel's reports came too fast, and 17 got lost: who sent those bytes is not known",
         "1 of the kernel's reports contradicted others: the senders named may be wrong",
     ]
 

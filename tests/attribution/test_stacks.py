@@ -271,7 +271,7 @@ class TestWhichProgram:
     def test_an_answer_without_end_is_cut_short(self, application: Puppet, program: Path) -> None:
         program.write_text("#!/bin/sh\nexec /usr/bin/tr '\\0' ' ' </dev/zero\n")
         sleep = _until_asleep(application.pid, application.pid, "pipe_read")
-        assert python_stacks([sleep], seconds=10).problems == {application.pid: "it has too much on its stacks"}
+        assert python_stacks([sleep], seconds=10).problems == {application.pid: "its stacks are too large"}
 
     def test_one_that_can_not_be_ended_is_left(self, application: Puppet, program: Path, short_directory: Path) -> None:
         """It opens the interpreter's file, wherever that is; the process isn't looked at again while it hangs."""

@@ -208,7 +208,7 @@ class TestStart:
             start([], insist=False)
         assert str(refused.value) == (
             "on this kernel a watched socket behaves differently from others (FIONREAD, splice); "
-            "run Linux 6.15 or later, where watching changes nothing, or use --attribution ebpf all the same"
+            "run Linux 6.15 or later, where watching changes nothing, or accept it with --attribution ebpf"
         )
         for probe in probes:
             with pytest.raises(ValueError, match=r"released|closed"):
@@ -217,7 +217,9 @@ class TestStart:
     def test_nobody_is_watched_where_it_can_not_be_tried(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(transparency, "_SECONDS", 0.05)
         monkeypatch.setattr(SenderProbe, "read", lambda _: [])
-        with pytest.raises(ProbeUnavailable, match=r"it can't be tested whether .* \(.*a connection is not watched"):
+        with pytest.raises(
+            ProbeUnavailable, match=r"pgguard could not test whether .* \(.*a connection is not watched"
+        ):
             start([], insist=False)
 
     def test_a_kernel_that_refuses_the_program_for_callbacks_is_asked_for_the_map(

@@ -62,6 +62,12 @@ def test_the_help_names_the_variable_of_each_option(helps: dict[str, str]) -> No
         assert f"PGGUARD_{name.replace('-', '_').upper()}" in helps["serve"]
 
 
+def test_options_without_a_value_show_none(helps: dict[str, str]) -> None:
+    for text in helps.values():
+        assert "<bool>" not in text
+        assert "[[" not in text
+
+
 def examples(help_text: str) -> list[str]:
     """What stands under "Examples:", as it is copied from a terminal."""
     text = "\n".join(line.removeprefix(" ").rstrip() for line in help_text.splitlines())

@@ -99,7 +99,7 @@ def test_a_guard_in_front_of_itself(tmp_path: Path) -> None:
     variables = {"PGHOST": "localhost", "PGPORT": port}
     done = run("serve", "--listen", f"127.0.0.1:{port}", cwd=tmp_path, variables=variables)
     assert (done.returncode, done.stdout) == (2, "")
-    says = "that is where pgguard itself listens: name the address of PostgreSQL"
+    says = "that is where pgguard itself listens: name PostgreSQL's own address"
     assert done.stderr == f"pgguard: --upstream localhost:{port}: {says}\n"
 
 
@@ -157,8 +157,8 @@ def test_what_is_in_the_file(text: str, says: str, tmp_path: Path, monkeypatch: 
     ("arguments", "says"),
     [
         (("--listen", f"127.0.0.1:{'9' * 5000}"), "the port is not a port number"),
-        (("--upstream", f"host=h port={'9' * 5000}"), "is not a port number, write one from 0 to 65535"),
-        (("--upstream", f"postgresql://h:{'9' * 5000}/"), "is not a port number, write one from 0 to 65535"),
+        (("--upstream", f"host=h port={'9' * 5000}"), "is not a port number: write one from 0 to 65535"),
+        (("--upstream", f"postgresql://h:{'9' * 5000}/"), "is not a port number: write one from 0 to 65535"),
         (("--upstream", f"host=h connect_timeout=1{'0' * 400}"), "is not a number of seconds"),
         (("--listen", "\x1b[31mx:5\u202e"), "\\x1b[31mx:5\\u202e"),
     ],
@@ -233,7 +233,7 @@ async def test_a_file_that_somebody_else_has_put_where_the_guard_is_started_is_n
         said = guard.end()
     whose = "it is a link made by user nobody" if kind == "link" else "it belongs to user nobody"
     what = "make root or the guard's user its owner, and let nobody else write to it, or remove it"
-    assert f"pgguard: {path} is not read: {whose}: {what}\n" in said
+    assert f"pgguard: {path} is ignored, because {whose}: {what}\n" in said
 
 
 @needs_root

@@ -49,7 +49,7 @@ NO_THREADS = Capability(
     remedy="sysctl kernel.yama.ptrace_scope=0 (it is 1), or run the guard as root with CAP_SYS_PTRACE "
     "(cap_add: [SYS_PTRACE] in compose)",
 )
-HINT = "Unix socket instead of a TCP port"
+HINT = "instead of a TCP port"
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +75,8 @@ def test_on_this_machine(tmp_path: Path) -> None:
     for name in names:
         assert f" {name}: " in done.stdout
     said = " ".join(done.stdout.split())
-    assert "To see other users' clients the guard needs CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE." in said
-    assert "A guard that is started as root gives up every other capability, except for" in said
+    assert "To see other users' processes the guard needs CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE." in said
+    assert "A guard that is started as root gives up every other capability, except" in said
 
 
 def test_the_same_as_json(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_nothing_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         "ok  /proc: names processes",
         "ok  kernel senders on Unix sockets: names senders",
         "",
-        "Nothing is missing.",
+        "Everything works.",
     ]
 
 
@@ -116,13 +116,13 @@ def test_something_missing_that_is_not_essential(
         "ok       kernel senders on Unix sockets: names senders",
         "missing  waiting threads: tells which threads wait",
         "           problem: the guard has no ptrace rights over it",
-        "           to do: sysctl kernel.yama.ptrace_scope=0 (it is 1), or run the guard",
-        "           as root with CAP_SYS_PTRACE (cap_add: [SYS_PTRACE] in compose)",
+        "           fix: sysctl kernel.yama.ptrace_scope=0 (it is 1), or run the guard as",
+        "           root with CAP_SYS_PTRACE (cap_add: [SYS_PTRACE] in compose)",
         "",
         "Everything essential works. Missing: waiting threads.",
-        "Or let the application connect to a Unix socket instead of a TCP port (--listen",
-        "unix:DIR): there the kernel names the sender of every byte, even without waiting",
-        "threads.",
+        "Or have the application connect to a Unix socket (--listen unix:DIR) instead of",
+        "a TCP port: there the kernel names the sender of every byte, even without",
+        "waiting threads.",
     ]
 
 
@@ -141,7 +141,7 @@ def test_something_essential_missing(monkeypatch: pytest.MonkeyPatch, capsys: py
     status, said = _say(PROC, SENDERS, NO_TCP, NO_THREADS, monkeypatch=monkeypatch, capsys=capsys)
     assert status == 1
     said = " ".join(said.split())
-    assert "Something essential is missing, and without it clients can't be found: sock_diag for TCP." in said
+    assert "Something essential is missing, so client processes can't be found: sock_diag for TCP." in said
     assert HINT in said
 
 
@@ -320,7 +320,7 @@ class _Probe:
         (
             "ebpf",
             Comparison(problem="no route"),
-            "it can't be tested whether watched sockets behave like others (no route)",
+            "pgguard could not test whether watched sockets behave like others (no route)",
         ),
     ],
 )
@@ -345,7 +345,7 @@ def test_what_the_probe_can_not_do_here_is_said_at_the_start(
     assert insisted == [attribution == "ebpf"]
     assert [one.name for one in missing] == ["some kernel senders on TCP"] * len(limits)
     assert caplog.messages == (
-        [] if said is None else [f"as --attribution ebpf insists, clients are watched though {said}"]
+        [] if said is None else [f"clients are watched, as --attribution ebpf demands, although {said}"]
     )
 
 

@@ -81,16 +81,16 @@ def test_no_case_is_left_out(module: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        (Kind.SHARED_BY_THREADS, "its session is ended,"),
-        (Kind.UNREAD_ANSWER, "its session is ended where it is an error,"),
-        (Kind.PROTOCOL_VIOLATION, "its session is ended where it is an error,"),
-        (Kind.UNCLEAN_CLOSE, "too,"),
-        (Kind.IDLE_IN_TRANSACTION, "too,"),
+        (Kind.SHARED_BY_THREADS, "also ends the session."),
+        (Kind.UNREAD_ANSWER, "also ends the session if it is an error."),
+        (Kind.PROTOCOL_VIOLATION, "also ends the session if it is an error."),
+        (Kind.UNCLEAN_CLOSE, "does the same."),
+        (Kind.IDLE_IN_TRANSACTION, "does the same."),
     ],
 )
 def test_it_says_what_mode_reject_does(kind: Kind, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = " ".join(_printed(capsys, kind).split())
-    assert f"In mode log it is recorded; in mode reject {says} unless" in words
+    assert f"Mode log records it. Mode reject {says} The configuration file can say otherwise:" in words
 
 
 # For what the application runs
@@ -157,8 +157,8 @@ def test_where_there_is_nothing_special_it_says_what_holds_in_general(capsys: py
     [
         (["gunicron"], "--for gunicron: there is no advice for that: did you mean gunicorn?"),
         (["Djangoo"], "did you mean Django?"),
-        (["cobol"], "--for cobol: there is no advice for that: there is Active Record, "),
-        (["puma", "django"], "--for: one process doesn't run Ruby and Python: ask for puma, then for django"),
+        (["cobol"], "--for cobol: there is no advice for that: choose from Active Record, "),
+        (["puma", "django"], "--for: one process doesn't run both Ruby and Python: ask for one at a time"),
     ],
 )
 def test_what_there_is_no_advice_for(names: list[str], says: str, refused: Refused) -> None:
@@ -166,7 +166,7 @@ def test_what_there_is_no_advice_for(names: list[str], says: str, refused: Refus
 
 
 def test_advice_is_for_a_kind(refused: Refused) -> None:
-    refused("explain", "--for", "puma", says="--for takes a kind of fault as well: pgguard explain KIND --for puma")
+    refused("explain", "--for", "puma", says="--for needs a kind of fault: pgguard explain KIND --for puma")
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "132"])

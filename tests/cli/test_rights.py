@@ -202,7 +202,7 @@ def test_a_socket_in_its_own_directory_is_removed(short_directory: Path) -> None
     with spawned(UPSTREAM, "--user", "nobody", "--listen", f"unix:{short_directory}", cwd=short_directory) as guard:
         said = _end(guard)
     assert not (short_directory / ".s.PGSQL.5432").exists()
-    assert f"in the place of unix:{short_directory}:5432, because it belongs to user nobody: " in said
+    assert f"can replace the socket unix:{short_directory}:5432, because it belongs to user nobody: " in said
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,8 @@ def test_root_without_the_right_to_become_another(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "pgguard: --user nobody: Operation not permitted: that takes CAP_SETUID, CAP_SETGID and CAP_SETPCAP\n"
+        "pgguard: --user nobody: Operation not permitted: to change users pgguard needs CAP_SETUID, "
+        "CAP_SETGID and CAP_SETPCAP\n"
     )
 
 

@@ -89,7 +89,7 @@ def port_of_nobody() -> int:
         return int(probe.getsockname()[1])
 
 
-HOPE = "so clients get an error: check that it is running there, and what --upstream says"
+HOPE = "so clients get an error: check that it is running there, and that --upstream is right"
 
 
 def test_a_server_that_can_not_be_reached_is_a_warning(tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_a_database_url_that_is_not_used_is_said(url: str, instead: str, monkeyp
     upstream = parse_upstream("host=other")
     said = unused_database_url(upstream, [parse_listen("127.0.0.1:6544")])
     assert said == (
-        "DATABASE_URL is set, but serve doesn't use it: pgguard guards other:5432. To guard the server in DATABASE_URL "
-        f"instead, add --upstream {instead}"
+        "DATABASE_URL is set, but pgguard serve doesn't use it. To guard the server in DATABASE_URL instead of "
+        f"other:5432, add --upstream {instead}"
     )
 
 
@@ -224,7 +224,7 @@ def test_it_is_said_if_nothing_else_says_where_the_server_is(by: str, tmp_path: 
         ("PGGUARD_FAULT", ["PGGUARD_FAULT is not used: did you mean PGGUARD_FAULTS?"]),
         (
             "PGGUARD_STARTUP_TIMEOUT",
-            ["PGGUARD_STARTUP_TIMEOUT is not used: startup_timeout can be set in the configuration file alone"],
+            ["PGGUARD_STARTUP_TIMEOUT is not used: startup_timeout can only be set in the configuration file"],
         ),
         ("PGGUARD_LISTEN", []),
         ("PGGUARD_CONFIG", []),
@@ -252,7 +252,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def said_of_tls(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [message for message in caplog.messages if "pgguard offers none yet" in message]
+    return [message for message in caplog.messages if "pgguard doesn't offer it yet" in message]
 
 
 async def ask(port: int, *requests: bytes) -> Client:
@@ -280,8 +280,8 @@ async def test_a_client_that_leaves_as_there_is_no_tls_is_told_of_once(
     what = "TLS" if SSL_REQUEST in requests else "GSSAPI encryption"
     setting = "sslmode=prefer or sslmode=disable" if what == "TLS" else "gssencmode=disable"
     assert re.fullmatch(
-        rf"session \d: 127\.0\.0\.1:\d+ asked for {what}, and hung up when it was told that pgguard offers none yet: "
-        rf"connect with {setting}",
+        rf"session \d: 127\.0\.0\.1:\d+ asked for {what}, and hung up when told that pgguard doesn't offer it yet: "
+        rf"set {setting} in the client",
         said,
     )
 
@@ -328,7 +328,7 @@ async def test_a_real_client_that_insists(tmp_path: Path) -> None:
         with pytest.raises(psycopg.OperationalError, match="does not support SSL"):
             psycopg.connect(host="127.0.0.1", port=guard.port, sslmode="require")
         guard.wait_for(
-            rf"(session 1: pid {os.getpid()} \(.+\) asked for TLS, and hung up when it was told that pgguard offers "
-            r"none yet: connect with sslmode=prefer )"
+            rf"(session 1: pid {os.getpid()} \(.+\) asked for TLS, and hung up when told that pgguard doesn't offer it "
+            r"yet: set sslmode=prefer )"
         )
         end(guard)

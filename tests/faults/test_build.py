@@ -420,25 +420,27 @@ SUMMARIES = [
         replace(KERNEL, opener=WORKER_1, holders=(WORKER_1,), shares=(Share(WORKER_0, 12), Share(None, 3))),
         (
             "the server refused pid 4867 (puma: cluster worker 1) a connection: all its slots are taken; of the"
-            " connections that count and go through this guard, pid 4866 (puma: cluster worker 0) has 12 and clients"
-            " that could not be identified have 3"
+            " connections through this guard that count toward the limit, pid 4866 (puma: cluster worker 0) has 12 and"
+            " clients that could not be identified have 3"
         ),
     ),
     (
         FULL,
         replace(NOTHING, shares=tuple(Share(WORKER_1, n) for n in (5, 4, 3, 2, 1)), slots=Slots(15, 9, 0)),
         (
-            "the server refused the client a connection: all its slots are taken; of the connections that count"
-            " and go through this guard, pid 4867 (puma: cluster worker 1) has 5, pid 4867 (puma: cluster worker 1) has"
-            " 4, pid 4867 (puma: cluster worker 1) has 3 and 2 other processes have 3; 9 of the 15 sat idle"
+            "the server refused the client a connection: all its slots are taken; of the connections through this"
+            " guard that count toward the limit, pid 4867 (puma: cluster worker 1) has 5, pid 4867 (puma: cluster"
+            " worker 1) has 4, pid 4867 (puma: cluster worker 1) has 3 and 2 other processes have 3; 9 of the 15"
+            " sat idle"
         ),
     ),
     (
         FULL,
         replace(NOTHING, shares=(Share(WORKER_1, 3),), slots=Slots(3, 1, 2)),
         (
-            "the server refused the client a connection: all its slots are taken; of the connections that count"
-            " and go through this guard, pid 4867 (puma: cluster worker 1) has 3; 2 of the 3 sat idle in a transaction"
+            "the server refused the client a connection: all its slots are taken; of the connections through this"
+            " guard that count toward the limit, pid 4867 (puma: cluster worker 1) has 3; 2 of the 3 sat idle in a"
+            " transaction"
         ),
     ),
     (FULL, NOTHING, "the server refused the client a connection: all its slots are taken"),
@@ -447,7 +449,7 @@ SUMMARIES = [
         replace(NOTHING, shares=(), slots=Slots(0, 0, 0)),
         (
             "the server refused the client a connection: all its slots are taken;"
-            " none of the connections that count goes through this guard"
+            " no connection that counts toward the limit goes through this guard"
         ),
     ),
     (verdict(Kind.UNTRACKED, "the session is encrypted with GSS"), KERNEL, "the session is encrypted with GSS"),

@@ -49,7 +49,7 @@ def test_if_most_sit_idle_in_a_transaction_that_is_to_be_ended(limit: Limit | No
     advice = advice_on_exhaustion(limit, STUCK, (SQLALCHEMY,))
     idle = advice_for(Kind.IDLE_IN_TRANSACTION, (SQLALCHEMY,))
     assert (advice.title, advice.code) == (idle.title, idle.code)
-    assert advice.text.startswith("Most of the connections that count sat idle in a transaction")
+    assert advice.text.startswith("Most of the connections that count toward the limit sat idle in a transaction")
 
 
 @pytest.mark.parametrize("limit", [None, Limit.SERVER, Limit.ROLE])

@@ -26,7 +26,7 @@ def test_a_client_is_told_what_happened_who_did_it_and_what_to_change() -> None:
         "This is shared-by-processes: two processes use one connection. "
         "Request 41 was outstanding: SELECT $1 AS pid (sent by pid 4866). "
         "pid 4866 (puma: cluster worker 0) used this connection before. "
-        "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) opened it. "
+        "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]) opened this connection. "
         "The session was closed and its query cancelled (pgguard fault 7)."
     )
     assert told.hint.startswith("Close the pool before forking. A connection belongs to the process that opened it;")
@@ -35,9 +35,9 @@ def test_a_client_is_told_what_happened_who_did_it_and_what_to_change() -> None:
 def test_holders_are_told_in_number() -> None:
     inherited = verdict(Kind.INHERITED_CONNECTION)
     detail = rejection(fault(inherited, KERNEL)).detail
-    assert "worker 0) and pid 4867 (puma: cluster worker 1) have it open as well." in detail
+    assert "worker 0) and pid 4867 (puma: cluster worker 1) have this connection open as well." in detail
     detail = rejection(fault(inherited, replace(KERNEL, holders=(MASTER, WORKER_0)))).detail
-    assert "pid 4866 (puma: cluster worker 0) has it open as well." in detail
+    assert "pid 4866 (puma: cluster worker 0) has this connection open as well." in detail
 
 
 def test_a_process_is_told_of_once_with_all_that_it_did() -> None:
@@ -92,7 +92,7 @@ def test_every_kind_can_be_put_into_words(kind: Kind) -> None:
             verdict(Kind.LEAKED_CONNECTION, "the connection has outlived the process that opened it"),
             replace(KERNEL, holders=(WORKER_0,)),
             "pgguard: terminating connection: the connection has outlived pid 4864",
-            "pid 4866 (puma: cluster worker 0) has it open as well.",
+            "pid 4866 (puma: cluster worker 0) has this connection open as well.",
         ),
         (
             verdict(Kind.IDLE_IN_TRANSACTION, "has left a transaction idle for more than 60 s"),

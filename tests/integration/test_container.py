@@ -57,8 +57,8 @@ def test_records_in_a_pods_volume(short_directory: Path) -> None:
     upstream = "host=127.0.0.1 port=1"
     refused = run("serve", "--upstream", upstream, "--listen", "127.0.0.1:0", cwd=short_directory, variables=told)
     assert refused.returncode == 2
-    assert "anybody can put another file in its place" in refused.stderr
-    assert "anybody can put another file in its place" in readme
+    assert "anybody can replace it" in refused.stderr
+    assert "anybody can replace it" in readme
     subprocess.run([word.replace("/faults", str(volume)) for word in json.loads(command)], check=True)
     with spawned(upstream, cwd=short_directory, **told) as guard:
         guard.signal(signal.SIGTERM)

@@ -147,7 +147,7 @@ def test_reserved_slots(stage: Stage) -> None:
     pid = stage.keep(SLOTS - RESERVED, user="app")
     fault = stage.refused(user="app")
     assert_names(fault, "reserved", (pid, SLOTS - RESERVED))
-    assert "but those that are reserved" in fault["summary"]
+    assert "except reserved ones" in fault["summary"]
     assert "superuser_reserved_connections" in fault["advice"]["text"]
 
 

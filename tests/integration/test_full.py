@@ -80,7 +80,7 @@ def test_clients_are_told_what_to_raise(guard: GuardProcess, transport: Transpor
             one.join(_SECONDS)
         assert len(refusals) == len(crowd)
         for refusal in refusals:
-            assert "FATAL:  pgguard: too many connections: a limit of 90 open files leaves room for only" in str(
+            assert "FATAL:  pgguard: too many connections: the limit of 90 open files leaves room for only" in str(
                 refusal
             )
             assert "LimitNOFILE=" in str(refusal)
@@ -155,4 +155,4 @@ def test_who_says_nothing_keeps_nobody_from_being_told(guard: GuardProcess, tran
 
 
 def test_it_says_how_many_there_is_room_for(guard: GuardProcess) -> None:
-    assert "pgguard: a limit of 90 open files leaves room for only " in guard.stderr
+    assert "pgguard: the limit of 90 open files leaves room for only " in guard.stderr

@@ -164,7 +164,9 @@ async def test_out_of_descriptors(backend: FakeBackend, tmp_path: Path) -> None:
     with spawned(upstream(backend), "--attribution", "off", cwd=tmp_path, descriptors=30) as guard:
         client, server = await session(guard, backend)
         crowd = [await connect(guard, backend) for _ in range(40)]
-        guard.wait_for("clients are turned away: a limit of 30 open files leaves room for only [3-9]. Raise the limit")
+        guard.wait_for(
+            "turned away: the limit of 30 open files leaves room for only [3-9] sessions at once. Raise the limit"
+        )
         for _ in range(20):
             await converse(client, server)
         await at_rest(guard.cpu_seconds)
@@ -290,7 +292,7 @@ async def test_what_a_full_disk_has_no_room_for_is_recorded_when_it_has(backend:
             await client.close()
             await server.rest()
             await server.close()
-        guard.wait_for("faults are kept until they can be recorded: can't append faults to .*: File too large()")
+        guard.wait_for("faults are kept until they can be written: can't append faults to .*: File too large()")
         assert faults.stat().st_size == 5000
         resource.prlimit(guard.pid, resource.RLIMIT_FSIZE, (hard, hard))
         await until(lambda: faults.read_text().count("message-while-idle") >= 4 and faults.read_text().endswith("\n"))
@@ -298,7 +300,7 @@ async def test_what_a_full_disk_has_no_room_for_is_recorded_when_it_has(backend:
         said = guard.end()
     records = [json.loads(line) for line in faults.read_text().splitlines()]
     assert [record["id"] for record in records] == list(range(1, len(records) + 1))
-    assert "could not be recorded" not in said
+    assert "could not be written" not in said
 
 
 async def test_standard_error_that_nobody_reads_holds_up_nothing(backend: FakeBackend, tmp_path: Path) -> None:
@@ -342,7 +344,7 @@ def test_a_storm_of_strangers_fills_neither_the_file_nor_the_screen(tmp_path: Pa
     causes = {record["cause"] for record in records}
     assert len(causes) <= 3, "one, or by whether it was found out in time which program it is"
     assert len(records) <= len(causes) * (5 + seconds + 5 + 2)
-    assert "pgguard: 500 sessions, 500 faults of " in said
+    assert "pgguard: 500 sessions, 500 faults from " in said
     assert len(said.splitlines()) < len(records) + 20
 
 

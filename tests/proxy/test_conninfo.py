@@ -50,11 +50,11 @@ DB = TcpAddress("db.example", 6000)
         ("jdbc:postgresql://db.example:6000/?currentSchema=x&connectTimeout=3", DB, "currentSchema"),
         ("jdbc:postgresql:app?password=S3CRET", TcpAddress("localhost", 5432), None),
         ("jdbc:postgresql:/", TcpAddress("localhost", 5432), None),
-        ("postgresql://app:S3CRET@db.example:6000/app?pool=5&timeout=5000", DB, "pool, timeout"),
+        ("postgresql://app:S3CRET@db.example:6000/app?pool=5&timeout=5000", DB, "pool and timeout"),
         (
             "postgresql://app:S3CRET@db.example:6000/app?schema=public&connection_limit=5&pgbouncer=true",
             DB,
-            "schema, connection_limit, pgbouncer",
+            "schema, connection_limit and pgbouncer",
         ),
         ("postgresql://app:S3@CRET@db.example:6000/app", DB, None),
         ("postgresql://app:S3?CRET@db.example:6000/app", DB, None),
@@ -68,7 +68,7 @@ def test_urls_of_other_libraries_are_understood(url: str, address: Address, unus
     upstream = parse_upstream(url)
     assert upstream.addresses == (address,)
     assert "S3CRET" not in repr(upstream)
-    assert upstream.remark == (None if unused is None else f"--upstream: {unused} is not used")
+    assert upstream.remark == (None if unused is None else f"--upstream: pgguard ignores {unused}")
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_a_url_that_insists_on_tls_is_not_taken_without(scheme: str, value: str)
         ("jdbc:mysql://app:S3CRET@db/app", "--upstream: jdbc:mysql: is not a PostgreSQL URL"),
         (
             "postgresql://app:S3/CRET@db/app",
-            "it isn't clear which @ ends the password: write the others as %40 and / as %2F",
+            "it isn't clear where the password ends: write @ in it as %40 and / as %2F",
         ),
-        ("postgresql://app:S3CRET@db/app?user=a@b", "it isn't clear which @ ends the password"),
+        ("postgresql://app:S3CRET@db/app?user=a@b", "it isn't clear where the password ends"),
         ("postgresql://app:S3CRET", "the port is not a port number"),
         ("postgresql://app:S3CRET@db:port/app", "the port is not a port number"),
         ("postgresql://app:S3CRET@[::1/app", 'matching "]" in IPv6 host address: write postgresql://HOST:PORT'),
@@ -122,8 +122,8 @@ def test_a_url_that_insists_on_tls_is_not_taken_without(scheme: str, value: str)
         ("host=db password=my S3CRET", '--upstream: a "=" is missing: write'),
         ("host=db password='S3CRET", "unterminated quoted string in connection info string: write"),
         ("host=db password=my S3CRET=x", "invalid connection option: write"),
-        ("host=app:S3CRET@db", "the host is more than a name"),
-        ("host=app:S3CRET", "the host has a colon in it: give the port as port=PORT"),
+        ("host=app:S3CRET@db", "the host can only be a name or an address"),
+        ("host=app:S3CRET", "the host has a colon in it: write the port as port=PORT"),
         ("host=db port=x password=S3CRET", "the port is not a port number"),
         ("host=db sslpassword=my S3CRET", '--upstream: a "=" is missing: write'),
         ("host=db passwort=S3CRET", "invalid connection option: write"),

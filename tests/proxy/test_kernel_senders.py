@@ -840,7 +840,7 @@ async def test_a_client_that_a_map_has_no_room_for_is_unknown_and_works_and_is_c
         await house.empty()
         assert house.guard.remarks() == [
             *probe.limits,
-            "the kernel did not say who sent on 1 of 2 connections: 1 because the map of watched sockets was full",
+            "on 1 of 2 TCP connections the kernel did not say who sent: 1 because the map of watched sockets was full",
         ]
 
 

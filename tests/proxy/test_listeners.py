@@ -186,7 +186,7 @@ async def test_who_else_can_put_a_socket_there_is_said(short_directory: Path, mo
         assert remark is None
     else:
         assert remark == (
-            f"others can put a socket of theirs in the place of unix:{short_directory}:1, because {says}: "
+            f"other users can replace the socket unix:{short_directory}:1, because {says}: "
             "use a directory that belongs to the guard's user, or make this one sticky (chmod +t)"
         )
 
@@ -232,7 +232,7 @@ async def test_root_makes_no_socket_where_a_user_leads_its_path(
     (short_directory / "roots").mkdir(0o755)
     _Led.target = str(short_directory / "roots")
     monkeypatch.setattr(socket, "socket", _Led)
-    with pytest.raises(ConfigurationError, match="Permission denied: user nobody can put another directory in"):
+    with pytest.raises(ConfigurationError, match="Permission denied: user nobody can replace the directory"):
         await open_and_close(f"unix:{directory}:1")
     assert list((short_directory / "roots").iterdir()) == []
     assert os.geteuid() == 0
@@ -266,8 +266,8 @@ async def test_who_can_put_another_directory_in_its_place_is_said(short_director
     remark = listener.remark
     listener.close()
     assert remark == (
-        f"others can put a socket of theirs in the place of unix:{directory}:1, because user nobody can put another "
-        f"directory in the place of {directory}: use a directory that nobody else can move or replace"
+        f"other users can replace the socket unix:{directory}:1, because user nobody can replace the directory "
+        f"{directory}: use a directory that nobody else can move or replace"
     )
 
 
@@ -278,7 +278,7 @@ async def test_root_makes_no_socket_by_a_path_that_anybody_can_lead_elsewhere(sh
     change_mode(above, 0o777)
     with pytest.raises(
         ConfigurationError,
-        match=r"others .* \(.*everybodys isn't safe: anybody can write to it\): use a directory that",
+        match=r"other users .* \(.*everybodys isn't safe: anybody can write to it\): use a directory that",
     ):
         await open_and_close(f"unix:{above}/d:1")
     change_mode(above, 0o1777)
@@ -327,7 +327,7 @@ async def test_that_one_of_several_is_in_use_closes_the_others(backend: FakeBack
         ("unix:/sys:1", "use a directory in which pgguard may create /sys/.s.PGSQL.1"),
         ("nowhere.invalid:1", "Name or service not known|Temporary failure in name resolution|No address"),
         ("x" * 64 + ".example:1", "this can't be a host name"),
-        ("192.0.2.1:1", "this machine has no such address"),
+        ("192.0.2.1:1", "this host has no such address"),
     ],
 )
 async def test_where_it_can_not_listen_it_says_what_to_change(text: str, says: str) -> None:

@@ -59,7 +59,7 @@ async def test_it_is_begun_again_without_what_hangs(trap: Trap, caplog: pytest.L
         await until(lambda: limiter.total_tokens == 1)
         assert await look(trap.look, "answer", limiter=limiter) == "it was let go"
         nursery.cancel_scope.cancel()
-    complaint = f"attribution: pid {_NOBODY} can't be looked at: reading its files in /proc hangs"
+    complaint = f"pid {_NOBODY} can't be looked at: reading its files in /proc hangs"
     assert caplog.messages.count(complaint) == 1
 
 

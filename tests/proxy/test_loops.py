@@ -57,7 +57,7 @@ async def test_by_whatever_name_it_goes(listen: str, host: str) -> None:
         found = await house.guard.find_loop()
     assert found is not None
     assert found.startswith("--upstream ")
-    assert found.endswith(": that is where pgguard itself listens: name the address of PostgreSQL")
+    assert found.endswith(": that is where pgguard itself listens: name PostgreSQL's own address")
 
 
 @pytest.mark.parametrize("how", ["plain", "symlink", "dots", "abstract"])
@@ -113,7 +113,7 @@ def test_it_does_not_start(tmp_path: Path) -> None:
     assert ended.returncode == 2
     lines = ended.stderr.splitlines()
     assert lines[-1] == (
-        f"pgguard: --upstream localhost:{port}: that is where pgguard itself listens: name the address of PostgreSQL"
+        f"pgguard: --upstream localhost:{port}: that is where pgguard itself listens: name PostgreSQL's own address"
     )
     assert "Traceback" not in ended.stderr
     assert "ready on" not in ended.stderr

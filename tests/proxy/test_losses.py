@@ -80,8 +80,8 @@ def test_how_often_it_has_come_is_told_at_intervals(said: list[str], monkeypatch
         now += 61
     assert [line.splitlines()[0] for line in said] == [
         f"pgguard: {Loss.SENDER.value}",
-        f"pgguard: {Loss.SENDER.value}, 100 times more: KeyError: 'x'",
-        f"pgguard: {Loss.SENDER.value}, 100 times more: KeyError: 'x'",
+        f"pgguard: {Loss.SENDER.value}, 100 more times: KeyError: 'x'",
+        f"pgguard: {Loss.SENDER.value}, 100 more times: KeyError: 'x'",
     ]
     assert sum("Traceback" in line for line in said) == 1
 

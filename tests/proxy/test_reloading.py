@@ -46,7 +46,7 @@ class Scene:
             self.config.write_text(config)
         self._reloads += 1
         self.guard.signal(signal.SIGHUP)
-        done = r"SIGHUP: (?:nothing has been changed|the settings are as they were|shutdown_timeout is \S+ now)"
+        done = r"SIGHUP: (?:nothing has changed|no setting has changed|shutdown_timeout is now \S+)"
         self.guard.wait_for(rf"(?s)(?:{done}.*){{{self._reloads}}}()")
 
     def kinds(self, file: Path | None = None) -> list[str]:
@@ -140,10 +140,10 @@ async def test_what_is_done_about_faults_changes_for_sessions_that_are_open_and_
     # They are of one cause and come fast, but what is done for the first time is recorded at once.
     assert [record["action"] for record in records][:3] == ["logged", "dropped", "rejected"]
     for line in (
-        "kinds.message-while-idle is drop now, not as mode says",
-        "shutdown_timeout is 7 now, not 8",
-        "mode is reject now, not log",
-        "kinds.message-while-idle is as mode says now, not drop",
+        "kinds.message-while-idle is now drop (was not set)",
+        "shutdown_timeout is now 7 (was 8)",
+        "mode is now reject (was log)",
+        "kinds.message-while-idle is now not set (was drop)",
     ):
         assert f"pgguard: SIGHUP: {line}\n" in said
 
@@ -181,7 +181,7 @@ async def test_a_file_with_an_error_changes_nothing_and_says_so(
         scene = Scene(guard, backend, tmp_path)
         client, server = await scene.session()
         scene.reload(text)
-        guard.wait_for(f"SIGHUP: nothing has been changed: .*{says}()")
+        guard.wait_for(f"SIGHUP: nothing has changed: .*{says}()")
         await misuse(client, server)
         await scene.recorded("message-while-idle")
         await client.close()
@@ -226,7 +226,7 @@ def test_before_it_is_ready(tmp_path: Path) -> None:
                 file.write("mode = 'log'\n")
             guard = Spawned(process)
             config.write_text("mode = 'reject'\n")
-            guard.wait_for("SIGHUP: mode is reject now, not log()")
+            guard.wait_for(r"SIGHUP: mode is now reject \(was log\)()")
             guard.signal(signal.SIGTERM)
             guard.end()
         finally:
@@ -248,7 +248,7 @@ def reloaded(directory: Path, before: str, after: str, **given: object) -> Reloa
 def test_what_is_given_by_option_keeps_winning(tmp_path: Path) -> None:
     settings, remarks = reloaded(tmp_path, "sql = 'none'", "mode = 'reject'\nsql = 'full'", mode="log")
     assert (settings.mode, settings.sql) == (Mode.LOG, "full")
-    assert remarks == ["sql is full now, not none"]
+    assert remarks == ["sql is now full (was none)"]
 
 
 def test_what_can_not_be_changed_is_said_each_time_and_stays(tmp_path: Path) -> None:
@@ -257,10 +257,10 @@ def test_what_can_not_be_changed_is_said_each_time_and_stays(tmp_path: Path) -> 
     expected = Settings(listen=["127.0.0.1:1"], upstream="host=a", mode=Mode.REJECT)
     assert settings.model_dump() == expected.model_dump()
     assert remarks == [
-        "upstream stays as it was: changing it takes a restart",
-        "listen stays as it was: changing it takes a restart",
-        "mode is reject now, not log",
-        "attribution stays as it was: changing it takes a restart",
+        "upstream stays as it is: restart pgguard to change it",
+        "listen stays as it is: restart pgguard to change it",
+        "mode is now reject (was log)",
+        "attribution stays as it is: restart pgguard to change it",
     ]
     again = reload_settings(settings, {}, tmp_path / "pgguard.toml")
     assert [remark.split()[0] for remark in again.remarks] == ["upstream", "listen", "attribution"]
@@ -268,12 +268,12 @@ def test_what_can_not_be_changed_is_said_each_time_and_stays(tmp_path: Path) -> 
 
 def test_the_file_of_faults_can_be_another_one_but_not_come_or_go(tmp_path: Path) -> None:
     settings, remarks = reloaded(tmp_path, "faults = 'a'", "faults = 'b'")
-    assert (settings.faults, remarks) == (Path("b"), ["faults is b now, not a"])
+    assert (settings.faults, remarks) == (Path("b"), ["faults is now b (was a)"])
     settings, remarks = reloaded(tmp_path, "faults = 'a'", "")
     assert settings.faults == Path("a")
     settings, remarks = reloaded(tmp_path, "", "faults = 'a'")
     assert settings.faults is None
-    assert remarks == ["faults stays as it was: changing it takes a restart"]
+    assert remarks == ["faults stays as it is: restart pgguard to change it"]
 
 
 @pytest.mark.parametrize(
@@ -296,9 +296,9 @@ def test_kinds_come_and_go(tmp_path: Path) -> None:
         Kind.LEAKED_CONNECTION: KindAction.IGNORE,
     }
     assert remarks == [
-        "kinds.unclean-close is log now, not ignore",
-        "kinds.leaked-connection is ignore now, not as mode says",
-        "kinds.untracked is as mode says now, not log",
+        "kinds.unclean-close is now log (was ignore)",
+        "kinds.leaked-connection is now ignore (was not set)",
+        "kinds.untracked is now not set (was log)",
     ]
 
 
@@ -325,4 +325,4 @@ def test_a_file_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     file.unlink()
     with pytest.raises(ConfigurationError, match="No such file"):
         reload_settings(named, {}, file)
-    assert reload_settings(by_chance, {}, None).remarks == ["mode is log now, not reject"]
+    assert reload_settings(by_chance, {}, None).remarks == ["mode is now log (was reject)"]

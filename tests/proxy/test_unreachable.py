@@ -114,7 +114,7 @@ def test_a_client_that_no_local_port_is_left_for(short_directory: Path) -> None:
         finally:
             guard.kill()
     assert "\0C53300\0Mpgguard: too many connections: 127.0.0.1:7: Cannot assign requested address\0" in said
-    assert "\0HThis host has no local port left for another connection to that address: " in said
+    assert "\0HThis host has no local port left for another connection to that address. " in said
 
 
 _UNIX = """

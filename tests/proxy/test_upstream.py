@@ -73,7 +73,7 @@ def test_what_can_not_be_seen_to_is_said(wanted: str) -> None:
         assert f"target_session_attrs={wanted} can't be checked without logging in" in remark
     both = parse_upstream("jdbc:postgresql://a,b/app?targetServerType=master&currentSchema=x").remark
     assert both is not None
-    assert both.startswith("--upstream: currentSchema is not used; ")
+    assert both.startswith("--upstream: pgguard ignores currentSchema; ")
     assert "target_session_attrs=primary" in both
 
 

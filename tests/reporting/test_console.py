@@ -25,7 +25,7 @@ from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
 from pgguard.reporting.console import BACKLOG, ConsoleSink, print_fault, render, summary_line
 from pgguard.reporting.sinks import SinkError
-from pgguard.session.verdicts import Kind, Party, Sender
+from pgguard.session.verdicts import Kind, Party, RequestState, Sender
 from tests.faults.samples import (
     DATA_ROW,
     KERNEL,
@@ -80,7 +80,7 @@ pgguard: ERROR: shared-by-processes: two processes use one connection
       command: puma: cluster worker 0: 4864 [app]
     Opened by: pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]): it was the only process with the
     socket open then
-      still has it open
+      still has the connection open
 
   Session 3:
     user app, database app, application_name "puma", over TCP from 127.0.0.1:53984, backend pid
@@ -97,7 +97,7 @@ pgguard: ERROR: shared-by-processes: two processes use one connection
   Recent requests:
     #41  11:52:07.119402  pid 4866, thread 4871  Q  answering  SELECT $1 AS pid
 
-  What clients that use libpq print, to search logs for:
+  What to look for in the logs of clients that use libpq:
     message type 0x54 arrived from server while idle
 
   What to change:
@@ -147,6 +147,21 @@ def test_what_the_opener_sent_stands_beside_the_opener() -> None:
     assert lines[opener + 2].startswith("opened the connection: ")
 
 
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (RequestState.WAITING, "was waiting for its answer"),
+        (RequestState.ANSWERED, "was answered"),
+        (RequestState.FAILED, "was answered with an error"),
+        (RequestState.SKIPPED, "was skipped"),
+    ],
+)
+def test_what_has_become_of_an_intruders_request_is_a_sentence(state: RequestState, says: str) -> None:
+    request = replace(OUTSTANDING, state=state)
+    swapped = replace(OVERLAP, requests=(request,), intruder=Sender(4866, 4871), requesters=(), sender=Sender(4864))
+    assert f"its request 41, sent at 11:52:07.119402, {says}\n" in printed(fault(swapped), width=400)
+
+
 def test_culprits_that_a_record_leaves_out_are_counted() -> None:
     assert "And 12 more processes\n" in printed(fault(unnamed=12))
 
@@ -189,7 +204,7 @@ def test_the_servers_words_are_not_said_to_be_libpqs() -> None:
     """Every driver passes them on."""
     error = 'prepared statement "s" does not exist'
     text = printed(fault(verdict(Kind.SESSION_STATE_LOST, libpq=error), replace(KERNEL, driver=Driver.ASYNCPG)))
-    assert f"The server's error, to search logs for:\n    {error}\n" in text
+    assert f"What to look for in your logs:\n    {error}\n" in text
     assert "libpq" not in text.partition("What to change")[0]
 
 
@@ -294,7 +309,7 @@ def test_what_is_not_known_is_said_to_be_unknown() -> None:
     facts = replace(fault().session, user=None, transport="unix", client=None, application_name=None, tls=True)
     text = printed(fault(busy, Findings(), facts=facts))
     assert "Sent by: a process that could not be identified" in text
-    assert "user not known, database app, over a Unix socket with TLS, backend pid 4865" in text
+    assert "unknown user, database app, over a Unix socket with TLS, backend pid 4865" in text
     assert "How the socket came" not in text
     text = printed(fault(verdict(Kind.UNCLEAN_CLOSE), Findings()))
     assert "Nobody could be identified: the kernel named no sender" in text
@@ -370,11 +385,12 @@ def test_code_of_an_advice_is_shown_as_it_is_to_be_pasted_with_its_sources() -> 
 def test_who_has_how_many_connections_is_shown() -> None:
     full = verdict(Kind.CONNECTION_EXHAUSTION)
     text = printed(fault(full, replace(KERNEL, shares=(Share(WORKER_0, 90), Share(None, 2)))))
-    assert "Connections that count and go through this guard:\n    90  pid 4866 (puma: cluster worker 0)\n" in text
+    table = "Connections through this guard that count toward the limit:\n    90  pid 4866 (puma: cluster worker 0)\n"
+    assert table in text
     assert "     2  clients that could not be identified\n" in text
     many = printed(fault(full, replace(KERNEL, shares=tuple(Share(WORKER_0, n) for n in range(30, 0, -1)))))
     assert "    15  pid 4866 (puma: cluster worker 0)\n    105  14 other processes\n" in many
-    assert "Connections that count" not in printed(fault(full, replace(KERNEL, shares=())))
+    assert "Connections through" not in printed(fault(full, replace(KERNEL, shares=())))
 
 
 def test_a_pid_in_a_container_is_shown_too() -> None:
@@ -385,7 +401,7 @@ def test_a_pid_in_a_container_is_shown_too() -> None:
 
 def test_a_client_known_by_its_own_account_is_shown_with_it() -> None:
     text = printed(fault(verdict(Kind.IDLE_IN_TRANSACTION), Findings(declared={"controller": "users\x1b[2J"})))
-    shown = "Opened by: a client whose process can't be seen from here. It says of itself:\n      controller: users"
+    shown = "Opened by: a client whose process can't be seen from here. It says about itself:\n      controller: users"
     assert f"{shown}\\x1b[2J\n" in text
 
 
@@ -474,7 +490,7 @@ def test_a_pipe_that_nobody_reads_holds_up_nothing_and_what_was_left_out_is_said
     sink.close(deadline=60)
     pipe.close_writer()
     reader.join()
-    left_out = re.findall(r"^pgguard: (\d+) reports were left out", pipe.received, re.MULTILINE)
+    left_out = re.findall(r"^pgguard: (\d+) reports? left out", pipe.received, re.MULTILINE)
     assert left_out
     assert pipe.received.count("SUMMARY: ") + sum(map(int, left_out)) == BACKLOG * 2
 
@@ -570,7 +586,7 @@ def test_what_the_server_did_is_not_said_of_its_client(findings: Findings) -> No
     reason = "the server's stream ended 505 bytes before the end of a DataRow message"
     torn = replace(verdict(Kind.PROTOCOL_VIOLATION, reason, message=DATA_ROW), by=Party.SERVER, ends=True)
     shown = printed(fault(torn, findings), width=200)
-    server = "The server, or something between it and the guard: nobody on the client's side did this.\n"
+    server = "This came from the server, or from something in front of it, and not from the client.\n"
     assert f"  Who:\n    {server}" in shown
     assert "identified" not in shown
     assert "Intruder" not in shown

@@ -200,7 +200,7 @@ def test_a_file_of_a_third_user(tmp_path: Path, fifo: bool) -> None:
     else:
         path.touch()
     own(path, NOBODY)
-    refuse(path, "it belongs to user nobody: name a file of your own, or remove it")
+    refuse(path, "it belongs to user nobody: name another file, or remove this one")
 
 
 @as_root
@@ -208,11 +208,11 @@ def test_a_directory_in_which_everybody_can_replace_the_file(tmp_path: Path) -> 
     tmp_path.chmod(0o777)
     refuse(
         tmp_path / "faults.jsonl",
-        f"anybody can put another file in its place, because everybody can write to {tmp_path}",
+        f"anybody can replace it, because everybody can write to {tmp_path}",
     )
     assert not (tmp_path / "faults.jsonl").exists()
     (tmp_path / "faults.jsonl").touch()
-    refuse(tmp_path / "faults.jsonl", "anybody can put another file in its place")
+    refuse(tmp_path / "faults.jsonl", "anybody can replace it")
     tmp_path.chmod(0o1777)
     append(tmp_path / "faults.jsonl")
 

@@ -20,6 +20,9 @@ class Kept:
 
 
 class Broken:
+    def __str__(self) -> str:
+        return "broken.jsonl"
+
     def record(self, fault: Fault) -> None:
         raise SinkError(f"can't append\nfault {fault.id}: No space left on device")
 
@@ -47,7 +50,7 @@ def test_a_failing_sink_is_counted_and_said_once() -> None:
     assert said == ["faults are being lost: can't append fault 7: No space left on device"] * 2
     assert fanout.lost == 6
     fanout.close()
-    assert said[2:] == ["ZeroDivisionError", "3 faults could not be recorded by Broken"] * 2
+    assert said[2:] == ["ZeroDivisionError", "3 faults could not be written to broken.jsonl"] * 2
 
 
 class Fussy(Kept):
@@ -92,7 +95,7 @@ def test_what_is_kept_is_not_lost_and_that_it_works_again_is_said() -> None:
     flaky.error = SinkError("No space left on device", lost=0)
     for _ in range(3):
         fanout.record(fault())
-    assert said == ["faults are kept until they can be recorded: No space left on device"]
+    assert said == ["faults are kept until they can be written: No space left on device"]
     flaky.error = SinkError("No space left on device")
     for _ in range(3):
         fanout.record(fault())
@@ -100,7 +103,7 @@ def test_what_is_kept_is_not_lost_and_that_it_works_again_is_said() -> None:
     flaky.error = None
     for _ in range(3):
         fanout.record(fault())
-    assert said[2:] == ["faults are recorded again; 3 faults lost so far"]
+    assert said[2:] == ["faults are being written again; 3 faults lost so far"]
     assert fanout.lost == 3
 
 

@@ -30,7 +30,7 @@ def test_no_faults() -> None:
 def test_each_cause_has_a_line_that_says_how_far_it_has_spread() -> None:
     what, how_far = BY_WORKERS.fault.summary, "44 times in 11 sessions by 4 processes"
     assert summary_lines(12, [SHARED, REJECTED, CLOSED], [BY_WORKERS, ONCE]) == [
-        "pgguard: 12 sessions, 45 faults of 2 causes",
+        "pgguard: 12 sessions, 45 faults from 2 causes",
         f"pgguard: error: shared-by-processes, {how_far}: {what} (fault 1)",
         "pgguard: warning: unclean-close, once: it was (fault 7)",
     ]
@@ -41,9 +41,9 @@ def test_what_is_not_told_by_its_cause_is_counted_all_the_same() -> None:
     causes = [Told(replace(BY_WORKERS.fault, id=n), Spread(2, 1, 1, NOW)) for n in range(1, 21)]
     happened = [SHARED._replace(faults=40, repeats=5), CLOSED]
     lines = summary_lines(50, happened, causes)
-    assert lines[0] == "pgguard: 50 sessions, 46 faults of 20 causes"
+    assert lines[0] == "pgguard: 50 sessions, 46 faults from 20 causes"
     assert [line.rpartition("(")[2] for line in lines[1:-1]] == [f"fault {n})" for n in range(1, 13)]
-    assert lines[-1] == "pgguard: and of other causes: shared-by-processes 21 times and unclean-close once"
+    assert lines[-1] == "pgguard: and from other causes: shared-by-processes 21 times and unclean-close once"
 
 
 def test_nothing_that_others_say_moves_the_cursor() -> None:

@@ -46,10 +46,7 @@ def test_login_that_is_refused_for_want_of_a_slot(script: str) -> None:
         (
             "InitPostgres",
             Refusal(Limit.RESERVED),
-            (
-                "all its slots are taken but those that are reserved (superuser_reserved_connections, "
-                "reserved_connections)"
-            ),
+            ("all its slots are taken, except reserved ones (superuser_reserved_connections, reserved_connections)"),
         ),
         (
             "InitializeSessionUserId",

@@ -229,12 +229,12 @@ class Tally:
                 f"{count} {_REASONS.get(why, f'({os.strerror(why)})')}" for why, count in self.unwatched.most_common()
             ]
             remarks.append(
-                f"the kernel did not say who sent on {self.unwatched.total()} of {all_in_all} connections: "
+                f"on {self.unwatched.total()} of {all_in_all} TCP connections the kernel did not say who sent: "
                 + ", ".join(reasons)
             )
         if lost:
             remarks.append(
-                f"{lost} of the kernel's reports came too fast and were lost: who sent those bytes is not known"
+                f"the kernel's reports came too fast, and {lost} got lost: who sent those bytes is not known"
             )
         if self.contradictions:
             remarks.append(

@@ -236,7 +236,7 @@ class SenderProbe:
         if not self.watches_blocking:
             limits.append(
                 "TCP senders whose sockets block (pg8000, PHP's streams; not libpq or asyncio) are not seen, because "
-                "watching them would let a signal interrupt their reads: --attribution ebpf watches them all the same"
+                "watching them would let a signal interrupt their reads: --attribution ebpf watches them anyway"
             )
         return tuple(limits)
 
@@ -254,7 +254,7 @@ class SenderProbe:
         try:
             btf = Btf()
         except (OSError, ValueError) as error:
-            problem = f"this kernel has no description of its structures ({error})"
+            problem = f"this kernel has no usable BTF type information ({error})"
             raise ProbeUnavailable(
                 problem, "run a kernel built with CONFIG_DEBUG_INFO_BTF, as those of distributions are"
             ) from error

@@ -35,28 +35,28 @@ _CONSTANT: Final = re.compile(r"[A-Z]\w*(?:::[A-Z][a-z]\w*)?")
 
 _ANY_CALL: Final = {
     Side.PARENT: "disconnect whatever may have connected by then; a pool reconnects when needed.",
-    Side.CHILD: "reconnect, and forget what was connected before without closing it.",
+    Side.CHILD: "reconnect, and forget the old connections without closing them.",
 }
 
 _REMARKS: Final = {
     (Kind.INHERITED_CONNECTION, None): (
-        "If one child alone goes on with the connection and the parent never touches it again, this is harmless: set "
+        "If only one child goes on to use the connection and the parent never touches it again, this is harmless: set "
         "this kind to ignore."
     ),
     (Kind.LEAKED_CONNECTION, None): (
-        "Find the process that has it open by its pid; if it should have ended with its parent, end it."
+        "Find the process that has the connection open by its pid; if it should have ended with its parent, end it."
     ),
     (Kind.FOREIGN_TERMINATE, Language.RUBY): (
-        "A child that has inherited a connection anyway should leave through exit!, which runs neither at_exit blocks "
-        "nor finalizers."
+        "A child that has inherited a connection anyway should exit with exit!, which runs neither at_exit blocks nor "
+        "finalizers."
     ),
     (Kind.FOREIGN_TERMINATE, Language.PYTHON): (
-        "A child of os.fork that has inherited a connection anyway should leave through os._exit, which runs neither "
+        "A child of os.fork that has inherited a connection anyway should exit with os._exit, which runs neither "
         "atexit handlers nor destructors."
     ),
     (Kind.FOREIGN_TERMINATE, Language.PERL): (
-        "A child that has inherited a connection anyway can leave through POSIX::_exit, which runs neither END blocks "
-        "nor destructors."
+        "A child that has inherited a connection anyway can exit with POSIX::_exit, which runs neither END blocks nor "
+        "destructors."
     ),
 }
 """What to add for a kind, or for a kind in one language."""

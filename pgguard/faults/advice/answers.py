@@ -42,7 +42,8 @@ _IDLE: Final = frozenset({Kind.IDLE_IN_TRANSACTION})
 _EXHAUSTED: Final = frozenset({Kind.CONNECTION_EXHAUSTION})
 _SWAPPED: Final = frozenset({Kind.SESSION_STATE_LOST})
 _TRACK: Final = (
-    "Or let the pooler keep track of them: pgbouncer 1.21 and later does if max_prepared_statements is above 0."
+    "Or let the pooler keep track of prepared statements: pgbouncer 1.21 and later does so if max_prepared_statements "
+    "is above 0."
 )
 
 ANSWERS: Final = (
@@ -412,8 +413,8 @@ ANSWERS: Final = (
         Advice(
             "Let the server time queries out, and close interrupted connections",
             "An exception raised from outside (a signal handler, gevent.Timeout, a cancelled task) leaves the rest of "
-            "the answer unread: close that connection instead of putting it back into the pool. Let the server do the "
-            "timing with statement_timeout, and give each thread and task a connection of its own.",
+            "the answer unread: close that connection instead of putting it back into the pool. Let the server time "
+            "queries out with statement_timeout, and give each thread and task a connection of its own.",
             code(
                 """
                 # db.py
@@ -431,7 +432,7 @@ ANSWERS: Final = (
         None,
         Advice(
             "Let the server time queries out, not alarm",
-            "A die in a handler of SIGALRM leaves the rest of the answer unread. Set statement_timeout instead, or "
+            "Calling die in a SIGALRM handler leaves the rest of the answer unread. Set statement_timeout instead, or "
             "disconnect after the alarm.",
             code(
                 """
@@ -558,7 +559,7 @@ ANSWERS: Final = (
         Library.SQLALCHEMY,
         Advice(
             "End each Session with a block",
-            "A Session begins a transaction with its first query, a SELECT included, and keeps it until commit, "
+            "A Session begins a transaction with its first query, even a SELECT, and keeps it until commit, "
             "rollback or close. Open it in a with block around the queries alone, and do slow work after it.",
             code(
                 """
@@ -599,7 +600,7 @@ ANSWERS: Final = (
         Library.PSYCOPG,
         Advice(
             "Use autocommit, and transaction blocks",
-            "psycopg begins a transaction with the first query, a SELECT included, and keeps it until commit or "
+            "psycopg begins a transaction with the first query, even a SELECT, and keeps it until commit or "
             "rollback. Connect with autocommit=True, and use conn.transaction() around what belongs together.",
             code(
                 """
@@ -620,7 +621,7 @@ ANSWERS: Final = (
         Library.PSYCOPG2,
         Advice(
             "Use autocommit, or with blocks",
-            "psycopg2 begins a transaction with the first query, a SELECT included, and keeps it until commit or "
+            "psycopg2 begins a transaction with the first query, even a SELECT, and keeps it until commit or "
             "rollback. Set autocommit where single statements are run; elsewhere a with block of the connection "
             "commits or rolls back at its end.",
             code(
@@ -641,7 +642,7 @@ ANSWERS: Final = (
         None,
         Advice(
             "Keep AutoCommit on, and begin transactions explicitly",
-            "With AutoCommit off, DBD::Pg begins a transaction with the first query, a SELECT included, and keeps it "
+            "With AutoCommit off, DBD::Pg begins a transaction with the first query, even a SELECT, and keeps it "
             "until commit or rollback. Leave it on, and use begin_work around what belongs together.",
             code(
                 """
@@ -660,9 +661,9 @@ ANSWERS: Final = (
         Language.RUBY,
         Library.SEQUEL,
         Advice(
-            "Size Sequel's pool to the threads of a process",
-            "Each process has a pool of up to max_connections connections (4 by default). As many as a worker has "
-            "threads are enough. Multiplied by workers and hosts, they must fit into the server's limit.",
+            "Size Sequel's pool to match the threads of a process",
+            "Each process has a pool of up to max_connections connections (4 by default). One for each thread of a "
+            "worker is enough. Multiplied by workers and hosts, they must fit into the server's limit.",
             code(
                 """
                 # db.rb
@@ -677,8 +678,8 @@ ANSWERS: Final = (
         Language.RUBY,
         Library.ACTIVE_RECORD,
         Advice(
-            "Size Active Record's pool to the threads of a process",
-            "Each process has a pool for each database. As many connections as a worker has threads are enough. "
+            "Size Active Record's pool to match the threads of a process",
+            "Each process has a pool for each database. One connection for each thread of a worker is enough. "
             "Multiplied by workers and hosts, they must fit into the server's limit.",
             code(
                 """
@@ -695,7 +696,7 @@ ANSWERS: Final = (
         Language.PYTHON,
         Library.SQLALCHEMY,
         Advice(
-            "Size the engine's pool to the threads of a process, and make one engine",
+            "Size the engine's pool to match the threads of a process, and make one engine",
             "Each engine of each process keeps up to pool_size (5 by default) and opens up to max_overflow (10) more. "
             "Make one engine when the process starts, not one for each request.",
             code(

@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 _SETTINGS: Final = "https://www.postgresql.org/docs/current/runtime-config-"
 
 COPY_ADVICE: Final = Advice(
-    "End the COPY before the connection is closed",
-    "The server threw away all rows of this COPY FROM STDIN. Leave the block that psycopg's cursor.copy() opens, "
-    "or call libpq's PQputCopyEnd, and read the answer, before the connection is closed.",
+    "End the COPY before closing the connection",
+    "The server threw away all rows of this COPY FROM STDIN. Before closing the connection, leave the block that "
+    "psycopg's cursor.copy() opens, or call libpq's PQputCopyEnd, and read the answer.",
     sources=("https://www.postgresql.org/docs/current/libpq-copy.html",),
 )
 
 _CLOSED: Final = Advice(
     "Find out what closed the socket of a process that is still running",
     "The process was still running a moment later, but no longer had the socket open. Usual causes: a timeout or a "
-    "cancelled task, after which the driver drops the connection (let the server do the timing with "
-    "statement_timeout); a connection object that was forgotten, whose socket the garbage collector closed; code that "
-    "closes descriptors that aren't its own, as daemons do; an exec, which closes libpq's sockets. If the process is a "
-    "proxy or a tunnel, look at who was connected to it.",
+    "cancelled task, after which the driver drops the connection (let the server time queries out with "
+    "statement_timeout); a connection object that was forgotten, and whose socket the garbage collector closed; code "
+    "that closes descriptors that aren't its own, as daemons do; an exec, which closes libpq's sockets. If the process "
+    "is a proxy or a tunnel, look at who was connected to it.",
     sources=(f"{_SETTINGS}client.html#GUC-STATEMENT-TIMEOUT",),
 )
 _SHUT_DOWN: Final = Advice(
     "Find out what shut the socket down",
-    "The process is still running and still has the socket open, so the socket was not closed but shut down: by "
-    "shutdown(2), which ends the connection for every process that has it open. Look for it where the connection is "
+    "The process is still running and still has the socket open, so the socket was not closed but shut down: "
+    "shutdown(2) ends the connection for every process that has it open. Look for that call where the connection is "
     "given up after an error, and close the connection through its driver instead.",
 )
 _CUT: Final = Advice(
@@ -52,33 +52,33 @@ _CUT: Final = Advice(
 _LEFT_OPEN: Final = "The process ended and left its connection open."
 _EXITED: Final = Advice(
     "Close connections on the way out",
-    "The process exited by itself and left the connection open. Close connections and pools on every path that ends "
-    "it, including an uncaught exception and sys.exit: with a block that closes at its end (with, ensure, defer), or "
-    "in an exit handler. os._exit and exit! run neither: a child of os.fork or multiprocessing that leaves through "
+    "The process exited by itself and left the connection open. Close connections and pools on every path on which it "
+    "can end, including an uncaught exception and sys.exit: with a block that closes at its end (with, ensure, defer), "
+    "or in an exit handler. os._exit and exit! run neither, so a child of os.fork or multiprocessing that exits with "
     "them must first close what it has opened.",
 )
 _HANDED_DOWN: Final = (
-    "The last process that had the connection open had inherited it through a fork, and did not say goodbye, which is "
-    "right for a connection that isn't its own. But then nobody is left to say it: the process that opens a connection "
-    "should close it before it forks, or outlive the processes that it forks."
+    "The last process that had the connection open had inherited it through a fork, and exited without Terminate, "
+    "which is right for a connection that isn't its own. But then nobody is left to send it: the process that opens a "
+    "connection should close it before it forks, or outlive the processes that it forks."
 )
 _KILLED: Final = Advice(
     "Find out who killed the process",
     "SIGKILL comes from the kernel's out-of-memory killer (dmesg: 'Out of memory: Killed process'), or from a "
-    "supervisor or container that has waited long enough after SIGTERM: let it wait for longer than the longest query "
+    "supervisor or container that had waited long enough after SIGTERM: make it wait longer than the longest query "
     "takes, and at SIGTERM finish or cancel the running query, then close the pool.",
 )
 _ASKED_TO_END: Final = Advice(
     "Close the pool when a signal asks the process to end",
-    "Nothing closed the pool before this signal ended the process. By default a signal does that at once. Install a "
-    "handler for SIGTERM, SIGINT and SIGHUP that finishes or cancels the running query and closes the pool (in Python "
-    "one that raises SystemExit is enough for with blocks and exit handlers to run).",
+    "Nothing closed the pool before this signal ended the process, which by default happens at once. Install a handler "
+    "for SIGTERM, SIGINT and SIGHUP that finishes or cancels the running query and closes the pool (in Python, one "
+    "that raises SystemExit is enough for with blocks and exit handlers to run).",
 )
 _CRASHED: Final = Advice(
     "Find out why the process crashed",
-    "This signal means that the process did something that it must not do, or gave up by itself (abort). Look at its "
-    "core dump (coredumpctl, ulimit -c) and in the kernel's log. Suspect native extensions, and threads or forked "
-    "children that share a connection.",
+    "This signal means that the process did something illegal, such as an invalid memory access, or gave up by "
+    "itself (abort). Look at its core dump (coredumpctl, ulimit -c) and in the kernel's log. Suspect native "
+    "extensions, and threads or forked children that share a connection.",
 )
 
 CASES: Final[Mapping[str, Advice]] = MappingProxyType(

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 _DOCUMENTATION: Final = "https://www.postgresql.org/docs/current/"
 
 _IN_TRANSACTIONS: Final = (
-    "Most of the connections that count sat idle in a transaction: nobody else can use one until its transaction ends."
+    "Most of the connections that count toward the limit sat idle in a transaction, and nobody else can use one of "
+    "these until its transaction ends."
 )
-_IDLE: Final = "Most of the connections that count sat idle: the pools are larger than they need to be."
+_IDLE: Final = (
+    "Most of the connections that count toward the limit sat idle: the pools are larger than they need to be."
+)
 
 _WAL_SENDERS: Final = Advice(
     "Count the replication connections",
@@ -40,21 +43,21 @@ _LIMITS: Final[Mapping[Limit, Advice]] = MappingProxyType(
         Limit.RESERVED: Advice(
             "Make all pools together fit into max_connections",
             "The last slots are reserved for administrators (superuser_reserved_connections and, since PostgreSQL 16, "
-            "reserved_connections): leave them free, and make all pools together fit into max_connections minus those.",
+            "reserved_connections), so the pools have to fit into max_connections minus those.",
             sources=(f"{_DOCUMENTATION}runtime-config-connection.html#GUC-SUPERUSER-RESERVED-CONNECTIONS",),
         ),
         Limit.ROLE: Advice(
             "Make the pools of this role fit into its limit",
-            "The role's own limit was reached, whatever max_connections is: SELECT rolconnlimit FROM pg_roles shows "
-            "it, ALTER ROLE … CONNECTION LIMIT sets it, and -1 means no limit. All connections of this role count, to "
-            "any database.",
+            "The role's own limit was reached, which is independent of max_connections: SELECT rolconnlimit FROM "
+            "pg_roles shows it, ALTER ROLE … CONNECTION LIMIT sets it, and -1 means no limit. All connections of this "
+            "role count, to any database.",
             sources=(f"{_DOCUMENTATION}sql-alterrole.html",),
         ),
         Limit.DATABASE: Advice(
             "Make the pools of this database fit into its limit",
-            "The database's own limit was reached, whatever max_connections is: SELECT datconnlimit FROM pg_database "
-            "shows it, ALTER DATABASE … CONNECTION LIMIT sets it, and -1 means no limit. All connections to this "
-            "database count, of any role.",
+            "The database's own limit was reached, which is independent of max_connections: SELECT datconnlimit FROM "
+            "pg_database shows it, ALTER DATABASE … CONNECTION LIMIT sets it, and -1 means no limit. All connections "
+            "to this database count, of any role.",
             sources=(f"{_DOCUMENTATION}sql-alterdatabase.html",),
         ),
     }
@@ -71,9 +74,9 @@ CASES: Final[Mapping[str, Advice]] = MappingProxyType(
 """The advice there is for other limits than the server's, by the limit."""
 
 _POOLS: Final = (
-    "Multiply pool size by processes by hosts, allow for deployments, and size the pools to stay below the limit: a "
-    "process needs as many connections as it has threads that run queries at once. A process that has many more "
-    "connections than its pool's size is leaking them."
+    "Multiply pool size by processes by hosts, allow for deployments, and size the pools so that the total stays below "
+    "the limit: a process needs as many connections as it has threads that run queries at once. A process that has "
+    "many more connections than its pool's size is leaking them."
 )
 
 

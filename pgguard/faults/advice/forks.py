@@ -81,9 +81,9 @@ HOOKS: Final = (
         Language.RUBY,
         Server.PASSENGER,
         Side.PARENT,
-        "Passenger's smart spawning loads the application once, forks, and has no hook before that: its event "
-        "starting_worker_process comes in the child, where closing would send Terminate on the parent's connection. "
-        "At the end of config.ru, which the parent loads before it forks",
+        "Passenger's smart spawning loads the application once and then forks, and has no hook before the fork: its "
+        "event starting_worker_process runs in the child, where closing would send Terminate on the parent's "
+        "connection. At the end of config.ru, which the parent loads before it forks",
         code(
             """
             # config.ru, at its end
@@ -108,7 +108,7 @@ HOOKS: Final = (
         Server.SIDEKIQ,
         Side.PARENT,
         "Sidekiq itself doesn't fork, but Sidekiq Enterprise's sidekiqswarm does, and with SIDEKIQ_PRELOAD_APP it "
-        "loads the application before. Unset that, or at the end of the file given with -r",
+        "loads the application before it forks. Either unset that, or at the end of the file given with -r",
         code(
             """
             # config/boot_sidekiq.rb, the file given with -r, at its end
@@ -173,8 +173,8 @@ HOOKS: Final = (
         Language.PYTHON,
         Server.GUNICORN,
         Side.CHILD,
-        "gunicorn loads the application before it forks its workers only with preload_app: leave that out, or in "
-        "gunicorn.conf.py, in post_fork, which runs in each worker",
+        "Only with preload_app does gunicorn load the application before it forks its workers. Either leave that out, "
+        "or in gunicorn.conf.py, in post_fork, which runs in each worker",
         code(
             """
             # gunicorn.conf.py
@@ -188,8 +188,8 @@ HOOKS: Final = (
         Language.PYTHON,
         Server.GUNICORN,
         Side.PARENT,
-        "gunicorn loads the application before it forks its workers only with preload_app: leave that out, or in "
-        "gunicorn.conf.py, in pre_fork, which runs in the master",
+        "Only with preload_app does gunicorn load the application before it forks its workers. Either leave that out, "
+        "or in gunicorn.conf.py, in pre_fork, which runs in the master",
         code(
             """
             # gunicorn.conf.py
@@ -204,8 +204,9 @@ HOOKS: Final = (
         Server.UWSGI,
         Side.CHILD,
         "uWSGI loads the application once and then forks its workers. Set lazy-apps = true, so that each worker loads "
-        "it for itself, or close what is open at the end of wsgi.py, which the master loads, and when a worker ends "
-        "(uwsgi.atexit), and in a function decorated with uwsgidecorators.postfork, which runs in each worker",
+        "it for itself. Otherwise close open connections at the end of wsgi.py, which the master loads, and when a "
+        "worker ends (uwsgi.atexit); and in a function decorated with uwsgidecorators.postfork, which runs in each "
+        "worker",
         code(
             """
             # wsgi.py, at its end
@@ -235,8 +236,8 @@ HOOKS: Final = (
         Language.PYTHON,
         Server.UWSGI,
         Side.PARENT,
-        "uWSGI loads the application once and then forks its workers. Set lazy-apps = true, so that each worker loads "
-        "it for itself, or at the end of wsgi.py, which the master loads before it forks",
+        "uWSGI loads the application once and then forks its workers. Either set lazy-apps = true, so that each worker "
+        "loads it for itself, or at the end of wsgi.py, which the master loads before it forks",
         code(
             """
             # wsgi.py, at its end
@@ -257,9 +258,9 @@ HOOKS: Final = (
         Language.PYTHON,
         Server.CELERY,
         Side.CHILD,
-        "Celery's prefork pool forks the worker after it has loaded the application, and its children leave through "
-        "os._exit, so that each has to close what it opens itself (worker_process_shutdown). In a handler of the "
-        "signal worker_process_init, which runs in each child",
+        "Celery's prefork pool forks after the worker has loaded the application. Its children exit with os._exit, so "
+        "each has to close what it opens (worker_process_shutdown). In a handler of the signal worker_process_init, "
+        "which runs in each child",
         code(
             """
             # beside the Celery application: tasks.py
@@ -285,10 +286,10 @@ HOOKS: Final = (
         Language.PYTHON,
         Server.CELERY,
         Side.PARENT,
-        "Celery's prefork pool forks the worker after it has loaded the application, and its children leave through "
-        "os._exit, so that each has to close what it opens itself (worker_process_shutdown). In a function given to "
-        "os.register_at_fork as before, which runs in the parent (so does the signal worker_before_create_process, but "
-        "only with some brokers)",
+        "Celery's prefork pool forks after the worker has loaded the application. Its children exit with os._exit, so "
+        "each has to close what it opens (worker_process_shutdown). In a function given to os.register_at_fork as "
+        "before, which runs in the parent (so does the signal worker_before_create_process, but only with some "
+        "brokers)",
         code(
             """
             # beside the Celery application: tasks.py
@@ -318,9 +319,9 @@ HOOKS: Final = (
         Language.PYTHON,
         Server.RQ,
         Side.CHILD,
-        "RQ's worker forks a child for each job, which leaves through os._exit, so that it has to close what it opens "
-        "itself. In perform_job of a worker class of your own (rq worker --worker-class worker.ForkingWorker), which "
-        "runs in each child",
+        "RQ's worker forks a child for each job. The child exits with os._exit, so it has to close what it opens. In "
+        "perform_job of a worker class of your own (rq worker --worker-class worker.ForkingWorker), which runs in each "
+        "child",
         code(
             """
             # where rq worker finds it: worker.py
@@ -342,9 +343,9 @@ HOOKS: Final = (
         Language.PYTHON,
         Server.RQ,
         Side.PARENT,
-        "RQ's worker forks a child for each job, which leaves through os._exit, so that it has to close what it opens "
-        "itself. In fork_work_horse of a worker class of your own (rq worker --worker-class worker.ForkingWorker), "
-        "which runs in the parent",
+        "RQ's worker forks a child for each job. The child exits with os._exit, so it has to close what it opens. In "
+        "fork_work_horse of a worker class of your own (rq worker --worker-class worker.ForkingWorker), which runs in "
+        "the parent",
         code(
             """
             # where rq worker finds it: worker.py
@@ -369,8 +370,8 @@ HOOKS: Final = (
         Language.PYTHON,
         Server.MULTIPROCESSING,
         Side.CHILD,
-        "multiprocessing forks by default on Linux before Python 3.14 ('spawn' inherits nothing). Its children leave "
-        "through os._exit, so they have to close what they open at the end of their work. In the pool's initializer, "
+        "Before Python 3.14, multiprocessing forks by default on Linux ('spawn' inherits nothing). Its children exit "
+        "with os._exit, so they have to close what they open at the end of their work. In the pool's initializer, "
         "which runs in each child",
         code(
             """
@@ -397,8 +398,8 @@ HOOKS: Final = (
         Language.PYTHON,
         Server.MULTIPROCESSING,
         Side.PARENT,
-        "multiprocessing forks by default on Linux before Python 3.14 ('spawn' inherits nothing). Its children leave "
-        "through os._exit, so they have to close what they open at the end of their work. In the parent, just before "
+        "Before Python 3.14, multiprocessing forks by default on Linux ('spawn' inherits nothing). Its children exit "
+        "with os._exit, so they have to close what they open at the end of their work. In the parent, just before "
         "the processes are started",
         code(
             """
@@ -421,8 +422,8 @@ HOOKS: Final = (
         Language.PYTHON,
         None,
         Side.CHILD,
-        "A connection belongs to the process that opened it. A child that leaves through os._exit, as "
-        "multiprocessing's do, has to close what it opens at the end of its work. In a function given to "
+        "A connection belongs to the process that opened it. A child that exits with os._exit, as multiprocessing's "
+        "do, has to close what it opens at the end of its work. In a function given to "
         "os.register_at_fork as after_in_child, which os.fork and multiprocessing run in each child",
         code(
             """
@@ -449,8 +450,8 @@ HOOKS: Final = (
         Language.PYTHON,
         None,
         Side.PARENT,
-        "A connection belongs to the process that opened it. A child that leaves through os._exit, as "
-        "multiprocessing's do, has to close what it opens at the end of its work. In a function given to "
+        "A connection belongs to the process that opened it. A child that exits with os._exit, as multiprocessing's "
+        "do, has to close what it opens at the end of its work. In a function given to "
         "os.register_at_fork as before, which os.fork and multiprocessing run in the parent",
         code(
             """
@@ -586,7 +587,7 @@ CALLS: Final = (
         Library.ROM,
         Side.PARENT,
         "disconnect ROM's gateways: rom-sql connects through Sequel, so Sequel::DATABASES.each(&:disconnect) reaches "
-        "them all, as rom.disconnect does for one container. ROM reconnects when a child needs it to.",
+        "them all, and rom.disconnect those of one container. ROM reconnects when a child needs it to.",
         "Sequel::DATABASES.each(&:disconnect)",
         ("https://github.com/rom-rb/rom-sql/blob/main/lib/rom/sql/gateway.rb", SEQUEL_FORK),
         server=Server.PUMA,
@@ -630,8 +631,8 @@ CALLS: Final = (
         Library.SQLALCHEMY,
         Side.CHILD,
         "call engine.dispose(close=False) (SQLAlchemy 1.4.33 or later): it forgets the parent's connections without "
-        "closing them, and reconnects when needed. Their sockets stay open in the child, unused, which is recorded as "
-        "information; engine.dispose() in the parent before the fork leaves none open.",
+        "closing them, and reconnects when needed. Their sockets stay open in the child, unused, which pgguard "
+        "reports as info; engine.dispose() in the parent before the fork leaves none open.",
         code(
             """
             from app import engine
@@ -676,7 +677,7 @@ CALLS: Final = (
         Side.CHILD,
         "reconnect, and use nothing that was connected before the fork. The old connection can simply be forgotten: "
         "psycopg does not close a connection that another process opened. Its socket stays open in the child, unused, "
-        "which is recorded as information. Create a pool with ConnectionPool(conninfo, open=False), and open it there: "
+        "which pgguard reports as info. Create a pool with ConnectionPool(conninfo, open=False), and open it there: "
         "app.pool.open().",
         code(
             """
@@ -695,7 +696,7 @@ CALLS: Final = (
         Side.CHILD,
         "reconnect, with psycopg2.connect or a new pool, and use nothing that was connected before the fork. The old "
         "connection can simply be forgotten: psycopg2 does not close a connection that another process opened. Its "
-        "socket stays open in the child, unused, which is recorded as information.",
+        "socket stays open in the child, unused, which pgguard reports as info.",
         code(
             """
             import app
