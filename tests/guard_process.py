@@ -72,6 +72,12 @@ class GuardProcess:
         faults: list[Fault] = [json.loads(line) for line in lines]
         return [fault for fault in faults if kind is None or fault["kind"] == kind]
 
+    def first_of_cause(self, fault: Fault) -> Fault:
+        """The record that tells in full what a fault's cause is: its own, or the one that it is a repeat of."""
+        [first] = [one for one in self.faults() if one["id"] == (fault["repeat_of"] or fault["id"])]
+        assert (first["cause"], first["kind"], first["repeat_of"]) == (fault["cause"], fault["kind"], None)
+        return first
+
     def wait_for(self, kind: str, *, count: int = 1, timeout: float = 40.0) -> list[Fault]:
         """Wait until so many faults of a kind have been recorded, and return them all; fail when time is up."""
         deadline = time.monotonic() + timeout

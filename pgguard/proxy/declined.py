@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from pgguard.faults.text import named, process_label
+from pgguard.proxy.losses import Loss, spared
 from pgguard.wire.startup import PacketKind
 
 if TYPE_CHECKING:
@@ -72,13 +73,17 @@ class DeclinedClients:
             await trio.sleep(_SECOND_TRY)
         finally:
             self._left.remove(left)
+        with spared(Loss.STEP, session):
+            self._say(left, *_WANTED[wanted])
+
+    def _say(self, left: _Left, what: str, setting: str) -> None:
+        session = left.session
         cause = _cause(session)
         if cause in self._told or len(left.plain) > _AT_ONCE:
             return
         if any(_is_the_same(session, other) for other in left.plain):
             return
         self._told.add(cause)
-        what, setting = _WANTED[wanted]
         logger.warning(
             "session %d: %s asked for %s, and hung up when told that pgguard doesn't offer it yet: "
             "set %s in the client",

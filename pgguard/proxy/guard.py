@@ -290,7 +290,8 @@ class Guard:
         self._sweep.stop_lingering()
         if self._sessions:
             timeout = self._settings.shutdown_timeout
-            logger.info("waiting up to %g s for %s to finish", timeout, counted(len(self._sessions), "session"))
+            with spared(Loss.STEP):
+                logger.info("waiting up to %g s for %s to finish", timeout, counted(len(self._sessions), "session"))
             with trio.move_on_after(timeout):
                 await self._all_gone.wait()
         farewell = build_error_response(

@@ -780,7 +780,7 @@ else:
     [
         (
             ["setpriv", "--bounding-set=-all"],
-            "lacks CAP_NET_ADMIN and CAP_PERFMON and CAP_BPF; run the guard",
+            "the guard lacks CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF; run the guard ",
         ),
         (["setpriv", "--bounding-set=-bpf,-sys_admin"], "the guard lacks CAP_BPF; "),
         (["unshare", "-Ur"], "the guard is in a user namespace"),

@@ -42,7 +42,10 @@ def closers(fault: Fault) -> list[tuple[int, str]]:
 
 
 @every_transport
-def test_how_a_process_and_its_connection_have_ended(guard: GuardProcess, transport: Transport, tmp_path: Path) -> None:
+def test_how_a_process_and_its_connection_have_ended(
+    start_guard: StartGuard, transport: Transport, tmp_path: Path
+) -> None:
+    guard = start_guard(unlimited=True)  # of an ending that was tried before
     for ending, (summary, advice) in ENDINGS.items():
         pid, fault = end_seen(ending, guard, transport, tmp_path)
         # The end of a stream has no sender that the kernel could name.

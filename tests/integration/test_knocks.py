@@ -232,6 +232,7 @@ _STRANGERS: tuple[tuple[Callable[[Address], None], str], ...] = (
 
 @pytest.mark.parametrize("mode", ["log", "reject"])
 def test_another_protocol_is_for_information_and_one_line(start_guard: StartGuard, mode: str) -> None:
+    """And as it is always the same program here, another line when some time has passed."""
     guard = start_guard("--mode", mode)
     before = guard.stderr
     for n, (speak, says) in enumerate(_STRANGERS):
@@ -239,19 +240,23 @@ def test_another_protocol_is_for_information_and_one_line(start_guard: StartGuar
         fault = guard.wait_for("protocol-violation", count=n + 1)[n]
         assert (fault["severity"], fault["action"], fault["message"]) == ("info", "logged", None)
         assert fault["reason"].startswith(f"the connection began with {says}")
+        assert re.match(rf"pid {os.getpid()}( \(.*\))?: .* began with ", fault["summary"]), fault["summary"]
+        assert says in fault["summary"]
         assert fault["culprits"]
         for culprit in fault["culprits"]:
             assert culprit["role"] in ("owner", "holder")
             assert culprit["pid"] == os.getpid()
-        if fault["repeat_of"] is None:  # who has come to the wrong port so many times has been told
-            assert fault["advice"]["title"] == "Find out what connects to this port, and why"
+        assert guard.first_of_cause(fault)["advice"]["title"] == "Find out what connects to this port, and why"
     guard.stop()
-    lines = [line for line in guard.stderr.removeprefix(before).splitlines() if line.startswith("SUMMARY")]
-    for line, (_, says) in zip(lines, _STRANGERS, strict=True):
-        assert re.match(rf"SUMMARY: pgguard: protocol-violation: pid {os.getpid()}( \(.*\))?: .* began with ", line), (
-            line
-        )
-        assert says in line
+    first, *others = guard.faults()
+    assert first["repeat_of"] is None
+    assert {fault["repeat_of"] for fault in others} == {first["id"]}
+    said = guard.stderr.removeprefix(before)
+    line, *again = [line for line in said.splitlines() if line.startswith("SUMMARY: pgguard: protocol-violation: ")]
+    assert first["summary"] in line
+    assert all(f"fault {first['id']} again: " in line for line in again)
+    assert len(again) < len(others)
+    assert f"protocol-violation, {len(_STRANGERS)} times in {len(_STRANGERS)} sessions" in said
     assert "=====" not in guard.stderr
     assert "secret" not in guard.stderr.removeprefix(before)
 

@@ -83,8 +83,8 @@ def _mark(name: str) -> re.Pattern[str]:
 
 class Case(NamedTuple):
     command: Callable[[], list[str | Path]]
-    occupy: Callable[[Program], object] = lambda _: None
-    """Gives a program that doesn't end by itself something to do."""
+    occupy: Callable[[Program, Callable[[], bool]], object] = lambda *_: None
+    """Gives a program that doesn't end by itself something to do, until there was enough of it."""
     worked: Callable[[Program], object] = lambda _: None
     """Waits until one that finds something to do itself has done enough of it, as it does when it is cured."""
     more: tuple[str, ...] = ()
@@ -93,8 +93,11 @@ class Case(NamedTuple):
     """What has it end well; ``None``: it ends by itself."""
 
 
-def _loaded(listening: str, booted: str) -> Callable[[Program], object]:
-    return lambda program: WebServer(program, listening, booted).load(100, seconds=3, patience=1)
+def _loaded(listening: str, booted: str) -> Callable[[Program, Callable[[], bool]], object]:
+    def load(program: Program, enough: Callable[[], bool]) -> None:
+        WebServer(program, listening, booted).load(100, seconds=3, patience=1, enough=enough)
+
+    return load
 
 
 def _worked(program: Program) -> None:
@@ -248,7 +251,7 @@ def test_the_advice_cures_the_program_that_it_is_pasted_into(
             again = time.monotonic() + 10
             # It may hang by then, have failed, or have ended before it could be looked at.
             while not advised(guard) and not program.ended and time.monotonic() < again:
-                case.occupy(program)
+                case.occupy(program, lambda: bool(advised(guard)))
                 time.sleep(0.02)
     guard.stop()
     code = advised(guard)[0]
@@ -257,7 +260,7 @@ def test_the_advice_cures_the_program_that_it_is_pasted_into(
     guard = start_guard()
     with started(case, directory, guard.unix, redis, *case.more) as program:
         for _ in range(3):
-            case.occupy(program)
+            case.occupy(program, lambda: False)
         case.worked(program)
         if case.ends is not None:
             program.send_signal(case.ends)

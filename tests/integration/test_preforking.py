@@ -53,7 +53,15 @@ class WebServer:
     def master(self) -> int:
         return self.program.pid
 
-    def load(self, requests: int, *, clients: int = 8, seconds: float = 60.0, patience: float = 10.0) -> Load:
+    def load(
+        self,
+        requests: int,
+        *,
+        clients: int = 8,
+        seconds: float = 60.0,
+        patience: float = 10.0,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> Load:
         """Send requests from several clients at once, until there are enough or the time is over.
 
         Args:
@@ -61,6 +69,7 @@ class WebServer:
             clients: how many of them are on their way at once.
             seconds: after which no more are sent.
             patience: seconds to wait for an answer, as a worker whose answer another one has read may never give one.
+            enough: whether there need be no more of them.
         """
         load = Load()
         numbers = iter(range(1, requests + 1))
@@ -69,7 +78,7 @@ class WebServer:
         def ask_on() -> None:
             connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=patience)
             for number in numbers:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or enough():
                     break
                 try:
                     connection.request("GET", f"/?{number}")

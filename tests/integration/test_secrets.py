@@ -17,7 +17,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from pgguard.secrets.names import STEM
-from tests.guard_process import GuardProcess, running_guard
+from tests.guard_process import LIMITED, UNLIMITED, GuardProcess, running_guard
 from tests.integration.running import PROGRAMS, running
 from tests.proxy.spawned import run
 from tests.secrets.surroundings import COMMANDS, SQL, TEXTS, Place, pieces_of, raw
@@ -30,7 +30,8 @@ _METHODS = {"md5": "md5", "scram-sha-256": "scram-sha-256", "password": "scram-s
 """How clients log in, and how the server keeps their passwords."""
 _SIGNS = "".join((string.ascii_letters, string.digits, string.punctuation)).replace("*", "")
 """What secrets are made of: but for what stands in the place of one that is hidden."""
-_MODES = ("normalized", "full", "none")
+_MODES = {"normalized": UNLIMITED, "full": UNLIMITED, "none": LIMITED}
+"""How guards show SQL. Those that do record all of it, however often its cause comes; the other one makes repeats."""
 _PROGRAMS = 6
 _CONNECTIONS = 3
 _STATEMENTS = 4
@@ -130,8 +131,10 @@ def test_no_secret_is_in_anything_that_a_guard_writes(installation: str, tmp_pat
     with ExitStack() as stack:
         server = stack.enter_context(_demanding_server(bindir, passwords))
         guards = [
-            stack.enter_context(running_guard(server.unix, "--sql", mode, environ={"COLUMNS": "1000000"}))
-            for mode in _MODES
+            stack.enter_context(
+                running_guard(server.unix, "--sql", mode, program=program, environ={"COLUMNS": "1000000"})
+            )
+            for mode, program in _MODES.items()
         ]
         commands = list(COMMANDS)
         said_besides: list[str] = []
@@ -156,6 +159,7 @@ def test_no_secret_is_in_anything_that_a_guard_writes(installation: str, tmp_pat
             known = [one["process"] for fault in faults for one in fault["culprits"] if one["process"] is not None]
             assert any("***" in process["cmdline"] for process in known)
             assert {process["name"] for process in known} == {"pw=***"}
+            assert any(fault["repeat_of"] for fault in faults) is (mode == "none")
             texts = [guard.stderr, *said_besides, *(text for fault in faults for text in _strings(fault))]
             written = pieces_of("\n".join(texts))
             leaks = {str(place): found for place, secret in secrets.told if (found := place.leaks(secret, written))}

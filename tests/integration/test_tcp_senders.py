@@ -151,11 +151,11 @@ def test_a_forked_asyncio_application_is_convicted_with_both_processes(guard: Gu
 
 
 def test_a_child_that_says_terminate_and_exits_at_once_is_named(guard: GuardProcess, tmp_path: Path) -> None:
-    for _ in range(5):
+    for n in range(5):
         with running(command("hasty_child"), guard.at("tcp"), tmp_path) as program:
             said = program.read()
             program.wait()
-        fault = guard.wait_for("foreign-terminate")[-1]
+        fault = guard.wait_for("foreign-terminate", count=n + 1)[-1]
         [intruder] = [culprit for culprit in culprits(fault) if culprit[0] == "intruder"]
         assert intruder == ("intruder", said["child"], said["child"], "kernel-sender")
         assert fault["severity"] == "error"

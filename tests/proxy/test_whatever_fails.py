@@ -90,6 +90,7 @@ SHORT: Final = {
     "unread._FIRST_REPORTED": 0.005,
     "unread._LEAST_INTERVAL": 0.005,
     "aftermath._ALONE": 0.01,
+    "declined._SECOND_TRY": 0.02,
     "aftermath._LINGER": 0.05,
     "sweep._APART": 0.01,
     "aftermath._SILENCE": 0.02,
@@ -534,6 +535,11 @@ async def arrivals_of_all_kinds(stage: Stage) -> None:
     client = await stage.connect(unix=True)
     await client.send(b"GET / HTTP/1.1\r\n\r\n")
     await stage.ends(client)
+    client = await stage.connect()
+    await client.send(SSL_REQUEST)
+    await stage.hears(client, b"N")
+    await client.close()
+    await stage.until(lambda: bool(stage.house.guard._declined._told))
     client = await stage.connect()
     await client.send(SSL_REQUEST)
     await stage.hears(client, b"N")

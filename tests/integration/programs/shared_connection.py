@@ -91,14 +91,17 @@ def in_turn() -> None:
 
 
 def listening() -> None:
-    """The parent waits for notifications while the child queries, and asks something itself afterwards."""
+    """The parent waits for notifications while the child queries, and asks something itself afterwards.
+
+    The child may read its answer before the parent has woken, which sleeps on then.
+    """
     connection = connect()
     connection.execute("LISTEN news")
     child = Child(lambda: connection.execute("SELECT 2 AS child FROM pg_sleep(0.4)"))
     announce(child)
     for _ in range(2):
         child.begin()
-        select.select([connection.pgconn.socket], [], [], 10)
+        select.select([connection.pgconn.socket], [], [], 1)
         child.wait()
         connection.execute("SELECT 1 AS parent")
     hold()
