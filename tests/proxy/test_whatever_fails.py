@@ -98,6 +98,7 @@ SHORT: Final = {
     "investigation._WAITING_BUDGET": 0.001,
     "investigation._STAYING_BUDGET": 0.001,
     "investigation._ENDING_BUDGET": 0.001,
+    "guard._LAST_CANCEL": 0.05,
     "judge._SAMPLING_BUDGET": 0.002,
     "losses._PAUSE": 0.01,
 }
