@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from pgguard.secrets.names import is_secret_name
+from pgguard.secrets.names import is_secret_name, word_list
 from pgguard.secrets.options import secret_parts
 from pgguard.secrets.text import HIDDEN, redact
 
@@ -19,6 +19,8 @@ CUT_OFF: Final = 4096
 _NAME_LENGTH: Final = 15
 """Bytes of a process's or a thread's name, at most: ``TASK_COMM_LEN``, less its terminator."""
 
+_SHELLS: Final = word_list("ash bash dash fish ksh runuser sh ssh su watch zsh")
+"""Programs that run a command that they are given in an argument."""
 _NAMED: Final = re.compile(r"(?P<name>-{0,2}[^\W\d][\w.-]*)=(?P<value>.*)", re.DOTALL)
 _SETTINGS: Final = re.compile(
     r"(?:'(?:\\.|[^'\\])*+'|(?:\\.|[^\s'\\])++)"
@@ -54,22 +56,31 @@ def _redact(arguments: tuple[str, ...]) -> tuple[str, ...]:
     size = sum(len(argument.encode("utf-8", "replace")) + 1 for argument in arguments)
     cut = size >= CUT_OFF
     offsets = {part.word: part.offset for part in secret_parts(arguments, positional=len(arguments) > 1, cut=cut)}
+    scripts = _scripts(arguments)
     last = len(arguments) - 1
     return tuple(
-        _argument(argument, offsets.get(number), cut=cut and number == last)
+        _argument(argument, offsets.get(number), command=number in scripts, cut=cut and number == last)
         for number, argument in enumerate(arguments)
     )
 
 
-def _argument(argument: str, offset: int | None, *, cut: bool) -> str:
+def _scripts(arguments: tuple[str, ...]) -> set[int]:
+    """Which arguments are commands themselves: a title, and what a shell is given, by whatever program."""
+    if len(arguments) == 1:
+        return {0}
+    shells = [number for number, argument in enumerate(arguments) if argument.rpartition("/")[2] in _SHELLS]
+    return set(range(shells[0] + 1, len(arguments))) if shells else set()
+
+
+def _argument(argument: str, offset: int | None, *, command: bool, cut: bool) -> str:
     if offset is not None:
         return argument[:offset] + HIDDEN
     named = _NAMED.fullmatch(argument)
     if named is not None and is_secret_name(named["name"]) and not _has_more_settings(named):
-        value = redact(argument, cut=cut)
+        value = redact(argument, command=command, cut=cut)
         return value if value == argument else f"{named['name']}={HIDDEN}"
     url = _CUT_URL if cut and "@" not in argument else _URL
-    return redact(url.sub(rf"\g<before>{HIDDEN}", argument), cut=cut)
+    return redact(url.sub(rf"\g<before>{HIDDEN}", argument), command=command, cut=cut)
 
 
 def _has_more_settings(named: re.Match[str]) -> bool:

@@ -13,7 +13,8 @@ NAME_LENGTH: Final = 64
 
 STEM: Final = re.compile(
     r"pass|p[ws]|secret|token|key|cred|auth|cookie|jwt|bearer|mdp|otp|sig|pin|scram|kennwort|contrase|wachtwoord|senha"
-    r"|парол|密[码碼]|パスワード|비밀번호|identified|%[2-7][0-9a-f]",
+    r"|geheim|has[lł]o|heslo|geslo|lozink|лозинк|salasana|[sş]ifre|adgangskode|l[oö]senord|jelsz[oó]"
+    r"|парол|κωδικ|סיסמ|密[码碼]|パスワード|비밀번호|identified|%[2-7][0-9a-f]",
     re.IGNORECASE,
 )
 """Each name of a secret has one of these in it, or a percent-encoded letter."""
@@ -24,7 +25,8 @@ _WORD: Final = re.compile(r"[^\W\d_]+")
 
 _STRONG: Final = re.compile(
     r"(?:passw(?:or)?d?s?|passw[oö]rt|kennwort|pass?phrase|passcode|secrets?(?!ar[iy]|e|ion)|credentials?"
-    r"|contrase[nñ]a|motdepasse|wachtwoord|senha|парол|密[码碼]|パスワード|비밀번호)(?P<rest>.*)"
+    r"|contrase[nñ]a|motdepasse|wachtwoord|senha|geheim|has[lł]o|heslo|geslo|lozink|лозинк|salasana|[sş]ifre"
+    r"|adgangskode|l[oö]senord|jelsz[oó]|парол|κωδικ|סיסמ|密[码碼]|パスワード|비밀번호)(?P<rest>.*)"
 )
 """Means a secret in whichever word it is a part of."""
 
@@ -43,7 +45,7 @@ _KEY: Final = re.compile(rf"(?:{'|'.join(sorted(_KEYS))})keys?")
 """Of the many keys that there are, those that open something: no primary key, sort key or cache key."""
 
 _ANYWHERE: Final = word_list(
-    "authorization bearer cookie cookies cred creds jwt mdp otp pswd psw pw pwd token tokens totp"
+    "authorization bearer cookie cookies cred creds jwt mdp opw otp pswd psw pw pwd token tokens totp upw"
 )
 _AT_THE_END: Final = word_list("auth pass passe passin passout pin sig signature")
 _ENDINGS: Final = ("pass", "apikey", "pwd", "token", "tokens", "cookie", "creds", "masterauth", "basicauth")

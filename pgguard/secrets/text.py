@@ -28,17 +28,18 @@ _DEPTH: Final = 2
 """Texts that are encoded, or full of escapes, within one that is, which are looked into."""
 
 
-def redact(text: str, *, cut: bool = False) -> str:
+def redact(text: str, *, command: bool = False, cut: bool = False) -> str:
     """Text of any kind, without its secrets.
 
     Args:
         text: Other people's text: an argument, a title, a script, a name, a message.
+        command: It is a command, a script or a title, in which what follows the name of a secret is one.
         cut: It is only the beginning of a text, so that a secret at its end may be there in part.
 
     Returns:
         The text with ``***`` for each secret; the same if it has none.
     """
-    return hide(text, _spans(text, cut=cut, depth=_DEPTH))
+    return hide(text, _spans(text, command=command, cut=cut, depth=_DEPTH))
 
 
 def redact_structure(text: str, *, cut: bool = False) -> str:
@@ -60,10 +61,10 @@ def hide(text: str, spans: Iterable[Span]) -> str:
     return "".join([*said, text[done:]]) if said else text
 
 
-def _spans(text: str, *, cut: bool, depth: int) -> Iterator[Span]:
+def _spans(text: str, *, command: bool = False, cut: bool, depth: int) -> Iterator[Span]:
     yield from _structural_spans(text, cut=cut, depth=depth)
     yield from named_spans(text, cut=cut)
-    yield from script_spans(text, cut=cut)
+    yield from script_spans(text, command=command, cut=cut)
     if depth and (plain := unescaped(text)) is not None:
         for span in _spans(plain.text, cut=cut, depth=depth - 1):
             yield plain.span(*span)

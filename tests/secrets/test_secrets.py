@@ -71,6 +71,13 @@ def test_no_secret_gets_out_of_a_command_line(place: Place, secret: str) -> None
     assert place.leaks(secret, process_label(Process(1, 1, 1.0, "app", words, None))) == []
 
 
+@given(st.sampled_from(COMMANDS), st.text(string.ascii_letters, min_size=8, max_size=24))
+def test_no_secret_gets_out_of_a_title(place: Place, secret: str) -> None:
+    """A process that changes its title joins its words as they are."""
+    [shown] = redact_command([" ".join(place.holding(secret))])
+    assert place.leaks(secret, shown) == [], shown
+
+
 @given(st.sampled_from(SQL), secrets, st.sampled_from([SqlMode.NORMALIZED, SqlMode.FULL]), st.data())
 def test_no_secret_gets_out_of_sql_whole_or_cut_off(
     place: Place, secret: str, mode: SqlMode, data: st.DataObject
@@ -115,6 +122,8 @@ CAUGHT = [
     ("<password>x y</password>", "<password>***</password>"),
     ("ENV.fetch('PASSWORD', 'x y')", "ENV.fetch('PASSWORD', ***)"),
     ("p%61ssword=hunter2", "p%61ssword=***"),
+    ("echo hunter2 | sudo -S ls", "echo ***| sudo -S ls"),
+    ("docker login --password-stdin <<< hunter2", "docker login --password-stdin <<< ***"),
     ("curl -H 'Authorization: Bearer abcdefg' http://h/", "curl -H 'Authorization: ***' http://h/"),
     ('psql "host=h password=\'x y\'" -c "select 1"', 'psql "host=h password=***" -c "select 1"'),
     ("it's PGPASSWORD='a'\"b c\" psql", "it's PGPASSWORD=*** psql"),
@@ -157,6 +166,8 @@ LEFT_ALONE = [
     "ftp --passive -p 5432 -p5432",
     "app --password-file /run/secret --token-bucket-size 5",
     "app --no-password joe",
+    "app password joe, passwordless login, git pass, tokenizer.py x, python token_server.py 8080",
+    "echo hunter2 | grep x; sudo -s; echo done | sudo tee /etc/x",
     "ready on 127.0.0.1:6544, unix:/run/app-pw:5432, unix:/run/pwd:5432",
     "compass=2 bypass=1 author=joe authority=x secretary=eve passenger=7",
     "primary_key=3 sort_key=name key=value public_key=abc cache_key=x keyboard=de",
@@ -202,6 +213,29 @@ def test_what_is_left_alone(text: str) -> None:
         (["app", "-p", "hunter2"], ["app", "-p", "***"]),
         (["mkdir", "-p", "hunter2"], None),
         (["docker", "run", "-p", "hunter2", "login"], None),
+        (["htpasswd", "-b", "users", "joe", "hunter2"], ["htpasswd", "-b", "users", "joe", "***"]),
+        (["htpasswd", "-b", "-p", "users", "joe", "hunter2"], ["htpasswd", "-b", "-p", "users", "joe", "***"]),
+        (["htpasswd", "users", "joe", "-v"], None),
+        (["redis-cli", "-h", "cache", "-p", "6379", "GET", "authority"], None),
+        (["vault", "kv", "get", "kv/app"], None),
+        (["openssl", "s_client", "-connect", "db:5432"], None),
+        (["sqlplus", "/", "as", "sysdba", "@/opt/x.sql"], None),
+        (["sqlplus", "scott/tiger@db"], ["sqlplus", "scott/***"]),
+        (["pass", "show", "mail/joe"], None),
+        (["/usr/bin/passwd", "joe"], None),
+        (["tar", "-cvu", "a:b"], ["tar", "-cvu", "a:***"]),
+        (["7z", "a", "-tzip", "x.zip", "x"], None),
+        (["ps", "-eu", "joe"], None),
+        (["curl", "-sSu", "joe:hunter2", "https://h/"], ["curl", "-sSu", "joe:***", "https://h/"]),
+        (["kubectl", "create", "configmap", "x", "--from-file=a=b"], None),
+        (["app password reset"], ["app password ***"]),
+        (["app password --help"], None),
+        (["nginx: worker process"], None),
+        (["sidekiq 7.1 app [3 of 5 busy]"], None),
+        (["gunicorn: worker passwordless [app.tokenizer:main]"], None),
+        (["postgres: joe app 127.0.0.1(53984) SELECT"], None),
+        (["manage.py runserver --password-file /run/pw"], None),
+        (["git pass"], None),
         (["java", "-Dfile.encoding=UTF-8", "-Dport=5", "x"], None),
         (["app", "-passive", "-print"], None),
         (["app", "--password", "s3cret", "-v"], ["app", "--password", "***", "-v"]),
@@ -232,6 +266,7 @@ def test_command_lines(arguments: list[str], shown: list[str] | None) -> None:
     [
         *("password", "PGPASSWORD", "db-pass", "dbPassword", "passwd2", "pwd", "SecretAccessKey", "apikey", "API_KEY"),
         *("x-api-key", "authToken", "token", "private_key", "client_secret", "Cookie", "Authorization", "requirepass"),
+        *("hasło", "heslo", "mot_de_passe", "salasana", "Şifre", "κωδικός", "лозинка", "upw"),
         *("sslpassword", "PASSWORT", "contraseña", "пароль", "密码", "userpw", "JWT", "credentials", "masterauth"),
     ],
 )
@@ -243,6 +278,7 @@ def test_names_of_secrets(name: str) -> None:
     "name",
     [
         *("compass", "passive", "author", "primary_key", "key", "sort_key", "token_type", "password_file", "tokenizer"),
+        *("upward", "Hessen", "password_policy", "geslofile_path"),
         *("passfile", "passwordless", "secretary", "monkey", "keyword", "authority", "signal", "pinned", "option"),
         *("max_tokens_per_minute_limit", "", "1", "%", "pass_count"),
     ],
@@ -333,6 +369,11 @@ _PIECES = [
         "\\u0070",
         "&#97;",
         "cHc9eHB3PXh4 ",
+        "echo x | sudo -S y ",
+        "echo ",
+        "|",
+        "sudo -S ",
+        "htpasswd -b ",
         "a.",
         "=",
         "\n",
