@@ -44,6 +44,8 @@ PROCESSES: Final = 1024
 
 _SET_BACK: Final = 10.0
 """Seconds by which a fault may be older than one that was taken note of before, unless the clock has been set back."""
+_LONGEST_GAP: Final = 3600.0
+"""Seconds between two records of a cause from which on it hasn't gone on, or the clock has been set forward."""
 _COMMAND: Final = 512
 """Characters of a command line by which a program is known."""
 _OWN: Final = re.compile(
@@ -113,7 +115,9 @@ class Cause:
     pids: set[int] = field(default_factory=set)
     actions: set[Action] = field(default_factory=set)
     """What has been done about those that have been recorded."""
-    recorded_at: float = 0.0
+    recorded_at: float = -math.inf
+    age: float = 0.0
+    """Seconds for which it has gone on, as far as they are known to have passed: clocks are set, by years at times."""
     seen_at: float = 0.0
     suppressed: int = 0
     last: Unrecorded | None = None
@@ -132,7 +136,7 @@ class Cause:
 
     def is_due(self, at: float, interval: float) -> bool:
         """Whether a repeat may be recorded."""
-        pause = max(interval, (self.recorded_at - self.began) * SHARE_OF_AGE)
+        pause = max(interval, self.age * SHARE_OF_AGE)
         return passed(self.recorded_at, at) >= pause
 
     def suppress(self, what: Unrecorded) -> None:
@@ -143,7 +147,10 @@ class Cause:
     def note_record(self, at: float) -> int:
         """Take note that one is being recorded; returns how many were suppressed since the last one."""
         suppressed, self.suppressed, self.last = self.suppressed, 0, None
-        self.recorded_at = at if passed(self.recorded_at, at) > 0 else self.recorded_at
+        gap = passed(self.recorded_at, at)
+        if gap > 0:
+            self.age += gap if gap <= _LONGEST_GAP else 0.0
+            self.recorded_at = at
         return suppressed
 
 

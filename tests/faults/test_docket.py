@@ -97,6 +97,16 @@ def test_a_clock_that_is_set_back_suppresses_nothing_for_ever() -> None:
     assert docket.repeat(3, OVERLAP, at=NOW - 3600) is not None
 
 
+@pytest.mark.parametrize("forward", [86400.0, 56 * 365 * 86400.0])
+def test_nor_does_one_that_is_set_forward(forward: float) -> None:
+    """A machine whose clock begins in 1970 sets it as soon as it has a network."""
+    docket = Docket(interval=1.0)
+    enter(docket)
+    later = NOW + forward
+    assert docket.repeat(3, OVERLAP, at=later) is not None
+    assert docket.repeat(3, OVERLAP, at=later + 1) is not None
+
+
 def test_closing_a_session_accounts_for_what_was_suppressed_and_forgets_it() -> None:
     docket = Docket()
     enter(docket)
