@@ -38,7 +38,7 @@ from pgguard.faults.fault import Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
 from pgguard.faults.text import counted, listed, named, printable, shorten
 from pgguard.reporting.record import rfc3339
-from pgguard.reporting.sinks import SinkError
+from pgguard.reporting.width import wanted_width
 from pgguard.session.verdicts import OUTSTANDING, Direction, Kind, Party, RequestState
 
 if TYPE_CHECKING:
@@ -65,9 +65,6 @@ interpreter with the one that makes them."""
 PLAIN_WIDTH: Final = 120
 """Columns where standard error is not a terminal, unless ``COLUMNS`` says otherwise."""
 
-_COLUMNS: Final = re.compile(r"[1-9][0-9]{0,8}")
-_WIDEST: Final = 1000
-"""Columns, at most: lines are filled up to there while they are made."""
 _NARROWEST: Final = 40
 """Columns that a report takes at least. A narrower terminal breaks its lines itself, so that nothing is lost."""
 _TREE_WIDTH: Final = 60
@@ -491,12 +488,6 @@ def _clock(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S.%f")
 
 
-def wanted_width() -> int | None:
-    """How many columns ``COLUMNS`` asks for; ``None`` if it doesn't, or not in a number."""
-    columns = os.environ.get("COLUMNS", "")
-    return min(int(columns), _WIDEST) if _COLUMNS.fullmatch(columns) else None
-
-
 @dataclass(slots=True)
 class _Spreading:
     """A cause that has been printed, and may come again."""
@@ -513,8 +504,9 @@ class ConsoleSink:
     """Prints faults to a file descriptor, from a thread of its own.
 
     A terminal or a pipe that nobody reads thus holds up no session. Faults for which there is no room in the backlog
-    are counted, and how many they were is printed as soon as it can be. When many come at once, a few reports are
-    printed, and summary lines of the others. Of repeats the latest of each cause is printed now and then
+    are counted, and how many they were is printed as soon as it can be; so is what could not be printed, and why: a
+    disk that is full has room again some day, and a reader that has gone may come back. When many come at once, a few
+    reports are printed, and summary lines of the others. Of repeats the latest of each cause is printed now and then
     (:data:`AGAIN`); those that come as the guard ends are not: its last lines tell of them.
 
     Args:
@@ -542,6 +534,12 @@ class ConsoleSink:
         """By cause; the one first that has been quiet for longest."""
         self._dropped = 0
         self._dropped_said = 0
+        self._unprinted = 0
+        """Texts that could not be printed since one could."""
+        self._problem = ""
+        """Why."""
+        self._torn = False
+        """The last of them was, in part."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pgguard console", daemon=True)
         if not wait:
@@ -556,13 +554,7 @@ class ConsoleSink:
             self._thread.start()
 
     def record(self, fault: Fault) -> None:
-        """Have a fault printed; returns at once.
-
-        Raises:
-            SinkError: Printing has failed for good: the terminal was hung up, or nobody can read the pipe any more.
-        """
-        if self._thread.ident is not None and not self._thread.is_alive():
-            raise SinkError("reports can't be printed any more")
+        """Have a fault printed; returns at once, and never raises."""
         crowded = self._queue.qsize() >= CROWD
         self._put(summary_line(fault) if crowded and fault.repeat_of is None else fault)
 
@@ -588,23 +580,21 @@ class ConsoleSink:
         self._thread.join(max(0.0, until - time.monotonic()))
 
     def _run(self) -> None:
-        # EPIPE, EIO after a hangup, EBADF: there is nobody left to print for.
-        with contextlib.suppress(OSError):
-            while (what := self._next()) is not None:
-                began = time.thread_time()
-                try:
-                    self._print(what)
-                except Exception as error:
-                    self._buffer.truncate(self._buffer.seek(0))
-                    name = type(error).__name__
-                    self._console.out(f"pgguard: a report can't be printed in full: {name}", highlight=False)
-                    if isinstance(what, Fault):
-                        with contextlib.suppress(Exception):
-                            print_fault(self._console, what.outlined())
-                self._flush()
+        while (what := self._next()) is not None:
+            began = time.thread_time()
+            try:
+                self._print(what)
+            except Exception as error:
+                self._buffer.truncate(self._buffer.seek(0))
+                name = type(error).__name__
+                self._console.out(f"pgguard: a report can't be printed in full: {name}", highlight=False)
                 if isinstance(what, Fault):
-                    self._closing.wait((time.thread_time() - began) * (1 / SHARE - 1))
+                    with contextlib.suppress(Exception):
+                        print_fault(self._console, what.outlined())
             self._flush()
+            if isinstance(what, Fault):
+                self._closing.wait((time.thread_time() - began) * (1 / SHARE - 1))
+        self._flush()
 
     def _next(self) -> Fault | str | None:
         """What is to be printed next: waits for it. ``None``: nothing more."""
@@ -653,12 +643,31 @@ class ConsoleSink:
         self._buffer.truncate()
         if not self._terminal:
             text = _TRAILING_SPACE.sub("", text)
-        data = text.encode("utf-8", "replace")
-        while data:
-            try:
-                data = data[os.write(self._fd, data) :]
-            except BlockingIOError:
-                # Whoever shares the descriptor has made it non-blocking.
-                ready = select.poll()
-                ready.register(self._fd, select.POLLOUT)
-                ready.poll()
+        before = "\n" if self._torn else ""
+        if self._unprinted:
+            missing = counted(self._unprinted, "report or line", "reports or lines")
+            before += f"pgguard: {missing} could not be printed here: {self._problem}\n"
+        data = f"{before}{text}".encode("utf-8", "replace")
+        left = data
+        try:
+            while left:
+                left = self._write(left)
+        except OSError as error:
+            # ENOSPC, EIO after a hangup, EPIPE, EBADF
+            if written := data[: len(data) - len(left)]:
+                self._torn = not written.endswith(b"\n")
+            self._unprinted += bool(text)
+            self._problem = error.strerror or str(error)
+        else:
+            self._torn, self._unprinted = False, 0
+
+    def _write(self, data: bytes) -> bytes:
+        """Write some, and return the rest; waits until some can be written. Raises OSError."""
+        try:
+            return data[os.write(self._fd, data) :]
+        except BlockingIOError:
+            # Whoever shares the descriptor has made it non-blocking.
+            ready = select.poll()
+            ready.register(self._fd, select.POLLOUT)
+            ready.poll()
+            return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -24,7 +25,6 @@ from pgguard.faults.fault import OUTLINED, Spread
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
 from pgguard.reporting.console import BACKLOG, ConsoleSink, print_fault, render, summary_line
-from pgguard.reporting.sinks import SinkError
 from pgguard.session.verdicts import Kind, Party, RequestState, Sender
 from tests.faults.samples import (
     DATA_ROW,
@@ -45,6 +45,7 @@ from tests.faults.samples import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from rich.console import RenderableType
 
@@ -542,14 +543,49 @@ def test_what_is_remembered_of_causes_is_bounded(pipe: Pipe) -> None:
     assert len(sink._spreading) == CAUSES
 
 
-def test_a_pipe_without_a_reader_ends_printing_and_is_said(pipe: Pipe) -> None:
-    pipe.close_reader()
-    sink = ConsoleSink(pipe.writer)
-    sink.record(fault())
-    sink._thread.join(30)
-    with pytest.raises(SinkError, match="can't be printed any more"):
+def test_what_can_not_be_printed_is_counted_and_said_when_it_can_be_again(tmp_path: Path) -> None:
+    """A reader that has gone may come back, to a FIFO; as a full disk has room again some day."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(path, os.O_WRONLY)
+    os.close(reader)
+    sink = ConsoleSink(writer)
+    for _ in range(2):
         sink.record(fault())
+    sink.say("lost")
+    while not (sink._unprinted == 3 and sink._queue.empty()):
+        time.sleep(0.001)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    sink.say("here again")
     sink.close()
+    assert os.read(reader, 4096) == (
+        b"pgguard: 3 reports or lines could not be printed here: Broken pipe\nhere again\n"
+    )
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_line_that_is_torn_is_ended(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = [5, 0, 1 << 20]
+
+    def write(fd: int, data: bytes) -> int:
+        if fd != pipe.writer:
+            return real(fd, data)
+        if not (taken := room.pop(0)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data[:taken])
+
+    real = os.write
+    monkeypatch.setattr(os, "write", write)
+    sink = ConsoleSink(pipe.writer, wait=True)
+    sink.say("a line that is torn")
+    sink.say("the next one")
+    sink.close()
+    said = pipe.read_until("the next one\n")
+    assert said == (
+        "a lin\npgguard: 1 report or line could not be printed here: No space left on device\nthe next one\n"
+    )
 
 
 def test_a_descriptor_that_others_made_non_blocking_loses_nothing(pipe: Pipe) -> None:
