@@ -1,6 +1,6 @@
 """``python -m pgguard``."""
 
-from pgguard.cli.main import main
+from pgguard.cli.entry import main
 
 if __name__ == "__main__":
     main()

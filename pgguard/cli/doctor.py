@@ -13,6 +13,7 @@ from rich.text import Text
 
 from pgguard.attribution.capabilities import KERNEL_SENDERS, check
 from pgguard.attribution.privileges import ENTERING, LOADING, LOOKING, names
+from pgguard.cli.entry import unwinding
 from pgguard.cli.progress import progress
 from pgguard.cli.statuses import DONE, MISSING
 from pgguard.faults.text import printable
@@ -38,7 +39,7 @@ def doctor(*, as_json: bool) -> int:
 
     That is 0 if everything essential is available, else 1. Takes a second at most, unless something hangs.
     """
-    with progress("Checking what this host allows"):
+    with unwinding(), progress("Checking what this host allows"):
         capabilities = check()
     if as_json:
         print(json.dumps([_as_dict(capability) for capability in capabilities], indent=2))  # noqa: T201 - the answer

@@ -15,12 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from pgguard.attribution.runtime import Language, Library
+from pgguard.cli.entry import unwinding
 from pgguard.faults.advice import advice_for, advised_software, closing, exhaustion, runtime_with
 from pgguard.faults.catalogue import CATALOGUE, Severity, kind_hint
 from pgguard.faults.policy import KindAction
 from pgguard.faults.text import nearest
 from pgguard.proxy.errors import ConfigurationError
-from pgguard.reporting.console import wanted_width
+from pgguard.reporting.width import wanted_width
 from pgguard.session import libpq
 from pgguard.session.verdicts import Kind
 
@@ -112,7 +113,8 @@ def explain(kind: str | None, software: Sequence[str] = ()) -> int:
     else:
         # What git sets: less ends at once where all fits, leaves the text on the screen, and shows colours.
         os.environ.setdefault("LESS", "FRX")
-        SystemPager().show(text)
+        with unwinding():
+            SystemPager().show(text)
     return 0
 
 

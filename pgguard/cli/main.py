@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from pgguard.cli import options
 from pgguard.cli.explain import explain, software_names
 from pgguard.cli.statuses import CANNOT, STATUSES
+from pgguard.cli.streams import OutputError, drop_output
 from pgguard.faults.text import nearest, printable
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.secrets.text import redact
@@ -94,8 +96,8 @@ def _root(
     "serve",
     cls=_Command,
     help="Run the guard in front of one PostgreSQL, until Ctrl-C or SIGTERM.\n\n"
-    "Open sessions may then finish; a second Ctrl-C or SIGTERM ends them at once. SIGHUP reopens the file that faults "
-    "are written to, and rereads the configuration file.",
+    "Open sessions may then finish; a second Ctrl-C or SIGTERM, or SIGQUIT, ends them at once. SIGHUP reopens the "
+    "file that faults are written to, and rereads the configuration file.",
     epilog=_examples(
         "pgguard serve --upstream postgresql://db.example.com",
         "pgguard serve --upstream 'host=db.example.com port=5432' \\\n  --faults faults.jsonl --mode reject",
@@ -187,13 +189,27 @@ def doctor_command(
 
 
 def main() -> None:
-    """Run the command line: exit status 2 and one line on standard error for what can't be understood."""
-    _open_missing_streams()
+    """Run the command line: exit status 2 and one line on standard error for what can't be understood, or printed."""
     try:
-        status = app(prog_name=_NAME, standalone_mode=False)
+        try:
+            status = _run()
+        finally:
+            sys.stdout.flush()
+    except OutputError as error:
+        drop_output()
+        if error.nobody_reads:
+            sys.exit(128 + signal.SIGPIPE)  # as of a program that the signal ends, which Python ignores
+        _complain(f"can't write to standard output: {error}")
+        sys.exit(CANNOT)
+    sys.exit(status)
+
+
+def _run() -> int:
+    try:
+        status: int = app(prog_name=_NAME, standalone_mode=False)
     except ConfigurationError as error:
         _complain(str(error))
-        sys.exit(CANNOT)
+        return CANNOT
     except RuntimeError as error:
         if str(error) != _NO_THREAD:
             raise
@@ -201,12 +217,12 @@ def main() -> None:
             "the system doesn't let pgguard start another thread: raise the limit on processes (ulimit -u), or the "
             "cgroup's pids.max (TasksMax= in a systemd unit)"
         )
-        sys.exit(CANNOT)
+        return CANNOT
     except typer.TyperException as error:
         if str(error):  # it is empty when no command was given and the help has been printed
             _complain(f"{str(error).rstrip('.')}: {_what_to_do(error)}")
-        sys.exit(CANNOT)
-    sys.exit(status)
+        return CANNOT
+    return status
 
 
 def _what_to_do(error: typer.TyperException) -> str:
@@ -247,17 +263,6 @@ def _option_meant(typed: str | None, context: typer.Context) -> str | None:
         if any(typed in parameter.opts for parameter in command.params):
             return f"{_NAME} {name} {typed}"
     return None
-
-
-def _open_missing_streams() -> None:
-    """A supervisor may start the guard with standard streams closed; their numbers must not become a socket's."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - it stays open
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - it stays open
 
 
 def _complain(text: str) -> None:

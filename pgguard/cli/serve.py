@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from pgguard.cli.entry import ENDING, UNUSED
 from pgguard.cli.progress import progress
+from pgguard.cli.signals import Signals, name_of
 from pgguard.faults.text import printable
 from pgguard.proxy.addresses import unused_database_url
 from pgguard.proxy.errors import ConfigurationError
@@ -24,7 +26,7 @@ from pgguard.reporting.summary import summary_lines
 from pgguard.running import running_guard
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from pgguard.attribution.privileges import Account
@@ -34,6 +36,9 @@ _TENDING: Final = 1.0
 """Seconds between two looks at what waits to be written or said."""
 
 logger = logging.getLogger(__name__)
+bounded = logging.getLogger("pgguard.signals")
+"""Says what anybody may make it say as often as they like: unlike the command's own logger it says it a few times, and
+then how often."""
 
 
 class _Voice:
@@ -64,23 +69,6 @@ class _Voice:
         self._console.start()
         for text in held:
             self._console.say(text)
-
-
-class _Hangups:
-    """Takes note of SIGHUP until somebody listens: whoever sends it early wants it obeyed, and not the guard's end."""
-
-    def __init__(self) -> None:
-        self.early = False
-
-    def __enter__(self) -> _Hangups:
-        self._before = signal.signal(signal.SIGHUP, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGHUP, self._before)
-
-    def _note(self, *_: object) -> None:
-        self.early = True
 
 
 class _Reloader:
@@ -141,6 +129,65 @@ class _Reloader:
             logger.info("SIGHUP: reopened %s", settings.faults)
 
 
+class _Orders:
+    """Does what signals ask for.
+
+    SIGINT and SIGTERM let sessions finish; the second of them doesn't, nor does SIGQUIT. Each of the three ends a guard
+    that isn't ready yet. SIGHUP reloads the settings, once it is. The others mean nothing.
+
+    Args:
+        signals: What has come and comes.
+        reloader: Does what SIGHUP asks for.
+        starting: What is cancelled to end a guard that isn't ready yet.
+    """
+
+    def __init__(self, signals: Signals, reloader: _Reloader, starting: trio.CancelScope) -> None:
+        self._signals = signals
+        self._reloader = reloader
+        self._starting = starting
+        self._guard: RunningGuard | None = None
+        self._told = 0
+        self._hung_up = trio.Event()
+        self.ended_by: str | None = None
+        """The first signal that has ended it."""
+
+    async def obey(self) -> None:
+        """Obey signals, for ever."""
+        while True:
+            number = await self._signals.wait()
+            if number in ENDING:
+                self._end(number)
+            elif number == signal.SIGHUP:
+                self._hung_up.set()
+            else:
+                bounded.warning(
+                    "%s means nothing to pgguard: SIGHUP reopens the file of faults and reloads the settings, SIGTERM "
+                    "ends it",
+                    name_of(number),
+                )
+
+    def _end(self, number: int) -> None:
+        self._told += 1
+        self.ended_by = self.ended_by or name_of(number)
+        if self._guard is None:
+            self._starting.cancel()
+        elif number == signal.SIGQUIT or self._told > 1:
+            self._guard.cut_off()
+        else:
+            self._guard.stop()
+
+    def begin(self, guard: RunningGuard) -> None:
+        """A guard is ready."""
+        self._guard = guard
+
+    async def reload(self, guard: RunningGuard) -> None:
+        """Reload a guard's settings as often as that is asked for, or once for several times."""
+        while True:
+            await self._hung_up.wait()
+            self._hung_up = trio.Event()
+            await self._reloader.reload(guard)
+
+
 def serve(given: dict[str, Any], config: Path | None) -> int:
     """Run a guard until it is told to stop; returns the exit status.
 
@@ -151,13 +198,13 @@ def serve(given: dict[str, Any], config: Path | None) -> int:
     Raises:
         ConfigurationError: the guard can't run like that.
     """
-    with _Hangups() as hangups, ExitStack() as starting:
+    with Signals(*ENDING, signal.SIGHUP, *UNUSED) as signals, ExitStack() as starting:
         # It starts no thread: they have to wait until the rights that aren't needed have been given up.
         starting.enter_context(progress("pgguard: starting", moving=False))
-        return _run(given, config, hangups, starting)
+        return _run(given, config, signals, starting)
 
 
-def _run(given: dict[str, Any], config: Path | None, hangups: _Hangups, starting: ExitStack) -> int:
+def _run(given: dict[str, Any], config: Path | None, signals: Signals, starting: ExitStack) -> int:
     settings = load_settings(given, config)
     account = settings.account()
     console = ConsoleSink(sys.stderr.fileno(), wait=True)
@@ -169,7 +216,8 @@ def _run(given: dict[str, Any], config: Path | None, hangups: _Hangups, starting
     try:
         reloader = _Reloader(settings, given, config, recorder)
         tended = [log.settle] if recorder is None else [log.settle, recorder.tend]
-        last = trio.run(_until_signalled, settings, account, sinks, voice, reloader, hangups, tended)
+        last = trio.run(_until_signalled, settings, account, sinks, voice, reloader, signals, tended)
+        starting.close()
         log.close()
         for line in last:
             console.say(line)
@@ -195,10 +243,10 @@ async def _until_signalled(
     sinks: Fanout,
     voice: _Voice,
     reloader: _Reloader,
-    hangups: _Hangups,
+    signals: Signals,
     tended: Sequence[Callable[[], None]],
 ) -> list[str]:
-    """Serve; the first SIGINT or SIGTERM lets sessions finish, the second doesn't; SIGHUP reloads.
+    """Serve until signals end it.
 
     Returns:
         What is to be said at the end.
@@ -206,19 +254,27 @@ async def _until_signalled(
     Raises:
         ConfigurationError: the guard can't run like that.
     """
-    with (
-        trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
-        trio.open_signal_receiver(signal.SIGHUP) as reloads,
-    ):
-        async with running_guard(settings, sinks, account=account) as guard:
-            voice.begin()
-            _announce(guard, settings)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(keep_going, _tend, tended)
-                nursery.start_soon(keep_going, _reload, reloads, reloader, guard, hangups.early)
-                nursery.start_soon(_obey, signals, guard)
-                await guard.wait_ended()
-                nursery.cancel_scope.cancel()
+    guard: RunningGuard | None = None
+    failures: list[Exception] = []
+    with signals.listening():
+        async with trio.open_nursery() as nursery:
+            orders = _Orders(signals, reloader, nursery.cancel_scope)
+            nursery.start_soon(keep_going, orders.obey)
+            try:
+                async with running_guard(settings, sinks, account=account) as guard:
+                    voice.begin()
+                    _announce(guard, settings)
+                    orders.begin(guard)
+                    nursery.start_soon(keep_going, _tend, tended)
+                    nursery.start_soon(keep_going, orders.reload, guard)
+                    await guard.wait_ended()
+            except Exception as error:
+                failures.append(error)  # to be raised as it is, and not in a group
+            nursery.cancel_scope.cancel()
+    for failure in failures:
+        raise failure
+    if guard is None:
+        return [f"pgguard: {orders.ended_by} ended it before it was ready"]
     last: list[str] = []
     with spared(Loss.WORDS):
         last += summary_lines(guard.sessions, guard.counts(), guard.causes())
@@ -243,13 +299,6 @@ def _announce(guard: RunningGuard, settings: Settings) -> None:
     logger.info("ready on %s", ", ".join(map(str, guard.addresses)))
 
 
-async def _reload(reloads: AsyncIterator[int], reloader: _Reloader, guard: RunningGuard, early: bool) -> None:
-    if early:
-        await reloader.reload(guard)
-    async for _ in reloads:
-        await reloader.reload(guard)
-
-
 async def _tend(tended: Sequence[Callable[[], None]]) -> None:
     """Have what waits to be written or said looked after, now and then."""
     while True:
@@ -257,10 +306,3 @@ async def _tend(tended: Sequence[Callable[[], None]]) -> None:
         for tend in tended:
             with spared(Loss.STEP):
                 tend()
-
-
-async def _obey(signals: AsyncIterator[int], guard: RunningGuard) -> None:
-    await anext(signals)
-    guard.stop()
-    await anext(signals)
-    guard.cut_off()

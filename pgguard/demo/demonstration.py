@@ -23,11 +23,17 @@ import trio
 from psycopg.conninfo import make_conninfo
 from rich.console import Console
 
+from pgguard.cli.entry import ENDING, UNUSED
 from pgguard.cli.progress import progress
+from pgguard.cli.signals import Signals
 from pgguard.demo.postgres import NotInstalledError, ServerFailedError, embedded_bindir, running_cluster
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
+    from typing import TypeAlias
+
+    _Outcome: TypeAlias = "int | tuple[Sequence[_Run], _Findings]"
+    """An exit status, or what is to be shown."""
 
 _SECONDS = 16.0
 """How long everything may take before it is called off. Ending what was started takes at most 4 more."""
@@ -97,38 +103,41 @@ class _FailedError(Exception):
 def run_demo(console: Console | None = None) -> int:
     """Run the demonstration and print what it shows.
 
-    It ends within 20 seconds whatever happens, and on SIGINT, SIGTERM and SIGHUP, and removes everything that
-    it started or wrote.
+    It ends within 20 seconds whatever happens, and on every signal that would end it by default, and removes everything
+    that it started or wrote before it prints anything.
 
     Returns:
         The exit status: 0 when the guard recorded the misuse over both transports and nothing about the
         corrected application, 1 when it did not or something went wrong, 2 when the embedded PostgreSQL is
         not installed, and 128 plus its number when a signal ended it.
     """
-    return trio.run(_until_signalled, console or Console(highlight=False))
+    console = console or Console(highlight=False)
+    with Signals(*ENDING, signal.SIGHUP, *UNUSED) as signals:
+        outcome = trio.run(_until_signalled, console.width, signals)
+    return outcome if isinstance(outcome, int) else _show(console, *outcome)
 
 
-async def _until_signalled(console: Console) -> int:
-    status = 1
+async def _until_signalled(width: int, signals: Signals) -> _Outcome:
+    outcome: _Outcome = 1
 
-    async def wait_for_signal(signals: AsyncIterator[int], cancel_scope: trio.CancelScope) -> None:
-        nonlocal status
-        status = 128 + await anext(signals)
+    async def wait_for_signal(cancel_scope: trio.CancelScope) -> None:
+        nonlocal outcome
+        outcome = 128 + await signals.wait()
         cancel_scope.cancel()
 
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+    with signals.listening():
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(wait_for_signal, signals, nursery.cancel_scope)
-            status = await _within_time(console)
+            nursery.start_soon(wait_for_signal, nursery.cancel_scope)
+            outcome = await _within_time(width)
             nursery.cancel_scope.cancel()
-    return status
+    return outcome
 
 
-async def _within_time(console: Console) -> int:
+async def _within_time(width: int) -> _Outcome:
     status = 1
     try:
         with trio.fail_after(_SECONDS):
-            return await _demonstrate(console)
+            return await _demonstrate(width)
     except NotInstalledError as error:
         complaint = str(error)
         status = 2
@@ -140,7 +149,7 @@ async def _within_time(console: Console) -> int:
     return status
 
 
-async def _demonstrate(console: Console) -> int:
+async def _demonstrate(width: int) -> tuple[Sequence[_Run], _Findings]:
     bindir = embedded_bindir()
     with ExitStack() as stack:
         say = stack.enter_context(progress("Starting PostgreSQL"))
@@ -148,12 +157,12 @@ async def _demonstrate(console: Console) -> int:
         running = running_cluster(bindir, timeout=_POSTGRES_SECONDS)
         cluster = await trio.to_thread.run_sync(stack.enter_context, running)
         say("Starting the guard in front of it")
-        async with _running_guard(cluster.conninfo, directory, console.width) as listeners:
+        async with _running_guard(cluster.conninfo, directory, width) as listeners:
             say("Running an application that shares a connection between two workers, and a corrected one")
             runs = await _perform(listeners)
         findings = _Findings.read(directory)
         say("Stopping PostgreSQL")
-    return _show(console, runs, findings)
+    return runs, findings
 
 
 @asynccontextmanager
