@@ -161,8 +161,8 @@ class _Orders:
                 self._hung_up.set()
             else:
                 bounded.warning(
-                    "%s means nothing to pgguard: SIGHUP reopens the file of faults and reloads the settings, SIGTERM "
-                    "ends it",
+                    "%s is ignored: SIGHUP reopens the --faults file and rereads the configuration file, SIGTERM stops "
+                    "pgguard",
                     name_of(number),
                 )
 
@@ -274,7 +274,7 @@ async def _until_signalled(
     for failure in failures:
         raise failure
     if guard is None:
-        return [f"pgguard: {orders.ended_by} ended it before it was ready"]
+        return [f"pgguard: stopped by {orders.ended_by} before it was ready"]
     last: list[str] = []
     with spared(Loss.WORDS):
         last += summary_lines(guard.sessions, guard.counts(), guard.causes())

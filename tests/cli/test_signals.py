@@ -87,11 +87,11 @@ def test_what_does_not_end_a_guard_does_not_while_it_imports_either(tmp_path: Pa
     options = ["serve", "--listen", "127.0.0.1:0", "--upstream", "host=127.0.0.1 port=1"]
     with program(code, *options, cwd=tmp_path) as process:
         guard = Spawned(process)
-        guard.wait_for("(SIGHUP: the settings are as they were\n)")
+        guard.wait_for("(SIGHUP: no setting has changed\n)")
         guard.signal(signal.SIGTERM)
         said = guard.end()
-    assert "pgguard: SIGUSR1 means nothing to pgguard: SIGHUP " in said
-    assert "pgguard: SIGALRM means nothing to pgguard: SIGHUP " in said
+    assert "pgguard: SIGUSR1 is ignored: SIGHUP " in said
+    assert "pgguard: SIGALRM is ignored: SIGHUP " in said
 
 
 WAITING = """
@@ -112,7 +112,7 @@ def test_a_guard_that_is_not_ready_yet_ends_at_once(number: signal.Signals, tmp_
         process.send_signal(number)
         _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 0
-    assert said.decode() == f"pgguard: {number.name} ended it before it was ready\n"
+    assert said.decode() == f"pgguard: stopped by {number.name} before it was ready\n"
 
 
 def upstream(backend: FakeBackend) -> str:
@@ -127,14 +127,14 @@ async def test_what_means_nothing_is_said_and_ends_nothing(backend: FakeBackend,
         assert taken >= {*UNUSED, *ENDING, signal.SIGHUP}
         for number in UNUSED[:3]:
             guard.signal(number)
-            await trio.to_thread.run_sync(guard.wait_for, f"({name_of(number)} means nothing to pgguard)")
+            await trio.to_thread.run_sync(guard.wait_for, f"({name_of(number)} is ignored: SIGHUP)")
         for _ in range(100):
             guard.signal(UNUSED[-1])
         await client.close()
         await server.close()
         guard.signal(signal.SIGTERM)
         said = guard.end()
-    assert said.count("means nothing to pgguard") <= 10, "it is counted then"
+    assert said.count("is ignored: SIGHUP") <= 10, "it is counted then"
 
 
 async def test_sigquit_ends_it_at_once_and_in_order(backend: FakeBackend, short_directory: Path) -> None:

@@ -182,7 +182,7 @@ async def test_out_of_descriptors(backend: FakeBackend, tmp_path: Path) -> None:
 
 async def test_a_limit_without_room_for_anybody(backend: FakeBackend, tmp_path: Path) -> None:
     options = "serve", "--upstream", upstream(backend), "--attribution", "off", "--listen", "127.0.0.1:0"
-    ended = await trio.to_thread.run_sync(lambda: run(*options, cwd=tmp_path, descriptors=13))
+    ended = await trio.to_thread.run_sync(lambda: run(*options, cwd=tmp_path, descriptors=15))
     assert ended.returncode == 2
     assert "Raise the limit of open files for pgguard" in ended.stderr
     assert "Traceback" not in ended.stderr
