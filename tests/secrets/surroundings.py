@@ -78,6 +78,11 @@ def in_dollars(text: str) -> str:
     return f"$pw${text.replace('$', '')}$pw$"
 
 
+def in_sql_between_dollars(text: str) -> str:
+    """Two dollars would end what it stands in."""
+    return in_sql(text.replace("$", ""))
+
+
 def encoded(text: str) -> str:
     return quote(text, safe="")
 
@@ -316,7 +321,7 @@ SQL: Final = (
     Place(("CREATE SUBSCRIPTION s CONNECTION {} PUBLICATION p",), within(in_sql, "host=db password=", in_conninfo)),
     Place(("SELECT * FROM dblink({}, 'SELECT 1')",), within(in_sql, "host=db password=", in_conninfo)),
     Place(("SELECT dblink_connect('postgresql://app:{}@db/app')",), encoded),
-    Place(("DO $$ BEGIN ALTER ROLE joe PASSWORD {}; END $$",), in_sql),
+    Place(("DO $$ BEGIN ALTER ROLE joe PASSWORD {}; END $$",), in_sql_between_dollars),
     Place(("DO {}",), within(in_sql, "BEGIN ALTER ROLE joe PASSWORD ", in_sql, "; END")),
     Place(("COPY t FROM PROGRAM {}",), within(in_sql, "curl --token ", shlex.quote, " https://db/")),
     Place(("COPY t FROM PROGRAM {}",), within(in_sql, "PGPASSWORD=", shlex.quote, " psql")),
