@@ -138,9 +138,10 @@ def has_any() -> bool:
 
 
 def names(numbers: Collection[int]) -> str:
-    """Name capabilities for people."""
+    """Name capabilities for people; there has to be one."""
     known = {int(right): right.name for right in Right}
-    return ", ".join(sorted(known.get(number, f"capability {number}") for number in numbers))
+    *others, last = sorted(known.get(number, f"capability {number}") for number in numbers)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 @contextlib.contextmanager

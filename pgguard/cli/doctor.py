@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.capabilities import Capability
 
+
 _RIGHTS: Final = (
     f"To see other users' processes the guard needs {names(LOOKING)}. To look into other network namespaces it also "
     f"needs {names(ENTERING)}, which it keeps only if it listens on more than the loopback addresses. It needs "
-    f"{names(LOADING)} until its BPF programs are loaded (before Linux 5.19 it keeps CAP_BPF). A guard that is started "
-    "as root gives up every other capability, except CAP_DAC_OVERRIDE if the server's Unix socket requires it. "
+    f"{names(LOADING)} until its BPF programs are loaded (before Linux 5.19 it keeps CAP_BPF). A guard that is "
+    "started as root gives up every other capability, except CAP_DAC_OVERRIDE if the server's Unix socket requires it. "
     "With --user NAME it also becomes an ordinary user."
 )
 _WIDTH: Final = 100
@@ -94,11 +95,12 @@ def _conclusion(capabilities: Sequence[Capability]) -> list[str]:
         lines = [f"Everything essential works. Missing: {', '.join(capability.name for capability in missing)}."]
     else:
         lines = ["Everything works."]
-    instead = [capability.name for capability in missing if capability.unix_instead]
-    if instead and all(capability.name != KERNEL_SENDERS for capability in missing):
+    if any(capability.unix_instead for capability in missing) and all(
+        capability.name != KERNEL_SENDERS for capability in missing
+    ):
         lines.append(
-            "Or have the application connect to a Unix socket (--listen unix:DIR) instead of a TCP port: there the "
-            f"kernel names the sender of every byte, even without {', '.join(instead)}."
+            "If you can't fix that, have the application connect to a Unix socket (--listen unix:DIR) instead of a TCP "
+            "port: there the kernel names the sender of every byte anyway."
         )
     if any(capability.rights for capability in capabilities):
         lines += ["", _RIGHTS]

@@ -41,9 +41,9 @@ _STYLES: Final = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", S
 
 _ACTIONS: Final = {
     KindAction.LOG: "only record it",
-    KindAction.REJECT: "record it, and end the session with an error",
+    KindAction.REJECT: "end the session with an error",
     KindAction.IGNORE: "don't even record it",
-    KindAction.DROP: "record it, and drop the message: the session goes on",
+    KindAction.DROP: "drop the message, and let the session go on",
 }
 
 _LIBPQ: Final = {

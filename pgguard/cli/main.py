@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -32,6 +34,8 @@ _NO_THREAD: Final = "can't start new thread"
 _MAY_HOLD_A_PASSWORD: Final = re.compile(r"://|passw|^(?!unix:).*:.*@", re.IGNORECASE | re.DOTALL)
 _NO_COMMAND: Final = re.compile(r"No such command '(.*)'\.", re.DOTALL)
 _SINGLE: Final = re.compile(r"-[^-]+")
+_FRAMED_WIDTH: Final = 72
+"""Columns that a command's help takes at least if its options are to stand in a frame."""
 
 
 def _examples(*examples: str) -> str:
@@ -53,8 +57,18 @@ class _Group(TyperGroup):
 
 
 class _Command(TyperCommand):
+    """Its help loses nothing on a narrow terminal, where a frame around columns would cut off names of options."""
+
     def get_params(self, ctx: Any) -> Any:
         return _without_types_of_flags(super().get_params(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        if shutil.get_terminal_size().columns < _FRAMED_WIDTH:
+            self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - as it is called
+        formatter.write(f"\n{textwrap.indent(self.epilog or '', ' ')}\n")
 
 
 _STATUSES: Final = "\n".join(f"  {status:5}  {meaning}" for status, meaning in STATUSES)

@@ -11,8 +11,8 @@ FAULT_SEEN: Final = 66
 
 STATUSES: Final = (
     (str(DONE), "success; serve: a signal stopped it"),
-    (str(MISSING), "doctor: something essential is missing; demo: it failed"),
-    (str(CANNOT), "wrong usage or setting: standard error says what to change"),
+    (str(MISSING), "doctor: something essential missing; demo: failed"),
+    (str(CANNOT), "wrong usage or setting (see standard error)"),
     (str(FAULT_SEEN), "reserved for pgguard run, which doesn't exist yet"),
     ("128+N", "ended by signal N: 130 for Ctrl-C"),
 )

@@ -188,7 +188,7 @@ def test_one_thread_can_do_without_for_a_while() -> None:
 
 
 def test_they_are_named() -> None:
-    assert names([Right.CAP_SYS_PTRACE, Right.CAP_BPF, 60]) == "CAP_BPF, CAP_SYS_PTRACE, capability 60"
+    assert names([Right.CAP_SYS_PTRACE, Right.CAP_BPF, 60]) == "CAP_BPF, CAP_SYS_PTRACE and capability 60"
     assert privileges.has_any()
 
 

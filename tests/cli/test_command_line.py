@@ -68,6 +68,15 @@ def test_options_without_a_value_show_none(helps: dict[str, str]) -> None:
         assert "[[" not in text
 
 
+@pytest.mark.parametrize("columns", [40, 60])
+def test_a_narrow_terminal_cuts_nothing_off_the_help(columns: int, helps: dict[str, str], tmp_path: Path) -> None:
+    done = run("serve", "--help", cwd=tmp_path, variables={"COLUMNS": str(columns)})
+    assert "…" not in done.stdout
+    words = "".join(done.stdout.split())
+    assert all(name in words for name in re.findall(r"--[a-z-]+|PGGUARD_[A-Z_]+", helps["serve"]))
+    assert examples(done.stdout) == examples(helps["serve"])
+
+
 def examples(help_text: str) -> list[str]:
     """What stands under "Examples:", as it is copied from a terminal."""
     text = "\n".join(line.removeprefix(" ").rstrip() for line in help_text.splitlines())

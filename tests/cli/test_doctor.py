@@ -75,7 +75,7 @@ def test_on_this_machine(tmp_path: Path) -> None:
     for name in names:
         assert f" {name}: " in done.stdout
     said = " ".join(done.stdout.split())
-    assert "To see other users' processes the guard needs CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE." in said
+    assert "To see other users' processes the guard needs CAP_DAC_READ_SEARCH and CAP_SYS_PTRACE." in said
     assert "A guard that is started as root gives up every other capability, except" in said
 
 
@@ -120,9 +120,9 @@ def test_something_missing_that_is_not_essential(
         "           root with CAP_SYS_PTRACE (cap_add: [SYS_PTRACE] in compose)",
         "",
         "Everything essential works. Missing: waiting threads.",
-        "Or have the application connect to a Unix socket (--listen unix:DIR) instead of",
-        "a TCP port: there the kernel names the sender of every byte, even without",
-        "waiting threads.",
+        "If you can't fix that, have the application connect to a Unix socket (--listen",
+        "unix:DIR) instead of a TCP port: there the kernel names the sender of every byte",
+        "anyway.",
     ]
 
 
