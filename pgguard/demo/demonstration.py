@@ -17,6 +17,7 @@ from collections import Counter
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -27,6 +28,7 @@ from pgguard.cli.entry import ENDING, UNUSED
 from pgguard.cli.progress import progress
 from pgguard.cli.signals import Signals
 from pgguard.demo.postgres import NotInstalledError, ServerFailedError, embedded_bindir, running_cluster
+from pgguard.faults.text import listed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -259,14 +261,16 @@ def _show(console: Console, runs: Sequence[_Run], findings: _Findings) -> int:
         found = findings.of(run)
         told = found if run.fixed else sorted(found, key=lambda fault: _GRAVITY.index(fault["severity"]))[:1]
         first = " The most serious one:\n" if told and not run.fixed else ""
-        _show_plain(console, f"\npgguard saw {_counted(found) or 'nothing wrong'}.{first}")
+        console.print()
+        _show_prose(console, f"pgguard saw {_kinds(found) or 'nothing wrong'}.{first}")
         for fault in told:
             _show_plain(console, findings.report(fault))
         if run.fixed == bool(told):
             status = 1
         console.print()
     console.rule("What to do next", align="left")
-    _show_plain(console, _NEXT)
+    console.print()
+    _show_prose(console, _NEXT)
     return status
 
 
@@ -276,7 +280,14 @@ def _show_seen(console: Console, run: _Run) -> None:
         return
     console.print("What the application saw:\n")
     for line, times in run.seen.items():
-        _show_plain(console, f"    {line}" + (f" ({times} times)" if times > 1 else ""))
+        said = f"{line} ({times} times)" if times > 1 else line
+        _show_plain(console, fill(said, console.width, initial_indent=" " * 4, subsequent_indent=" " * 6))
+
+
+def _show_prose(console: Console, text: str) -> None:
+    """Print lines as broad as the terminal is, but for those that are indented, which are to be copied."""
+    for line in text.split("\n"):
+        _show_plain(console, line if line.startswith(" ") else fill(line, console.width))
 
 
 def _show_plain(console: Console, text: str) -> None:
@@ -284,9 +295,6 @@ def _show_plain(console: Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def _counted(faults: Sequence[dict[str, Any]]) -> str:
-    """How often each kind of fault was seen, for example ``shared-by-processes 43 times``."""
-    kinds: Counter[str] = Counter()
-    for fault in faults:
-        kinds[fault["kind"]] += 1 + fault["suppressed"]
-    return ", ".join(f"{kind} {count} times" if count > 1 else f"{kind} once" for kind, count in kinds.items())
+def _kinds(faults: Sequence[dict[str, Any]]) -> str:
+    """Which kinds of fault were seen. How often, a run doesn't tell: what comes again is counted for all runs."""
+    return listed(list(dict.fromkeys(str(fault["kind"]) for fault in faults)))
