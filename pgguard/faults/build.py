@@ -151,7 +151,8 @@ def plain_instance(verdict: Verdict, facts: SessionFacts) -> Instance:
 def family_of(verdict: Verdict, findings: Findings) -> Family | None:
     """What is known of a fault before evidence is taken, if that is enough to know what its cause is.
 
-    It is if the kernel has named everybody who has sent, and it is known what they run and who opened the connection.
+    It is if the kernel has named everybody who has sent, and it is known what those run who did it and who opened the
+    connection.
 
     Args:
         verdict: What the session core says, unless evidence may make something else of it.
@@ -161,10 +162,11 @@ def family_of(verdict: Verdict, findings: Findings) -> Family | None:
     if intruder is None or findings.opener is None:
         return None
     senders = (intruder, *verdict.requesters)
-    if any(sender.sampled or sender.pid not in findings.senders for sender in senders):
+    if any(sender.sampled for sender in senders) or intruder.pid not in findings.senders:
         return None
-    runs = [program(" ".join(findings.senders[sender.pid].cmdline)) for sender in senders]
-    programs = (runs[0], *sorted(set(runs[1:])), program(" ".join(findings.opener.cmdline)))
+    programs = (program(findings.senders[intruder.pid].cmdline), program(findings.opener.cmdline))
+    if not all(programs):
+        return None
     graver = verdict.kind is Kind.UNREAD_ANSWER and verdict.message is not None
     return Family(verdict.kind, severity_of(verdict, findings.driver), verdict.settled, graver, programs)
 

@@ -6,7 +6,18 @@ most one a second while the cause is new, and the less often the longer it has g
 and the next record of its cause says how much that was. So what is recorded depends on how many causes there are, and
 neither on how many sessions nor on how often it happens.
 
-Of more than :data:`CAUSES` at once, those that come on top are one cause for each kind and severity.
+*Which programs.* Two count: the one that did it and the one that opened the connection. Who did it is the intruder or
+the closer; where there is neither, whoever sent the request; where nobody did, the oldest process that has inherited
+the socket. Whoever else has used the connection, or has its socket open, is different from one time to the next. A
+refused login is about who holds the connections: the process with the most of them, whoever it is that was refused.
+
+*What isn't known.* A process may be gone before it is looked at, and a busy machine leaves no time to look. A fault of
+which less is known than of a cause, and nothing else, is of that cause if it can be of no other one: its program or the
+opener's must be known and the same. It doesn't work the other way round: the first fault of which all is known is told
+in full, though less was known of those before.
+
+*How many.* Of more than :data:`CAUSES` at once, and of more than :data:`ALIKE` that differ in the program that did it
+alone, those that come on top are one cause for each kind and severity.
 """
 
 from __future__ import annotations
@@ -17,10 +28,11 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from pgguard.faults.catalogue import CATALOGUE
 from pgguard.faults.fault import Fault, Role, Spread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from pgguard.faults.catalogue import Severity
     from pgguard.faults.fault import Culprit, SessionFacts
@@ -37,6 +49,8 @@ ENDS: Final = 5
 """Sessions at whose end what was suppressed of a cause is accounted for at once."""
 CAUSES: Final = 256
 """Causes that are known at once."""
+ALIKE: Final = 8
+"""The same, of those that differ in the program that did it alone: jobs that are called by their names, say."""
 FORGOTTEN_AFTER: Final = 600.0
 """Seconds after which a cause that hasn't come again makes room for another, when there are so many."""
 PROCESSES: Final = 1024
@@ -47,16 +61,37 @@ _SET_BACK: Final = 10.0
 _LONGEST_GAP: Final = 3600.0
 """Seconds between two records of a cause from which on it hasn't gone on, or the clock has been set forward."""
 _COMMAND: Final = 512
-"""Characters of a command line by which a program is known."""
+"""Characters of a command line by which a program is known: its beginning and its end, where a Java class stands."""
+_RANDOM: Final = "[bcdfghjklmnpqrstvwxz2456789]"
+"""What Kubernetes makes names of (``SafeEncodeString()`` in apimachinery's ``util/rand``): no word is, for want of a
+vowel."""
 _OWN: Final = re.compile(
-    r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"  # a job's UUID
-    r"|\b(?=[a-f]*\d)[0-9a-f]{6,}\b"  # the beginning of a digest, an address
+    r"(?<![0-9a-z])(?:"
+    r"tmp[0-9a-z_]{8}\b|tmp\.[0-9a-z]{6,}"  # a temporary file: Python's tempfile, mktemp(1)
+    r"|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # a job's UUID
+    rf"|(?:{_RANDOM}{{8,10}}|\d{{6,}})-{_RANDOM}{{5}}"  # a pod of a deployment, or of a job
+    rf"|(?<=-)(?=[a-z]*\d){_RANDOM}{{5}}"  # a pod of any other kind
+    r"|(?=[a-f]*\d)[0-9a-f]{3,}"  # the beginning of a digest, an address
+    r"|(?=[a-z]*\d+[a-z]+\d)[0-9a-z]{4,}"  # any other token in which letters and digits take turns
+    r")(?![0-9a-z])"
     r"|\d+",
     re.IGNORECASE,
 )
 """What differs between processes that run the same."""
+_DOING: Final = re.compile(
+    r"(?<=\S)\s+\W*(?:active|busy|executing|forked|idle|listening|paused|performing|processing|reserving|running"
+    r"|shutting|starting|stopping|waiting|working)\b.*",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What a process says in its title that it is doing: Resque and RQ name the job there, Sidekiq how busy it is."""
+_OWN_NAMES: Final = ("application_name", "application", "framework", "db_driver")
+"""Of what a client declares, what is the same with each request."""
 _INVOLVED: Final = frozenset({Role.INTRUDER, Role.REQUESTER, Role.CLOSER})
 """Roles of those who do what is wrong, or suffer it."""
+_DOERS: Final = (Role.INTRUDER, Role.CLOSER, Role.REQUESTER, Role.HOLDER)
+"""Roles of those who do it, where several are known the first."""
+_RIGHTFUL: Final = frozenset({Role.REQUESTER, Role.HOLDER})
+"""Roles of those of them who do nothing wrong if they run what has opened the connection."""
 
 
 class Instance(NamedTuple):
@@ -74,9 +109,35 @@ class CauseKey(NamedTuple):
     kind: Kind
     severity: Severity
     refusal: Refusal | None = None
-    programs: frozenset[tuple[Role, str]] | None = None
-    """``None``: those that come on top."""
+    doer: tuple[Role, str] | None = None
+    """Who did it, by role and program; ``None`` if nobody is known."""
+    opener: str = ""
+    """The program that opened the connection; empty if it isn't known."""
     advice: str = ""
+    rest: bool = False
+    """Those that come on top."""
+
+    def is_like(self, other: CauseKey) -> bool:
+        """Whether another one differs from this in the program that did it alone."""
+        return self._is_of(other) and (self.opener, self.advice) == (other.opener, other.advice)
+
+    def fits(self, known: CauseKey) -> bool:
+        """Whether all that is known of this one is known of another as well, and is something."""
+        return (
+            self._is_of(known)
+            and self.doer in (None, known.doer)
+            and self.opener in ("", known.opener)
+            and self.advice in (known.advice, CATALOGUE[self.kind].advice.title)
+            and (self.doer, self.opener, self.refusal) != (None, "", None)
+        )
+
+    def _is_of(self, other: CauseKey) -> bool:
+        return (
+            self.kind is other.kind
+            and self.severity is other.severity
+            and self.refusal == other.refusal
+            and self.rest == other.rest
+        )
 
 
 class Told(NamedTuple):
@@ -128,11 +189,15 @@ class Cause:
         """How far it has spread by now."""
         return Spread(self.times, self.sessions, len(self.pids), self.began)
 
-    def note_pids(self, culprits: tuple[Culprit, ...]) -> None:
+    def note_culprits(self, culprits: tuple[Culprit, ...]) -> None:
         """Take note of the processes that a fault names."""
-        for culprit in culprits:
-            if culprit.pid is not None and culprit.role in _INVOLVED and len(self.pids) < PROCESSES:
-                self.pids.add(culprit.pid)
+        self.note_pids(one.pid for one in culprits if one.pid is not None and one.role in _INVOLVED)
+
+    def note_pids(self, pids: Iterable[int]) -> None:
+        """Take note of processes that have done it, or suffered it."""
+        for pid in pids:
+            if len(self.pids) < PROCESSES:
+                self.pids.add(pid)
 
     def is_due(self, at: float, interval: float) -> bool:
         """Whether a repeat may be recorded."""
@@ -186,10 +251,12 @@ class Causes:
             recorded of one that has made room for it.
         """
         forgotten: list[Fault] = []
-        if key not in self._causes and len(self._causes) >= CAUSES:
+        if key not in self._causes:
+            key = self._place(key)
+        if key not in self._causes and not key.rest and len(self._causes) >= CAUSES:
             quietest = next(iter(self._causes))
             if passed(self._causes[quietest].seen_at, at) < FORGOTTEN_AFTER:
-                key = CauseKey(key.kind, key.severity)
+                key = _rest(key.kind, key.severity)
             else:
                 forgotten = self.account(self._causes.pop(quietest), at)
         cause = self._causes.get(key)
@@ -208,7 +275,7 @@ class Causes:
         cause = self._causes.get(key)
         if cause is None:
             if len(self._causes) >= CAUSES:
-                key = CauseKey(standing.kind, standing.severity)
+                key = _rest(standing.kind, standing.severity)
             cause = self._causes.get(key)
             if cause is None:
                 cause = self._causes[key] = self._new(at)
@@ -261,6 +328,13 @@ class Causes:
         told = [Told(cause.standing, cause.spread) for cause in self if cause.standing is not None]
         return sorted(told, key=lambda one: (-one.fault.severity.rank, -one.spread.times))
 
+    def _place(self, key: CauseKey) -> CauseKey:
+        """What a cause is known by that has not come by this name: it may be another one, of which more is known."""
+        known = [one for one in self._causes if key.fits(one)]
+        if len(known) == 1:
+            return known[0]
+        return _rest(key.kind, key.severity) if sum(map(key.is_like, self._causes)) >= ALIKE else key
+
     def _new(self, at: float) -> Cause:
         self._last_number += 1
         return Cause(self._last_number, at)
@@ -282,7 +356,7 @@ class Causes:
         cause.actions.add(fault.action)
         if what.instance is not None:
             fault = replace(fault, unnamed=0, **what.instance()._asdict())
-            cause.note_pids(fault.culprits)
+            cause.note_culprits(fault.culprits)
         return replace(fault, spread=cause.spread)
 
 
@@ -302,19 +376,55 @@ def brief(fault: Fault) -> Fault:
 
 def cause_key(verdict: Verdict, fault: Fault) -> CauseKey:
     """What the cause of a fault is known by."""
-    roles = {(culprit.role, _program_of(culprit)) for culprit in fault.culprits}
-    # Which of many workers only has the connection open, and which of them uses it, makes no difference.
-    users = {program for role, program in roles if role is not Role.HOLDER}
-    programs = frozenset(one for one in roles if one[0] is not Role.HOLDER or one[1] not in users)
-    return CauseKey(fault.kind, fault.severity, verdict.refusal, programs, fault.advice.title)
+    owner = next((culprit for culprit in fault.culprits if culprit.role is Role.OWNER), None)
+    if verdict.refusal is not None:
+        owner = None  # it is about those who have the connections, whoever was refused one
+    doer = _doer(verdict, fault.culprits, owner)
+    opener = "" if owner is None else _program_of(owner)
+    if doer is not None and doer[0] in _RIGHTFUL and doer[1] == opener:
+        doer = None
+    return CauseKey(fault.kind, fault.severity, verdict.refusal, doer, opener, fault.advice.title)
+
+
+def _rest(kind: Kind, severity: Severity) -> CauseKey:
+    return CauseKey(kind, severity, rest=True)
+
+
+def _doer(verdict: Verdict, culprits: Sequence[Culprit], owner: Culprit | None) -> tuple[Role, str] | None:
+    """Who did it; ``None`` if that isn't known, or nobody did."""
+    for role in _DOERS:
+        found = [one for one in culprits if one.role is role and (role is not Role.HOLDER or not _is_same(one, owner))]
+        if found:
+            oldest = role is Role.HOLDER and verdict.refusal is None
+            what = _program_of(min(found, key=_start) if oldest else found[0])
+            return (role, what) if what else None
+    return None
+
+
+def _is_same(one: Culprit, owner: Culprit | None) -> bool:
+    return owner is not None and one.pid == owner.pid
+
+
+def _start(culprit: Culprit) -> int:
+    return 0 if culprit.process is None else culprit.process.started
 
 
 def _program_of(culprit: Culprit) -> str:
+    """What a culprit runs, or says that it does; empty if that isn't known.
+
+    Of a process that has ended there may be only its name left, which all programs of one language can share.
+    """
     if culprit.process is not None:
-        return program(" ".join(culprit.process.cmdline)[:_COMMAND] or culprit.process.name)
-    return program(" ".join((culprit.declared or {}).values())[:_COMMAND])
+        return program(culprit.process.cmdline)
+    declared = culprit.declared or {}
+    return program([declared[name] for name in _OWN_NAMES if name in declared])
 
 
-def program(command: str) -> str:
+def program(cmdline: Sequence[str]) -> str:
     """What a process runs, without that by which its siblings differ; empty if it isn't known."""
-    return _OWN.sub("#", command[:_COMMAND])
+    command = " ".join(cmdline)
+    if len([argument for argument in cmdline if argument]) == 1:
+        command = _DOING.sub("", command)  # it is a title, unless there is no blank in it
+    if len(command) > _COMMAND:
+        command = f"{command[: _COMMAND // 2]} {command[-_COMMAND // 2 :]}"
+    return _OWN.sub("#", command.strip())

@@ -97,7 +97,7 @@ class Family(NamedTuple):
     settled: bool
     graver: bool
     programs: tuple[str, ...]
-    """What those run who did it, who were there before, and who opened the connection."""
+    """What those run who did it and who opened the connection."""
 
 
 class _Key(NamedTuple):
@@ -173,7 +173,7 @@ class Docket:
         self._count(fault, faults=1)
         self._note_session(cause, key, _place(fault.session.id, verdict))
         cause.times += 1
-        cause.note_pids(fault.culprits)
+        cause.note_culprits(fault.culprits)
         records = list(forgotten)
         if cause.full < FULL_RECORDS:
             fault = self._causes.record_in_full(cause, fault)
@@ -230,6 +230,7 @@ class Docket:
         standing = replace(first, shares=None)
         self._count(standing, faults=1)
         self._note_session(cause, key, session_id)
+        cause.note_pids(_key(verdict).pids)
         cause.times += 1
         self._keep(session_id, _key(verdict), _Case(standing, key, is_own=False))
         return self._causes.record(cause, Unrecorded(standing, at, instance))

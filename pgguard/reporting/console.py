@@ -84,6 +84,10 @@ _TICK: Final = 0.02
 _FRAMES: Final = 8
 """Calls of a stack that are printed, the innermost ones."""
 
+_GIVEN: Final = 64
+"""Pieces of advice that are remembered as printed."""
+_GIVEN_FOR: Final = 600.0
+"""Seconds for which whoever reads a report is expected to find the advice in another one."""
 _ROWS: Final = 16
 """Processes whose connections are printed, those with the most of them."""
 
@@ -160,10 +164,36 @@ def _spread(spread: Spread) -> str:
     return f"{where}{counted(spread.times, 'time')} since {since}"
 
 
-def render(fault: Fault) -> RenderableType:
+class Given:
+    """The advice that has been printed lately, so that the same isn't printed in full again."""
+
+    def __init__(self) -> None:
+        self._given: OrderedDict[Advice | str, tuple[int, float]] = OrderedDict()
+        """By advice, and by code alone, the fault that it was printed with and when."""
+
+    def with_fault(self, what: Advice | str | None) -> int | None:
+        """The number of the fault that it was printed with."""
+        number, since = self._given.get(what, (None, 0.0)) if what is not None else (None, 0.0)
+        return number if time.monotonic() - since < _GIVEN_FOR else None
+
+    def note(self, fault: Fault) -> None:
+        """Take note of a fault that is printed with its advice, unless that only refers to another one's."""
+        for what in (fault.advice, fault.advice.code):
+            if what is not None and self.with_fault(what) is None:
+                self._given[what] = (fault.id, time.monotonic())
+                self._given.move_to_end(what)
+        while len(self._given) > _GIVEN:
+            self._given.popitem(last=False)
+
+
+def render(fault: Fault, given: Given | None = None) -> RenderableType:
     """The report of a fault that is not a repeat, without its summary line.
 
     Whatever the width, everything is there: what has no room beside something else stands below it.
+
+    Args:
+        fault: It.
+        given: The advice that there is no need to print again; by default none.
     """
     style = _STYLES[fault.severity]
     title = CATALOGUE[fault.kind].title
@@ -184,7 +214,7 @@ def render(fault: Fault) -> RenderableType:
         parts.extend(_section(f"What to look for in {whose}", [_text(fault.libpq)]))
     if fault.shares:
         parts.extend(_section("Connections through this guard that count toward the limit", [_shares(fault.shares)]))
-    parts.extend(_section("What to change", _advice(fault.advice)))
+    parts.extend(_section("What to change", _advice(fault.advice, given or Given())))
     return _AtLeast(_NARROWEST, Group(*parts))
 
 
@@ -199,12 +229,20 @@ class _AtLeast:
         yield from console.render(self._part, options.update(width=max(options.max_width, self._columns)))
 
 
-def print_fault(console: Console, fault: Fault) -> None:
-    """Print a fault: a report and its summary line, or for a repeat and for information the line alone."""
+def print_fault(console: Console, fault: Fault, given: Given | None = None) -> None:
+    """Print a fault: a report and its summary line, or for a repeat and for information the line alone.
+
+    Args:
+        console: Where.
+        fault: It.
+        given: The advice that there is no need to print again: by default none. That of this fault is added.
+    """
     if fault.repeat_of is None and fault.severity is not Severity.INFO:
         console.rule(style="dim", characters="=")
-        console.print(render(fault), highlight=False, crop=False)
+        console.print(render(fault, given), highlight=False, crop=False)
         console.print()
+        if given is not None:
+            given.note(fault)
     # Neither wrapped nor cropped nor coloured, whatever the width.
     console.out(summary_line(fault), highlight=False)
 
@@ -422,10 +460,14 @@ def _shares(shares: Sequence[Share]) -> Table:
     return table
 
 
-def _advice(advice: Advice) -> list[RenderableType]:
+def _advice(advice: Advice, given: Given) -> list[RenderableType]:
     """Prose, code to be pasted, and where that is from; code and URLs are never wrapped, so that they can be copied."""
+    if (same := given.with_fault(advice)) is not None:
+        return [_text(f"{advice.title}: see fault {same}.")]
     parts: list[RenderableType] = [_text(f"{advice.title}. {advice.text}")]
-    if advice.code is not None:
+    if (same := given.with_fault(advice.code)) is not None:
+        parts.append(_text(f"The code for that is with fault {same}."))
+    elif advice.code is not None:
         code = textwrap.indent(advice.code.rstrip(), " " * 6)
         parts += [Text(""), Text(code, no_wrap=True, overflow="ignore"), Text("")]
     parts.extend(Text(f"    See {source}", style="dim", no_wrap=True, overflow="ignore") for source in advice.sources)
@@ -532,6 +574,7 @@ class ConsoleSink:
         self._queue: queue.Queue[Fault | str | None] = queue.Queue(BACKLOG)
         self._spreading: OrderedDict[int, _Spreading] = OrderedDict()
         """By cause; the one first that has been quiet for longest."""
+        self._given = Given()
         self._dropped = 0
         self._dropped_said = 0
         self._unprinted = 0
@@ -631,7 +674,7 @@ class ConsoleSink:
         if isinstance(what, str):
             self._buffer.write(f"{what}\n")
         else:
-            print_fault(self._console, what)
+            print_fault(self._console, what, self._given)
 
     def _flush(self) -> None:
         if unsaid := self._dropped - self._dropped_said:

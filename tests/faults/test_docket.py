@@ -11,19 +11,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgguard.attribution.evidence import Driver
-from pgguard.attribution.findings import Findings
+from pgguard.attribution.evidence import Driver, Process
+from pgguard.attribution.findings import Findings, Share, Slots
 from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.faults.build import build_instance, family_of
 from pgguard.faults.catalogue import Severity
-from pgguard.faults.causes import CAUSES, ENDS, FORGOTTEN_AFTER, FULL_RECORDS, PROCESSES, Instance, program
+from pgguard.faults.causes import ALIKE, CAUSES, ENDS, FORGOTTEN_AFTER, FULL_RECORDS, PROCESSES, Instance, program
 from pgguard.faults.docket import EXPLAINED_BY, FAMILIES, FAULTS, FAULTS_PER_SESSION, RENEWAL, Docket
 from pgguard.faults.fault import Fault, Spread
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
 from pgguard.reporting.record import to_record
 from pgguard.session.verdicts import Kind, Limit, Party, Refusal, Sender, Verdict
-from tests.faults.samples import FACTS, KERNEL, NOW, OVERLAP, QUERY, WORKER_0, WORKER_1, asleep, fault, process, verdict
+from tests.faults.samples import (
+    FACTS,
+    KERNEL,
+    MASTER,
+    NOW,
+    OVERLAP,
+    QUERY,
+    WORKER_0,
+    WORKER_1,
+    asleep,
+    fault,
+    process,
+    verdict,
+)
 
 
 def enter(
@@ -448,6 +461,8 @@ def test_a_repeat_on_another_session_says_which_and_by_whom() -> None:
     assert to_record(again)["advice"] is None
 
 
+CONVERTING = process(4999, 4866, "convert", "/srv/in/holiday.png", "/srv/out/holiday.jpg")
+MAILING = {**KERNEL.senders, 4868: process(4868, 4864, "mailer: outgoing")}
 OTHERS = replace(KERNEL, senders={4866: WORKER_0, 4867: process(4867, 4864, "sidekiq 7 [app]")})
 
 
@@ -458,7 +473,14 @@ OTHERS = replace(KERNEL, senders={4866: WORKER_0, 4867: process(4867, 4864, "sid
         (replace(OVERLAP, intruder=Sender(9)), replace(KERNEL, senders={4866: WORKER_0, 9: WORKER_1}), 1),
         (OVERLAP, OTHERS, 2),
         (replace(OVERLAP, kind=Kind.SHARED_BY_THREADS), KERNEL, 2),
-        (replace(OVERLAP, intruder=OVERLAP.requesters[0], requesters=(Sender(4867, 4880),)), OTHERS, 2),
+        # Who was there before is another one each time.
+        (replace(OVERLAP, intruder=OVERLAP.requesters[0], requesters=(Sender(4867, 4880),)), OTHERS, 1),
+        (replace(OVERLAP, requesters=(*OVERLAP.requesters, Sender(4868))), replace(KERNEL, senders=MAILING), 1),
+        (OVERLAP, replace(KERNEL, opener=WORKER_0), 2),
+        # So is who else has the socket open: a subprocess that has nothing to do with it, or many, or nobody seen.
+        (OVERLAP, replace(KERNEL, holders=(MASTER, WORKER_0, WORKER_1, CONVERTING)), 1),
+        (OVERLAP, replace(KERNEL, holders=None), 1),
+        # Nothing but the kind is known.
         (OVERLAP, Findings(), 2),
     ],
 )
@@ -515,8 +537,8 @@ def test_when_what_is_done_changes_every_fault_is_ruled_on_anew() -> None:
 
 def run_by(n: int, *, pid: int = 1) -> Findings:
     """Of the ``n``-th program, whose name has no number in it."""
-    name = "".join(chr(ord("a") + int(digit)) for digit in str(n))
-    return Findings(senders={pid: process(pid, None, name)})
+    who = process(pid, None, "".join(chr(ord("a") + int(digit)) for digit in str(n)))
+    return Findings(opener=who, senders={pid: who})
 
 
 BY_ONE = verdict(Kind.MESSAGE_WHILE_IDLE, intruder=Sender(1))
@@ -681,7 +703,194 @@ def test_each_refusal_is_a_session_of_its_own() -> None:
     ],
 )
 def test_a_program_is_known_by_what_its_siblings_share(one: str, other: str, same: bool) -> None:
-    assert (program(one) == program(other)) is same
+    assert (program([one]) == program([other])) is same
+
+
+@pytest.mark.parametrize(
+    "siblings",
+    [
+        ["worker-a3f", "worker-9be2", "worker-12", "worker-a3f9c2b1d4"],
+        ["/tmp/tmpx3k_9abq/config.ini", "/tmp/tmpabcdefgh/config.ini", "/tmp/tmp______ab/config.ini"],
+        ["run /tmp/tmp.Xb3kQzRt9w", "run /tmp/tmp.abcdefghij"],
+        ["celery@web-6d4cf56db6-bhtqp", "celery@web-7f9c8b5d4-x2x9z"],
+        ["report-28471234-bhtqp", "report-28471295-x2x9z"],
+        ["fluent-bh4qp", "fluent-x2x9z"],
+        ["01ARZ3NDEKTSV4RRFFQ69G5FAV", "01BX5ZZKBKACTAV9WEVGEMMVS0"],
+        ["job V1StGXR8Z5jdHi6BmyT", "job 9fK2ab7LqW3xZp0RtYu"],
+        ["--bind=127.0.0.1:8000", "--bind=127.0.0.1:49152"],
+        ["worker of web1.example.org", "worker of web22.example.org"],
+    ],
+)
+def test_names_that_are_made_at_random_tell_no_programs_apart(siblings: list[str]) -> None:
+    assert len({program(["python", one]) for one in siblings}) == 1
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["python db.py", "python web.py", "python h2o.py", "python k8s.py", "python s3fs.py", "python x86.py"],
+        ["python /tmp/template.py", "python /tmp/tmpfiles.py", "python /tmp/import.py", "python /tmp/a.py"],
+        ["php-fpm: pool www", "php-fpm: pool api"],
+        ["gunicorn: master [app]", "gunicorn: worker [app]"],
+        ["celery-worker", "celery-beats", "celery-https"],
+        ["mail: processing", "billing: processing"],
+        ["processing mail", "processing bills"],
+    ],
+)
+def test_words_tell_programs_apart(others: list[str]) -> None:
+    assert len({program([one]) for one in others}) == len(others)
+
+
+@pytest.mark.parametrize(
+    "titles",
+    [
+        [
+            "rq:worker:7a3f9c2b1d4e4f5a: *** Listening on default...",
+            "rq:worker:7a3f9c2b1d4e4f5a: Forked 4711 at 1795348327",
+            "rq:worker:9b2c3d4e5f604a1b: Processing shop.tasks.send_mail from default since 1795348327",
+        ],
+        [
+            "resque-2.6.0: Waiting for default",
+            "resque-2.6.0: Forked 4711 at 1795348327",
+            "resque-2.6.0: Processing default since 1795348327 [SendMail]",
+        ],
+        ["sidekiq 7.1.2 shop [3 of 5 busy]", "sidekiq 7.1.2 shop [0 of 5 busy] stopping"],
+        ["solid-queue-worker(1.0.0): waiting for jobs in *", "solid-queue-worker(1.0.0): performing 3 jobs in *"],
+    ],
+)
+def test_what_a_process_says_that_it_is_doing_makes_it_no_other_program(titles: list[str]) -> None:
+    assert len({program([title]) for title in titles}) == 1
+    [same] = {program([title]) for title in titles}
+    assert same
+
+
+def test_long_command_lines_are_told_apart_by_their_end_too() -> None:
+    """A class path comes first, and what is run behind it."""
+    java = ["java", "-Xmx2g", "-cp", ":".join(f"/opt/shop/lib/{name}.jar" for name in ("jdbc", "slf", "netty") * 40)]
+    assert program([*java, "org.example.Orders"]) != program([*java, "org.example.Invoices"])
+    assert len(program([*java, "org.example.Orders"])) < 1000
+
+
+# Faults of which not all is known
+
+
+def by(pid: int, *cmdline: str) -> tuple[Verdict, Findings]:
+    """A fault of one process, or of one that was gone before its command line could be read."""
+    who = process(pid, 4864, *cmdline)
+    return replace(OVERLAP, intruder=Sender(pid)), replace(KERNEL, senders={4866: WORKER_0, pid: who})
+
+
+GONE = (replace(OVERLAP, intruder=Sender(5000)), replace(KERNEL, senders={4866: WORKER_0}))
+
+
+@pytest.mark.parametrize(
+    ("what", "findings"),
+    [
+        GONE,
+        by(5000),  # a zombie
+        (replace(OVERLAP, intruder=None), KERNEL),  # one of those who have it open
+        (OVERLAP, replace(KERNEL, opener=None)),
+    ],
+)
+def test_what_is_less_known_is_no_cause_of_its_own(what: Verdict, findings: Findings) -> None:
+    docket = Docket()
+    enter(docket)
+    [again] = recorded(docket, what, 4, NOW + 1, findings)
+    assert (again.cause, again.repeat_of) == (1, 1)
+    other = docket.enter(replace(what, kind=Kind.FOREIGN_TERMINATE), fault(replace(what, kind=Kind.FOREIGN_TERMINATE)))
+    assert other.fault.cause == 2, "another kind"
+
+
+def test_advice_that_nothing_special_is_known_for_makes_no_cause_of_its_own() -> None:
+    """The runtimes were not looked at in time."""
+    docket = Docket()
+    special = fault()
+    special = replace(special, advice=special.advice._replace(title="Reconnect after forking"))
+    docket.enter(OVERLAP, special)
+    assert enter(docket, session=4).cause == 1
+    copy = replace(special, session=replace(FACTS, id=5), advice=special.advice._replace(title="Do something else"))
+    assert docket.enter(OVERLAP, copy).fault.cause == 2
+
+
+def test_the_first_fault_of_which_all_is_known_is_told_in_full() -> None:
+    docket = Docket()
+    what, findings = GONE
+    [poor] = recorded(docket, what, 3, NOW, findings)
+    [rich] = recorded(docket, OVERLAP, 4, NOW + 1)
+    assert (poor.repeat_of, rich.repeat_of, rich.cause) == (None, None, 2)
+
+
+def test_what_may_be_of_two_causes_is_of_neither() -> None:
+    docket = Docket()
+    assert enter(docket).cause == 1
+    assert enter(docket, session=4, findings=OTHERS).cause == 2
+    assert enter(docket, GONE[0], session=5, findings=GONE[1]).cause == 3
+
+
+def test_a_stranger_is_not_taken_for_somebody_who_is_known() -> None:
+    docket = Docket()
+    assert enter(docket, BY_ONE, findings=run_by(0)).cause == 1
+    assert enter(docket, BY_ONE, session=4, findings=Findings()).cause == 2
+
+
+def test_a_client_that_is_elsewhere_is_known_by_what_stays_the_same_of_what_it_says() -> None:
+    docket, remote = Docket(), verdict(Kind.MESSAGE_WHILE_IDLE)
+    for session, route in enumerate(("users", "orders", "basket"), start=1):
+        said = {"application_name": f"shop-{session}", "route": route, "traceparent": f"00-5bd66ef509{session}-01"}
+        assert enter(docket, remote, session=session, findings=Findings(declared=said)).cause == 1
+    assert enter(docket, remote, session=9, findings=Findings(declared={"application_name": "mailer"})).cause == 2
+
+
+HEIRS = verdict(Kind.INHERITED_CONNECTION)
+
+
+def test_whoever_inherits_a_connection_is_one_cause_by_the_oldest_of_them() -> None:
+    docket = Docket()
+    later = process(4900, 4864, "puma: cluster worker 9: 4864 [app]", age=1)
+    assert enter(docket, HEIRS, findings=replace(KERNEL, holders=(MASTER, WORKER_0))).cause == 1
+    helper = replace(CONVERTING, started=later.started + 1)
+    for session, holders in enumerate([(WORKER_1, later), (helper, WORKER_1, MASTER), (MASTER, later)], start=4):
+        assert enter(docket, HEIRS, session=session, findings=replace(KERNEL, holders=holders)).cause == 1
+    sidekiq = process(4901, 4864, "sidekiq 7 [app]", age=1)
+    assert enter(docket, HEIRS, session=9, findings=replace(KERNEL, holders=(MASTER, sidekiq))).cause == 2
+
+
+def full_by(*holders: Process, opener: Process = WORKER_0) -> Findings:
+    shares = tuple(Share(holder, 9 - n) for n, holder in enumerate(holders))
+    return Findings(opener=opener, shares=shares, slots=Slots(10, 0, 0))
+
+
+def test_a_server_that_is_full_is_one_cause_by_who_has_the_most_connections() -> None:
+    docket = Docket()
+    psql = process(6000, 1, "psql", "shop")
+    at = NOW
+    for holders, opener, cause in (
+        ((WORKER_0, WORKER_1, psql), psql, 1),
+        ((WORKER_1, psql), WORKER_0, 1),
+        ((WORKER_1,), WORKER_1, 1),
+        ((), WORKER_1, 1),
+        ((psql, WORKER_0), WORKER_0, 2),
+    ):
+        at += RENEWAL
+        assert docket.known(3, FULL, at=at) is None, "it is looked into anew"
+        assert docket.enter(FULL, fault(FULL, full_by(*holders, opener=opener), at=at)).fault.cause == cause
+    other = replace(FULL, refusal=Refusal(Limit.SERVER))
+    assert docket.enter(other, fault(other, full_by(psql), at=at)).fault.cause == 3
+
+
+def test_a_program_that_calls_itself_anew_each_time_is_told_in_full_a_few_times() -> None:
+    docket = Docket()
+    records: list[Fault] = []
+    for n in range(100):
+        name = "".join(chr(ord("a") + int(digit)) for digit in str(n))
+        what, findings = by(5000 + n, f"job {name}")
+        records += recorded(docket, what, 100 + n, NOW, findings)
+    assert len([record for record in records if record.repeat_of is None]) == ALIKE + 1
+    assert len(docket._causes) == ALIKE + 1
+    other = replace(OVERLAP, kind=Kind.FOREIGN_TERMINATE)
+    assert docket.enter(other, fault(other)).fault.repeat_of is None, "another kind is told in full"
+    elsewhere = replace(KERNEL, opener=process(1000, 1, "unicorn master"))
+    assert docket.enter(OVERLAP, fault(findings=elsewhere)).fault.repeat_of is None, "and so is what another has opened"
 
 
 # Faults whose cause is known before evidence is taken
@@ -716,17 +925,29 @@ def test_a_fault_of_a_known_cause_is_familiar_on_another_session() -> None:
     assert [(count.faults, count.repeats) for count in docket.counts()] == [(2, 1)]
 
 
+def test_processes_are_counted_of_which_nothing_is_recorded() -> None:
+    """Sixty jobs in a second are sixty processes."""
+    assert FAMILY is not None
+    docket = Docket()
+    docket.enter(OVERLAP, fault(), FAMILY)
+    for pid in range(5000, 5060):
+        docket.enter_familiar(3, replace(OVERLAP, intruder=Sender(pid)), FAMILY, at=NOW, instance=lambda: AGAIN)
+    [told] = docket.causes()
+    assert (told.spread.times, told.spread.sessions, told.spread.processes) == (61, 1, 62)
+
+
 @pytest.mark.parametrize(
     ("what", "findings"),
     [
         (replace(OVERLAP, intruder=None), KERNEL),
         (replace(OVERLAP, intruder=Sender(4867, 4880, sampled=True)), KERNEL),
         (replace(OVERLAP, requesters=(Sender(4866, 4871, sampled=True),)), KERNEL),
-        (OVERLAP, replace(KERNEL, senders={4867: WORKER_1})),
+        (OVERLAP, replace(KERNEL, senders={4866: WORKER_0})),
+        (OVERLAP, replace(KERNEL, senders={4866: WORKER_0, 4867: process(4867, 4864)})),
         (OVERLAP, replace(KERNEL, opener=None)),
     ],
 )
-def test_nothing_is_familiar_unless_the_kernel_has_named_everybody(what: Verdict, findings: Findings) -> None:
+def test_nothing_is_familiar_unless_it_is_known_who_has_sent_and_what_did_it(what: Verdict, findings: Findings) -> None:
     assert family_of(what, findings) is None
 
 

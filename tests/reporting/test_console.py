@@ -20,11 +20,12 @@ from pgguard.attribution.findings import Findings, Share
 from pgguard.attribution.runtime import Language, Runtime
 from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.attribution.threads import Waits
+from pgguard.faults.catalogue import Severity
 from pgguard.faults.causes import CAUSES
 from pgguard.faults.fault import OUTLINED, Spread
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
-from pgguard.reporting.console import BACKLOG, ConsoleSink, print_fault, render, summary_line
+from pgguard.reporting.console import BACKLOG, ConsoleSink, Given, print_fault, render, summary_line
 from pgguard.session.verdicts import Kind, Party, RequestState, Sender
 from tests.faults.samples import (
     DATA_ROW,
@@ -59,9 +60,9 @@ SUMMARY = (
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
-def printed(what: Fault, *, width: int = 120, terminal: bool = False) -> str:
+def printed(what: Fault, *, width: int = 120, terminal: bool = False, given: Given | None = None) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=terminal, legacy_windows=False)
-    print_fault(console, what)
+    print_fault(console, what, given)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
@@ -383,6 +384,32 @@ def test_code_of_an_advice_is_shown_as_it_is_to_be_pasted_with_its_sources() -> 
     assert "See https://example.org/one\n    See https://example.org/two\n" in text
 
 
+def test_advice_that_has_been_printed_lately_is_not_printed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fork shows itself in many ways, and what to do about it is the same."""
+    first = fault()
+    first = replace(first, advice=first.advice._replace(title="Do so", text="As follows.", code="reconnect()"))
+    given = Given()
+    assert printed(first, given=given) == printed(first)
+    second = replace(first, id=8, kind=Kind.FOREIGN_TERMINATE)
+    assert "What to change:\n    Do so: see fault 7.\n\nSUMMARY" in printed(second, given=given)
+    other_text = replace(first, id=9, advice=first.advice._replace(text="As follows, and leave at once."))
+    shown = printed(other_text, given=given)
+    assert "    Do so. As follows, and leave at once.\n    The code for that is with fault 7.\n" in shown
+    assert "reconnect()" not in shown
+    assert "    Do so: see fault 9." in printed(replace(other_text, id=10), given=given)
+    other = replace(first, id=11, advice=first.advice._replace(text="It is another matter.", code="retry()"))
+    assert printed(other, given=given) == printed(other)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3600)
+    assert printed(second, given=given) == printed(second), "the first one has long scrolled away"
+
+
+def test_information_gives_no_advice() -> None:
+    given = Given()
+    printed(fault(severity=Severity.INFO), given=given)
+    assert given.with_fault(fault().advice) is None
+
+
 def test_who_has_how_many_connections_is_shown() -> None:
     full = verdict(Kind.CONNECTION_EXHAUSTION)
     text = printed(fault(full, replace(KERNEL, shares=(Share(WORKER_0, 90), Share(None, 2)))))
@@ -458,10 +485,10 @@ def test_reports_are_printed_as_faults_happen(pipe: Pipe) -> None:
 def test_a_report_that_can_not_be_printed_is_outlined_and_the_next_ones_are_printed(
     pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fussy(what: Fault) -> RenderableType:
+    def fussy(what: Fault, given: Given | None = None) -> RenderableType:
         if what.culprits:
             raise KeyError("secret")
-        return render(what)
+        return render(what, given)
 
     monkeypatch.setattr("pgguard.reporting.console.render", fussy)
     sink = ConsoleSink(pipe.writer)
@@ -593,7 +620,7 @@ def test_a_descriptor_that_others_made_non_blocking_loses_nothing(pipe: Pipe) ->
     os.set_blocking(pipe.writer, False)
     sink = ConsoleSink(pipe.writer)
     for n in range(60):
-        sink.record(fault(id=n))
+        sink.record(fault(id=n, summary="x" * 2000))  # more than a pipe holds
     while select.select([], [pipe.writer], [], 0)[1]:
         time.sleep(0.001)
     time.sleep(0.05)
