@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.faults.catalogue import CATALOGUE
 from pgguard.faults.fault import Fault, Role, Spread
+from pgguard.faults.text import title
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -78,12 +79,6 @@ _OWN: Final = re.compile(
     re.IGNORECASE,
 )
 """What differs between processes that run the same."""
-_DOING: Final = re.compile(
-    r"(?<=\S)\s+\W*(?:active|busy|executing|forked|idle|listening|paused|performing|processing|reserving|running"
-    r"|shutting|starting|stopping|waiting|working)\b.*",
-    re.IGNORECASE | re.DOTALL,
-)
-"""What a process says in its title that it is doing: Resque and RQ name the job there, Sidekiq how busy it is."""
 _OWN_NAMES: Final = ("application_name", "application", "framework", "db_driver")
 """Of what a client declares, what is the same with each request."""
 _INVOLVED: Final = frozenset({Role.INTRUDER, Role.REQUESTER, Role.CLOSER})
@@ -91,7 +86,7 @@ _INVOLVED: Final = frozenset({Role.INTRUDER, Role.REQUESTER, Role.CLOSER})
 _DOERS: Final = (Role.INTRUDER, Role.CLOSER, Role.REQUESTER, Role.HOLDER)
 """Roles of those who do it, where several are known the first."""
 _RIGHTFUL: Final = frozenset({Role.REQUESTER, Role.HOLDER})
-"""Roles of those of them who do nothing wrong if they run what has opened the connection."""
+"""Roles of those of them who do nothing wrong if they have opened the connection."""
 
 
 class Instance(NamedTuple):
@@ -109,8 +104,8 @@ class CauseKey(NamedTuple):
     kind: Kind
     severity: Severity
     refusal: Refusal | None = None
-    doer: tuple[Role, str] | None = None
-    """Who did it, by role and program; ``None`` if nobody is known."""
+    doer: str = ""
+    """The program that did it; empty if it isn't known, or nobody did."""
     opener: str = ""
     """The program that opened the connection; empty if it isn't known."""
     advice: str = ""
@@ -125,10 +120,10 @@ class CauseKey(NamedTuple):
         """Whether all that is known of this one is known of another as well, and is something."""
         return (
             self._is_of(known)
-            and self.doer in (None, known.doer)
+            and self.doer in ("", known.doer)
             and self.opener in ("", known.opener)
             and self.advice in (known.advice, CATALOGUE[self.kind].advice.title)
-            and (self.doer, self.opener, self.refusal) != (None, "", None)
+            and (self.doer, self.opener, self.refusal) != ("", "", None)
         )
 
     def _is_of(self, other: CauseKey) -> bool:
@@ -379,10 +374,8 @@ def cause_key(verdict: Verdict, fault: Fault) -> CauseKey:
     owner = next((culprit for culprit in fault.culprits if culprit.role is Role.OWNER), None)
     if verdict.refusal is not None:
         owner = None  # it is about those who have the connections, whoever was refused one
-    doer = _doer(verdict, fault.culprits, owner)
     opener = "" if owner is None else _program_of(owner)
-    if doer is not None and doer[0] in _RIGHTFUL and doer[1] == opener:
-        doer = None
+    doer = _doer(verdict, fault.culprits, owner)
     return CauseKey(fault.kind, fault.severity, verdict.refusal, doer, opener, fault.advice.title)
 
 
@@ -390,19 +383,20 @@ def _rest(kind: Kind, severity: Severity) -> CauseKey:
     return CauseKey(kind, severity, rest=True)
 
 
-def _doer(verdict: Verdict, culprits: Sequence[Culprit], owner: Culprit | None) -> tuple[Role, str] | None:
-    """Who did it; ``None`` if that isn't known, or nobody did."""
+def _doer(verdict: Verdict, culprits: Sequence[Culprit], owner: Culprit | None) -> str:
+    """What did it; empty if that isn't known, or nobody did."""
     for role in _DOERS:
-        found = [one for one in culprits if one.role is role and (role is not Role.HOLDER or not _is_same(one, owner))]
+        found = [one for one in culprits if one.role is role]
+        if not found:
+            continue
+        if role in _RIGHTFUL:
+            found = [one for one in found if owner is None or one.pid != owner.pid]
+            if not found and role is Role.REQUESTER:
+                return ""  # whoever has opened the connection may use it
         if found:
             oldest = role is Role.HOLDER and verdict.refusal is None
-            what = _program_of(min(found, key=_start) if oldest else found[0])
-            return (role, what) if what else None
-    return None
-
-
-def _is_same(one: Culprit, owner: Culprit | None) -> bool:
-    return owner is not None and one.pid == owner.pid
+            return _program_of(min(found, key=_start) if oldest else found[0])
+    return ""
 
 
 def _start(culprit: Culprit) -> int:
@@ -422,9 +416,7 @@ def _program_of(culprit: Culprit) -> str:
 
 def program(cmdline: Sequence[str]) -> str:
     """What a process runs, without that by which its siblings differ; empty if it isn't known."""
-    command = " ".join(cmdline)
-    if len([argument for argument in cmdline if argument]) == 1:
-        command = _DOING.sub("", command)  # it is a title, unless there is no blank in it
+    command = title(cmdline) or " ".join(cmdline)
     if len(command) > _COMMAND:
         command = f"{command[: _COMMAND // 2]} {command[-_COMMAND // 2 :]}"
     return _OWN.sub("#", command.strip())

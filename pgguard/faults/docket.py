@@ -63,10 +63,12 @@ EXPLAINED_BY: Final[Mapping[Kind, frozenset[Kind]]] = MappingProxyType(
     {
         Kind.INHERITED_CONNECTION: frozenset({Kind.SHARED_BY_PROCESSES, Kind.FOREIGN_TERMINATE}),
         Kind.UNREAD_ANSWER: frozenset({Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS}),
+        Kind.UNCLEAN_CLOSE: frozenset({Kind.SHARED_BY_PROCESSES}),
     }
 )
 """By kind, of which other faults of its session it is a consequence that goes without saying: who shares a connection
-has inherited it, and leaves answers unread that another one has asked for."""
+has inherited it, leaves answers unread that another one has asked for, and rightly says no goodbye on it. But work that
+is lost when it ends is told."""
 
 
 class Count(NamedTuple):
@@ -154,10 +156,11 @@ class Docket:
             return None
         return case.standing
 
-    def is_explained(self, session_id: int, kind: Kind) -> bool:
-        """Whether another fault of its session explains one of this kind, so that there is no need to tell of it."""
-        explanations = EXPLAINED_BY.get(kind)
-        if explanations is None:
+    def is_explained(self, session_id: int, verdict: Verdict) -> bool:
+        """Whether another fault of its session explains this one, so that there is no need to tell of it."""
+        explanations = EXPLAINED_BY.get(verdict.kind)
+        undone = verdict.open_request or verdict.open_transaction or verdict.message is not None
+        if explanations is None or (verdict.kind is Kind.UNCLEAN_CLOSE and undone):
             return False
         return any(case.standing.kind in explanations for case in self._sessions.get(session_id, {}).values())
 

@@ -27,6 +27,13 @@ _OPTIONS_WITH_VALUE: Final = frozenset(
     {"-W", "-X", "-r", "-I", "-cp", "-classpath", "--class-path", "--require", "--import"}
 )
 
+_DOING: Final = re.compile(
+    r"(?<=\S)\s+\W*(?:active|executing|forked|idle|listening|paused|performing|processing|reserving|running"
+    r"|shutting|starting|stopping|waiting|working)\b.*",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What a process says in its title that it is doing: Resque and RQ name the job there."""
+
 _CLEANED: Final = re.compile(r"(?:\\x[0-9a-f]{2})+")
 _UNREADABLE_NAME: Final = re.compile(r"(?<!\?)(\?{3,}+\s*+[=:]\s*+)\S.*", re.DOTALL)
 _SETTING_LENGTH: Final = 63
@@ -102,20 +109,28 @@ def discreet_setting(value: str | None, length: int = _SETTING_LENGTH) -> str | 
     return redact(_UNREADABLE_NAME.sub(rf"\1{HIDDEN}", value), cut=cut)
 
 
+def title(cmdline: Sequence[str]) -> str | None:
+    """The title that a process gave itself, without what it says that it is doing; ``None`` if it has a command line.
+
+    A title is a command line in one piece with a space in it: setproctitle(3), ``$0 =`` in Ruby and Perl.
+    """
+    arguments = [argument for argument in cmdline if argument]
+    if len(arguments) != 1 or " " not in arguments[0]:
+        return None
+    return _DOING.sub("", arguments[0].strip()).rstrip(":")
+
+
 def process_label(process: Process) -> str:
     """What to call a process: the title it gave itself, or its program and script (``python3 app.py``).
 
-    A title is a command line in one piece with a space in it: setproctitle(3), ``$0 =`` in Ruby and Perl. One
-    that goes on to name its parent's pid, as Puma's does, is cut off there.
+    A title that goes on to name its parent's pid, as Puma's does, is cut off there.
     """
     process = discreet(process)
     arguments = [a for a in process.cmdline if a]
     if not arguments:
         label = process.name
-    elif len(arguments) == 1 and " " in arguments[0]:
-        label = arguments[0].strip()
-        if process.ppid is not None:
-            label = label.split(f": {process.ppid}", 1)[0]
+    elif (given := title(arguments)) is not None:
+        label = given if process.ppid is None else given.split(f": {process.ppid}", 1)[0]
     else:
         program = PurePosixPath(arguments[0]).name
         script = _script(arguments[1:]) if _INTERPRETER.fullmatch(program) else ""

@@ -182,7 +182,7 @@ class Judge:
 
         Returns True if that was so; the message is then to be forwarded. Never raises.
         """
-        if self._ignores(verdict.kind) or self._is_explained(session, verdict.kind):
+        if self._ignores(verdict.kind) or self._is_explained(session, verdict):
             return True
         if _is_doubtful(verdict):
             return False
@@ -219,7 +219,7 @@ class Judge:
     def _decide(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
         """Decide on a verdict in the light of the evidence, and record it."""
         concluded = self._conclude(session, verdict, findings)
-        if concluded is None or self._ignores(concluded.kind) or self._is_explained(session, concluded.kind):
+        if concluded is None or self._ignores(concluded.kind) or self._is_explained(session, concluded):
             return Ruling(None)
         known = self._known(session, concluded, now)
         if known is not None:
@@ -506,12 +506,13 @@ class Judge:
             note(Loss.MEMORY, session)
             return None
 
-    def _is_explained(self, session: ProxiedSession, kind: Kind) -> bool:
+    def _is_explained(self, session: ProxiedSession, verdict: Verdict) -> bool:
         """Whether there is no need to tell of such a fault, nor to do anything about it, as another one explains it."""
         is_explained = False
         with spared(Loss.MEMORY, session):
-            is_explained = self._docket.is_explained(session.id, kind)
-        return is_explained and all(self._actions[kind, severity] in {None, Action.LOGGED} for severity in Severity)
+            is_explained = self._docket.is_explained(session.id, verdict)
+        actions = {self._actions[verdict.kind, severity] for severity in Severity}
+        return is_explained and actions <= {None, Action.LOGGED}
 
     def _is_familiar(self, session: ProxiedSession, verdict: Verdict, now: float) -> bool:
         """Deal with a fault that is news of its session, and of a cause that has been recorded.

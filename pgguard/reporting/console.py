@@ -19,10 +19,10 @@ import select
 import textwrap
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
@@ -34,9 +34,10 @@ from rich.tree import Tree
 from pgguard.attribution.evidence import Evidence
 from pgguard.faults.catalogue import CATALOGUE, Severity
 from pgguard.faults.causes import CAUSES
+from pgguard.faults.docket import EXPLAINED_BY
 from pgguard.faults.fault import Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
-from pgguard.faults.text import counted, listed, named, printable, shorten
+from pgguard.faults.text import counted, listed, named, printable, process_label, shorten
 from pgguard.reporting.record import rfc3339
 from pgguard.reporting.width import wanted_width
 from pgguard.session.verdicts import OUTSTANDING, Direction, Kind, Party, RequestState
@@ -59,6 +60,8 @@ CROWD: Final = 16
 """Reports that wait to be printed from which on a fault is printed as its summary line alone."""
 AGAIN: Final = (1.0, 10.0, 60.0, 600.0)
 """Seconds from one line about a cause to the next, the last of them for as long as it goes on."""
+PATIENCE: Final = 1.0
+"""Seconds for which the report of a fault waits that may be but the beginning of a graver one, which would tell of it."""
 SHARE: Final = 0.2
 """Of a processor, what it takes at most to make reports, each of which takes some 10 ms: the relay's thread shares the
 interpreter with the one that makes them."""
@@ -101,6 +104,9 @@ _ROLES: Final = {
     Role.HOLDER: "Also open in",
 }
 
+_BEGINNINGS: Final = frozenset({Kind.INHERITED_CONNECTION})
+"""Kinds that are mostly followed by a graver one, which explains them: a child that has inherited a connection uses it,
+and then its parent does."""
 _TRESPASSES: Final = frozenset(
     {Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS, Kind.INHERITED_CONNECTION, Kind.FOREIGN_TERMINATE}
 )
@@ -168,22 +174,30 @@ class Given:
     """The advice that has been printed lately, so that the same isn't printed in full again."""
 
     def __init__(self) -> None:
-        self._given: OrderedDict[Advice | str, tuple[int, float]] = OrderedDict()
-        """By advice, and by code alone, the fault that it was printed with and when."""
+        self._given: OrderedDict[tuple[str, str | None], tuple[int, str, float]] = OrderedDict()
+        """By title and code: the fault that it was printed with, its text, and when."""
 
-    def with_fault(self, what: Advice | str | None) -> int | None:
-        """The number of the fault that it was printed with."""
-        number, since = self._given.get(what, (None, 0.0)) if what is not None else (None, 0.0)
-        return number if time.monotonic() - since < _GIVEN_FOR else None
+    def find(self, advice: Advice) -> tuple[int, str] | None:
+        """The number of the fault that it was printed with, and what its text says besides."""
+        number, text, since = self._given.get((advice.title, advice.code), (0, "", 0.0))
+        if not number or time.monotonic() - since > _GIVEN_FOR:
+            return None
+        before, now = _sentences(text), _sentences(advice.text)
+        new = [sentence for sentence in now if sentence not in before]
+        return (number, " ".join(new)) if len(new) <= len(now) / 2 else None
 
     def note(self, fault: Fault) -> None:
         """Take note of a fault that is printed with its advice, unless that only refers to another one's."""
-        for what in (fault.advice, fault.advice.code):
-            if what is not None and self.with_fault(what) is None:
-                self._given[what] = (fault.id, time.monotonic())
-                self._given.move_to_end(what)
-        while len(self._given) > _GIVEN:
-            self._given.popitem(last=False)
+        if self.find(fault.advice) is None:
+            key = (fault.advice.title, fault.advice.code)
+            self._given[key] = (fault.id, fault.advice.text, time.monotonic())
+            self._given.move_to_end(key)
+            if len(self._given) > _GIVEN:
+                self._given.popitem(last=False)
+
+
+def _sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.:]) ", text)
 
 
 def render(fault: Fault, given: Given | None = None) -> RenderableType:
@@ -340,7 +354,8 @@ def _process(culprit: Culprit) -> Iterator[str]:
     process = culprit.process
     if process is not None and culprit.role is not Role.OWNER:
         command = " ".join(process.cmdline).strip() or process.name
-        yield f"command: {shorten(command, _COMMAND_LENGTH)}"
+        if command != process_label(process):
+            yield f"command: {shorten(command, _COMMAND_LENGTH)}"
     if process is not None and process.namespace_pid is not None:
         yield f"in its own container it is pid {process.namespace_pid}"
 
@@ -393,7 +408,9 @@ def _who(culprit: Culprit) -> str:
     who = named(culprit.pid, culprit.process)
     if culprit.tid is None or (culprit.tid == culprit.pid and culprit.tid_evidence is Evidence.ONLY_THREAD):
         return who
-    name = "" if culprit.thread_name is None else f' "{culprit.thread_name}"'
+    # The main thread is called what its process is.
+    named_apart = culprit.thread_name is not None and culprit.tid != culprit.pid
+    name = f' "{culprit.thread_name}"' if named_apart else ""
     return f"{who}, thread {culprit.tid}{name}"
 
 
@@ -462,12 +479,11 @@ def _shares(shares: Sequence[Share]) -> Table:
 
 def _advice(advice: Advice, given: Given) -> list[RenderableType]:
     """Prose, code to be pasted, and where that is from; code and URLs are never wrapped, so that they can be copied."""
-    if (same := given.with_fault(advice)) is not None:
-        return [_text(f"{advice.title}: see fault {same}.")]
+    if (before := given.find(advice)) is not None:
+        number, more = before
+        return [_text(f"{advice.title}: see fault {number}. {more}".rstrip())]
     parts: list[RenderableType] = [_text(f"{advice.title}. {advice.text}")]
-    if (same := given.with_fault(advice.code)) is not None:
-        parts.append(_text(f"The code for that is with fault {same}."))
-    elif advice.code is not None:
+    if advice.code is not None:
         code = textwrap.indent(advice.code.rstrip(), " " * 6)
         parts += [Text(""), Text(code, no_wrap=True, overflow="ignore"), Text("")]
     parts.extend(Text(f"    See {source}", style="dim", no_wrap=True, overflow="ignore") for source in advice.sources)
@@ -542,6 +558,25 @@ class _Spreading:
     """What that line is to tell of, if there is anything new."""
 
 
+class _Waiting(NamedTuple):
+    """A fault whose report waits for a graver one."""
+
+    due: float
+    """When it is printed, on the monotonic clock, if nothing has come by then that explains it."""
+    fault: Fault
+
+    def is_explained(self, by: Fault) -> bool:
+        """Whether another fault explains it: of the same session, or of another one that the same process opened."""
+        if by.kind not in EXPLAINED_BY[self.fault.kind]:
+            return False
+        opener = _opener(self.fault)
+        return by.session.id == self.fault.session.id or (opener is not None and opener == _opener(by))
+
+
+def _opener(fault: Fault) -> int | None:
+    return next((culprit.pid for culprit in fault.culprits if culprit.role is Role.OWNER), None)
+
+
 class ConsoleSink:
     """Prints faults to a file descriptor, from a thread of its own.
 
@@ -549,7 +584,8 @@ class ConsoleSink:
     are counted, and how many they were is printed as soon as it can be; so is what could not be printed, and why: a
     disk that is full has room again some day, and a reader that has gone may come back. When many come at once, a few
     reports are printed, and summary lines of the others. Of repeats the latest of each cause is printed now and then
-    (:data:`AGAIN`); those that come as the guard ends are not: its last lines tell of them.
+    (:data:`AGAIN`); those that come as the guard ends are not: its last lines tell of them. What
+    turns out to be the beginning of something graver within :data:`PATIENCE` gets its summary line alone.
 
     Args:
         fd: Where to print; it is not closed.
@@ -574,6 +610,9 @@ class ConsoleSink:
         self._queue: queue.Queue[Fault | str | None] = queue.Queue(BACKLOG)
         self._spreading: OrderedDict[int, _Spreading] = OrderedDict()
         """By cause; the one first that has been quiet for longest."""
+        self._waiting: deque[_Waiting] = deque()
+        self._next_ones: deque[Fault | str | None] = deque()
+        """What is to be printed before anything else."""
         self._given = Given()
         self._dropped = 0
         self._dropped_said = 0
@@ -641,23 +680,37 @@ class ConsoleSink:
 
     def _next(self) -> Fault | str | None:
         """What is to be printed next: waits for it. ``None``: nothing more."""
-        while True:
+        while not self._next_ones:
             now = time.monotonic()
             due = [one for one in self._spreading.values() if one.latest is not None]
             first = min(due, key=lambda one: one.due, default=None)
-            if first is not None and first.due <= now:
+            times = [one.due for one in (first, *self._waiting) if one is not None]
+            if self._waiting and self._waiting[0].due <= now:
+                self._next_ones.append(self._waiting.popleft().fault)
+            elif first is not None and first.due <= now:
                 latest, first.latest = first.latest, None
                 first.step += 1
                 first.due = now + self._again[min(first.step, len(self._again) - 1)]
-                return latest
-            try:
-                what = self._queue.get(timeout=None if first is None else first.due - now)
-            except queue.Empty:
-                continue
-            if not isinstance(what, Fault):
-                return what
-            if not self._is_for_later(what):
-                return what
+                self._next_ones.append(latest)
+            else:
+                with contextlib.suppress(queue.Empty):
+                    self._take(self._queue.get(timeout=None if not times else min(times) - now))
+        return self._next_ones.popleft()
+
+    def _take(self, what: Fault | str | None) -> None:
+        """Take what has come: print it next, or later, or nothing of it."""
+        if not isinstance(what, Fault):
+            # What is said is said behind what has happened before.
+            self._next_ones.extend(one.fault for one in self._waiting)
+            self._waiting.clear()
+            self._next_ones.append(what)
+        elif not self._is_for_later(what):
+            self._next_ones.extend(summary_line(one.fault) for one in self._waiting if one.is_explained(what))
+            self._waiting = deque(one for one in self._waiting if not one.is_explained(what))
+            if what.kind in _BEGINNINGS and what.severity is not Severity.INFO:
+                self._waiting.append(_Waiting(time.monotonic() + PATIENCE, what))
+            else:
+                self._next_ones.append(what)
 
     def _is_for_later(self, fault: Fault) -> bool:
         """Whether it is a repeat, which is kept until it is time for a line about its cause."""

@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from pgguard.attribution.stacks import Frame, Stacks
 from pgguard.faults.build import build_instance, family_of
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.causes import ALIKE, CAUSES, ENDS, FORGOTTEN_AFTER, FULL_RECORDS, PROCESSES, Instance, program
+from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.docket import EXPLAINED_BY, FAMILIES, FAULTS, FAULTS_PER_SESSION, RENEWAL, Docket
 from pgguard.faults.fault import Fault, Spread
 from pgguard.faults.policy import Action
@@ -477,6 +479,9 @@ OTHERS = replace(KERNEL, senders={4866: WORKER_0, 4867: process(4867, 4864, "sid
         (replace(OVERLAP, intruder=OVERLAP.requesters[0], requesters=(Sender(4867, 4880),)), OTHERS, 1),
         (replace(OVERLAP, requesters=(*OVERLAP.requesters, Sender(4868))), replace(KERNEL, senders=MAILING), 1),
         (OVERLAP, replace(KERNEL, opener=WORKER_0), 2),
+        # Those who read from it at once have all done it, if it isn't known who came last.
+        (replace(OVERLAP, reason=AT_ONCE, intruder=None, requesters=(Sender(4867), Sender(4866))), KERNEL, 1),
+        (replace(OVERLAP, reason=AT_ONCE, intruder=None, requesters=(Sender(4864), Sender(4866))), KERNEL, 1),
         # So is who else has the socket open: a subprocess that has nothing to do with it, or many, or nobody seen.
         (OVERLAP, replace(KERNEL, holders=(MASTER, WORKER_0, WORKER_1, CONVERTING)), 1),
         (OVERLAP, replace(KERNEL, holders=None), 1),
@@ -973,11 +978,18 @@ def test_families_are_bounded() -> None:
     ("kind", "by"), [(kind, by) for kind, several in EXPLAINED_BY.items() for by in sorted(several)]
 )
 def test_what_another_fault_of_its_session_explains_is_known_to_be(kind: Kind, by: Kind) -> None:
-    docket = Docket()
-    assert not docket.is_explained(3, kind)
+    docket, what = Docket(), verdict(kind)
+    assert not docket.is_explained(3, what)
     enter(docket, replace(OVERLAP, kind=by))
-    assert docket.is_explained(3, kind)
-    assert not docket.is_explained(4, kind), "another session"
-    assert not docket.is_explained(3, Kind.PROTOCOL_VIOLATION), "another fault"
+    assert docket.is_explained(3, what)
+    assert not docket.is_explained(4, what), "another session"
+    assert not docket.is_explained(3, verdict(Kind.PROTOCOL_VIOLATION)), "another fault"
     docket.close(3, at=NOW)
-    assert not docket.is_explained(3, kind)
+    assert not docket.is_explained(3, what)
+
+
+@pytest.mark.parametrize("left", [{"open_request": True}, {"open_transaction": True}, {"message": QUERY}])
+def test_what_a_shared_connection_leaves_undone_at_its_end_is_told(left: dict[str, Any]) -> None:
+    docket = Docket()
+    enter(docket)
+    assert not docket.is_explained(3, verdict(Kind.UNCLEAN_CLOSE, **left))

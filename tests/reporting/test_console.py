@@ -29,11 +29,13 @@ from pgguard.reporting.console import BACKLOG, ConsoleSink, Given, print_fault, 
 from pgguard.session.verdicts import Kind, Party, RequestState, Sender
 from tests.faults.samples import (
     DATA_ROW,
+    FACTS,
     KERNEL,
     MASTER,
     NOW,
     OUTSTANDING,
     OVERLAP,
+    QUERY,
     TERMINATE,
     WORKER_0,
     WORKER_1,
@@ -387,18 +389,22 @@ def test_code_of_an_advice_is_shown_as_it_is_to_be_pasted_with_its_sources() -> 
 def test_advice_that_has_been_printed_lately_is_not_printed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """One fork shows itself in many ways, and what to do about it is the same."""
     first = fault()
-    first = replace(first, advice=first.advice._replace(title="Do so", text="As follows.", code="reconnect()"))
+    first = replace(first, advice=first.advice._replace(title="Do so", text="As follows. At once.", code="reconnect()"))
     given = Given()
     assert printed(first, given=given) == printed(first)
     second = replace(first, id=8, kind=Kind.FOREIGN_TERMINATE)
     assert "What to change:\n    Do so: see fault 7.\n\nSUMMARY" in printed(second, given=given)
-    other_text = replace(first, id=9, advice=first.advice._replace(text="As follows, and leave at once."))
-    shown = printed(other_text, given=given)
-    assert "    Do so. As follows, and leave at once.\n    The code for that is with fault 7.\n" in shown
-    assert "reconnect()" not in shown
-    assert "    Do so: see fault 9." in printed(replace(other_text, id=10), given=given)
-    other = replace(first, id=11, advice=first.advice._replace(text="It is another matter.", code="retry()"))
-    assert printed(other, given=given) == printed(other)
+    more = replace(first, id=9, advice=first.advice._replace(text="As follows. At once. Then leave."))
+    assert "What to change:\n    Do so: see fault 7. Then leave.\n\nSUMMARY" in printed(more, given=given)
+    advice = first.advice
+    others = (
+        advice._replace(text="It is another matter."),
+        advice._replace(code="retry()"),
+        advice._replace(title="No"),
+    )
+    for n, other in enumerate(others, start=11):
+        what = replace(first, id=n, advice=other)
+        assert printed(what, given=given) == printed(what)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 3600)
     assert printed(second, given=given) == printed(second), "the first one has long scrolled away"
@@ -407,7 +413,15 @@ def test_advice_that_has_been_printed_lately_is_not_printed_again(monkeypatch: p
 def test_information_gives_no_advice() -> None:
     given = Given()
     printed(fault(severity=Severity.INFO), given=given)
-    assert given.with_fault(fault().advice) is None
+    assert given.find(fault().advice) is None
+
+
+def test_a_command_that_the_process_is_called_by_is_not_told_twice() -> None:
+    worker = process(4867, 4864, "gunicorn: worker [app]")
+    shown = printed(fault(findings=replace(KERNEL, senders={4866: WORKER_0, 4867: worker})))
+    assert "Intruder: pid 4867 (gunicorn: worker [app])" in shown
+    assert "command: gunicorn: worker [app]" not in shown
+    assert "command: puma: cluster worker 0: 4864 [app]" in shown
 
 
 def test_who_has_how_many_connections_is_shown() -> None:
@@ -529,6 +543,47 @@ def test_close_waits_for_what_is_left(pipe: Pipe) -> None:
         sink.record(fault(id=n))
     sink.close()
     assert os.read(pipe.reader, 1 << 20).count(b"SUMMARY: ") == 5
+
+
+INHERITED = fault(verdict(Kind.INHERITED_CONNECTION, "on a connection", message=QUERY), id=5, cause=5)
+
+
+def test_what_is_but_the_beginning_of_something_graver_is_told_in_that() -> None:
+    """A child uses the connection that it has inherited, and a moment later its parent does."""
+    for graver in (fault(cause=1), fault(cause=1, session=replace(FACTS, id=9))):
+        pipe = Pipe()
+        sink = ConsoleSink(pipe.writer)
+        sink.record(INHERITED)
+        sink.record(graver)
+        text = pipe.read_until(summary_line(graver) + "\n")
+        sink.close()
+        pipe.close()
+        assert text.splitlines()[0] == summary_line(INHERITED)
+        assert text.count("What to change") == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        fault(verdict(Kind.UNREAD_ANSWER), cause=1),
+        fault(findings=replace(KERNEL, opener=WORKER_0), facts=replace(FACTS, id=9), cause=1),
+    ],
+)
+def test_what_nothing_graver_follows_is_told_in_full_after_a_moment(pipe: Pipe, other: Fault) -> None:
+    sink = ConsoleSink(pipe.writer)
+    sink.record(INHERITED)
+    sink.record(other)
+    text = pipe.read_until(summary_line(INHERITED) + "\n")
+    assert text.count("What to change") == 2
+    sink.record(replace(INHERITED, id=6, cause=6))
+    sink.say("the end")
+    text = pipe.read_until("the end\n")
+    assert text.count("What to change") == 3, "what is said comes behind what has happened"
+    sink.record(replace(INHERITED, id=7, cause=7))
+    sink.close()
+    pipe.close_writer()
+    pipe.read_all()
+    assert pipe.received.count("What to change") == 4
 
 
 def repeat(n: int, *, cause: int = 1) -> Fault:
