@@ -61,7 +61,7 @@ CROWD: Final = 16
 AGAIN: Final = (1.0, 10.0, 60.0, 600.0)
 """Seconds from one line about a cause to the next, the last of them for as long as it goes on."""
 PATIENCE: Final = 1.0
-"""Seconds for which the report of a fault waits that may be but the beginning of a graver one, which would tell of it."""
+"""Seconds for which a report waits that may be about the beginning of something graver alone, which tells of it too."""
 SHARE: Final = 0.2
 """Of a processor, what it takes at most to make reports, each of which takes some 10 ms: the relay's thread shares the
 interpreter with the one that makes them."""
