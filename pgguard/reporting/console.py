@@ -584,8 +584,8 @@ class ConsoleSink:
     are counted, and how many they were is printed as soon as it can be; so is what could not be printed, and why: a
     disk that is full has room again some day, and a reader that has gone may come back. When many come at once, a few
     reports are printed, and summary lines of the others. Of repeats the latest of each cause is printed now and then
-    (:data:`AGAIN`); those that come as the guard ends are not: its last lines tell of them. What
-    turns out to be the beginning of something graver within :data:`PATIENCE` gets its summary line alone.
+    (:data:`AGAIN`); those that come as the guard ends are not: its last lines tell of them. What turns out to be the
+    beginning of something graver within :data:`PATIENCE` gets its summary line alone.
 
     Args:
         fd: Where to print; it is not closed.
@@ -611,8 +611,8 @@ class ConsoleSink:
         self._spreading: OrderedDict[int, _Spreading] = OrderedDict()
         """By cause; the one first that has been quiet for longest."""
         self._waiting: deque[_Waiting] = deque()
-        self._next_ones: deque[Fault | str | None] = deque()
-        """What is to be printed before anything else."""
+        self._next_ones: deque[Fault | _Waiting | str | None] = deque()
+        """What is to be printed before anything else; of what waits for something graver the summary line."""
         self._given = Given()
         self._dropped = 0
         self._dropped_said = 0
@@ -678,7 +678,7 @@ class ConsoleSink:
                 self._closing.wait((time.thread_time() - began) * (1 / SHARE - 1))
         self._flush()
 
-    def _next(self) -> Fault | str | None:
+    def _next(self) -> Fault | _Waiting | str | None:
         """What is to be printed next: waits for it. ``None``: nothing more."""
         while not self._next_ones:
             now = time.monotonic()
@@ -705,7 +705,7 @@ class ConsoleSink:
             self._waiting.clear()
             self._next_ones.append(what)
         elif not self._is_for_later(what):
-            self._next_ones.extend(summary_line(one.fault) for one in self._waiting if one.is_explained(what))
+            self._next_ones.extend(one for one in self._waiting if one.is_explained(what))
             self._waiting = deque(one for one in self._waiting if not one.is_explained(what))
             if what.kind in _BEGINNINGS and what.severity is not Severity.INFO:
                 self._waiting.append(_Waiting(time.monotonic() + PATIENCE, what))
@@ -723,9 +723,11 @@ class ConsoleSink:
         known.latest = fault
         return True
 
-    def _print(self, what: Fault | str) -> None:
+    def _print(self, what: Fault | _Waiting | str) -> None:
         if isinstance(what, str):
             self._buffer.write(f"{what}\n")
+        elif isinstance(what, _Waiting):
+            self._buffer.write(f"{summary_line(what.fault)}\n")
         else:
             print_fault(self._console, what, self._given)
 
