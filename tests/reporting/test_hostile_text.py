@@ -56,7 +56,8 @@ HOSTILE = {
     "combining characters": "e" + "\u0301\u0489" * 1000,
     "nothing that can be seen": "\u200b\ufeff\u2060\x00 \u3000",
 }
-WIDTHS = (30, 60, 80, 140)
+CONSOLES = ((30, False), (60, True), (80, False), (140, True))
+"""Columns, and whether it is a terminal."""
 
 
 def hostile_faults(text: str) -> Iterator[Fault]:
@@ -106,8 +107,8 @@ def test_whatever_comes_from_outside_is_harmless_wherever_it_is_shown(
     text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for what in hostile_faults(text):
-        for width in WIDTHS:
-            _look_at_the_console(what, width)
+        for width, terminal in CONSOLES:
+            _look_at_the_console(what, width, terminal=terminal)
         for field in rejection(what):
             assert is_harmless(field)
             assert len(field) < 2_500
@@ -128,19 +129,18 @@ def test_whatever_comes_from_outside_is_harmless_wherever_it_is_shown(
     _look_at_what_a_client_is_told(text)
 
 
-def _look_at_the_console(what: Fault, width: int) -> None:
-    for terminal in (False, True):
-        console = Console(file=io.StringIO(), width=width, force_terminal=terminal, legacy_windows=False)
-        print_fault(console, what)
-        assert isinstance(console.file, io.StringIO)
-        shown = re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue()) if terminal else console.file.getvalue()
-        lines = shown.removesuffix("\n").split("\n")
-        assert all(map(is_harmless, lines))
-        assert [line for line in lines if line.startswith("SUMMARY:")] == [summary_line(what)] == lines[-1:]
-        assert not [line for line in lines[1:] if line.startswith("pgguard:") and f": {what.kind}:" not in line]
-        assert len(shown) < 60_000
-        if "[red]" in str(what.session.user) and what.severity is not Severity.INFO:
-            assert "[red]x[/red]" in "".join(shown.split())
+def _look_at_the_console(what: Fault, width: int, *, terminal: bool) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, legacy_windows=False)
+    print_fault(console, what)
+    assert isinstance(console.file, io.StringIO)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue()) if terminal else console.file.getvalue()
+    lines = shown.removesuffix("\n").split("\n")
+    assert all(map(is_harmless, lines))
+    assert [line for line in lines if line.startswith("SUMMARY:")] == [summary_line(what)] == lines[-1:]
+    assert not [line for line in lines[1:] if line.startswith("pgguard:") and f": {what.kind}:" not in line]
+    assert len(shown) < 60_000
+    if "[red]" in str(what.session.user) and what.severity is not Severity.INFO:
+        assert "[red]x[/red]" in "".join(shown.split())
 
 
 def _look_at_the_log(text: str) -> None:
