@@ -59,7 +59,7 @@ class RunningGuard:
         everything: What is cancelled to end it at once.
         ended: Set when it has been stopped and no session is left.
         addresses: Where it listens, with the ports that the system has chosen.
-        missing: What attribution, where it is wanted, must do without on this host.
+        missing: What attribution, where it is wanted, lacks on this host.
         warnings: What else is to be said as it starts: sentences.
     """
 
@@ -227,10 +227,10 @@ def _account(docket: Docket, sinks: Fanout) -> None:
 
 
 def _missing_capabilities(settings: Settings) -> list[Capability]:
-    """What attribution, where it is wanted, must do without on this host.
+    """What attribution, where it is wanted, lacks on this host.
 
     Raises:
-        ConfigurationError: it must not.
+        ConfigurationError: it lacks what it has been told to have.
     """
     if settings.attribution == "off":
         return []

@@ -27,7 +27,7 @@ class Evidence(StrEnum):
 
 
 class Driver(StrEnum):
-    """What a client speaks PostgreSQL's protocol with, as far as what it runs and what it says of itself tell.
+    """What a client speaks PostgreSQL's protocol with, as far as what it runs and what it says about itself tell.
 
     Those of a language stand for all of its drivers that nothing tells apart.
     """

@@ -1,4 +1,4 @@
-"""What a program that Go has built says of itself: that Go built it, and of which modules.
+"""What a program that Go has built says about itself: that Go built it, and of which modules.
 
 ``.note.go.buildid`` tells that it is Go's (``cmd/internal/buildid/note.go`` in Go's sources), and ``.go.buildinfo``,
 which survives strip(1), which modules were linked in: what ``go version -m`` prints (``debug/buildinfo``). Programs

@@ -151,7 +151,7 @@ class _Scouts:
         return Findings(None if modules is None else frozenset(modules), frozenset(answer["files"]), answer["text"])
 
     def start(self) -> None:
-        """Have a child ready, if one can be had."""
+        """Have a child ready, if one can be started."""
         with self._lock, contextlib.suppress(OSError):
             if self._scout is None:
                 self._scout = _Scout()

@@ -1,6 +1,6 @@
 """Where ``pgguard`` begins. It imports nothing that takes time before it is ready for signals and for odd streams.
 
-By default a signal ends a process without a word, and SIGINT ends Python with a traceback of whatever it was importing.
+By default a signal ends a process silently, and SIGINT ends Python with a traceback of whatever it was importing.
 Here it ends the process as it would any other program until a command is there that has something to put in order:
 :func:`unwinding` and :mod:`pgguard.cli.signals` are for those. A guard takes note of the signals that are not meant to
 end it from the very beginning.

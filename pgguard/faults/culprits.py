@@ -17,7 +17,7 @@
     open then. With two processes or none there is no closer: they stand in their other roles; and neither is there
     one if the process lives and has the socket open, and the connection was reset: something in between did that.
 ``owner``
-    The process that opened the connection. Of a client that can't be looked at, what it says of itself.
+    The process that opened the connection. Of a client that can't be looked at, what it says about itself.
 ``holder``
     Every process that has the socket open and doesn't stand above as intruder, closer or requester. An owner that
     still has it open is a holder as well: that is what a fork looks like. Of a connection-exhaustion, every process

@@ -33,7 +33,7 @@ _WANTED: Final[Mapping[PacketKind, tuple[str, str]]] = {
     PacketKind.SSL_REQUEST: ("TLS", "sslmode=prefer or sslmode=disable"),
     PacketKind.GSSENC_REQUEST: ("GSSAPI encryption", "gssencmode=disable"),
 }
-"""What each request asks for, and what a client has to set that is to do without."""
+"""What each request asks for, and what to set in a client so that it doesn't insist."""
 
 logger = logging.getLogger(__name__)
 

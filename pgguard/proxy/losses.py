@@ -1,8 +1,8 @@
 """What is lost when something fails inside the guard: what it was for, and nothing besides.
 
 No exception ends the guard or a session, keeps a byte, or keeps a fault from being recorded and acted on. Wherever the
-relay calls what it could do without, which is the session core, attribution, faults and reporting, and whatever goes on
-beside it, here stands what an exception costs:
+relay calls what it can go on without (the session core, attribution, faults, reporting), and in whatever goes on beside
+it, here stands what an exception costs:
 
 ================================  ==========================================================================
 what fails                        what it costs
