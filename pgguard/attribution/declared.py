@@ -5,7 +5,9 @@ Two forms of comments are understood, at the very beginning or the very end of a
 - sqlcommenter's, ``/*controller='users',pid='4867'*/``: keys and values are URL-encoded, values are quoted, and a quote
   within one is written ``\'``. Specified at https://google.github.io/sqlcommenter/spec/; Rails' QueryLogs write it when
   ``query_log_tags_format`` is ``:sqlcommenter``.
-- the older one of Marginalia and QueryLogs, ``/*application:App,controller:users,action:show*/``: nothing is quoted.
+- the older one of Marginalia and QueryLogs, ``/*application:App,controller:users,action:show*/``: nothing is quoted;
+  Sequel's plugin sql_comments writes the same as a comment to the end of the line,
+  ``-- model:User,method_type:class,method:[]``.
 
 Other comments (``/* fetch users */``), hints (``/*+ SeqScan(a) */``) and SQL that was commented out say nothing. SQL
 is not parsed here, so a comment is believed only where nothing but a comment can be: one that touches the statement's
@@ -20,6 +22,10 @@ from urllib.parse import unquote
 
 _REACH = 4096
 """Bytes from either end of a statement that are looked at; comments are a few hundred long."""
+
+_LINE = re.compile(rb" -- ([^'\"$\r\n]*)\n?\Z")
+"""A comment to the end of a statement. With none of these signs in it, it isn't within a literal, which would have to
+end behind it."""
 
 _COMMENTS = 4
 """Comments in a row, at either end, that are looked at: Rails' own annotations come before its tags."""
@@ -38,6 +44,9 @@ SQLCOMMENTER_KEYS = frozenset(
     {"action", "application", "controller", "db_driver", "framework", "route", "traceparent", "tracestate"}
 )
 """The keys that sqlcommenter's specification and its libraries define."""
+
+SEQUEL_KEYS = frozenset({"association", "method", "method_type", "model"})
+"""The keys of Sequel's plugin sql_comments: ``lib/sequel/plugins/sql_comments.rb``."""
 
 RAILS_KEYS = frozenset(
     {
@@ -89,7 +98,8 @@ def _comments_pairs(statement: bytes) -> dict[str, str]:
         pairs |= _parse(comment)
     for comment in reversed(list(_trailing_comments(statement))):
         pairs |= _parse(comment)
-    return pairs
+    line = _LINE.search(statement[-_REACH:].rstrip(b"\0"))
+    return pairs if line is None else pairs | _parse(line[1])
 
 
 def _leading_comments(statement: bytes) -> Iterator[bytes]:
@@ -128,7 +138,7 @@ def _parse(comment: bytes) -> dict[str, str]:
     unquoted = _split(_UNQUOTED, comment)
     if unquoted is not None:
         pairs = {key.decode(): value.decode(errors="replace") for key, value in unquoted}
-        if not RAILS_KEYS.isdisjoint(pairs):
+        if not (RAILS_KEYS | SEQUEL_KEYS).isdisjoint(pairs):
             return pairs
     return {}
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from pgguard.attribution.evidence import Driver, Evidence, Process
 from pgguard.attribution.fates import Fate
+from pgguard.attribution.frames import Frame
 from pgguard.attribution.runtime import Language, Runtime
 from pgguard.attribution.stacks import Stacks
 from pgguard.attribution.threads import Sleep, Thread, Waiting, Waits
@@ -78,6 +79,8 @@ class Findings:
     """Threads that wait on the connection whether or not an answer is due."""
     stacks: Stacks = field(default_factory=Stacks)
     """What Python threads were doing."""
+    opening_stack: tuple[Frame, ...] | None = None
+    """What the thread was doing that opened the connection while it did, the innermost call first."""
     only_threads: Mapping[int, Sleep] = field(default_factory=dict)
     """By pid, the sleep of the only thread of a process that has no other."""
     sleeps: Mapping[tuple[int, int], Sleep] = field(default_factory=dict)

@@ -7,29 +7,41 @@ ptrace(2) for that, which is not harmless. A stop interrupts system calls, and s
 the process would stay stopped.
 
 So it is told ``--nonblocking``: it only reads, and the process notices nothing. The price is that the stack of a thread
-which runs may be torn. Therefore stacks are given of threads that *sleep*, and only if each is seen in the same sleep
-afterwards: a thread that didn't run has not changed its stack.
+which runs may be torn. Therefore stacks are given of threads that *sleep*:
+
+- of one that is in the same sleep before py-spy starts and after it has ended: it didn't run, so that its stack has not
+  changed;
+- or, as py-spy takes long on a busy machine, and some drivers wake now and then to look for signals (psycopg 3 every
+  0.1 s), of one that was waiting for the connection before, between and after two runs of py-spy which have read the
+  very same stack: what is torn is not torn twice in the same way.
+
+py-spy takes some 30 ms of a processor, nearly all of it before it reads. So :class:`StackReader` starts it at once, for
+all processes that matter, and lets other evidence be taken meanwhile. A thread may be given the answer that it has
+waited for, and run. Then py-spy is started once more as soon as it waits for the connection again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
+import resource
 import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, Self
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pgguard.attribution import hangs
+from pgguard.attribution.evidence import Process
+from pgguard.attribution.frames import Frame, told_apart
 from pgguard.attribution.runtime import is_python
-from pgguard.attribution.threads import Obstacle, Sleep, find_sleep
+from pgguard.attribution.threads import Obstacle, Sleep, Waiting, find_sleep, sleeps_of, waiting_threads
 from pgguard.attribution.trust import (
     TRUST_REMEDY,
     closed_directory,
@@ -42,16 +54,15 @@ from pgguard.attribution.trust import (
 _PIECE = 65536
 _OUTPUT_LIMIT = 1 << 21
 """Bytes of an answer: a hundred threads' deep stacks. While one is decoded nothing else of the guard's runs."""
-
-
-class Frame(NamedTuple):
-    """A call that has not returned yet."""
-
-    function: str
-    """Its name; with Python 3.11 and newer its qualified name."""
-    file: str
-    """As the interpreter knows it: mostly an absolute path, in the process's own file system."""
-    line: int
+_PAUSE = 0.002
+"""Seconds between two looks at what threads do meanwhile."""
+_YOUNG = 0.01
+"""Seconds after its start in which py-spy is started anew rather than left to read what isn't wanted any more."""
+_RUNS = 6
+"""How often py-spy is started for one process."""
+_RESTARTS = 2
+"""How often of that it is not left to read."""
+_MOVED_ON = "it had gone on by the time that it could be read"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +72,11 @@ class Stacks:
     frames: Mapping[Sleep, tuple[Frame, ...]] = field(default_factory=dict)
     """The innermost call first. A thread that has run meanwhile, or isn't Python's, has none."""
     problems: Mapping[int, str] = field(default_factory=dict)
-    """By pid, why nothing could be found out about a whole process: a clause that can stand alone."""
+    """By pid, why nothing could be found out about a whole process, or about those of its threads that have no frames:
+    a clause that can stand alone."""
+    again: Mapping[tuple[int, int], Waiting] = field(default_factory=dict)
+    """By pid and tid, how those threads waited for the connection when their stacks were read that had run since they
+    were asked about."""
 
 
 class _Frame(BaseModel):
@@ -143,46 +158,271 @@ def _distrust(path: Path) -> str | None:
         return error.strerror or str(error)
 
 
+class Wanted(NamedTuple):
+    """A process of which stacks are wanted."""
+
+    process: Process
+    threads: Mapping[int, Sleep | None]
+    """By tid, the sleep that each was seen in; ``None``: it wasn't seen to sleep."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run of py-spy, and what the threads of its process did before it was started."""
+
+    process: Process
+    began: float
+    before: Mapping[int, Sleep]
+    """By tid, the sleeps that they were in."""
+    waited: Collection[int]
+    """The tids of those that waited for the connection."""
+    child: subprocess.Popen[bytes]
+    output: bytearray = field(default_factory=bytearray)
+    complaint: bytearray = field(default_factory=bytearray)
+    is_too_much: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing more to come from it. It isn't waited for, so that what it took can be told then."""
+        if self.is_too_much:
+            return True
+        return not self.open and os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    @property
+    def open(self) -> list[IO[bytes]]:
+        """The pipes that it may still write to."""
+        return [stream for stream in (self.child.stdout, self.child.stderr) if stream is not None and not stream.closed]
+
+    def hear(self, stream: IO[bytes]) -> None:
+        """Take what it has written. How much that is, the process decides that is looked at."""
+        said = self.output if stream is self.child.stdout else self.complaint
+        while len(said) <= _OUTPUT_LIMIT:
+            try:
+                data = os.read(stream.fileno(), _PIECE)
+            except BlockingIOError:
+                return
+            if not data:
+                stream.close()
+                return
+            said += data
+        self.is_too_much = True
+
+    def result(self) -> dict[int, tuple[Frame, ...]]:
+        """The frames by tid, when it has ended. Raises _NoDump."""
+        if self.is_too_much:
+            raise _NoDump("its stacks are too large")
+        if self.child.returncode != 0:
+            raise _NoDump(f"py-spy: {_shorten(self.complaint.decode(errors='replace'))}")
+        try:
+            return _threads(self.process.pid, _DUMP.validate_json(bytes(self.output)))
+        except ValidationError:
+            raise _NoDump("py-spy's answer can't be read") from None
+
+
+class StackReader:
+    """Reads the stacks of threads of a few Python processes, beside whatever else is done.
+
+    For one worker thread at a time; the processes neither stop nor notice. It is a context manager, at whose end no
+    child is left behind but one that can't be ended yet.
+
+    Args:
+        inode: Of the client's socket of the connection that it is about; ``None``: of none.
+        account: Is told how much of a processor's time each py-spy has taken, in seconds.
+    """
+
+    def __init__(self, inode: int | None, account: Callable[[float], None] | None = None) -> None:
+        self._inode = inode
+        self._account = account
+        self._program = find_py_spy()
+        self._runs: dict[int, _Run] = {}
+        self._begun: Counter[int] = Counter()
+        self._unsure: dict[tuple[int, int], tuple[Frame, ...]] = {}
+        """What has been read of threads that had run meanwhile."""
+        self._frames: dict[Sleep, tuple[Frame, ...]] = {}
+        self._problems: dict[int, str] = {}
+        self._again: dict[tuple[int, int], Waiting] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for pid in list(self._runs):
+            self._end(pid)
+
+    @property
+    def found(self) -> Stacks:
+        """What has been found so far."""
+        return Stacks(dict(self._frames), dict(self._problems), dict(self._again))
+
+    def begin(self, process: Process, tids: Collection[int] = ()) -> None:
+        """Begin to read the stacks of a process, unless that has been begun; returns as soon as py-spy is started.
+
+        Args:
+            process: Whoever has by now the pid of one that is gone isn't taken for it.
+            tids: Threads that will be wanted, as far as they are known. Of a process with few threads it makes no
+                difference.
+        """
+        pid = process.pid
+        if self._begun[pid] or pid in self._problems:
+            return
+        if self._program is None:
+            self._problems[pid] = lack_of_py_spy().problem
+            return
+        try:
+            _check(pid)
+        except _NoDump as reason:
+            self._problems[pid] = str(reason)
+            return
+        self._start(process, tids)
+
+    def read(self, wanted: Collection[Wanted], *, until: float, returning: float) -> Iterator[Stacks]:
+        """Read, and yield what has been found so far whenever that is more; ends when no more is to be expected.
+
+        Args:
+            wanted: Whose stacks.
+            until: When to end in any case, in seconds of time.monotonic().
+            returning: Until when to wait for threads that have run to wait for the connection again.
+        """
+        for process, threads in wanted:
+            self.begin(process, threads)
+        left = {one.process.pid: (one.process, dict(one.threads)) for one in wanted}
+        while True:
+            for pid, (process, threads) in list(left.items()):
+                run = self._runs.get(pid)
+                if run is not None and run.is_over:
+                    self._end(pid)
+                    self._take(run, threads)
+                    yield self.found
+                elif run is not None and time.monotonic() - run.began < _YOUNG and self._is_vain(run, threads):
+                    self._end(pid)
+                is_idle = pid not in self._runs and pid not in self._problems
+                if is_idle and threads and self._sleeps(process, threads):
+                    self._start(process, threads)
+                is_late = time.monotonic() >= returning or self._begun[pid] >= _RUNS
+                if not threads or pid in self._problems or (pid not in self._runs and is_late):
+                    del left[pid]
+                    if threads:
+                        self._problems.setdefault(pid, _MOVED_ON)
+            if not left or time.monotonic() >= until:
+                break
+            self._hear(min(_PAUSE, until - time.monotonic()))
+        for pid in left:
+            self._problems.setdefault(pid, "py-spy didn't answer in time" if pid in self._runs else _MOVED_ON)
+        yield self.found
+
+    def _start(self, process: Process, tids: Collection[int]) -> None:
+        pid, started = process.pid, process.started
+        if self._program is None or self._begun[pid] >= _RUNS:
+            return
+        self._begun[pid] += 1
+        before = {sleep.thread.tid: sleep for sleep in sleeps_of(process)}
+        before |= {tid: sleep for tid in tids if (sleep := find_sleep(pid, started, tid)) is not None}
+        try:
+            run = _Run(process, time.monotonic(), before, self._waiting(process), _started(self._program, pid))
+        except OSError as error:
+            self._problems[pid] = f"py-spy can't be run: {error.strerror}"
+            return
+        self._runs[pid] = run
+
+    def _hear(self, seconds: float) -> None:
+        """Take what is written, waiting so long for it at most."""
+        with selectors.PollSelector() as waiting:
+            pipes = {stream.fileno(): (run, stream) for run in self._runs.values() for stream in run.open}
+            for pipe in pipes:
+                waiting.register(pipe, selectors.EVENT_READ)
+            if not pipes:
+                time.sleep(max(0.0, seconds))
+                return
+            for key, _ in waiting.select(max(0.0, seconds)):
+                run, stream = pipes[key.fd]
+                run.hear(stream)
+
+    def _take(self, run: _Run, threads: dict[int, Sleep | None]) -> None:
+        """Keep what one run has read of these threads, of which those are left out that need no other."""
+        pid = run.process.pid
+        try:
+            dumped = run.result()
+        except _NoDump as reason:
+            self._problems[pid] = str(reason)
+            return
+        waiting = self._waiting(run.process)
+        for tid, seen in list(threads.items()):
+            frames, one = dumped.get(tid), waiting.get(tid)
+            sleep = find_sleep(pid, run.process.started, tid)
+            if sleep is None or (one is not None and one.sleep != sleep):
+                one = None
+            steady = sleep is not None and sleep == run.before.get(tid)
+            confirmed = frames is not None and tid in run.waited and self._unsure.get((pid, tid)) == frames
+            if frames is None:
+                del threads[tid]  # it isn't Python's
+            elif sleep is not None and steady and sleep == seen:
+                self._frames[sleep] = frames
+                del threads[tid]
+            elif one is not None and (steady or confirmed):
+                self._frames[one.sleep] = frames
+                self._again[pid, tid] = one
+                del threads[tid]
+            elif one is not None and tid in run.waited:
+                self._unsure[pid, tid] = frames
+            else:
+                self._unsure.pop((pid, tid), None)
+
+    def _is_vain(self, run: _Run, threads: Mapping[int, Sleep | None]) -> bool:
+        """Whether all these threads have run since before a run was started, and not again and again."""
+        if self._begun[run.process.pid] > _RESTARTS:
+            return False
+        now = {tid: find_sleep(run.process.pid, run.process.started, tid) for tid in threads}
+        return all(run.before.get(tid) is None or run.before[tid] != sleep for tid, sleep in now.items())
+
+    def _sleeps(self, process: Process, threads: Mapping[int, Sleep | None]) -> bool:
+        """Whether one of these threads is in the sleep that is asked about, or waits for the connection."""
+        now = ((seen, find_sleep(process.pid, process.started, tid)) for tid, seen in threads.items())
+        if any(seen is not None and seen == sleep for seen, sleep in now):
+            return True
+        return not threads.keys().isdisjoint(self._waiting(process))
+
+    def _waiting(self, process: Process) -> dict[int, Waiting]:
+        """By tid, the threads that wait to read from the connection and for nothing else."""
+        if self._inode is None:
+            return {}
+        waits = waiting_threads([process], self._inode)
+        return {one.thread.tid: one for one in waits.threads if one.readable and not one.others}
+
+    def _end(self, pid: int) -> None:
+        """End a run, over or not."""
+        run = self._runs.pop(pid)
+        for stream in filter(None, (run.child.stdout, run.child.stderr)):
+            stream.close()
+        before = _childrens_time()
+        # It holds nothing that would need to be put back: see the head of this module. It opens the interpreter's file,
+        # which may be in a file system that never answers.
+        hangs.leave(run.child, pid)
+        if self._account is not None:
+            self._account(_childrens_time() - before)
+
+
 def python_stacks(sleeps: Collection[Sleep], seconds: float = 0.5) -> Stacks:
     """Find out what sleeping threads are doing, those of one or several processes.
 
     For worker threads: it runs py-spy, once for each process and all at the same time. That takes 10 to 30 ms,
-    most of it processor time. The processes neither stop nor notice. When it returns, no child is left behind but one
-    that can't be ended yet.
+    most of it processor time.
 
     Args:
         sleeps: from :func:`waiting_threads` or :func:`find_sleep`. Whoever has by now the pid of a process that is
             gone isn't taken for it.
         seconds: at most, for all together.
     """
-    deadline = time.monotonic() + seconds
-    pids = dict.fromkeys(sleep.thread.pid for sleep in sleeps)
-    frames: dict[Sleep, tuple[Frame, ...]] = {}
-    problems: dict[int, str] = {}
-    program = find_py_spy()
-    if program is None:
-        return Stacks(problems=dict.fromkeys(pids, lack_of_py_spy().problem))
-    with contextlib.ExitStack() as stack:
-        children: dict[int, subprocess.Popen[bytes]] = {}
-        for pid in pids:
-            try:
-                _check(pid)
-                children[pid] = stack.enter_context(_started(program, pid))
-            except _NoDump as reason:
-                problems[pid] = str(reason)
-            except OSError as error:
-                problems[pid] = f"py-spy can't be run: {error.strerror}"
-        for pid, child in children.items():
-            try:
-                threads = _threads(pid, _result(child, deadline))
-            except _NoDump as reason:
-                problems[pid] = str(reason)
-                continue
-            for sleep in sleeps:
-                _, started, tid, _ = sleep.thread
-                if sleep.thread.pid == pid and tid in threads and find_sleep(pid, started, tid) == sleep:
-                    frames[sleep] = threads[tid]
-    return Stacks(frames, problems)
+    until = time.monotonic() + seconds
+    wanted: dict[int, dict[int, Sleep | None]] = {}
+    started = {}
+    for sleep in sleeps:
+        wanted.setdefault(sleep.thread.pid, {})[sleep.thread.tid] = sleep
+        started[sleep.thread.pid] = sleep.thread.started
+    processes = {pid: Process(pid, start, 0.0, "", (), None) for pid, start in started.items()}
+    with StackReader(None) as reader:
+        for _ in reader.read([Wanted(processes[pid], wanted[pid]) for pid in wanted], until=until, returning=0.0):
+            pass
+        return reader.found
 
 
 def _check(pid: int) -> None:
@@ -201,8 +441,7 @@ def _check(pid: int) -> None:
         raise _NoDump("it isn't Python")
 
 
-@contextlib.contextmanager
-def _started(program: str, pid: int) -> Iterator[subprocess.Popen[bytes]]:
+def _started(program: str, pid: int) -> subprocess.Popen[bytes]:
     child = subprocess.Popen(  # noqa: S603 - found by find_py_spy, with a number as its only variable argument
         [program, "dump", "--json", "--nonblocking", "--pid", str(pid)],
         stdin=subprocess.DEVNULL,
@@ -210,53 +449,15 @@ def _started(program: str, pid: int) -> Iterator[subprocess.Popen[bytes]]:
         stderr=subprocess.PIPE,
         env={},
     )
-    try:
-        yield child
-    finally:
-        for stream in filter(None, (child.stdout, child.stderr)):
-            stream.close()
-        # It holds nothing that would need to be put back: see the head of this module. It opens the interpreter's file,
-        # which may be in a file system that never answers.
-        hangs.leave(child, pid)
+    for stream in filter(None, (child.stdout, child.stderr)):
+        os.set_blocking(stream.fileno(), False)
+    return child
 
 
-def _result(child: subprocess.Popen[bytes], deadline: float) -> list[_Thread]:
-    try:
-        output, complaint = _read(child, deadline)
-        child.wait(max(0.0, deadline - time.monotonic()))
-    except (TimeoutError, subprocess.TimeoutExpired):
-        raise _NoDump("py-spy didn't answer in time") from None
-    if child.returncode != 0:
-        raise _NoDump(f"py-spy: {_shorten(complaint.decode(errors='replace'))}")
-    try:
-        return _DUMP.validate_json(output)
-    except ValidationError:
-        raise _NoDump("py-spy's answer can't be read") from None
-
-
-def _read(child: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, bytes]:
-    """What it writes to standard output and error. How much that is, the process decides that is looked at.
-
-    Raises TimeoutError, and _NoDump if it is too much.
-    """
-    said: dict[int, bytearray] = {}
-    with selectors.DefaultSelector() as waiting:
-        for stream in filter(None, (child.stdout, child.stderr)):
-            waiting.register(stream, selectors.EVENT_READ)
-            said[stream.fileno()] = bytearray()
-        while waiting.get_map():
-            ready = waiting.select(max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            for key, _ in ready:
-                data = os.read(key.fd, _PIECE)
-                said[key.fd] += data
-                if not data:
-                    waiting.unregister(key.fileobj)
-                if len(said[key.fd]) > _OUTPUT_LIMIT:
-                    raise _NoDump("its stacks are too large")
-    output, complaint = said.values()
-    return bytes(output), bytes(complaint)
+def _childrens_time() -> float:
+    """The processor's time that children have taken which have ended, in seconds: getrusage(2)."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _shorten(complaint: str) -> str:
@@ -273,7 +474,7 @@ def _threads(pid: int, dumped: list[_Thread]) -> dict[int, tuple[Frame, ...]]:
     if len(dumped) == 1 and dumped[0].os_thread_id is None and _is_single_threaded(pid):
         dumped[0].os_thread_id = pid
     return {
-        thread.os_thread_id: tuple(Frame(frame.name, frame.filename, frame.line) for frame in thread.frames)
+        thread.os_thread_id: told_apart([Frame(frame.name, frame.filename, frame.line) for frame in thread.frames])
         for thread in dumped
         if thread.os_thread_id is not None and thread.frames
     }

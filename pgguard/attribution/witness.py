@@ -16,13 +16,14 @@ from pgguard.attribution.drivers import driver_of
 from pgguard.attribution.evidence import Driver, Evidence, Process
 from pgguard.attribution.fates import Fate, fate_of
 from pgguard.attribution.findings import Findings
+from pgguard.attribution.frames import Frame
 from pgguard.attribution.holders import Holders, HolderWatch, is_older, is_younger, sole_holder
 from pgguard.attribution.namespaces import NetworkNamespaces
 from pgguard.attribution.processes import ProcessBook, read_stat
 from pgguard.attribution.runtime import Runtime, runtime_of
 from pgguard.attribution.sampling import Sample, sample_sender
 from pgguard.attribution.sockets import ClientSocket
-from pgguard.attribution.stacks import Stacks, python_stacks
+from pgguard.attribution.stacks import StackReader, Wanted
 from pgguard.attribution.threads import (
     Sleep,
     Thread,
@@ -43,6 +44,8 @@ _CLIENTS = 1024
 """Processes of which it is remembered what they run."""
 _WATCHING = 0.002
 """Seconds after which a thread waits on purpose that no answer is due to: one that was to get the last has got it."""
+_COMING = 0.03
+"""Seconds for which a thread is given to come from its send to its wait."""
 _PAUSE = 0.0005
 """Seconds between two looks at what threads do."""
 
@@ -346,9 +349,42 @@ class Witness:
             and is_fork(child.pid, opener.pid)
         )
 
-    def stacks(self, sleeps: Collection[Sleep], *, seconds: float) -> Stacks:
-        """Find out what Python threads do in their sleep: see :func:`python_stacks`."""
-        return python_stacks(sleeps, seconds)
+    @staticmethod
+    def stack_reader(opening: Opening, account: Callable[[float], None]) -> StackReader:
+        """Get ready to find out what Python threads do that use a connection: see :class:`StackReader`."""
+        return StackReader(opening.inode, account)
+
+    @staticmethod
+    def opening_stack(opening: Opening, *, until: float, account: Callable[[float], None]) -> tuple[Frame, ...] | None:
+        """Find out what a Python thread does that is just opening a connection, the innermost call first.
+
+        To be called while the client waits for the answer to its start-up packet. ``None`` unless exactly one thread of
+        the opener waits for that, and for nothing else: of an event loop it isn't known for whom it waits.
+
+        Args:
+            opening: the connection.
+            until: when to end in any case, in seconds of time.monotonic().
+            account: is told how much of a processor's time it has taken.
+        """
+        opener, inode = opening.opener, opening.inode
+        if opener is None or inode is None:
+            return None
+        deadline = min(until, time.monotonic() + _COMING)
+        while not (waiting := waiting_threads([opener], inode).threads):
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(_PAUSE)
+        sleep, tid = waiting[0].sleep, waiting[0].thread.tid
+        if len(waiting) > 1 or waiting[0].others or not waiting[0].readable:
+            return None
+        if opening.connected is not None and opening.connected[1] not in {None, tid}:
+            return None
+        with StackReader(inode, account) as reader:
+            for _ in reader.read([Wanted(opener, {tid: sleep})], until=until, returning=until):
+                pass
+            found = reader.found
+        again = found.again.get((opener.pid, tid))
+        return found.frames.get(sleep if again is None else again.sleep)
 
     @staticmethod
     def thread_name(pid: int, tid: int) -> str | None:

@@ -17,6 +17,7 @@ from rich.text import Text
 from pgguard.attribution.runtime import Language, Library
 from pgguard.cli.entry import unwinding
 from pgguard.faults.advice import advice_for, advised_software, closing, exhaustion, runtime_with
+from pgguard.faults.advice.tracing import tracing_for
 from pgguard.faults.catalogue import CATALOGUE, Severity, kind_hint
 from pgguard.faults.policy import KindAction
 from pgguard.faults.text import nearest
@@ -180,7 +181,7 @@ def _print_entry(console: Console, entry: Entry) -> None:
         _verbatim(console, text)
     _section(console, "What to change", f"{entry.advice.title}. {entry.advice.text}")
     _items(console, entry.fixes)
-    _sources(console, entry.advice)
+    _sources(console, entry.advice.sources)
     for case, advice in _CASES.get(entry.kind, {}).items():
         _print_fix(console, case, advice)
     _print_software(console, entry.kind)
@@ -208,19 +209,25 @@ def _print_advice(console: Console, entry: Entry, runtime: Runtime) -> None:
     if advice == entry.advice:
         _section(console, "What to change", f"{advice.title}. {advice.text}")
         _items(console, entry.fixes)
-        _sources(console, advice)
+        _sources(console, advice.sources)
     else:
         _print_fix(console, f"What to change in {_heading(runtime)}", advice)
+    if (tracing := tracing_for(entry.kind, runtime)) is not None:
+        _print_instructions(console, "To see in a report which code it was", *tracing)
     if not (runtime.server or runtime.libraries):
         _print_software(console, entry.kind, runtime.language)
 
 
 def _print_fix(console: Console, heading: str, advice: Advice) -> None:
-    _section(console, heading, f"{advice.title}. {advice.text}")
-    if advice.code is not None:
+    _print_instructions(console, heading, f"{advice.title}. {advice.text}", advice.code, advice.sources)
+
+
+def _print_instructions(console: Console, heading: str, text: str, code: str | None, sources: Sequence[str]) -> None:
+    _section(console, heading, text)
+    if code is not None:
         console.print()
-        _verbatim(console, advice.code)
-    _sources(console, advice)
+        _verbatim(console, code)
+    _sources(console, sources)
 
 
 def _print_software(console: Console, kind: Kind, language: Language | None = None) -> None:
@@ -274,10 +281,10 @@ def _items(console: Console, items: Sequence[str]) -> None:
         console.print(Padding(table, (0, 0, 0, 2)), highlight=False)
 
 
-def _sources(console: Console, advice: Advice) -> None:
-    if advice.sources:
+def _sources(console: Console, sources: Sequence[str]) -> None:
+    if sources:
         console.print()
-    for source in advice.sources:
+    for source in sources:
         _verbatim(console, f"See {source}", indent=2)
 
 

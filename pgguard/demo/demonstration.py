@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,7 @@ _GUARD_START_SECONDS = 10.0
 _GUARD_STOP_SECONDS = 1.5
 
 _GRAVITY = ("error", "warning", "info")
+_APPLICATION = "app.py"
 _FAULTS = "faults.jsonl"
 _LOG = "guard.log"
 
@@ -66,6 +68,7 @@ With --mode reject, pgguard ends a misused session before anybody gets another's
 class _Run:
     """One run of the application, through one of the guard's listeners."""
 
+    application: Path
     transport: str
     host: str
     port: int
@@ -85,7 +88,7 @@ class _Run:
         )
 
     async def perform(self) -> None:
-        command = [sys.executable, "-m", "pgguard.demo.app", *(["--fixed"] if self.fixed else [])]
+        command = [sys.executable, str(self.application), *(["--fixed"] if self.fixed else [])]
         done = await trio.run_process(
             command,
             env=os.environ | {"DATABASE_URL": self.database_url},
@@ -161,7 +164,9 @@ async def _demonstrate(width: int) -> tuple[Sequence[_Run], _Findings]:
         say("Starting the guard in front of it")
         async with _running_guard(cluster.conninfo, directory, width) as listeners:
             say("Running an application that shares a connection between two workers, and a corrected one")
-            runs = await _perform(listeners)
+            # Not from where it is installed: what is there is a library's code, as far as a report can tell.
+            application = Path(shutil.copy(Path(__file__).with_name(_APPLICATION), directory))
+            runs = await _perform(application, listeners)
         findings = _Findings.read(directory)
         say("Stopping PostgreSQL")
     return runs, findings
@@ -218,8 +223,10 @@ async def _kill_session(process: trio.Process) -> None:
     os.killpg(process.pid, signal.SIGKILL)
 
 
-async def _perform(listeners: Sequence[tuple[str, str, int]]) -> list[_Run]:
-    runs = [_Run(*listener, fixed=fixed, seen=Counter()) for fixed in (False, True) for listener in listeners]
+async def _perform(application: Path, listeners: Sequence[tuple[str, str, int]]) -> list[_Run]:
+    runs = [
+        _Run(application, *listener, fixed=fixed, seen=Counter()) for fixed in (False, True) for listener in listeners
+    ]
     async with trio.open_nursery() as nursery:
         for run in runs:
             nursery.start_soon(run.perform)
@@ -259,10 +266,9 @@ def _show(console: Console, runs: Sequence[_Run], findings: _Findings) -> int:
         console.rule(f"{title} over {run.transport}", align="left")
         _show_seen(console, run)
         found = findings.of(run)
-        told = found if run.fixed else sorted(found, key=lambda fault: _GRAVITY.index(fault["severity"]))[:1]
-        first = " The most serious one:\n" if told and not run.fixed else ""
+        told = found if run.fixed else sorted(found, key=_gravity)[:1]
         console.print()
-        _show_prose(console, f"pgguard saw {_kinds(found) or 'nothing wrong'}.{first}")
+        _show_prose(console, f"pgguard saw {_kinds(found) or 'nothing wrong'}.{_how_told(told, run)}")
         for fault in told:
             _show_plain(console, findings.report(fault))
         if run.fixed == bool(told):
@@ -272,6 +278,19 @@ def _show(console: Console, runs: Sequence[_Run], findings: _Findings) -> int:
     console.print()
     _show_prose(console, _NEXT)
     return status
+
+
+def _gravity(fault: Mapping[str, Any]) -> int:
+    return _GRAVITY.index(fault["severity"])
+
+
+def _how_told(told: Sequence[Mapping[str, Any]], run: _Run) -> str:
+    """What to say in front of what is told of a run."""
+    if run.fixed or not told:
+        return ""
+    if told[0]["repeat_of"] is None:
+        return " The most serious one:\n"
+    return f" The most serious one has the same cause as fault {told[0]['repeat_of']}, and so no report of its own:\n"
 
 
 def _show_seen(console: Console, run: _Run) -> None:

@@ -10,17 +10,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from pgguard.attribution.declared import RAILS_KEYS, SQLCOMMENTER_KEYS
+from pgguard.attribution.declared import RAILS_KEYS, SEQUEL_KEYS, SQLCOMMENTER_KEYS
 from pgguard.attribution.evidence import Driver, Evidence
 from pgguard.attribution.findings import Findings
+from pgguard.attribution.frames import place
 from pgguard.faults.advice import advice_for
 from pgguard.faults.advice.closing import COPY_ADVICE, advice_on_closing
 from pgguard.faults.advice.exhaustion import advice_on_exhaustion
+from pgguard.faults.advice.tracing import tracing_for
 from pgguard.faults.catalogue import CATALOGUE, SERVERS_ADVICE, SETTLED_ADVICE, STRANGERS_ADVICE, severity_of
 from pgguard.faults.causes import Instance, program
 from pgguard.faults.culprits import find_culprits, foremost, sender_evidence, tell_story
 from pgguard.faults.docket import Family
-from pgguard.faults.fault import OUTLINED, Culprit, Fault, Request, Role
+from pgguard.faults.fault import OUTLINED, Chapter, Culprit, Fault, Request, Role
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode, SqlText
 from pgguard.faults.summaries import summarize
@@ -34,8 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pgguard.attribution.findings import Share
+    from pgguard.attribution.frames import Frame
     from pgguard.attribution.runtime import Runtime
-    from pgguard.attribution.stacks import Frame
+    from pgguard.faults.advice.tracing import Tracing
     from pgguard.faults.catalogue import Advice, Severity
     from pgguard.faults.fault import SessionFacts
     from pgguard.session.verdicts import RequestSeen
@@ -43,9 +46,11 @@ if TYPE_CHECKING:
 
 _LINE: Final = 1000
 """Characters of a summary, at most: twice what eight named processes take."""
+_PLACE: Final = 200
+"""Characters of a place in the application, at most."""
 _MAY_BE_LIBPQ: Final = frozenset({Driver.LIBPQ, Driver.UNKNOWN})
 """Drivers whose users may find libpq's texts in their logs."""
-_LIBRARIES_KEYS: Final = SQLCOMMENTER_KEYS | RAILS_KEYS | {"application_name"}
+_LIBRARIES_KEYS: Final = SQLCOMMENTER_KEYS | RAILS_KEYS | SEQUEL_KEYS | {"application_name"}
 _OTHERS_ADVICE: Final = {Party.SERVER: SERVERS_ADVICE, Party.STRANGER: STRANGERS_ADVICE}
 
 
@@ -81,6 +86,7 @@ def build_fault(
         repeat_of=None,
         suppressed=0,
         summary=_in_one_line(summarize(verdict, findings, culprits)),
+        place=_place(culprits),
         reason=_in_one_line(verdict.reason),
         session=_session(facts),
         message=verdict.message,
@@ -89,12 +95,13 @@ def build_fault(
         sent_by=verdict.author if verdict.message is not None else None,
         requests=tuple(_request(request, findings, sql_mode) for request in verdict.requests),
         advice=_advice(verdict, findings, culprits),
-        story=tell_story(findings, facts.opened_at),
+        story=tuple(map(_chapter, tell_story(findings, facts.opened_at))),
         shares=None if findings.shares is None else tuple(map(_share, findings.shares)),
         limit=None if verdict.refusal is None else verdict.refusal.limit,
         unnamed=unnamed,
         by=verdict.by,
         over=_is_over(verdict, action),
+        tracing=_tracing(verdict, culprits),
     )
 
 
@@ -194,9 +201,31 @@ def _culprit(culprit: Culprit, sql_mode: SqlMode) -> Culprit:
         culprit,
         process=None if culprit.process is None else discreet(culprit.process),
         thread_name=None if culprit.thread_name is None else redact_name(culprit.thread_name),
-        stack=None if culprit.stack is None else tuple(map(_frame, culprit.stack)),
+        stack=_stack(culprit.stack),
         declared=None if culprit.declared is None else _declared(culprit.declared, sql_mode),
     )
+
+
+def _chapter(chapter: Chapter) -> Chapter:
+    return chapter if chapter.stack is None else replace(chapter, stack=_stack(chapter.stack))
+
+
+def _stack(frames: tuple[Frame, ...] | None) -> tuple[Frame, ...] | None:
+    return None if frames is None else tuple(map(_frame, frames))
+
+
+def _place(culprits: tuple[Culprit, ...]) -> str | None:
+    """Where in the application the one was that did it; of another one it says nothing, as the summary is about it."""
+    found = None if not culprits or culprits[0].stack is None else place(culprits[0].stack)
+    return None if found is None else shorten(printable(found), _PLACE)
+
+
+def _tracing(verdict: Verdict, culprits: tuple[Culprit, ...]) -> Tracing | None:
+    """How to see which code it was next time, if nothing says it of the one that did it."""
+    first = culprits[0] if culprits else None
+    if first is None or first.runtime is None or first.declared or first.stack is not None:
+        return None
+    return tracing_for(verdict.kind, first.runtime)
 
 
 def _frame(frame: Frame) -> Frame:

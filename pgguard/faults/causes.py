@@ -28,6 +28,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from pgguard.attribution.evidence import Evidence
 from pgguard.faults.catalogue import CATALOGUE
 from pgguard.faults.fault import Fault, Role, Spread
 from pgguard.faults.text import title
@@ -238,6 +239,10 @@ class Causes:
         """A cause, if it is remembered."""
         return self._causes.get(key)
 
+    def foresee(self, key: CauseKey) -> Cause | None:
+        """The cause that one by this name would be taken for, if it is remembered. Any thread may ask."""
+        return self._causes.get(key) or self._causes.get(self._place(key))
+
     def come(self, key: CauseKey, at: float) -> tuple[CauseKey, Cause, list[Fault]]:
         """A cause has come, known or new.
 
@@ -325,10 +330,11 @@ class Causes:
 
     def _place(self, key: CauseKey) -> CauseKey:
         """What a cause is known by that has not come by this name: it may be another one, of which more is known."""
-        known = [one for one in self._causes if key.fits(one)]
+        names = list(self._causes)  # at once, as another thread may ask
+        known = [one for one in names if key.fits(one)]
         if len(known) == 1:
             return known[0]
-        return _rest(key.kind, key.severity) if sum(map(key.is_like, self._causes)) >= ALIKE else key
+        return _rest(key.kind, key.severity) if sum(map(key.is_like, names)) >= ALIKE else key
 
     def _new(self, at: float) -> Cause:
         self._last_number += 1
@@ -347,6 +353,7 @@ class Causes:
             cause=cause.number,
             repeat_of=what.of.repeat_of or what.of.id,
             suppressed=cause.note_record(at),
+            place=None,
         )
         cause.actions.add(fault.action)
         if what.instance is not None:
@@ -410,7 +417,7 @@ def _program_of(culprit: Culprit) -> str:
     """
     if culprit.process is not None:
         return program(culprit.process.cmdline)
-    declared = culprit.declared or {}
+    declared = (culprit.declared or {}) if culprit.evidence is Evidence.DECLARED else {}
     return program([declared[name] for name in _OWN_NAMES if name in declared])
 
 

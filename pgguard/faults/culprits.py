@@ -32,8 +32,10 @@ request before. Who waits for the last answer isn't taken for the one that has a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from pgguard.attribution.declared import declared
 from pgguard.attribution.evidence import Driver, Evidence, Process
 from pgguard.attribution.runtime import Language
 from pgguard.faults.conclude import AT_ONCE
@@ -44,9 +46,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from pgguard.attribution.findings import Findings
-    from pgguard.attribution.stacks import Frame
+    from pgguard.attribution.frames import Frame
     from pgguard.attribution.threads import Sleep, Waiting
-    from pgguard.session.verdicts import Verdict
+    from pgguard.session.verdicts import RequestSeen, Verdict
 
 MOST: Final = 8
 """Culprits that a record names beside the owner."""
@@ -133,7 +135,14 @@ class _Bench:
             )
         if not any(culprit.pid for culprit in culprits) and findings.declared:
             culprits.append(_declared(findings))
-        return tuple(culprits)
+        return tuple(map(self._quoted, culprits))
+
+    def _quoted(self, culprit: Culprit) -> Culprit:
+        """A culprit with what its own requests say of themselves."""
+        if culprit.pid is None or culprit.role in {Role.OWNER, Role.HOLDER}:
+            return culprit
+        own = declared(None, (text for one in self._verdict.requests if (text := _text_of(one, culprit)) is not None))
+        return replace(culprit, declared=own) if own else culprit
 
     def _owner(self) -> Iterator[Culprit]:
         opener, connected = self._findings.opener, self._findings.connected
@@ -208,7 +217,10 @@ class _Bench:
         self, role: Role, pid: int, process: Process | None, evidence: Evidence, tid: int, tid_evidence: Evidence
     ) -> Culprit:
         findings = self._findings
-        waiting = next((one for one in findings.waits.threads if (one.thread.pid, one.thread.tid) == (pid, tid)), None)
+        waiting = findings.stacks.again.get((pid, tid))
+        if waiting is None:
+            waits = findings.waits.threads
+            waiting = next((one for one in waits if (one.thread.pid, one.thread.tid) == (pid, tid)), None)
         only = findings.sleeps.get((pid, tid)) or findings.only_threads.get(pid)
         name = waiting.name if waiting is not None else findings.thread_names.get((pid, tid))
         if name is None and tid == pid and process is not None:
@@ -250,6 +262,15 @@ class _Bench:
         was_alone = alone is not None and alone.pid == pid
         evidence = Evidence.SOLE_HOLDER if was_alone else Evidence.SOCKET_HOLDER
         return self._of(Role.CLOSER, pid, self._known.get(pid), evidence)
+
+
+def _text_of(request: RequestSeen, culprit: Culprit) -> bytes | None:
+    """The text of a request that a culprit has sent, if there is all of it."""
+    sender = request.sender
+    if sender is None or request.sql_cut or sender.pid != culprit.pid:
+        return None
+    is_own = sender.tid is None or culprit.tid is None or sender.tid == culprit.tid
+    return request.sql if is_own else None
 
 
 def last_holder(verdict: Verdict, findings: Findings) -> int | None:
@@ -312,7 +333,10 @@ def tell_story(findings: Findings, opened_at: float) -> tuple[Chapter, ...]:
         opened_at: when the connection was opened, in seconds since the epoch.
     """
     opener = findings.opener_pid
-    chapters = [] if opener is None else [Chapter(Event.OPENED, opened_at, opener, None, _opener_evidence(findings))]
+    chapters = []
+    if opener is not None:
+        evidence = _opener_evidence(findings)
+        chapters.append(Chapter(Event.OPENED, opened_at, opener, None, evidence, findings.opening_stack))
     holders = findings.holders or ()
     had_it = {process.pid for process in (*holders, *findings.departed)} | ({opener} if opener is not None else set())
     evidence = Evidence.SOCKET_HOLDER if findings.sole_holder is None else Evidence.SOLE_HOLDER

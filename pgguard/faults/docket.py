@@ -198,6 +198,15 @@ class Docket:
                 self._families.popitem(last=False)
         return Entered(fault, tuple(records))
 
+    def is_new(self, verdict: Verdict, fault: Fault) -> bool:
+        """Whether a fault is going to be recorded in full if it is entered. Any thread may ask."""
+        cause = self._causes.foresee(cause_key(verdict, fault))
+        return cause is None or cause.full < FULL_RECORDS
+
+    def has_any(self, kind: Kind) -> bool:
+        """Whether a cause of this kind is known."""
+        return any(cause.standing is not None and cause.standing.kind is kind for cause in self._causes)
+
     def familiar(self, family: Family) -> Fault | None:
         """The first fault of the cause that this one is of too, if that can be told without evidence."""
         key = self._families.get(family)

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.evidence import Evidence, Process
     from pgguard.attribution.findings import Share
+    from pgguard.attribution.frames import Frame
     from pgguard.attribution.runtime import Runtime
-    from pgguard.attribution.stacks import Frame
+    from pgguard.faults.advice.tracing import Tracing
     from pgguard.faults.catalogue import Advice, Severity
     from pgguard.faults.policy import Action
     from pgguard.faults.sql import SqlText
@@ -80,7 +81,7 @@ class Culprit:
     runtime: Runtime | None = None
     """What the process runs."""
     declared: Mapping[str, str] | None = None
-    """What a client says about itself, if its process can't be looked at."""
+    """What a client says about itself: if its process can't be looked at, or in the comments of its requests."""
 
 
 class Event(StrEnum):
@@ -106,6 +107,8 @@ class Chapter:
     parent: int | None
     """The parent that the process inherited it from, if that is known to have had it open."""
     evidence: Evidence
+    stack: tuple[Frame, ...] | None = None
+    """What the thread was doing that opened it while it did, the innermost call first, if that was looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +189,27 @@ class Fault:
     """The number of its cause: counts those of one run of the guard, from 1."""
     spread: Spread | None = None
     """Of a repeat, how far its cause has spread."""
+    tracing: Tracing | None = None
+    """How to have requests say which code sends them, where no stack says it."""
+    place: str | None = None
+    """Where in the application the first culprit was that was seen there: ``app.py:23 in load_user``."""
+
+    @property
+    def headline(self) -> str:
+        """The summary, with the place in the application."""
+        return self.summary if self.place is None else f"{self.summary}; seen at {self.place}"
 
     def outlined(self) -> Fault:
         """The same fault without what has been found out about it: what is left can be told in any case."""
         session = replace(self.session, user=None, database=None, application_name=None)
         return replace(
-            self, summary=OUTLINED, reason=OUTLINED, session=session, culprits=(), requests=(), story=(), shares=None
+            self,
+            summary=OUTLINED,
+            place=None,
+            reason=OUTLINED,
+            session=session,
+            culprits=(),
+            requests=(),
+            story=(),
+            shares=None,
         )

@@ -9,17 +9,26 @@ from typing import TYPE_CHECKING, Final
 from pgguard.attribution.declared import declared
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.findings import Findings
+from pgguard.attribution.stacks import Wanted
 from pgguard.attribution.threads import Waits
+from pgguard.faults.build import build_fault
+from pgguard.faults.conclude import conclude
 from pgguard.faults.culprits import known_processes, last_holder
+from pgguard.faults.policy import Action
+from pgguard.faults.sql import SqlMode
+from pgguard.proxy.losses import Loss, spared
 from pgguard.proxy.rollcall import count
-from pgguard.session.verdicts import Kind, Party
+from pgguard.session.verdicts import AFTER_END, Direction, Kind, Party
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pgguard.attribution.evidence import Process
+    from pgguard.attribution.stacks import StackReader
     from pgguard.attribution.threads import Sleep
     from pgguard.attribution.witness import Opening, Witness
+    from pgguard.faults.docket import Docket
+    from pgguard.faults.fault import Fault
     from pgguard.proxy.rollcall import Counted
     from pgguard.proxy.session import ProxiedSession
     from pgguard.session.verdicts import Verdict
@@ -35,11 +44,18 @@ _ENDING_BUDGET: Final = 0.15
 sockets a moment before."""
 _DESCRIBED: Final = 6
 """Processes of which it is looked at what they run and what their only thread does."""
-_PROGRAMS_BUDGET: Final = 0.01
-"""Seconds that are left for it to be seen what the processes run."""
+_LAST_WORDS: Final = 0.01
+"""Seconds that are left, when the stacks have been read, for what was found to be taken over."""
 _STACKED: Final = 2
-"""Threads whose stacks are read, both sides of a fault: more of them at once would have none in time."""
+"""Processes whose stacks are read, both sides of a fault: more of them at once would have none in time."""
+_NOT_AMONG_THEM: Final = "only two processes' stacks are read for a fault"
+_COMING_BUDGET: Final = 0.03
+"""Seconds for which a culprit is given to come to its wait where stacks are read anyway, which takes as long."""
+_RETURNING: Final = 0.125
+"""Seconds for which a thread that has got its answer is given to wait for the connection again."""
 
+_SHOWN_BY_EVIDENCE: Final = frozenset({Kind.REQUEST_WHILE_BUSY, Kind.FOREIGN_TERMINATE})
+"""Kinds that evidence may make another one of, or none at all."""
 _READ_BY_CLIENTS: Final = frozenset(Kind) - {
     Kind.UNCLEAN_CLOSE,
     Kind.CONNECTION_EXHAUSTION,
@@ -84,6 +100,7 @@ def known_at_once(session: ProxiedSession) -> Findings:
         runtimes=runtimes,
         last_sole_holder=session.last_sole_holder,
         survivors=session.sightings.survivors,
+        opening_stack=session.opening_stack,
     )
 
 
@@ -99,6 +116,8 @@ class Investigation:
         evidence: where what is found is put, piece by piece.
         counted: of a connection-exhaustion, the sessions that count toward the limit.
         budget: seconds in which it has to be done, from its beginning.
+        docket: knows the causes that need no stacks any more.
+        account: is told how much of a processor's time reading stacks takes.
     """
 
     def __init__(
@@ -109,6 +128,8 @@ class Investigation:
         evidence: Evidence,
         counted: Sequence[Counted],
         budget: float,
+        docket: Docket,
+        account: Callable[[float], None],
     ) -> None:
         self._witness = witness
         self._session = session
@@ -116,6 +137,9 @@ class Investigation:
         self._evidence = evidence
         self._counted = counted
         self._budget = budget
+        self._docket = docket
+        self._account = account
+        self._is_early = False
         self._ends = time.monotonic() + budget
         self._since: float | None = None
         self._stacks = True
@@ -130,7 +154,9 @@ class Investigation:
         """
         self._ends = time.monotonic() + self._budget
         self._since = since
-        self._stacks = stacks and since is None
+        self._stacks = stacks and since is None and self._verdict.by is Party.CLIENT
+        is_certain = self._verdict.kind not in _SHOWN_BY_EVIDENCE and self._verdict.reason != AFTER_END
+        self._is_early = self._stacks and is_certain and not self._docket.has_any(self._verdict.kind)
 
     def note_known(self) -> None:
         """Take over what is known by now of the session's client without looking."""
@@ -174,6 +200,16 @@ class Investigation:
         self.look_at_named()
         if opening is None:
             return
+        with self._witness.stack_reader(opening, self._account) as reader:
+            if self._is_early:
+                # It takes longer than all the rest, and is done beside it where it is going to be told for certain.
+                for process, tids in self._named_threads()[:_STACKED]:
+                    reader.begin(process, tids)
+            self._look_around(opening, unnamed=unnamed, heirs=heirs)
+            if self._stacks and self._is_news():
+                self._look_at_stacks(reader)
+
+    def _look_around(self, opening: Opening, *, unnamed: bool, heirs: Sequence[Process]) -> None:
         self._look_at_holders(opening)
         if unnamed:
             self._look_for_the_closer(opening, heirs)
@@ -183,8 +219,22 @@ class Investigation:
             self._count_connections()
         if self._verdict.by is Party.CLIENT:
             self._look_at_threads(opening)
-            self._look_at_stacks()
         self._look_at_programs()
+
+    def _is_news(self) -> bool:
+        """Whether it is the first fault of its cause; if that can't be told, it may be."""
+        found, is_news = self._findings, True
+        with spared(Loss.EVIDENCE, self._session):
+            concluded = conclude(self._verdict, found)
+            is_news = False
+            if concluded is not None:
+                is_news = self._docket.is_new(concluded, self._outline(concluded, found))
+        return is_news
+
+    def _outline(self, verdict: Verdict, findings: Findings) -> Fault:
+        """The fault, as far as its cause depends on it."""
+        facts = self._session.facts()
+        return build_fault(verdict, facts, findings, at=0.0, action=Action.LOGGED, sql_mode=SqlMode.NONE)
 
     @property
     def _findings(self) -> Findings:
@@ -225,6 +275,7 @@ class Investigation:
             watchers=session.sightings.watchers,
             survivors=session.sightings.survivors,
             last_sole_holder=session.last_sole_holder,
+            opening_stack=session.opening_stack,
             declared=declared(None if protocol is None else protocol.application_name, texts),
             driver=self._driver(),
             runtimes=self._findings.runtimes,
@@ -267,7 +318,8 @@ class Investigation:
     def _look_at_threads(self, opening: Opening) -> None:
         holders = self._findings.holders or ()
         if self._verdict.kind in _READ_BY_CLIENTS and holders:
-            seconds = _WAITING_BUDGET if self._since is None else 0.0
+            budget = _COMING_BUDGET if self._is_early and self._awaits_answer() else _WAITING_BUDGET
+            seconds = budget if self._since is None else 0.0
             waits = self._witness.waits(opening, holders, enough=self._is_enough, seconds=seconds)
             self._evidence.asleep |= {one.sleep for one in waits.threads}
             self._findings = replace(self._findings, waits=self._with_earlier(waits))
@@ -342,13 +394,50 @@ class Investigation:
         runtimes = {**self._findings.runtimes, **self._witness.runtimes(described)}
         self._findings = replace(self._findings, runtimes=runtimes)
 
-    def _look_at_stacks(self) -> None:
+    def _look_at_stacks(self, reader: StackReader) -> None:
+        wanted = self._wanted()
+        if not wanted:
+            return
+        until = self._ends - _LAST_WORDS
+        returning = self._ends - self._budget + _RETURNING if self._awaits_answer() else 0.0
+        others = known_processes(self._findings).keys() - {process.pid for process, _ in wanted}
+        problems = dict.fromkeys(others, _NOT_AMONG_THEM)
+        for stacks in reader.read(wanted, until=until, returning=returning):
+            told = replace(stacks, problems={**problems, **stacks.problems})
+            self._findings = replace(self._findings, stacks=told)
+        # Who was on its way to its sleep before is in it by now.
+        unseen = [process for process, _ in wanted if process.pid not in self._findings.only_threads]
+        only = {**self._findings.only_threads, **self._witness.only_threads(unseen)}
+        self._findings = replace(self._findings, only_threads=only)
+
+    def _awaits_answer(self) -> bool:
+        """Whether the message that is judged is one that its sender waits for an answer to."""
+        message = self._verdict.message
+        return message is not None and message.direction is Direction.FRONTEND and message.type != "X"
+
+    def _named_threads(self) -> list[tuple[Process, list[int]]]:
+        """The processes that the verdict names, who did it first, with those of their threads that it names."""
+        known = known_processes(self._findings)
+        senders = [sender for sender in (self._verdict.intruder, *self._verdict.requesters) if sender is not None]
+        return [
+            (known[pid], [one.tid for one in senders if one.pid == pid and one.tid is not None])
+            for pid in self._named()
+            if pid in known
+        ]
+
+    def _wanted(self) -> list[Wanted]:
+        """Whose stacks are of interest: those of both sides, and of who else waits, or has nothing else to do."""
         findings = self._findings
-        sleeps: list[Sleep] = [one.sleep for one in findings.waiting]
-        sleeps += [sleep for threads in findings.restless.values() for sleep in threads.values() if sleep is not None]
-        others = (*findings.sleeps.values(), *findings.only_threads.values())
-        sleeps += [sleep for sleep in dict.fromkeys(others) if sleep not in sleeps]
-        remaining = self._ends - _PROGRAMS_BUDGET - time.monotonic()
-        if sleeps and remaining > 0 and self._stacks:
-            stacks = self._witness.stacks(sleeps[:_STACKED], seconds=remaining)
-            self._findings = replace(self._findings, stacks=stacks)
+        known = known_processes(findings)
+        wanted: dict[int, dict[int, Sleep | None]] = {}
+        for process, tids in self._named_threads():
+            wanted[process.pid] = dict.fromkeys(tids)
+            if not tids and self._witness.has_one_thread(process):
+                wanted[process.pid][process.pid] = None
+        seen = [one.sleep for one in findings.waiting]
+        seen += [sleep for threads in findings.restless.values() for sleep in threads.values() if sleep is not None]
+        seen += [*findings.sleeps.values(), *findings.only_threads.values()]
+        for sleep in seen:
+            threads, tid = wanted.setdefault(sleep.thread.pid, {}), sleep.thread.tid
+            threads[tid] = threads.get(tid) or sleep
+        return [Wanted(known[pid], threads) for pid, threads in wanted.items() if threads and pid in known][:_STACKED]

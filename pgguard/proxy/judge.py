@@ -28,7 +28,7 @@ from pgguard.proxy import looking
 from pgguard.proxy.investigation import Evidence, Investigation, known_at_once
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.rollcall import call_roll
-from pgguard.proxy.turns import Allowance, Desk, Stint, Turns, Urgency, spent_by_children, timed
+from pgguard.proxy.turns import Allowance, Desk, Stint, Turns, Urgency, timed
 from pgguard.session.verdicts import AFTER_END, Kind, Sender, Verdict
 from pgguard.wire.fields import build_error_response
 
@@ -158,9 +158,9 @@ class Judge:
         self._waiting_desk = Desk(_INVESTIGATIONS, _LINE)
         self._evidence = Allowance(_EVIDENCE_SHARE, _EVIDENCE_SAVINGS)
         self._stacks = Allowance(_STACKS_SHARE, _STACKS_SAVINGS)
-        self._children = spent_by_children()
         self._taken: deque[float] = deque()
-        """What looks have taken that is not accounted for yet, in seconds."""
+        self._taken_by_stacks: deque[float] = deque()
+        """What looks have taken that is not accounted for yet, and what reading stacks has, in seconds."""
         self._sampling = Allowance(_SAMPLING_SHARE, _SAMPLING_SAVINGS)
         self._strangers_send, self._strangers = trio.open_memory_channel[
             tuple["ProxiedSession", int, "Process | None"]
@@ -449,7 +449,7 @@ class Judge:
         if session.connected is not None and (session.opening is None or doubtful):
             # With evidence of its own: if it comes too late, it goes on beside the next look.
             first = Evidence(evidence.findings)
-            look = Investigation(witness, session, verdict, first, counted, self._evidence_budget)
+            look = self._investigation(session, verdict, first, witness)
             try:
                 with trio.move_on_after(_GOODBYE_BUDGET if doubtful else self._evidence_budget):
                     async with self._desk.place(urgency, insist=doubtful) as served:
@@ -458,7 +458,7 @@ class Judge:
                             await self._look(look.look_at_named, self._threads)
             finally:
                 evidence.findings, evidence.met = first.findings, dict(first.met)
-        investigation = Investigation(witness, session, verdict, evidence, counted, self._evidence_budget)
+        investigation = self._investigation(session, verdict, evidence, witness, counted)
         waits = verdict.kind is Kind.UNCLEAN_CLOSE
         desk, threads = (self._waiting_desk, self._waiting_threads) if waits else (self._desk, self._threads)
         # Whether it is a fault at all shows only now.
@@ -472,6 +472,25 @@ class Judge:
                     limit.deadline = min(limit.deadline, trio.current_time() + budget)
                     investigation.begin(began if desk.is_crowded else None, stacks=self._stacks.has_any())
                     await self._look(investigation.investigate, threads)
+
+    def _investigation(
+        self,
+        session: ProxiedSession,
+        verdict: Verdict,
+        evidence: Evidence,
+        witness: Witness,
+        counted: tuple[Counted, ...] = (),
+    ) -> Investigation:
+        return Investigation(
+            witness,
+            session,
+            verdict,
+            evidence,
+            counted,
+            self._evidence_budget,
+            docket=self._docket,
+            account=self._taken_by_stacks.append,
+        )
 
     def _depends_on_the_driver(self, session: ProxiedSession, verdict: Verdict) -> bool:
         """Whether a session is to be ended unless its driver, which isn't known yet, may do what it did."""
@@ -490,9 +509,8 @@ class Judge:
         try:
             await looking.look(run, limiter=threads)
         finally:
-            children = spent_by_children()
-            self._stacks.spend(children - self._children)
-            self._children = children
+            while self._taken_by_stacks:
+                self._stacks.spend(self._taken_by_stacks.popleft())
             while self._taken:
                 self._evidence.spend(self._taken.popleft())
 

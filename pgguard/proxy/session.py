@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pgguard.attribution.evidence import Process
+    from pgguard.attribution.frames import Frame
     from pgguard.attribution.sockets import ClientSocket
     from pgguard.attribution.witness import Opening
     from pgguard.proxy.addresses import Address
@@ -187,6 +188,9 @@ class ProxiedSession:
         """Bytes that the client has been sent before the first of the server's: one for each encryption declined."""
         self.opening: Opening | None = None
         """Who opened it, once that has been found out."""
+        self.opening_stack: tuple[Frame, ...] | None = None
+        """What the thread was doing that opened it while it did, if that was looked at: see
+        :mod:`pgguard.proxy.openers`."""
         self.last_sole_holder: Process | None = None
         """The process that was alone with it when anybody was last seen to have it open."""
         self.opening_known = trio.Event()

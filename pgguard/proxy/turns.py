@@ -13,7 +13,6 @@ of them costs trio's thread a millisecond for its ruling and record, and worker 
 
 from __future__ import annotations
 
-import resource
 import time
 from contextlib import asynccontextmanager
 from enum import IntEnum
@@ -197,9 +196,3 @@ def timed(function: Callable[[*Ts], T], *args: *Ts) -> tuple[T, float]:
     began = time.thread_time()
     result = function(*args)
     return result, time.thread_time() - began
-
-
-def spent_by_children() -> float:
-    """How much of the processor's time the children have taken that have ended, in seconds: getrusage(2)."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime

@@ -32,6 +32,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from pgguard.attribution.evidence import Evidence
+from pgguard.attribution.frames import place, short_path
 from pgguard.faults.catalogue import CATALOGUE, Severity
 from pgguard.faults.causes import CAUSES
 from pgguard.faults.docket import EXPLAINED_BY
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.evidence import Process
     from pgguard.attribution.findings import Share
+    from pgguard.attribution.frames import Frame
+    from pgguard.faults.advice.tracing import Tracing
     from pgguard.faults.catalogue import Advice
     from pgguard.faults.fault import SessionFacts, Spread
 
@@ -85,7 +88,10 @@ _PLACE_LENGTH: Final = 200
 _TICK: Final = 0.02
 """Seconds by which a process's start, which the kernel counts in ticks, can seem to be too early."""
 _FRAMES: Final = 8
-"""Calls of a stack that are printed, the innermost ones."""
+"""Calls of a stack that are printed, the innermost ones, where none is the application's own."""
+_INNERMOST: Final = 2
+_OWN_FRAMES: Final = 5
+"""Otherwise: so many of the innermost ones, and of the application's own."""
 
 _GIVEN: Final = 64
 """Pieces of advice that are remembered as printed."""
@@ -154,7 +160,7 @@ def summary_line(fault: Fault) -> str:
     if fault.by is Party.STRANGER and not fault.culprits and fault.session.client is not None:
         session += f" from {fault.session.client}"
     if fault.repeat_of is None:
-        return printable(f"SUMMARY: pgguard: {fault.kind}: {fault.summary} (fault {fault.id}, {session})")
+        return printable(f"SUMMARY: pgguard: {fault.kind}: {fault.headline} (fault {fault.id}, {session})")
     how_far = "" if fault.spread is None else f": {_spread(fault.spread)}"
     return printable(
         f"SUMMARY: pgguard: {fault.kind}: fault {fault.repeat_of} again{how_far} (fault {fault.id}, {session})"
@@ -213,7 +219,7 @@ def render(fault: Fault, given: Given | None = None) -> RenderableType:
     title = CATALOGUE[fault.kind].title
     head = Text.assemble((f"pgguard: {fault.severity.upper()}: {fault.kind}", style), f": {title}")
     done = _LOGGED_AND_OVER if fault.over and fault.action is Action.LOGGED else _ACTIONS[fault.action]
-    what = f"{fault.summary} ({rfc3339(fault.at)}; {done})"
+    what = f"{fault.headline} ({rfc3339(fault.at)}; {done})"
     parts: list[RenderableType] = [head, _indented(_text(what))]
     parts.extend(_section("Who", _sides(fault)))
     parts.extend(_section(f"Session {fault.session.id}", [_text(_session(fault.session))]))
@@ -229,6 +235,8 @@ def render(fault: Fault, given: Given | None = None) -> RenderableType:
     if fault.shares:
         parts.extend(_section("Connections through this guard that count toward the limit", [_shares(fault.shares)]))
     parts.extend(_section("What to change", _advice(fault.advice, given or Given())))
+    if fault.tracing is not None:
+        parts.extend(_section("To see which code it was", _tracing(fault.tracing)))
     return _AtLeast(_NARROWEST, Group(*parts))
 
 
@@ -287,6 +295,7 @@ def _sides(fault: Fault) -> list[RenderableType]:
     holding = {holder.pid for holder in holders}
     owner = next((culprit for culprit in culprits if culprit.role is Role.OWNER), None)
     told: set[int] = set()
+    opened: set[int | None] = set()
     for culprit in culprits:
         if culprit is owner and culprit.pid in told:
             continue
@@ -300,6 +309,10 @@ def _sides(fault: Fault) -> list[RenderableType]:
             facts += _process(culprit)
         sides.append(_text(f"{_role(fault, culprit)}: {_culprit(culprit)}"))
         sides.extend(_indented(_text(line)) for line in (*_deeds(fault, culprit), *facts, *_activity(fault, culprit)))
+        sides.extend(_indented(line) for line in _stack(culprit.stack or ()))
+        if owner is not None and culprit.pid == owner.pid and owner.pid not in opened:
+            opened.add(owner.pid)
+            sides.extend(_indented(line) for line in _opened_at(fault))
     others = [_who(holder) for holder in holders if holder.pid not in told]
     if others:
         sides.append(_text(f"{_ROLES[Role.HOLDER]}: {listed(others)}"))
@@ -366,12 +379,39 @@ def _activity(fault: Fault, culprit: Culprit) -> Iterator[str]:
         # Of an unread answer it is told where its client is, whatever it waits for there.
         waiting = "" if fault.kind is Kind.UNREAD_ANSWER else ", waiting for this connection"
         yield f"blocked in {culprit.system_call}{waiting}"
-    for n, frame in enumerate((culprit.stack or ())[:_FRAMES]):
-        yield f"#{n} {shorten(frame.function, _NAME_LENGTH)} {shorten(frame.file, _PLACE_LENGTH)}:{frame.line}"
     if culprit.stack_problem is not None:
         yield f"no stack: {culprit.stack_problem}"
-    for key, value in (culprit.declared or {}).items():
-        yield f"{shorten(key, _NAME_LENGTH)}: {shorten(value, _PLACE_LENGTH)}"
+    said = (culprit.declared or {}).items()
+    pairs = [f"{shorten(key, _NAME_LENGTH)}: {shorten(value, _PLACE_LENGTH)}" for key, value in said]
+    if pairs and culprit.evidence is not Evidence.DECLARED:
+        yield f"says about itself in an SQL comment: {', '.join(pairs)}"
+    else:
+        yield from pairs
+
+
+def _opened_at(fault: Fault) -> Iterator[Text]:
+    """What the opener was doing when it opened the connection."""
+    stack = next((chapter.stack for chapter in fault.story if chapter.stack), None)
+    if stack is not None:
+        where = place(stack)
+        yield _text("opened at:" if where is None else f"opened at {shorten(where, _PLACE_LENGTH)}:")
+        yield from _stack(stack)
+
+
+def _stack(frames: Sequence[Frame]) -> Iterator[Text]:
+    """The calls of a stack that tell most: the innermost ones, and the application's own, which are marked."""
+    own = [n for n, frame in enumerate(frames) if frame.application][:_OWN_FRAMES]
+    if own:
+        shown = sorted({*range(_INNERMOST), own[0] - 1, *own} & set(range(len(frames))))
+    else:
+        shown = list(range(min(_FRAMES, len(frames))))
+    before = -1
+    for n in shown:
+        if n > before + 1:
+            yield _text(f"  … {counted(n - before - 1, 'call')} in libraries", style="dim")
+        frame, before = frames[n], n
+        call = f"#{n} {shorten(frame.function, _NAME_LENGTH)} {shorten(short_path(frame), _PLACE_LENGTH)}:{frame.line}"
+        yield _text(f"> {call}", style="bold") if frame.application else _text(f"  {call}")
 
 
 def _sent_it(fault: Fault, culprit: Culprit) -> bool:
@@ -487,6 +527,14 @@ def _advice(advice: Advice, given: Given) -> list[RenderableType]:
         code = textwrap.indent(advice.code.rstrip(), " " * 6)
         parts += [Text(""), Text(code, no_wrap=True, overflow="ignore"), Text("")]
     parts.extend(Text(f"    See {source}", style="dim", no_wrap=True, overflow="ignore") for source in advice.sources)
+    return parts
+
+
+def _tracing(tracing: Tracing) -> list[RenderableType]:
+    """The same on how to see which code it was."""
+    code = textwrap.indent(tracing.code.rstrip(), " " * 6)
+    parts: list[RenderableType] = [_text(tracing.text), Text(""), Text(code, no_wrap=True, overflow="ignore"), Text("")]
+    parts.extend(Text(f"    See {source}", style="dim", no_wrap=True, overflow="ignore") for source in tracing.sources)
     return parts
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pgguard.attribution.evidence import Process
     from pgguard.attribution.findings import Share
+    from pgguard.attribution.frames import Frame
     from pgguard.attribution.runtime import Runtime
+    from pgguard.faults.advice.tracing import Tracing
     from pgguard.faults.catalogue import Advice
     from pgguard.faults.fault import Chapter, Culprit, Fault, Request, SessionFacts, Spread
     from pgguard.session.verdicts import MessageSeen
@@ -26,7 +28,7 @@ def to_record(fault: Fault) -> dict[str, Any]:
         "repeat_of": fault.repeat_of,
         "suppressed": fault.suppressed,
         "so_far": None if fault.spread is None else _spread_record(fault.spread),
-        "summary": fault.summary,
+        "summary": fault.headline,
         "reason": fault.reason,
         "session": _session_record(fault.session),
         "message": _message_record(fault.message),
@@ -39,6 +41,7 @@ def to_record(fault: Fault) -> dict[str, Any]:
         "limit": None if fault.limit is None else fault.limit.value,
         "connections": None if fault.shares is None else [_share_record(share) for share in fault.shares],
         "advice": None if fault.repeat_of is not None else _advice_record(fault.advice),
+        "tracing": None if fault.repeat_of is not None or fault.tracing is None else _tracing_record(fault.tracing),
     }
 
 
@@ -49,6 +52,10 @@ def rfc3339(at: float) -> str:
 
 def _advice_record(advice: Advice) -> dict[str, Any]:
     return {**advice._asdict(), "sources": list(advice.sources)}
+
+
+def _tracing_record(tracing: Tracing) -> dict[str, Any]:
+    return {**tracing._asdict(), "sources": list(tracing.sources)}
 
 
 def _spread_record(spread: Spread) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def _culprit_record(culprit: Culprit) -> dict[str, Any]:
         "runtime": _runtime_record(culprit.runtime),
         "thread_name": culprit.thread_name,
         "system_call": culprit.system_call,
-        "stack": None if culprit.stack is None else [frame._asdict() for frame in culprit.stack],
+        "stack": _stack_record(culprit.stack),
         "stack_problem": culprit.stack_problem,
         "declared": None if culprit.declared is None else dict(culprit.declared),
     }
@@ -127,7 +134,12 @@ def _chapter_record(chapter: Chapter) -> dict[str, Any]:
         "pid": chapter.pid,
         "from": chapter.parent,
         "evidence": chapter.evidence.value,
+        "stack": _stack_record(chapter.stack),
     }
+
+
+def _stack_record(frames: tuple[Frame, ...] | None) -> list[dict[str, Any]] | None:
+    return None if frames is None else [frame._asdict() for frame in frames]
 
 
 def _share_record(share: Share) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def _line(cause: Told) -> str:
         how_far += f" in {spread.sessions} sessions"
     if spread.processes > 1:
         how_far += f" by {spread.processes} processes"
-    return printable(f"pgguard: {fault.severity}: {fault.kind}, {how_far}: {fault.summary} (fault {fault.id})")
+    return printable(f"pgguard: {fault.severity}: {fault.kind}, {how_far}: {fault.headline} (fault {fault.id})")
 
 
 def _times(times: int) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from pgguard.attribution import hangs
 from pgguard.attribution.processes import read_process
-from pgguard.attribution.stacks import find_py_spy, lack_of_py_spy, python_stacks
+from pgguard.attribution.stacks import StackReader, Wanted, find_py_spy, lack_of_py_spy, python_stacks
 from pgguard.attribution.threads import Obstacle, Sleep, Thread, find_sleep
 from tests.attribution.puppets import Puppet
 from tests.hung_files import hung_files
@@ -228,6 +229,132 @@ def test_a_py_spy_that_can_not_be_started_is_the_reason(
     monkeypatch.setattr("pgguard.attribution.stacks.find_py_spy", lambda: str(tmp_path / "gone"))
     sleep = _until_asleep(application.pid, application.pid, "pipe_read")
     assert python_stacks([sleep]).problems == {application.pid: "py-spy can't be run: No such file or directory"}
+
+
+class TestReader:
+    """Of a thread that has run since it was seen, what counts is where it waits for the connection again."""
+
+    @pytest.fixture
+    def client(self, application: Puppet) -> Puppet:
+        """Has one end of a connection."""
+        application.do(
+            "import os, select, time\n"
+            "another, anothers_peer = socket.socketpair()\n"
+            "def first(): ours.recv(1)\n"
+            "def second(): ours.recv(1)\n"
+            "def elsewhere(): another.recv(1)\n"
+            "def both(): first(); second()\n"
+            "def leave(): first(); elsewhere()\n"
+            "def nap(): select.select([ours], [], [], 0.003)\n"
+            "def doze():\n"
+            "    while True: nap()\n"
+        )
+        return application
+
+    @staticmethod
+    def inode(client: Puppet) -> int:
+        return int(client.do("os.fstat(ours.fileno()).st_ino"))
+
+    @staticmethod
+    def wanted(client: Puppet, tid: int, sleep: Sleep | None) -> list[Wanted]:
+        process = read_process(client.pid)
+        assert process is not None
+        return [Wanted(process, {tid: sleep})]
+
+    @needs_py_spy
+    def test_it_is_seen_where_it_waits_for_the_connection_again(self, client: Puppet) -> None:
+        tid = client.do("start(both)")
+        sleep = _until_asleep(client.pid, tid, "unix_stream")
+        client.do("theirs.send(b'x')")
+        until = time.monotonic() + 20
+        with StackReader(self.inode(client)) as reader:
+            for _ in reader.read(self.wanted(client, tid, sleep), until=until, returning=until):
+                pass
+        found = reader.found
+        again = found.again[client.pid, tid]
+        assert (again.readable, again.call, found.problems) == (True, "recvfrom", {})
+        assert [frame.function for frame in found.frames[again.sleep][:2]] == ["second", "both"]
+        assert sleep not in found.frames
+
+    @needs_py_spy
+    @pytest.mark.parametrize("began_before", [True, False])
+    def test_it_is_seen_though_it_ran_while_py_spy_was_starting(self, began_before: bool, client: Puppet) -> None:
+        tid = client.do("start(both)")
+        sleep = _until_asleep(client.pid, tid, "unix_stream")
+        wanted = self.wanted(client, tid, sleep if began_before else None)
+        until = time.monotonic() + 20
+        with StackReader(self.inode(client)) as reader:
+            if began_before:
+                reader.begin(wanted[0].process)
+                client.do("theirs.send(b'x')")
+            for _ in reader.read(wanted, until=until, returning=until):
+                pass
+        again = reader.found.again[client.pid, tid]
+        expected = "second" if began_before else "first"
+        assert reader.found.frames[again.sleep][0].function == expected
+
+    @needs_py_spy
+    def test_it_is_not_seen_where_it_waits_for_something_else(self, client: Puppet) -> None:
+        tid = client.do("start(leave)")
+        sleep = _until_asleep(client.pid, tid, "unix_stream")
+        client.do("theirs.send(b'x')")
+        now = time.monotonic()
+        with StackReader(self.inode(client)) as reader:
+            for _ in reader.read(self.wanted(client, tid, sleep), until=now + 20, returning=now + 0.1):
+                pass
+        assert (reader.found.frames, reader.found.again) == ({}, {})
+        assert reader.found.problems == {client.pid: "it had gone on by the time that it could be read"}
+
+    @needs_py_spy
+    def test_one_that_wakes_now_and_then_is_seen_if_it_is_read_twice_in_the_same_place(self, client: Puppet) -> None:
+        """Psycopg 3 looks for signals ten times a second, and reading takes longer on a busy machine."""
+        tid = client.do("start(doze)")
+        until = time.monotonic() + 20
+        with StackReader(self.inode(client)) as reader:
+            for _ in reader.read(self.wanted(client, tid, None), until=until, returning=until):
+                pass
+        again = reader.found.again[client.pid, tid]
+        assert [frame.function for frame in reader.found.frames[again.sleep][:2]] == ["nap", "doze"]
+
+    def test_one_that_wakes_now_and_then_is_not_seen_if_it_is_elsewhere_each_time(
+        self, client: Puppet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        program, count = tmp_path / "py-spy", tmp_path / "count"
+        tid = client.do("start(doze)")
+        frame = '{"name": "f", "filename": "/a.py", "line": '
+        program.write_text(
+            f"#!/bin/sh\necho x >>{count}\nset -- $(/usr/bin/wc -l {count})\n/bin/sleep 0.03\n"
+            f"echo '[{{\"os_thread_id\": {tid}, \"frames\": [{frame}'$1'}}]}}]'\n"
+        )
+        program.chmod(0o755)
+        monkeypatch.setattr("pgguard.attribution.stacks.find_py_spy", lambda: str(program))
+        until = time.monotonic() + 20
+        with StackReader(self.inode(client)) as reader:
+            for _ in reader.read(self.wanted(client, tid, None), until=until, returning=until):
+                pass
+        assert len(count.read_text().splitlines()) > 1
+        assert (reader.found.frames, reader.found.again) == ({}, {})
+        assert reader.found.problems == {client.pid: "it had gone on by the time that it could be read"}
+
+    @needs_py_spy
+    def test_what_it_takes_is_accounted_for(self, client: Puppet) -> None:
+        tid = client.do("start(both)")
+        sleep = _until_asleep(client.pid, tid, "unix_stream")
+        until, taken = time.monotonic() + 20, list[float]()
+        with StackReader(self.inode(client), taken.append) as reader:
+            for _ in reader.read(self.wanted(client, tid, sleep), until=until, returning=until):
+                pass
+        assert sum(taken) > 0.001
+
+    @needs_py_spy
+    def test_whoever_gives_up_leaves_nothing_behind(self, client: Puppet) -> None:
+        tid = client.do("start(both)")
+        sleep = _until_asleep(client.pid, tid, "unix_stream")
+        with StackReader(self.inode(client)) as reader:
+            [wanted] = self.wanted(client, tid, sleep)
+            reader.begin(wanted.process, [tid])
+        children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+        assert all("py-spy" not in Path(f"/proc/{child}/cmdline").read_text() for child in children)
 
 
 class TestWhichProgram:

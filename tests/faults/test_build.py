@@ -9,8 +9,9 @@ import pytest
 
 from pgguard.attribution.evidence import Driver, Evidence
 from pgguard.attribution.findings import Findings, Share, Slots
+from pgguard.attribution.frames import Frame
 from pgguard.attribution.runtime import Language, Library, Runtime, Server
-from pgguard.attribution.stacks import Frame, Stacks
+from pgguard.attribution.stacks import Stacks
 from pgguard.attribution.threads import Waits
 from pgguard.faults.build import plain_fault
 from pgguard.faults.catalogue import CATALOGUE, SERVERS_ADVICE, SETTLED_ADVICE, Severity
@@ -565,6 +566,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
                 "pid": 4866,
                 "from": None,
                 "evidence": "socket-holder",
+                "stack": None,
             },
             {
                 "event": "inherited",
@@ -572,6 +574,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
                 "pid": 4867,
                 "from": None,
                 "evidence": "socket-holder",
+                "stack": None,
             },
         ],
         "limit": None,
@@ -582,6 +585,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
             "code": None,
             "sources": ["https://www.postgresql.org/docs/current/libpq-connect.html"],
         },
+        "tracing": None,
     }
     assert list(record) == [
         *(
@@ -600,6 +604,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
         ),
         *("message", "sent_by", "libpq", "culprits", "more_culprits", "requests", "story", "limit", "connections"),
         "advice",
+        "tracing",
     ]
     assert list(record["culprits"][0]) == [
         *("role", "pid", "tid", "evidence", "tid_evidence", "process", "runtime", "thread_name", "system_call"),
@@ -619,8 +624,39 @@ def test_the_record_says_what_a_thread_was_doing_and_how_that_is_known() -> None
         "system_call": "poll",
     }
     assert culprit["runtime"] == {"language": "Ruby", "server": "Puma", "libraries": ["Active Record", "Rails"]}
-    assert culprit["stack"] == [{"function": "fetch", "file": "/app/a.py", "line": 7}]
+    assert culprit["stack"] == [{"function": "fetch", "file": "/app/a.py", "line": 7, "application": False}]
     assert culprit["stack_problem"] is None
+
+
+LIBRARYS = Frame("wait", "/venv/lib/python3.12/site-packages/psycopg/waiting.py", 9)
+OWN = Frame("load_user", "/srv/app.py", 23, application=True)
+MAIN = Frame("<module>", "/srv/app.py", 60, application=True)
+
+
+def stacked(*frames: Frame, pid: int = 4867) -> Findings:
+    who = {4866: WORKER_0, 4867: WORKER_1}[pid]
+    one = waiting(who, {4866: 4871, 4867: 4880}[pid])
+    return replace(KERNEL, waits=Waits((one,)), stacks=Stacks({one.sleep: frames}))
+
+
+def test_the_summary_says_where_in_the_application_the_first_one_was_seen() -> None:
+    seen = fault(OVERLAP, stacked(LIBRARYS, OWN, MAIN))
+    assert to_record(seen)["summary"] == f"{fault(OVERLAP, KERNEL).summary}; seen at app.py:23 in load_user"
+    assert [frame["application"] for frame in to_record(seen)["culprits"][0]["stack"]] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "findings", [stacked(LIBRARYS), stacked(LIBRARYS, OWN, pid=4866), stacked()], ids=["nowhere", "another", "nothing"]
+)
+def test_it_says_nothing_where_that_is_not_known(findings: Findings) -> None:
+    assert to_record(fault(OVERLAP, findings))["summary"] == fault(OVERLAP, KERNEL).summary
+
+
+def test_the_record_says_where_the_connection_was_opened() -> None:
+    story = to_record(fault(OVERLAP, replace(KERNEL, opening_stack=(LIBRARYS, MAIN))))["story"]
+    assert story[0]["stack"] == [LIBRARYS._asdict(), MAIN._asdict()]
+    assert [chapter["stack"] for chapter in story[1:]] == [None] * (len(story) - 1)
+    assert to_record(fault(OVERLAP, KERNEL))["story"][0]["stack"] is None
 
 
 def test_the_record_says_who_has_how_many_connections() -> None:

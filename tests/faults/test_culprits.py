@@ -9,8 +9,9 @@ import pytest
 
 from pgguard.attribution.evidence import Driver, Evidence, Process
 from pgguard.attribution.findings import Findings, Share
+from pgguard.attribution.frames import Frame
 from pgguard.attribution.runtime import Language, Runtime
-from pgguard.attribution.stacks import Frame, Stacks
+from pgguard.attribution.stacks import Stacks
 from pgguard.attribution.threads import Sleep, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.culprits import find_culprits, foremost, known_processes, sender_evidence, tell_story
@@ -424,6 +425,22 @@ def test_the_stack_of_another_sleep_is_nobodys() -> None:
         )
     )
     assert culprit.stack is None
+
+
+def test_a_thread_that_was_read_when_it_waited_again_is_described_as_it_waited_then() -> None:
+    """Name, call and stack are of the same moment."""
+    again = waiting(WORKER_0, 4871, name="puma srv tp 009", call="recvfrom", switches=5)
+    stacks = Stacks({again.sleep: FRAMES}, again={(4866, 4871): again})
+    culprit = doing(replace(KERNEL, waits=Waits((POLLING,)), stacks=stacks, runtimes={WORKER_0.pid: PYTHON}))
+    assert (culprit.thread_name, culprit.system_call) == ("puma srv tp 009", "recvfrom")
+    assert (culprit.stack, culprit.stack_problem) == (FRAMES, None)
+
+
+def test_the_story_says_what_the_opener_was_doing() -> None:
+    opened, *others = tell_story(replace(KERNEL, opening_stack=FRAMES), FACTS.opened_at)
+    assert (opened.event, opened.stack) == (Event.OPENED, FRAMES)
+    assert others
+    assert all(chapter.stack is None for chapter in others)
 
 
 @pytest.mark.parametrize(

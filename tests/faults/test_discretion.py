@@ -11,7 +11,8 @@ from rich.console import Console
 
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.findings import Findings, Share
-from pgguard.attribution.stacks import Frame, Stacks
+from pgguard.attribution.frames import Frame
+from pgguard.attribution.stacks import Stacks
 from pgguard.faults.build import build_instance
 from pgguard.faults.rejection import rejection
 from pgguard.faults.sql import SqlMode

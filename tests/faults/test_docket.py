@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from pgguard.attribution.evidence import Driver, Process
 from pgguard.attribution.findings import Findings, Share, Slots
-from pgguard.attribution.stacks import Frame, Stacks
+from pgguard.attribution.frames import Frame
+from pgguard.attribution.stacks import Stacks
 from pgguard.faults.build import build_instance, family_of
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.causes import ALIKE, CAUSES, ENDS, FORGOTTEN_AFTER, FULL_RECORDS, PROCESSES, Instance, program
@@ -993,3 +994,22 @@ def test_what_a_shared_connection_leaves_undone_at_its_end_is_told(left: dict[st
     docket = Docket()
     enter(docket)
     assert not docket.is_explained(3, verdict(Kind.UNCLEAN_CLOSE, **left))
+
+
+def test_it_is_known_beforehand_whether_a_fault_is_going_to_be_recorded_in_full() -> None:
+    docket = Docket()
+    next_one = replace(fault(), session=replace(FACTS, id=2))
+    assert (docket.is_new(OVERLAP, next_one), docket.has_any(OVERLAP.kind)) == (True, False)
+    enter(docket, session=1)
+    assert (docket.is_new(OVERLAP, next_one), docket.has_any(OVERLAP.kind)) == (False, True)
+    assert docket.is_new(OVERLAP, fault(OVERLAP, OTHERS))
+    assert not docket.has_any(Kind.UNREAD_ANSWER)
+
+
+def test_a_repeat_does_not_say_where_the_first_one_was_seen() -> None:
+    """Nobody has looked where it is this time."""
+    docket = Docket()
+    [first] = docket.enter(OVERLAP, fault(OVERLAP, KERNEL, place="app.py:7 in work")).records
+    again = docket.repeat(first.session.id, OVERLAP, at=NOW + 1)
+    assert again is not None
+    assert (first.headline, again.headline) == (f"{first.summary}; seen at app.py:7 in work", first.summary)

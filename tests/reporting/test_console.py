@@ -17,8 +17,9 @@ from rich.console import Console
 
 from pgguard.attribution.evidence import Driver, Evidence
 from pgguard.attribution.findings import Findings, Share
+from pgguard.attribution.frames import Frame
 from pgguard.attribution.runtime import Language, Runtime
-from pgguard.attribution.stacks import Frame, Stacks
+from pgguard.attribution.stacks import Stacks
 from pgguard.attribution.threads import Waits
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.causes import CAUSES
@@ -354,10 +355,75 @@ def test_a_thread_is_shown_with_its_name_its_call_and_the_innermost_of_its_frame
         " the thread was seen waiting on the socket"
     ) in " ".join(text.split())
     assert "      blocked in ppoll, waiting for this connection\n" in text
-    assert "      #0 function_0 /app/models.py:0\n      #1 function_1 /app/models.py:1\n" in text
+    assert "        #0 function_0 /app/models.py:0\n        #1 function_1 /app/models.py:1\n" in text
     assert "#7 function_7" in text
     assert "#8" not in text
     assert "no stack" not in text
+
+
+SITE = "/venv/lib/python3.12/site-packages"
+DJANGO = (
+    Frame("wait", f"{SITE}/psycopg/waiting.py", 99),
+    Frame("Cursor.execute", f"{SITE}/psycopg/cursor.py", 97),
+    *(Frame(f"compile_{n}", f"{SITE}/django/db/models/sql/compiler.py", n) for n in range(9)),
+    Frame("QuerySet.get", f"{SITE}/django/db/models/query.py", 646),
+    Frame("load_user", "/srv/shop/users.py", 23, application=True),
+    Frame("profile", "/srv/shop/views.py", 7, application=True),
+    *(Frame(f"respond_{n}", f"{SITE}/django/core/handlers/base.py", n) for n in range(9)),
+)
+STACKED = replace(KERNEL, waits=Waits((WAITING,)), stacks=Stacks({WAITING.sleep: DJANGO}))
+
+
+def test_of_a_deep_stack_the_applications_own_calls_are_shown_and_marked() -> None:
+    text = printed(fault(BY_WORKER_1, STACKED))
+    expected = """
+        #0 wait psycopg/waiting.py:99
+        #1 Cursor.execute psycopg/cursor.py:97
+        … 9 calls in libraries
+        #11 QuerySet.get django/db/models/query.py:646
+      > #12 load_user /srv/shop/users.py:23
+      > #13 profile /srv/shop/views.py:7
+"""
+    assert expected in text
+    assert "respond" not in text
+
+
+def test_the_place_in_the_application_stands_in_the_summary() -> None:
+    one = fault(BY_WORKER_1, STACKED)
+    assert "; seen at users.py:23 in load_user (fault 7, session 3)" in summary_line(one)
+    assert "; seen at users.py:23 in load_user" in " ".join(printed(one).split())
+
+
+@pytest.mark.parametrize("owner_is_intruder", [True, False])
+def test_where_the_connection_was_opened_is_told_of_the_opener(owner_is_intruder: bool) -> None:
+    opening = (
+        Frame("connect", f"{SITE}/psycopg/connection.py", 117),
+        Frame("pool", "/srv/shop/db.py", 11, application=True),
+        Frame("<module>", "/srv/shop/wsgi.py", 3, application=True),
+    )
+    what = replace(OVERLAP, intruder=Sender(4864)) if owner_is_intruder else OVERLAP
+    text = printed(fault(what, replace(KERNEL, senders={4864: MASTER, **KERNEL.senders}, opening_stack=opening)))
+    expected = """
+      opened at db.py:11 in pool:
+        #0 connect psycopg/connection.py:117
+      > #1 pool /srv/shop/db.py:11
+      > #2 <module> /srv/shop/wsgi.py:3
+"""
+    assert text.count(expected) == 1
+    assert text.index("pid 4864") < text.index(expected)
+
+
+def test_where_it_was_opened_is_shown_too_if_no_call_is_the_applications() -> None:
+    opening = (Frame("connect", f"{SITE}/psycopg/connection.py", 117),)
+    text = printed(fault(OVERLAP, replace(KERNEL, opening_stack=opening)))
+    assert "      opened at:\n        #0 connect psycopg/connection.py:117\n" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 140])
+def test_a_stack_is_whole_whatever_the_width(width: int) -> None:
+    text = "".join(printed(fault(BY_WORKER_1, replace(STACKED, opening_stack=DJANGO)), width=width).split())
+    assert text.count(">#12load_user/srv/shop/users.py:23") == 2
+    assert text.count("#11QuerySet.getdjango/db/models/query.py:646") == 2
 
 
 def test_why_there_is_no_stack_is_shown() -> None:

@@ -20,8 +20,9 @@ from rich.console import Console
 from pgguard.attribution.capabilities import Capability
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.findings import Findings, Share, Slots
+from pgguard.attribution.frames import Frame
 from pgguard.attribution.runtime import Language, Runtime
-from pgguard.attribution.stacks import Frame, Stacks
+from pgguard.attribution.stacks import Stacks
 from pgguard.attribution.threads import Waits
 from pgguard.cli import doctor, main
 from pgguard.faults.catalogue import Severity
