@@ -44,6 +44,7 @@ from pgguard.proxy.kernel_senders import KernelSenders
 from pgguard.proxy.listeners import BACKLOG, Listener, open_listeners
 from pgguard.proxy.loops import LoopWatch
 from pgguard.proxy.losses import Loss, keep_going, note, spared
+from pgguard.proxy.openers import OpenerStacks
 from pgguard.proxy.overview import snapshot
 from pgguard.proxy.remedies import HOW_TO_RAISE
 from pgguard.proxy.session import ProxiedSession
@@ -124,6 +125,7 @@ class Guard:
         self._sweep = Sweep(
             self._judge, cancel=self._cancel, answered=self._answered, closed=self._forget, unread=self._unread
         )
+        self._openers = None if witness is None else OpenerStacks(witness, settings.evidence_budget)
         self._watch = Watch(self._sessions, accuse=self._sweep.accuse)
         self._watch.limit_idleness(settings.idle_in_transaction)
         self._senders: KernelSenders | None = None
@@ -274,6 +276,8 @@ class Guard:
             ConfigurationError: they contradict themselves; nothing has changed.
         """
         self._judge.follow(settings.policy(), settings.sql, settings.evidence_budget)
+        if self._openers is not None:
+            self._openers.limit(settings.evidence_budget)
         self._settings = settings
         self._watch.limit_idleness(settings.idle_in_transaction)
         self._unread.limit(settings.unread_answer)
@@ -385,6 +389,9 @@ class Guard:
         if greeting.packet.kind is PacketKind.CANCEL_REQUEST:
             await self._pass_cancel_on(sock, session, listener, greeting.packet.packet)
             return
+        if self._openers is not None and not greeting.packet.encrypts:
+            with spared(Loss.OPENER, session):
+                await self._openers.look(session)
         await self._gate.enter(session.id)
         await self._refuse_loop()
         if greeting.packet.encrypts:

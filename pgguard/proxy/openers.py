@@ -1,0 +1,166 @@
+"""Where in their programs connections are opened: the root cause of a connection that several processes share.
+
+That can only be seen while it happens. A client that has sent its start-up packet waits for the server's answer, and
+its thread sleeps in the call that opens the connection. So some clients are kept waiting for a moment before the server
+is connected to, while py-spy reads the stack of the one thread that waits for this connection.
+What is seen is told of that session alone: another one of the same program may have been opened elsewhere.
+
+Who is looked at, so that few clients ever wait:
+
+- Python's processes alone, other than the guard's own, and only if py-spy is there;
+- of each process the first, second, fourth, eighth… connection that it opens, as what is opened early is what a server
+  has when it forks;
+- of each program (a command line without its numbers) so many at most that its siblings add nothing, and after that
+  one now and then;
+- within an allowance, for all together, and no longer than the evidence of a fault may take.
+
+Where the kernel hasn't named who connects, it takes a moment to find that out, which is waited for only as long as it
+keeps leading to somebody new.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from pgguard.attribution.runtime import Language
+from pgguard.attribution.stacks import find_py_spy
+from pgguard.faults.causes import program
+from pgguard.proxy import looking
+from pgguard.proxy.losses import Loss, spared
+from pgguard.proxy.turns import Allowance
+
+if TYPE_CHECKING:
+    from pgguard.attribution.witness import Opening, Witness
+    from pgguard.proxy.session import ProxiedSession
+
+_AT_A_TIME: Final = 2
+"""Clients that are looked at at the same time."""
+_LINE: Final = 4
+"""Those that may wait for that; who comes then isn't kept waiting."""
+_SHARE: Final = 0.05
+_SAVINGS: Final = 1.0
+"""Of a processor, what reading stacks takes in the long run at most; and seconds of it that it may take at once."""
+_LAST_WORDS: Final = 0.01
+"""Seconds of the budget that are left for what was found to be taken over."""
+_EACH: Final = 8
+"""Looks at one program before they become rare."""
+_RARELY: Final = 60.0
+"""Seconds between two looks at one program, then."""
+_PROCESSES: Final = 1024
+_PROGRAMS: Final = 256
+"""Of how many it is remembered how often they have been looked at: those that have come lately."""
+_FORGOTTEN_AFTER: Final = 600.0
+"""Seconds after which a pid that has opened nothing meanwhile is taken for a new process's."""
+_FRUITLESS: Final = 0.05
+_FRUITLESS_AT_MOST: Final = 60.0
+"""Seconds in which no other client is looked at whose process isn't known, after one that wasn't worth it: twice as
+many each time."""
+
+
+@dataclass(slots=True)
+class _Looked:
+    """What has been looked at."""
+
+    times: int = 0
+    """How many connections a process has opened; or how often a program has been looked at."""
+    at: float = -math.inf
+    """When that was last so, in seconds of time.monotonic()."""
+
+
+class OpenerStacks:
+    """Sees where some sessions are opened. Does nothing where py-spy can't be run.
+
+    Args:
+        witness: attribution.
+        budget: seconds for which a client may be kept waiting; 0: not at all.
+    """
+
+    def __init__(self, witness: Witness, budget: float) -> None:
+        self._witness = witness
+        self._budget = budget
+        self._has_py_spy = find_py_spy() is not None
+        self._threads = trio.CapacityLimiter(_AT_A_TIME)
+        self._allowance = Allowance(_SHARE, _SAVINGS)
+        self._taken: deque[float] = deque()
+        """What has been taken of it and is not accounted for yet."""
+        self._processes: OrderedDict[int, _Looked] = OrderedDict()
+        """By pid; the one first that has opened nothing for longest."""
+        self._programs: OrderedDict[str, _Looked] = OrderedDict()
+        self._unnamed_next = -math.inf
+        self._pause = _FRUITLESS
+
+    def limit(self, budget: float) -> None:
+        """Keep clients waiting for no longer than this from now on."""
+        self._budget = budget
+
+    async def look(self, session: ProxiedSession) -> None:
+        """See where a session is being opened, if that is to be known of it.
+
+        To be called when its client waits for the answer to its start-up packet. Never raises but for cancellation.
+        """
+        if not self._has_py_spy or not self._budget or session.client_socket is None:
+            return
+        while self._taken:
+            self._allowance.spend(self._taken.popleft())
+        if not self._allowance.has_any():
+            return
+        connected = session.connected
+        if connected is not None:
+            if connected[0] != os.getpid() and self._opens(connected[0]):
+                await self._look(session)
+        elif time.monotonic() >= self._unnamed_next:
+            await self._look(session)
+
+    async def _look(self, session: ProxiedSession) -> None:
+        until = time.monotonic() + self._budget - _LAST_WORDS
+        with spared(Loss.OPENER, session), trio.move_on_after(self._budget):
+            await session.opening_known.wait()
+            opening = session.opening
+            if opening is None or not self._is_worthwhile(session, opening):
+                return
+            read = partial(self._witness.opening_stack, opening, until=until, account=self._taken.append)
+            session.opening_stack = await looking.look(read, limiter=self._threads)
+
+    def _opens(self, pid: int) -> bool:
+        """Take note that a process opens a connection; returns whether it is one that is looked at."""
+        now = time.monotonic()
+        seen = self._processes.pop(pid, None)
+        if seen is None or now - seen.at >= _FORGOTTEN_AFTER:
+            seen = _Looked()
+        seen.times += 1
+        seen.at = now
+        self._processes[pid] = seen
+        if len(self._processes) > _PROCESSES:
+            self._processes.popitem(last=False)
+        return seen.times & (seen.times - 1) == 0
+
+    def _is_worthwhile(self, session: ProxiedSession, opening: Opening) -> bool:
+        opener = opening.opener
+        is_python = opener is not None and opening.runtime.language is Language.PYTHON
+        if session.connected is None and (opener is None or not is_python or not self._opens(opener.pid)):
+            self._unnamed_next = time.monotonic() + self._pause
+            self._pause = min(self._pause * 2, _FRUITLESS_AT_MOST)
+            return False
+        if opener is None or not is_python or opener.pid == os.getpid():
+            return False
+        self._pause, self._unnamed_next = _FRUITLESS, -math.inf
+        if self._threads.statistics().tasks_waiting >= _LINE:
+            return False
+        now, name = time.monotonic(), program(opener.cmdline)
+        looked = self._programs.pop(name, _Looked())
+        self._programs[name] = looked
+        if len(self._programs) > _PROGRAMS:
+            self._programs.popitem(last=False)
+        if looked.times >= _EACH and now - looked.at < _RARELY:
+            return False
+        looked.times += 1
+        looked.at = now
+        return True
