@@ -51,6 +51,8 @@ _PLACE: Final = 200
 _MAY_BE_LIBPQ: Final = frozenset({Driver.LIBPQ, Driver.UNKNOWN})
 """Drivers whose users may find libpq's texts in their logs."""
 _LIBRARIES_KEYS: Final = SQLCOMMENTER_KEYS | RAILS_KEYS | SEQUEL_KEYS | {"application_name"}
+_BY_NOBODY: Final = frozenset({Kind.UNCLEAN_CLOSE, Kind.IDLE_IN_TRANSACTION})
+"""Kinds of fault that are what a process leaves undone on all its connections."""
 _OTHERS_ADVICE: Final = {Party.SERVER: SERVERS_ADVICE, Party.STRANGER: STRANGERS_ADVICE}
 
 
@@ -176,6 +178,30 @@ def family_of(verdict: Verdict, findings: Findings) -> Family | None:
         return None
     graver = verdict.kind is Kind.UNREAD_ANSWER and verdict.message is not None
     return Family(verdict.kind, severity_of(verdict, findings.driver), verdict.settled, graver, programs)
+
+
+def likeness_of(verdict: Verdict, findings: Findings) -> Family | None:
+    """What faults that come at the same moment have in common if what is found out about one holds for the others.
+
+    It is their family, where the opener is taken for who opened the connection, and of connections that nobody has sent
+    on for the fault the process that opened them all.
+
+    Args:
+        verdict: What the session core says.
+        findings: What is known without looking.
+    """
+    opener = findings.opener
+    if opener is None:
+        return None
+    if verdict.intruder is not None:
+        return family_of(verdict, replace(findings, senders={opener.pid: opener, **findings.senders}))
+    if verdict.kind not in _BY_NOBODY or any(sender.pid != opener.pid for sender in verdict.requesters):
+        return None
+    severity = severity_of(verdict, findings.driver)
+    programs = (program(opener.cmdline),)
+    return Family(
+        verdict.kind, severity, verdict.settled, graver=False, programs=programs, process=(opener.pid, opener.started)
+    )
 
 
 def _libpq(verdict: Verdict, findings: Findings) -> str | None:

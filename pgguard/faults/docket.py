@@ -100,6 +100,8 @@ class Family(NamedTuple):
     graver: bool
     programs: tuple[str, ...]
     """What those run who did it and who opened the connection."""
+    process: tuple[int, int] | None = None
+    """Of what nobody has sent: which process opened the connection, by its pid and its start."""
 
 
 class _Key(NamedTuple):
@@ -164,13 +166,13 @@ class Docket:
             return False
         return any(case.standing.kind in explanations for case in self._sessions.get(session_id, {}).values())
 
-    def enter(self, verdict: Verdict, fault: Fault, family: Family | None = None) -> Entered:
+    def enter(self, verdict: Verdict, fault: Fault, *families: Family) -> Entered:
         """Take note of a fault that is not :meth:`known`: give it its number and its cause's, and say what to record.
 
         Args:
             verdict: What the session core says.
             fault: All that there is to be said of it, but for those numbers.
-            family: What was known of it before evidence was taken, so that its like is :meth:`familiar`.
+            families: What is, or was, known of it without evidence, so that its like is :meth:`familiar`.
         """
         key, cause, forgotten = self._causes.come(cause_key(verdict, fault), fault.at)
         self._count(fault, faults=1)
@@ -191,7 +193,7 @@ class Docket:
                 records.append(record)
         is_own = verdict.refusal is None
         self._keep(_place(fault.session.id, verdict), _key(verdict), _Case(replace(standing, shares=None), key, is_own))
-        if family is not None:
+        for family in families:
             self._families[family] = key
             self._families.move_to_end(family)
             if len(self._families) > FAMILIES:

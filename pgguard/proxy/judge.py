@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from pgguard.attribution.findings import Findings
-from pgguard.faults.build import build_fault, build_instance, family_of, plain_fault, plain_instance
+from pgguard.faults.build import build_fault, build_instance, family_of, likeness_of, plain_fault, plain_instance
 from pgguard.faults.catalogue import CATALOGUE, Severity, severity_of
 from pgguard.faults.conclude import AT_ONCE, conclude, heirs, readers
-from pgguard.faults.docket import Entered
+from pgguard.faults.docket import Entered, Family
 from pgguard.faults.fault import SessionFacts
 from pgguard.faults.policy import Action, Policy
 from pgguard.faults.rejection import PLAIN_REJECTION, SQLSTATE, rejection
 from pgguard.proxy import looking
+from pgguard.proxy.alike import Alike, Waiting
 from pgguard.proxy.investigation import Evidence, Investigation, known_at_once
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.rollcall import call_roll
@@ -33,18 +34,18 @@ from pgguard.session.verdicts import AFTER_END, Kind, Sender, Verdict
 from pgguard.wire.fields import build_error_response
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from pgguard.attribution.evidence import Driver, Process
     from pgguard.attribution.witness import Witness
     from pgguard.faults.causes import Instance
-    from pgguard.faults.docket import Docket, Family
+    from pgguard.faults.docket import Docket
     from pgguard.faults.fault import Fault
     from pgguard.faults.sql import SqlMode
+    from pgguard.proxy.alike import Likeness
     from pgguard.proxy.rollcall import Counted
     from pgguard.proxy.session import ProxiedSession
     from pgguard.reporting.sinks import Fanout
-    from pgguard.session.verdicts import Refusal
 
 _SAMPLING_BUDGET: Final = 0.004
 """Seconds for which a request is held back until its sender is seen to wait for the answer."""
@@ -63,6 +64,11 @@ _BY_SEVERAL: Final = frozenset({Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS
 
 _SHOWN_BY_EVIDENCE: Final = frozenset({Kind.REQUEST_WHILE_BUSY, Kind.FOREIGN_TERMINATE})
 """Kinds of which evidence makes another one, or none at all."""
+
+_OPENERS: Final = 64
+"""Processes that are looked at once more of those who opened connections on which faults were alike."""
+_OPENERS_BUDGET: Final = 0.25
+"""Seconds for that: nobody waits but the records."""
 
 _STRANGERS: Final = 1024
 """Processes that may wait to be looked at."""
@@ -144,6 +150,7 @@ class Judge:
     ) -> None:
         self._actions = _actions(policy)
         """What is done about which fault; ``None``: nothing."""
+        self._only_logged = _only_logged(self._actions)
         self._sql_mode = sql_mode
         self._docket = docket
         self._sinks = sinks
@@ -165,8 +172,7 @@ class Judge:
         self._strangers_send, self._strangers = trio.open_memory_channel[
             tuple["ProxiedSession", int, "Process | None"]
         ](_STRANGERS)
-        self._refusals: dict[Refusal, list[tuple[ProxiedSession, Verdict]]] = {}
-        """By what is being looked into, the sessions that have been refused for the same reason meanwhile."""
+        self._alike = Alike()
 
     def follow(self, policy: Policy, sql_mode: SqlMode, evidence_budget: float) -> None:
         """Go on by other settings. If another policy is among them, faults that are known are news again."""
@@ -174,6 +180,7 @@ class Judge:
         if actions != self._actions:
             self._docket.renew()
         self._actions = actions
+        self._only_logged = _only_logged(actions)
         self._sql_mode = sql_mode
         self._evidence_budget = evidence_budget
 
@@ -186,15 +193,11 @@ class Judge:
             return True
         if _is_doubtful(verdict):
             return False
-        if verdict.refusal is not None and verdict.refusal in self._refusals:
-            self._refusals[verdict.refusal].append((session, verdict))
-            return True
         known = self._known(session, verdict, now)
-        if known is None and self._is_familiar(session, verdict, now):
-            return True
-        if known is None or known.action is not Action.LOGGED:
-            if verdict.refusal is not None:
-                self._refusals[verdict.refusal] = []
+        if known is None:
+            one = self._seen_at_once(session, verdict, now)
+            return one is not None and (self._is_familiar(one) or self._joins(one, self._likeness(one)))
+        if known.action is not Action.LOGGED:
             return False
         self._count_again(session, verdict, now)
         return True
@@ -205,18 +208,27 @@ class Judge:
             return Ruling(None)
         now, began = time.time(), time.monotonic()
         urgency = _urgency(verdict)
-        try:
-            known = None if _is_doubtful(verdict) else self._known(session, verdict, now)
-            findings = None if known is not None else await self._findings(session, verdict, urgency, began)
+        known = None if _is_doubtful(verdict) else self._known(session, verdict, now)
+        if known is not None:
             async with self._turns.turn(urgency):
-                if known is not None:
-                    return self._repeat(session, verdict, known, now)
-                return self._decide(session, verdict, findings or _least_known(session), now)
+                return self._repeat(session, verdict, known, now)
+        one = self._seen_at_once(session, verdict, now)
+        likeness = None if one is None else self._likeness(one)
+        if one is not None and self._joins(one, likeness):
+            return Ruling(Action.LOGGED)
+        waiting: list[Waiting] = []
+        try:
+            with self._alike.leading(likeness) as waiting:
+                findings = await self._findings(session, verdict, urgency, began)
+                async with self._turns.turn(urgency):
+                    return self._decide(session, verdict, findings, now, likeness)
         finally:
-            if verdict.refusal is not None:
-                await self._count_meanwhile(verdict.refusal)
+            if waiting:
+                await self._count_waiting(waiting, likeness)
 
-    def _decide(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
+    def _decide(
+        self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float, likeness: Likeness | None
+    ) -> Ruling:
         """Decide on a verdict in the light of the evidence, and record it."""
         concluded = self._conclude(session, verdict, findings)
         if concluded is None or self._ignores(concluded.kind) or self._is_explained(session, concluded):
@@ -226,7 +238,7 @@ class Judge:
             self._equate(session, verdict, concluded)
             return self._repeat(session, concluded, known, now)
         self._expect_readers(session, concluded)
-        ruling = self._enter(session, concluded, findings, now)
+        ruling = self._enter(session, concluded, findings, now, likeness)
         if ruling.action is not None:
             self._equate(session, verdict, concluded)
         return ruling
@@ -247,14 +259,76 @@ class Judge:
             note(Loss.RECORD, session)
             return Ruling(None)
 
-    async def _count_meanwhile(self, refusal: Refusal) -> None:
-        """Count the sessions that were refused while the first one was looked into, and lose none if cancelled."""
-        now, stint = time.time(), Stint()
+    # Those that are like one that is being looked into
+
+    def _seen_at_once(self, session: ProxiedSession, verdict: Verdict, now: float) -> Waiting | None:
+        """What can be said of a verdict without looking; ``None`` if that isn't even whether it is a fault."""
+        if _is_doubtful(verdict):
+            return None
+        findings = _known_at_once(session)
+        concluded = self._conclude(session, verdict, findings)
+        return None if concluded is None else Waiting(session, verdict, concluded, findings, now)
+
+    def _likeness(self, one: Waiting) -> Likeness | None:
+        """What a fault has in common with others, so that only one of them need be looked into. Never raises.
+
+        There is nothing unless it is to be logged, whatever comes to light.
+        """
+        verdict = one.verdict
+        if verdict.refusal is not None:
+            return verdict.refusal
+        if not verdict.ends and verdict.kind not in self._only_logged:
+            return None
+        try:
+            return likeness_of(one.concluded, one.findings)
+        except Exception:
+            note(Loss.MEMORY, one.session)
+            return None
+
+    def _joins(self, one: Waiting, likeness: Likeness | None) -> bool:
+        """Have a fault wait for one that is like it, if one is being looked into; it is counted in any case then."""
+        return likeness is not None and self._alike.join(likeness, one)
+
+    async def _count_waiting(self, waiting: list[Waiting], likeness: Likeness | None) -> None:
+        """Count the faults that were like one that has been looked into, and lose none if cancelled."""
         with trio.CancelScope(shield=True):
-            for session, verdict in self._refusals.pop(refusal, ()):
-                if self._known(session, verdict, now) is not None:
-                    self._count_again(session, verdict, now)
+            openers = await self._look_at_openers(waiting)
+            stint = Stint()
+            for one in waiting:
+                with spared(Loss.RECORD, one.session):
+                    self._count_one(one, likeness, openers)
+                if one.session.done.is_set():
+                    self.closed(one.session)
                 await stint.rest()
+
+    async def _look_at_openers(self, waiting: list[Waiting]) -> dict[int, Process]:
+        """Who has the pids by now of those who opened connections and have sent: others than then, if any do."""
+        pids = {
+            one.findings.opener.pid
+            for one in waiting
+            if one.findings.opener is not None and one.verdict.intruder is not None
+        }
+        found: dict[int, Process] = {}
+        if self._witness is not None and pids:
+            with spared(Loss.SENDER), trio.move_on_after(_OPENERS_BUDGET):
+                found = await looking.look(_look_at, self._witness, sorted(pids)[:_OPENERS])
+        return found
+
+    def _count_one(self, one: Waiting, likeness: Likeness | None, openers: dict[int, Process]) -> None:
+        session, verdict, concluded, findings, at = one
+        opener = findings.opener
+        if verdict.refusal is not None:
+            findings = _known_at_once(session)  # of who was refused more may be known by now
+        elif opener is not None and opener.pid in openers:
+            findings = replace(findings, senders={opener.pid: openers[opener.pid], **findings.senders})
+        if self._is_explained(session, concluded):
+            return
+        if self._known(session, verdict, at) is not None:
+            self._count_again(session, verdict, at)
+        elif isinstance(likeness, Family) and self._docket.familiar(likeness) is not None:
+            self._enter_familiar(one._replace(findings=findings), likeness)
+        else:
+            self._enter(session, concluded, findings, at)
 
     def meet(self, session: ProxiedSession, sender: Sender | None) -> None:
         """Have a process looked at that sends for the first time, or again after a while. Doesn't wait for it.
@@ -532,31 +606,34 @@ class Judge:
         actions = {self._actions[verdict.kind, severity] for severity in Severity}
         return is_explained and actions <= {None, Action.LOGGED}
 
-    def _is_familiar(self, session: ProxiedSession, verdict: Verdict, now: float) -> bool:
+    def _is_familiar(self, one: Waiting) -> bool:
         """Deal with a fault that is news of its session, and of a cause that has been recorded.
 
         Returns True if it can be told without evidence that it is, and the fault is logged: its message is then to be
         forwarded. Never raises.
         """
-        if verdict.kind in _SHOWN_BY_EVIDENCE or verdict.reason == AFTER_END:
+        if one.verdict.kind in _SHOWN_BY_EVIDENCE or one.verdict.refusal is not None:
             return False
         try:
-            findings = _known_at_once(session)
-            concluded = self._conclude(session, verdict, findings)
-            family = None if concluded is None else family_of(concluded, findings)
-            if concluded is None or family is None or self._docket.familiar(family) is None:
+            family = family_of(one.concluded, one.findings)
+            if family is None or self._docket.familiar(family) is None:
                 return False
             if self._actions[family.kind, family.severity] is not Action.LOGGED:
                 return False
-            self._expect_readers(session, concluded)
-            instance = partial(self._instance, session, verdict, findings)
-            record = self._docket.enter_familiar(session.id, concluded, family, at=now, instance=instance)
+            self._enter_familiar(one, family)
         except Exception:
-            note(Loss.MEMORY, session)
+            note(Loss.MEMORY, one.session)
             return False
+        return True
+
+    def _enter_familiar(self, one: Waiting, family: Family) -> None:
+        """Take note of a fault of a cause that has been recorded. Raises what the docket does, and nothing is noted."""
+        session, verdict, concluded, findings, at = one
+        instance = partial(self._instance, session, verdict, findings)
+        record = self._docket.enter_familiar(session.id, concluded, family, at=at, instance=instance)
+        self._expect_readers(session, concluded)
         self._equate(session, verdict, concluded)
         self._record(session, record)
-        return True
 
     @staticmethod
     def _expect_readers(session: ProxiedSession, verdict: Verdict) -> None:
@@ -608,7 +685,14 @@ class Judge:
             record = self._docket.repeat(session.id, verdict, at=now, instance=instance, by_others=by_others)
             self._record(session, record)
 
-    def _enter(self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float) -> Ruling:
+    def _enter(
+        self,
+        session: ProxiedSession,
+        verdict: Verdict,
+        findings: Findings,
+        now: float,
+        likeness: Likeness | None = None,
+    ) -> Ruling:
         severity = _severity(session, verdict, findings.driver)
         action = self._actions[verdict.kind, severity]
         if action is None:
@@ -622,18 +706,25 @@ class Judge:
             fault = plain_fault(verdict, _facts(session), at=now, severity=severity, action=action)
         entered = Entered(fault, (fault,))
         with spared(Loss.MEMORY, session):
-            entered = self._docket.enter(verdict, fault, self._family(session, verdict, findings))
+            entered = self._docket.enter(verdict, fault, *self._families(session, verdict, findings, likeness))
         for record in entered.records:
             self._record(session, record)
         return self._ruling(session, entered.fault)
 
     @staticmethod
-    def _family(session: ProxiedSession, verdict: Verdict, findings: Findings) -> Family | None:
-        try:
-            return family_of(verdict, findings)
-        except Exception:
-            note(Loss.MEMORY, session)
-            return None
+    def _families(
+        session: ProxiedSession, verdict: Verdict, findings: Findings, likeness: Likeness | None
+    ) -> set[Family]:
+        """What others are to be familiar by that are like a fault."""
+        families = set()
+        with spared(Loss.MEMORY, session):
+            family = family_of(verdict, findings)
+            if family is not None:
+                families.add(family)
+        # It is of another kind if the evidence has shown what those don't know that wait.
+        if isinstance(likeness, Family) and likeness.kind is verdict.kind:
+            families.add(likeness)
+        return families
 
     @staticmethod
     def _ruling(session: ProxiedSession, fault: Fault) -> Ruling:
@@ -655,6 +746,12 @@ class Judge:
 
 def _actions(policy: Policy) -> dict[tuple[Kind, Severity], Action | None]:
     return {(kind, severity): policy.decide(kind, severity) for kind in Kind for severity in Severity}
+
+
+def _only_logged(actions: Mapping[tuple[Kind, Severity], Action | None]) -> frozenset[Kind]:
+    """The kinds of verdicts about which nothing is done but that they are recorded, whatever evidence makes of them."""
+    logged = {kind for kind in Kind if {actions[kind, severity] for severity in Severity} <= {None, Action.LOGGED}}
+    return frozenset(logged if logged >= _BY_SEVERAL else logged - {Kind.REQUEST_WHILE_BUSY})
 
 
 def _severity(session: ProxiedSession, verdict: Verdict, driver: Driver) -> Severity:

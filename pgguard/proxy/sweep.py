@@ -791,6 +791,8 @@ class Sweep:
             if not session.draining:
                 self._arm(end.peer)
         verdicts = self._last_verdicts(end) if first and not session.draining else []
+        now = time.time()
+        verdicts = [verdict for verdict in verdicts if not self._is_repeat(session, verdict, now)]
         if verdicts:
             self._hold(end)
             self.start(session, self._adjudicate_end, end, verdicts)
@@ -1025,8 +1027,9 @@ class Sweep:
         """
         if session not in self._sessions or session in self._accused or not self._is_relayed(session):
             return False
-        self._accused.add(session)
-        self.start(session, self._try, session, verdict)
+        if not self._is_repeat(session, verdict, time.time()):
+            self._accused.add(session)
+            self.start(session, self._try, session, verdict)
         return True
 
     async def _try(self, session: ProxiedSession, verdict: Verdict) -> None:

@@ -16,7 +16,7 @@ from pgguard.attribution.evidence import Driver, Process
 from pgguard.attribution.findings import Findings, Share, Slots
 from pgguard.attribution.frames import Frame
 from pgguard.attribution.stacks import Stacks
-from pgguard.faults.build import build_instance, family_of
+from pgguard.faults.build import build_instance, family_of, likeness_of
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.causes import ALIKE, CAUSES, ENDS, FORGOTTEN_AFTER, FULL_RECORDS, PROCESSES, Instance, program
 from pgguard.faults.conclude import AT_ONCE
@@ -970,6 +970,38 @@ def test_families_are_bounded() -> None:
         docket.enter(OVERLAP, fault(facts=replace(FACTS, id=n + 1)), FAMILY._replace(programs=(str(n),)))
     assert docket.familiar(FAMILY._replace(programs=("9",))) is None
     assert docket.familiar(FAMILY._replace(programs=("10",))) is not None
+
+
+# Faults that are alike, though it isn't known of each by whom it is
+
+
+def test_what_one_does_that_opened_its_connections_itself_is_alike_on_all_of_them() -> None:
+    own = Verdict(kind=Kind.REQUEST_WHILE_BUSY, reason="…", message=None, requests=(), intruder=Sender(4866))
+    findings = replace(KERNEL, opener=WORKER_0, senders={})
+    assert family_of(own, findings) is None
+    assert likeness_of(own, findings) is not None
+    assert likeness_of(own, replace(findings, opener=process(4866, 1, "python another.py"))) != likeness_of(
+        own, findings
+    )
+    assert likeness_of(replace(own, intruder=Sender(5000)), findings) is None, "nobody has looked at that one"
+    assert likeness_of(replace(own, intruder=Sender(4866, sampled=True)), findings) is None
+    assert likeness_of(own, replace(findings, opener=None)) is None
+
+
+@pytest.mark.parametrize("kind", [Kind.UNCLEAN_CLOSE, Kind.IDLE_IN_TRANSACTION])
+def test_what_a_process_leaves_undone_is_alike_on_all_its_connections(kind: Kind) -> None:
+    undone = Verdict(kind=kind, reason="…", message=None, requests=(), requesters=(Sender(4866),))
+    findings = replace(KERNEL, opener=WORKER_0, senders={})
+    likeness = likeness_of(undone, findings)
+    assert likeness is not None
+    assert family_of(undone, findings) is None, "who ended it has to be found out"
+    assert likeness == likeness_of(replace(undone, requesters=()), findings)
+    twin = replace(WORKER_0, started=WORKER_0.started + 1)
+    assert likeness_of(undone, replace(findings, opener=twin)) != likeness
+    assert likeness_of(replace(undone, requesters=(Sender(5000),)), findings) is None
+    assert likeness_of(replace(undone, kind=Kind.INHERITED_CONNECTION), findings) is None
+    if kind is Kind.UNCLEAN_CLOSE:
+        assert likeness_of(replace(undone, open_request=True), findings) != likeness, "it is graver"
 
 
 # What another fault of the session explains
