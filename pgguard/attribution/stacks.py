@@ -62,7 +62,7 @@ _RUNS = 6
 """How often py-spy is started for one process."""
 _RESTARTS = 2
 """How often of that it is not left to read."""
-_MOVED_ON = "it had gone on by the time that it could be read"
+_MOVED_ON = "it had moved on before it could be read"
 
 
 @dataclass(frozen=True, slots=True)

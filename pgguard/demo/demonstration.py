@@ -164,9 +164,7 @@ async def _demonstrate(width: int) -> tuple[Sequence[_Run], _Findings]:
         say("Starting the guard in front of it")
         async with _running_guard(cluster.conninfo, directory, width) as listeners:
             say("Running an application that shares a connection between two workers, and a corrected one")
-            # Not from where it is installed: what is there is a library's code, as far as a report can tell.
-            application = Path(shutil.copy(Path(__file__).with_name(_APPLICATION), directory))
-            runs = await _perform(application, listeners)
+            runs = await _perform(directory, listeners)
         findings = _Findings.read(directory)
         say("Stopping PostgreSQL")
     return runs, findings
@@ -223,14 +221,26 @@ async def _kill_session(process: trio.Process) -> None:
     os.killpg(process.pid, signal.SIGKILL)
 
 
-async def _perform(application: Path, listeners: Sequence[tuple[str, str, int]]) -> list[_Run]:
+async def _perform(directory: Path, listeners: Sequence[tuple[str, str, int]]) -> list[_Run]:
     runs = [
-        _Run(application, *listener, fixed=fixed, seen=Counter()) for fixed in (False, True) for listener in listeners
+        _Run(_application(directory / transport.replace(" ", "-")), transport, host, port, fixed=fixed, seen=Counter())
+        for fixed in (False, True)
+        for transport, host, port in listeners
     ]
     async with trio.open_nursery() as nursery:
         for run in runs:
             nursery.start_soon(run.perform)
     return runs
+
+
+def _application(directory: Path) -> Path:
+    """The application's file in a directory of its own.
+
+    Not where it is installed: what is there is a library's code, as far as a report can tell. And each transport has
+    one of its own, as what the same program does over another one would be the same cause, with a single report.
+    """
+    directory.mkdir(exist_ok=True)
+    return Path(shutil.copy(Path(__file__).with_name(_APPLICATION), directory))
 
 
 @dataclass(frozen=True, slots=True)

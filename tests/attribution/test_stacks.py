@@ -303,7 +303,7 @@ class TestReader:
             for _ in reader.read(self.wanted(client, tid, sleep), until=now + 20, returning=now + 0.1):
                 pass
         assert (reader.found.frames, reader.found.again) == ({}, {})
-        assert reader.found.problems == {client.pid: "it had gone on by the time that it could be read"}
+        assert reader.found.problems == {client.pid: "it had moved on before it could be read"}
 
     @needs_py_spy
     def test_one_that_wakes_now_and_then_is_seen_if_it_is_read_twice_in_the_same_place(self, client: Puppet) -> None:
@@ -334,7 +334,7 @@ class TestReader:
                 pass
         assert len(count.read_text().splitlines()) > 1
         assert (reader.found.frames, reader.found.again) == ({}, {})
-        assert reader.found.problems == {client.pid: "it had gone on by the time that it could be read"}
+        assert reader.found.problems == {client.pid: "it had moved on before it could be read"}
 
     @needs_py_spy
     def test_what_it_takes_is_accounted_for(self, client: Puppet) -> None:

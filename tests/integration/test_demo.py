@@ -75,7 +75,8 @@ def test_it_shows_the_misuse_over_both_transports_and_leaves_nothing_behind(scra
     assert output.count("What the application saw:") == 2
     assert "libpq: message type 0x54 arrived from server while idle" in output
     assert "asked for Alice, was shown Bob" in output
-    assert "SUMMARY: pgguard: shared-by-processes:" in output
+    assert output.count("pgguard: ERROR: shared-by-processes: two processes use one connection") == 2
+    assert output.count("SUMMARY: pgguard: shared-by-processes:") == 2
     assert output.count("pgguard saw nothing wrong.") == 2
     assert list(scratch.iterdir()) == []
     assert processes_in(scratch) == []
