@@ -18,7 +18,6 @@ import os
 import resource
 from typing import TYPE_CHECKING, Final
 
-from pgguard.faults.text import counted
 from pgguard.proxy.remedies import HOW_TO_RAISE
 from pgguard.wire.fields import build_error_response
 
@@ -91,8 +90,9 @@ class Admission:
 
     def why_full(self) -> str:
         """Why there is no room: a clause."""
-        sessions = counted(self.capacity, "session")
-        return f"the limit of {self.limit} open files leaves room for only {sessions} at once"
+        capacity = self.capacity
+        sessions = "session" if capacity == 1 else "sessions"
+        return f"the limit of {self.limit} open files leaves room for only {capacity} {sessions} at once"
 
     def _for_sessions(self) -> int:
         return self.limit - self._others - self._reserve()

@@ -120,7 +120,8 @@ def note(loss: Loss, session: ProxiedSession | None = None) -> None:
         if not before or now - said_at >= _INTERVAL:
             _said[place] = now, _times[place]
             whose = "" if session is None else f"session {session.id}: "
-            more = f", {counted(_times[place] - before, 'more time')}" if before else ""
+            times = _times[place] - before
+            more = f", {times} more {'time' if times == 1 else 'times'}" if before else ""
             logger.error("%s", f"{whose}{loss.value}{more}", exc_info=error)
 
 

@@ -14,6 +14,7 @@ import trio
 
 from pgguard.faults.text import printable, shorten
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, Upstream
+from pgguard.proxy.losses import Loss, spared
 from pgguard.proxy.remedies import hints, is_want
 from pgguard.wire.fields import parse_fields, parse_severity
 from pgguard.wire.messages import HEADER_SIZE
@@ -205,7 +206,9 @@ def reason(error: BaseException) -> str:
         return os.strerror(error.errno)
     if isinstance(error.__cause__, BaseExceptionGroup):  # trio's, of all that a name resolves to
         return ", ".join(dict.fromkeys(reason(cause) for cause in error.__cause__.exceptions))
-    return shorten(printable(str(error)), _REASON_LENGTH)
+    with spared(Loss.WORDS):
+        return shorten(printable(str(error)), _REASON_LENGTH)
+    return type(error).__name__
 
 
 def _is_ipv4(address: Address | Upstream) -> bool:

@@ -287,10 +287,10 @@ class _File:
             if isinstance(node, ast.Import)
             for alias in node.names
         }
-        self._ours = {
+        self._theirs = {
             alias.asname or alias.name
             for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pgguard.")
+            if isinstance(node, ast.ImportFrom) and _is_beyond((node.module or "").removeprefix("pgguard."))
             for alias in node.names
         }
 
@@ -309,9 +309,9 @@ class _File:
                 yield Site(self.module, function, node.lineno, last_line, ast.unparse(what)), catches
 
     def _is_own(self, node: ast.AST) -> bool:
-        """Whether it is this module's, or a library's."""
+        """Whether it is this module's, a library's, or by its name what the relay imports from itself."""
         if isinstance(node, ast.Name):
-            return node.id not in self._ours
+            return node.id not in self._theirs
         if not isinstance(node, ast.Attribute):
             return False
         if node.attr in _PYTHONS:
