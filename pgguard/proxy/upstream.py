@@ -206,9 +206,10 @@ def reason(error: BaseException) -> str:
         return os.strerror(error.errno)
     if isinstance(error.__cause__, BaseExceptionGroup):  # trio's, of all that a name resolves to
         return ", ".join(dict.fromkeys(reason(cause) for cause in error.__cause__.exceptions))
+    told = type(error).__name__
     with spared(Loss.WORDS):
-        return shorten(printable(str(error)), _REASON_LENGTH)
-    return type(error).__name__
+        told = shorten(printable(str(error)), _REASON_LENGTH)
+    return told  # noqa: RET504 - its name, if that fails
 
 
 def _is_ipv4(address: Address | Upstream) -> bool:
