@@ -11,13 +11,13 @@ parameters.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from typing import Final, NamedTuple
 from urllib.parse import unquote
 
 import psycopg
 from psycopg import pq
-from psycopg.conninfo import conninfo_to_dict
 
 from pgguard.faults.text import listed
 from pgguard.proxy.errors import ConfigurationError
@@ -90,12 +90,13 @@ def read_connection_string(text: str) -> ConnectionString:
 
 def _parse(text: str) -> dict[str, str]:
     try:
-        return {name: str(value) for name, value in conninfo_to_dict(text).items() if value is not None}
-    except psycopg.ProgrammingError as error:
+        options = pq.Conninfo.parse(os.fsencode(text))
+    except psycopg.OperationalError as error:
         said = str(error).strip()
         if _MAY_HOLD_SECRETS.search(text):
             said = f"{_without_quotations(said)}: {_HELP}"
         raise ConfigurationError(f"--upstream: {said}") from None  # whoever shows its context shows the whole string
+    return {option.keyword.decode(): os.fsdecode(option.val) for option in options if option.val is not None}
 
 
 def _without_quotations(said: str) -> str:

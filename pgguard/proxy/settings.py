@@ -241,6 +241,9 @@ def load_settings(given: dict[str, Any], config: Path | None) -> Settings:
     """
     given = {name: value for name, value in given.items() if value not in (None, [], "")}
     source, in_file, remark = _read_default() if config is None else (config, _read_named(config), None)
+    for name, value in in_file.items():
+        if "\0" in "".join(map(str, value if isinstance(value, list) else [value])):
+            raise ConfigurationError(f"{config or DEFAULT_CONFIG}: {name} holds a NUL character: remove it")
     try:
         settings = Settings.model_validate(in_file | given)
     except ValidationError as error:

@@ -142,6 +142,9 @@ def test_a_guard_in_front_of_itself(tmp_path: Path) -> None:
         ("[kinds]\nuntracked = 'reject'", "untracked can't be rejected"),
         ("kinds = 1", "kinds should be"),
         ("upstream = 1", "upstream should be a valid string, not 1"),
+        ('faults = "a\\u0000b"', "faults holds a NUL character"),
+        ('listen = ["127.0.0.1:0", "unix:a\\u0000b"]', "listen holds a NUL character"),
+        ('upstream = "host=h\\u0000 password=x"', "upstream holds a NUL character"),
     ],
 )
 def test_what_is_in_the_file(text: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +164,11 @@ def test_what_is_in_the_file(text: str, says: str, tmp_path: Path, monkeypatch: 
         (("--upstream", f"postgresql://h:{'9' * 5000}/"), "is not a port number: write one from 0 to 65535"),
         (("--upstream", f"host=h connect_timeout=1{'0' * 400}"), "is not a number of seconds"),
         (("--listen", "\x1b[31mx:5\u202e"), "\\x1b[31mx:5\\u202e"),
+        # bytes that are no UTF-8
+        (("--listen", "\udcff:5"), "\\udcff:5: this can't be a host name"),
+        (("--upstream", "host=a b\udcff"), "missing"),
+        (("--upstream", "postgresql://\udcff:x/"), "is not a port number"),
+        (("--sql", "\udcff"), "not '\\udcff'"),
     ],
 )
 def test_numbers_and_characters_that_nobody_means(arguments: tuple[str, str], says: str, refused: Refused) -> None:
