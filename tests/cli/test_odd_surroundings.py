@@ -137,7 +137,7 @@ def test_sizes_that_are_no_sizes_and_terminals_with_few_letters(tmp_path: Path) 
     odd = [*SIZES, *ENCODINGS]
     commands = ["--help", "explain unclean-close", "serve --help"]
     cases = [Case(commands[n % len(commands)], variables=variables) for n, variables in enumerate(odd)]
-    cases += [Case("doctor", variables=variables) for variables in (SIZES[0], SIZES[3], ENCODINGS[0])]
+    cases.append(Case("doctor", variables={**SIZES[3], **ENCODINGS[0]}))
     cases.append(Case("explain ħ", variables=ENCODINGS[1], status=CANNOT, says=None))
     check(cases, tmp_path)
 
