@@ -47,8 +47,8 @@ class _Row(NamedTuple):
 _COMMENT: Final = "/*controller='users',action='show'*/"
 _PGAPPNAME: Final = "https://www.postgresql.org/docs/current/libpq-envars.html"
 _RAILS: Final = Tracing(
-    "Rails can say in a comment of each query which controller, action or job sent it, and from 7.2 on the line of "
-    "code, which takes a little time each time.",
+    "Rails can say in a comment of each query which controller, action or job sent it, and from 7.2 on also "
+    "the line of code, at a small cost for each query.",
     code(
         """
         # config/application.rb
