@@ -67,17 +67,20 @@ def hostile_faults(text: str) -> Iterator[Fault]:
     titled = process(4866, 4864, f"{text} worker", name=text, age=9)
     owner = process(4864, 1, name=text, age=20)
     seen = waiting(worker, 4880, name=text, call="ppoll")
+    frames = Frame(text, text, 1), Frame(f"{text}()", f"/app/{text}.py", 2)
     known = Findings(
         opener=owner,
+        opening_stack=frames,
         holders=(owner, titled, worker),
         senders={4866: titled, 4867: worker},
         driver=Driver.LIBPQ,
         waits=Waits((seen,)),
-        stacks=Stacks({seen.sleep: (Frame(text, text, 1), Frame(f"{text}()", f"/app/{text}.py", 2))}),
+        stacks=Stacks({seen.sleep: frames}),
         runtimes={4867: Runtime(Language.PYTHON)},
     )
     facts = replace(FACTS, user=text, database=text, application_name=text)
-    sql = f'SELECT "{text}" /* {text} */ -- {text}'.encode(errors="surrogateescape")
+    comments = f"/* {text} */ /*controller='{text}',action='x'*/ -- {text}"
+    sql = f'SELECT "{text}" {comments}'.encode(errors="surrogateescape")
     request = replace(OUTSTANDING, sql=sql)
     refused = Refusal(Limit.ROLE, text)
     for what, findings in (
@@ -113,9 +116,9 @@ def test_whatever_comes_from_outside_is_harmless_wherever_it_is_shown(
         for field in rejection(what):
             assert is_harmless(field)
             assert len(field) < 2_500
-        for told in (what.summary, what.reason):
+        for told in (what.summary, what.reason, summary_line(what)):
             assert is_harmless(told)
-            assert len(told) <= 1000
+            assert len(told) <= 1200
         last = summary_lines(
             3, [Count(what.kind, what.severity, what.action, 1, 1)], [Told(what, Spread(2, 1, 1, NOW))]
         )
