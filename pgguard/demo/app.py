@@ -17,7 +17,7 @@ import psycopg
 
 USERS = {1: "Alice", 2: "Bob"}
 LOOKUP = "SELECT name FROM (VALUES (1, 'Alice'), (2, 'Bob')) AS users (id, name) WHERE id = {}"
-SECONDS = 1.5
+SECONDS = 2.5
 
 log = logging.getLogger("app")
 

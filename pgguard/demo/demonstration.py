@@ -46,6 +46,8 @@ _GUARD_START_SECONDS = 10.0
 _GUARD_STOP_SECONDS = 1.5
 _APART = 1.0
 """Seconds from one transport's runs to the next one's, so that the stacks of either aren't read at the same time."""
+_EVIDENCE_SECONDS = 1.0
+"""More than by default, as the machine may be busy with something else, and shall show what there is to see."""
 
 _GRAVITY = ("error", "warning", "info")
 _APPLICATION = "app.py"
@@ -177,7 +179,7 @@ async def _running_guard(upstream: str, directory: Path, width: int) -> AsyncIte
     """Run ``pgguard serve`` as a user would, and yield its listeners: transport, host and port of each."""
     command = [sys.executable, "-m", "pgguard", "serve", "--upstream", upstream, "--mode", "log"]
     command += ["--listen", "127.0.0.1:0", "--listen", f"unix:{directory}"]
-    command += ["--faults", str(directory / _FAULTS)]
+    command += ["--faults", str(directory / _FAULTS), "--evidence-budget", str(_EVIDENCE_SECONDS)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PGGUARD_")}
     environment["COLUMNS"] = str(width)
     log = directory / _LOG

@@ -51,8 +51,8 @@ _STACKED: Final = 2
 _NOT_AMONG_THEM: Final = "only two processes' stacks are read for a fault"
 _COMING_BUDGET: Final = 0.03
 """Seconds for which a culprit is given to come to its wait where stacks are read anyway, which takes as long."""
-_RETURNING: Final = 0.125
-"""Seconds for which a thread that has got its answer is given to wait for the connection again."""
+_RETURNING: Final = 0.5
+"""Of the budget, for how long a thread that has got its answer is given to wait for the connection again."""
 
 _SHOWN_BY_EVIDENCE: Final = frozenset({Kind.REQUEST_WHILE_BUSY, Kind.FOREIGN_TERMINATE})
 """Kinds that evidence may make another one of, or none at all."""
@@ -399,7 +399,7 @@ class Investigation:
         if not wanted:
             return
         until = self._ends - _LAST_WORDS
-        returning = self._ends - self._budget + _RETURNING if self._awaits_answer() else 0.0
+        returning = self._ends - self._budget * (1 - _RETURNING) if self._awaits_answer() else 0.0
         others = known_processes(self._findings).keys() - {process.pid for process, _ in wanted}
         problems = dict.fromkeys(others, _NOT_AMONG_THEM)
         for stacks in reader.read(wanted, until=until, returning=returning):

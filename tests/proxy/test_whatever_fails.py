@@ -97,7 +97,7 @@ SHORT: Final = {
     "aftermath._HEARING": 0.1,
     "investigation._WAITING_BUDGET": 0.001,
     "investigation._COMING_BUDGET": 0.001,
-    "investigation._RETURNING": 0.001,
+    "investigation._RETURNING": 0.0,
     "investigation._STAYING_BUDGET": 0.001,
     "investigation._ENDING_BUDGET": 0.001,
     "guard._LAST_CANCEL": 0.05,
