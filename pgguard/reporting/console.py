@@ -93,6 +93,8 @@ _INNERMOST: Final = 2
 _OWN_FRAMES: Final = 5
 """Otherwise: so many of the innermost ones, and of the application's own."""
 
+_REQUESTS: Final = 5
+"""Requests that are printed at least, the latest ones: of those before, the ones that are still to be answered."""
 _GIVEN: Final = 64
 """Pieces of advice that are remembered as printed."""
 _GIVEN_FOR: Final = 600.0
@@ -227,7 +229,9 @@ def render(fault: Fault, given: Given | None = None) -> RenderableType:
     if lineage:
         parts.extend(_section("How the socket came to be shared", [_Lineage(fault)]))
     if fault.requests:
-        parts.extend(_section("Recent requests", [_Timeline(fault.requests)]))
+        latest = len(fault.requests) - _REQUESTS
+        told = [one for n, one in enumerate(fault.requests) if n >= latest or one.state in OUTSTANDING]
+        parts.extend(_section("Recent requests", [_Timeline(told)]))
     if fault.libpq is not None:
         # Every driver passes the server's own error on.
         whose = "your logs" if fault.kind is Kind.SESSION_STATE_LOST else "the logs of clients that use libpq"
@@ -379,7 +383,8 @@ def _activity(fault: Fault, culprit: Culprit) -> Iterator[str]:
         # Of an unread answer it is told where its client is, whatever it waits for there.
         waiting = "" if fault.kind is Kind.UNREAD_ANSWER else ", waiting for this connection"
         yield f"blocked in {culprit.system_call}{waiting}"
-    if culprit.stack_problem is not None:
+    opening_shown = culprit.pid == _opener(fault) and any(chapter.stack for chapter in fault.story)
+    if culprit.stack_problem is not None and not opening_shown:
         yield f"no stack: {culprit.stack_problem}"
     said = (culprit.declared or {}).items()
     pairs = [f"{shorten(key, _NAME_LENGTH)}: {shorten(value, _PLACE_LENGTH)}" for key, value in said]
@@ -477,29 +482,29 @@ class _Lineage:
         self._holding = {c.pid for c in fault.culprits if c.role is Role.HOLDER}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        as_tree = options.max_width >= _TREE_WIDTH
         trees: dict[int, Tree] = {}
         roots: list[Tree] = []
-        labels: list[Text] = []
         for process in self._processes:
             parent = None if process.ppid is None else trees.get(process.ppid)
-            labels.append(self._label(process, forked=parent is not None))
-            if parent is None:
-                trees[process.pid] = Tree(labels[-1], guide_style="dim")
+            label = self._label(process, forked=parent is not None, as_tree=as_tree)
+            if parent is None or not as_tree:
+                trees[process.pid] = Tree(label, guide_style="dim")
                 roots.append(trees[process.pid])
             else:
-                trees[process.pid] = parent.add(labels[-1])
-        yield from labels if options.max_width < _TREE_WIDTH else roots
+                trees[process.pid] = parent.add(label)
+        yield from roots
 
-    def _label(self, process: Process, *, forked: bool) -> Text:
-        opened_at = self._fault.session.opened_at
-        facts = [f"started at {_clock(process.started_at)}"]
+    def _label(self, process: Process, *, forked: bool, as_tree: bool) -> Text:
+        opened_at, since = self._fault.session.opened_at, _clock(process.started_at)
+        is_heir = process.pid != self._owner and forked and process.started_at >= opened_at - _TICK
+        facts = [f"inherited the socket at {since}" if is_heir else f"started at {since}"]
         if process.pid == self._owner:
             facts.append(f"opened the connection at {_clock(opened_at)}")
-        elif forked and process.started_at >= opened_at - _TICK:
-            facts.append("inherited the socket through the fork")
         if process.pid in self._holding:
             facts.append("has it open")
-        child = "" if process.ppid is None else f", child of {process.ppid}"
+        # The tree shows whose child it is.
+        child = "" if process.ppid is None or (forked and as_tree) else f", child of {process.ppid}"
         return _text(f"{named(process.pid, process)}{child}: {', '.join(facts)}")
 
 

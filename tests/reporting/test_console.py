@@ -94,10 +94,8 @@ pgguard: ERROR: shared-by-processes: two processes use one connection
   How the socket came to be shared:
     pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app]), child of 1: started at 11:51:47.120402, opened
     the connection at 11:51:54.620402, has it open
-    ├── pid 4866 (puma: cluster worker 0), child of 4864: started at 11:51:58.120402, inherited the
-    │   socket through the fork
-    └── pid 4867 (puma: cluster worker 1), child of 4864: started at 11:51:59.120402, inherited the
-        socket through the fork
+    ├── pid 4866 (puma: cluster worker 0): inherited the socket at 11:51:58.120402
+    └── pid 4867 (puma: cluster worker 1): inherited the socket at 11:51:59.120402
 
   Recent requests:
     #41  11:52:07.119402  pid 4866, thread 4871  Q  answering  SELECT $1 AS pid
@@ -216,7 +214,7 @@ def test_the_servers_words_are_not_said_to_be_libpqs() -> None:
 def test_a_child_that_is_older_than_the_connection_has_not_inherited_it() -> None:
     handed = process(4870, 4864, "python", "worker.py", age=15)
     text = printed(fault(verdict(Kind.INHERITED_CONNECTION), replace(KERNEL, holders=(MASTER, handed))), width=400)
-    assert "pid 4870 (python worker.py), child of 4864: started at 11:51:52.120402, has it open" in text
+    assert "pid 4870 (python worker.py): started at 11:51:52.120402, has it open" in text
 
 
 LONG_SQL = b"SELECT alpha, beta FROM orders JOIN customers USING (customer_id) WHERE placed_at > now() AND total > 10"
@@ -250,9 +248,12 @@ def test_at_every_width_everything_is_there_in_order(what: Fault) -> None:
     """What has no room beside something else stands below it: no pid, no thread, no word of SQL is cut."""
     shown = printed(what, width=200)
     assert "#8  11:52:07.119402  pid 4194308, thread 4194208  PBDES  answering  SELECT alpha," in shown or what.shares
+    # Where there is no room for a tree it is said whose child each process is.
+    child = re.compile(r",\s+child\s+of\s+\d+")
+    shown = child.sub("", shown)
     everything = re.sub(r"[\s,=├└│─]+", "", shown)
     for width in range(20, 200):
-        text = printed(what, width=width)
+        text = child.sub("", printed(what, width=width))
         assert re.sub(r"[\s,=├└│─]+", "", text) == everything, width
         words = re.findall(r"\w+", text)
         assert [word for word in words if word.isdigit()] == re.findall(r"\b\d+\b", shown), width
@@ -480,6 +481,19 @@ def test_information_gives_no_advice() -> None:
     given = Given()
     printed(fault(severity=Severity.INFO), given=given)
     assert given.find(fault().advice) is None
+
+
+def test_of_many_requests_the_latest_are_told_and_those_still_to_be_answered() -> None:
+    answered = replace(fault().requests[0], state=RequestState.ANSWERED)
+    waiting = replace(answered, n=3, state=RequestState.WAITING)
+    requests = tuple(waiting if n == 3 else replace(answered, n=n) for n in range(1, 12))
+    shown = printed(fault(requests=requests)).partition("Recent requests:")[2]
+    assert re.findall(r"^    +#(\d+)", shown, re.MULTILINE) == ["3", "7", "8", "9", "10", "11"]
+
+
+def test_a_narrow_terminal_says_whose_child_a_process_is() -> None:
+    assert "child of 4864" not in printed(fault(), width=100)
+    assert "child of 4864: inherited the socket at" in " ".join(printed(fault(), width=50).split())
 
 
 def test_a_command_that_the_process_is_called_by_is_not_told_twice() -> None:
