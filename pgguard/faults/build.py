@@ -143,8 +143,9 @@ def plain_fault(verdict: Verdict, facts: SessionFacts, *, at: float, severity: S
 def build_instance(verdict: Verdict, facts: SessionFacts, findings: Findings, *, sql_mode: SqlMode) -> Instance:
     """What the record of a repeat says that stands for another session than the first; arguments as above."""
     verdict = _verdict(verdict)
-    culprits, _ = _culprits(verdict, findings, sql_mode)
-    return Instance(_session(facts), verdict.message, _in_one_line(summarize(verdict, findings, culprits)), culprits)
+    culprits, unnamed = _culprits(verdict, findings, sql_mode)
+    summary = _in_one_line(summarize(verdict, findings, culprits))
+    return Instance(_session(facts), verdict.message, summary, culprits, unnamed)
 
 
 def _in_one_line(text: str) -> str:

@@ -97,6 +97,8 @@ class Instance(NamedTuple):
     message: MessageSeen | None
     summary: str
     culprits: tuple[Culprit, ...]
+    unnamed: int = 0
+    """How many more culprits there are."""
 
 
 class CauseKey(NamedTuple):
@@ -357,7 +359,7 @@ class Causes:
         )
         cause.actions.add(fault.action)
         if what.instance is not None:
-            fault = replace(fault, unnamed=0, **what.instance()._asdict())
+            fault = replace(fault, **what.instance()._asdict())
             cause.note_culprits(fault.culprits)
         return replace(fault, spread=cause.spread)
 

@@ -20,8 +20,9 @@ from pgguard.faults.build import build_instance, family_of, likeness_of
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.causes import ALIKE, CAUSES, ENDS, FORGOTTEN_AFTER, FULL_RECORDS, PROCESSES, Instance, program
 from pgguard.faults.conclude import AT_ONCE
+from pgguard.faults.culprits import MOST
 from pgguard.faults.docket import EXPLAINED_BY, FAMILIES, FAULTS, FAULTS_PER_SESSION, RENEWAL, Docket
-from pgguard.faults.fault import Fault, Spread
+from pgguard.faults.fault import Fault, Role, Spread
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
 from pgguard.reporting.record import to_record
@@ -929,6 +930,19 @@ def test_a_fault_of_a_known_cause_is_familiar_on_another_session() -> None:
     assert later is not None
     assert (later.repeat_of, later.session.id, later.culprits) == (1, 9, record.culprits)
     assert [(count.faults, count.repeats) for count in docket.counts()] == [(2, 1)]
+
+
+def test_a_repeat_that_leaves_culprits_out_says_how_many() -> None:
+    assert FAMILY is not None
+    docket = Docket()
+    docket.enter(OVERLAP, fault(), FAMILY)
+    what = replace(OVERLAP, requesters=tuple(Sender(pid) for pid in range(5000, 5020)))
+    told = build_instance(what, FACTS, KERNEL, sql_mode=SqlMode.NONE)
+    record = docket.enter_familiar(9, what, FAMILY, at=NOW + 1, instance=lambda: told)
+    assert record is not None
+    assert len([one for one in record.culprits if one.role is not Role.OWNER]) == MOST
+    # The intruder, those twenty, and three who have it open, one of whom is the intruder.
+    assert len(record.culprits) + record.unnamed == 1 + 20 + 1 + 2
 
 
 def test_processes_are_counted_of_which_nothing_is_recorded() -> None:
