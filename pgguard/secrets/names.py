@@ -52,7 +52,7 @@ _ENDINGS: Final = ("pass", "apikey", "pwd", "token", "tokens", "cookie", "creds"
 _NO_SECRETS: Final = word_list("""
     bandpass bypass compass encompass highpass lowpass multipass overpass singlepass surpass trespass twopass underpass
 """)
-_BEHIND_PASS: Final = word_list("code key phrase word wd")
+_BEHIND_PASS: Final = word_list("code key phrase word wort wd")
 
 _ABOUT: Final = word_list("""
     file files filename path paths dir directory folder url uri endpoint host hostname port domain fd stdin env

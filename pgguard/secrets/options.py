@@ -101,6 +101,7 @@ _OPERANDS: Final = {
 _OPTION: Final = re.compile(r"-[A-Za-z]|--[a-z]+(?:-[a-z]+)*")
 _CLUSTER: Final = re.compile(r"-[A-Za-z]{2,5}")
 _ORACLE_LOGIN: Final = re.compile(r"(?:userid=)?[^/=@\s]+/")
+_SLASH_OPTION: Final = re.compile(r"/[A-Za-z]+")
 _NAME: Final = re.compile(r"[^\W\d][\w.-]*")
 _NO_SECRET: Final = re.compile(r"\d+(?:[:/.-]\d+)*(?:/tcp|/udp)?|[./~].*|no:.*|\*{3}\W*", re.DOTALL)
 """A port, a pid, a mapping of ports, a path, one of pytest's plug-ins; or what has been hidden already."""
@@ -212,7 +213,8 @@ class _Reader:
         if word == "login" and self._logs_in:
             self._letters = "p"
         self._keeps = self._keeps or word in _KEEPERS.get(self._program, ())
-        self._secret = self._program == "smbclient" and word.startswith("//")
+        self._secret = _SLASH_OPTION.fullmatch(word) is not None and is_secret_name(word[1:])
+        self._secret = self._secret or (self._program == "smbclient" and word.startswith("//"))
         if self._positional and not first and _NAME.fullmatch(word) and is_secret_name(word):
             self._secret = True
             self._keeps = self._keeps or word.lower() in {"secret", "secrets"}

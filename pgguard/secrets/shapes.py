@@ -30,6 +30,7 @@ _SHAPES: Final = re.compile(
     | \$2[abxy]\$\d\d\$[./A-Za-z0-9]{6,}                                    # crypt(3)
     | \$(?:[156y]|7|argon2[a-z]*|scrypt)\$[^\s'"$]{1,40}\$[^\s'"]{6,}
     | (?<!\w)(?:pbkdf2_sha\d+|argon2|scrypt|bcrypt[_a-z0-9]*)\$[^\s'"]{6,}  # Django
+    | (?<=hooks\.slack\.com/services/)[\w/-]+ | (?<=/api/webhooks/)\d+/[\w-]+  # Slack, Discord
     | (?<=[Bb]earer[ ])[\w.~+/=-]{6,}                                       # RFC 6750
     | (?<=BEARER[ ])[\w.~+/=-]{6,}
     | (?<=[Bb]asic[ ])(?=[A-Za-z]*[0-9=+/]|[a-z]+[A-Z])[A-Za-z0-9+/]{6,}={0,2}  # RFC 7617

@@ -303,10 +303,14 @@ COMMANDS: Final = (
     Place(("sh", "-c", "printf '%s' {} | docker login -u joe --password-stdin"), word_of_letters),
     Place(("bash", "-c", "chpasswd <<< joe:{}"), word_of_letters),
     Place(("su", "-", "joe", "-c", "redis-cli AUTH {}"), word_of_letters),
+)
+
+TITLES: Final = (
     Place(("app password {}",), word_of_letters),
     Place(("worker: redis-cli AUTH {} ping",), word_of_letters),
     Place(("app --set db.password {}",), word_of_letters),
 )
+"""What processes write over all of their arguments."""
 
 SQL: Final = (
     *(

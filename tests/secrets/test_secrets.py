@@ -18,7 +18,7 @@ from pgguard.faults.text import discreet_setting, process_label
 from pgguard.secrets.commands import CUT_OFF, redact_command
 from pgguard.secrets.names import is_secret_name
 from pgguard.secrets.text import redact, redact_structure
-from tests.secrets.surroundings import COMMANDS, PIECE, SQL, TEXTS, Place
+from tests.secrets.surroundings import COMMANDS, PIECE, SQL, TEXTS, TITLES, Place
 
 _SIGNS = string.ascii_letters + string.digits + string.punctuation + " éß日"
 secrets = st.text(_SIGNS, min_size=8, max_size=24).filter(
@@ -71,7 +71,7 @@ def test_no_secret_gets_out_of_a_command_line(place: Place, secret: str) -> None
     assert place.leaks(secret, process_label(Process(1, 1, 1.0, "app", words, None))) == []
 
 
-@given(st.sampled_from(COMMANDS), st.text(string.ascii_letters, min_size=8, max_size=24))
+@given(st.sampled_from((*COMMANDS, *TITLES)), st.text(string.ascii_letters, min_size=8, max_size=24))
 def test_no_secret_gets_out_of_a_title(place: Place, secret: str) -> None:
     """A process that changes its title joins its words as they are."""
     [shown] = redact_command([" ".join(place.holding(secret))])
@@ -139,6 +139,8 @@ CAUGHT = [
     ("SCRAM-SHA-256$4096:c2FsdA==$c3RvcmVk:c2VydmVy", "***"),
     ("md5" + "0123456789abcdef" * 2, "***"),
     ("bearer abcdef0123", "bearer ***"),
+    ("https://hooks.slack.com/services/T00/B00/abcdef now", "https://hooks.slack.com/services/*** now"),
+    ("https://discord.com/api/webhooks/123456/ab_cd-ef?wait=1", "https://discord.com/api/webhooks/***?wait=1"),
     # with escapes in the name
     (r'{"p\u0061ssword": "x y", "user": 1}', r'{"p\u0061ssword": ***, "user": 1}'),
     (r'log "{\"p\\u0061ssword\": \"x y\"}" now', r'log "{\"p\\u0061ssword\": ***}" now'),
@@ -222,6 +224,8 @@ def test_what_is_left_alone(text: str) -> None:
         (["sqlplus", "/", "as", "sysdba", "@/opt/x.sql"], None),
         (["sqlplus", "scott/tiger@db"], ["sqlplus", "scott/***"]),
         (["pass", "show", "mail/joe"], None),
+        (["setup.exe", "/PASSWORD", "hunter2", "/quiet"], ["setup.exe", "/PASSWORD", "***", "/quiet"]),
+        (["app", "/run/token", "x"], None),
         (["/usr/bin/passwd", "joe"], None),
         (["tar", "-cvu", "a:b"], ["tar", "-cvu", "a:***"]),
         (["7z", "a", "-tzip", "x.zip", "x"], None),
@@ -266,7 +270,7 @@ def test_command_lines(arguments: list[str], shown: list[str] | None) -> None:
     [
         *("password", "PGPASSWORD", "db-pass", "dbPassword", "passwd2", "pwd", "SecretAccessKey", "apikey", "API_KEY"),
         *("x-api-key", "authToken", "token", "private_key", "client_secret", "Cookie", "Authorization", "requirepass"),
-        *("hasło", "heslo", "mot_de_passe", "salasana", "Şifre", "κωδικός", "лозинка", "upw"),
+        *("Pass-Wort", "hasło", "heslo", "mot_de_passe", "salasana", "Şifre", "κωδικός", "лозинка", "upw"),
         *("sslpassword", "PASSWORT", "contraseña", "пароль", "密码", "userpw", "JWT", "credentials", "masterauth"),
     ],
 )
