@@ -14,7 +14,8 @@ from tests.servers import not_installed
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.guard_process import Fault, GuardProcess
+    from tests.conftest import StartGuard
+    from tests.guard_process import Fault
     from tests.servers import Transport
 
 pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
@@ -31,10 +32,11 @@ def own_calls(stack: list[dict[str, Any]] | None) -> list[str]:
 
 @every_transport
 def test_a_report_shows_both_sides_and_where_the_connection_was_opened(
-    guard: GuardProcess, transport: Transport, tmp_path: Path
+    start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:
     if find_py_spy() is None:
         not_installed("py-spy")
+    guard = start_guard("--evidence-budget", "3")  # a busy machine takes long for what is to be shown in any case
     with running((sys.executable, PROGRAM), guard.at(transport), tmp_path) as program:
         said = program.read()
         [fault, *_] = guard.wait_for("shared-by-processes")
