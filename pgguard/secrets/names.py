@@ -13,7 +13,7 @@ NAME_LENGTH: Final = 64
 
 STEM: Final = re.compile(
     r"pass|p[ws]|secret|token|key|cred|auth|cookie|jwt|bearer|mdp|otp|sig|pin|scram|kennwort|contrase|wachtwoord|senha"
-    r"|geheim|has[lł]o|heslo|geslo|lozink|лозинк|salasana|[sş]ifre|adgangskode|l[oö]senord|jelsz[oó]"
+    r"|geheim|has[lł]o|heslo|lozink|лозинк|salasana|şifre"
     r"|парол|κωδικ|סיסמ|密[码碼]|パスワード|비밀번호|identified|%[2-7][0-9a-f]",
     re.IGNORECASE,
 )
@@ -25,8 +25,8 @@ _WORD: Final = re.compile(r"[^\W\d_]+")
 
 _STRONG: Final = re.compile(
     r"(?:passw(?:or)?d?s?|passw[oö]rt|kennwort|pass?phrase|passcode|secrets?(?!ar[iy]|e|ion)|credentials?"
-    r"|contrase[nñ]a|motdepasse|wachtwoord|senha|geheim|has[lł]o|heslo|geslo|lozink|лозинк|salasana|[sş]ifre"
-    r"|adgangskode|l[oö]senord|jelsz[oó]|парол|κωδικ|סיסמ|密[码碼]|パスワード|비밀번호)(?P<rest>.*)"
+    r"|contrase[nñ]a|motdepasse|wachtwoord|senha|geheim|has[lł]o|heslo|lozink|лозинк|salasana|şifre"
+    r"|парол|κωδικ|סיסמ|密[码碼]|パスワード|비밀번호)(?P<rest>.*)"
 )
 """Means a secret in whichever word it is a part of."""
 

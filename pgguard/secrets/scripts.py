@@ -65,7 +65,8 @@ def script_spans(text: str, *, command: bool, cut: bool) -> Iterator[Span]:
         words = [_bare(text, *found.span()) for found in _STRETCH.finditer(text)]
         yield from _command_spans(words, positional=command, cut=cut and not text[-1:].isspace())
     yield from _script_spans(text, _DEPTH, positional=command, cut=cut)
-    yield from _piped_spans(text, cut=cut)
+    if cut or "|" in text or "<<<" in text:
+        yield from _piped_spans(text, cut=cut)
 
 
 def _bare(text: str, start: int, end: int) -> _Word:

@@ -282,7 +282,7 @@ def test_names_of_secrets(name: str) -> None:
     "name",
     [
         *("compass", "passive", "author", "primary_key", "key", "sort_key", "token_type", "password_file", "tokenizer"),
-        *("upward", "Hessen", "password_policy", "geslofile_path"),
+        *("upward", "Hessen", "password_policy"),
         *("passfile", "passwordless", "secretary", "monkey", "keyword", "authority", "signal", "pinned", "option"),
         *("max_tokens_per_minute_limit", "", "1", "%", "pass_count"),
     ],
