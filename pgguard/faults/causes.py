@@ -32,6 +32,7 @@ from pgguard.attribution.evidence import Evidence
 from pgguard.faults.catalogue import CATALOGUE
 from pgguard.faults.fault import Fault, Role, Spread
 from pgguard.faults.text import title
+from pgguard.session.verdicts import Limit, Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from pgguard.faults.catalogue import Severity
     from pgguard.faults.fault import Culprit, SessionFacts
     from pgguard.faults.policy import Action
-    from pgguard.session.verdicts import Kind, MessageSeen, Refusal, Verdict
+    from pgguard.session.verdicts import Kind, MessageSeen, Verdict
 
 RECORD_INTERVAL: Final = 1.0
 """Seconds between two records of one cause's repeats, at least."""
@@ -380,12 +381,18 @@ def brief(fault: Fault) -> Fault:
 
 def cause_key(verdict: Verdict, fault: Fault) -> CauseKey:
     """What the cause of a fault is known by."""
-    owner = next((culprit for culprit in fault.culprits if culprit.role is Role.OWNER), None)
     if verdict.refusal is not None:
-        owner = None  # it is about those who have the connections, whoever was refused one
+        # It is about those who have the connections: whoever was refused one, and whatever they do with them just now.
+        return CauseKey(fault.kind, fault.severity, _shortage(verdict.refusal), _doer(verdict, fault.culprits, None))
+    owner = next((culprit for culprit in fault.culprits if culprit.role is Role.OWNER), None)
     opener = "" if owner is None else _program_of(owner)
     doer = _doer(verdict, fault.culprits, owner)
-    return CauseKey(fault.kind, fault.severity, verdict.refusal, doer, opener, fault.advice.title)
+    return CauseKey(fault.kind, fault.severity, None, doer, opener, fault.advice.title)
+
+
+def _shortage(refusal: Refusal) -> Refusal:
+    """What there is too little of: who is refused a slot that isn't reserved, or every slot, depends on the moment."""
+    return Refusal(Limit.SERVER) if refusal.limit is Limit.RESERVED else refusal
 
 
 def _rest(kind: Kind, severity: Severity) -> CauseKey:

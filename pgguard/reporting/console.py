@@ -20,7 +20,7 @@ import textwrap
 import threading
 import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -317,7 +317,9 @@ def _sides(fault: Fault) -> list[RenderableType]:
         if owner is not None and culprit.pid == owner.pid and owner.pid not in opened:
             opened.add(owner.pid)
             sides.extend(_indented(line) for line in _opened_at(fault))
-    others = [_who(holder) for holder in holders if holder.pid not in told]
+    # Of those who do nothing with it the main thread tells nothing.
+    idle = [replace(one, tid=None) if one.tid == one.pid else one for one in holders]
+    others = [_who(holder) for holder in idle if holder.pid not in told]
     if others:
         sides.append(_text(f"{_ROLES[Role.HOLDER]}: {listed(others)}"))
     if fault.unnamed and fault.shares is None:

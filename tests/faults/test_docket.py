@@ -883,6 +883,9 @@ def test_a_server_that_is_full_is_one_cause_by_who_has_the_most_connections() ->
         assert docket.enter(FULL, fault(FULL, full_by(*holders, opener=opener), at=at)).fault.cause == cause
     other = replace(FULL, refusal=Refusal(Limit.SERVER))
     assert docket.enter(other, fault(other, full_by(psql), at=at)).fault.cause == 3
+    # While others knock, the reserved slots are taken too.
+    reserved = replace(FULL, refusal=Refusal(Limit.RESERVED))
+    assert docket.enter(reserved, fault(reserved, full_by(psql), at=at)).fault.cause == 3
 
 
 def test_a_program_that_calls_itself_anew_each_time_is_told_in_full_a_few_times() -> None:
