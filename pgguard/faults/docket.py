@@ -123,7 +123,8 @@ class _Case:
     is_own: bool
     """It is this session's: else each record of it has to say of which session and by whom it is."""
     is_over: bool = False
-    """A process that did it is gone: who has its pid by now does something else."""
+    """It is news if it comes again: something else is to be done about it, or a process that did it is gone, and who has
+    its pid by now does something else."""
 
 
 class Docket:
@@ -335,8 +336,10 @@ class Docket:
 
     def renew(self) -> None:
         """Look into each session's faults anew, as what is done about them has changed."""
-        self._sessions.clear()
-        self._cases.clear()
+        # They are kept, as a session counts once toward its cause.
+        for cases in self._sessions.values():
+            for key, case in cases.items():
+                cases[key] = replace(case, is_over=True)
         self._families.clear()
 
     def counts(self) -> list[Count]:

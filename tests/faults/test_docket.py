@@ -540,6 +540,8 @@ def test_when_what_is_done_changes_every_fault_is_ruled_on_anew() -> None:
     rejected = fault(facts=replace(FACTS, id=3), action=Action.REJECTED, at=NOW + 1)
     [anew] = docket.enter(OVERLAP, rejected).records
     assert (anew.repeat_of, anew.suppressed, anew.action) == (1, 18, Action.REJECTED)
+    [told] = docket.causes()
+    assert (told.spread.times, told.spread.sessions) == (20, 19)
 
 
 def run_by(n: int, *, pid: int = 1) -> Findings:
