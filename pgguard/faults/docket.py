@@ -123,8 +123,8 @@ class _Case:
     is_own: bool
     """It is this session's: else each record of it has to say of which session and by whom it is."""
     is_over: bool = False
-    """It is news if it comes again: something else is to be done about it, or a process that did it is gone, and who has
-    its pid by now does something else."""
+    """It is news if it comes again: what is done about faults has changed, or a process that did it is gone, and who
+    has its pid by now does something else."""
 
 
 class Docket:
