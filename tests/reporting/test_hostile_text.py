@@ -83,6 +83,8 @@ def hostile_faults(text: str) -> Iterator[Fault]:
     sql = f'SELECT "{text}" {comments}'.encode(errors="surrogateescape")
     request = replace(OUTSTANDING, sql=sql)
     refused = Refusal(Limit.ROLE, text)
+    # A statement is shown in the same way, whatever the fault is.
+    yield fault(replace(OVERLAP, requests=(request,)), known, facts=facts, sql_mode=SqlMode.NORMALIZED)
     for what, findings in (
         *((replace(OVERLAP, kind=kind, requests=(request,), reason=f'because of "{text}"'), known) for kind in Kind),
         (replace(OVERLAP, requests=(request,), libpq=text), known),
@@ -97,8 +99,7 @@ def hostile_faults(text: str) -> Iterator[Fault]:
         (verdict(Kind.LEAKED_CONNECTION, "outlived the process that opened it"), replace(known, holders=(worker,))),
         (replace(OVERLAP, requesters=tuple(Sender(4866 - n) for n in range(20))), known),
     ):
-        for mode in (SqlMode.FULL, SqlMode.NORMALIZED):
-            yield fault(what, findings, facts=facts, sql_mode=mode)
+        yield fault(what, findings, facts=facts, sql_mode=SqlMode.FULL)
 
 
 def is_harmless(text: str) -> bool:
