@@ -161,11 +161,11 @@ async def test_four_hundred_sessions_at_once_leave_nothing_behind(backend: FakeB
 
 async def test_out_of_descriptors(backend: FakeBackend, tmp_path: Path) -> None:
     """Those who are connected go on, it is said once, and when descriptors are free again so are the doors."""
-    with spawned(upstream(backend), "--attribution", "off", cwd=tmp_path, descriptors=30) as guard:
+    with spawned(upstream(backend), "--attribution", "off", cwd=tmp_path, descriptors=32) as guard:
         client, server = await session(guard, backend)
         crowd = [await connect(guard, backend) for _ in range(40)]
         guard.wait_for(
-            "turned away: the limit of 30 open files leaves room for only [3-9] sessions at once. Raise the limit"
+            "turned away: the limit of 32 open files leaves room for only [3-9] sessions at once. Raise the limit"
         )
         for _ in range(20):
             await converse(client, server)
