@@ -28,6 +28,14 @@ DEFAULT_CONFIG: Final = Path("pgguard.toml")
 DEFAULT_LISTEN: Final = "127.0.0.1:6544"
 _CONFIG_LIMIT: Final = 1 << 20
 """Bytes of a configuration file, at most: a device may have no end."""
+_EXPECTED: Final = {
+    "list_type": "should be an address, or a list of them",
+    "too_short": "should be an address, or a list of them, not an empty one",
+    "string_type": "should be text in quotation marks",
+    "path_type": "should be text in quotation marks",
+    "dict_type": "should be a table, as in [kinds]",
+}
+"""What a setting has to be, by the type of pydantic's error, where its own words are a programmer's."""
 
 Attribution = Literal["auto", "ebpf", "proc", "off"]
 Seconds = Annotated[float, Field(ge=0, le=3600)]
@@ -316,7 +324,7 @@ def _first_problem(error: ValidationError, given: dict[str, Any], config: Path |
         return f"{place}: there is no such kind of fault: {kind_hint(str(problem['input']))}"
     stands = problem["input"]
     shown = f", not {stands!r}" if isinstance(stands, str | int | float | bool) else ""
-    text = _in_seconds(name) or problem["msg"].removeprefix("Input ")
+    text = _in_seconds(name) or _EXPECTED.get(problem["type"]) or problem["msg"].removeprefix("Input ")
     # Where there is a choice, pydantic lists what can be chosen in quotation marks.
     choice = nearest(stands, re.findall(r"'([^']*)'", text)) if isinstance(stands, str) else None
     return f"{place} {text}{shown}" + (f": did you mean {choice}?" if choice else "")
