@@ -34,6 +34,7 @@ from pgguard.faults.causes import (
     cause_key,
     passed,
 )
+from pgguard.faults.policy import Action
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from pgguard.faults.catalogue import Severity
     from pgguard.faults.causes import Cause, Instance, Told
     from pgguard.faults.fault import Fault
-    from pgguard.faults.policy import Action
     from pgguard.session.verdicts import Refusal, Verdict
 
 FAULTS_PER_SESSION: Final = 64
@@ -221,7 +221,7 @@ class Docket:
     def enter_familiar(
         self, session_id: int, verdict: Verdict, family: Family, *, at: float, instance: Callable[[], Instance]
     ) -> Fault | None:
-        """Take note of a fault that is not :meth:`known` in its session, but :meth:`familiar`.
+        """Take note of a fault that is not :meth:`known` in its session, but :meth:`familiar`, and is only logged.
 
         Args:
             session_id: The session.
@@ -242,7 +242,7 @@ class Docket:
         if first is None:
             raise KeyError(family)
         key, cause = self._causes.come_again(key, first, at)
-        standing = replace(first, shares=None)
+        standing = replace(first, shares=None, action=Action.LOGGED)
         self._count(standing, faults=1)
         self._note_session(cause, key, session_id)
         cause.note_pids(_key(verdict).pids)

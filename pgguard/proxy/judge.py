@@ -325,10 +325,15 @@ class Judge:
             return
         if self._known(session, verdict, at) is not None:
             self._count_again(session, verdict, at)
-        elif isinstance(likeness, Family) and self._docket.familiar(likeness) is not None:
+        elif isinstance(likeness, Family) and self._is_logged_still(one, likeness):
             self._enter_familiar(one._replace(findings=findings), likeness)
         else:
             self._enter(session, concluded, findings, at)
+
+    def _is_logged_still(self, one: Waiting, family: Family) -> bool:
+        """Whether a fault is familiar and only logged, as when it came: the settings may have changed since."""
+        logged = one.verdict.ends or self._actions[family.kind, family.severity] is Action.LOGGED
+        return logged and self._docket.familiar(family) is not None
 
     def meet(self, session: ProxiedSession, sender: Sender | None) -> None:
         """Have a process looked at that sends for the first time, or again after a while. Doesn't wait for it.

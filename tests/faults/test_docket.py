@@ -950,6 +950,21 @@ def test_a_repeat_that_leaves_culprits_out_says_how_many() -> None:
     assert len(record.culprits) + record.unnamed == 1 + 20 + 1 + 2
 
 
+def test_a_familiar_fault_is_logged_though_the_first_of_its_cause_was_rejected() -> None:
+    """The settings have changed meanwhile: nothing is rejected any more."""
+    assert FAMILY is not None
+    docket = Docket()
+    docket.enter(OVERLAP, fault(action=Action.REJECTED), FAMILY)
+    docket.renew()
+    docket.enter(OVERLAP, fault(facts=replace(FACTS, id=8), at=NOW + 1), FAMILY)
+    record = docket.enter_familiar(9, OVERLAP, FAMILY, at=NOW + 2, instance=lambda: AGAIN)
+    known = docket.known(9, OVERLAP, at=NOW + 2)
+    assert record is not None
+    assert known is not None
+    assert (record.action, known.action) == (Action.LOGGED, Action.LOGGED)
+    assert {count.action: count.faults for count in docket.counts()} == {Action.REJECTED: 1, Action.LOGGED: 2}
+
+
 def test_processes_are_counted_of_which_nothing_is_recorded() -> None:
     """Sixty jobs in a second are sixty processes."""
     assert FAMILY is not None
