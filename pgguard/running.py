@@ -1,8 +1,10 @@
 """A guard with its sinks, started and ended: for whoever runs one, on the command line or inside a program.
 
 What it takes, in this order: the listeners are opened, the kernel is asked to name senders, rights that aren't needed
-any more are given up, it is found out which evidence is available, and whether the guard stands in front of itself. No
-thread is started before the rights have been given up, as they are a thread's own.
+any more are given up, it is found out which evidence is available, and whether the guard stands in front of itself.
+
+Rights are given up for good, by the whole process, and by all that it starts afterwards. So that is done only where the
+process is there for the guard alone, and says so. No thread is started before that, as rights are a thread's own.
 """
 
 from __future__ import annotations
@@ -135,7 +137,7 @@ class RunningGuard:
 
 @asynccontextmanager
 async def running_guard(
-    settings: Settings, sinks: Fanout, *, account: Account | None = None
+    settings: Settings, sinks: Fanout, *, give_up_rights: bool = False, account: Account | None = None
 ) -> AsyncIterator[RunningGuard]:
     """Run a guard for as long as the block takes, which is entered once it accepts connections.
 
@@ -146,7 +148,11 @@ async def running_guard(
     Args:
         settings: What to guard, where to listen, what to do about faults.
         sinks: Where the faults go; not closed.
-        account: The user to become once everything is set up, of a guard that is started as root.
+        give_up_rights: Whether the process gives up, for good, all rights that the guard doesn't need once all is
+            set up. For a process that does nothing else, and has only this thread. A program that has other things to
+            do, before or after, keeps the rights that it has.
+        account: The user to become once everything is set up, of a guard that is started as root; the rights are given
+            up then too.
 
     Raises:
         ConfigurationError: The guard can't run like that: raised on entering, or out of the block when it is found out
@@ -163,7 +169,8 @@ async def running_guard(
         if probe is not None:
             stack.callback(probe.close)
             guard.use_probe(probe)
-        _give_up_rights(guard, settings, account, probe)
+        if give_up_rights or account is not None:
+            _give_up_rights(guard, settings, account, probe)
         missing += await _look_around(settings)
         room = guard.look_for_room()
         said = (settings.remark, *guard.listener_remarks, guard.upstream.remark, room)

@@ -261,7 +261,7 @@ async def _until_signalled(
             orders = _Orders(signals, reloader, nursery.cancel_scope)
             nursery.start_soon(keep_going, orders.obey)
             try:
-                async with running_guard(settings, sinks, account=account) as guard:
+                async with running_guard(settings, sinks, give_up_rights=True, account=account) as guard:
                     voice.begin()
                     _announce(guard, settings)
                     orders.begin(guard)

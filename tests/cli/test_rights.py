@@ -239,6 +239,54 @@ def test_root_without_the_right_to_become_another(tmp_path: Path) -> None:
     )
 
 
+# A program that runs a guard within itself
+
+HOST = """
+import sys, threading
+import trio
+from pgguard.proxy.settings import Settings
+from pgguard.reporting.sinks import Fanout
+from pgguard.running import running_guard
+
+def rights():
+    with open("/proc/thread-self/status") as file:
+        return [line for line in file if line.startswith(("Cap", "NoNewPrivs", "Uid", "Groups"))]
+
+async def guard():
+    settings = Settings(upstream="host=127.0.0.1 port=1", listen=["127.0.0.1:0"])
+    async with running_guard(settings, Fanout([], complain=print)):
+        assert rights() == before
+
+before = rights()
+if "thread" in sys.argv:
+    # An exception in a thread ends nothing, but is said on standard error.
+    thread = threading.Thread(target=trio.run, args=(guard,))
+    thread.start()
+    thread.join()
+else:
+    trio.run(guard)
+assert rights() == before
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_a_program_that_runs_a_guard_within_itself_keeps_its_rights(where: str, tmp_path: Path) -> None:
+    """What it starts later has them as well; and nothing is said of rights that the guard was never to give up."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOST, where],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rights" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # The server's own Unix socket
 
 
