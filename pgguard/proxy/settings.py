@@ -9,14 +9,14 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
 from pgguard.attribution.privileges import Account
 from pgguard.attribution.trust import TRUST_REMEDY, UntrustedError, open_trusted
 from pgguard.faults.catalogue import kind_hint
 from pgguard.faults.policy import KindAction, Mode, Policy, PolicyError
 from pgguard.faults.sql import SqlMode
-from pgguard.faults.text import nearest
+from pgguard.faults.text import nearest, shorten
 from pgguard.proxy.addresses import Address, Upstream, parse_listen, parse_upstream
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.session.verdicts import Kind
@@ -28,12 +28,17 @@ DEFAULT_CONFIG: Final = Path("pgguard.toml")
 DEFAULT_LISTEN: Final = "127.0.0.1:6544"
 _CONFIG_LIMIT: Final = 1 << 20
 """Bytes of a configuration file, at most: a device may have no end."""
+_SHOWN: Final = 60
+"""Characters of a value, or of a key, that are shown, at most."""
+_ACTIONS: Final = re.sub(", (?=[^,]*$)", " or ", ", ".join(f"'{action}'" for action in KindAction))
 _EXPECTED: Final = {
     "list_type": "should be an address, or a list of them",
     "too_short": "should be an address, or a list of them, not an empty one",
     "string_type": "should be text in quotation marks",
     "path_type": "should be text in quotation marks",
     "dict_type": "should be a table, as in [kinds]",
+    "model_type": f"should be an action: {_ACTIONS}",
+    "missing": f"is missing: name an action, {_ACTIONS}",
 }
 """What a setting has to be, by the type of pydantic's error, where its own words are a programmer's."""
 
@@ -86,6 +91,17 @@ class Settings(BaseModel):
     def remark(self) -> str | None:
         """Why a file that is there isn't read: a sentence for the log, without its stop."""
         return self._remark
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take ``true`` for no number, and text for one only of those that were typed: there everything is text."""
+        if info.field_name is None or cls.model_fields[info.field_name].annotation is not float:
+            return value
+        typed = () if info.context is None else info.context
+        if isinstance(value, bool) or (isinstance(value, str) and info.field_name not in typed):
+            raise ValueError
+        return value
 
     @field_validator("listen", mode="before")
     @classmethod
@@ -253,7 +269,7 @@ def load_settings(given: dict[str, Any], config: Path | None) -> Settings:
         if "\0" in "".join(map(str, value if isinstance(value, list) else [value])):
             raise ConfigurationError(f"{config or DEFAULT_CONFIG}: {name} holds a NUL character: remove it")
     try:
-        settings = Settings.model_validate(in_file | given)
+        settings = Settings.model_validate(in_file | given, context=given.keys())
     except ValidationError as error:
         raise ConfigurationError(_first_problem(error, given, config or DEFAULT_CONFIG)) from error
     settings._source = None if source is None else source.absolute()  # noqa: SLF001 - nobody else sets it
@@ -309,25 +325,41 @@ def _first_problem(error: ValidationError, given: dict[str, Any], config: Path |
     """One problem in one line: the place, what is wrong with it, what stands there."""
     problems = error.errors()
     # A misspelt key comes first: it is why another one is missing.
-    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
+    problem = min(problems, key=lambda one: (not _is_unknown_kind(one["loc"]), one["type"] != "extra_forbidden"))
     name = str(problem["loc"][0])
     if name in given:
         place = f"--{name.replace('_', '-')} or PGGUARD_{name.upper()}"
     else:
-        place = f"{config}: " + ".".join(str(part) for part in problem["loc"] if part != "[key]")
+        place = f"{config}: " + ".".join(shorten(str(part), _SHOWN) for part in problem["loc"] if part != "[key]")
     if problem["type"] == "extra_forbidden":
         known = KindSettings.model_fields if problem["loc"][0] == "kinds" else Settings.model_fields
         close = nearest(str(problem["loc"][-1]), known)
         what = f"did you mean {close}?" if close else f"remove it. The settings are {', '.join(sorted(known))}"
         return f"{place}: there is no such setting: {what}"
-    if problem["loc"][0] == "kinds" and problem["loc"][-1] == "[key]":
+    if _is_unknown_kind(problem["loc"]):
         return f"{place}: there is no such kind of fault: {kind_hint(str(problem['input']))}"
-    stands = problem["input"]
-    shown = f", not {stands!r}" if isinstance(stands, str | int | float | bool) else ""
     text = _in_seconds(name) or _EXPECTED.get(problem["type"]) or problem["msg"].removeprefix("Input ")
-    # Where there is a choice, pydantic lists what can be chosen in quotation marks.
-    choice = nearest(stands, re.findall(r"'([^']*)'", text)) if isinstance(stands, str) else None
-    return f"{place} {text}{shown}" + (f": did you mean {choice}?" if choice else "")
+    stands = problem["input"]
+    hint = None
+    if isinstance(stands, str):
+        # Where there is a choice, it is listed in quotation marks.
+        choice = nearest(stands, re.findall(r"'([^']*)'", text))
+        hint = f"did you mean {choice}?" if choice else None
+        if name not in given and _in_seconds(name) and re.fullmatch(r"[\d.]+", stands):
+            hint = "leave out the quotation marks"
+    shown = _as_written(stands)
+    return f"{place} {text}" + (f", not {shown}" if shown else "") + (f": {hint}" if hint else "")
+
+
+def _is_unknown_kind(location: tuple[int | str, ...]) -> bool:
+    return location[0] == "kinds" and location[-1] == "[key]"
+
+
+def _as_written(value: object) -> str | None:
+    """A value as it is written in TOML, or the beginning of it; ``None`` for one that is too much to show."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return shorten(repr(value), _SHOWN) if isinstance(value, str | int | float) else None
 
 
 def _in_seconds(name: str) -> str | None:

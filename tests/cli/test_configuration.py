@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from pgguard.faults.policy import KindAction, Mode
 from pgguard.proxy.errors import ConfigurationError
-from pgguard.proxy.settings import Settings, load_settings
+from pgguard.proxy.settings import KindSettings, Settings, load_settings
 from pgguard.session.verdicts import Kind
 from tests.cli.conftest import Refused
 from tests.proxy.spawned import environment, run, spawned
@@ -174,6 +179,106 @@ def test_what_is_in_the_file(text: str, says: str, tmp_path: Path, monkeypatch: 
 )
 def test_numbers_and_characters_that_nobody_means(arguments: tuple[str, str], says: str, refused: Refused) -> None:
     refused("serve", "--listen", "127.0.0.1:0", *arguments, says=says)
+
+
+VALUES = [
+    *("true", "false", "5", "-1", "0.5", "nan", "inf", "-inf", f"1{'0' * 400}", "1979-05-27", "07:32:00"),
+    *('""', '"x"', '"0.5"', '"true"', '"log"', '"off"', '"full"', f'"{"x" * 5000}"', '"a\\u0000b"'),
+    *("[]", "[5]", "[true]", "[[]]", "[{}]", '["x"]', "{}", "{a = 1}", "{a = {}}", "{action = {}}", '{"\\u0000" = 1}'),
+]
+PROGRAMMERS_WORDS = re.compile(
+    r"input|valid|dictionary|instance|required|type|bool|int\b|float|str\b|Settings|pydantic|None|True|False|greater|less"
+)
+
+
+def _suits(field: FieldInfo, value: Any) -> bool:
+    """Whether this is a value that a setting may have in the file."""
+    annotation: Any = field.annotation
+    if annotation is float:
+        highest = next(limit.le for limit in field.metadata if hasattr(limit, "le"))
+        return type(value) in {int, float} and 0 < value <= highest
+    if annotation in {str, Path | None}:
+        return isinstance(value, str) and "\0" not in value
+    if annotation == list[str]:
+        texts = [value] if isinstance(value, str) else value
+        return isinstance(texts, list) and texts != [] and all(_suits(FieldInfo(annotation=str), one) for one in texts)
+    if annotation == dict[Kind, KindSettings]:
+        return type(value) in {int, float} and bool(0 < value <= highest)
+    return isinstance(value, str) and value in (get_args(annotation) or list(annotation))
+
+
+def _settings() -> list[tuple[str, FieldInfo]]:
+    """Every setting that there is, by the keys that lead to it."""
+    found = []
+    for name, field in Settings.model_fields.items():
+        found.append((name, field))
+        for model in get_args(field.annotation):
+            if isinstance(model, type) and issubclass(model, BaseModel):
+                found += [(f"{name}.unclean-close.{key}", inner) for key, inner in model.model_fields.items()]
+    return found
+
+
+@pytest.mark.parametrize(("name", "field"), [pytest.param(*one, id=one[0]) for one in _settings()])
+def test_whatever_stands_there_it_is_taken_for_what_it_is_or_said_what_should_stand_there(
+    name: str, field: FieldInfo, tmp_path: Path
+) -> None:
+    """In words of everyday, whatever library has found it out; and of a long value only the beginning."""
+    path = tmp_path / "pgguard.toml"
+    for text in VALUES:
+        path.write_text(f"{name} = {text}\n")
+        if _suits(field, tomllib.loads(f"value = {text}")["value"]):
+            load_settings({}, path)
+            continue
+        with pytest.raises(ConfigurationError) as raised:
+            load_settings({}, path)
+        said = str(raised.value)
+        where = re.match(rf"{re.escape(str(path))}: {re.escape(name)}[\w.\0]*(?P<what>.*)", said)
+        assert where is not None, (text, said)
+        assert re.match(r" should be |: there is no such | holds a NUL character: remove it", where["what"]), said
+        assert PROGRAMMERS_WORDS.search(re.sub(r"'[^']*'", "", where["what"])) is None, (text, said)
+        assert len(where["what"]) < 200, text
+
+
+@pytest.mark.parametrize("text", [text for text in VALUES if text not in {'"log"', "{}", '""'}])
+def test_whatever_stands_for_a_kinds_action(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "pgguard.toml"
+    path.write_text(f"[kinds]\nunclean-close = {text}\n")
+    with pytest.raises(ConfigurationError) as raised:
+        load_settings({}, path)
+    said = str(raised.value).partition(f"{path}: kinds.unclean-close")[2]
+    assert " should be " in said or ": there is no such setting: " in said
+    assert PROGRAMMERS_WORDS.search(re.sub(r"'[^']*'", "", said)) is None, said
+    assert len(said) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("evidence_budget = true", "evidence_budget should be a number of seconds, from 0 to 5, not true"),
+        (
+            "evidence_budget = '0.25'",
+            "evidence_budget should be a number of seconds, from 0 to 5, not '0.25': leave out the quotation marks",
+        ),
+        ("mode = true", "mode should be 'log' or 'reject', not true"),
+        ("[kinds]\nuntracked = 5", "kinds.untracked should be an action: 'log', 'reject', 'ignore' or 'drop', not 5"),
+        ("[kinds]\nuntracked = {}", "kinds.untracked.action is missing: name an action, 'log', 'reject', 'ignore' or"),
+        ("[kinds]\nuntrakced = {then = 1}", "kinds.untrakced: there is no such kind of fault: did you mean untracked?"),
+        (f"idle_in_transaction = 1{'0' * 400}", f"from 0 to 86400, not 1{'0' * 58}…"),
+    ],
+)
+def test_a_value_is_shown_as_it_is_written(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "pgguard.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=re.escape(says)):
+        load_settings({}, path)
+
+
+def test_what_is_typed_is_text_and_may_be_a_number(tmp_path: Path) -> None:
+    (tmp_path / "pgguard.toml").write_text("evidence_budget = 1\n")
+    settings = load_settings({"idle_in_transaction": "2.5"}, tmp_path / "pgguard.toml")
+    assert (settings.idle_in_transaction, settings.evidence_budget) == (2.5, 1.0)
+    with pytest.raises(ConfigurationError, match="number of seconds, from 0 to 86400, not 'true'"):
+        load_settings({"idle_in_transaction": "true"}, None)
 
 
 def test_an_error_of_the_file_in_one_line(refused: Refused, tmp_path: Path) -> None:
