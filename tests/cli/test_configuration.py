@@ -203,7 +203,7 @@ def _suits(field: FieldInfo, value: Any) -> bool:
         texts = [value] if isinstance(value, str) else value
         return isinstance(texts, list) and texts != [] and all(_suits(FieldInfo(annotation=str), one) for one in texts)
     if annotation == dict[Kind, KindSettings]:
-        return type(value) in {int, float} and bool(0 < value <= highest)
+        return bool(value == {})
     return isinstance(value, str) and value in (get_args(annotation) or list(annotation))
 
 
