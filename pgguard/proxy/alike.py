@@ -7,6 +7,7 @@ into wait in a list, if they are only to be logged; their bytes wait for nothing
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -43,7 +44,7 @@ class Alike:
     """The faults that are being looked into, each with those that wait for it."""
 
     def __init__(self) -> None:
-        self._led: dict[Likeness, list[Waiting]] = {}
+        self._led: dict[Likeness, deque[Waiting]] = {}
         self._number = 0
 
     def join(self, likeness: Likeness, one: Waiting) -> bool:
@@ -56,16 +57,17 @@ class Alike:
         return True
 
     @contextmanager
-    def leading(self, likeness: Likeness | None) -> Iterator[list[Waiting]]:
+    def leading(self, likeness: Likeness | None) -> Iterator[deque[Waiting]]:
         """Have those wait that are like the one that is being looked into.
 
         Args:
             likeness: ``None``: nothing is like it.
 
         Yields:
-            Those that wait. When the block is left nobody joins them any more.
+            Those that wait. When the block is left nobody joins them any more, and they are to be counted: see
+            :meth:`release`.
         """
-        led: list[Waiting] = []
+        led: deque[Waiting] = deque()
         if likeness is None or likeness in self._led:
             yield led
             return
@@ -74,4 +76,7 @@ class Alike:
             yield led
         finally:
             del self._led[likeness]
-            self._number -= len(led)
+
+    def release(self) -> None:
+        """Make room for another one: one that waited has been counted."""
+        self._number -= 1

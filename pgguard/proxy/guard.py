@@ -242,6 +242,7 @@ class Guard:
                 self._nursery = nursery
                 nursery.start_soon(self._sweep.run)
                 nursery.start_soon(keep_going, self._judge.settle_accounts)
+                nursery.start_soon(keep_going, self._judge.count_waiting)
                 nursery.start_soon(keep_going, self._watch.over_transactions)
                 if self._witness is not None:
                     nursery.start_soon(keep_going, looking.over_hangs)
@@ -260,6 +261,7 @@ class Guard:
                 await self._finish_sessions()
                 nursery.cancel_scope.cancel()
         finally:
+            self._judge.count_rest()
             self.close()
 
     def close(self) -> None:

@@ -173,6 +173,9 @@ class Judge:
             tuple["ProxiedSession", int, "Process | None"]
         ](_STRANGERS)
         self._alike = Alike()
+        self._uncounted: deque[tuple[deque[Waiting], Likeness | None]] = deque()
+        """What has been looked into, with those that waited for it."""
+        self._has_uncounted = trio.Event()
 
     def follow(self, policy: Policy, sql_mode: SqlMode, evidence_budget: float) -> None:
         """Go on by other settings. If another policy is among them, faults that are known are news again."""
@@ -216,15 +219,16 @@ class Judge:
         likeness = None if one is None else self._likeness(one)
         if one is not None and self._joins(one, likeness):
             return Ruling(Action.LOGGED)
-        waiting: list[Waiting] = []
+        waiting: deque[Waiting] = deque()
         try:
             with self._alike.leading(likeness) as waiting:
                 findings = await self._findings(session, verdict, urgency, began)
                 async with self._turns.turn(urgency):
                     return self._decide(session, verdict, findings, now, likeness)
         finally:
-            if waiting:
-                await self._count_waiting(waiting, likeness)
+            # The first one doesn't wait for it, nor does who is cancelled.
+            self._uncounted.append((waiting, likeness))
+            self._has_uncounted.set()
 
     def _decide(
         self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float, likeness: Likeness | None
@@ -279,6 +283,8 @@ class Judge:
             return verdict.refusal
         if not verdict.ends and verdict.kind not in self._only_logged:
             return None
+        if verdict.kind in _SHOWN_BY_EVIDENCE and not self._desk.is_crowded:
+            return None  # each may be something else, and there is time to look
         try:
             return likeness_of(one.concluded, one.findings)
         except Exception:
@@ -289,19 +295,28 @@ class Judge:
         """Have a fault wait for one that is like it, if one is being looked into; it is counted in any case then."""
         return likeness is not None and self._alike.join(likeness, one)
 
-    async def _count_waiting(self, waiting: list[Waiting], likeness: Likeness | None) -> None:
-        """Count the faults that were like one that has been looked into, and lose none if cancelled."""
-        with trio.CancelScope(shield=True):
-            openers = await self._look_at_openers(waiting)
+    async def count_waiting(self) -> None:
+        """Count the faults that were like one that has been looked into, whenever there are some; until cancelled."""
+        while True:
+            await self._has_uncounted.wait()
+            self._has_uncounted = trio.Event()
             stint = Stint()
-            for one in waiting:
-                with spared(Loss.RECORD, one.session):
-                    self._count_one(one, likeness, openers)
-                if one.session.done.is_set():
-                    self.closed(one.session)
-                await stint.rest()
+            while self._uncounted:
+                waiting, likeness = self._uncounted[0]
+                openers = await self._look_at_openers(waiting)
+                while waiting:
+                    self._count_one(waiting.popleft(), likeness, openers)
+                    await stint.rest()
+                self._uncounted.popleft()
 
-    async def _look_at_openers(self, waiting: list[Waiting]) -> dict[int, Process]:
+    def count_rest(self) -> None:
+        """The same at once, of all that are left as the guard ends."""
+        while self._uncounted:
+            waiting, likeness = self._uncounted.popleft()
+            while waiting:
+                self._count_one(waiting.popleft(), likeness, {})
+
+    async def _look_at_openers(self, waiting: deque[Waiting]) -> dict[int, Process]:
         """Who has the pids by now of those who opened connections and have sent: others than then, if any do."""
         pids = {
             one.findings.opener.pid
@@ -315,25 +330,26 @@ class Judge:
         return found
 
     def _count_one(self, one: Waiting, likeness: Likeness | None, openers: dict[int, Process]) -> None:
+        """Count a fault that has waited for one that is like it. Never raises."""
+        self._alike.release()
         session, verdict, concluded, findings, at = one
-        opener = findings.opener
-        if verdict.refusal is not None:
-            findings = _known_at_once(session)  # of who was refused more may be known by now
-        elif opener is not None and opener.pid in openers:
-            findings = replace(findings, senders={opener.pid: openers[opener.pid], **findings.senders})
-        if self._is_explained(session, concluded):
-            return
-        if self._known(session, verdict, at) is not None:
-            self._count_again(session, verdict, at)
-        elif isinstance(likeness, Family) and self._is_logged_still(one, likeness):
-            self._enter_familiar(one._replace(findings=findings), likeness)
-        else:
-            self._enter(session, concluded, findings, at)
-
-    def _is_logged_still(self, one: Waiting, family: Family) -> bool:
-        """Whether a fault is familiar and only logged, as when it came: the settings may have changed since."""
-        logged = one.verdict.ends or self._actions[family.kind, family.severity] is Action.LOGGED
-        return logged and self._docket.familiar(family) is not None
+        with spared(Loss.RECORD, session):
+            opener = findings.opener
+            if verdict.refusal is not None:
+                findings = _known_at_once(session)  # of who was refused more may be known by now
+            elif opener is not None and opener.pid in openers:
+                findings = replace(findings, senders={opener.pid: openers[opener.pid], **findings.senders})
+            if self._is_explained(session, concluded):
+                pass
+            elif self._known(session, verdict, at) is not None:
+                self._count_again(session, verdict, at)
+            elif isinstance(likeness, Family) and self._docket.familiar(likeness) is not None:
+                self._enter_familiar(one._replace(findings=findings), likeness)
+            else:
+                # It has been let go on, whatever the settings are by now.
+                self._enter(session, concluded, findings, at, action=Action.LOGGED)
+        if session.done.is_set():
+            self.closed(session)
 
     def meet(self, session: ProxiedSession, sender: Sender | None) -> None:
         """Have a process looked at that sends for the first time, or again after a while. Doesn't wait for it.
@@ -697,9 +713,12 @@ class Judge:
         findings: Findings,
         now: float,
         likeness: Likeness | None = None,
+        *,
+        action: Action | None = None,
     ) -> Ruling:
+        """Record a fault. The action is what is to be done by the settings, unless something has been done already."""
         severity = _severity(session, verdict, findings.driver)
-        action = self._actions[verdict.kind, severity]
+        action = action or self._actions[verdict.kind, severity]
         if action is None:
             return Ruling(None)
         if action is Action.REJECTED and verdict.ends:

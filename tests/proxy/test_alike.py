@@ -7,10 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trio
 
 from pgguard.attribution.witness import Witness
 from pgguard.faults.conclude import conclude
+from pgguard.faults.policy import Mode
 from pgguard.proxy.alike import Alike, Waiting
+from pgguard.proxy.turns import Desk
 from pgguard.session.verdicts import Kind, Refusal
 from tests.proxy.conftest import running, until
 from tests.proxy.messages import SECONDS, query
@@ -44,6 +47,12 @@ class SlowWitness(Witness):
 @pytest.fixture
 def witness() -> SlowWitness:
     return SlowWitness()
+
+
+@pytest.fixture(autouse=True)
+def _there_is_a_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that there is no time to look into each of those that a look may make something else of."""
+    monkeypatch.setattr(Desk, "is_crowded", True)
 
 
 @pytest.fixture
@@ -171,6 +180,55 @@ async def test_who_is_to_be_rejected_waits_for_a_ruling_of_its_own(backend: Fake
         assert counts(house) == {"request-while-busy": 1 + OTHERS}
 
 
+async def test_where_there_is_time_to_look_each_is_looked_into_that_may_be_something_else(
+    house: House, witness: SlowWitness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Desk, "is_crowded", False)
+    first, second = [await busy(house) for _ in range(2)]
+    for client, _ in (first, second):
+        await client.send(query("select 2"))
+    await until(lambda: witness.looks == 2)
+    witness.may_look.set()
+    for _, server in (first, second):
+        await server.expect(query("select 2"))
+    await until(lambda: counts(house) == {"request-while-busy": 2})
+
+
+async def test_what_was_let_go_on_is_recorded_as_that_whatever_the_settings_are_by_then(
+    house: House, witness: SlowWitness
+) -> None:
+    (first, held), *others = await misuse(house, witness)
+    for _, server in others:
+        await server.expect(query("select 2"))
+    strict = house.guard._settings.model_copy(update={"mode": Mode.REJECT})
+    house.guard.reload(strict)
+    witness.may_look.set()
+    assert (await first.message()).fields["C"] == "08P01"
+    assert await held.rest() == b""
+    await held.close()
+    await until(lambda: counts(house) == {"request-while-busy": 1 + OTHERS})
+    actions = {(str(one.action), one.faults) for one in house.docket.counts()}
+    assert actions == {("rejected", 1), ("logged", OTHERS)}
+
+
+async def test_the_first_one_goes_on_before_the_others_are_counted(
+    house: House, witness: SlowWitness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (_, held), *_ = await misuse(house, witness)
+    may_count = trio.Event()
+
+    async def openers(*_: Any) -> dict[int, Any]:
+        await may_count.wait()
+        return {}
+
+    monkeypatch.setattr(house.guard._judge, "_look_at_openers", openers)
+    witness.may_look.set()
+    await held.expect(query("select 2"))
+    assert counts(house) == {"request-while-busy": 1}
+    may_count.set()
+    await until(lambda: counts(house) == {"request-while-busy": 1 + OTHERS})
+
+
 async def test_they_are_counted_though_the_guard_ends(backend: FakeBackend, witness: SlowWitness) -> None:
     async with running(backend, witness=witness, evidence_budget=5.0) as house:
         _, *others = await misuse(house, witness)
@@ -197,9 +255,11 @@ def test_nobody_joins_but_those_that_are_like_one_that_is_looked_into(monkeypatc
             with alike.leading(LIKENESS) as nobody:
                 assert alike.join(LIKENESS, one)
                 assert not alike.join(LIKENESS, one), "too many wait"
-            assert nobody == []
+            assert not nobody
             with alike.leading(None) as nobody:
                 pass
-            assert nobody == []
-        assert waiting == [one, one]
+            assert not nobody
+        assert list(waiting) == [one, one]
         assert not alike.join(LIKENESS, one)
+        alike.release()
+        alike.release()
