@@ -261,7 +261,8 @@ class Guard:
                 await self._finish_sessions()
                 nursery.cancel_scope.cancel()
         finally:
-            self._judge.count_rest()
+            with spared(Loss.RECORD):
+                self._judge.count_rest()
             self.close()
 
     def close(self) -> None:

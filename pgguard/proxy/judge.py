@@ -331,8 +331,9 @@ class Judge:
 
     def _count_one(self, one: Waiting, likeness: Likeness | None, openers: dict[int, Process]) -> None:
         """Count a fault that has waited for one that is like it. Never raises."""
-        self._alike.release()
         session, verdict, concluded, findings, at = one
+        with spared(Loss.MEMORY, session):
+            self._alike.release()
         with spared(Loss.RECORD, session):
             opener = findings.opener
             if verdict.refusal is not None:
