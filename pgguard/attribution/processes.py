@@ -22,7 +22,7 @@ from pgguard.attribution.hangs import reading
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 """The unit of the times in ``/proc/PID/stat``: sysconf(3)."""
 
-_CMDLINE_LIMIT = 4096
+CMDLINE_LIMIT = 4096
 """Bytes of a command line that are kept; the kernel allows some two million."""
 
 _PF_KTHREAD = 0x00200000
@@ -103,7 +103,7 @@ def read_process(pid: int) -> Process | None:
         stat = read_stat(pid)
         while stat is not None:
             with reading(pid), Path(f"/proc/{pid}/cmdline").open("rb") as file:
-                cmdline = file.read(_CMDLINE_LIMIT)
+                cmdline = file.read(CMDLINE_LIMIT)
             namespace_pid = _read_namespace_pid(pid)
             after = read_stat(pid)
             if after is not None and after.started == stat.started:

@@ -39,7 +39,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pgguard.attribution import hangs
 from pgguard.attribution.evidence import Process
-from pgguard.attribution.frames import Frame, told_apart
+from pgguard.attribution.frames import Frame, code_of, told_apart
+from pgguard.attribution.processes import CMDLINE_LIMIT
 from pgguard.attribution.runtime import is_python
 from pgguard.attribution.threads import Obstacle, Sleep, Waiting, find_sleep, sleeps_of, waiting_threads
 from pgguard.attribution.trust import (
@@ -214,7 +215,7 @@ class _Run:
         if self.child.returncode != 0:
             raise _NoDump(f"py-spy: {_shorten(self.complaint.decode(errors='replace'))}")
         try:
-            return _threads(self.process.pid, _DUMP.validate_json(bytes(self.output)))
+            return _threads(self.process, _DUMP.validate_json(bytes(self.output)))
         except ValidationError:
             raise _NoDump("py-spy's answer can't be read") from None
 
@@ -469,12 +470,16 @@ def _shorten(complaint: str) -> str:
     return message if len(lines) == 1 else f"{message.rstrip('.')}: {re.sub('^[0-9]+: ', '', lines[-1])}"
 
 
-def _threads(pid: int, dumped: list[_Thread]) -> dict[int, tuple[Frame, ...]]:
+def _threads(process: Process, dumped: list[_Thread]) -> dict[int, tuple[Frame, ...]]:
     """Return the frames by tid."""
-    if len(dumped) == 1 and dumped[0].os_thread_id is None and _is_single_threaded(pid):
-        dumped[0].os_thread_id = pid
+    if len(dumped) == 1 and dumped[0].os_thread_id is None and _is_single_threaded(process.pid):
+        dumped[0].os_thread_id = process.pid
+    is_cut = sum(len(argument.encode()) + 1 for argument in process.cmdline) >= CMDLINE_LIMIT
+    code = None if is_cut else code_of(process.cmdline)
     return {
-        thread.os_thread_id: told_apart([Frame(frame.name, frame.filename, frame.line) for frame in thread.frames])
+        thread.os_thread_id: told_apart(
+            [Frame(frame.name, frame.filename, frame.line) for frame in thread.frames], code
+        )
         for thread in dumped
         if thread.os_thread_id is not None and thread.frames
     }

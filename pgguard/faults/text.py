@@ -23,6 +23,15 @@ LISTED: Final = 8
 """Names in a list, at most: a preforking server can have hundreds of workers."""
 
 _INTERPRETER: Final = re.compile(r"(?:python|pypy|ruby|node|perl|php|java|bash|sh)[\d.]*")
+_SHELLS: Final = re.compile(r"(?:bash|sh)[\d.]*")
+_CODE: Final = (
+    (re.compile(r"(?:python|pypy)[\d.]*"), re.compile(r"(-[bBdEhiIOPqRsStuvVx]*c).*", re.DOTALL)),
+    (_SHELLS, re.compile(r"(-[A-Za-z]*c)")),
+    (re.compile(r"(?:perl|ruby)[\d.]*"), re.compile(r"(-[0acilnpstuwTUW]*[eE]).*", re.DOTALL)),
+    (re.compile(r"node[\d.]*"), re.compile(r"(-e|-p|-pe|--eval|--print)(?:=.*)?", re.DOTALL)),
+    (re.compile(r"php[\d.]*"), re.compile(r"(-r).*", re.DOTALL)),
+)
+"""Interpreters, and the options of each that a program follows, in the same argument or in the next one."""
 _OPTIONS_WITH_VALUE: Final = frozenset(
     {"-W", "-X", "-r", "-I", "-cp", "-classpath", "--class-path", "--require", "--import"}
 )
@@ -133,19 +142,24 @@ def process_label(process: Process) -> str:
         label = given if process.ppid is None else given.split(f": {process.ppid}", 1)[0]
     else:
         program = PurePosixPath(arguments[0]).name
-        script = _script(arguments[1:]) if _INTERPRETER.fullmatch(program) else ""
+        script = _script(program, arguments[1:]) if _INTERPRETER.fullmatch(program) else ""
         label = f"{program} {script}".strip()
     return shorten(printable(label), LABEL_LENGTH)
 
 
-def _script(arguments: Sequence[str]) -> str:
-    """What an interpreter runs, from its own arguments."""
+def _script(program: str, arguments: Sequence[str]) -> str:
+    """What an interpreter runs, from its own arguments; ``-`` if it is standard input."""
+    code = next((option for interpreter, option in _CODE if interpreter.fullmatch(program)), None)
+    is_shell = _SHELLS.fullmatch(program) is not None
     rest = iter(arguments)
     for argument in rest:
         if argument in {"-m", "-jar"}:
             return f"{argument} {next(rest, '')}".rstrip()
-        if argument in {"-c", "-e"}:
-            return f"{argument} …"
+        if code is not None and (found := code.fullmatch(argument)):
+            return f"{found[1]} …"
+        # A shell takes "-" for the end of its options: dash(1), bash(1).
+        if argument == ("-s" if is_shell else "-"):
+            return argument
         if argument in _OPTIONS_WITH_VALUE:
             next(rest, None)
         elif not argument.startswith("-"):

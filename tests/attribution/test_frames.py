@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgguard.attribution.frames import Frame, place, short_path, told_apart
+from pgguard.attribution.frames import Frame, code_of, place, short_path, told_apart
 
 
 def is_application(file: str) -> bool:
@@ -103,6 +103,117 @@ GUNICORN = "/srv/app/.venv/lib/python3.11/site-packages/gunicorn/app/wsgiapp.py"
 def test_the_script_that_starts_a_program_is_an_installers(script: str, function: str, library: str, own: bool) -> None:
     frames = told_apart([Frame("run", library, 67), Frame(function, script, 8)])
     assert [frame.application for frame in frames] == [False, own]
+
+
+CODE = """import threading, psycopg
+class Users:
+    def load(self):
+        return self.connection.execute("SELECT 1")
+def main():
+    work = lambda: Users().load()
+    threading.Thread(target=work).start()
+main()
+"""
+WAIT = Frame("wait", "/venv/lib/python3.11/site-packages/psycopg/waiting.py", 99)
+BOOTSTRAP = Frame("Thread._bootstrap", "/usr/lib/python3.11/threading.py", 1002)
+
+
+def own(*frames: Frame, code: str | None = CODE) -> list[bool]:
+    return [frame.application for frame in told_apart(frames, code)]
+
+
+def text(function: str, line: int) -> Frame:
+    return Frame(function, "<string>", line)
+
+
+@pytest.mark.parametrize("code", [CODE, None], ids=["known", "not known"])
+def test_the_code_of_an_option_is_the_applications(code: str | None) -> None:
+    assert own(WAIT, text("Users.load", 4), text("main", 7), text("<module>", 8), code=code) == [False, *[True] * 3]
+    assert own(WAIT, Frame("load", "/srv/app.py", 3), text("<module>", 1), code=code) == [False, True, True]
+    assert place(told_apart([WAIT, text("Users.load", 4), text("<module>", 8)], code)) == "<string>:4 in Users.load"
+
+
+def test_so_are_its_functions_wherever_they_are_called() -> None:
+    """In a thread, or by a library."""
+    frames = (WAIT, text("Users.load", 4), text("main.<locals>.<lambda>", 6), BOOTSTRAP)
+    assert own(*frames) == [False, True, True, False]
+    assert own(*frames, code=None) == [False] * 4, "whose they are isn't known"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        pytest.param(text("scalars", 2), id="SQLAlchemy's decorators"),
+        pytest.param(text("__init__", 3), id="a dataclass's"),
+        pytest.param(text("load", 2), id="above its definition"),
+        pytest.param(text("main", 99), id="below the end"),
+        pytest.param(text("<lambda>", 1), id="before there is one"),
+        pytest.param(text("<listcomp>", 8), id="where there is none"),
+        pytest.param(Frame("root", "<template>", 5), id="a template"),
+        pytest.param(Frame("__init__", "<attrs generated methods app.User>", 5), id="attrs"),
+    ],
+)
+def test_what_a_library_has_made_is_not(made: Frame) -> None:
+    library = Frame("call", "/venv/lib/python3.11/site-packages/sqlalchemy/engine/base.py", 9)
+    assert own(WAIT, made, library, text("<module>", 8)) == [False, False, False, True]
+    assert own(WAIT, made, text("<module>", 8)) == [False, False, True]
+    assert own(WAIT, made, Frame("<module>", "/srv/app.py", 1), code=None) == [False, False, True]
+    assert own(WAIT, text("<module>", 1), library, Frame("<module>", "/srv/app.py", 1), code=None)[1] is False
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "/usr/lib/python3.11/multiprocessing/spawn.py",
+        "/usr/lib/python3.11/multiprocessing/forkserver.py",
+        "/venv/lib/python3.11/site-packages/billiard/spawn.py",
+        "/venv/lib/python3.11/site-packages/execnet/gateway_base.py",
+    ],
+)
+@pytest.mark.parametrize("code", ["from multiprocessing.spawn import spawn_main; spawn_main()", None])
+def test_what_a_library_starts_its_processes_with_is_not(file: str, code: str | None) -> None:
+    frames = (WAIT, Frame("load", "/srv/app.py", 3), Frame("main", file, 1), text("<module>", 8), text("<module>", 1))
+    assert own(*frames, code=code) == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["<stdin>", "<console>", "<python-input-3>", "<ipython-input-3-0a1b>", "<bpython-input-3>", "<doctest a[1]>"],
+)
+def test_what_is_piped_or_typed_is_the_applications(file: str) -> None:
+    prompt = Frame("runcode", "/usr/lib/python3.11/code.py", 90)
+    assert own(WAIT, Frame("load", file, 3), Frame("<module>", file, 9), prompt, code=None) == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert own(WAIT, Frame("load", file, 3), BOOTSTRAP, code=None) == [False, True, False]
+
+
+def test_what_djangos_shell_is_given_is_the_applications() -> None:
+    shell = Frame("handle", "/venv/lib/python3.11/site-packages/django/core/management/commands/shell.py", 99)
+    manage = Frame("<module>", "/srv/app/manage.py", 22)
+    assert own(WAIT, text("load", 2), text("<module>", 3), shell, manage, code=None) == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "code"),
+    [
+        (("python3", "-c", "work()"), "work()"),
+        (("python3", "-X", "dev", "-Wignore", "-uc", "work()", "-c", "x"), "work()"),
+        (("python3", "-cwork()"), "work()"),
+        (("python3", "-c"), None),
+        (("python3", "-m", "app", "-c", "x"), None),
+        (("python3", "-um", "app", "-c", "x"), None),
+        (("python3", "app.py", "-c", "x"), None),
+        (("python3", "-", "-c", "x"), None),
+        (("gunicorn: worker [app]",), None),
+        ((), None),
+    ],
+)
+def test_which_code_an_interpreter_runs(cmdline: tuple[str, ...], code: str | None) -> None:
+    assert code_of(cmdline) == code
 
 
 def test_such_a_script_is_not_looked_for_in_the_middle() -> None:

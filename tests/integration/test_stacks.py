@@ -23,10 +23,10 @@ pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scop
 PROGRAM = PROGRAMS / "two_sides.py"
 
 
-def own_calls(stack: list[dict[str, Any]] | None) -> list[str]:
+def own_calls(stack: list[dict[str, Any]] | None, file: str = str(PROGRAM)) -> list[str]:
     """The functions of the application's own, the innermost first."""
     calls = [frame for frame in stack or () if frame["application"]]
-    assert all(frame["file"] == str(PROGRAM) for frame in calls)
+    assert all(frame["file"] == file for frame in calls)
     return [frame["function"] for frame in calls]
 
 
@@ -52,3 +52,21 @@ def test_a_report_shows_both_sides_and_where_the_connection_was_opened(
     assert "; seen at two_sides.py:" in fault["summary"]
     assert "> #" in guard.stderr
     assert "opened at two_sides.py:" in guard.stderr
+
+
+@pytest.mark.parametrize("transport", ["unix"], indirect=True)
+def test_a_program_that_is_in_no_file_is_the_applications_all_the_same(
+    start_guard: StartGuard, transport: Transport, tmp_path: Path
+) -> None:
+    if find_py_spy() is None:
+        not_installed("py-spy")
+    guard = start_guard("--evidence-budget", "3")
+    with running((sys.executable, "-c", PROGRAM.read_text()), guard.at(transport), tmp_path) as program:
+        said = program.read()
+        [fault, *_] = guard.wait_for("shared-by-processes")
+    guard.stop()
+    sides: dict[int, Fault] = {one["pid"]: one for one in fault["culprits"] if one["role"] in {"intruder", "requester"}}
+    assert own_calls(sides[said["child"]]["stack"], "<string>") == ["ask", "load_user", "main", "<module>"]
+    assert own_calls(sides[said["parent"]]["stack"], "<string>") == ["ask", "save_order", "main", "<module>"]
+    assert own_calls(fault["story"][0]["stack"], "<string>") == ["open_shop", "main", "<module>"]
+    assert "; seen at <string>:" in fault["summary"]
