@@ -128,7 +128,7 @@ def plain_fault(verdict: Verdict, facts: SessionFacts, *, at: float, severity: S
         suppressed=0,
         summary=OUTLINED,
         reason=OUTLINED,
-        session=_outlined(facts),
+        session=discreet_facts(facts),
         message=verdict.message,
         libpq=None,
         culprits=culprits,
@@ -155,7 +155,7 @@ def _in_one_line(text: str) -> str:
 
 def plain_instance(verdict: Verdict, facts: SessionFacts) -> Instance:
     """The same, of what :func:`build_instance` can't tell; nothing can go wrong with it."""
-    return Instance(_outlined(facts), verdict.message, OUTLINED, ())
+    return Instance(discreet_facts(facts), verdict.message, OUTLINED, ())
 
 
 def family_of(verdict: Verdict, findings: Findings) -> Family | None:
@@ -277,8 +277,11 @@ def _session(facts: SessionFacts) -> SessionFacts:
     )
 
 
-def _outlined(facts: SessionFacts) -> SessionFacts:
-    """A session's facts as they may be shown if it isn't certain that their secrets can be told."""
+def discreet_facts(facts: SessionFacts) -> SessionFacts:
+    """A session's facts as they may be shown: without the secrets in what a client has set. Raises nothing.
+
+    If these can't be told, all that the client has set is left out.
+    """
     try:
         return _session(facts)
     except Exception:

@@ -30,6 +30,7 @@ import trio
 from pgguard.attribution.holders import sole_holder
 from pgguard.attribution.sockets import TcpClient, client_socket
 from pgguard.attribution.vigil import BEAT
+from pgguard.faults.build import discreet_facts
 from pgguard.faults.text import counted, named
 from pgguard.proxy import looking
 from pgguard.proxy.addresses import TcpAddress
@@ -547,7 +548,7 @@ class Guard:
         self._sessions[session.id] = session
         for watching in self._session_listeners:
             with spared(Loss.STEP, session):
-                watching.opened(session.facts())
+                watching.opened(discreet_facts(session.facts()))
         if untracked is not None and greeting.verdict is None:
             with spared(Loss.RECORD, session):
                 self._judge.lost(session, untracked, time.time())
@@ -589,7 +590,7 @@ class Guard:
         if self._sessions.pop(session.id, None) is not None:
             for watching in self._session_listeners:
                 with spared(Loss.STEP, session):
-                    watching.closed(session.facts())
+                    watching.closed(discreet_facts(session.facts()))
         self._vacate()
         if self._stopping.is_set() and not self._sessions:
             self._all_gone.set()

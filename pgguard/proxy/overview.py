@@ -1,4 +1,7 @@
-"""What a guard's sessions are doing, for whoever looks at it from outside; and word of each that comes or goes."""
+"""What a guard's sessions are doing, for whoever looks at it from outside; and word of each that comes or goes.
+
+It is there to be shown, and so without the secrets on command lines and in what clients have set.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from pgguard.attribution.findings import Activity
+from pgguard.faults.build import discreet_facts
+from pgguard.faults.text import discreet
 
 if TYPE_CHECKING:
     from pgguard.attribution.evidence import Process
@@ -44,12 +49,13 @@ class SessionListener(Protocol):
 def snapshot(session: ProxiedSession) -> SessionSnapshot:
     """What is known of a session at this moment, without looking at anything."""
     tracker = session.tracker
+    opener = None if session.opening is None else session.opening.opener
     return SessionSnapshot(
-        facts=session.facts(),
+        facts=discreet_facts(session.facts()),
         activity=activity(tracker),
         requests=None if tracker is None else tracker.requests,
-        opener=None if session.opening is None else session.opening.opener,
-        holders=session.sightings.holders,
+        opener=None if opener is None else discreet(opener),
+        holders=tuple(discreet(holder) for holder in session.sightings.holders),
         upstream=session.upstream,
     )
 

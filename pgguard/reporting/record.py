@@ -30,7 +30,7 @@ def to_record(fault: Fault) -> dict[str, Any]:
         "so_far": None if fault.spread is None else _spread_record(fault.spread),
         "summary": fault.headline,
         "reason": fault.reason,
-        "session": _session_record(fault.session),
+        "session": session_record(fault.session),
         "message": _message_record(fault.message),
         "sent_by": None if fault.sent_by is None else {"pid": fault.sent_by.pid, "tid": fault.sent_by.tid},
         "libpq": fault.libpq,
@@ -62,7 +62,8 @@ def _spread_record(spread: Spread) -> dict[str, Any]:
     return {**spread._asdict(), "since": rfc3339(spread.since)}
 
 
-def _session_record(session: SessionFacts) -> dict[str, Any]:
+def session_record(session: SessionFacts) -> dict[str, Any]:
+    """A session as a JSON object, of a fault or of a :class:`pgguard.proxy.overview.SessionSnapshot`."""
     return {
         "id": session.id,
         "user": session.user,
@@ -95,7 +96,7 @@ def _culprit_record(culprit: Culprit) -> dict[str, Any]:
         "tid": culprit.tid,
         "evidence": culprit.evidence.value,
         "tid_evidence": None if culprit.tid_evidence is None else culprit.tid_evidence.value,
-        "process": _process_record(culprit.process),
+        "process": process_record(culprit.process),
         "runtime": _runtime_record(culprit.runtime),
         "thread_name": culprit.thread_name,
         "system_call": culprit.system_call,
@@ -105,7 +106,8 @@ def _culprit_record(culprit: Culprit) -> dict[str, Any]:
     }
 
 
-def _process_record(process: Process | None) -> dict[str, Any] | None:
+def process_record(process: Process | None) -> dict[str, Any] | None:
+    """A process as a JSON object, likewise; ``None`` if it isn't known. Its pid stands beside it, in what names it."""
     if process is None:
         return None
     return {
@@ -145,7 +147,7 @@ def _stack_record(frames: tuple[Frame, ...] | None) -> list[dict[str, Any]] | No
 def _share_record(share: Share) -> dict[str, Any]:
     return {
         "pid": None if share.process is None else share.process.pid,
-        "process": _process_record(share.process),
+        "process": process_record(share.process),
         "count": share.connections,
         "idle": share.idle,
         "idle_in_transaction": share.idle_in_transaction,
