@@ -7,6 +7,7 @@ workers, and with that mistake corrected. What each run printed is shown beside 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -30,10 +31,19 @@ from pgguard.cli.progress import progress
 from pgguard.cli.signals import Signals
 from pgguard.demo.postgres import NotInstalledError, ServerFailedError, embedded_bindir, running_cluster
 from pgguard.faults.text import listed
+from pgguard.proxy.addresses import TcpAddress
+from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.settings import Settings
+from pgguard.reporting.console import ConsoleSink
+from pgguard.reporting.jsonl import JsonLines
+from pgguard.reporting.sinks import Fanout
+from pgguard.running import running_guard
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
-    from typing import TypeAlias
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from typing import TextIO, TypeAlias
+
+    from pgguard.proxy.addresses import Address
 
     _Outcome: TypeAlias = "int | tuple[Sequence[_Run], _Findings]"
     """An exit status, or what is to be shown."""
@@ -42,12 +52,13 @@ _SECONDS = 16.0
 """How long everything may take before it is called off. Ending what was started takes at most 4 more."""
 
 _POSTGRES_SECONDS = 10.0
-_GUARD_START_SECONDS = 10.0
 _GUARD_STOP_SECONDS = 1.5
 _APART = 1.0
 """Seconds from one transport's runs to the next one's, so that the stacks of either aren't read at the same time."""
 _EVIDENCE_SECONDS = 1.0
 """More than by default, as the machine may be busy with something else, and shall show what there is to see."""
+
+logger = logging.getLogger(__name__)
 
 _GRAVITY = ("error", "warning", "info")
 _APPLICATION = "app.py"
@@ -166,7 +177,7 @@ async def _demonstrate(width: int) -> tuple[Sequence[_Run], _Findings]:
         running = running_cluster(bindir, timeout=_POSTGRES_SECONDS)
         cluster = await trio.to_thread.run_sync(stack.enter_context, running)
         say("Starting the guard in front of it")
-        async with _running_guard(cluster.conninfo, directory, width) as listeners:
+        async with _guarding(cluster.conninfo, directory, width) as listeners:
             say("Running an application that shares a connection between two workers, and a corrected one")
             runs = await _perform(directory, listeners)
         findings = _Findings.read(directory)
@@ -175,49 +186,48 @@ async def _demonstrate(width: int) -> tuple[Sequence[_Run], _Findings]:
 
 
 @asynccontextmanager
-async def _running_guard(upstream: str, directory: Path, width: int) -> AsyncIterator[list[tuple[str, str, int]]]:
-    """Run ``pgguard serve`` as a user would, and yield its listeners: transport, host and port of each."""
-    command = [sys.executable, "-m", "pgguard", "serve", "--upstream", upstream, "--mode", "log"]
-    command += ["--listen", "127.0.0.1:0", "--listen", f"unix:{directory}"]
-    command += ["--faults", str(directory / _FAULTS), "--evidence-budget", str(_EVIDENCE_SECONDS)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PGGUARD_")}
-    environment["COLUMNS"] = str(width)
-    log = directory / _LOG
-    with log.open("wb") as output:
-        guard = await trio.lowlevel.open_process(
-            command,
-            cwd=directory,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
+async def _guarding(upstream: str, directory: Path, width: int) -> AsyncIterator[list[tuple[str, str, int]]]:
+    """Run a guard that writes what it finds and prints to a directory.
+
+    Yields its listeners: transport, host and port of each.
+    """
+    with ExitStack() as stack:
+        log = stack.enter_context((directory / _LOG).open("w"))
+        stack.enter_context(_logging_to(log))
+        printed = ConsoleSink(log.fileno(), width=width)
+        sinks = Fanout([JsonLines(directory / _FAULTS), printed], complain=logger.error)
+        stack.callback(sinks.close)
+        settings = Settings(
+            upstream=upstream,
+            listen=["127.0.0.1:0", f"unix:{directory}"],
+            evidence_budget=_EVIDENCE_SECONDS,
+            shutdown_timeout=_GUARD_STOP_SECONDS,
         )
+        try:
+            async with running_guard(settings, sinks) as guard:
+                yield [_place(address) for address in guard.addresses]
+        except ConfigurationError as error:
+            raise _FailedError(f"the guard did not start: {error}") from error
+
+
+def _place(address: Address) -> tuple[str, str, int]:
+    if isinstance(address, TcpAddress):
+        return "TCP", address.host, address.port
+    return "Unix socket", address.directory, address.port
+
+
+@contextmanager
+def _logging_to(log: TextIO) -> Iterator[None]:
+    """Keep what a guard logs from what is shown."""
+    handler = logging.StreamHandler(log)
+    package = logging.getLogger("pgguard")
+    package.addHandler(handler)
+    package.propagate = False
     try:
-        yield await _listeners(guard, log)
+        yield
     finally:
-        await _stop(guard)
-
-
-async def _listeners(guard: trio.Process, log: Path) -> list[tuple[str, str, int]]:
-    ready = re.compile(r"^pgguard: ready on (.+):(\d+), unix:(.+):(\d+)\n", re.MULTILINE)
-    with trio.move_on_after(_GUARD_START_SECONDS):
-        while guard.poll() is None:
-            if found := ready.search(await trio.Path(log).read_text()):
-                host, port, directory, name = found.groups()
-                return [("TCP", host, int(port)), ("Unix socket", directory, int(name))]
-            await trio.sleep(0.02)
-    raise _FailedError(f"the guard did not start:\n{await trio.Path(log).read_text()}")
-
-
-async def _stop(process: trio.Process) -> None:
-    with trio.CancelScope(shield=True):
-        process.terminate()
-        with trio.move_on_after(_GUARD_STOP_SECONDS):
-            await process.wait()
-            return
-        process.kill()
-        await process.wait()
+        package.propagate = True
+        package.removeHandler(handler)
 
 
 async def _kill_session(process: trio.Process) -> None:
