@@ -25,7 +25,7 @@ def summary_lines(sessions: int, counts: Sequence[Count], causes: Sequence[Told]
     For example::
 
         pgguard: 12 sessions, 44 faults from 2 causes
-        pgguard: error: shared-by-processes, 43 times in 11 sessions by 4 processes: pid 4867 (puma: …) sent … (fault 1)
+        pgguard: error: shared-by-processes, 43 times in 11 sessions, 4 processes involved: pid 4867 (puma: …) sent … (fault 1)
         pgguard: warning: unclean-close, once: … (fault 7)
     """
     happened: Counter[tuple[Severity, Kind]] = Counter()
@@ -53,7 +53,7 @@ def _line(cause: Told) -> str:
     if spread.sessions > 1:
         how_far += f" in {spread.sessions} sessions"
     if spread.processes > 1:
-        how_far += f" by {spread.processes} processes"
+        how_far += f", {spread.processes} processes involved"
     return printable(f"pgguard: {fault.severity}: {fault.kind}, {how_far}: {fault.headline} (fault {fault.id})")
 
 

@@ -28,7 +28,7 @@ def test_no_faults() -> None:
 
 
 def test_each_cause_has_a_line_that_says_how_far_it_has_spread() -> None:
-    what, how_far = BY_WORKERS.fault.summary, "44 times in 11 sessions by 4 processes"
+    what, how_far = BY_WORKERS.fault.summary, "44 times in 11 sessions, 4 processes involved"
     assert summary_lines(12, [SHARED, REJECTED, CLOSED], [BY_WORKERS, ONCE]) == [
         "pgguard: 12 sessions, 45 faults from 2 causes",
         f"pgguard: error: shared-by-processes, {how_far}: {what} (fault 1)",
