@@ -25,7 +25,7 @@ def summary_lines(sessions: int, counts: Sequence[Count], causes: Sequence[Told]
     For example::
 
         pgguard: 12 sessions, 44 faults from 2 causes
-        pgguard: error: shared-by-processes, 43 times in 11 sessions, 4 processes involved: pid 4867 (puma: …) sent … (fault 1)
+        pgguard: error: shared-by-processes, 43 times in 11 sessions, 4 processes involved: pid 4867 … (fault 1)
         pgguard: warning: unclean-close, once: … (fault 7)
     """
     happened: Counter[tuple[Severity, Kind]] = Counter()
