@@ -63,7 +63,12 @@ _RUNS = 6
 """How often py-spy is started for one process."""
 _RESTARTS = 2
 """How often of that it is not left to read."""
-_MOVED_ON = "it had moved on before it could be read"
+_ROUND = 0.05
+"""Seconds between two looks whether it is worth going on, when the time that was meant for it is over."""
+_HOPE = 0.1
+"""Seconds for which a thread may be elsewhere then: one that wakes now and then is, and may wait for a processor."""
+MOVED_ON = "it had moved on before it could be read"
+"""Why there is no stack of a thread that does something else by now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +246,10 @@ class StackReader:
         """What has been read of threads that had run meanwhile."""
         self._frames: dict[Sleep, tuple[Frame, ...]] = {}
         self._problems: dict[int, str] = {}
+        self._left: dict[int, tuple[Process, dict[int, Sleep | None]]] = {}
+        """The processes, each with those of its threads that have not been read yet."""
+        self._unfinished: dict[int, str] = {}
+        """By pid, why those haven't been read so far."""
         self._again: dict[tuple[int, int], Waiting] = {}
 
     def __enter__(self) -> Self:
@@ -253,7 +262,12 @@ class StackReader:
     @property
     def found(self) -> Stacks:
         """What has been found so far."""
-        return Stacks(dict(self._frames), dict(self._problems), dict(self._again))
+        return Stacks(dict(self._frames), {**self._unfinished, **self._problems}, dict(self._again))
+
+    @property
+    def has_any_left(self) -> bool:
+        """Whether :meth:`read` had no time for a thread."""
+        return bool(self._left)
 
     def begin(self, process: Process, tids: Collection[int] = ()) -> None:
         """Begin to read the stacks of a process, unless that has been begun; returns as soon as py-spy is started.
@@ -286,7 +300,30 @@ class StackReader:
         """
         for process, threads in wanted:
             self.begin(process, threads)
-        left = {one.process.pid: (one.process, dict(one.threads)) for one in wanted}
+        self._left = {one.process.pid: (one.process, dict(one.threads)) for one in wanted}
+        yield from self._read(until, returning)
+
+    def read_on(self, *, until: float, is_wanted: Callable[[], bool]) -> Iterator[Stacks]:
+        """Go on with what :meth:`read` had no time for, and yield as it does.
+
+        Ends when none of those threads is in the sleep that is asked about any more, or waits for the connection.
+
+        Args:
+            until: When to end in any case, in seconds of time.monotonic().
+            is_wanted: Whether to go on.
+        """
+        hope = time.monotonic() + _HOPE
+        while self._left and is_wanted() and (now := time.monotonic()) < min(hope, until):
+            yield from self._read(min(now + _ROUND, until), until)
+            if any(self._sleeps(process, threads) for process, threads in self._left.values()):
+                hope = time.monotonic() + _HOPE
+        if time.monotonic() >= hope:
+            self._unfinished = dict.fromkeys(self._left, MOVED_ON)
+            yield self.found
+
+    def _read(self, until: float, returning: float) -> Iterator[Stacks]:
+        left = self._left
+        self._unfinished = {}
         while True:
             for pid, (process, threads) in list(left.items()):
                 run = self._runs.get(pid)
@@ -303,12 +340,11 @@ class StackReader:
                 if not threads or pid in self._problems or (pid not in self._runs and is_late):
                     del left[pid]
                     if threads:
-                        self._problems.setdefault(pid, _MOVED_ON)
+                        self._problems.setdefault(pid, MOVED_ON)
             if not left or time.monotonic() >= until:
                 break
             self._hear(min(_PAUSE, until - time.monotonic()))
-        for pid in left:
-            self._problems.setdefault(pid, "py-spy didn't answer in time" if pid in self._runs else _MOVED_ON)
+        self._unfinished = {pid: "py-spy didn't answer in time" if pid in self._runs else MOVED_ON for pid in left}
         yield self.found
 
     def _start(self, process: Process, tids: Collection[int]) -> None:

@@ -201,6 +201,12 @@ class Docket:
                 self._families.popitem(last=False)
         return Entered(fault, tuple(records))
 
+    def complete(self, fault: Fault) -> None:
+        """Know the first fault of a cause by where in the application it was, if that has come to light since."""
+        for cause in self._causes:
+            if cause.number == fault.cause and cause.standing is not None and cause.standing.id == fault.id:
+                cause.standing = replace(cause.standing, place=fault.place)
+
     def is_new(self, verdict: Verdict, fault: Fault) -> bool:
         """Whether a fault is going to be recorded in full if it is entered. Any thread may ask."""
         cause = self._causes.foresee(cause_key(verdict, fault))

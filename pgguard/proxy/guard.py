@@ -244,6 +244,7 @@ class Guard:
                 nursery.start_soon(self._sweep.run)
                 nursery.start_soon(keep_going, self._judge.settle_accounts)
                 nursery.start_soon(keep_going, self._judge.count_waiting)
+                nursery.start_soon(keep_going, self._judge.write_what_waits)
                 nursery.start_soon(keep_going, self._watch.over_transactions)
                 if self._witness is not None:
                     nursery.start_soon(keep_going, looking.over_hangs)

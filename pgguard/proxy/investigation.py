@@ -21,14 +21,15 @@ from pgguard.proxy.rollcall import count
 from pgguard.session.verdicts import AFTER_END, Direction, Kind, Party
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from pgguard.attribution.evidence import Process
-    from pgguard.attribution.stacks import StackReader
+    from pgguard.attribution.stacks import StackReader, Stacks
     from pgguard.attribution.threads import Sleep
     from pgguard.attribution.witness import Opening, Witness
     from pgguard.faults.docket import Docket
     from pgguard.faults.fault import Fault
+    from pgguard.proxy.postponed import LateStacks
     from pgguard.proxy.rollcall import Counted
     from pgguard.proxy.session import ProxiedSession
     from pgguard.session.verdicts import Verdict
@@ -77,6 +78,8 @@ class Evidence:
     """By pid, the senders that it has looked at for the first time."""
     asleep: frozenset[Sleep] = frozenset()
     """The threads that it has seen to be blocked on the connection."""
+    late: LateStacks | None = None
+    """Where those stacks are put that there was no time for; ``None``: they are left out."""
 
     def keep(self, session: ProxiedSession) -> None:
         """Remember with the session what matters later on too. On trio's thread."""
@@ -139,6 +142,7 @@ class Investigation:
         self._budget = budget
         self._docket = docket
         self._account = account
+        self._late = evidence.late
         self._is_early = False
         self._ends = time.monotonic() + budget
         self._since: float | None = None
@@ -205,8 +209,11 @@ class Investigation:
                 # It takes longer than all the rest, and is done beside it where it is going to be told for certain.
                 for process, tids in self._named_threads()[:_STACKED]:
                     reader.begin(process, tids)
+                if self._late is not None:
+                    self._late.begin()
             self._look_around(opening, unnamed=unnamed, heirs=heirs)
-            if self._stacks and self._is_news():
+            # What is ruled on by now isn't news any more.
+            if self._stacks and ((self._late is not None and self._late.is_awaited) or self._is_news()):
                 self._look_at_stacks(reader)
 
     def _look_around(self, opening: Opening, *, unnamed: bool, heirs: Sequence[Process]) -> None:
@@ -403,12 +410,24 @@ class Investigation:
         others = known_processes(self._findings).keys() - {process.pid for process, _ in wanted}
         problems = dict.fromkeys(others, _NOT_AMONG_THEM)
         for stacks in reader.read(wanted, until=until, returning=returning):
-            told = replace(stacks, problems={**problems, **stacks.problems})
-            self._findings = replace(self._findings, stacks=told)
+            self._note_stacks(stacks, problems)
         # Who was on its way to its sleep before is in it by now.
         unseen = [process for process, _ in wanted if process.pid not in self._findings.only_threads]
         only = {**self._findings.only_threads, **self._witness.only_threads(unseen)}
         self._findings = replace(self._findings, only_threads=only)
+        late = self._late
+        if late is None:
+            return
+        if late.is_wanted and reader.has_any_left:
+            late.begin()
+            until = self._ends + late.seconds - _LAST_WORDS
+            for stacks in reader.read_on(until=until, is_wanted=lambda: late.is_wanted):
+                self._note_stacks(stacks, problems)
+        late.deliver(self._findings.stacks)
+
+    def _note_stacks(self, stacks: Stacks, problems: Mapping[int, str]) -> None:
+        told = replace(stacks, problems={**problems, **stacks.problems})
+        self._findings = replace(self._findings, stacks=told)
 
     def _awaits_answer(self) -> bool:
         """Whether the message that is judged is one that its sender waits for an answer to."""

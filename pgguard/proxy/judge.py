@@ -28,6 +28,7 @@ from pgguard.proxy import looking
 from pgguard.proxy.alike import Alike, Waiting
 from pgguard.proxy.investigation import Evidence, Investigation, known_at_once
 from pgguard.proxy.losses import Loss, note, spared
+from pgguard.proxy.postponed import LateStacks, Outbox
 from pgguard.proxy.rollcall import call_roll
 from pgguard.proxy.turns import Allowance, Desk, Stint, Turns, Urgency, timed
 from pgguard.session.verdicts import AFTER_END, Kind, Sender, Verdict
@@ -125,7 +126,7 @@ def _urgency(verdict: Verdict) -> Urgency:
 
 
 class Judge:
-    """Rules on verdicts and has the faults recorded, one record before the ruling is out.
+    """Rules on verdicts and has the faults recorded before the ruling is out, but for one whose stacks are still read.
 
     Args:
         policy: what is done about which fault.
@@ -153,7 +154,7 @@ class Judge:
         self._only_logged = _only_logged(self._actions)
         self._sql_mode = sql_mode
         self._docket = docket
-        self._sinks = sinks
+        self._records = Outbox(sinks)
         self._witness = witness
         self._sessions = sessions
         self._evidence_budget = evidence_budget
@@ -221,17 +222,27 @@ class Judge:
             return Ruling(Action.LOGGED)
         waiting: deque[Waiting] = deque()
         try:
-            with self._alike.leading(likeness) as waiting:
-                findings = await self._findings(session, verdict, urgency, began)
+            with self._late_stacks(session, verdict) as late, self._alike.leading(likeness) as waiting:
+                findings = await self._findings(session, verdict, urgency, began, late)
                 async with self._turns.turn(urgency):
-                    return self._decide(session, verdict, findings, now, likeness)
+                    return self._decide(session, verdict, findings, now, likeness, late)
         finally:
             # The first one doesn't wait for it, nor does who is cancelled.
             self._uncounted.append((waiting, likeness))
             self._has_uncounted.set()
 
+    def _late_stacks(self, session: ProxiedSession, verdict: Verdict) -> LateStacks:
+        """What may come when the time for evidence is over; nothing while a record waits for others."""
+        return LateStacks(session, verdict, self._evidence_budget if self._records.is_empty else 0.0)
+
     def _decide(
-        self, session: ProxiedSession, verdict: Verdict, findings: Findings, now: float, likeness: Likeness | None
+        self,
+        session: ProxiedSession,
+        verdict: Verdict,
+        findings: Findings,
+        now: float,
+        likeness: Likeness | None,
+        late: LateStacks,
     ) -> Ruling:
         """Decide on a verdict in the light of the evidence, and record it."""
         concluded = self._conclude(session, verdict, findings)
@@ -242,7 +253,7 @@ class Judge:
             self._equate(session, verdict, concluded)
             return self._repeat(session, concluded, known, now)
         self._expect_readers(session, concluded)
-        ruling = self._enter(session, concluded, findings, now, likeness)
+        ruling = self._enter(session, concluded, findings, now, likeness, late)
         if ruling.action is not None:
             self._equate(session, verdict, concluded)
         return ruling
@@ -503,14 +514,20 @@ class Judge:
             for fault in self._docket.settle(at=time.time()):
                 self._record(None, fault)
 
+    async def write_what_waits(self) -> None:
+        """Write the records that have waited for their stacks; until cancelled, when none waits any more."""
+        await self._records.run()
+
     def _ignores(self, kind: Kind) -> bool:
         return self._actions[kind, Severity.ERROR] is None
 
     # Evidence
 
-    async def _findings(self, session: ProxiedSession, verdict: Verdict, urgency: Urgency, began: float) -> Findings:
+    async def _findings(
+        self, session: ProxiedSession, verdict: Verdict, urgency: Urgency, began: float, late: LateStacks
+    ) -> Findings:
         """What can be found out within the budget. What goes wrong meanwhile is left out, and changes no ruling."""
-        evidence = Evidence(_known_at_once(session))
+        evidence = Evidence(_known_at_once(session), late=late)
         with spared(Loss.EVIDENCE, session):
             await self._investigate(session, verdict, evidence, urgency, began)
         with spared(Loss.EVIDENCE, session):
@@ -567,7 +584,7 @@ class Judge:
                 if served and (insist or self._evidence.has_any()):
                     limit.deadline = min(limit.deadline, trio.current_time() + budget)
                     investigation.begin(began if desk.is_crowded else None, stacks=self._stacks.has_any())
-                    await self._look(investigation.investigate, threads)
+                    await self._look(investigation.investigate, threads, evidence.late)
 
     def _investigation(
         self,
@@ -595,13 +612,21 @@ class Judge:
         grave, mild = (self._actions[verdict.kind, severity] for severity in (Severity.ERROR, Severity.WARNING))
         return grave is Action.REJECTED and mild is not Action.REJECTED
 
-    async def _look(self, look: Callable[[], None], threads: trio.CapacityLimiter) -> None:
+    async def _look(
+        self, look: Callable[[], None], threads: trio.CapacityLimiter, late: LateStacks | None = None
+    ) -> None:
         """Have a worker thread look at something, and account for what that takes. Given up, it goes on by itself."""
 
         def run() -> None:
-            _, seconds = timed(look)
-            self._taken.append(seconds)
+            try:
+                _, seconds = timed(look)
+                self._taken.append(seconds)
+            finally:
+                if late is not None:
+                    late.end()
 
+        if late is not None:
+            late.threads = threads
         try:
             await looking.look(run, limiter=threads)
         finally:
@@ -714,6 +739,7 @@ class Judge:
         findings: Findings,
         now: float,
         likeness: Likeness | None = None,
+        late: LateStacks | None = None,
         *,
         action: Action | None = None,
     ) -> Ruling:
@@ -733,8 +759,34 @@ class Judge:
         with spared(Loss.MEMORY, session):
             entered = self._docket.enter(verdict, fault, *self._families(session, verdict, findings, likeness))
         for record in entered.records:
-            self._record(session, record)
+            is_first = record is entered.fault and record.repeat_of is None
+            # Who is rejected, or waits on such a connection, is told so, and does something else.
+            may_wait = is_first and record.action is not Action.REJECTED
+            if may_wait and late is not None and late.are_missing:
+                late.keep()
+                complete = partial(self._complete, session, verdict, findings, late, self._sql_mode)
+                self._records.postpone(session, record, late, complete)
+            else:
+                self._record(session, record)
         return self._ruling(session, entered.fault)
+
+    def _complete(
+        self,
+        session: ProxiedSession,
+        verdict: Verdict,
+        findings: Findings,
+        late: LateStacks,
+        sql_mode: SqlMode,
+        fault: Fault,
+    ) -> Fault:
+        """A fault with the stacks that have come since it was entered."""
+        findings = replace(findings, stacks=late.added_to(findings.stacks))
+        facts = _facts(session)
+        again = build_fault(verdict, facts, findings, at=fault.at, action=fault.action, sql_mode=sql_mode)
+        fault = replace(fault, culprits=again.culprits, place=again.place, tracing=again.tracing)
+        with spared(Loss.MEMORY, session):
+            self._docket.complete(fault)
+        return fault
 
     @staticmethod
     def _families(
@@ -765,8 +817,7 @@ class Judge:
 
     def _record(self, session: ProxiedSession | None, fault: Fault | None) -> None:
         if fault is not None:
-            with spared(Loss.SINKS, session):
-                self._sinks.record(fault)
+            self._records.put(session, fault)
 
 
 def _actions(policy: Policy) -> dict[tuple[Kind, Severity], Action | None]:

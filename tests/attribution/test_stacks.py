@@ -12,7 +12,7 @@ import pytest
 
 from pgguard.attribution import hangs
 from pgguard.attribution.processes import read_process
-from pgguard.attribution.stacks import StackReader, Wanted, find_py_spy, lack_of_py_spy, python_stacks
+from pgguard.attribution.stacks import MOVED_ON, StackReader, Wanted, find_py_spy, lack_of_py_spy, python_stacks
 from pgguard.attribution.threads import Obstacle, Sleep, Thread, find_sleep
 from tests.attribution.puppets import Puppet
 from tests.hung_files import hung_files
@@ -335,6 +335,44 @@ class TestReader:
         assert len(count.read_text().splitlines()) > 1
         assert (reader.found.frames, reader.found.again) == ({}, {})
         assert reader.found.problems == {client.pid: "it had moved on before it could be read"}
+
+    @needs_py_spy
+    def test_what_there_was_no_time_for_is_read_later_if_it_is_in_the_same_sleep(
+        self, client: Puppet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        program, begin = tmp_path / "py-spy", tmp_path / "begin"
+        program.write_text(f'#!/bin/sh\nwhile ! [ -e {begin} ]; do :; done\nexec {find_py_spy()} "$@"\n')
+        program.chmod(0o755)
+        monkeypatch.setattr("pgguard.attribution.stacks.find_py_spy", lambda: str(program))
+        tid = client.do("start(both)")
+        sleep = _until_asleep(client.pid, tid, "unix_stream")
+        with StackReader(self.inode(client)) as reader:
+            [*_, found] = reader.read(self.wanted(client, tid, sleep), until=time.monotonic(), returning=0.0)
+            assert (found.frames, found.problems) == ({}, {client.pid: "py-spy didn't answer in time"})
+            assert list(reader.read_on(until=time.monotonic() + 20, is_wanted=lambda: False)) == []
+            begin.touch()
+            [*_, found] = reader.read_on(until=time.monotonic() + 20, is_wanted=lambda: True)
+        assert not reader.has_any_left
+        assert [frame.function for frame in found.frames[sleep][:2]] == ["first", "both"]
+        assert found.problems == {}
+
+    def test_nothing_is_waited_for_when_it_has_moved_on(
+        self, client: Puppet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        program = tmp_path / "py-spy"
+        program.write_text("#!/bin/sh\nwhile :; do :; done\n")
+        program.chmod(0o755)
+        monkeypatch.setattr("pgguard.attribution.stacks.find_py_spy", lambda: str(program))
+        tid = client.do("start(leave)")
+        sleep = _until_asleep(client.pid, tid, "unix_stream")
+        with StackReader(self.inode(client)) as reader:
+            for _ in reader.read(self.wanted(client, tid, sleep), until=time.monotonic(), returning=0.0):
+                pass
+            client.do("theirs.send(b'x')")
+            began = time.monotonic()
+            [*_, found] = reader.read_on(until=began + 20, is_wanted=lambda: True)
+        assert time.monotonic() - began < 10
+        assert (found.frames, found.problems) == ({}, {client.pid: MOVED_ON})
 
     @needs_py_spy
     def test_what_it_takes_is_accounted_for(self, client: Puppet) -> None:

@@ -54,6 +54,17 @@ SWAPPED = replace(OVERLAP, intruder=OVERLAP.requesters[0], requesters=(Sender(48
 OTHER_THREAD = replace(OVERLAP, intruder=Sender(4867, 4999))
 
 
+def test_a_cause_is_told_of_with_the_place_that_comes_to_light_later() -> None:
+    docket = Docket()
+    first, other = enter(docket), enter(docket, verdict(Kind.IDLE_IN_TRANSACTION))
+    docket.complete(replace(first, place="app.py:7 in load_user"))
+    places = {told.fault.id: told.fault.place for told in docket.causes()}
+    assert places == {first.id: "app.py:7 in load_user", other.id: None}
+    again = docket.repeat(3, OVERLAP, at=NOW + 60)
+    assert again is not None
+    assert (again.repeat_of, again.place) == (first.id, None)
+
+
 @pytest.mark.parametrize("again", [OVERLAP, SWAPPED, OTHER_THREAD, replace(OVERLAP, message=None, requests=())])
 def test_the_same_kind_session_and_processes_are_a_repeat(again: Verdict) -> None:
     docket = Docket()
