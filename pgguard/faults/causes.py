@@ -11,10 +11,13 @@ the closer; where there is neither, whoever sent the request; where nobody did, 
 the socket. Whoever else has used the connection, or has its socket open, is different from one time to the next. A
 refused login is about who holds the connections: the process with the most of them, whoever it is that was refused.
 
-*What isn't known.* A process may be gone before it is looked at, and a busy machine leaves no time to look. A fault of
-which less is known than of a cause, and nothing else, is of that cause if it can be of no other one: its program or the
-opener's must be known and the same. It doesn't work the other way round: the first fault of which all is known is told
-in full, though less was known of those before.
+*What isn't known.* A process may be gone before it is looked at, and a busy machine leaves no time to look. A program
+that isn't known is no other program: two faults are of one cause if nothing that is known of the one contradicts what
+is known of the other, and one thing at least is known to be the same: the program that did it, the one that opened the
+connection, or a process that took part. It makes no difference of which of them more is known. If less is known of the
+first, it has been recorded in full all the same. From then on the cause is known by all that a later one shows as well:
+at the end it is told by that one, and whatever contradicts that is another cause. Of several causes that a fault may be
+of, it is counted with the one that has come last. Its record names nobody who isn't known of itself.
 
 *How many.* Of more than :data:`CAUSES` at once, and of more than :data:`ALIKE` that differ in the program that did it
 alone, those that come on top are one cause for each kind and severity.
@@ -32,15 +35,15 @@ from pgguard.attribution.evidence import Evidence
 from pgguard.faults.catalogue import CATALOGUE
 from pgguard.faults.fault import Fault, Role, Spread
 from pgguard.faults.text import title
-from pgguard.session.verdicts import Limit, Refusal
+from pgguard.session.verdicts import Kind, Limit, Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from pgguard.faults.catalogue import Severity
     from pgguard.faults.fault import Culprit, SessionFacts
     from pgguard.faults.policy import Action
-    from pgguard.session.verdicts import Kind, MessageSeen, Verdict
+    from pgguard.session.verdicts import MessageSeen, Verdict
 
 RECORD_INTERVAL: Final = 1.0
 """Seconds between two records of one cause's repeats, at least."""
@@ -87,6 +90,8 @@ _INVOLVED: Final = frozenset({Role.INTRUDER, Role.REQUESTER, Role.CLOSER})
 """Roles of those who do what is wrong, or suffer it."""
 _DOERS: Final = (Role.INTRUDER, Role.CLOSER, Role.REQUESTER, Role.HOLDER)
 """Roles of those who do it, where several are known the first."""
+_ITS_OWN: Final = frozenset({Kind.UNREAD_ANSWER, Kind.IDLE_IN_TRANSACTION, Kind.LEAKED_CONNECTION})
+"""Kinds of faults that are whoever's that has sent the requests, if that is the opener too."""
 _RIGHTFUL: Final = frozenset({Role.REQUESTER, Role.HOLDER})
 """Roles of those of them who do nothing wrong if they have opened the connection."""
 
@@ -120,15 +125,33 @@ class CauseKey(NamedTuple):
         """Whether another one differs from this in the program that did it alone."""
         return self._is_of(other) and (self.opener, self.advice) == (other.opener, other.advice)
 
-    def fits(self, known: CauseKey) -> bool:
-        """Whether all that is known of this one is known of another as well, and is something."""
+    def is_part_of(self, known: CauseKey) -> bool:
+        """Whether all that is known of this one is known of another as well."""
         return (
             self._is_of(known)
             and self.doer in ("", known.doer)
             and self.opener in ("", known.opener)
-            and self.advice in (known.advice, CATALOGUE[self.kind].advice.title)
-            and (self.doer, self.opener, self.refusal) != ("", "", None)
+            and self.advice in (known.advice, self._usual_advice)
         )
+
+    def is_one_with(self, other: CauseKey) -> bool:
+        """Whether something is known to be the same of both, and nothing to be different."""
+        same = self.refusal is not None or "" != self.doer == other.doer or "" != self.opener == other.opener
+        return same and not self.contradicts(other)
+
+    def contradicts(self, other: CauseKey) -> bool:
+        """Whether something is known of both, and is different."""
+        return not self._is_of(other) or not self.is_part_of(self.with_more(other))
+
+    def with_more(self, other: CauseKey) -> CauseKey:
+        """All that is known of this one or another; where that is different, what is known of the other."""
+        advice = self.advice if other.advice == self._usual_advice else other.advice
+        return self._replace(doer=other.doer or self.doer, opener=other.opener or self.opener, advice=advice)
+
+    @property
+    def _usual_advice(self) -> str:
+        """What is advised as long as nothing special is known."""
+        return CATALOGUE[self.kind].advice.title
 
     def _is_of(self, other: CauseKey) -> bool:
         return (
@@ -143,7 +166,7 @@ class Told(NamedTuple):
     """A cause, as it is told at the end."""
 
     fault: Fault
-    """Its first one, without what no repeat says."""
+    """Its first one, or the first of which more is known by the number of that, without what no repeat says."""
     spread: Spread
 
 
@@ -162,10 +185,15 @@ class Cause:
     """One cause; times are seconds since the epoch."""
 
     number: int
+    key: CauseKey
+    """All that is known of it by now."""
     began: float
     """When it came first."""
     standing: Fault | None = None
-    """Its first fault, as it is recorded, without what no repeat says."""
+    """Its first fault, as it is recorded, without what no repeat says; or the first one of which more is known, by the
+    number of the first."""
+    standing_key: CauseKey | None = None
+    """What is known of that one."""
     full: int = 0
     """How many have been recorded in full."""
     ends: int = 0
@@ -190,7 +218,7 @@ class Cause:
 
     def note_culprits(self, culprits: tuple[Culprit, ...]) -> None:
         """Take note of the processes that a fault names."""
-        self.note_pids(one.pid for one in culprits if one.pid is not None and one.role in _INVOLVED)
+        self.note_pids(involved(culprits))
 
     def note_pids(self, pids: Iterable[int]) -> None:
         """Take note of processes that have done it, or suffered it."""
@@ -238,64 +266,83 @@ class Causes:
     def __iter__(self) -> Iterator[Cause]:
         return iter(self._causes.values())
 
-    def find(self, key: CauseKey) -> Cause | None:
-        """A cause, if it is remembered."""
-        return self._causes.get(key)
+    def is_known(self, cause: Cause) -> bool:
+        """Whether a cause is remembered."""
+        return self._causes.get(cause.key) is cause
 
-    def foresee(self, key: CauseKey) -> Cause | None:
-        """The cause that one by this name would be taken for, if it is remembered. Any thread may ask."""
-        return self._causes.get(key) or self._causes.get(self._place(key))
+    def foresee(self, key: CauseKey, pids: Collection[int]) -> Cause | None:
+        """The cause that one by this name and by these processes would be taken for, if it is remembered.
 
-    def come(self, key: CauseKey, at: float) -> tuple[CauseKey, Cause, list[Fault]]:
+        Any thread may ask.
+        """
+        return self._causes.get(key) or self._causes.get(self._place(key, pids))
+
+    def come(self, key: CauseKey, pids: Collection[int], at: float) -> tuple[Cause, list[Fault]]:
         """A cause has come, known or new.
 
+        Args:
+            key: What it is known by.
+            pids: The processes that have done it, or suffered it.
+            at: Seconds since the epoch.
+
         Returns:
-            What it is known by: if there are too many, another key than was asked for; the cause; and what is to be
-            recorded of one that has made room for it.
+            The cause: if there are too many, another one; and what is to be recorded of one that has made room for it.
         """
         forgotten: list[Fault] = []
-        if key not in self._causes:
-            key = self._place(key)
-        if key not in self._causes and not key.rest and len(self._causes) >= CAUSES:
+        place = key if key in self._causes else self._place(key, pids)
+        if place not in self._causes and not place.rest and len(self._causes) >= CAUSES:
             quietest = next(iter(self._causes))
             if passed(self._causes[quietest].seen_at, at) < FORGOTTEN_AFTER:
-                key = _rest(key.kind, key.severity)
+                place = _rest(key.kind, key.severity)
             else:
                 forgotten = self.account(self._causes.pop(quietest), at)
-        cause = self._causes.get(key)
+        cause = self._causes.get(place)
         if cause is None:
-            cause = self._causes[key] = self._new(at)
-        self._causes.move_to_end(key)
+            cause = self._causes[place] = self._new(place, at)
+        elif not place.rest:
+            self._learn(cause, key)
+        self._causes.move_to_end(cause.key)
         cause.seen_at = at
-        return key, cause, forgotten
+        return cause, forgotten
 
-    def come_again(self, key: CauseKey, standing: Fault, at: float) -> tuple[CauseKey, Cause]:
+    def come_again(self, cause: Cause, standing: Fault, at: float) -> Cause:
         """The cause of a fault that a session has committed before has come again; it may have been forgotten since.
 
         Returns:
-            What it is known by now, and the cause.
+            The cause by now.
         """
-        cause = self._causes.get(key)
-        if cause is None:
-            if len(self._causes) >= CAUSES:
+        if not self.is_known(cause):
+            key = cause.key
+            if key not in self._causes and len(self._causes) >= CAUSES:
                 key = _rest(standing.kind, standing.severity)
-            cause = self._causes.get(key)
-            if cause is None:
-                cause = self._causes[key] = self._new(at)
+            known = self._causes.get(key)
+            if known is None:
+                known = self._causes[key] = self._new(key, at)
                 # What it repeats has been recorded.
-                cause.full, cause.standing, cause.sessions = FULL_RECORDS, standing, 1
-        self._causes.move_to_end(key)
+                known.full, known.standing, known.standing_key, known.sessions = FULL_RECORDS, standing, key, 1
+            cause = known
+        self._causes.move_to_end(cause.key)
         cause.seen_at = at
-        return key, cause
+        return cause
 
-    def record_in_full(self, cause: Cause, fault: Fault) -> Fault:
-        """The record of a fault that is the first of its cause."""
+    def record_in_full(self, cause: Cause, key: CauseKey, fault: Fault) -> Fault:
+        """The record of a fault that is the first of its cause; ``key`` is what is known of it."""
         suppressed = cause.note_record(fault.at)
         fault = replace(fault, id=self._next_id(), cause=cause.number, suppressed=suppressed)
         cause.actions.add(fault.action)
-        cause.standing = cause.standing or brief(fault)
+        if cause.standing is None:
+            cause.standing, cause.standing_key = brief(fault), key
         cause.full += 1
         return fault
+
+    def tell_by(self, cause: Cause, key: CauseKey, fault: Fault) -> None:
+        """Tell a cause at the end by a repeat of it, if more is known of that than of the one that it was told by."""
+        standing, before = cause.standing, cause.standing_key
+        if standing is None or before is None or key == before or not before.is_part_of(key):
+            return
+        place = fault.place or standing.place
+        cause.standing = replace(brief(fault), id=standing.id, repeat_of=standing.repeat_of, place=place)
+        cause.standing_key = key
 
     def record(self, cause: Cause, what: Unrecorded) -> Fault | None:
         """The record of a repeat, if one may be made of its cause now; otherwise it is counted.
@@ -331,17 +378,35 @@ class Causes:
         told = [Told(cause.standing, cause.spread) for cause in self if cause.standing is not None]
         return sorted(told, key=lambda one: (-one.fault.severity.rank, -one.spread.times))
 
-    def _place(self, key: CauseKey) -> CauseKey:
-        """What a cause is known by that has not come by this name: it may be another one, of which more is known."""
+    def _place(self, key: CauseKey, pids: Collection[int]) -> CauseKey:
+        """What a cause is known by that has not come by this name: more may be known of it, or less.
+
+        Of those that it may be, the last one that has come, and rather one of which more is known.
+        """
         names = list(self._causes)  # at once, as another thread may ask
-        known = [one for one in names if key.fits(one)]
-        if len(known) == 1:
-            return known[0]
+        alike = [one for one in reversed(names) if key.is_one_with(one) or self._is_by(one, pids, key)]
+        if alike:
+            return next((one for one in alike if key.is_part_of(one)), alike[0])
         return _rest(key.kind, key.severity) if sum(map(key.is_like, names)) >= ALIKE else key
 
-    def _new(self, at: float) -> Cause:
+    def _is_by(self, name: CauseKey, pids: Collection[int], key: CauseKey) -> bool:
+        """Whether a cause is by some of these processes too, and nothing that is known speaks against its being one."""
+        if name.rest or name.contradicts(key):
+            return False
+        cause = self._causes.get(name)
+        return cause is not None and not cause.pids.isdisjoint(pids)
+
+    def _learn(self, cause: Cause, key: CauseKey) -> None:
+        """Know a cause by what is known of one more fault of it as well."""
+        more = cause.key.with_more(key)
+        if more != cause.key and more not in self._causes:
+            del self._causes[cause.key]
+            cause.key = more
+            self._causes[more] = cause
+
+    def _new(self, key: CauseKey, at: float) -> Cause:
         self._last_number += 1
-        return Cause(self._last_number, at)
+        return Cause(self._last_number, key, at)
 
     def _next_id(self) -> int:
         self._last_id += 1
@@ -371,6 +436,11 @@ def passed(since: float, at: float) -> float:
     If it is far earlier the clock has been set back, and it isn't known how long that was.
     """
     return math.inf if at < since - _SET_BACK else at - since
+
+
+def involved(culprits: Iterable[Culprit]) -> list[int]:
+    """The processes that have done it, or suffered it."""
+    return [one.pid for one in culprits if one.pid is not None and one.role in _INVOLVED]
 
 
 def brief(fault: Fault) -> Fault:
@@ -408,7 +478,8 @@ def _doer(verdict: Verdict, culprits: Sequence[Culprit], owner: Culprit | None) 
         if role in _RIGHTFUL:
             found = [one for one in found if owner is None or one.pid != owner.pid]
             if not found and role is Role.REQUESTER:
-                return ""  # whoever has opened the connection may use it
+                # Whoever has opened the connection may use it, and who does it is another one then.
+                return _program_of(owner) if owner is not None and verdict.kind in _ITS_OWN else ""
         if found:
             oldest = role is Role.HOLDER and verdict.refusal is None
             return _program_of(min(found, key=_start) if oldest else found[0])

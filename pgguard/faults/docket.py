@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pgguard.faults.causes import (
     FULL_RECORDS,
     RECORD_INTERVAL,
-    CauseKey,
+    Cause,
     Causes,
     Unrecorded,
     brief,
     cause_key,
+    involved,
     passed,
 )
 from pgguard.faults.policy import Action
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from pgguard.faults.catalogue import Severity
-    from pgguard.faults.causes import Cause, Instance, Told
+    from pgguard.faults.causes import Instance, Told
     from pgguard.faults.fault import Fault
     from pgguard.session.verdicts import Refusal, Verdict
 
@@ -64,11 +65,14 @@ EXPLAINED_BY: Final[Mapping[Kind, frozenset[Kind]]] = MappingProxyType(
         Kind.INHERITED_CONNECTION: frozenset({Kind.SHARED_BY_PROCESSES, Kind.FOREIGN_TERMINATE}),
         Kind.UNREAD_ANSWER: frozenset({Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS}),
         Kind.UNCLEAN_CLOSE: frozenset({Kind.SHARED_BY_PROCESSES}),
+        Kind.REQUEST_WHILE_BUSY: frozenset({Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS}),
     }
 )
 """By kind, of which other faults of its session it is a consequence that goes without saying: who shares a connection
-has inherited it, leaves answers unread that another one has asked for, and rightly says no goodbye on it. But work that
-is lost when it ends is told."""
+has inherited it, leaves answers unread that another one has asked for, rightly says no goodbye on it, and asks again
+when another one has read the answer. But work that is lost when it ends is told."""
+UNDECIDED: Final = frozenset({Kind.REQUEST_WHILE_BUSY})
+"""Of those, the kinds of which evidence may make another one, and so has to be taken first."""
 
 
 class Count(NamedTuple):
@@ -119,7 +123,7 @@ class _Case:
 
     standing: Fault
     """As it was the first time, without what no repeat needs."""
-    cause: CauseKey
+    cause: Cause
     is_own: bool
     """It is this session's: else each record of it has to say of which session and by whom it is."""
     is_over: bool = False
@@ -141,9 +145,11 @@ class Docket:
         self._cases: OrderedDict[tuple[int, _Key], None] = OrderedDict()
         """All sessions' together, the one first that has been quiet for longest."""
         self._causes = Causes(interval)
-        self._families: OrderedDict[Family, CauseKey] = OrderedDict()
+        self._families: OrderedDict[Family, Cause] = OrderedDict()
         """The one first that has come least lately."""
         self._counts: dict[tuple[Kind, Severity, Action], tuple[int, int]] = {}
+        self._explained: dict[int, set[_Key]] = {}
+        """By session, the faults of which evidence has shown that another one explains them."""
 
     def known(self, session_id: int, verdict: Verdict, *, at: float) -> Fault | None:
         """The fault as it was the first time, if it has been; what was done then is to be done now.
@@ -160,12 +166,29 @@ class Docket:
         return case.standing
 
     def is_explained(self, session_id: int, verdict: Verdict) -> bool:
-        """Whether another fault of its session explains this one, so that there is no need to tell of it."""
+        """Whether another fault of its session explains this one, so that there is no need to tell of it.
+
+        Args:
+            session_id: The session.
+            verdict: The fault, in the light of the evidence.
+        """
         explanations = EXPLAINED_BY.get(verdict.kind)
         undone = verdict.open_request or verdict.open_transaction or verdict.message is not None
         if explanations is None or (verdict.kind is Kind.UNCLEAN_CLOSE and undone):
             return False
         return any(case.standing.kind in explanations for case in self._sessions.get(session_id, {}).values())
+
+    def is_surely_explained(self, session_id: int, verdict: Verdict) -> bool:
+        """The same of a fault of which no evidence has been taken, if that needn't be."""
+        undecided = verdict.kind in UNDECIDED and _key(verdict) not in self._explained.get(session_id, ())
+        return not undecided and self.is_explained(session_id, verdict)
+
+    def explain(self, session_id: int, verdict: Verdict) -> None:
+        """Know by what the session core has said that a fault is explained, as evidence has shown."""
+        if verdict.kind in UNDECIDED and session_id in self._sessions:
+            explained = self._explained.setdefault(session_id, set())
+            if len(explained) < FAULTS_PER_SESSION:
+                explained.add(_key(verdict))
 
     def enter(self, verdict: Verdict, fault: Fault, *families: Family) -> Entered:
         """Take note of a fault that is not :meth:`known`: give it its number and its cause's, and say what to record.
@@ -175,27 +198,31 @@ class Docket:
             fault: All that there is to be said of it, but for those numbers.
             families: What is, or was, known of it without evidence, so that its like is :meth:`familiar`.
         """
-        key, cause, forgotten = self._causes.come(cause_key(verdict, fault), fault.at)
+        key = cause_key(verdict, fault)
+        cause, forgotten = self._causes.come(key, involved(fault.culprits), fault.at)
         self._count(fault, faults=1)
-        self._note_session(cause, key, _place(fault.session.id, verdict))
+        self._note_session(cause, _place(fault.session.id, verdict))
         cause.times += 1
         cause.note_culprits(fault.culprits)
         records = list(forgotten)
         if cause.full < FULL_RECORDS:
-            fault = self._causes.record_in_full(cause, fault)
+            fault = self._causes.record_in_full(cause, key, fault)
             records.append(fault)
             standing = brief(fault)
         else:
             fault = replace(fault, id=_first(cause), cause=cause.number)
+            self._causes.tell_by(cause, key, fault)
             standing = brief(replace(fault, repeat_of=fault.id))
             record = self._causes.record(cause, Unrecorded(standing, fault.at))
             if record is not None:
                 fault = replace(fault, id=record.id)
                 records.append(record)
         is_own = verdict.refusal is None
-        self._keep(_place(fault.session.id, verdict), _key(verdict), _Case(replace(standing, shares=None), key, is_own))
+        self._keep(
+            _place(fault.session.id, verdict), _key(verdict), _Case(replace(standing, shares=None), cause, is_own)
+        )
         for family in families:
-            self._families[family] = key
+            self._families[family] = cause
             self._families.move_to_end(family)
             if len(self._families) > FAMILIES:
                 self._families.popitem(last=False)
@@ -209,7 +236,7 @@ class Docket:
 
     def is_new(self, verdict: Verdict, fault: Fault) -> bool:
         """Whether a fault is going to be recorded in full if it is entered. Any thread may ask."""
-        cause = self._causes.foresee(cause_key(verdict, fault))
+        cause = self._causes.foresee(cause_key(verdict, fault), involved(fault.culprits))
         return cause is None or cause.full < FULL_RECORDS
 
     def has_any(self, kind: Kind) -> bool:
@@ -218,9 +245,8 @@ class Docket:
 
     def familiar(self, family: Family) -> Fault | None:
         """The first fault of the cause that this one is of too, if that can be told without evidence."""
-        key = self._families.get(family)
-        cause = None if key is None else self._causes.find(key)
-        if cause is None or cause.full < FULL_RECORDS:
+        cause = self._families.get(family)
+        if cause is None or not self._causes.is_known(cause) or cause.full < FULL_RECORDS:
             return None
         return cause.standing
 
@@ -242,18 +268,17 @@ class Docket:
         Raises:
             KeyError: It isn't familiar.
         """
-        key = self._families[family]
-        self._families.move_to_end(family)
         first = self.familiar(family)
         if first is None:
             raise KeyError(family)
-        key, cause = self._causes.come_again(key, first, at)
+        self._families.move_to_end(family)
+        cause = self._causes.come_again(self._families[family], first, at)
         standing = replace(first, shares=None, action=Action.LOGGED)
         self._count(standing, faults=1)
-        self._note_session(cause, key, session_id)
+        self._note_session(cause, session_id)
         cause.note_pids(_key(verdict).pids)
         cause.times += 1
-        self._keep(session_id, _key(verdict), _Case(standing, key, is_own=False))
+        self._keep(session_id, _key(verdict), _Case(standing, cause, is_own=False))
         return self._causes.record(cause, Unrecorded(standing, at, instance))
 
     def equate(self, session_id: int, verdict: Verdict, concluded: Verdict) -> None:
@@ -301,7 +326,7 @@ class Docket:
         cases.move_to_end(key)
         self._cases.move_to_end((place, key))
         self._count(case.standing, repeats=1)
-        case.cause, cause = self._causes.come_again(case.cause, case.standing, at)
+        case.cause = cause = self._causes.come_again(case.cause, case.standing, at)
         cause.times += 1
         cause.sessions += place == _SERVER
         described = by_others or not case.is_own
@@ -313,15 +338,15 @@ class Docket:
         Of a few sessions that is done at once, and of others when it is time for a record of their cause: see
         :meth:`settle`.
         """
+        self._explained.pop(session_id, None)
         cases = self._sessions.pop(session_id, None)
         if cases is None:
             return []
         records = []
         for key, case in cases.items():
             self._cases.pop((session_id, key), None)
-            cause = self._causes.find(case.cause)
-            if cause is not None:
-                records += self._causes.account_at_end(cause, at)
+            if self._causes.is_known(case.cause):
+                records += self._causes.account_at_end(case.cause, at)
         return records
 
     def forget(self, session_id: int, pid: int) -> None:
@@ -329,6 +354,8 @@ class Docket:
         cases = self._sessions.get(session_id, OrderedDict())
         for key in [key for key in cases if pid in key.pids]:
             cases[key] = replace(cases[key], is_over=True)
+        explained = self._explained.get(session_id, set())
+        explained -= {key for key in explained if pid in key.pids}
 
     def settle(self, *, at: float) -> list[Fault]:
         """Account for what was suppressed of causes of which a record is due; to be called now and then."""
@@ -338,6 +365,7 @@ class Docket:
         """Account for everything that was suppressed, and forget every session, as the guard ends."""
         self._sessions.clear()
         self._cases.clear()
+        self._explained.clear()
         return [record for cause in self._causes for record in self._causes.account(cause, at)]
 
     def renew(self) -> None:
@@ -347,6 +375,7 @@ class Docket:
             for key, case in cases.items():
                 cases[key] = replace(case, is_over=True)
         self._families.clear()
+        self._explained.clear()
 
     def counts(self) -> list[Count]:
         """What has happened since the guard started, the gravest first."""
@@ -357,9 +386,9 @@ class Docket:
         """The causes that are remembered, the gravest first."""
         return self._causes.told()
 
-    def _note_session(self, cause: Cause, key: CauseKey, place: int) -> None:
+    def _note_session(self, cause: Cause, place: int) -> None:
         """Count a session that hasn't had a fault of the cause before."""
-        if place == _SERVER or all(case.cause != key for case in self._sessions.get(place, {}).values()):
+        if place == _SERVER or all(case.cause is not cause for case in self._sessions.get(place, {}).values()):
             cause.sessions += 1
 
     def _keep(self, place: int, key: _Key, case: _Case) -> None:

@@ -193,7 +193,7 @@ class Judge:
 
         Returns True if that was so; the message is then to be forwarded. Never raises.
         """
-        if self._ignores(verdict.kind) or self._is_explained(session, verdict):
+        if self._ignores(verdict.kind) or self._is_explained(session, verdict, self._docket.is_surely_explained):
             return True
         if _is_doubtful(verdict):
             return False
@@ -246,7 +246,11 @@ class Judge:
     ) -> Ruling:
         """Decide on a verdict in the light of the evidence, and record it."""
         concluded = self._conclude(session, verdict, findings)
-        if concluded is None or self._ignores(concluded.kind) or self._is_explained(session, concluded):
+        if concluded is None or self._ignores(concluded.kind):
+            return Ruling(None)
+        if self._is_explained(session, concluded, self._docket.is_explained):
+            with spared(Loss.MEMORY, session):
+                self._docket.explain(session.id, verdict)
             return Ruling(None)
         known = self._known(session, concluded, now)
         if known is not None:
@@ -351,7 +355,7 @@ class Judge:
                 findings = _known_at_once(session)  # of who was refused more may be known by now
             elif opener is not None and opener.pid in openers:
                 findings = replace(findings, senders={opener.pid: openers[opener.pid], **findings.senders})
-            if self._is_explained(session, concluded):
+            if self._is_explained(session, concluded, self._docket.is_explained):
                 pass
             elif self._known(session, verdict, at) is not None:
                 self._count_again(session, verdict, at)
@@ -645,11 +649,13 @@ class Judge:
             note(Loss.MEMORY, session)
             return None
 
-    def _is_explained(self, session: ProxiedSession, verdict: Verdict) -> bool:
+    def _is_explained(
+        self, session: ProxiedSession, verdict: Verdict, by_docket: Callable[[int, Verdict], bool]
+    ) -> bool:
         """Whether there is no need to tell of such a fault, nor to do anything about it, as another one explains it."""
         is_explained = False
         with spared(Loss.MEMORY, session):
-            is_explained = self._docket.is_explained(session.id, verdict)
+            is_explained = by_docket(session.id, verdict)
         actions = {self._actions[verdict.kind, severity] for severity in Severity}
         return is_explained and actions <= {None, Action.LOGGED}
 

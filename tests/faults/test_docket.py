@@ -498,8 +498,9 @@ OTHERS = replace(KERNEL, senders={4866: WORKER_0, 4867: process(4867, 4864, "sid
         # So is who else has the socket open: a subprocess that has nothing to do with it, or many, or nobody seen.
         (OVERLAP, replace(KERNEL, holders=(MASTER, WORKER_0, WORKER_1, CONVERTING)), 1),
         (OVERLAP, replace(KERNEL, holders=None), 1),
-        # Nothing but the kind is known.
-        (OVERLAP, Findings(), 2),
+        # Nothing but the processes is known, or nothing but the kind.
+        (OVERLAP, Findings(), 1),
+        (replace(OVERLAP, intruder=Sender(8), requesters=(Sender(9),)), Findings(), 2),
     ],
 )
 def test_a_cause_is_a_kind_by_the_same_programs_in_the_same_roles(
@@ -832,25 +833,119 @@ def test_advice_that_nothing_special_is_known_for_makes_no_cause_of_its_own() ->
     assert docket.enter(OVERLAP, copy).fault.cause == 2
 
 
-def test_the_first_fault_of_which_all_is_known_is_told_in_full() -> None:
+@pytest.mark.parametrize(
+    ("what", "findings"),
+    [
+        GONE,
+        by(5000),
+        (replace(OVERLAP, intruder=None), KERNEL),
+        (OVERLAP, replace(KERNEL, opener=None)),
+        (OVERLAP, Findings()),  # nothing, but by the same processes
+    ],
+)
+def test_nor_is_what_is_better_known_than_the_first_was(what: Verdict, findings: Findings) -> None:
+    """On a busy machine there was no time to look at the first one's process."""
     docket = Docket()
-    what, findings = GONE
-    [poor] = recorded(docket, what, 3, NOW, findings)
-    [rich] = recorded(docket, OVERLAP, 4, NOW + 1)
-    assert (poor.repeat_of, rich.repeat_of, rich.cause) == (None, None, 2)
+    [first] = recorded(docket, what, 3, NOW, findings)
+    [again] = recorded(docket, OVERLAP, 4, NOW + 1)
+    assert (first.cause, first.repeat_of, again.cause, again.repeat_of) == (1, None, 1, first.id)
+    assert (again.requests, again.story) == ((), ())
+    [told] = docket.causes()
+    assert (told.fault.id, told.fault.summary) == (first.id, again.summary), "the end tells of it what is known by then"
+    assert (told.spread.times, told.spread.sessions) == (2, 2)
+    # Both sessions go on with the one cause, and what is known even less of is no other one.
+    for session, of in ((3, what), (4, OVERLAP)):
+        repeated = docket.repeat(session, of, at=NOW + 3 + session)
+        assert repeated is not None
+        assert (repeated.cause, repeated.repeat_of) == (1, 1)
+    assert enter(docket, what, session=5, findings=findings).cause == 1
+    assert enter(docket, session=6, findings=OTHERS).cause == 2, "that is another program"
 
 
-def test_what_may_be_of_two_causes_is_of_neither() -> None:
+def test_what_evidence_tells_of_a_repeat_makes_its_like_familiar() -> None:
+    assert FAMILY is not None
+    docket = Docket()
+    enter(docket, GONE[0], findings=GONE[1])
+    docket.enter(OVERLAP, fault(facts=replace(FACTS, id=4)), FAMILY)
+    standing = docket.familiar(FAMILY)
+    assert standing is not None
+    assert standing.id == 1
+    docket.enter_familiar(5, replace(OVERLAP, intruder=Sender(6000)), FAMILY, at=NOW, instance=lambda: AGAIN)
+    [told] = docket.causes()
+    assert (told.spread.times, told.spread.sessions) == (3, 3)
+
+
+def test_what_may_be_of_several_causes_is_counted_with_the_one_that_came_last_and_names_none_of_its_culprits() -> None:
     docket = Docket()
     assert enter(docket).cause == 1
     assert enter(docket, session=4, findings=OTHERS).cause == 2
-    assert enter(docket, GONE[0], session=5, findings=GONE[1]).cause == 3
+    [again] = recorded(docket, GONE[0], 5, NOW + 1, GONE[1])
+    assert (again.cause, again.repeat_of) == (2, 2)
+    assert [one.process for one in again.culprits if one.role is Role.INTRUDER] == [None]
+    assert docket.causes()[0].fault.summary != again.summary
+    enter(docket, session=6)
+    assert enter(docket, replace(OVERLAP, intruder=Sender(5001)), session=7, findings=GONE[1]).cause == 1
+
+
+def test_what_has_nothing_in_common_is_not_taken_for_the_same_though_nothing_speaks_against_it() -> None:
+    docket = Docket()
+    assert enter(docket, GONE[0], findings=GONE[1]).cause == 1
+    opened_by_nobody_known = replace(OVERLAP, intruder=Sender(7000), requesters=(Sender(7001),))
+    findings = Findings(senders={7000: process(7000, 1, "sidekiq 7 [app]")})
+    assert enter(docket, opened_by_nobody_known, session=4, findings=findings).cause == 2
+
+
+@pytest.mark.parametrize("kind", [Kind.UNREAD_ANSWER, Kind.IDLE_IN_TRANSACTION])
+def test_what_the_opener_does_itself_is_not_what_another_one_does_with_its_connection(kind: Kind) -> None:
+    docket = Docket()
+    own = verdict(kind, requesters=(Sender(4864),))
+    assert enter(docket, own).cause == 1
+    assert enter(docket, replace(own, requesters=(Sender(4866),)), session=4).cause == 2
+
+
+PROGRAMS = ("puma: cluster worker [app]", "sidekiq [app]", "mailer")
+KNOWN_OR_NOT = st.tuples(
+    st.integers(0, 2), st.integers(0, 1), st.booleans(), st.booleans(), st.booleans(), st.integers(1, 6)
+)
+
+
+@given(st.lists(KNOWN_OR_NOT, max_size=30))
+def test_no_cause_is_told_in_full_twice_in_whichever_order_more_and_less_is_known_of_it(
+    faults: list[tuple[int, int, bool, bool, bool, int]],
+) -> None:
+    """There are no more full records than causes, whatever is known of each fault but for its pids."""
+    docket = Docket()
+    records: list[Fault] = []
+    for at, (doer, opener, doer_known, opener_known, advice_known, session) in enumerate(faults):
+        opened = process(100 + opener, 1, ("puma", "unicorn")[opener])
+        did = process(200 + doer, 100 + opener, PROGRAMS[doer])
+        what = replace(OVERLAP, intruder=Sender(did.pid), requesters=(Sender(opened.pid),))
+        findings = Findings(
+            opener=opened if opener_known else None, senders={did.pid: did} if doer_known else {}, driver=Driver.LIBPQ
+        )
+        one = fault(what, findings, facts=replace(FACTS, id=session), at=NOW + at)
+        if advice_known:
+            one = replace(one, advice=one.advice._replace(title="Reconnect after forking"))
+        if docket.known(session, what, at=NOW + at) is None:
+            records += docket.enter(what, one).records
+        else:
+            again = docket.repeat(session, what, at=NOW + at)
+            records += () if again is None else (again,)
+    records += docket.close_all(at=NOW + 100)
+    full = [record for record in records if record.repeat_of is None]
+    assert len(full) <= len({(doer, opener) for doer, opener, *_ in faults})
+    assert len({record.cause for record in full}) == len(full)
+    assert sum(1 + record.suppressed for record in records) == len(faults)
+    assert sum(count.faults + count.repeats for count in docket.counts()) == len(faults)
+    assert sum(told.spread.times for told in docket.causes()) == len(faults)
+    assert {record.repeat_of for record in records} <= {record.id for record in full} | {None}
+    assert {record.cause for record in records} == {record.cause for record in full}
 
 
 def test_a_stranger_is_not_taken_for_somebody_who_is_known() -> None:
     docket = Docket()
     assert enter(docket, BY_ONE, findings=run_by(0)).cause == 1
-    assert enter(docket, BY_ONE, session=4, findings=Findings()).cause == 2
+    assert enter(docket, verdict(Kind.MESSAGE_WHILE_IDLE), session=4, findings=Findings()).cause == 2
 
 
 def test_a_client_that_is_elsewhere_is_known_by_what_stays_the_same_of_what_it_says() -> None:
@@ -1064,6 +1159,41 @@ def test_what_another_fault_of_its_session_explains_is_known_to_be(kind: Kind, b
     assert not docket.is_explained(3, verdict(Kind.PROTOCOL_VIOLATION)), "another fault"
     docket.close(3, at=NOW)
     assert not docket.is_explained(3, what)
+
+
+def test_whoever_lost_its_answer_to_another_one_asks_again_which_is_explained_once_evidence_has_shown_it() -> None:
+    """Evidence may make more of a request while another is outstanding than that: threads that share it, too."""
+    docket = Docket()
+    docket.explain(3, BUSY)
+    assert not docket.is_surely_explained(3, BUSY), "nothing has been told that would explain it"
+    enter(docket)
+    assert not docket.is_surely_explained(3, BUSY)
+    assert docket.is_explained(3, BUSY)
+    docket.explain(3, BUSY)
+    assert docket.is_surely_explained(3, BUSY)
+    for other in (replace(BUSY, intruder=Sender(5000)), replace(BUSY, kind=Kind.SHARED_BY_THREADS)):
+        assert not docket.is_surely_explained(3, other)
+    assert not docket.is_surely_explained(4, BUSY), "another session"
+    inherited = replace(OVERLAP, kind=Kind.INHERITED_CONNECTION)
+    assert docket.is_surely_explained(3, inherited), "of which evidence makes nothing else"
+    docket.forget(3, 4867)
+    assert not docket.is_surely_explained(3, BUSY), "its pid is another one's by now"
+    docket.explain(3, BUSY)
+    docket.renew()
+    assert not docket.is_surely_explained(3, BUSY)
+    docket.explain(3, BUSY)
+    docket.close(3, at=NOW)
+    assert docket._explained == {}
+    enter(docket, BUSY, session=9)
+    assert not docket.is_explained(9, verdict(Kind.SHARED_BY_PROCESSES)), "not the other way round"
+
+
+def test_what_is_explained_is_remembered_of_so_many_processes_only() -> None:
+    docket = Docket()
+    enter(docket)
+    for pid in range(5000, 5000 + FAULTS_PER_SESSION + 5):
+        docket.explain(3, replace(BUSY, intruder=Sender(pid)))
+    assert len(docket._explained[3]) == FAULTS_PER_SESSION
 
 
 @pytest.mark.parametrize("left", [{"open_request": True}, {"open_transaction": True}, {"message": QUERY}])

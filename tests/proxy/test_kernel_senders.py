@@ -274,6 +274,32 @@ async def test_taking_turns_in_separate_reads(backend: FakeBackend) -> None:
         assert ("intruder", PARENT.pid, PARENT.tid) in roles(house, "shared-by-processes")[0]
 
 
+@pytest.mark.parametrize("shared", [True, False])
+async def test_who_asks_again_without_an_answer_is_told_unless_the_connection_is_known_to_be_shared(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, *, shared: bool
+) -> None:
+    """Another process has read the answer, then; that is looked into once, and holds nobody up again."""
+    async with told(backend) as house:
+        client, server = await house.session()
+        senders = (PARENT, CHILD, PARENT) if shared else (PARENT,)
+        for sender in senders:
+            await client.say((asked("x"), sender))
+            await server.expect(asked("x"))
+            await server.send(ANSWER)
+            await client.expect(ANSWER)
+        for _ in range(2):
+            await client.say((asked("x"), PARENT))
+            await server.expect(asked("x"))
+        told_of = ["inherited-connection", "shared-by-processes"] if shared else ["request-while-busy"]
+        assert house.house.kinds == told_of
+        assert {str(count.kind) for count in house.house.docket.counts()} == set(told_of)
+        looked_into: list[Any] = []
+        monkeypatch.setattr(house.house.guard._judge, "rule_surely", lambda *what: looked_into.append(what))
+        await client.say((asked("x"), PARENT))
+        await server.expect(asked("x"))
+        assert looked_into == []
+
+
 async def test_bytes_of_nobody_known_are_nobodys_fault(backend: FakeBackend) -> None:
     async with told(backend) as house:
         client, server = await house.session()
