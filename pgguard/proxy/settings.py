@@ -19,6 +19,7 @@ from pgguard.faults.sql import SqlMode
 from pgguard.faults.text import nearest, shorten
 from pgguard.proxy.addresses import Address, Upstream, parse_listen, parse_upstream
 from pgguard.proxy.errors import ConfigurationError
+from pgguard.secrets.text import redact
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
@@ -330,7 +331,7 @@ def _first_problem(error: ValidationError, given: dict[str, Any], config: Path |
     if name in given:
         place = f"--{name.replace('_', '-')} or PGGUARD_{name.upper()}"
     else:
-        place = f"{config}: " + ".".join(shorten(str(part), _SHOWN) for part in problem["loc"] if part != "[key]")
+        place = f"{config}: " + ".".join(shorten(redact(str(part)), _SHOWN) for part in problem["loc"] if part != "[key]")
     if problem["type"] == "extra_forbidden":
         known = KindSettings.model_fields if problem["loc"][0] == "kinds" else Settings.model_fields
         close = nearest(str(problem["loc"][-1]), known)
@@ -359,7 +360,8 @@ def _as_written(value: object) -> str | None:
     """A value as it is written in TOML, or the beginning of it; ``None`` for one that is too much to show."""
     if isinstance(value, bool):
         return str(value).lower()
-    return shorten(repr(value), _SHOWN) if isinstance(value, str | int | float) else None
+    # What hides the end of a secret could be cut off with it.
+    return shorten(redact(repr(value)), _SHOWN) if isinstance(value, str | int | float) else None
 
 
 def _in_seconds(name: str) -> str | None:
