@@ -331,7 +331,8 @@ def _first_problem(error: ValidationError, given: dict[str, Any], config: Path |
     if name in given:
         place = f"--{name.replace('_', '-')} or PGGUARD_{name.upper()}"
     else:
-        place = f"{config}: " + ".".join(shorten(redact(str(part)), _SHOWN) for part in problem["loc"] if part != "[key]")
+        keys = [shorten(redact(str(part)), _SHOWN) for part in problem["loc"] if part != "[key]"]
+        place = f"{config}: {'.'.join(keys)}"
     if problem["type"] == "extra_forbidden":
         known = KindSettings.model_fields if problem["loc"][0] == "kinds" else Settings.model_fields
         close = nearest(str(problem["loc"][-1]), known)
