@@ -22,7 +22,7 @@ from pgguard.cli.statuses import CANNOT, STATUSES
 from pgguard.cli.streams import OutputError, drop_output
 from pgguard.faults.text import nearest, printable
 from pgguard.proxy.errors import ConfigurationError
-from pgguard.secrets.text import redact
+from pgguard.secrets.text import may_hold_a_password, redact
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 _NAME: Final = "pgguard"
 _NO_THREAD: Final = "can't start new thread"
 """What Python says then."""
-_MAY_HOLD_A_PASSWORD: Final = re.compile(r"://|passw|^(?!unix:).*:.*@", re.IGNORECASE | re.DOTALL)
 _NO_COMMAND: Final = re.compile(r"No such command '(.*)'\.", re.DOTALL)
 _SINGLE: Final = re.compile(r"-[^-]+")
 _FRAMED_WIDTH: Final = 72
@@ -282,7 +281,7 @@ def _option_meant(typed: str | None, context: typer.Context) -> str | None:
 def _complain(text: str) -> None:
     # It may quote what was given in the wrong place, and mistyped, so that no end of a password in it is certain.
     for given in _given():
-        if _MAY_HOLD_A_PASSWORD.search(given):
+        if may_hold_a_password(given):
             for quoted in (given, repr(given)[1:-1], str(Path(given))):
                 text = text.replace(quoted, "…")
     line = printable(redact(" ".join(text.split())))

@@ -19,7 +19,7 @@ from pgguard.faults.sql import SqlMode
 from pgguard.faults.text import nearest, shorten
 from pgguard.proxy.addresses import Address, Upstream, parse_listen, parse_upstream
 from pgguard.proxy.errors import ConfigurationError
-from pgguard.secrets.text import redact
+from pgguard.secrets.text import may_hold_a_password, redact
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
@@ -361,8 +361,9 @@ def _as_written(value: object) -> str | None:
     """A value as it is written in TOML, or the beginning of it; ``None`` for one that is too much to show."""
     if isinstance(value, bool):
         return str(value).lower()
-    # What hides the end of a secret could be cut off with it.
-    return shorten(redact(repr(value)), _SHOWN) if isinstance(value, str | int | float) else None
+    if isinstance(value, str) and may_hold_a_password(value):
+        return '"…"'
+    return shorten(repr(value), _SHOWN) if isinstance(value, str | int | float) else None
 
 
 def _in_seconds(name: str) -> str | None:

@@ -8,6 +8,7 @@ have been cut off within it.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from pgguard.secrets.encoded import encoded_spans
@@ -26,6 +27,12 @@ HIDDEN: Final = "***"
 """Stands for each secret."""
 _DEPTH: Final = 2
 """Texts that are encoded, or full of escapes, within one that is, which are looked into."""
+_LOGIN: Final = re.compile(r"://|passw|^(?!unix:).*:.*@", re.IGNORECASE | re.DOTALL)
+
+
+def may_hold_a_password(text: str) -> bool:
+    """Whether a password may stand in what was given for something else, or mistyped, where no end of it is certain."""
+    return _LOGIN.search(text) is not None
 
 
 def redact(text: str, *, command: bool = False, cut: bool = False) -> str:

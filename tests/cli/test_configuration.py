@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -432,3 +433,16 @@ def test_standard_streams_that_are_closed_are_nobody_elses(tmp_path: Path) -> No
         ["sh", "-c", script, "sh", *command], cwd=tmp_path, env=environment(), capture_output=True, check=True
     )
     assert done.stdout == b"2\n"
+
+
+@pytest.mark.parametrize(
+    "value", ["host=db password=x S3CR3T/@'S3CR3T", "postgresql://app:S3 CR3T@db/app", "app:S3CR3T@db"]
+)
+def test_a_value_that_may_hold_a_password_is_not_shown(value: str, tmp_path: Path) -> None:
+    """What would show where the password ends may be mistyped, or cut off."""
+    file = tmp_path / "pgguard.toml"
+    file.write_text(f'upstream = "host=db"\nmode = {json.dumps(value)}\n')
+    with pytest.raises(ConfigurationError) as raised:
+        load_settings({}, file)
+    assert "CR3T" not in str(raised.value)
+    assert str(raised.value).endswith('not "…"')
