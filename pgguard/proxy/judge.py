@@ -227,9 +227,10 @@ class Judge:
                 async with self._turns.turn(urgency):
                     return self._decide(session, verdict, findings, now, likeness, late)
         finally:
-            # The first one doesn't wait for it, nor does who is cancelled.
-            self._uncounted.append((waiting, likeness))
-            self._has_uncounted.set()
+            if waiting:
+                # The first one doesn't wait for it, nor does who is cancelled.
+                self._uncounted.append((waiting, likeness))
+                self._has_uncounted.set()
 
     def _late_stacks(self, session: ProxiedSession, verdict: Verdict) -> LateStacks:
         """What may come when the time for evidence is over; nothing while a record waits for others."""

@@ -26,7 +26,7 @@ import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
@@ -40,6 +40,8 @@ from pgguard.proxy.turns import Allowance
 if TYPE_CHECKING:
     from pgguard.attribution.witness import Opening, Witness
     from pgguard.proxy.session import ProxiedSession
+
+T = TypeVar("T")
 
 _AT_A_TIME: Final = 2
 """Clients that are looked at at the same time."""
@@ -132,14 +134,11 @@ class OpenerStacks:
     def _opens(self, pid: int) -> bool:
         """Take note that a process opens a connection; returns whether it is one that is looked at."""
         now = time.monotonic()
-        seen = self._processes.pop(pid, None)
-        if seen is None or now - seen.at >= _FORGOTTEN_AFTER:
-            seen = _Looked()
+        seen = _recalled(self._processes, pid, _PROCESSES)
+        if now - seen.at >= _FORGOTTEN_AFTER:
+            seen.times = 0
         seen.times += 1
         seen.at = now
-        self._processes[pid] = seen
-        if len(self._processes) > _PROCESSES:
-            self._processes.popitem(last=False)
         return seen.times & (seen.times - 1) == 0
 
     def _is_worthwhile(self, session: ProxiedSession, opening: Opening) -> bool:
@@ -155,12 +154,18 @@ class OpenerStacks:
         if self._threads.statistics().tasks_waiting >= _LINE:
             return False
         now, name = time.monotonic(), program(opener.cmdline)
-        looked = self._programs.pop(name, _Looked())
-        self._programs[name] = looked
-        if len(self._programs) > _PROGRAMS:
-            self._programs.popitem(last=False)
+        looked = _recalled(self._programs, name, _PROGRAMS)
         if looked.times >= _EACH and now - looked.at < _RARELY:
             return False
         looked.times += 1
         looked.at = now
         return True
+
+
+def _recalled(known: OrderedDict[T, _Looked], key: T, most: int) -> _Looked:
+    """What is remembered of this one, as of the one that has come last; of so many at most."""
+    looked = known.pop(key, None) or _Looked()
+    known[key] = looked
+    if len(known) > most:
+        known.popitem(last=False)
+    return looked

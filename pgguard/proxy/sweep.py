@@ -791,8 +791,7 @@ class Sweep:
             if not session.draining:
                 self._arm(end.peer)
         verdicts = self._last_verdicts(end) if first and not session.draining else []
-        now = time.time()
-        verdicts = [verdict for verdict in verdicts if not self._is_repeat(session, verdict, now)]
+        verdicts = [verdict for verdict in verdicts if not self._is_repeat(session, verdict, time.time())]
         if verdicts:
             self._hold(end)
             self.start(session, self._adjudicate_end, end, verdicts)
