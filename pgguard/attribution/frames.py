@@ -164,17 +164,23 @@ def short_path(frame: Frame) -> str:
     return frame.file if frame.application else _HOME.sub("", frame.file)
 
 
-def place(frames: Sequence[Frame]) -> str | None:
-    """Where the application is, its innermost call: ``app.py:23 in load_user``.
+def innermost(frames: Sequence[Frame]) -> Frame | None:
+    """Where the application is: its innermost call.
 
     ``None`` if no call is its own, or none within an event loop, which waits for whatever comes.
     """
     for frame in frames:
         if frame.application:
-            return _place(frame)
+            return frame
         if _LOOP.search(frame.file):
             break
     return None
+
+
+def place(frames: Sequence[Frame]) -> str | None:
+    """The same in words: ``app.py:23 in load_user``."""
+    frame = innermost(frames)
+    return None if frame is None else _place(frame)
 
 
 def _place(frame: Frame) -> str:

@@ -20,8 +20,7 @@ import textwrap
 import threading
 import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from rich.cells import cell_len
@@ -31,17 +30,28 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from pgguard.attribution.evidence import Evidence
-from pgguard.attribution.frames import place, short_path
 from pgguard.faults.catalogue import CATALOGUE, Severity
 from pgguard.faults.causes import CAUSES
 from pgguard.faults.docket import EXPLAINED_BY
-from pgguard.faults.fault import Culprit, Fault, Request, Role
-from pgguard.faults.policy import Action
-from pgguard.faults.text import counted, listed, named, printable, process_label, shorten
+from pgguard.faults.fault import Fault, Role
+from pgguard.faults.text import counted, named, printable, shorten
 from pgguard.reporting.record import rfc3339
 from pgguard.reporting.width import wanted_width
-from pgguard.session.verdicts import OUTSTANDING, Direction, Kind, Party, RequestState
+from pgguard.reporting.words import (
+    clock,
+    done,
+    opened_at,
+    opener_of,
+    recent_requests,
+    sent_by,
+    session_words,
+    share_words,
+    sides,
+    spread_words,
+    stack_lines,
+    where_to_look,
+)
+from pgguard.session.verdicts import OUTSTANDING, Kind, Party
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,7 +63,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.frames import Frame
     from pgguard.faults.advice.tracing import Tracing
     from pgguard.faults.catalogue import Advice
-    from pgguard.faults.fault import SessionFacts, Spread
+    from pgguard.faults.fault import Request
 
 BACKLOG: Final = 256
 """Reports that wait to be printed, at most."""
@@ -80,21 +90,8 @@ _SQL_WIDTH: Final = 24
 
 _TRAILING_SPACE: Final = re.compile(r" +$", re.MULTILINE)
 _SQL_LENGTH: Final = 200
-_COMMAND_LENGTH: Final = 160
-_NAME_LENGTH: Final = 100
-"""Characters of a name that a client has chosen. A server keeps 63 of them, but is sent as many as somebody likes."""
-_PLACE_LENGTH: Final = 200
-"""Characters of a file's name in a stack, and of what a client says of itself."""
 _TICK: Final = 0.02
 """Seconds by which a process's start, which the kernel counts in ticks, can seem to be too early."""
-_FRAMES: Final = 8
-"""Calls of a stack that are printed, the innermost ones, where none is the application's own."""
-_INNERMOST: Final = 2
-_OWN_FRAMES: Final = 5
-"""Otherwise: so many of the innermost ones, and of the application's own."""
-
-_REQUESTS: Final = 5
-"""Requests that are printed at least, the latest ones: of those before, the ones that are still to be answered."""
 _GIVEN: Final = 64
 """Pieces of advice that are remembered as printed."""
 _GIVEN_FOR: Final = 600.0
@@ -104,53 +101,9 @@ _ROWS: Final = 16
 
 _STYLES: Final = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.INFO: "bold cyan"}
 
-_ROLES: Final = {
-    Role.INTRUDER: "Intruder",
-    Role.CLOSER: "Ended by",
-    Role.REQUESTER: "Used by",
-    Role.OWNER: "Opened by",
-    Role.HOLDER: "Also open in",
-}
-
 _BEGINNINGS: Final = frozenset({Kind.INHERITED_CONNECTION})
 """Kinds that are mostly followed by a graver one, which explains them: a child that has inherited a connection uses it,
 and then its parent does."""
-_TRESPASSES: Final = frozenset(
-    {Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS, Kind.INHERITED_CONNECTION, Kind.FOREIGN_TERMINATE}
-)
-"""Kinds whose intruder has no business on the connection. That of others has misused what may well be its own."""
-_SENT_BY: Final = "Sent by"
-_ASKED_BY: Final = "Requested by"
-"""Of a connection that was refused, who wanted it."""
-
-_EVIDENCE: Final = {
-    Evidence.KERNEL_SENDER: "the kernel named it as the sender",
-    Evidence.SOLE_HOLDER: "it is the only process with the socket open",
-    Evidence.THREAD_SAMPLE: "it was seen waiting on the socket",
-    Evidence.SOCKET_HOLDER: "it has, or had, the socket open",
-    Evidence.ONLY_THREAD: "it has no other thread",
-    Evidence.DECLARED: "it says so itself",
-    Evidence.UNKNOWN: "this is not certain",
-}
-_OPENERS_EVIDENCE: Final = {
-    **_EVIDENCE,
-    Evidence.KERNEL_SENDER: "the kernel named it when it connected",
-    Evidence.SOLE_HOLDER: "it was the only process with the socket open then",
-    Evidence.THREAD_SAMPLE: "it was seen waiting on the socket then",
-    Evidence.SOCKET_HOLDER: "it had the socket open then",
-}
-_THREADS_EVIDENCE: Final = {
-    Evidence.KERNEL_SENDER: "the kernel named the thread too",
-    Evidence.THREAD_SAMPLE: "the thread was seen waiting on the socket",
-}
-_UNIDENTIFIED: Final = "a process that could not be identified"
-
-_ACTIONS: Final = {
-    Action.LOGGED: "logged only",
-    Action.REJECTED: "session rejected",
-    Action.DROPPED: "message dropped",
-}
-_LOGGED_AND_OVER: Final = "logged only; the session has ended"
 
 
 def summary_line(fault: Fault) -> str:
@@ -163,19 +116,10 @@ def summary_line(fault: Fault) -> str:
         session += f" from {fault.session.client}"
     if fault.repeat_of is None:
         return printable(f"SUMMARY: pgguard: {fault.kind}: {fault.headline} (fault {fault.id}, {session})")
-    how_far = "" if fault.spread is None else f": {_spread(fault.spread)}"
+    how_far = "" if fault.spread is None else f": {spread_words(fault.spread)}"
     return printable(
         f"SUMMARY: pgguard: {fault.kind}: fault {fault.repeat_of} again{how_far} (fault {fault.id}, {session})"
     )
-
-
-def _spread(spread: Spread) -> str:
-    parts = [counted(spread.sessions - 1, "more session")] if spread.sessions > 1 else []
-    if spread.processes > 1:
-        parts.append(counted(spread.processes, "process", "processes"))
-    since = datetime.fromtimestamp(spread.since, UTC).strftime("%H:%M:%S")
-    where = f"{', '.join(parts)}; " if parts else ""
-    return f"{where}{counted(spread.times, 'time')} since {since}"
 
 
 class Given:
@@ -220,22 +164,17 @@ def render(fault: Fault, given: Given | None = None) -> RenderableType:
     style = _STYLES[fault.severity]
     title = CATALOGUE[fault.kind].title
     head = Text.assemble((f"pgguard: {fault.severity.upper()}: {fault.kind}", style), f": {title}")
-    done = _LOGGED_AND_OVER if fault.over and fault.action is Action.LOGGED else _ACTIONS[fault.action]
-    what = f"{fault.headline} ({rfc3339(fault.at)}; {done})"
+    what = f"{fault.headline} ({rfc3339(fault.at)}; {done(fault)})"
     parts: list[RenderableType] = [head, _indented(_text(what))]
     parts.extend(_section("Who", _sides(fault)))
-    parts.extend(_section(f"Session {fault.session.id}", [_text(_session(fault.session))]))
+    parts.extend(_section(f"Session {fault.session.id}", [_text(session_words(fault.session))]))
     lineage = fault.shares is None and len({c.pid for c in fault.culprits if c.process is not None}) > 1
     if lineage:
         parts.extend(_section("How the socket came to be shared", [_Lineage(fault)]))
     if fault.requests:
-        latest = len(fault.requests) - _REQUESTS
-        told = [one for n, one in enumerate(fault.requests) if n >= latest or one.state in OUTSTANDING]
-        parts.extend(_section("Recent requests", [_Timeline(told)]))
+        parts.extend(_section("Recent requests", [_Timeline(recent_requests(fault))]))
     if fault.libpq is not None:
-        # Every driver passes the server's own error on.
-        whose = "your logs" if fault.kind is Kind.SESSION_STATE_LOST else "the logs of clients that use libpq"
-        parts.extend(_section(f"What to look for in {whose}", [_text(fault.libpq)]))
+        parts.extend(_section(f"What to look for in {where_to_look(fault.kind)}", [_text(fault.libpq)]))
     if fault.shares:
         parts.extend(_section("Connections through this guard that count toward the limit", [_shares(fault.shares)]))
     parts.extend(_section("What to change", _advice(fault.advice, given or Given())))
@@ -273,6 +212,40 @@ def print_fault(console: Console, fault: Fault, given: Given | None = None) -> N
     console.out(summary_line(fault), highlight=False)
 
 
+def report_of(fault: Fault, given: Given | None = None, *, terminal: bool = False, width: int | None = None) -> str:
+    """What :func:`print_fault` prints: lines that end without blanks, and in colour if it is for a terminal.
+
+    Args:
+        fault: It.
+        given: The advice that there is no need to print again.
+        terminal: It is for one.
+        width: Columns: by default those of the terminal, or 120.
+    """
+    console = _console(terminal=terminal, width=width)
+    print_fault(console, fault, given)
+    return _taken(console, terminal=terminal)
+
+
+def _console(*, terminal: bool, width: int | None = None) -> Console:
+    """What prints into memory, for a terminal or for something else."""
+    return Console(
+        file=io.StringIO(),
+        force_terminal=terminal,
+        width=width or (None if terminal else wanted_width() or PLAIN_WIDTH),
+        legacy_windows=False,
+    )
+
+
+def _taken(console: Console, *, terminal: bool) -> str:
+    """What a console has printed into memory since that was taken last."""
+    buffer = console.file
+    assert isinstance(buffer, io.StringIO)  # noqa: S101 - it has been made with one
+    text = buffer.getvalue()
+    buffer.seek(0)
+    buffer.truncate()
+    return text if terminal else _TRAILING_SPACE.sub("", text)
+
+
 def _section(title: str, body: list[RenderableType]) -> Iterator[RenderableType]:
     yield Text("")
     yield _indented(Text(f"{printable(title)}:", style="bold"))
@@ -290,187 +263,20 @@ def _text(text: str, style: str = "") -> Text:
 
 def _sides(fault: Fault) -> list[RenderableType]:
     """Who did what, one after the other, each with how that is known."""
-    sides: list[RenderableType] = []
-    if fault.by is Party.SERVER:
-        sides.append(_text("This came from the server, or from something in front of it, and not from the client."))
-    culprits = [culprit for culprit in fault.culprits if culprit.role is not Role.HOLDER]
-    # Of a connection-exhaustion there is a table of those that hold others.
-    holders = [one for one in fault.culprits if one.role is Role.HOLDER] if fault.shares is None else []
-    holding = {holder.pid for holder in holders}
-    owner = next((culprit for culprit in culprits if culprit.role is Role.OWNER), None)
-    told: set[int] = set()
-    opened: set[int | None] = set()
-    for culprit in culprits:
-        if culprit is owner and culprit.pid in told:
-            continue
-        facts: list[str] = []
-        if culprit.pid is not None and culprit.pid not in told:
-            told.add(culprit.pid)
-            if owner is not None and culprit is not owner and owner.pid == culprit.pid:
-                facts.append(_opened(owner, culprit))
-            if culprit.pid in holding:
-                facts.append("still has the connection open")
-            facts += _process(culprit)
-        sides.append(_text(f"{_role(fault, culprit)}: {_culprit(culprit)}"))
-        sides.extend(_indented(_text(line)) for line in (*_deeds(fault, culprit), *facts, *_activity(fault, culprit)))
-        sides.extend(_indented(line) for line in _stack(culprit.stack or ()))
-        if owner is not None and culprit.pid == owner.pid and owner.pid not in opened:
-            opened.add(owner.pid)
-            sides.extend(_indented(line) for line in _opened_at(fault))
-    # Of those who do nothing with it the main thread tells nothing.
-    idle = [replace(one, tid=None) if one.tid == one.pid else one for one in holders]
-    others = [_who(holder) for holder in idle if holder.pid not in told]
-    if others:
-        sides.append(_text(f"{_ROLES[Role.HOLDER]}: {listed(others)}"))
-    if fault.unnamed and fault.shares is None:
-        sides.append(_text(f"And {fault.unnamed} more process{'' if fault.unnamed == 1 else 'es'}"))
-    if not sides:
-        sides.append(
-            _text(
-                "Nobody could be identified: the kernel named no sender, and no process was seen with the socket open."
-            )
-        )
-    return sides
-
-
-def _role(fault: Fault, culprit: Culprit) -> str:
-    if culprit.role is Role.INTRUDER and fault.kind not in _TRESPASSES:
-        return _SENT_BY
-    if culprit.role is Role.OWNER and fault.kind is Kind.CONNECTION_EXHAUSTION:
-        return _ASKED_BY
-    return _ROLES[culprit.role]
-
-
-def _opened(owner: Culprit, culprit: Culprit) -> str:
-    """That a culprit is the opener as well, and how that is known."""
-    thread = "" if owner.tid is None or owner.tid == culprit.tid else f" in thread {owner.tid}"
-    return f"opened the connection{thread}: {_OPENERS_EVIDENCE[owner.evidence]}"
-
-
-def _own_requests(fault: Fault, culprit: Culprit) -> list[Request]:
-    """The requests that a culprit has sent: its thread's, where that is known."""
-    own = [request for request in fault.requests if request.pid == culprit.pid and culprit.pid is not None]
-    if culprit.tid is None:
-        return own
-    threads = {one.tid for one in fault.culprits if one.pid == culprit.pid and one.role is not Role.OWNER}
-    return [one for one in own if one.tid == culprit.tid or (one.tid is None and len(threads) == 1)]
-
-
-def _deeds(fault: Fault, culprit: Culprit) -> Iterator[str]:
-    message = fault.message
-    if message is not None and message.direction is Direction.FRONTEND and _sent_it(fault, culprit):
-        yield f"sent {message.name}, {message.size} bytes, at {_clock(fault.at)}"
-    own = _own_requests(fault, culprit)
-    if culprit.role is Role.REQUESTER:
-        told = [request for request in own if request.state in OUTSTANDING]
-    else:
-        told = own[-1:] if culprit.role is Role.INTRUDER and not _sent_it(fault, culprit) else []
-    for request in told:
-        yield f"its request {request.n}, sent at {_clock(request.at)}, was {_STATES[request.state]}"
-
-
-def _process(culprit: Culprit) -> Iterator[str]:
-    process = culprit.process
-    if process is not None and culprit.role is not Role.OWNER:
-        command = " ".join(process.cmdline).strip() or process.name
-        if command != process_label(process):
-            yield f"command: {shorten(command, _COMMAND_LENGTH)}"
-    if process is not None and process.namespace_pid is not None:
-        yield f"in its own container it is pid {process.namespace_pid}"
-
-
-def _activity(fault: Fault, culprit: Culprit) -> Iterator[str]:
-    """What a thread is doing, and what a client says of itself."""
-    if culprit.system_call is not None:
-        # Of an unread answer it is told where its client is, whatever it waits for there.
-        waiting = "" if fault.kind is Kind.UNREAD_ANSWER else ", waiting for this connection"
-        yield f"blocked in {culprit.system_call}{waiting}"
-    opening_shown = culprit.pid == _opener(fault) and any(chapter.stack for chapter in fault.story)
-    if culprit.stack_problem is not None and not opening_shown:
-        yield f"no stack: {culprit.stack_problem}"
-    said = (culprit.declared or {}).items()
-    pairs = [f"{shorten(key, _NAME_LENGTH)}: {shorten(value, _PLACE_LENGTH)}" for key, value in said]
-    if pairs and culprit.evidence is not Evidence.DECLARED:
-        yield f"says about itself in an SQL comment: {', '.join(pairs)}"
-    else:
-        yield from pairs
-
-
-def _opened_at(fault: Fault) -> Iterator[Text]:
-    """What the opener was doing when it opened the connection."""
-    stack = next((chapter.stack for chapter in fault.story if chapter.stack), None)
-    if stack is not None:
-        where = place(stack)
-        yield _text("opened at:" if where is None else f"opened at {shorten(where, _PLACE_LENGTH)}:")
-        yield from _stack(stack)
+    parts: list[RenderableType] = []
+    for side in sides(fault):
+        parts.append(_text(side.text))
+        parts.extend(_indented(_text(fact)) for fact in side.facts)
+        parts.extend(_indented(line) for line in _stack(side.stack))
+        if side.opening:
+            parts.append(_indented(_text(opened_at(side.opening))))
+            parts.extend(_indented(line) for line in _stack(side.opening))
+    return parts
 
 
 def _stack(frames: Sequence[Frame]) -> Iterator[Text]:
-    """The calls of a stack that tell most: the innermost ones, and the application's own, which are marked."""
-    own = [n for n, frame in enumerate(frames) if frame.application][:_OWN_FRAMES]
-    if own:
-        shown = sorted({*range(_INNERMOST), own[0] - 1, *own} & set(range(len(frames))))
-    else:
-        shown = list(range(min(_FRAMES, len(frames))))
-    before = -1
-    for n in shown:
-        if n > before + 1:
-            yield _text(f"  … {counted(n - before - 1, 'call')} in libraries", style="dim")
-        frame, before = frames[n], n
-        call = f"#{n} {shorten(frame.function, _NAME_LENGTH)} {shorten(short_path(frame), _PLACE_LENGTH)}:{frame.line}"
-        yield _text(f"> {call}", style="bold") if frame.application else _text(f"  {call}")
-
-
-def _sent_it(fault: Fault, culprit: Culprit) -> bool:
-    """Whether a culprit, in this role, is the one that sent the message."""
-    sender = fault.sent_by
-    if sender is None or culprit.role not in (Role.INTRUDER, Role.REQUESTER, Role.CLOSER):
-        return culprit.role is Role.INTRUDER
-    return culprit.pid == sender.pid and (sender.tid is None or culprit.tid in (None, sender.tid))
-
-
-_STATES: Final = {
-    RequestState.WAITING: "waiting for its answer",
-    RequestState.ANSWERING: "being answered",
-    RequestState.ANSWERED: "answered",
-    RequestState.FAILED: "answered with an error",
-    RequestState.SKIPPED: "skipped",
-}
-
-
-def _culprit(culprit: Culprit) -> str:
-    if culprit.evidence is Evidence.DECLARED:
-        return "a client whose process can't be seen from here. It says about itself:"
-    if culprit.pid is None:
-        return _UNIDENTIFIED
-    evidence = (_OPENERS_EVIDENCE if culprit.role is Role.OWNER else _EVIDENCE)[culprit.evidence]
-    thread = None if culprit.tid_evidence == culprit.evidence else culprit.tid_evidence
-    known = "" if thread not in _THREADS_EVIDENCE else f"; {_THREADS_EVIDENCE[thread]}"
-    return f"{_who(culprit)}: {evidence}{known}"
-
-
-def _who(culprit: Culprit) -> str:
-    if culprit.pid is None:
-        return _UNIDENTIFIED
-    who = named(culprit.pid, culprit.process)
-    if culprit.tid is None or (culprit.tid == culprit.pid and culprit.tid_evidence is Evidence.ONLY_THREAD):
-        return who
-    # The main thread is called what its process is.
-    named_apart = culprit.thread_name is not None and culprit.tid != culprit.pid
-    name = f' "{culprit.thread_name}"' if named_apart else ""
-    return f"{who}, thread {culprit.tid}{name}"
-
-
-def _session(session: SessionFacts) -> str:
-    user = "unknown user" if session.user is None else f"user {shorten(session.user, _NAME_LENGTH)}"
-    database = "" if session.database is None else f", database {shorten(session.database, _NAME_LENGTH)}"
-    name = session.application_name
-    application = f', application_name "{shorten(name, _NAME_LENGTH)}"' if name else ""
-    transport = "a Unix socket" if session.transport == "unix" else "TCP"
-    client = "" if session.client is None else f" from {session.client}"
-    backend = "" if session.backend_pid is None else f", backend pid {session.backend_pid}"
-    tls = " with TLS" if session.tls else ""
-    return f"{user}{database}{application}, over {transport}{tls}{client}{backend}, opened {rfc3339(session.opened_at)}"
+    for line in stack_lines(frames):
+        yield _text(line.text, style="dim" if line.gap else "bold" if line.application else "")
 
 
 class _Lineage:
@@ -498,11 +304,11 @@ class _Lineage:
         yield from roots
 
     def _label(self, process: Process, *, forked: bool, as_tree: bool) -> Text:
-        opened_at, since = self._fault.session.opened_at, _clock(process.started_at)
+        opened_at, since = self._fault.session.opened_at, clock(process.started_at)
         is_heir = process.pid != self._owner and forked and process.started_at >= opened_at - _TICK
         facts = [f"inherited the socket at {since}" if is_heir else f"started at {since}"]
         if process.pid == self._owner:
-            facts.append(f"opened the connection at {_clock(opened_at)}")
+            facts.append(f"opened the connection at {clock(opened_at)}")
         if process.pid in self._holding:
             facts.append("has it open")
         # The tree shows whose child it is.
@@ -515,10 +321,7 @@ def _shares(shares: Sequence[Share]) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     for share in shares[:_ROWS]:
-        who = named(share.process.pid, share.process) if share.process else "clients that could not be identified"
-        doing = [f"{share.idle} idle"] if share.idle else []
-        doing += [f"{share.idle_in_transaction} idle in a transaction"] if share.idle_in_transaction else []
-        table.add_row(_text(str(share.connections)), _text(": ".join([who, *([listed(doing)] if doing else [])])))
+        table.add_row(_text(str(share.connections)), _text(share_words(share)))
     if more := shares[_ROWS:]:
         table.add_row(_text(str(sum(share.connections for share in more))), _text(f"{len(more)} other processes"))
     return table
@@ -580,8 +383,8 @@ class _Timeline:
 def _facts(request: Request) -> list[Text]:
     return [
         _text(f"#{request.n}"),
-        _text(_clock(request.at)),
-        _text(_sent_by(request)),
+        _text(clock(request.at)),
+        _text(sent_by(request)),
         _text(shorten(request.messages, 12)),
         _text(request.state, style="bold" if request.state in OUTSTANDING else ""),
     ]
@@ -589,16 +392,6 @@ def _facts(request: Request) -> list[Text]:
 
 def _sql(request: Request) -> Text:
     return _text("" if request.sql is None else shorten(" ".join(request.sql.split()), _SQL_LENGTH))
-
-
-def _sent_by(request: Request) -> str:
-    if request.pid is None:
-        return ""
-    return f"pid {request.pid}" if request.tid is None else f"pid {request.pid}, thread {request.tid}"
-
-
-def _clock(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S.%f")
 
 
 @dataclass(slots=True)
@@ -624,12 +417,8 @@ class _Waiting(NamedTuple):
         """Whether another fault explains it: of the same session, or of another one that the same process opened."""
         if by.kind not in EXPLAINED_BY[self.fault.kind]:
             return False
-        opener = _opener(self.fault)
-        return by.session.id == self.fault.session.id or (opener is not None and opener == _opener(by))
-
-
-def _opener(fault: Fault) -> int | None:
-    return next((culprit.pid for culprit in fault.culprits if culprit.role is Role.OWNER), None)
+        opener = opener_of(self.fault)
+        return by.session.id == self.fault.session.id or (opener is not None and opener == opener_of(by))
 
 
 class ConsoleSink:
@@ -655,13 +444,7 @@ class ConsoleSink:
         self._fd = fd
         self._again = again
         self._terminal = os.isatty(fd)
-        self._buffer = io.StringIO()
-        self._console = Console(
-            file=self._buffer,
-            force_terminal=self._terminal,
-            width=width or (None if self._terminal else wanted_width() or PLAIN_WIDTH),
-            legacy_windows=False,
-        )
+        self._console = _console(terminal=self._terminal, width=width)
         self._queue: queue.Queue[Fault | str | None] = queue.Queue(BACKLOG)
         self._spreading: OrderedDict[int, _Spreading] = OrderedDict()
         """By cause; the one first that has been quiet for longest."""
@@ -722,7 +505,7 @@ class ConsoleSink:
             try:
                 self._print(what)
             except Exception as error:
-                self._buffer.truncate(self._buffer.seek(0))
+                _taken(self._console, terminal=self._terminal)
                 name = type(error).__name__
                 self._console.out(f"pgguard: a report can't be printed in full: {name}", highlight=False)
                 if isinstance(what, Fault):
@@ -780,9 +563,9 @@ class ConsoleSink:
 
     def _print(self, what: Fault | _Waiting | str) -> None:
         if isinstance(what, str):
-            self._buffer.write(f"{what}\n")
+            self._console.file.write(f"{what}\n")
         elif isinstance(what, _Waiting):
-            self._buffer.write(f"{summary_line(what.fault)}\n")
+            self._console.file.write(f"{summary_line(what.fault)}\n")
         else:
             print_fault(self._console, what, self._given)
 
@@ -791,11 +574,7 @@ class ConsoleSink:
             left_out = f"{counted(unsaid, 'report')} left out, because standard error wasn't being read"
             self._console.out(f"pgguard: {left_out}", highlight=False)
             self._dropped_said += unsaid
-        text = self._buffer.getvalue()
-        self._buffer.seek(0)
-        self._buffer.truncate()
-        if not self._terminal:
-            text = _TRAILING_SPACE.sub("", text)
+        text = _taken(self._console, terminal=self._terminal)
         before = "\n" if self._torn else ""
         if self._unprinted:
             missing = counted(self._unprinted, "report or line", "reports or lines")

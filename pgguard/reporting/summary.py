@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from pgguard.faults.text import counted, listed, printable
+from pgguard.reporting.words import extent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +20,16 @@ _TOLD: Final = 12
 """Causes that get a line of their own."""
 
 
-def summary_lines(sessions: int, counts: Sequence[Count], causes: Sequence[Told]) -> list[str]:
+def summary_lines(
+    sessions: int | None, counts: Sequence[Count], causes: Sequence[Told], *, more_causes: int = 0
+) -> list[str]:
     """One line on the whole, and one on each cause, the gravest first.
+
+    Args:
+        sessions: How many there were; ``None`` if that isn't known.
+        counts: How often each kind came.
+        causes: The gravest first.
+        more_causes: How many there are besides, of which nothing is known but what is counted.
 
     For example::
 
@@ -32,30 +41,26 @@ def summary_lines(sessions: int, counts: Sequence[Count], causes: Sequence[Told]
     for count in counts:
         happened[count.severity, count.kind] += count.faults + count.repeats
     if not happened:
-        return [f"pgguard: {counted(sessions, 'session')}, no faults"]
+        return [f"pgguard: {_before(sessions)}no faults"]
     lines = [_line(cause) for cause in causes[:_TOLD]]
     for cause in causes[:_TOLD]:
         happened[cause.fault.severity, cause.fault.kind] -= cause.spread.times
-    others = [f"{kind} {_times(times)}" for (_, kind), times in happened.items() if times > 0]
+    others = [f"{kind} {extent(times, 1, 1)}" for (_, kind), times in happened.items() if times > 0]
     if others:
         lines.append(f"pgguard: and from other causes: {listed(others)}")
-    return [_whole(sessions, counts, causes), *lines]
+    return [_whole(sessions, counts, len(causes) + more_causes), *lines]
 
 
-def _whole(sessions: int, counts: Sequence[Count], causes: Sequence[Told]) -> str:
+def _whole(sessions: int | None, counts: Sequence[Count], causes: int) -> str:
     faults = counted(sum(count.faults + count.repeats for count in counts), "fault")
-    return f"pgguard: {counted(sessions, 'session')}, {faults} from {counted(len(causes), 'cause')}"
+    return f"pgguard: {_before(sessions)}{faults} from {counted(causes, 'cause')}"
+
+
+def _before(sessions: int | None) -> str:
+    return "" if sessions is None else f"{counted(sessions, 'session')}, "
 
 
 def _line(cause: Told) -> str:
     fault, spread = cause.fault, cause.spread
-    how_far = _times(spread.times)
-    if spread.sessions > 1:
-        how_far += f" in {spread.sessions} sessions"
-    if spread.processes > 1:
-        how_far += f", {spread.processes} processes involved"
+    how_far = extent(spread.times, spread.sessions, spread.processes)
     return printable(f"pgguard: {fault.severity}: {fault.kind}, {how_far}: {fault.headline} (fault {fault.id})")
-
-
-def _times(times: int) -> str:
-    return "once" if times == 1 else f"{times} times"

@@ -27,6 +27,11 @@ def test_no_faults() -> None:
     assert summary_lines(1, [], []) == ["pgguard: 1 session, no faults"]
 
 
+def test_of_a_file_of_faults_it_is_not_known_how_many_sessions_there_were() -> None:
+    assert summary_lines(None, [], []) == ["pgguard: no faults"]
+    assert summary_lines(None, [CLOSED], [ONCE], more_causes=2)[0] == "pgguard: 1 fault from 3 causes"
+
+
 def test_each_cause_has_a_line_that_says_how_far_it_has_spread() -> None:
     what, how_far = BY_WORKERS.fault.summary, "44 times in 11 sessions, 4 processes involved"
     assert summary_lines(12, [SHARED, REJECTED, CLOSED], [BY_WORKERS, ONCE]) == [
