@@ -54,7 +54,7 @@ from pgguard.reporting.words import (
 from pgguard.session.verdicts import OUTSTANDING, Kind, Party
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import ConsoleOptions, RenderResult
 
@@ -222,8 +222,19 @@ def report_of(fault: Fault, given: Given | None = None, *, terminal: bool = Fals
         width: Columns: by default those of the terminal, or 120.
     """
     console = _console(terminal=terminal, width=width)
-    print_fault(console, fault, given)
+    _in_any_case(console, fault, lambda: print_fault(console, fault, given), terminal=terminal)
     return _taken(console, terminal=terminal)
+
+
+def _in_any_case(console: Console, fault: Fault, tell: Callable[[], None], *, terminal: bool) -> None:
+    """Tell of a fault, or print what can be told of it whatever stands in it; never raises."""
+    try:
+        tell()
+    except Exception as error:
+        _taken(console, terminal=terminal)
+        console.out(f"pgguard: a report can't be printed in full: {type(error).__name__}", highlight=False)
+        with contextlib.suppress(Exception):
+            print_fault(console, fault.outlined())
 
 
 def _console(*, terminal: bool, width: int | None = None) -> Console:
@@ -502,15 +513,7 @@ class ConsoleSink:
     def _run(self) -> None:
         while (what := self._next()) is not None:
             began = time.thread_time()
-            try:
-                self._print(what)
-            except Exception as error:
-                _taken(self._console, terminal=self._terminal)
-                name = type(error).__name__
-                self._console.out(f"pgguard: a report can't be printed in full: {name}", highlight=False)
-                if isinstance(what, Fault):
-                    with contextlib.suppress(Exception):
-                        print_fault(self._console, what.outlined())
+            self._print(what)
             self._flush()
             if isinstance(what, Fault):
                 self._closing.wait((time.thread_time() - began) * (1 / SHARE - 1))
@@ -564,7 +567,12 @@ class ConsoleSink:
     def _print(self, what: Fault | _Waiting | str) -> None:
         if isinstance(what, str):
             self._console.file.write(f"{what}\n")
-        elif isinstance(what, _Waiting):
+        else:
+            fault = what.fault if isinstance(what, _Waiting) else what
+            _in_any_case(self._console, fault, lambda: self._tell(what), terminal=self._terminal)
+
+    def _tell(self, what: Fault | _Waiting) -> None:
+        if isinstance(what, _Waiting):
             self._console.file.write(f"{summary_line(what.fault)}\n")
         else:
             print_fault(self._console, what, self._given)
