@@ -31,13 +31,14 @@ from pgguard.proxy.losses import Loss, keep_going, spared
 from pgguard.proxy.upstream import barred
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
     from pgguard.attribution.capabilities import Capability
     from pgguard.attribution.ebpf.probe import SenderProbe
     from pgguard.attribution.privileges import Account
     from pgguard.faults.causes import Told
-    from pgguard.faults.docket import Count
+    from pgguard.faults.docket import Count, Occurrence
+    from pgguard.faults.fault import Fault
     from pgguard.proxy.addresses import Address, Upstream
     from pgguard.proxy.overview import SessionListener, SessionSnapshot
     from pgguard.proxy.settings import Settings
@@ -58,6 +59,7 @@ class RunningGuard:
     Args:
         guard: That guard.
         docket: Counts its faults.
+        sinks: Where they go.
         everything: What is cancelled to end it at once.
         ended: Set when it has been stopped and no session is left.
         addresses: Where it listens, with the ports that the system has chosen.
@@ -69,6 +71,7 @@ class RunningGuard:
         self,
         guard: Guard,
         docket: Docket,
+        sinks: Fanout,
         everything: trio.CancelScope,
         ended: trio.Event,
         *,
@@ -78,6 +81,7 @@ class RunningGuard:
     ) -> None:
         self._guard = guard
         self._docket = docket
+        self._sinks = sinks
         self._everything = everything
         self._ended = ended
         self.addresses = tuple(addresses)
@@ -113,6 +117,21 @@ class RunningGuard:
     def remarks(self) -> list[str]:
         """What the kernel couldn't say about senders so far: clauses, none if all was known."""
         return self._guard.remarks()
+
+    async def settled(self) -> None:
+        """Wait until everything has been judged, and its faults recorded, that had come when this was called.
+
+        There may be no end to it: give it a deadline.
+        """
+        await self._guard.settled()
+
+    def hear(self, heard: Callable[[Occurrence], None]) -> None:
+        """Have somebody told, on trio's thread, of each time that a fault comes from now on, recorded or not."""
+        self._docket.tell(heard)
+
+    def begin_anew(self) -> None:
+        """Take every fault for news from now on, and its cause too: the next of each is recorded in full."""
+        _record_all(self._docket.begin_anew(at=time.time()), self._sinks)
 
     def reload(self, settings: Settings) -> None:
         """Go on by other settings: those that :func:`pgguard.proxy.settings.reload_settings` lets change.
@@ -178,7 +197,7 @@ async def running_guard(
         stack.callback(_account, docket, sinks)
         async with _serving(guard) as (everything, ended):
             yield RunningGuard(
-                guard, docket, everything, ended, addresses=addresses, missing=missing, warnings=warnings
+                guard, docket, sinks, everything, ended, addresses=addresses, missing=missing, warnings=warnings
             )
 
 
@@ -229,8 +248,12 @@ async def _serving(guard: Guard) -> AsyncIterator[tuple[trio.CancelScope, trio.E
 def _account(docket: Docket, sinks: Fanout) -> None:
     """Account for what was suppressed, as nothing more comes."""
     with spared(Loss.RECORD):
-        for fault in docket.close_all(at=time.time()):
-            sinks.record(fault)
+        _record_all(docket.close_all(at=time.time()), sinks)
+
+
+def _record_all(faults: Iterable[Fault], sinks: Fanout) -> None:
+    for fault in faults:
+        sinks.record(fault)
 
 
 def _missing_capabilities(settings: Settings) -> list[Capability]:

@@ -266,6 +266,10 @@ class Causes:
     def __iter__(self) -> Iterator[Cause]:
         return iter(self._causes.values())
 
+    def forget(self) -> None:
+        """Remember none of them any more; their numbers aren't given to others."""
+        self._causes.clear()
+
     def is_known(self, cause: Cause) -> bool:
         """Whether a cause is remembered."""
         return self._causes.get(cause.key) is cause

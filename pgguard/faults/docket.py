@@ -71,6 +71,8 @@ EXPLAINED_BY: Final[Mapping[Kind, frozenset[Kind]]] = MappingProxyType(
 """By kind, of which other faults of its session it is a consequence that goes without saying: who shares a connection
 has inherited it, leaves answers unread that another one has asked for, rightly says no goodbye on it, and asks again
 when another one has read the answer. But work that is lost when it ends is told."""
+TICK: Final = 0.02
+"""Seconds by which a process's start, which the kernel counts in ticks, can seem to be too early."""
 UNDECIDED: Final = frozenset({Kind.REQUEST_WHILE_BUSY})
 """Of those, the kinds of which evidence may make another one, and so has to be taken first."""
 
@@ -93,6 +95,17 @@ class Entered(NamedTuple):
     """With the number of the record that tells of it: its own, or the first one's of its cause."""
     records: tuple[Fault, ...]
     """What is to be recorded now, in order; nothing if too much of the cause has been recorded already."""
+
+
+class Occurrence(NamedTuple):
+    """One time that a fault has come, whether it is recorded or not; times are seconds since the epoch."""
+
+    fault: Fault
+    """What is known of it. The record that tells of it is its own, or the one that it repeats."""
+    since: float
+    """When was done what it is about, at the earliest."""
+    until: float
+    """The same, at the latest."""
 
 
 class Family(NamedTuple):
@@ -150,6 +163,11 @@ class Docket:
         self._counts: dict[tuple[Kind, Severity, Action], tuple[int, int]] = {}
         self._explained: dict[int, set[_Key]] = {}
         """By session, the faults of which evidence has shown that another one explains them."""
+        self._heard: Callable[[Occurrence], None] | None = None
+
+    def tell(self, heard: Callable[[Occurrence], None]) -> None:
+        """Have somebody told of each time that a fault comes from now on, before it is recorded."""
+        self._heard = heard
 
     def known(self, session_id: int, verdict: Verdict, *, at: float) -> Fault | None:
         """The fault as it was the first time, if it has been; what was done then is to be done now.
@@ -226,6 +244,7 @@ class Docket:
             self._families.move_to_end(family)
             if len(self._families) > FAMILIES:
                 self._families.popitem(last=False)
+        self._tell(fault, verdict, fault.at)
         return Entered(fault, tuple(records))
 
     def complete(self, fault: Fault) -> None:
@@ -279,6 +298,7 @@ class Docket:
         cause.note_pids(_key(verdict).pids)
         cause.times += 1
         self._keep(session_id, _key(verdict), _Case(standing, cause, is_own=False))
+        self._tell(standing, verdict, at)
         return self._causes.record(cause, Unrecorded(standing, at, instance))
 
     def equate(self, session_id: int, verdict: Verdict, concluded: Verdict) -> None:
@@ -329,6 +349,7 @@ class Docket:
         case.cause = cause = self._causes.come_again(case.cause, case.standing, at)
         cause.times += 1
         cause.sessions += place == _SERVER
+        self._tell(case.standing, verdict, at)
         described = by_others or not case.is_own
         return self._causes.record(cause, Unrecorded(case.standing, at, instance if described else None))
 
@@ -377,6 +398,16 @@ class Docket:
         self._families.clear()
         self._explained.clear()
 
+    def begin_anew(self, *, at: float) -> list[Fault]:
+        """Take every fault for news from now on, and its cause too; returns records that account for what there was.
+
+        Numbers go on, and so do the counts.
+        """
+        records = [record for cause in self._causes for record in self._causes.account(cause, at)]
+        self._causes.forget()
+        self.renew()
+        return records
+
     def counts(self) -> list[Count]:
         """What has happened since the guard started, the gravest first."""
         counts = [Count(*key, *value) for key, value in self._counts.items()]
@@ -404,6 +435,13 @@ class Docket:
             del self._sessions[place][key]
             if not self._sessions[place]:
                 del self._sessions[place]
+
+    def _tell(self, fault: Fault, verdict: Verdict, at: float) -> None:
+        if self._heard is not None:
+            since = at if verdict.since is None else min(verdict.since, at)
+            # Of what a process has inherited it is known by its start when that was.
+            inexact = verdict.since is not None and verdict.kind is Kind.INHERITED_CONNECTION
+            self._heard(Occurrence(fault, since, min(since + TICK, at) if inexact else since))
 
     def _count(self, fault: Fault, *, faults: int = 0, repeats: int = 0) -> None:
         key = (fault.kind, fault.severity, fault.action)

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import resource
+import select
 import socket
 import time
 from contextlib import suppress
@@ -82,6 +83,9 @@ _INTRODUCTION: Final = 0.25
 """Seconds to find out who has brought a mark back."""
 _LAST_CANCEL: Final = 1.0
 """Seconds in which queries are cancelled whose sessions are cut off as the guard ends."""
+
+_ROUNDS: Final = 8
+"""Turns of trio's tasks in which a client who has come is let in, and what it has said is heard."""
 
 _REGISTERED_AT_ONCE: Final = 64
 """Connections whose openers are looked for together: as many as trio's thread takes note of in a moment."""
@@ -294,6 +298,25 @@ class Guard:
         this; the queries that run for them are cancelled on the server.
         """
         self._stopping.set()
+
+    async def settled(self) -> None:
+        """Wait until everything has been judged, and its faults recorded, that had come when this was called.
+
+        It goes on meanwhile, and what comes then isn't waited for. There is no end to it if a client is held for
+        something that doesn't come: give it a deadline.
+        """
+        await self._let_in()
+        await self._sweep.come_round()
+        await self._judge.settled()
+
+    async def _let_in(self) -> None:
+        """Let those clients in who have come, and hear what they have said, if that is nothing that takes time."""
+        seen, rounds = self._last_number, _ROUNDS
+        while rounds and (len(self._present) > len(self._sessions) or any(map(_has_clients, self._listeners))):
+            await trio.lowlevel.checkpoint()
+            # If none comes in any more there is no room for them.
+            rounds = rounds - 1 if self._last_number == seen else _ROUNDS
+            seen = self._last_number
 
     async def _finish_sessions(self) -> None:
         self._sweep.stop_lingering()
@@ -636,6 +659,13 @@ async def _stay_awake(witness: Witness) -> None:
         with spared(Loss.EVIDENCE):
             witness.stay_awake()
         await trio.sleep(BEAT)
+
+
+def _has_clients(listener: Listener) -> bool:
+    """Whether somebody waits to be let in."""
+    ready = select.poll()
+    ready.register(listener.socket, select.POLLIN)
+    return bool(ready.poll(0))
 
 
 def _who(session: ProxiedSession) -> str:

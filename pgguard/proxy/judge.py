@@ -31,6 +31,7 @@ from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.postponed import LateStacks, Outbox
 from pgguard.proxy.rollcall import call_roll
 from pgguard.proxy.turns import Allowance, Desk, Stint, Turns, Urgency, timed
+from pgguard.proxy.work import Work
 from pgguard.session.verdicts import AFTER_END, Kind, Sender, Verdict
 from pgguard.wire.fields import build_error_response
 
@@ -154,7 +155,9 @@ class Judge:
         self._only_logged = _only_logged(self._actions)
         self._sql_mode = sql_mode
         self._docket = docket
-        self._records = Outbox(sinks)
+        self.work = Work()
+        """What is to be finished before a fault is known, counted and recorded."""
+        self._records = Outbox(sinks, self.work)
         self._witness = witness
         self._sessions = sessions
         self._evidence_budget = evidence_budget
@@ -174,8 +177,8 @@ class Judge:
             tuple["ProxiedSession", int, "Process | None"]
         ](_STRANGERS)
         self._alike = Alike()
-        self._uncounted: deque[tuple[deque[Waiting], Likeness | None]] = deque()
-        """What has been looked into, with those that waited for it."""
+        self._uncounted: deque[tuple[deque[Waiting], Likeness | None, int]] = deque()
+        """What has been looked into, with those that waited for it, and the number of the work that is to be done."""
         self._has_uncounted = trio.Event()
 
     def follow(self, policy: Policy, sql_mode: SqlMode, evidence_budget: float) -> None:
@@ -229,7 +232,7 @@ class Judge:
         finally:
             if waiting:
                 # The first one doesn't wait for it, nor does who is cancelled.
-                self._uncounted.append((waiting, likeness))
+                self._uncounted.append((waiting, likeness, self.work.begin()))
                 self._has_uncounted.set()
 
     def _late_stacks(self, session: ProxiedSession, verdict: Verdict) -> LateStacks:
@@ -265,6 +268,13 @@ class Judge:
 
     async def rule_surely(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
         """:meth:`rule`, or if that fails, rule on the verdict by itself. Never raises but for cancellation."""
+        work = self.work.begin()
+        try:
+            return await self._rule_surely(session, verdict)
+        finally:
+            self.work.end(work)
+
+    async def _rule_surely(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
         try:
             return await self.rule(session, verdict)
         except Exception:
@@ -318,19 +328,21 @@ class Judge:
             self._has_uncounted = trio.Event()
             stint = Stint()
             while self._uncounted:
-                waiting, likeness = self._uncounted[0]
+                waiting, likeness, work = self._uncounted[0]
                 openers = await self._look_at_openers(waiting)
                 while waiting:
                     self._count_one(waiting.popleft(), likeness, openers)
                     await stint.rest()
                 self._uncounted.popleft()
+                self.work.end(work)
 
     def count_rest(self) -> None:
         """The same at once, of all that are left as the guard ends."""
         while self._uncounted:
-            waiting, likeness = self._uncounted.popleft()
+            waiting, likeness, work = self._uncounted.popleft()
             while waiting:
                 self._count_one(waiting.popleft(), likeness, {})
+            self.work.end(work)
 
     async def _look_at_openers(self, waiting: deque[Waiting]) -> dict[int, Process]:
         """Who has the pids by now of those who opened connections and have sent: others than then, if any do."""
@@ -505,6 +517,13 @@ class Judge:
         verdict = Verdict(kind=Kind.UNTRACKED, reason=reason, message=None, requests=())
         with spared(Loss.RECORD, session):
             self._enter(session, verdict, _known_at_once(session), now)
+
+    async def settled(self) -> None:
+        """Wait until the faults are known, counted and recorded that were being judged when this was called."""
+        # A ruling leaves faults to be counted, and both leave records to be written.
+        for _ in range(3):
+            await trio.lowlevel.checkpoint()
+            await self.work.until_done()
 
     def closed(self, session: ProxiedSession) -> None:
         """Account for what was suppressed of a session that has ended, and forget it. Never raises."""

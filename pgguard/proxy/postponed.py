@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.stacks import Stacks
     from pgguard.faults.fault import Fault
     from pgguard.proxy.session import Phase, ProxiedSession
+    from pgguard.proxy.work import Work
     from pgguard.reporting.sinks import Fanout
     from pgguard.session.tracker import Tracker
     from pgguard.session.verdicts import Verdict
@@ -170,6 +171,8 @@ class _Waiting:
 
     session: ProxiedSession | None
     fault: Fault
+    work: int
+    """The number of the work that is done when it has been written."""
     late: LateStacks | None = None
     """What it waits for; ``None``: for those in front of it alone."""
     complete: Callable[[Fault], Fault] | None = None
@@ -185,10 +188,12 @@ class Outbox:
 
     Args:
         sinks: where they go.
+        work: where those that wait are taken note of.
     """
 
-    def __init__(self, sinks: Fanout) -> None:
+    def __init__(self, sinks: Fanout, work: Work) -> None:
         self._sinks = sinks
+        self._work = work
         self._waiting: deque[_Waiting] = deque()
         self._come = trio.Event()
         self._is_running = False
@@ -200,7 +205,7 @@ class Outbox:
 
     def put(self, session: ProxiedSession | None, fault: Fault) -> None:
         """Record a fault, behind those that wait."""
-        self._waiting.append(_Waiting(session, fault))
+        self._waiting.append(_Waiting(session, fault, self._work.begin()))
         if self._waiting[0].late is None or len(self._waiting) > _MOST:
             self.flush()
 
@@ -215,7 +220,8 @@ class Outbox:
             late: what it waits for, already kept.
             complete: returns the fault as it is to be recorded.
         """
-        self._waiting.append(_Waiting(session, fault, late, complete, trio.current_time() + late.seconds))
+        until = trio.current_time() + late.seconds
+        self._waiting.append(_Waiting(session, fault, self._work.begin(), late, complete, until))
         if not self._is_running:
             self.flush()
         self._come.set()
@@ -257,3 +263,4 @@ class Outbox:
                 fault = one.complete(fault)
         with spared(Loss.SINKS, one.session):
             self._sinks.record(fault)
+        self._work.end(one.work)

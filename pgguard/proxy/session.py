@@ -10,6 +10,7 @@ import termios
 import time
 from collections import deque
 from contextlib import suppress
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -291,8 +292,12 @@ class ProxiedSession:
     def concern(self, kind: Kind, reason: str) -> Verdict:
         """Say that something is wrong with it that no message of its shows."""
         if self.protocol is None:
-            return Verdict(kind=kind, reason=reason, message=None, requests=())
-        return self.protocol.judge(kind, reason)
+            return self.dated(Verdict(kind=kind, reason=reason, message=None, requests=()))
+        return self.dated(self.protocol.judge(kind, reason))
+
+    def dated(self, verdict: Verdict) -> Verdict:
+        """A verdict that no message has brought about, with the time of what it is about: of the last request."""
+        return replace(verdict, since=verdict.requests[-1].at if verdict.requests else self.opened_at)
 
     @property
     def driver(self) -> Driver:

@@ -146,6 +146,8 @@ class Sweep:
         self._unread = unread
         self._alarms: dict[int, ReadingAlarm] = {}
         """By descriptor, what tells that a client has read."""
+        self._marks: dict[int, trio.Event] = {}
+        """By descriptor, what waits for its turn behind all that is ready to be read."""
         self._lateness: Lateness | None = None
         """Of the thread that sweeps."""
         self._epoll = select.epoll()
@@ -225,9 +227,8 @@ class Sweep:
                     note(Loss.SENDER)
             for fd, mask in events:
                 end = ends.get(fd)
-                if end is None:  # it has been held, or its session closed, by an earlier event, or it is an alarm
-                    if fd in self._alarms:
-                        self._alarms[fd].events += 1
+                if end is None:  # it has been held, or its session closed, by an earlier event, or it is none
+                    self._note_event(fd)
                     continue
                 try:
                     if mask == _IN:
@@ -246,6 +247,12 @@ class Sweep:
                 await trio.lowlevel.checkpoint()
                 began = clock()
                 turn_ends = began + _TURN
+
+    def _note_event(self, fd: int) -> None:
+        if fd in self._alarms:
+            self._alarms[fd].events += 1
+        elif fd in self._marks:
+            self._marks[fd].set()
 
     def _read_and_flush(self, end: End, mask: int, now: float) -> None:
         if mask & _ENDS and self._may_wait(end):
@@ -314,6 +321,29 @@ class Sweep:
     def hurry(self) -> None:
         """Don't keep trio's other tasks waiting for a moment: a client waits for one of them."""
         self._hurried_until = time.monotonic() + _HURRY
+
+    async def come_round(self) -> None:
+        """Wait until everything has been read that had come when this was called, and judged as far as is no work.
+
+        A session is left out whose peer has no room for what it sends.
+        """
+        await self._pass_mark()
+        queued = {*self._backlog, *self._line}
+        while not queued.isdisjoint((*self._backlog, *self._line)):
+            await self._pass_mark()
+
+    async def _pass_mark(self) -> None:
+        """Wait for one's turn in the epoll, which hands out what is ready in the order in which that came."""
+        mark = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._marks[mark] = trio.Event()
+        try:
+            self._epoll.register(mark, _IN | select.EPOLLET)
+            await self._marks[mark].wait()
+        finally:
+            del self._marks[mark]
+            if not self._epoll.closed:
+                self._epoll.unregister(mark)
+            os.close(mark)
 
     # Into and out of the epoll
 
@@ -933,13 +963,19 @@ class Sweep:
 
     def start(self, session: ProxiedSession, function: Callable[[*Ts], Awaitable[None]], *args: *Ts) -> None:
         """Do for a session what takes time. What goes wrong with that leaves its bytes alone."""
+        held = next((arg for arg in args if isinstance(arg, End)), None)
+        work = self._judge.work
+        number = None if held is None else work.begin()
 
         async def run() -> None:
             try:
                 await function(*args)
             except Exception:
                 note(Loss.STEP, session)
-                self._carry_on(session, next((arg for arg in args if isinstance(arg, End)), None))
+                self._carry_on(session, held)
+            finally:
+                if number is not None:
+                    work.end(number)
             if session.done.is_set():
                 with spared(Loss.TIDINESS, session):
                     self._judge.closed(session)  # of what has been recorded since it ended

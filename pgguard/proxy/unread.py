@@ -378,11 +378,12 @@ class UnreadWatch:
 
     def _abandoned(self, session: ProxiedSession, tracker: Tracker, leftover: Leftover) -> Verdict:
         driver = session.driver
-        return tracker.judge_unread(
+        verdict = tracker.judge_unread(
             f"has left an answer of {leftover.size} bytes unread for more than {self._threshold:g} s",
             sender=None,
             libpq=libpq.IN_PROGRESS if driver is Driver.LIBPQ else None,
         )
+        return session.dated(verdict)
 
     # When the next request comes
 

@@ -22,6 +22,7 @@ import trio
 from pgguard.attribution.holders import sole_holder
 from pgguard.attribution.threads import Thread, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE, readers
+from pgguard.faults.docket import TICK
 from pgguard.faults.heirs import PATIENCE, SERVERS_PATIENCE, judge_heirs
 from pgguard.faults.orphans import is_used
 from pgguard.proxy import looking
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from pgguard.attribution.evidence import Process
-    from pgguard.attribution.holders import Holders
+    from pgguard.attribution.holders import Holders, Holding
     from pgguard.attribution.threads import Sleep
     from pgguard.attribution.witness import Opening, Witness
     from pgguard.proxy.session import ProxiedSession
@@ -204,8 +205,10 @@ class Watch:
         warns = not found.idle <= sightings.idle_told
         if not warns and found.settled <= sightings.settled_told:
             return
+        news = found.idle - sightings.idle_told if warns else found.settled - sightings.settled_told
+        since = max((_had_since(one, session) for one in holders.holdings if one.process.pid in news), default=None)
         reason = f"{len(lasting)} processes have the connection's socket open"
-        verdict = replace(session.concern(Kind.INHERITED_CONNECTION, reason), settled=not warns)
+        verdict = replace(session.concern(Kind.INHERITED_CONNECTION, reason), settled=not warns, since=since)
         if not self._accuse(session, verdict):
             return
         if warns:
@@ -362,10 +365,8 @@ class Watch:
         found = readers(blocked, before, watchers=session.sightings.watchers, language=language)
         if found is None or tracker is None or tracker.idle:
             return
-        self._accuse(
-            session,
-            tracker.judge_readers(found.kind, AT_ONCE, intruder=found.intruder, requesters=found.requesters),
-        )
+        verdict = tracker.judge_readers(found.kind, AT_ONCE, intruder=found.intruder, requesters=found.requesters)
+        self._accuse(session, session.dated(verdict))
 
     # Transactions
 
@@ -409,6 +410,14 @@ class Watch:
                 return  # it has sent something, which is about to be read
             reason = f"has left a transaction idle for more than {threshold:g} s"
             session.sightings.idleness_told = self._accuse(session, session.concern(Kind.IDLE_IN_TRANSACTION, reason))
+
+
+def _had_since(holding: Holding, session: ProxiedSession) -> float:
+    """When a process has got a connection, in seconds since the epoch: at its start, unless it is older."""
+    process = holding.process
+    if process.started_at >= session.opened_at - TICK:
+        return max(process.started_at, session.opened_at)
+    return time.time() - (time.monotonic() - holding.since)
 
 
 class _Look(NamedTuple):

@@ -168,6 +168,8 @@ class Verdict:
     """Where the offending message begins in the chunk that was being examined."""
     sender: Sender | None = None
     """Who sent the offending message, where it isn't the intruder: the opener, whose message shows the sharing."""
+    since: float | None = None
+    """When was done what it is about, in seconds since the epoch, if that may be long before it was noticed."""
 
     @property
     def author(self) -> Sender | None:

@@ -1220,3 +1220,71 @@ def test_a_repeat_does_not_say_where_the_first_one_was_seen() -> None:
     again = docket.repeat(first.session.id, OVERLAP, at=NOW + 1)
     assert again is not None
     assert (first.headline, again.headline) == (f"{first.summary}; seen at app.py:7 in work", first.summary)
+
+
+def heard_by(docket: Docket) -> list[tuple[int, float, float]]:
+    """What it tells of each time: the record that tells of it, and between which times it was done."""
+    heard: list[tuple[int, float, float]] = []
+    docket.tell(lambda one: heard.append((one.fault.repeat_of or one.fault.id, one.since, one.until)))
+    return heard
+
+
+def test_each_time_is_told_whether_it_is_recorded_or_not() -> None:
+    docket = Docket()
+    heard = heard_by(docket)
+    enter(docket)
+    assert docket.repeat(3, SWAPPED, at=NOW + 0.1) is None
+    enter(docket, session=4, at=NOW + 0.2)
+    family = family_of(OVERLAP, KERNEL)
+    assert family is not None
+    docket.enter(OVERLAP, fault(OVERLAP, KERNEL, facts=replace(FACTS, id=5), at=NOW + 0.3), family)
+    instance = partial(build_instance, OVERLAP, FACTS, KERNEL, sql_mode=SqlMode.NORMALIZED)
+    assert docket.enter_familiar(6, OVERLAP, family, at=NOW + 0.4, instance=instance) is None
+    assert heard == [(1, NOW + n / 10, NOW + n / 10) for n in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "since", "expected"),
+    [
+        (Kind.IDLE_IN_TRANSACTION, NOW - 60, (NOW - 60, NOW - 60)),
+        # A process's start is known to the clock tick.
+        (Kind.INHERITED_CONNECTION, NOW - 2, (NOW - 2, NOW - 1.98)),
+        (Kind.INHERITED_CONNECTION, NOW - 0.01, (NOW - 0.01, NOW)),
+        (Kind.INHERITED_CONNECTION, None, (NOW, NOW)),
+        # The clock has been set back.
+        (Kind.UNREAD_ANSWER, NOW + 60, (NOW, NOW)),
+    ],
+)
+def test_what_is_noticed_late_is_told_with_the_time_when_it_was_done(
+    kind: Kind, since: float | None, expected: tuple[float, float]
+) -> None:
+    docket = Docket()
+    heard = heard_by(docket)
+    enter(docket, replace(verdict(kind), since=since))
+    assert [one[1:] for one in heard] == [expected]
+
+
+def test_beginning_anew_makes_everything_news_and_loses_nothing() -> None:
+    docket = Docket()
+    heard = heard_by(docket)
+    first = enter(docket)
+    assert docket.repeat(3, OVERLAP, at=NOW) is None
+    [rest] = docket.begin_anew(at=NOW + 1)
+    assert (rest.repeat_of, rest.suppressed) == (first.id, 0)
+    assert docket.known(3, OVERLAP, at=NOW + 1) is None
+    assert docket.causes() == []
+    again = enter(docket, at=NOW + 2)
+    assert (again.repeat_of, again.id, again.cause) == (None, 3, 2)
+    assert [told.spread.times for told in docket.causes()] == [1]
+    assert sum(count.faults + count.repeats for count in docket.counts()) == 3
+    assert [one[0] for one in heard] == [1, 1, 3]
+
+
+def test_what_was_known_as_it_begins_anew_is_still_counted() -> None:
+    docket = Docket()
+    heard = heard_by(docket)
+    first = enter(docket)
+    assert docket.known(3, OVERLAP, at=NOW) is not None
+    assert docket.begin_anew(at=NOW) == []
+    docket.repeat(3, OVERLAP, at=NOW)
+    assert heard == [(first.id, NOW, NOW)] * 2

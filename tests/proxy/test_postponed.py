@@ -24,6 +24,7 @@ from pgguard.attribution.witness import Witness
 from pgguard.faults.fault import Role
 from pgguard.proxy.postponed import LateStacks, Outbox
 from pgguard.proxy.session import ProxiedSession
+from pgguard.proxy.work import Work
 from pgguard.reporting.sinks import Fanout
 from tests.attribution.puppets import Puppet
 from tests.faults.samples import OVERLAP
@@ -359,7 +360,7 @@ def sink() -> ListSink:
 
 @asynccontextmanager
 async def outbox(sink: ListSink) -> AsyncIterator[Outbox]:
-    box = Outbox(Fanout([sink], complain=print))
+    box = Outbox(Fanout([sink], complain=print), Work())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(box.run)
         await trio.testing.wait_all_tasks_blocked()
