@@ -343,4 +343,5 @@ def _request(seen: RequestSeen, findings: Findings, sql_mode: SqlMode) -> Reques
         tid=None if sender is None else sender.tid,
         evidence=None if sender is None else sender_evidence(sender, findings),
         state=seen.state,
+        at_rest=seen.at_rest,
     )

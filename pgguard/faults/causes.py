@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 import re
+import secrets
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -62,6 +63,8 @@ FORGOTTEN_AFTER: Final = 600.0
 PROCESSES: Final = 1024
 """Processes of a cause that are told apart: from then on no more are counted."""
 
+_RUN_BYTES: Final = 6
+"""Of a random name: a file of faults holds those of a few thousand runs at most."""
 _SET_BACK: Final = 10.0
 """Seconds by which a fault may be older than one that was taken note of before, unless the clock has been set back."""
 _LONGEST_GAP: Final = 3600.0
@@ -255,6 +258,7 @@ class Causes:
 
     def __init__(self, interval: float) -> None:
         self._interval = interval
+        self._run = secrets.token_hex(_RUN_BYTES)
         self._last_id = 0
         self._last_number = 0
         self._causes: OrderedDict[CauseKey, Cause] = OrderedDict()
@@ -332,7 +336,7 @@ class Causes:
     def record_in_full(self, cause: Cause, key: CauseKey, fault: Fault) -> Fault:
         """The record of a fault that is the first of its cause; ``key`` is what is known of it."""
         suppressed = cause.note_record(fault.at)
-        fault = replace(fault, id=self._next_id(), cause=cause.number, suppressed=suppressed)
+        fault = replace(fault, id=self._next_id(), cause=cause.number, suppressed=suppressed, run=self._run)
         cause.actions.add(fault.action)
         if cause.standing is None:
             cause.standing, cause.standing_key = brief(fault), key
@@ -426,6 +430,7 @@ class Causes:
             repeat_of=what.of.repeat_of or what.of.id,
             suppressed=cause.note_record(at),
             place=None,
+            run=self._run,
         )
         cause.actions.add(fault.action)
         if what.instance is not None:

@@ -124,6 +124,8 @@ class Request:
     evidence: Evidence | None
     """How its sender is known."""
     state: RequestState
+    at_rest: bool | None = None
+    """Whether every answer before it was complete when it came; ``None`` if that isn't known."""
 
     @property
     def sql(self) -> str | None:
@@ -193,6 +195,8 @@ class Fault:
     """How to have requests say which code sends them, where no stack says it."""
     place: str | None = None
     """Where in the application the first culprit was that was seen there: ``app.py:23 in load_user``."""
+    run: str | None = None
+    """Which run of the guard has recorded it: its number, its session's and its cause's count that one's alone."""
 
     @property
     def headline(self) -> str:

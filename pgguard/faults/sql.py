@@ -132,6 +132,13 @@ class SqlText:
         self._cut = cut
         self._shown: str | None = None
 
+    @classmethod
+    def of(cls, shown: str | None) -> SqlText:
+        """A text that has been made presentable before."""
+        text = cls(None if shown is None else shown.encode("utf-8", "replace"), SqlMode.FULL, cut=False)
+        text._shown = shown
+        return text
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SqlText) and self._what() == other._what()
 

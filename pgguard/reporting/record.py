@@ -21,6 +21,7 @@ def to_record(fault: Fault) -> dict[str, Any]:
     return {
         "id": fault.id,
         "at": rfc3339(fault.at),
+        "run": fault.run,
         "cause": fault.cause,
         "kind": fault.kind.value,
         "severity": fault.severity.value,
@@ -30,6 +31,8 @@ def to_record(fault: Fault) -> dict[str, Any]:
         "so_far": None if fault.spread is None else _spread_record(fault.spread),
         "summary": fault.headline,
         "reason": fault.reason,
+        "by": fault.by.value,
+        "over": fault.over,
         "session": session_record(fault.session),
         "message": _message_record(fault.message),
         "sent_by": None if fault.sent_by is None else {"pid": fault.sent_by.pid, "tid": fault.sent_by.tid},
@@ -164,4 +167,5 @@ def _request_record(request: Request) -> dict[str, Any]:
         "tid": request.tid,
         "evidence": None if request.evidence is None else request.evidence.value,
         "state": request.state.value,
+        "at_rest": request.at_rest,
     }

@@ -16,11 +16,13 @@ class Request:
     including their Sync. Mutable, as it grows with each message; :meth:`seen` gives what verdicts carry.
     """
 
-    __slots__ = ("at", "begun", "ended", "messages", "n", "sender", "sql", "sql_cut")
+    __slots__ = ("at", "at_rest", "begun", "ended", "messages", "n", "sender", "sql", "sql_cut")
 
-    def __init__(self, n: int, at: float, sender: Sender | None, message: str) -> None:
+    def __init__(self, n: int, at: float, sender: Sender | None, message: str, *, at_rest: bool) -> None:
         self.n = n
         self.at = at
+        self.at_rest = at_rest
+        """Nothing was outstanding when it came."""
         self.sender = sender
         self.messages = message
         self.begun = False
@@ -58,4 +60,5 @@ class Request:
             sql_cut=self.sql_cut,
             sender=self.sender,
             state=state,
+            at_rest=self.at_rest,
         )

@@ -70,7 +70,7 @@ class Session:
         self.asks_goodbye = False
         """A Terminate of which nobody knows who sent it is a foreign-terminate until it has been looked into."""
 
-        self.ledger = Ledger(Request(0, 0.0, sender, ""))
+        self.ledger = Ledger(Request(0, 0.0, sender, "", at_rest=True))
         self.senders = Senders(sender)
         self.statements = Statements()
         self.unsynced: Request | None = None
@@ -135,11 +135,12 @@ class Session:
     def new_request(self, code: int, at: float, sender: Sender | None) -> Request:
         """A message has been sent that begins a request."""
         self.requests += 1
-        if self.ledger.state == NOTHING:
+        at_rest = self.ledger.state == NOTHING
+        if at_rest:
             self.answer_began = self.position
         else:
             self.pipelines = True
-        request = Request(self.requests, at, sender, chr(code))
+        request = Request(self.requests, at, sender, chr(code), at_rest=at_rest)
         self._recent.append(request)
         return request
 

@@ -133,6 +133,8 @@ class RequestSeen:
     """True when ``sql`` is only the beginning of the text."""
     sender: Sender | None
     state: RequestState
+    at_rest: bool | None = None
+    """Whether every answer before it was complete when it came."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -481,6 +481,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
     assert record == {
         "id": 7,
         "at": "2026-11-22T11:52:07.120402Z",
+        "run": None,
         "cause": 0,
         "kind": "shared-by-processes",
         "severity": "error",
@@ -490,6 +491,8 @@ def test_the_record_is_the_one_of_the_contract() -> None:
         "so_far": None,
         "summary": "pid 4867 (puma: cluster worker 1) sent Query while the answer to pid 4866 was outstanding",
         "reason": "while the answer to another process was outstanding",
+        "by": "client",
+        "over": False,
         "session": {
             "id": 3,
             "user": "app",
@@ -557,6 +560,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
                 "tid": 4871,
                 "evidence": "kernel-sender",
                 "state": "answering",
+                "at_rest": None,
             }
         ],
         "story": [
@@ -591,6 +595,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
         *(
             "id",
             "at",
+            "run",
             "cause",
             "kind",
             "severity",
@@ -600,6 +605,8 @@ def test_the_record_is_the_one_of_the_contract() -> None:
             "so_far",
             "summary",
             "reason",
+            "by",
+            "over",
             "session",
         ),
         *("message", "sent_by", "libpq", "culprits", "more_culprits", "requests", "story", "limit", "connections"),

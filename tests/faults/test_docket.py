@@ -103,6 +103,15 @@ def test_a_repeat_points_to_the_first_and_leaves_out_its_requests() -> None:
     assert (again.summary, again.culprits, again.advice) == (first.summary, first.culprits, first.advice)
 
 
+def test_the_records_of_one_run_have_its_name() -> None:
+    docket, another = Docket(), Docket()
+    first = enter(docket)
+    again = docket.repeat(3, OVERLAP, at=NOW + 60)
+    assert again is not None
+    assert first.run == again.run != enter(another).run
+    assert first.run is not None
+
+
 def test_repeats_are_rate_limited_and_the_next_record_says_how_many_there_were() -> None:
     docket = Docket(interval=1.0)
     enter(docket)

@@ -131,6 +131,13 @@ class TestRequests:
             (2, 17.5, "PBES"),
         ]
 
+    def test_say_whether_everything_before_them_had_been_answered(self) -> None:
+        conversation = Conversation()
+        conversation.talk("> Q < CZ > Q > PBES < CZ > Q < 12CZ CZ > Q < CZ > H")
+        conversation.talk("> PBE")
+        seen = conversation.tracker.requests_seen()
+        assert [request.at_rest for request in seen] == [True, True, False, False, True, True]
+
     def test_of_many_messages_are_cut(self) -> None:
         conversation = Conversation()
         conversation.frontend("PBE" * 20)
