@@ -1,0 +1,198 @@
+"""The sequence of one fault: what is known in its order, and nothing that isn't."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pgguard.attribution.evidence import Evidence
+from pgguard.faults.fault import Chapter, Event, Request, Role
+from pgguard.faults.policy import Action
+from pgguard.faults.sql import SqlText
+from pgguard.reporting.jsonl import encode
+from pgguard.reporting.readback import from_record
+from pgguard.reporting.sequence import LANES, Gap, LaneKind, Sequence, What, duration, sequence_of
+from pgguard.session.verdicts import Kind, RequestState, Sender
+from tests.faults.samples import DATA_ROW, KERNEL, NOW, OVERLAP, TERMINATE, fault, process, verdict
+from tests.reporting.test_hostile_text import HOSTILE, hostile_faults
+
+if TYPE_CHECKING:
+    from pgguard.faults.fault import Fault
+
+FORKED = (
+    Chapter(Event.OPENED, NOW - 12.5, 4864, None, Evidence.SOLE_HOLDER),
+    Chapter(Event.INHERITED, NOW - 9, 4866, 4864, Evidence.SOCKET_HOLDER),
+    Chapter(Event.INHERITED, NOW - 8, 4867, 4864, Evidence.SOCKET_HOLDER),
+)
+
+
+def request(
+    n: int, ago: float, state: RequestState = RequestState.ANSWERED, *, pid: int = 4866, at_rest: bool | None = True
+) -> Request:
+    text = SqlText.of(f"SELECT {n}")
+    return Request(
+        n, NOW - ago, "Q", text, pid, {4866: 4871, 4867: 4880}[pid], Evidence.KERNEL_SENDER, state, at_rest=at_rest
+    )
+
+
+def told(what: Fault) -> list[str]:
+    """What is told, a line each: the lanes by their numbers."""
+    sequence = sequence_of(what)
+    return [line(sequence, item) for item in sequence.items]
+
+
+def line(sequence: Sequence, item: object) -> str:
+    if isinstance(item, Gap):
+        return f"… {item.seconds:.1f} s"
+    assert not isinstance(item, Sequence)
+    step = next(one for one in sequence.steps if one is item)
+    names = [lane.name.removeprefix("pid ") for lane in sequence.lanes]
+    source = "" if step.source is None else names[step.source]
+    mark = " !" if step.offending else ""
+    return f"{source}>{','.join(names[n] for n in step.targets)}: {step.text}{mark}"
+
+
+def test_the_story_of_a_shared_connection_in_order() -> None:
+    requests = (request(1, 7, pid=4867), request(2, 0.5), request(3, 0.001, RequestState.ANSWERING))
+    assert told(fault(story=FORKED, requests=requests)) == [
+        "4864>PostgreSQL: connects",
+        "… 3.5 s",
+        "4864>4866: inherits the open connection",
+        "… 1.0 s",
+        "4864>4867: inherits the open connection",
+        "… 1.0 s",
+        "4867>PostgreSQL: sends request 1: Query",
+        "PostgreSQL>4867,4864,4866: the answer to request 1",
+        "… 6.5 s",
+        "4866>PostgreSQL: sends request 2: Query",
+        "PostgreSQL>4866,4864,4867: the answer to request 2",
+        "… 0.5 s",
+        "4866>PostgreSQL: sends request 3: Query",
+        "4867>PostgreSQL: sends Query !",
+        ">4866,4867: from here on whoever reads first gets the next answer, whosever it is",
+    ]
+
+
+def test_lanes_are_those_who_took_part_the_opener_first_and_the_intruder_last() -> None:
+    sequence = sequence_of(fault(story=FORKED))
+    assert [lane.title for lane in sequence.lanes] == [
+        "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app])",
+        "pid 4866 (puma: cluster worker 0), thread 4871",
+        "pid 4867 (puma: cluster worker 1), thread 4880",
+        "pgguard (passes everything on)",
+        "PostgreSQL (backend pid 4865)",
+    ]
+    assert sequence.lanes[2].roles == (Role.INTRUDER,)
+
+
+def test_two_threads_of_one_process_have_a_lane_each() -> None:
+    threads = replace(OVERLAP, kind=Kind.SHARED_BY_THREADS, intruder=Sender(4866, 4999))
+    lanes = [(lane.pid, lane.tid) for lane in sequence_of(fault(threads)).lanes if lane.kind is LaneKind.CLIENT]
+    assert (4866, 4871) in lanes
+    assert (4866, 4999) in lanes
+
+
+def test_where_the_order_of_answers_is_not_known_none_is_drawn() -> None:
+    """An older record says only what had become of each request by the time of the fault."""
+    old = (request(1, 3, at_rest=None), request(2, 2, RequestState.FAILED, at_rest=None))
+    sequence = sequence_of(fault(verdict(Kind.IDLE_IN_TRANSACTION), requests=old))
+    assert not [step for step in sequence.steps if step.what is What.ANSWER]
+    details = [step.detail for step in sequence.steps if step.what is What.REQUEST]
+    assert details == ["answered by the time of the fault", "answered with an error by the time of the fault"]
+    assert any("order" in sentence for sentence in sequence.unknown)
+
+
+def test_of_what_was_pipelined_the_order_of_answers_is_not_known() -> None:
+    requests = (request(1, 3), request(2, 2, at_rest=False), request(3, 1))
+    steps = sequence_of(fault(verdict(Kind.IDLE_IN_TRANSACTION), requests=requests)).steps
+    kinds = [(step.what, step.n) for step in steps if step.what in (What.REQUEST, What.ANSWER)]
+    assert kinds == [
+        (What.REQUEST, 1),
+        (What.REQUEST, 2),
+        (What.ANSWER, 1),
+        (What.ANSWER, 2),
+        (What.REQUEST, 3),
+        (What.ANSWER, 3),
+    ], "both had come before the third"
+    late = sequence_of(fault(verdict(Kind.IDLE_IN_TRANSACTION), requests=requests[:2])).steps
+    assert not [step for step in late if step.what is What.ANSWER]
+
+
+def test_an_answer_goes_to_the_one_process_that_has_the_connection() -> None:
+    alone = replace(KERNEL, holders=(KERNEL.senders[4866],), opener=KERNEL.senders[4866])
+    requests = (request(1, 1), request(2, 0.5))
+    steps = sequence_of(fault(verdict(Kind.IDLE_IN_TRANSACTION), alone, requests=requests)).steps
+    assert [len(step.targets) for step in steps if step.what is What.ANSWER] == [1, 1]
+
+
+def test_nobody_is_made_up_where_nobody_is_known() -> None:
+    unknown = fault(
+        replace(OVERLAP, intruder=None, requesters=(), requests=()), replace(KERNEL, opener=None, holders=None)
+    )
+    sequence = sequence_of(replace(unknown, culprits=(), story=()))
+    assert [lane.kind for lane in sequence.lanes] == [LaneKind.UNKNOWN, LaneKind.GUARD, LaneKind.SERVER]
+    offence = next(step for step in sequence.steps if step.offending)
+    assert sequence.sentence(offence).startswith("the client (from 127.0.0.1:53984), not known who sends Query")
+
+
+@pytest.mark.parametrize(
+    ("action", "stopped", "says"),
+    [
+        (Action.LOGGED, False, "the session has ended with this"),
+        (Action.REJECTED, True, "pgguard ends the session with an error that says who did it"),
+        (Action.DROPPED, True, "pgguard has dropped the message, and the session goes on"),
+    ],
+)
+def test_what_was_done_about_it_is_its_end(action: Action, stopped: bool, says: str) -> None:
+    steps = sequence_of(fault(verdict(Kind.FOREIGN_TERMINATE, message=TERMINATE), action=action)).steps
+    assert next(step.stopped for step in steps if step.offending) is stopped
+    assert steps[-1].text.startswith(says)
+
+
+def test_a_message_of_the_servers_comes_from_there() -> None:
+    sequence = sequence_of(fault(verdict(Kind.MESSAGE_WHILE_IDLE, message=DATA_ROW)))
+    offence = next(step for step in sequence.steps if step.offending)
+    assert (offence.source, offence.text) == (sequence.server, "sends DataRow")
+
+
+def test_a_fault_without_a_message_is_a_moment() -> None:
+    steps = sequence_of(fault(verdict(Kind.UNCLEAN_CLOSE, "ended without Terminate"))).steps
+    assert [(step.what, step.text, step.at) for step in steps if step.offending] == [
+        (What.FAULT, "ended without Terminate", NOW)
+    ]
+
+
+def test_of_very_many_processes_the_others_share_a_lane() -> None:
+    crowd = tuple(process(5000 + n, 4864, "worker") for n in range(40))
+    story = (FORKED[0], *(Chapter(Event.INHERITED, NOW - 5, one.pid, 4864, Evidence.SOCKET_HOLDER) for one in crowd))
+    sequence = sequence_of(fault(story=story))
+    assert len(sequence.lanes) == LANES + 3
+    assert sequence.lanes[LANES].kind is LaneKind.OTHERS
+    assert {4864, 4866, 4867} <= {lane.pid for lane in sequence.lanes}, "those who matter have their own"
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_it_is_the_same_of_a_fault_and_of_its_record(text: str) -> None:
+    for what in hostile_faults(text):
+        sequence = sequence_of(from_record(json.loads(encode(what))))
+        assert sequence.lanes == sequence_of(what).lanes
+        assert all(len(sequence.sentence(step)) < 5_000 for step in sequence.steps)
+        assert all(0 <= n < len(sequence.lanes) for step in sequence.steps for n in step.targets)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [
+        (0.00012, "0.1 ms"),
+        (0.25, "250.0 ms"),
+        (12.5, "12.50 s"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 5 min"),
+        (200_000, "2 days 7 h"),
+    ],
+)
+def test_time_spans_are_said_as_people_say_them(seconds: float, says: str) -> None:
+    assert duration(seconds) == says
