@@ -18,7 +18,7 @@ from pgguard.proxy.conninfo import read_connection_string
 from pgguard.proxy.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 DEFAULT_PORT: Final = 5432
 _SOCKET_DIRECTORIES: Final = ("/var/run/postgresql", "/tmp")  # noqa: S108 - where Debian's and PostgreSQL's own libpq look
@@ -140,7 +140,7 @@ def parse_upstream(conninfo: str) -> Upstream:
         defaults = _defaults()
     settings = defaults | given
     _refuse_encryption(settings)
-    addresses = tuple(_addresses(settings, may_be_shown=not read.may_hold_secrets))
+    addresses = tuple(addresses_of(settings, may_be_shown=not read.may_hold_secrets))
     remarks = filter(None, (read.remark, _remark_on_attributes(settings.get("target_session_attrs", ""))))
     timeout = _connect_timeout(settings, may_be_shown=not read.may_hold_secrets)
     return Upstream(addresses, timeout, "; ".join(remarks) or None)
@@ -156,7 +156,7 @@ def unused_database_url(upstream: Upstream, listening: Sequence[Address]) -> str
     try:
         given = read_connection_string(text).settings if text else {}
         given.pop("service", None)
-        addresses = tuple(_addresses(given, may_be_shown=False)) if given else ()
+        addresses = tuple(addresses_of(given, may_be_shown=False)) if given else ()
     except ConfigurationError:
         return None  # it isn't PostgreSQL's, or nobody can connect with it
     places = {_place(address) for address in addresses}
@@ -262,7 +262,16 @@ def _refuse_encryption(settings: dict[str, str]) -> None:
         raise ConfigurationError("--upstream: gssencmode=require asks for GSSAPI encryption: use gssencmode=disable")
 
 
-def _addresses(settings: dict[str, str], *, may_be_shown: bool) -> Iterator[Address]:
+def addresses_of(settings: Mapping[str, str], *, may_be_shown: bool) -> Iterator[Address]:
+    """Where the hosts and ports of a connection string's settings lead, in order; none is libpq's default.
+
+    Args:
+        settings: By libpq's keywords: ``host``, ``hostaddr`` and ``port``, each for several servers if it has commas.
+        may_be_shown: No password can be in them.
+
+    Raises:
+        ConfigurationError: They can't be read.
+    """
     hosts = _hosts(settings)
     ports = (settings.get("port") or str(DEFAULT_PORT)).split(",")
     if len(ports) == 1:
@@ -281,7 +290,7 @@ def _addresses(settings: dict[str, str], *, may_be_shown: bool) -> Iterator[Addr
             yield _default_address(port)
 
 
-def _hosts(settings: dict[str, str]) -> list[str]:
+def _hosts(settings: Mapping[str, str]) -> list[str]:
     """The hosts in order, each by its address where that is given: ``connectOptions2()`` in ``fe-connect.c``."""
     hosts = (settings.get("host") or "").split(",")
     addresses = (settings.get("hostaddr") or "").split(",")

@@ -23,7 +23,8 @@ from pgguard.faults.text import listed
 from pgguard.proxy.errors import ConfigurationError
 
 _NATIVE: Final = frozenset({"postgresql", "postgres"})
-_SCHEMES: Final = _NATIVE | {"postgis", "pgsql", "psql", "timescale", "timescalegis"}
+SCHEMES: Final = _NATIVE | {"ecto", "pg", "postgis", "pgsql", "psql", "timescale", "timescaledb", "timescalegis"}
+"""What names PostgreSQL in a URL."""
 _URL: Final = re.compile(
     r"(?P<jdbc>jdbc:)?(?P<scheme>[a-z][a-z0-9.-]*)(?:\+(?P<driver>[a-z0-9_.-]+))?:(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
@@ -110,7 +111,7 @@ def _without_quotations(said: str) -> str:
 
 def _read_url(match: re.Match[str]) -> ConnectionString:
     jdbc, scheme, driver = match["jdbc"], match["scheme"].lower(), match["driver"]
-    if scheme not in _SCHEMES:
+    if scheme not in SCHEMES:
         raise ConfigurationError(f"--upstream: {jdbc or ''}{scheme}: is not a PostgreSQL URL: {_HELP}")
     if _ENCODED_WRONG.search(match["rest"]) and not (jdbc or driver):
         raise ConfigurationError(

@@ -1,0 +1,1 @@
+"""A command run behind a guard of its own: ``pgguard run``."""

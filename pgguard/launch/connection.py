@@ -1,0 +1,39 @@
+"""What stands somewhere in a text and tells a program where its PostgreSQL is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from pgguard.proxy.addresses import Address
+
+Edit = tuple[int, int, str]
+"""From which character to before which other one, and what is to stand there instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """An address of PostgreSQL in a text."""
+
+    said: Mapping[str, str]
+    """Where it leads: ``host``, ``hostaddr``, ``port`` and ``service`` in libpq's form, as far as they are said."""
+    lead: Callable[[Address], list[Edit]]
+    """How to lead it elsewhere."""
+    what: str
+    """What it is, for a message."""
+    tcp_only: bool = False
+    """It can't lead to a Unix socket."""
+    own_defaults: bool = False
+    """Its driver fills in ``localhost`` and 5432, and not what libpq's variables say."""
+
+
+def edited(text: str, edits: Iterable[Edit]) -> str:
+    """A text with edits that don't overlap."""
+    done, said = 0, []
+    for start, end, instead in sorted(edits):
+        said += [text[done:start], instead]
+        done = end
+    return "".join([*said, text[done:]])

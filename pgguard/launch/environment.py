@@ -1,0 +1,450 @@
+"""The environment of a command that is to reach its PostgreSQL through a guard.
+
+Every variable is rewritten whose value leads to the guard's server, whatever it is called, and no other. Of a value
+only what says where the server is changes, and what can't hold on the way to the guard: see
+:mod:`pgguard.launch.fields`. What is rewritten:
+
+- URLs, connection strings and JSON objects that lead there, anywhere in a value: :mod:`pgguard.launch.values`. One with
+  several servers is left alone if one of them is another's.
+- ``PGHOST`` and ``PGPORT`` if libpq's own defaults lead there, set or not. ``PGHOSTADDR`` is taken away.
+- A host and its port in two variables, such as ``DB_HOST`` and ``DB_PORT``: :mod:`pgguard.launch.pairs`.
+- Services: in a copy of the service file, which ``PGSERVICEFILE`` then names. libpq takes a service's host before
+  ``PGHOST``.
+- libpq's defaults that demand TLS (``PGSSLMODE`` and its like), and the password file if it knows the server by its
+  address.
+
+If nothing at all leads to the server, and none of libpq's variables says where another one is, ``PGHOST`` and
+``PGPORT`` are set, for programs that have no address but libpq's defaults. No other variable is made up.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pgguard.faults.text import listed, printable
+from pgguard.launch.connection import edited
+from pgguard.launch.fields import Field, Style, holding
+from pgguard.launch.files import Login, Services, led_passwords, password_file
+from pgguard.launch.pairs import is_bare, is_host, is_port, led_pair, pairs, port_name
+from pgguard.launch.places import Resolver, Server
+from pgguard.launch.values import connections
+from pgguard.proxy.addresses import DEFAULT_PORT, Address, TcpAddress, UnixAddress, addresses_of
+from pgguard.proxy.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pgguard.launch.connection import Connection, Edit
+    from pgguard.proxy.addresses import Upstream
+
+_LIBPQ: Final = {"host": "PGHOST", "hostaddr": "PGHOSTADDR", "port": "PGPORT"}
+_SERVICE: Final = "PGSERVICE"
+_SERVICE_FILE: Final = "PGSERVICEFILE"
+_PASSWORD_FILE: Final = "PGPASSFILE"  # noqa: S105 - a variable's name
+_PLACES: Final = frozenset({*_LIBPQ.values(), _SERVICE})
+_APART: Final = frozenset({*_PLACES, _SERVICE_FILE, _PASSWORD_FILE, "PGPASSWORD"})
+"""Variables that aren't read like any other."""
+_DEFAULTS: Final = {
+    "PGSSLMODE": "sslmode",
+    "PGREQUIRESSL": "requiressl",
+    "PGSSLNEGOTIATION": "sslnegotiation",
+    "PGSSLCERTMODE": "sslcertmode",
+    "PGCHANNELBINDING": "channel_binding",
+    "PGGSSENCMODE": "gssencmode",
+    "PGREQUIREPEER": "requirepeer",
+}
+"""What is to hold for every connection that doesn't say otherwise, by libpq's name for it: "Environment Variables"."""
+_ROOT: Final = "PGSSLROOTCERT"
+_STYLE: Final = Style("", str, {})
+_ANY_ADDRESS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared
+"""Where a client finds a listener that takes connections on all addresses."""
+_SOUNDS_LIKE_IT: Final = re.compile(r"pg|postgres|(?<![A-Za-z])db|database", re.IGNORECASE)
+"""What makes it worth a word that a host's variable is left alone."""
+_FORMS: Final = (
+    "a PostgreSQL URL, a connection string (host=HOST port=PORT, Host=HOST;Port=PORT), HOST:PORT, or a host whose port "
+    "is in a variable beside it"
+)
+
+
+class Rewritten(NamedTuple):
+    """An environment, and what has been done to it."""
+
+    environment: dict[str, str]
+    names: tuple[str, ...]
+    """The variables that differ: rewritten, set or taken away; sorted."""
+    line: str
+    """What has been done, in one line without its stop; no value of a variable is in it."""
+    remarks: tuple[str, ...]
+    """What leads to the server and had to be left alone, or affects others: sentences without their stop."""
+    files: Mapping[Path, bytes]
+    """Files that the variables name, and that are still to be written: :func:`write_files`."""
+
+
+def rewrite(
+    environment: Mapping[str, str],
+    upstream: Upstream,
+    guard: Sequence[Address],
+    *,
+    directory: Path,
+    add: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    resolve: Callable[[str], frozenset[str]] | None = None,
+) -> Rewritten:
+    """Make the environment for a command whose connections to the server are to go through the guard.
+
+    Waits for two seconds at most if a name has to be resolved, reads libpq's service and password file, and does
+    nothing else but compute.
+
+    Args:
+        environment: What the command would have without a guard.
+        upstream: The server.
+        guard: Where the guard listens, with the ports that it has. A value that leads to a Unix socket is led to one,
+            and any other to TCP, as far as the guard has both.
+        directory: Where the files are going to be.
+        add: Variables that are rewritten even if they don't lead to the server, as far as is known.
+        keep: Variables that are left as they are.
+        resolve: Gives the addresses of a name; by default the system is asked.
+
+    Raises:
+        ConfigurationError: A variable that is to be rewritten can't be; the message holds no value.
+    """
+    work = _Work(environment, upstream, guard, directory, frozenset(add), frozenset(keep), resolve or Resolver())
+    work.check()
+    work.services()
+    for name, value in environment.items():
+        if name not in _APART:
+            work.value(name, value)
+    work.pairs()
+    work.hosts()
+    work.libpq()
+    work.defaults()
+    work.passwords()
+    return work.result()
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write files that nobody but their user can read, in a directory that is there; raises OSError."""
+    for path, content in files.items():
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:  # noqa: PTH123
+            file.write(content)
+
+
+def named_servers(environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The variables that say where a PostgreSQL is, each with that: for whoever doesn't know which is meant."""
+    libpq = _Defaults(environment)
+    return [
+        (name, ", ".join(map(str, addresses)))
+        for name, value in environment.items()
+        if name not in _APART
+        for connection in connections(value, name)
+        if connection.what != "HOST:PORT" and (addresses := libpq.addresses(connection))
+    ]
+
+
+class _Defaults:
+    """What libpq fills in where a connection doesn't say it: a service's settings, and its variables.
+
+    Args:
+        environment: The variables.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._variables = {key: environment[name] for key, name in _LIBPQ.items() if environment.get(name)}
+        self._service = environment.get(_SERVICE)
+        self.services = Services(environment)
+
+    def addresses(self, connection: Connection) -> tuple[Address, ...]:
+        """Where a connection leads, in order; nowhere if that can't be known."""
+        return _addresses(self.settled(connection.said, own=connection.own_defaults))
+
+    def settled(self, said: Mapping[str, str], *, own: bool = False) -> dict[str, str] | None:
+        """Settings with what isn't said filled in; ``None`` if a service is said that there isn't.
+
+        Args:
+            said: What a connection says.
+            own: Its driver has defaults of its own, and only knows services.
+        """
+        name = said.get("service") or ("" if own else self._service)
+        service = self.services.settings(name) if name else {}
+        if service is None:
+            return None
+        behind = {"host": "localhost", "port": "5432"} if own else self._variables
+        return {**behind, **service, **said}
+
+    def by_variables(self) -> dict[str, str]:
+        """What the variables alone say."""
+        return dict(self._variables)
+
+
+def _addresses(settings: Mapping[str, str] | None) -> tuple[Address, ...]:
+    if settings is None:
+        return ()
+    try:
+        return tuple(addresses_of(settings, may_be_shown=False))
+    except ConfigurationError:
+        return ()
+
+
+def _logins(settings: Mapping[str, str]) -> set[Login]:
+    """By what a password file knows the servers that settings name."""
+    hosts = (settings.get("host") or settings.get("hostaddr") or "").split(",")
+    ports = (settings.get("port") or "").split(",")
+    ports = ports * len(hosts) if len(ports) == 1 else ports
+    return {Login(host, port or str(DEFAULT_PORT)) for host, port in zip(hosts, ports, strict=False)}
+
+
+def _reachable(address: Address) -> Address:
+    """Where a client on this host finds a listener."""
+    if isinstance(address, TcpAddress) and address.host in _ANY_ADDRESS:
+        return TcpAddress(_ANY_ADDRESS[address.host], address.port)
+    return address
+
+
+class _Work:
+    """An environment that is being rewritten; arguments as of :func:`rewrite`."""
+
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        upstream: Upstream,
+        guard: Sequence[Address],
+        directory: Path,
+        add: frozenset[str],
+        keep: frozenset[str],
+        resolve: Callable[[str], frozenset[str]],
+    ) -> None:
+        self._before = environment
+        self._now = dict(environment)
+        self._upstream = upstream
+        self._server = Server(upstream, resolve)
+        self._guard = [_reachable(address) for address in guard]
+        self._directory = directory
+        self._add = add
+        self._keep = keep
+        self._libpq = _Defaults(environment)
+        self._used: dict[Address, set[Login]] = {}
+        """The guard's addresses that something leads to now, and by what a password file knows where it led before."""
+        self._found = False
+        """Something led to the server, whether or not it was to be kept."""
+        self._others: list[str] = []
+        """Variables that lead to other PostgreSQL servers."""
+        self._remarks: list[str] = []
+        self._files: dict[Path, bytes] = {}
+        self._is_made_up = False
+
+    def check(self) -> None:
+        """Refuse what can't be done."""
+        for name in sorted(self._add & self._keep):
+            raise ConfigurationError(f"--env {name} and --keep-env {name} contradict each other: leave one of them out")
+        for name in sorted(self._add - self._before.keys() - {"PGHOST", "PGPORT"}):
+            raise ConfigurationError(
+                f"--env {name}: {name} is not set: set it as the application needs it without pgguard, which then "
+                f"rewrites it"
+            )
+
+    def services(self) -> None:
+        """Services, if anything in the environment speaks of them."""
+        named = self._before.get(_SERVICE)
+        asked = named or _SERVICE_FILE in self._before or any("service=" in value for value in self._before.values())
+        if not asked or _SERVICE_FILE in self._keep:
+            return
+
+        def leads(name: str, settings: Mapping[str, str]) -> Address | None:
+            if name == named and _SERVICE in self._keep:
+                return None
+            said = {**self._libpq.by_variables(), **settings}
+            addresses = _addresses(said)
+            if self._server.is_at(addresses) or (name == named and _SERVICE in self._add):
+                self._found = self._found or name == named
+                return self._to(addresses, said)
+            if name == named:
+                self._others.append(_SERVICE)
+            return None
+
+        content = self._libpq.services.led(leads)
+        if content is not None:
+            self._add_file(_SERVICE_FILE, "pg_service.conf", content)
+
+    def _add_file(self, variable: str, name: str, content: str) -> None:
+        path = self._directory / name
+        self._files[path] = os.fsencode(content)
+        self._now[variable] = str(path)
+
+    def _to(
+        self, addresses: Sequence[Address], said: Mapping[str, str] | None, *, tcp_only: bool = False
+    ) -> Address | None:
+        """Where to lead what led to these addresses; ``None`` if the guard has no such address."""
+        kind = UnixAddress if addresses and isinstance(addresses[0], UnixAddress) and not tcp_only else TcpAddress
+        alike = [address for address in self._guard if isinstance(address, kind)]
+        to = next(iter(alike or ([] if tcp_only else self._guard)), None)
+        if to is not None:
+            self._used.setdefault(to, set()).update(_logins(said or {}))
+        return to
+
+    def value(self, name: str, value: str) -> None:
+        """A variable by its value."""
+        forced = name in self._add
+        edits: list[Edit] = []
+        for connection in connections(value, name, sure=forced):
+            addresses = self._libpq.addresses(connection)
+            leads = self._server.is_at(addresses)
+            if name in self._keep:
+                self._found = self._found or leads
+            elif leads or forced:
+                edits += self._led(name, connection, addresses)
+            else:
+                self._leave(name, connection, addresses)
+        if edits:
+            self._found = True
+            self._now[name] = edited(value, edits)
+
+    def _led(self, name: str, connection: Connection, addresses: Sequence[Address]) -> list[Edit]:
+        said = self._libpq.settled(connection.said, own=connection.own_defaults)
+        to = self._to(addresses, said, tcp_only=connection.tcp_only)
+        if to is not None:
+            return connection.lead(to)
+        problem = f"{name} is a {connection.what}, which can't lead to a Unix socket: add --listen 127.0.0.1:0"
+        if name in self._add:
+            raise ConfigurationError(f"--env {name}: {problem}")
+        self._remarks.append(problem)
+        return []
+
+    def _leave(self, name: str, connection: Connection, addresses: Sequence[Address]) -> None:
+        own = [address for address in addresses if self._server.has(address)]
+        if own and len(own) < len(addresses):
+            self._remarks.append(
+                f"{name} is left as it is: it names other servers besides {self._upstream}; add --env {name} to lead "
+                "it to the guard all the same"
+            )
+        if addresses and connection.what != "HOST:PORT":
+            self._others.append(name)
+
+    def pairs(self) -> None:
+        """Hosts and ports in two variables."""
+        for pair in pairs(self._before):
+            if is_bare(pair) or {pair.host, pair.port} & (self._keep | _APART):
+                continue
+            said = {"host": self._before[pair.host].strip("[]"), "port": self._before[pair.port]}
+            addresses = _addresses(said)
+            if self._server.is_at(addresses) or {pair.host, pair.port} & self._add:
+                to = self._to(addresses, said)
+                if to is not None:
+                    changed = led_pair(self._before, pair, to)
+                    self._now |= {name: value for name, value in changed.items() if name not in self._keep}
+                    self._found = True
+
+    def hosts(self) -> None:
+        """Hosts and ports alone: those that are to be rewritten all the same; of others it is said why they aren't."""
+        for name in sorted(self._add - _PLACES):
+            if self._now[name] == self._before[name]:
+                self._force(name, self._before[name])
+        for name, value in self._before.items():
+            port = port_name(name)
+            if port is None or name in self._add | self._keep | _APART or not _SOUNDS_LIKE_IT.search(name):
+                continue
+            if not is_port(self._before.get(port, "")) and is_host(value) and self._server.is_on(value.strip("[]")):
+                self._remarks.append(
+                    f"{name} is left as it is: it names the server, but {port}, which would name its port, is not set; "
+                    f"add --env {name} to set both, if the application reads {port}"
+                )
+
+    def _force(self, name: str, value: str) -> None:
+        to = self._to((), None)
+        port = port_name(name)
+        others = [other for other in self._add if other != name and is_port(self._before.get(other, ""))]
+        if to is not None and is_port(value):
+            self._now[name] = str(to.port)
+        elif to is not None and is_host(value) and (port is not None or others):
+            self._now[name] = to.directory if isinstance(to, UnixAddress) else to.host
+            if not others and port is not None:
+                self._now[port] = str(to.port)
+        elif is_host(value):
+            raise ConfigurationError(
+                f"--env {name}: it holds a host, but it isn't known which variable holds its port: add --env for that "
+                "one too"
+            )
+        else:
+            raise ConfigurationError(f"--env {name}: its value is not understood: it may be {_FORMS}")
+        self._found = True
+
+    def libpq(self) -> None:
+        """Where libpq's variables and defaults lead."""
+        if self._keep & _PLACES:
+            return
+        said = self._libpq.by_variables()
+        addresses = _addresses(said)
+        leads = self._server.is_at(addresses) or bool(self._add & {"PGHOST", "PGPORT", "PGHOSTADDR"})
+        is_set = bool(said) or bool(self._before.get(_SERVICE))
+        if leads or not (self._found or is_set):
+            to = self._to(addresses, said)
+            if to is not None:
+                self._now["PGHOST"] = to.directory if isinstance(to, UnixAddress) else to.host
+                self._now["PGPORT"] = str(to.port)
+                self._now.pop("PGHOSTADDR", None)
+                self._is_made_up = not leads
+        elif said:
+            named = [name for name in _LIBPQ.values() if self._before.get(name)]
+            self._others += named
+            if not self._found:
+                self._remarks.append(
+                    f"{listed(named)} {'leads' if len(named) == 1 else 'lead'} to another server than "
+                    f"{self._upstream}: add --env PGHOST to have programs that use libpq's variables reach the guard"
+                )
+
+    def defaults(self) -> None:
+        """What libpq's variables demand of every connection, if any leads to the guard now."""
+        if not self._used:
+            return
+        to = next((address for address in self._used if isinstance(address, UnixAddress)), next(iter(self._used)))
+        for variable, key in _DEFAULTS.items():
+            value = self._before.get(variable)
+            if value is None or variable in self._keep:
+                continue
+            field = holding(Field("", f"{variable}=", value, key, value), _STYLE, to)
+            self._set(variable, None if field is None else field.value)
+        root = self._before.get(_ROOT)
+        if root is not None and _ROOT not in self._keep and (root == "system" or not self._others):
+            self._set(_ROOT, None)
+        if self._others and self._now.get("PGSSLMODE") != self._before.get("PGSSLMODE"):
+            self._remarks.append(
+                f"PGSSLMODE is disable for the command, and so for {listed(list(dict.fromkeys(self._others)))}, which "
+                "leads to another server, too, unless it has an sslmode of its own"
+            )
+
+    def _set(self, name: str, value: str | None) -> None:
+        if value is None:
+            self._now.pop(name, None)
+        else:
+            self._now[name] = value
+
+    def passwords(self) -> None:
+        """The password file, if it knows the server by its address."""
+        if _PASSWORD_FILE in self._keep or not self._used:
+            return
+        before = content = password_file(self._before)
+        for to, logins in self._used.items():
+            content = led_passwords(content, logins, to) or content
+        if content != before:
+            self._add_file(_PASSWORD_FILE, "pgpass", content)
+
+    def result(self) -> Rewritten:
+        """What has come of it."""
+        names = sorted(name for name in {*self._before, *self._now} if self._before.get(name) != self._now.get(name))
+        return Rewritten(
+            self._now, tuple(names), printable(self._line(names)), tuple(map(printable, self._remarks)), self._files
+        )
+
+    def _line(self, names: Sequence[str]) -> str:
+        if not names:
+            return "no variable of the command is rewritten"
+        written = [name for name in names if name in self._now]
+        removed = [name for name in names if name not in self._now]
+        said = [f"rewritten for the command: {', '.join(written)}"] if written else []
+        said += [f"removed: {', '.join(removed)}"] if removed else []
+        if self._is_made_up:
+            said.insert(0, f"nothing in the environment leads to {self._upstream}, so libpq's defaults are set")
+        return "; ".join(said)

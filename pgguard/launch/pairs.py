@@ -1,0 +1,82 @@
+"""Names of a host and of the port that goes with it, as applications call them: ``DB_HOST`` and ``DB_PORT``.
+
+A pair leads to the server if its host is the server's *and* its port is: nothing else listens there, whatever the names
+say. A host without its port proves nothing, nor does a port without its host, so neither is touched alone. Of bare
+``HOST`` and ``PORT`` it isn't known whether a program connects there or listens there itself; in an object with other
+settings beside them it is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pgguard.launch.fields import disabled, insists, plain_name
+from pgguard.launch.places import is_address
+from pgguard.proxy.addresses import UnixAddress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from pgguard.proxy.addresses import Address
+
+_WORDS: Final = ("HOSTNAME", "HOST_NAME", "HOST", "SERVER", "ADDRESS", "ADDR", "ENDPOINT")
+_PLAIN_HOST: Final = re.compile(r"[\w.-]*[A-Za-z\d]|[/@][^\s,;]*")
+_ANYWHERE: Final = frozenset({"0.0.0.0", "::", "[::]"})  # noqa: S104 - compared
+"""What a program listens on, and doesn't connect to."""
+_PORT: Final = re.compile(r"\d{1,5}")
+_TLS: Final = ("SSLMODE", "SSL_MODE", "SSL")
+
+
+class Pair(NamedTuple):
+    """The names of a host and its port."""
+
+    host: str
+    port: str
+
+
+def port_name(host: str) -> str | None:
+    """What the port is called that goes with what is called so; ``None`` if that isn't a host's name."""
+    for word in _WORDS:
+        for end, port in ((word, "PORT"), (word.lower(), "port"), (word.capitalize(), "Port")):
+            if host.endswith(end):
+                return host[: -len(end)] + port
+    return None
+
+
+def is_bare(pair: Pair) -> bool:
+    """Whether names say only what they are, and not of what."""
+    return not pair.port[: -len("port")].strip("_-.")
+
+
+def is_host(value: str) -> bool:
+    """Whether a value is a host that a program can connect to, or the directory of a socket, and nothing more."""
+    if value in _ANYWHERE:
+        return False
+    return _PLAIN_HOST.fullmatch(value) is not None or is_address(value.strip("[]"))
+
+
+def is_port(value: str) -> bool:
+    """Whether a value is the number of a port."""
+    return _PORT.fullmatch(value) is not None
+
+
+def pairs(values: Mapping[str, str]) -> Iterator[Pair]:
+    """The pairs among values by their names, bare ones too."""
+    for name, value in values.items():
+        port = port_name(name)
+        if port is not None and is_host(value) and is_port(values.get(port, "")):
+            yield Pair(name, port)
+
+
+def led_pair(values: Mapping[str, str], pair: Pair, to: Address) -> dict[str, str]:
+    """New values for a pair, and for what goes with it and demands TLS, as ``DB_SSLMODE`` does."""
+    changed = {pair.host: to.directory if isinstance(to, UnixAddress) else to.host, pair.port: str(to.port)}
+    stem = pair.port[: -len("port")]
+    for word in _TLS:
+        for spelling in (word, word.lower(), word.capitalize()):
+            name = stem + spelling
+            value = values.get(name)
+            if value is not None and insists(plain_name(word), value):
+                changed[name] = "false" if plain_name(value) in {"true", "1", "on", "yes"} else disabled(value)
+    return changed
