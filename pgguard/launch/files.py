@@ -67,6 +67,8 @@ class Services:
     def _add(self, number: int, lines: list[str]) -> None:
         headers = [(n, found["name"]) for n, line in enumerate(lines) if (found := _HEADER.match(line))]
         for (start, name), (end, _) in pairwise([*headers, (len(lines), "")]):
+            if any(line.lstrip().startswith("ldap") for line in lines[start + 1 : end]):
+                continue  # where it leads is known to a directory server
             fields = [field for line in lines[start + 1 : end] if (field := _field(line)).name]
             settings = {field.name: field.value or "" for field in reversed(fields)}  # libpq takes the first of a kind
             self._sections.setdefault(name, Section(number, start + 1, end, settings))
@@ -83,30 +85,24 @@ class Services:
             leads: Gives the address to which a service of that name, with such settings, is to lead; ``None``: where it
                 did.
         """
-        changed: list[dict[int, list[str]]] = [{}, {}]
+        changed: list[dict[int, tuple[int, list[str]]]] = [{}, {}]
         for name, section in self._sections.items():
             to = leads(name, section.settings)
             if to is not None:
                 lines = self._lines[section.file][section.start : section.end]
-                changed[section.file][section.start] = _led_lines(lines, to)
+                changed[section.file][section.start] = section.end, _led_lines(lines, to)
         if not any(changed):
             return None
+        own, system = changed
         said: list[str] = []
-        for number, lines in enumerate(self._lines):
-            said += self._written(number, lines, changed[number])
+        done = 0
+        for start, (end, lines) in sorted(own.items()):
+            said += [*self._lines[0][done:start], *lines]
+            done = end
+        said += self._lines[0][done:]
+        for start, (_, lines) in sorted(system.items()):  # libpq still finds the others where they are
+            said += [self._lines[1][start - 1], *lines]
         return "\n".join(said)
-
-    def _written(self, number: int, lines: list[str], changed: dict[int, list[str]]) -> list[str]:
-        """A file's lines; of the system's those alone that have changed, as libpq still looks there for the others."""
-        said: list[str] = [] if number else lines[: min((s.start - 1 for s in self._of(number)), default=len(lines))]
-        for section in self._of(number):
-            before = lines[section.start : section.end]
-            if not number or section.start in changed:
-                said += [lines[section.start - 1], *changed.get(section.start, before)]
-        return said
-
-    def _of(self, number: int) -> list[Section]:
-        return [section for section in self._sections.values() if section.file == number]
 
 
 def _field(line: str) -> Field:
