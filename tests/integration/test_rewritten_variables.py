@@ -27,7 +27,7 @@ from tests.languages import node_directory
 from tests.servers import not_installed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from tests.servers import Server
 
@@ -73,8 +73,9 @@ def _without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def run(command: list[str | Path], environment: Mapping[str, str]) -> list[str]:
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=SECONDS, env=dict(environment))
+def run(command: Sequence[object], environment: Mapping[str, str]) -> list[str]:
+    words = [str(word) for word in command]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=SECONDS, env=dict(environment))
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -238,7 +239,7 @@ def test_node(server: Server, tmp_path: Path) -> None:
         }}
         main().catch(error => {{ console.error(error); process.exit(1) }})"""
     result = rewritten(before, server, tmp_path)
-    command: list[str | Path] = ["sh", "-c", 'cd "$0" && exec node -e "$1"', node_directory(), script]
+    command = ["sh", "-c", 'cd "$0" && exec node -e "$1"', node_directory(), script]
     assert run(command, result.environment) == [ANSWER] * 7
 
 
