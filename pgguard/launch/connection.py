@@ -29,6 +29,11 @@ class Connection:
     own_defaults: bool = False
     """Its driver fills in ``localhost`` and 5432, and not what libpq's variables say."""
 
+    @property
+    def follows_libpq(self) -> bool:
+        """Whether it is a URL that leaves all of it to libpq's variables."""
+        return not self.said and not self.own_defaults and self.what == "URL"
+
 
 def edited(text: str, edits: Iterable[Edit]) -> str:
     """A text with edits that don't overlap."""

@@ -6,7 +6,9 @@ only what says where the server is changes, and what can't hold on the way to th
 
 - URLs, connection strings and JSON objects that lead there, anywhere in a value: :mod:`pgguard.launch.values`. One with
   several servers is left alone if one of them is another's.
-- ``PGHOST`` and ``PGPORT`` if libpq's own defaults lead there, set or not. ``PGHOSTADDR`` is taken away.
+- ``PGHOST`` and ``PGPORT`` if libpq's defaults lead there, set or not. ``PGHOSTADDR`` is taken away.
+  A URL that says no more than that is left as it is if they name a Unix socket: there is no form of URL for one that
+  all drivers know (Active Record takes none from a parameter, and Go none from the place of the host).
 - A host and its port in two variables, such as ``DB_HOST`` and ``DB_PORT``: :mod:`pgguard.launch.pairs`.
 - Services: in a copy of the service file, which ``PGSERVICEFILE`` then names. libpq takes a service's host before
   ``PGHOST``.
@@ -299,14 +301,15 @@ class _Work:
             else:
                 self._leave(name, connection, addresses)
         if edits:
-            self._found = True
             self._now[name] = edited(value, edits)
 
     def _led(self, name: str, connection: Connection, addresses: Sequence[Address]) -> list[Edit]:
         said = self._libpq.settled(connection.said, own=connection.own_defaults)
         to = self._to(addresses, said, tcp_only=connection.tcp_only)
         if to is not None:
-            return connection.lead(to)
+            self._found = True
+            follows = connection.follows_libpq and isinstance(to, UnixAddress) and not self._keep & _PLACES
+            return [] if follows and name not in self._add else connection.lead(to)
         problem = f"{name} is a {connection.what}, which can't lead to a Unix socket: add --listen 127.0.0.1:0"
         if name in self._add:
             raise ConfigurationError(f"--env {name}: {problem}")

@@ -12,7 +12,7 @@ import pytest
 from pgguard.launch import places
 from pgguard.launch.environment import named_servers, rewrite, write_files
 from pgguard.launch.places import Resolver
-from pgguard.proxy.addresses import TcpAddress, Upstream
+from pgguard.proxy.addresses import TcpAddress, UnixAddress, Upstream
 from pgguard.proxy.errors import ConfigurationError
 from tests.launch.surroundings import DB, GUARD, GUARD_ON_UNIX, HERE, PRIVATE, SOCKET, rewritten
 
@@ -62,6 +62,25 @@ def test_libpqs_defaults_that_lead_to_the_server(monkeypatch: pytest.MonkeyPatch
         assert result.environment.items() >= (TO_GUARD | led).items()
     result = rewritten({"PGPORT": "5433"} | here, HERE)
     assert result.names == ()
+
+
+def test_a_url_without_a_place_follows_libpqs_variables_to_a_socket(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Active Record would find none in a parameter, and Go none in the place of the host."""
+    monkeypatch.setattr("pgguard.proxy.addresses._SOCKET_DIRECTORIES", (str(tmp_path),))
+    (tmp_path / ".s.PGSQL.5432").touch()
+    here = UnixAddress(str(tmp_path), 5432)
+    environment = {"URL": "postgresql://app:pw@/app?pool=5"}
+    on_unix = {"PGHOST": "/run/guard dir", "PGPORT": "6000"}
+    result = rewritten(environment, here, guard=[GUARD_ON_UNIX])
+    assert {name: result.environment[name] for name in result.names} == on_unix
+    written = {"URL": "postgresql://app:pw@/app?pool=5&host=/run/guard%20dir&port=6000"}
+    for kwargs, also in (({"keep": ["PGHOST"]}, {}), ({"add": ["URL"]}, on_unix)):
+        result = rewritten(environment, here, guard=[GUARD_ON_UNIX], **kwargs)
+        assert {name: result.environment[name] for name in result.names} == written | also
+    result = rewritten({"URL": "postgresql:///app?port=5432"}, here, guard=[GUARD_ON_UNIX])
+    assert result.environment["URL"] == "postgresql:///app?port=6000&host=/run/guard%20dir"
 
 
 def test_nothing_that_leads_elsewhere_is_touched() -> None:
