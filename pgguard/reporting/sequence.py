@@ -245,7 +245,7 @@ class _Drawing:
             self._by_thread[None, None] = len(self._lanes)
             client = self._fault.session.client
             self._lanes.append(
-                Lane(LaneKind.UNKNOWN, "the client", f"from {client}" if client else "", "not known who")
+                Lane(LaneKind.UNKNOWN, "the client", f"from {client}" if client else "", "not identified")
             )
         self._guard, self._server = len(self._lanes), len(self._lanes) + 1
         backend = self._fault.session.backend_pid

@@ -135,7 +135,7 @@ def test_nobody_is_made_up_where_nobody_is_known() -> None:
     sequence = sequence_of(replace(unknown, culprits=(), story=()))
     assert [lane.kind for lane in sequence.lanes] == [LaneKind.UNKNOWN, LaneKind.GUARD, LaneKind.SERVER]
     offence = next(step for step in sequence.steps if step.offending)
-    assert sequence.sentence(offence).startswith("the client (from 127.0.0.1:53984), not known who sends Query")
+    assert sequence.sentence(offence).startswith("the client (from 127.0.0.1:53984), not identified sends Query")
 
 
 @pytest.mark.parametrize(
