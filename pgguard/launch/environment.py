@@ -323,7 +323,12 @@ class _Work:
                 f"{name} is left as it is: it names other servers besides {self._upstream}; add --env {name} to lead "
                 "it to the guard all the same"
             )
-        if addresses and connection.what != "HOST:PORT":
+        elif any(self._server.may_be_at(address) for address in addresses):
+            self._remarks.append(
+                f"{name} is left as it is: it leads to {', '.join(map(str, addresses))}, and it isn't known whether "
+                f"that is the server at {self._upstream}; add --env {name} if it is"
+            )
+        elif addresses and connection.what != "HOST:PORT":
             self._others.append(name)
 
     def pairs(self) -> None:
@@ -438,7 +443,11 @@ class _Work:
         """What has come of it."""
         names = sorted(name for name in {*self._before, *self._now} if self._before.get(name) != self._now.get(name))
         return Rewritten(
-            self._now, tuple(names), printable(self._line(names)), tuple(map(printable, self._remarks)), self._files
+            self._now,
+            tuple(names),
+            printable(self._line(names)),
+            tuple(map(printable, dict.fromkeys(self._remarks))),
+            self._files,
         )
 
     def _line(self, names: Sequence[str]) -> str:

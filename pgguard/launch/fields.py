@@ -52,7 +52,6 @@ _DEMANDS: Final = {
     "requiressl": "1",
 }
 """What is taken away if it has this value."""
-_DISABLE: Final = "disable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +117,15 @@ def insists(name: str, value: str | None) -> bool:
 
 
 def disabled(value: str) -> str:
-    """``disable``, in letters as those of the value in whose place it stands."""
+    """``disable``, as it is to stand in the place of a value."""
+    return in_the_letters_of(value, "disable")
+
+
+def in_the_letters_of(value: str, word: str) -> str:
+    """A word in capital letters, or with one at its beginning, if the value has them so in whose place it stands."""
     if value.isupper():
-        return _DISABLE.upper()
-    return _DISABLE.capitalize() if value[:1].isupper() else _DISABLE
+        return word.upper()
+    return word.capitalize() if value[:1].isupper() else word
 
 
 def text_of(fields: Sequence[Field]) -> str:

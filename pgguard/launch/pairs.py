@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pgguard.launch.fields import disabled, insists, plain_name
+from pgguard.launch.fields import disabled, in_the_letters_of, plain_name
 from pgguard.launch.places import is_address
 from pgguard.proxy.addresses import UnixAddress
 
@@ -25,7 +25,10 @@ _PLAIN_HOST: Final = re.compile(r"[\w.-]*[A-Za-z\d]|[/@][^\s,;]*")
 _ANYWHERE: Final = frozenset({"0.0.0.0", "::", "[::]"})  # noqa: S104 - compared
 """What a program listens on, and doesn't connect to."""
 _PORT: Final = re.compile(r"\d{1,5}")
-_TLS: Final = ("SSLMODE", "SSL_MODE", "SSL")
+_TLS: Final = ("SSLMODE", "SSL_MODE", "SSL", "USE_SSL", "SSL_ENABLED", "REQUIRE_SSL", "TLS")
+"""What goes with a host and its port, and can demand TLS."""
+_OFF: Final = {"true": "false", "on": "off", "yes": "no", "1": "0", "enabled": "disabled"}
+_MODES: Final = frozenset({"require", "required", "verifyca", "verifyfull", "noverify"})
 
 
 class Pair(NamedTuple):
@@ -77,6 +80,9 @@ def led_pair(values: Mapping[str, str], pair: Pair, to: Address) -> dict[str, st
         for spelling in (word, word.lower(), word.capitalize()):
             name = stem + spelling
             value = values.get(name)
-            if value is not None and insists(plain_name(word), value):
-                changed[name] = "false" if plain_name(value) in {"true", "1", "on", "yes"} else disabled(value)
+            plain = plain_name(value or "")
+            if value is not None and plain in _MODES:
+                changed[name] = disabled(value)
+            elif value is not None and plain in _OFF:
+                changed[name] = in_the_letters_of(value, _OFF[plain])
     return changed

@@ -85,6 +85,15 @@ class Server:
         """Whether an address is any of the server's."""
         return any(self._same(address, own) for own in self._addresses)
 
+    def may_be_at(self, address: Address) -> bool:
+        """Whether an address may be the server's, and nobody knows: one is a Unix socket, the other a port of here."""
+        return any(
+            address.port == own.port
+            and {type(address), type(own)} == {TcpAddress, UnixAddress}
+            and all(_plain(one.host) == _HERE for one in (address, own) if isinstance(one, TcpAddress))
+            for own in self._addresses
+        )
+
     def is_on(self, host: str) -> bool:
         """Whether a host, or the directory of a socket, is one that the server is on."""
         for own in self._addresses:

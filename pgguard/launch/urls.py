@@ -19,11 +19,13 @@ from pgguard.proxy.conninfo import SCHEMES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_PORTS: Final = {"cockroach": 26257, "cockroachdb": 26257, "crdb": 26257, "redshift": 5439}
+_DRIVERS: Final = ("asyncpg", "pdo-pgsql", "pdo_pgsql", "pgx", "pgx4", "pgx5", "psycopg", "psycopg2")
+"""Drivers by whose names URLs are called: those of Tortoise, Doctrine and golang-migrate."""
+_PORTS: Final = {"cockroach": 26257, "cockroachdb": 26257, "crdb": 26257, "redshift": 5439, "yugabytedb": 5433}
 """Databases that speak PostgreSQL's protocol on a port of their own."""
-_NAMES: Final = "|".join(sorted({*SCHEMES, *_PORTS}, key=len, reverse=True))
+_NAMES: Final = "|".join(sorted({*SCHEMES, *_DRIVERS, *_PORTS}, key=len, reverse=True))
 _START: Final = re.compile(
-    rf"(?<![\w.+:/@-])(?P<prefix>(?P<api>jdbc|r2dbcs?):(?:[\w-]+:)*?)?"
+    r"(?<![\w.+:/@-])(?P<prefix>(?:(?P<api>jdbc|r2dbcs?):)?(?:[a-z][\w-]*:)*?)"
     rf"(?P<scheme>(?:[a-z][\w.-]*\+)*(?P<name>{_NAMES})(?:\+[\w.-]+)*):(?P<slashes>//)?",
     re.IGNORECASE,
 )
@@ -34,7 +36,7 @@ _SPACE: Final = re.compile(r"\s")
 _QUOTES: Final = "\"'`"
 _TRAILING: Final = ",;.)]}"
 _PLACE: Final = re.compile(r"(?:\[[^\[\]]*\]|[^:@\[\]\s]*)(?::\d*)?")
-_OWN_SERVER: Final = "tc:"
+_OWN_SERVER: Final = ":tc:"
 """Testcontainers starts a server of its own for what its name stands for in the place of a host."""
 
 _QUERY: Final = Style("&", lambda value: quote(value, safe="/:[]"), {})
@@ -52,8 +54,7 @@ def urls(text: str) -> Iterator[Connection]:
 
 
 def _is_one(start: re.Match[str]) -> bool:
-    prefix = (start["prefix"] or "").lower()
-    if _OWN_SERVER in prefix.split(":", 1)[-1]:
+    if start["api"] and _OWN_SERVER in start["prefix"].lower():
         return False
     return start["slashes"] is not None or start["api"] is not None
 

@@ -171,10 +171,17 @@ def test_a_host_or_a_port_alone_proves_nothing(environment: dict[str, str]) -> N
 
 
 def test_what_demands_tls_beside_a_host_and_its_port() -> None:
-    environment = {"DB_HOST": "db", "DB_PORT": "5432", "DB_SSLMODE": "verify-full", "DB_SSL": "True", "SSL": "true"}
-    led = {"DB_HOST": "127.0.0.1", "DB_PORT": "40123", "DB_SSLMODE": "disable", "DB_SSL": "false"}
-    assert changes(environment) == led
-    harmless = {"DB_SSLMODE": "prefer", "DB_SSL": "0", "OTHER_SSLMODE": "require"}
+    environment = {"DB_HOST": "db", "DB_PORT": "5432"}
+    demands = {
+        "DB_SSLMODE": "verify-full",
+        "DB_SSL": "True",
+        "DB_SSL_MODE": "REQUIRE",
+        "DB_TLS": "on",
+        "DB_USE_SSL": "1",
+    }
+    led = {"DB_SSLMODE": "disable", "DB_SSL": "False", "DB_SSL_MODE": "DISABLE", "DB_TLS": "off", "DB_USE_SSL": "0"}
+    assert changes(environment | demands) == {"DB_HOST": "127.0.0.1", "DB_PORT": "40123"} | led
+    harmless = {"DB_SSLMODE": "prefer", "DB_SSL": "0", "OTHER_SSLMODE": "require", "SSL": "true", "DB_TLS": "/ca.pem"}
     assert changes({"DB_HOST": "db", "DB_PORT": "5432"} | harmless).keys() == {"DB_HOST", "DB_PORT"}
 
 
@@ -213,6 +220,22 @@ def test_it_is_said_if_a_value_names_other_servers_too() -> None:
     assert changes({"DATABASE_URL": several}, add=["DATABASE_URL"]) == {
         "DATABASE_URL": "postgresql://127.0.0.1:40123/app?password=S3CRET"
     }
+
+
+def test_it_is_said_if_a_socket_and_a_port_may_be_one_server() -> None:
+    result = rewritten(
+        {"URL": "postgresql://localhost/app", "OTHER": "postgresql://db/app", "PGHOST": "/srv/pg"}, SOCKET
+    )
+    assert result.names == ("PGHOST", "PGPORT")
+    assert result.remarks == (
+        (
+            "URL is left as it is: it leads to localhost:5432, and it isn't known whether that is the server at "
+            "unix:/srv/pg:5432; add --env URL if it is"
+        ),
+    )
+    result = rewritten({"URL": "postgresql:///app?host=/srv/pg", "PGHOST": "::1"}, HERE)
+    assert result.names == ("PGHOST", "PGPORT")
+    assert len(result.remarks) == 1
 
 
 def test_it_is_said_if_a_value_cant_lead_to_a_socket() -> None:
