@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable
 
     from pgguard.proxy.addresses import Address
 
@@ -14,13 +15,18 @@ Edit = tuple[int, int, str]
 """From which character to before which other one, and what is to stand there instead."""
 
 
+Lead = Callable[["Address", Mapping[str, str]], list[Edit]]
+"""Gives the edits that lead to an address, with settings, by their names here, that are to be others besides."""
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """An address of PostgreSQL in a text."""
 
     said: Mapping[str, str]
-    """Where it leads: ``host``, ``hostaddr``, ``port`` and ``service`` in libpq's form, as far as they are said."""
-    lead: Callable[[Address], list[Edit]]
+    """Where it leads, in libpq's form, as far as it is said: ``host``, ``hostaddr``, ``port`` and ``service``; and its
+    ``passfile``."""
+    lead: Lead
     """How to lead it elsewhere."""
     what: str
     """What it is, for a message."""
@@ -32,7 +38,7 @@ class Connection:
     @property
     def follows_libpq(self) -> bool:
         """Whether it is a URL that leaves all of it to libpq's variables."""
-        return not self.said and not self.own_defaults and self.what == "URL"
+        return not self.said.keys() - {"passfile"} and not self.own_defaults and self.what == "URL"
 
 
 def edited(text: str, edits: Iterable[Edit]) -> str:

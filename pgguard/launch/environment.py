@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pgguard.faults.text import listed, printable
 from pgguard.launch.connection import edited
 from pgguard.launch.fields import Field, Style, holding
-from pgguard.launch.files import Login, Services, led_passwords, password_file
+from pgguard.launch.files import Login, Services, led_passwords, password_file, passwords
 from pgguard.launch.pairs import is_bare, is_host, is_port, led_pair, pairs, port_name
 from pgguard.launch.places import Resolver, Server
 from pgguard.launch.values import connections
@@ -255,14 +255,15 @@ class _Work:
         if not asked or _SERVICE_FILE in self._keep:
             return
 
-        def leads(name: str, settings: Mapping[str, str]) -> Address | None:
+        def leads(name: str, settings: Mapping[str, str]) -> tuple[Address, Mapping[str, str]] | None:
             if name == named and _SERVICE in self._keep:
                 return None
             said = {**self._libpq.by_variables(), **settings}
             addresses = _addresses(said)
             if self._server.is_at(addresses) or (name == named and _SERVICE in self._add):
                 self._found = self._found or name == named
-                return self._to(addresses, said)
+                to = self._to(addresses, said)
+                return None if to is None else (to, self._also(said, to))
             if name == named:
                 self._others.append(_SERVICE)
             return None
@@ -287,6 +288,18 @@ class _Work:
             self._used.setdefault(to, set()).update(_logins(said or {}))
         return to
 
+    def _also(self, said: Mapping[str, str] | None, to: Address) -> dict[str, str]:
+        """Other settings of a connection that change as it is led to an address: its own password file."""
+        own = None if said is None else said.get("passfile")
+        content = None if said is None or own is None else led_passwords(passwords(own), _logins(said), to)
+        if content is None:
+            return {}
+        written = os.fsencode(content)
+        new = self._directory / f"pgpass-{len(self._files)}"
+        path = next((path for path, other in self._files.items() if other == written), new)
+        self._files[path] = written
+        return {"passfile": str(path)}
+
     def value(self, name: str, value: str) -> None:
         """A variable by its value."""
         forced = name in self._add
@@ -309,7 +322,7 @@ class _Work:
         if to is not None:
             self._found = True
             follows = connection.follows_libpq and isinstance(to, UnixAddress) and not self._keep & _PLACES
-            return [] if follows and name not in self._add else connection.lead(to)
+            return [] if follows and name not in self._add else connection.lead(to, self._also(said, to))
         problem = f"{name} is a {connection.what}, which can't lead to a Unix socket: add --listen 127.0.0.1:0"
         if name in self._add:
             raise ConfigurationError(f"--env {name}: {problem}")
@@ -433,7 +446,7 @@ class _Work:
         """The password file, if it knows the server by its address."""
         if _PASSWORD_FILE in self._keep or not self._used:
             return
-        before = content = password_file(self._before)
+        before = content = passwords(password_file(self._before))
         for to, logins in self._used.items():
             content = led_passwords(content, logins, to) or content
         if content != before:

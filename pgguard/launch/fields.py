@@ -45,6 +45,7 @@ _GSS_MODES: Final = frozenset({"gssencmode", "gssencryptionmode"})
 _CERTIFICATES: Final = frozenset(
     {"sslrootcert", "sslcert", "sslkey", "sslca", "rootcertificate", "sslcertificate", "sslrootcertificate"}
 )
+_SAID: Final = frozenset({"host", "hostaddr", "port", "service", "passfile"})
 _DEMANDS: Final = {
     "channelbinding": "require",
     "sslnegotiation": "direct",
@@ -150,13 +151,16 @@ def holding(field: Field, style: Style, to: Address) -> Field | None:
     return None if key in _DEMANDS and plain_name(value) == _DEMANDS[key] else field
 
 
-def led(fields: Sequence[Field], style: Style, to: Address, *, elsewhere: bool = False) -> list[Field]:
+def led(
+    fields: Sequence[Field], style: Style, to: Address, also: Mapping[str, str], *, elsewhere: bool = False
+) -> list[Field]:
     """Settings that lead to the guard.
 
     Args:
         fields: Those that led to the server.
         style: Their notation.
         to: The guard's address.
+        also: Other settings that are to have other values, if they are there.
         elsewhere: Host and port stand in front of the settings as well, as in a URL: none has to be added.
     """
     host = to.directory if isinstance(to, UnixAddress) else to.host
@@ -165,6 +169,9 @@ def led(fields: Sequence[Field], style: Style, to: Address, *, elsewhere: bool =
     done: set[str] = set()
     result: list[Field] = []
     for field, key in zip(fields, keys, strict=True):
+        if key in also:
+            result.append(style.with_value(field, also[key]))
+            continue
         if key not in {"host", "hostaddr", "port"}:
             result.extend(filter(None, [holding(field, style, to)]))
             continue
@@ -205,14 +212,14 @@ def _completed(fields: list[Field], style: Style, host: str, port: str, done: se
 
 
 def hosts_and_ports(fields: Sequence[Field], style: Style) -> dict[str, str]:
-    """What settings say about where the server is: ``host``, ``hostaddr``, ``port`` and ``service``, as they are known.
+    """What settings say about where the server is, ``host``, ``hostaddr``, ``port`` and ``service``, and ``passfile``.
 
     Several of one kind are several servers, as in SQLAlchemy's URLs. A port behind a host's colon is a ``port``.
     """
     found: dict[str, list[str]] = {}
     for field in fields:
         key = style.key(field)
-        if key in {"host", "hostaddr", "port", "service"} and field.value is not None:
+        if key in _SAID and field.value is not None:
             found.setdefault(key, []).append(field.value)
     said = {key: ",".join(values) for key, values in found.items()}
     if _has_port(said.get("host", "")) and "port" not in said:

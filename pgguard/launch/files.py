@@ -78,19 +78,19 @@ class Services:
         section = self._sections.get(name)
         return None if section is None else section.settings
 
-    def led(self, leads: Callable[[str, Mapping[str, str]], Address | None]) -> str | None:
+    def led(self, leads: Callable[[str, Mapping[str, str]], tuple[Address, Mapping[str, str]] | None]) -> str | None:
         """A file in which services lead elsewhere; ``None`` if none is to.
 
         Args:
-            leads: Gives the address to which a service of that name, with such settings, is to lead; ``None``: where it
-                did.
+            leads: Gives the address to which a service of that name, with such settings, is to lead, and other settings
+                that change; ``None``: where it did.
         """
         changed: list[dict[int, tuple[int, list[str]]]] = [{}, {}]
         for name, section in self._sections.items():
-            to = leads(name, section.settings)
-            if to is not None:
+            found = leads(name, section.settings)
+            if found is not None:
                 lines = self._lines[section.file][section.start : section.end]
-                changed[section.file][section.start] = section.end, _led_lines(lines, to)
+                changed[section.file][section.start] = section.end, _led_lines(lines, *found)
         if not any(changed):
             return None
         own, system = changed
@@ -112,11 +112,11 @@ def _field(line: str) -> Field:
     return Field("\n", found["head"], found["raw"], found["name"], found["raw"])
 
 
-def _led_lines(lines: list[str], to: Address) -> list[str]:
+def _led_lines(lines: list[str], to: Address, also: Mapping[str, str]) -> list[str]:
     blank = len(lines)
     while blank and not lines[blank - 1].strip():
         blank -= 1
-    fields = led([_field(line) for line in lines[:blank]], _LINE, to)
+    fields = led([_field(line) for line in lines[:blank]], _LINE, to, also)
     return [*text_of(fields).split("\n"), *lines[blank:]]
 
 
@@ -164,8 +164,12 @@ def _escape(host: str) -> str:
 
 
 def password_file(environment: Mapping[str, str]) -> str:
-    """What stands in the password file that libpq takes by that environment; nothing if it wouldn't take it."""
-    path = environment.get("PGPASSFILE") or os.path.join(_home(environment), ".pgpass")  # noqa: PTH118
+    """Where the password file is that libpq takes by that environment."""
+    return environment.get("PGPASSFILE") or os.path.join(_home(environment), ".pgpass")  # noqa: PTH118
+
+
+def passwords(path: str) -> str:
+    """What stands in a password file; nothing if libpq wouldn't take it."""
     try:
         file = open_regular(Path(path))
         with os.fdopen(file, "rb") as opened:

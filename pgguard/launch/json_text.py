@@ -10,7 +10,7 @@ from pgguard.launch.connection import Connection, edited
 from pgguard.launch.pairs import led_pair, pairs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from pgguard.launch.connection import Edit
     from pgguard.launch.pairs import Pair
@@ -70,8 +70,8 @@ def _in_string(text: str, span: Span, read: Callable[[str], list[Connection]]) -
     plain = str(json.loads(raw))
     for found in read(plain):
 
-        def lead(to: Address, found: Connection = found) -> list[Edit]:
-            edits = found.lead(to)
+        def lead(to: Address, also: Mapping[str, str], found: Connection = found) -> list[Edit]:
+            edits = found.lead(to, also)
             if "\\" not in raw:
                 return [(start + 1 + a, start + 1 + b, json.dumps(said)[1:-1]) for a, b, said in edits]
             return [(start, end, _encoded(edited(plain, edits), raw))] if edits else []
@@ -93,7 +93,7 @@ def _pairs(text: str, members: dict[str, Span]) -> Iterator[Connection]:
     values = {name: str(json.loads(one)) if one.startswith('"') else one for name, one in raw.items()}
     for pair in pairs(values):
 
-        def lead(to: Address, pair: Pair = pair) -> list[Edit]:
+        def lead(to: Address, _: Mapping[str, str], pair: Pair = pair) -> list[Edit]:
             return [
                 (*members[name], _encoded(value, raw[name]) if raw[name].startswith('"') else value)
                 for name, value in led_pair(values, pair, to).items()

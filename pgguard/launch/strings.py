@@ -10,9 +10,9 @@ from pgguard.launch.fields import Field, Style, hosts_and_ports, led, plain_name
 from pgguard.proxy.addresses import UnixAddress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from pgguard.launch.connection import Edit
+    from pgguard.launch.connection import Edit, Lead
     from pgguard.proxy.addresses import Address
 
 _WORD: Final = r"\s*(?P<head>(?P<name>[A-Za-z_][\w.]*)\s*=\s*)"
@@ -111,9 +111,9 @@ def _settings(text: str, start: int, setting: re.Pattern[str]) -> tuple[list[Fie
     return (fields, start) if fields and rest is not None and rest.end() == len(text) else None
 
 
-def _leader(fields: Sequence[Field], style: Style, start: int, end: int) -> Callable[[Address], list[Edit]]:
-    def lead(to: Address) -> list[Edit]:
-        return [(start, end, text_of(led(fields, style, to)))]
+def _leader(fields: Sequence[Field], style: Style, start: int, end: int) -> Lead:
+    def lead(to: Address, also: Mapping[str, str]) -> list[Edit]:
+        return [(start, end, text_of(led(fields, style, to, also)))]
 
     return lead
 
@@ -183,8 +183,8 @@ def places(text: str) -> Iterator[Connection]:
         yield Connection(said, _placer(*place.span("place")), "HOST:PORT", own_defaults=True, tcp_only=True)
 
 
-def _placer(start: int, end: int) -> Callable[[Address], list[Edit]]:
-    def lead(to: Address) -> list[Edit]:
+def _placer(start: int, end: int) -> Lead:
+    def lead(to: Address, _: Mapping[str, str]) -> list[Edit]:
         return [] if isinstance(to, UnixAddress) else [(start, end, str(to))]
 
     return lead

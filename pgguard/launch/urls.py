@@ -17,7 +17,7 @@ from pgguard.proxy.addresses import Address, UnixAddress
 from pgguard.proxy.conninfo import SCHEMES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 _DRIVERS: Final = ("asyncpg", "pdo-pgsql", "pdo_pgsql", "pgx", "pgx4", "pgx5", "psycopg", "psycopg2")
 """Drivers by whose names URLs are called: those of Tortoise, Doctrine and golang-migrate."""
@@ -104,7 +104,7 @@ def _read(url: str, start: re.Match[str]) -> Connection | None:
     in_query = any(_QUERY.key(field) in {"host", "hostaddr"} for field in fields)
     encoded_directory = hosts[:3].lower() in {"%2f", "%40"}
 
-    def lead(to: Address) -> list[tuple[int, int, str]]:
+    def lead(to: Address, also: Mapping[str, str]) -> list[tuple[int, int, str]]:
         on_unix = isinstance(to, UnixAddress)
         if on_unix and not (encoded_directory and not in_query):
             place, elsewhere = "", False
@@ -112,7 +112,7 @@ def _read(url: str, start: re.Match[str]) -> Connection | None:
             place, elsewhere = _place(to), True
         else:
             place, elsewhere = "", False
-        query = text_of(led(fields, _QUERY, to, elsewhere=elsewhere))
+        query = text_of(led(fields, _QUERY, to, also, elsewhere=elsewhere))
         scheme = url[:behind]
         if api == "r2dbcs":
             scheme = scheme[:5] + scheme[6:]

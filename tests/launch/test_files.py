@@ -200,6 +200,32 @@ def test_the_command_gets_a_password_file_of_its_own(variable: str, tmp_path: Pa
     assert rewritten(environment | {"URL": "postgresql://app@10.0.0.5/app"}).files[copy].count(b"127.0.0.1") == 1
 
 
+def test_a_connection_can_have_a_password_file_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "own"
+    path.write_text(PASSWORDS)
+    path.chmod(0o600)
+    services = tmp_path / "services"
+    services.write_text(f"[a]\nhost=db.internal\npassfile={path}\n")
+    environment = {
+        "PGHOST": "other",
+        "PGSERVICEFILE": str(services),
+        "URL": f"postgresql://db.internal/app?passfile={path}&x=y",
+        "STRING": f"host=db.internal passfile={path} dbname=app",
+        "NPGSQL": f"Host=db.internal;Username=app;Passfile={path}",
+        "ELSEWHERE": f"host=other passfile={path} dbname=app",
+        "NO_FILE": "host=db.internal passfile=/nowhere dbname=app",
+    }
+    result = rewritten(environment)
+    copy = PRIVATE / "pgpass-0"
+    assert result.files.keys() == {copy, PRIVATE / "pg_service.conf"}
+    assert b"\n127.0.0.1:40123:app:app:S3\\:CRET\n" in result.files[copy]
+    assert f"passfile={copy}".encode() in result.files[PRIVATE / "pg_service.conf"]
+    for name in ("URL", "STRING", "NPGSQL"):
+        assert f"assfile={copy}" in result.environment[name]
+    assert result.environment["NO_FILE"] == "host=127.0.0.1 port=40123 passfile=/nowhere dbname=app"
+    assert "PGPASSFILE" not in result.environment
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604])
 def test_a_password_file_that_libpq_would_ignore_is_ignored(mode: int, tmp_path: Path) -> None:
     path = tmp_path / "pgpass"
