@@ -39,23 +39,28 @@ def go_program(source: Path, directory: Path) -> Path:
     return program
 
 
-@functools.cache
 def node_directory() -> Path:
-    """A directory with node-postgres and postgres.js in its ``node_modules``, of fixed versions.
+    """A directory with node-postgres and postgres.js in its ``node_modules``, of fixed versions."""
+    return npm_directory(*_NPM_PACKAGES)
+
+
+@functools.cache
+def npm_directory(*packages: str) -> Path:
+    """A directory with these packages, of the versions that are named, in its ``node_modules``.
 
     It is kept between runs of the tests.
     """
     npm = shutil.which("npm")
     if npm is None or shutil.which("node") is None:
         not_installed("Node.js with npm")
-    directory = Path(tempfile.gettempdir()) / f"pgguard-tests-{os.getuid()}-{'-'.join(_NPM_PACKAGES).replace('@', '-')}"
+    directory = Path(tempfile.gettempdir()) / f"pgguard-tests-{os.getuid()}-{'-'.join(packages).replace('@', '-')}"
     if directory.exists():
         return directory
     with tempfile.TemporaryDirectory(prefix="pgguard-npm-") as name:
         fresh = Path(name) / "node"
         fresh.mkdir()
         done = subprocess.run(
-            [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--save-exact", *_NPM_PACKAGES],
+            [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--save-exact", *packages],
             cwd=fresh,
             check=False,
             capture_output=True,

@@ -191,6 +191,38 @@ def explain_command(
     raise typer.Exit(explain(kind, software or ()))
 
 
+@app.command(
+    "report",
+    cls=_Command,
+    help="Turn recorded faults into a report: for people, for CI, for code scanning.\n\n"
+    "FAULTS.jsonl is a file that --faults has written, also of several runs, or compressed with gzip; - is standard "
+    "input. Without an option the report is printed.",
+    epilog=_examples(
+        "pgguard report faults.jsonl",
+        "pgguard report faults.jsonl --markdown report.md",
+        "pgguard report faults.jsonl --format junit > faults.xml",
+    ),
+)
+def report_command(
+    faults: Annotated[
+        Path | None,
+        typer.Argument(metavar="FAULTS.jsonl", help="The file of faults; -: standard input.", show_default=False),
+    ] = None,
+    markdown: options.Markdown = None,
+    form: options.Format = None,
+    fail_on: options.ReportFailOn = None,
+    root: options.Root = None,
+) -> None:
+    """Turn recorded faults into a report."""
+    from pgguard.cli.outputs import Outputs  # noqa: PLC0415 - whoever completes a command needn't wait for it
+    from pgguard.cli.report import report  # noqa: PLC0415 - likewise
+
+    if faults is None:
+        raise ConfigurationError("name the file that --faults has written: pgguard report FAULTS.jsonl")
+    status = report(faults, Outputs(markdown), form=form, fail_on=fail_on, root=root)
+    raise typer.Exit(status)
+
+
 @app.command("doctor", cls=_Command, epilog=_examples("pgguard doctor", "pgguard doctor --json"))
 def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead of a table.")] = False,

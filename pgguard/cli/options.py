@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from pgguard.faults.catalogue import Severity
 from pgguard.faults.policy import Mode
 from pgguard.faults.sql import SqlMode
 from pgguard.proxy import settings
@@ -26,6 +27,23 @@ def completing(values: Sequence[str]) -> Callable[[str], list[str]]:
         return [value for value in values if value.lower().startswith(incomplete.lower())]
 
     return complete
+
+
+FORMATS = ("text", "junit", "github", "sarif")
+"""What ``pgguard report`` can print."""
+FAIL_ON = (str(Severity.ERROR), str(Severity.WARNING), "never")
+"""From which severity on faults matter to the exit status."""
+
+
+def _plain_option(name: str, metavar: str, text: str, *, values: Sequence[str] | None = None) -> Any:
+    """An option that has no variable."""
+    return typer.Option(
+        f"--{name}",
+        metavar=metavar,
+        help=text,
+        show_default=False,
+        autocompletion=None if values is None else completing(values),
+    )
 
 
 def _option(name: str, metavar: str, text: str, *, values: Sequence[str] | None = None) -> Any:
@@ -123,4 +141,38 @@ EvidenceBudget = Annotated[
 User = Annotated[
     str,
     _option("user", "NAME", "If root starts pgguard: the ordinary user to become once everything is set up."),
+]
+
+Markdown = Annotated[
+    Path | None,
+    _plain_option("markdown", "OUT.md", "Write the report as Markdown, for an issue: at most 65,536 characters."),
+]
+Format = Annotated[
+    str | None,
+    _plain_option(
+        "format",
+        "HOW",
+        "What to print. text: as serve does. junit: a test case for each cause. github: an annotation for each cause, "
+        "and the rest in the summary of the job. sarif: for code scanning. Default: text, if no file is written.",
+        values=FORMATS,
+    ),
+]
+ReportFailOn = Annotated[
+    str | None,
+    _plain_option(
+        "fail-on",
+        "SEVERITY",
+        "End with status 66 if there is a fault of at least this severity: error or warning; never: don't. In junit, "
+        "it is also what fails. Default: never; in junit, errors fail.",
+        values=FAIL_ON,
+    ),
+]
+Root = Annotated[
+    Path | None,
+    _plain_option(
+        "root",
+        "DIR",
+        "Where the application's sources are, as it is called where it runs (/app in a container): github and sarif "
+        "name files relative to it. Default: $GITHUB_WORKSPACE, or this directory.",
+    ),
 ]

@@ -13,7 +13,7 @@ STATUSES: Final = (
     (str(DONE), "success; serve: a signal stopped it"),
     (str(MISSING), "doctor: something essential missing; demo: failed"),
     (str(CANNOT), "wrong usage or setting (see standard error)"),
-    (str(FAULT_SEEN), "reserved for pgguard run, which doesn't exist yet"),
+    (str(FAULT_SEEN), "run, report: a fault of at least --fail-on severity was seen"),
     ("128+N", "ended by signal N: 130 for Ctrl-C"),
 )
 """Each status and its meaning, as the README has them too."""

@@ -29,7 +29,7 @@ from tests.proxy.spawned import environment, run
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-COMMANDS = ("serve", "demo", "explain", "doctor")
+COMMANDS = ("serve", "report", "demo", "explain", "doctor")
 
 
 def test_version(tmp_path: Path) -> None:
@@ -96,6 +96,8 @@ def test_each_help_has_examples(command: str, helps: dict[str, str]) -> None:
 def test_the_examples_work_as_they_are_pasted(helps: dict[str, str], tmp_path: Path) -> None:
     """But for the demonstration, which has tests of its own."""
     found = dict.fromkeys(example for text in helps.values() for example in examples(text))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/faults.jsonl").touch()
     said = pasted("\n".join(example for example in found if example != "pgguard demo"), tmp_path)
     assert said.count("pgguard: ready on ") == sum("pgguard serve" in example for example in found) == 3
     assert (tmp_path / "home/faults.jsonl").exists()
@@ -135,6 +137,8 @@ def test_completion_of_commands_options_and_values(tmp_path: Path) -> None:
     assert completed("pgguard serve --evid", tmp_path) == ["--evidence-budget"]
     assert completed("pgguard serve --mode ", tmp_path) == list(Mode)
     assert completed("pgguard serve --attribution e", tmp_path) == ["ebpf"]
+    assert completed("pgguard report x --format ", tmp_path) == ["text", "junit", "github", "sarif"]
+    assert completed("pgguard report x --fail-on w", tmp_path) == ["warning"]
     assert completed("pgguard explain ", tmp_path) == list(Kind)
     assert completed("pgguard explain unr", tmp_path) == ["unread-answer"]
     assert completed("pgguard explain unread-answer --for ", tmp_path) == software_names()

@@ -1,0 +1,128 @@
+"""The files that reports are written to: checked before anything else is done, as a run may take an hour.
+
+``-`` stands for standard output, as everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pgguard.proxy.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pgguard.reporting.recorded import Recording
+
+STANDARD: Final = Path("-")
+"""Standard output, or input."""
+
+
+class Outputs(NamedTuple):
+    """Where reports on a recording are to be written."""
+
+    markdown: Path | None = None
+
+    def __bool__(self) -> bool:
+        return any(path is not None for path in self)
+
+    @property
+    def on_standard_output(self) -> str | None:
+        """The option of the one that goes to standard output."""
+        return next((option for option, path in self._named() if path == STANDARD), None)
+
+    def check(self, *others: tuple[str, Path | None]) -> None:
+        """See whether everything can be written, before there is anything to write.
+
+        Args:
+            others: Other files that are read or written, by what they are called in messages.
+
+        Raises:
+            ConfigurationError: It can't, or two of them are the same file; the message says what to change.
+        """
+        taken: dict[object, str] = {}
+        for name, path in others:
+            if path is not None and (place := _place(path)) is not None:
+                taken[place] = name
+        for option, path in self._named():
+            _check(option, path)
+            place = _place(path)
+            if place is None:
+                continue
+            if place in taken:
+                raise ConfigurationError(f"{option} {path}: {taken[place]} is the same file: give each one of its own")
+            taken[place] = option
+
+    def write(self, recording: Recording) -> list[Path]:
+        """Write them; returns the files.
+
+        Raises:
+            ConfigurationError: One can't be written.
+        """
+        written: list[Path] = []
+        if self.markdown is not None:
+            from pgguard.reporting.markdown import to_markdown  # noqa: PLC0415 - each takes its time to load
+
+            written += _write("--markdown", self.markdown, to_markdown(recording))
+        return written
+
+    def _named(self) -> Iterator[tuple[str, Path]]:
+        if self.markdown is not None:
+            yield "--markdown", self.markdown
+
+
+def _check(option: str, path: Path) -> None:
+    if path == STANDARD:
+        return
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        _check_directory(option, path)
+    except OSError as error:
+        raise ConfigurationError(f"{option} {path}: {error.strerror}") from error
+    else:
+        if stat.S_ISDIR(facts.st_mode):
+            raise ConfigurationError(f"{option} {path}: it is a directory: name a file")
+        if not os.access(path, os.W_OK):
+            raise ConfigurationError(f"{option} {path}: this user may not write to it: name another file")
+
+
+def _check_directory(option: str, path: Path) -> None:
+    directory = path.parent
+    if not directory.is_dir():
+        raise ConfigurationError(f"{option} {path}: there is no directory {directory}: create it, or name another file")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"{option} {path}: this user may not create files in {directory}: name another file")
+
+
+def _place(path: Path) -> object:
+    """What two names of one file have in common; ``None`` for what can be written to by several: a device, a pipe."""
+    if path == STANDARD:
+        return STANDARD
+    try:
+        facts = path.stat()
+    except OSError:
+        return path.absolute().parent.resolve() / path.name
+    return (facts.st_dev, facts.st_ino) if stat.S_ISREG(facts.st_mode) else None
+
+
+def _write(option: str, path: Path, text: str) -> list[Path]:
+    if path == STANDARD:
+        write_out(text)
+        return []
+    try:
+        path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+    except OSError as error:
+        raise ConfigurationError(f"{option}: can't write {path}: {error.strerror}") from error
+    return [path]
+
+
+def write_out(text: str) -> None:
+    """Write what programs read to standard output: in UTF-8, whatever the terminal's encoding is."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="\n")
+    sys.stdout.write(text)
