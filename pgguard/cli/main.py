@@ -79,6 +79,7 @@ app = typer.Typer(
     epilog=_examples(
         "pgguard demo",
         "pgguard serve --upstream postgresql://db.example.com",
+        "pgguard report faults.jsonl --html report.html",
         "pgguard explain shared-by-processes --for gunicorn",
     )
     + f"\n\nExit status:\n\n{_STATUSES}",
@@ -199,6 +200,7 @@ def explain_command(
     "input. Without an option the report is printed.",
     epilog=_examples(
         "pgguard report faults.jsonl",
+        "pgguard report faults.jsonl --html report.html",
         "pgguard report faults.jsonl --markdown report.md",
         "pgguard report faults.jsonl --format junit > faults.xml",
     ),
@@ -208,6 +210,8 @@ def report_command(
         Path | None,
         typer.Argument(metavar="FAULTS.jsonl", help="The file of faults; -: standard input.", show_default=False),
     ] = None,
+    html: options.Html = None,
+    css: options.Css = None,
     markdown: options.Markdown = None,
     form: options.Format = None,
     fail_on: options.ReportFailOn = None,
@@ -219,7 +223,7 @@ def report_command(
 
     if faults is None:
         raise ConfigurationError("name the file that --faults has written: pgguard report FAULTS.jsonl")
-    status = report(faults, Outputs(markdown), form=form, fail_on=fail_on, root=root)
+    status = report(faults, Outputs(html, css, markdown), form=form, fail_on=fail_on, root=root)
     raise typer.Exit(status)
 
 

@@ -143,6 +143,18 @@ User = Annotated[
     _option("user", "NAME", "If root starts pgguard: the ordinary user to become once everything is set up."),
 ]
 
+Html = Annotated[
+    Path | None,
+    _plain_option("html", "OUT.html", "Write the report as a page for browsers, which needs nothing else."),
+]
+Css = Annotated[
+    Path | None,
+    _plain_option(
+        "css",
+        "OUT.css",
+        "Write the style of the page to this file, for servers that allow none within a page (Jenkins).",
+    ),
+]
 Markdown = Annotated[
     Path | None,
     _plain_option("markdown", "OUT.md", "Write the report as Markdown, for an issue: at most 65,536 characters."),

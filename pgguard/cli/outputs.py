@@ -10,7 +10,9 @@ import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
+from urllib.parse import quote
 
+from pgguard.attribution.trust import UntrustedError
 from pgguard.proxy.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ STANDARD: Final = Path("-")
 class Outputs(NamedTuple):
     """Where reports on a recording are to be written."""
 
+    html: Path | None = None
+    css: Path | None = None
+    """A file of its own for the style of the HTML, instead of within it."""
     markdown: Path | None = None
 
     def __bool__(self) -> bool:
@@ -44,9 +49,14 @@ class Outputs(NamedTuple):
         Raises:
             ConfigurationError: It can't, or two of them are the same file; the message says what to change.
         """
+        if self.css is not None and self.html is None:
+            raise ConfigurationError("--css is the style of a page: add --html")
+        if STANDARD in {self.html, self.css} and self.css is not None:
+            raise ConfigurationError("--css: a page and its style are two files: name both")
         taken: dict[object, str] = {}
         for name, path in others:
-            if path is not None and (place := _place(path)) is not None:
+            # What comes from standard input doesn't stand in the way of what goes to standard output.
+            if path is not None and path != STANDARD and (place := _place(path)) is not None:
                 taken[place] = name
         for option, path in self._named():
             _check(option, path)
@@ -68,11 +78,20 @@ class Outputs(NamedTuple):
             from pgguard.reporting.markdown import to_markdown  # noqa: PLC0415 - each takes its time to load
 
             written += _write("--markdown", self.markdown, to_markdown(recording))
+        if self.html is not None:
+            from pgguard.reporting.page import html_report, style_sheet  # noqa: PLC0415 - likewise
+
+            link = None
+            if self.css is not None:
+                link = quote(os.path.relpath(self.css, self.html.parent))
+                written += _write("--css", self.css, style_sheet())
+            written += _write("--html", self.html, html_report(recording, stylesheet=link))
         return written
 
     def _named(self) -> Iterator[tuple[str, Path]]:
-        if self.markdown is not None:
-            yield "--markdown", self.markdown
+        for option, path in (("--html", self.html), ("--css", self.css), ("--markdown", self.markdown)):
+            if path is not None:
+                yield option, path
 
 
 def _check(option: str, path: Path) -> None:
@@ -114,8 +133,12 @@ def _write(option: str, path: Path, text: str) -> list[Path]:
     if path == STANDARD:
         write_out(text)
         return []
+    from pgguard.reporting.page import write_file  # noqa: PLC0415 - likewise
+
     try:
-        path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        write_file(path, text)
+    except UntrustedError as error:
+        raise ConfigurationError(f"{option}: can't write {path}: {error}") from error
     except OSError as error:
         raise ConfigurationError(f"{option}: can't write {path}: {error.strerror}") from error
     return [path]

@@ -11,7 +11,7 @@ from pgguard.cli.options import FAIL_ON, FORMATS
 from pgguard.cli.outputs import write_out
 from pgguard.cli.statuses import DONE, FAULT_SEEN
 from pgguard.faults.catalogue import Severity
-from pgguard.faults.text import counted, nearest, printable
+from pgguard.faults.text import counted, listed, nearest, printable
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.reporting.places import Sources
 from pgguard.reporting.recorded import RecordingError, read_recording
@@ -58,7 +58,11 @@ def report(
     written = outputs.write(recording)
     match form:
         case None:
-            _say(f"{_verdict(recording)}: see {' and '.join(map(str, written))}" if written else _verdict(recording))
+            _say(
+                f"{_verdict(recording)}: see {listed([str(path) for path in written])}"
+                if written
+                else _verdict(recording)
+            )
         case "text":
             for piece in to_text(recording, terminal=sys.stdout.isatty()):
                 sys.stdout.write(piece)

@@ -43,6 +43,8 @@ def test_a_block_works_as_it_is_pasted(block: str, tmp_path: Path) -> None:
     (programs / "python3").chmod(0o755)
     system = [part for part in os.environ["PATH"].split(":") if shutil.which("pgguard", path=part) is None]
     path = ":".join([str(programs), *system])
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/faults.jsonl").touch()  # what an earlier block has written
     said = pasted(f"{INSTALL}\n{block}", tmp_path, root=root, path=path)
     assert "command not found" not in said
     assert ("pgguard: ready on " in said) is ("pgguard serve" in block), said

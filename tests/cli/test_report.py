@@ -138,15 +138,29 @@ def test_files_are_written_and_then_nothing_is_printed(report: Report, tmp_path:
     assert out.startswith("<?xml")
 
 
+def test_a_page_has_its_style_within_it_or_beside_it(report: Report, tmp_path: Path) -> None:
+    assert report("--html", "a.html") == (0, "", "pgguard: 43 faults from 2 causes: see a.html\n")
+    assert "<style" in (tmp_path / "a.html").read_text()
+    (tmp_path / "my site").mkdir()
+    status, out, err = report("--html", "my site/b.html", "--css", "my style.css", "--markdown", "c.md")
+    assert (status, out) == (0, "")
+    assert err == "pgguard: 43 faults from 2 causes: see c.md, my style.css and my site/b.html\n"
+    page = (tmp_path / "my site/b.html").read_text()
+    assert "<style" not in page
+    assert 'href="../my%20style.css"' in page
+    assert "{" in (tmp_path / "my style.css").read_text()
+    assert report("--html", "-")[1] == (tmp_path / "a.html").read_text()
+
+
 def test_a_dash_is_standard_output_and_input(report: Report, tmp_path: Path) -> None:
     status, out, err = report("--markdown", "-")
     assert (status, err) == (0, "pgguard: 43 faults from 2 causes\n")
     assert out.startswith("## pgguard: ")
-    command = [sys.executable, "-m", "pgguard", "report", "-", "--format", "junit"]
+    command = [sys.executable, "-m", "pgguard", "report", "-", "--markdown", "-"]
     piped = subprocess.run(
         command, input=FAULTS, cwd=tmp_path, env=environment(), capture_output=True, check=True, timeout=30
     )
-    assert piped.stdout.decode() == report("--format", "junit")[1]
+    assert piped.stdout.decode() == out
 
 
 def test_a_compressed_file_is_read(report: Report, tmp_path: Path) -> None:
@@ -202,6 +216,12 @@ def test_an_error_is_looked_for_and_not_just_any_fault(report: Report, tmp_path:
         (("faults.jsonl", "--markdown", "no/a.md"), "--markdown no/a.md: there is no directory no: create it"),
         (("faults.jsonl", "--markdown", "directory"), "--markdown directory: it is a directory: name a file"),
         (("faults.jsonl", "--markdown", "notes.txt/x"), "--markdown notes.txt/x: Not a directory"),
+        (("faults.jsonl", "--html", "a", "--markdown", "./a"), "--markdown a: --html is the same file: give each"),
+        (("faults.jsonl", "--html", "a", "--css", "a"), "--css a: --html is the same file"),
+        (("faults.jsonl", "--css", "a.css"), "--css is the style of a page: add --html"),
+        (("faults.jsonl", "--html", "-", "--css", "a.css"), "--css: a page and its style are two files: name both"),
+        (("faults.jsonl", "--html", "-", "--markdown", "-"), "--markdown -: --html is the same file"),
+        (("faults.jsonl", "--html", "a", "--css", "no/a"), "--css no/a: there is no directory no: create it"),
         (("faults.jsonl", "--markdown", "/dev/full"), "--markdown: can't write /dev/full: No space left on device"),
         (
             ("faults.jsonl", "--markdown", "-", "--format", "junit"),
