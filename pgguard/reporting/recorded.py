@@ -69,6 +69,8 @@ _INSTANCES: Final = 256
 """Sessions and processes of one cause in one run that are told apart here; a repeat says how many it has counted."""
 _NUMBERS: Final = 2 * CAUSES
 """Numbers of causes that are remembered."""
+_ALIKE: Final = 16
+"""Causes by one name, the latest ones, of which another run's may be one."""
 _TROUBLES: Final = 20
 """Lines with which something is wrong that are told of one by one."""
 _MARKS: Final = 64
@@ -83,6 +85,8 @@ _ITS_OWN: Final = frozenset({Kind.UNREAD_ANSWER, Kind.IDLE_IN_TRANSACTION, Kind.
 TICK: Final = 0.02
 """Seconds by which a process's start, which the kernel counts in ticks, can seem to be too early."""
 _INVOLVED: Final = frozenset({"intruder", "requester", "closer"})
+_KNOWN: Final = _INVOLVED | {"owner"}
+"""Roles of which it matters how they are known."""
 _OUTLINE: Final = ("id", "run", "at", "cause", "kind", "severity", "action", "summary", "reason", "session")
 
 
@@ -214,7 +218,7 @@ class Recording:
     stack_problems: tuple[tuple[str, int], ...]
     """Why there was no stack of a thread, and how often, the most frequent first."""
     evidence: frozenset[Evidence]
-    """How whoever did it is known, in some of the faults that are recorded in full."""
+    """How they are known who did it, suffered it, or opened the connection, in some of the causes."""
     troubles: tuple[str, ...]
     """What is wrong with the file, a clause each, which says in which line."""
 
@@ -436,7 +440,7 @@ class Gatherer:
         advice = _title(record)
         in_full = number_of(record.get("repeat_of")) is None
         by_name = number_of(record.get("cause")) is None
-        for cause in self._by_key.get(key, ()):
+        for cause in self._by_key.get(key, [])[-_ALIKE:]:
             is_another = not by_name and self._latest.get(cause) == run
             if is_another or (None not in (advice, cause.advice) and advice != cause.advice):
                 continue
@@ -480,7 +484,7 @@ class Gatherer:
             problem = text_of(one.get("stack_problem"))
             if problem is not None and (problem in self._stack_problems or len(self._stack_problems) < _TROUBLES):
                 self._stack_problems[problem] += 1
-            if one.get("role") in _INVOLVED and one.get("evidence") in _EVIDENCE:
+            if one.get("role") in _KNOWN and one.get("evidence") in _EVIDENCE:
                 self._evidence.add(Evidence(one["evidence"]))
 
     # How often, and where

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pgguard.attribution.evidence import Process
-    from pgguard.faults.fault import Culprit, Fault, Request
+    from pgguard.faults.fault import Chapter, Culprit, Fault, Request
 
 LANES: Final = 6
 """Processes and threads that get a lane of their own, at most."""
@@ -30,6 +30,8 @@ REQUESTS: Final = 24
 """Requests that are told, the latest ones."""
 IDLE: Final = 0.1
 """Seconds from which on nothing happened for a while, which is folded."""
+TICK: Final = 0.01
+"""Seconds to which the start of a process is known: a tick of the kernel's clock, proc_pid_stat(5)."""
 LABEL: Final = 40
 """Characters of a lane's name for the program and for the thread, at most."""
 SQL: Final = 200
@@ -118,10 +120,12 @@ class Step(NamedTuple):
     """The guard hasn't let it pass."""
     n: int | None = None
     """The number of the request that it is, or answers."""
+    roughly: bool = False
+    """Its time is known to within :data:`TICK` only."""
 
 
 class Gap(NamedTuple):
-    """A time in which nothing is known to have happened."""
+    """A time of which nothing is known that happened in it."""
 
     seconds: float
 
@@ -138,6 +142,8 @@ class Sequence:
     """When the first of them did, in seconds since the epoch."""
     unknown: tuple[str, ...]
     """What the record doesn't say, a sentence each."""
+    refused: bool = False
+    """The server has refused the connection: nobody has ever had it."""
 
     @property
     def guard(self) -> int:
@@ -156,7 +162,9 @@ class Sequence:
 
     def time(self, step: Step) -> str:
         """When a step was, from the first one on; empty if that isn't known."""
-        return "" if step.at is None else f"+{duration(step.at - self.began)}"
+        if step.at is None:
+            return ""
+        return f"{'about ' if step.roughly else ''}+{duration(step.at - self.began)}"
 
     def sentence(self, step: Step) -> str:
         """A step in words, for whoever can't see a diagram; other people's text is in it."""
@@ -206,7 +214,7 @@ class _Drawing:
         self._fault = fault
         self._culprits: dict[int, list[Culprit]] = {}
         for culprit in fault.culprits:
-            if culprit.pid is not None:
+            if culprit.pid is not None and self._takes_part(culprit):
                 self._culprits.setdefault(culprit.pid, []).append(culprit)
         self._requests = fault.requests[-REQUESTS:]
         self._owner = next((one.pid for one in fault.culprits if one.role is Role.OWNER), None)
@@ -225,7 +233,8 @@ class _Drawing:
         self._tell()
         steps = self._steps
         began = min((step.at for step in steps if step.at is not None), default=self._fault.at)
-        return Sequence(tuple(self._lanes), tuple(_fold(steps)), began, tuple(self._remarks()))
+        refused = self._fault.kind is Kind.CONNECTION_EXHAUSTION
+        return Sequence(tuple(self._lanes), tuple(_fold(steps)), began, tuple(self._remarks()), refused)
 
     # Lanes
 
@@ -249,7 +258,7 @@ class _Drawing:
             )
         self._guard, self._server = len(self._lanes), len(self._lanes) + 1
         backend = self._fault.session.backend_pid
-        self._lanes.append(Lane(LaneKind.GUARD, "pgguard", "passes everything on"))
+        self._lanes.append(Lane(LaneKind.GUARD, "pgguard", "stands in between"))
         self._lanes.append(Lane(LaneKind.SERVER, "PostgreSQL", "" if backend is None else f"backend pid {backend}"))
 
     def _threads(self) -> list[tuple[int, int | None]]:
@@ -263,7 +272,7 @@ class _Drawing:
             found[sender.pid, sender.tid] = None
         acting = {pid for pid, _ in found}
         for culprit in self._fault.culprits:
-            if culprit.pid is None:
+            if culprit.pid is None or not self._takes_part(culprit):
                 continue
             if culprit.role in (Role.OWNER, Role.HOLDER):
                 if culprit.pid not in {pid for pid, _ in found}:
@@ -277,6 +286,10 @@ class _Drawing:
         # What a process does in a thread that isn't known has a lane of its own only if somebody did something there.
         sent = {(request.pid, request.tid) for request in self._requests}
         return [(pid, tid) for pid, tid in found if tid is not None or pid not in known or (pid, tid) in sent]
+
+    def _takes_part(self, culprit: Culprit) -> bool:
+        """Whoever holds other connections has no part in one that was refused."""
+        return culprit.role is not Role.HOLDER or self._fault.kind is not Kind.CONNECTION_EXHAUSTION
 
     def _importance(self, thread: tuple[int, int | None]) -> tuple[bool, int, int]:
         pid, tid = thread
@@ -346,15 +359,15 @@ class _Drawing:
                 if source in lanes:
                     source = None
                 text = "inherits the open connection" if source is not None else "has inherited the open connection"
-                step = Step(What.INHERITED, chapter.at, source, lanes, text)
+                step = Step(What.INHERITED, self._forked_at(chapter), source, lanes, text, roughly=True)
             else:
                 step = Step(What.RECEIVED, chapter.at, None, lanes, "has the connection too: it was handed over")
-            if chapter.at is None:
+            if step.at is None:
                 untimed.append(step)
                 self._since.setdefault(chapter.pid, opened_at)
             else:
-                events.append((chapter.at, 1, n, None, step))
-                self._since.setdefault(chapter.pid, chapter.at)
+                events.append((step.at, 1, n, None, step))
+                self._since.setdefault(chapter.pid, step.at)
         for request in self._requests:
             events.append((request.at, 2, request.n, request, self._request(request)))
             if request.pid is not None:
@@ -388,6 +401,15 @@ class _Drawing:
             step._replace(detail=states.get(step.n or 0, "")) if step.what is What.REQUEST else step
             for step in self._steps
         ]
+
+    def _forked_at(self, chapter: Chapter) -> float | None:
+        """When a process was forked: in the middle of the tick in which it began, but before it has sent anything."""
+        if chapter.at is None:
+            return None
+        sent = [request.at for request in self._requests if request.pid == chapter.pid]
+        if self._fault.sent_by is not None and self._fault.sent_by.pid == chapter.pid:
+            sent.append(self._fault.at)
+        return max(self._fault.session.opened_at, min([chapter.at + TICK / 2, *sent]))
 
     def _request(self, request: Request) -> Step:
         sql = "" if request.sql is None else shorten(" ".join(request.sql.split()), SQL)
@@ -464,6 +486,8 @@ class _Drawing:
         fault = self._fault
         if any(step.what is What.ANSWER for step in self._steps):
             yield "When an answer was complete isn't recorded, only before which request."
+        if any(step.roughly for step in self._steps):
+            yield "When a process was forked is known to a hundredth of a second only, and so is what came before it."
         yield from self._unknown
         if any(step.what is What.ANSWER and len(step.targets) > 1 for step in self._steps):
             yield "Who has read an answer can't be seen: every process that has the socket open could."

@@ -76,13 +76,27 @@ def test_the_story_of_a_shared_connection_in_order() -> None:
     ]
 
 
+def test_when_a_process_was_forked_is_known_to_a_tick_of_the_clock_only() -> None:
+    """It began in that tick, and had before it sent anything."""
+    early = Chapter(Event.INHERITED, NOW - 1.0, 4866, 4864, Evidence.SOCKET_HOLDER)
+    requests = (request(1, 0.997), request(2, 0.9))
+    steps = sequence_of(fault(story=(FORKED[0], early), requests=requests)).steps
+    [fork] = [step for step in steps if step.what is What.INHERITED]
+    assert (fork.at, fork.roughly) == (NOW - 0.997, True)
+    late = sequence_of(fault(story=(FORKED[0], early), requests=requests[1:]))
+    [fork] = [step for step in late.steps if step.what is What.INHERITED]
+    assert fork.at == pytest.approx(NOW - 0.995)
+    assert late.time(fork).startswith("about +")
+    assert any("a hundredth of a second" in sentence for sentence in late.unknown)
+
+
 def test_lanes_are_those_who_took_part_the_opener_first_and_the_intruder_last() -> None:
     sequence = sequence_of(fault(story=FORKED))
     assert [lane.title for lane in sequence.lanes] == [
         "pid 4864 (puma 6.4.2 (tcp://0.0.0.0:9292) [app])",
         "pid 4866 (puma: cluster worker 0), thread 4871",
         "pid 4867 (puma: cluster worker 1), thread 4880",
-        "pgguard (passes everything on)",
+        "pgguard (stands in between)",
         "PostgreSQL (backend pid 4865)",
     ]
     assert sequence.lanes[2].roles == (Role.INTRUDER,)

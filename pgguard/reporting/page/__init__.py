@@ -187,4 +187,6 @@ def _bar(times: int, most: int) -> float:
 def _title(recording: Recording) -> str:
     if not recording.causes:
         return "no fault was recorded"
-    return f"{counted(recording.times, 'fault')} from {counted(len(recording.causes), 'cause')}"
+    return (
+        f"{recording.times:,} fault{'' if recording.times == 1 else 's'} from {counted(len(recording.causes), 'cause')}"
+    )

@@ -14,7 +14,7 @@ from pgguard.faults.fault import Role
 from pgguard.faults.policy import Action
 from pgguard.faults.text import counted, listed, shorten
 from pgguard.reporting.page.drawing import Diagram, draw
-from pgguard.reporting.page.explanations import CONSEQUENCES, EVIDENCE
+from pgguard.reporting.page.explanations import CONSEQUENCES, EVIDENCE, OPENERS_EVIDENCE
 from pgguard.reporting.record import rfc3339
 from pgguard.reporting.sequence import Sequence, What, sequence_of
 from pgguard.reporting.words import (
@@ -278,7 +278,8 @@ def _evidence(told: list[Side]) -> Iterator[tuple[str, str]]:
         if culprit is None or culprit.pid is None:
             continue
         process = known_by(replace(culprit, tid_evidence=None))
-        yield process, EVIDENCE[culprit.evidence]
+        meanings = OPENERS_EVIDENCE if culprit.role is Role.OWNER else EVIDENCE
+        yield process, meanings[culprit.evidence]
         thread = known_by(culprit).removeprefix(process).removeprefix("; ")
         if thread and culprit.tid_evidence is not None:
             yield thread, EVIDENCE[culprit.tid_evidence]

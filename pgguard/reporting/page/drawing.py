@@ -17,9 +17,9 @@ from pgguard.reporting.sequence import Gap, LaneKind, Sequence, Step, What, dura
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CHARACTER: Final = 6.6
+CHARACTER: Final = 7.0
 """Pixels of a character of the size that texts have here, on the average."""
-_TIMES: Final = 92
+_TIMES: Final = 118
 """Pixels of the column of times."""
 _LANE: Final = 178
 """Pixels of a lane, where there is room for all of them on a page that is :data:`_PAGE` pixels wide."""
@@ -180,18 +180,20 @@ class _Drawer:
         return _TIMES + self._lane * lane + self._lane / 2
 
     def _boxes(self) -> Iterator[Box]:
-        room = self._lane - 26
+        room = self._lane - 24
         for n, lane in enumerate(self._sequence.lanes):
             program = [fitting(lane.program, room)] if lane.thread else _in_lines(lane.program, room, 2)
             lines = [fitting(lane.name, room - 14), *program, *([fitting(lane.thread, room)] if lane.thread else [])]
             role = next((_ROLES[one] for one in _ROLES if one in lane.roles), "")
+            if self._sequence.refused and role:
+                role = "asked for it"
             kind = "guard" if lane.kind is LaneKind.GUARD else "server" if lane.kind is LaneKind.SERVER else "client"
             if Role.INTRUDER in lane.roles or Role.CLOSER in lane.roles:
                 kind = "intruder"
             yield Box(self._x(n), self._x(n) - self._lane / 2 + 8, self._lane - 16, tuple(lines), role, kind)
 
     def _fold(self, gap: Gap) -> None:
-        self._folds.append(Fold(self._y + _GAP / 2, f"nothing for {duration(gap.seconds)}"))
+        self._folds.append(Fold(self._y + _GAP / 2, f"{duration(gap.seconds)} later"))
         self._y += _GAP
 
     def _step(self, step: Step) -> None:
@@ -278,5 +280,7 @@ class _Drawer:
 def _in_lines(text: str, pixels: float, most: int = 5) -> list[str]:
     """A text in as many lines as it takes, or as there may be."""
     room = max(8, int(pixels / CHARACTER))
-    lines = textwrap.wrap(printable(text), room, max_lines=most, placeholder=" …")
-    return [fitting(line, pixels + CHARACTER) for line in lines] if lines else [""]
+    lines = textwrap.wrap(printable(text), room) or [""]
+    if len(lines) > most:
+        lines[most - 1 :] = [" ".join(lines[most - 1 :])]
+    return [fitting(line, pixels + CHARACTER) for line in lines]

@@ -81,6 +81,14 @@ EVIDENCE: Final = {
 }
 """How strong each piece of evidence is."""
 
+OPENERS_EVIDENCE: Final = {
+    **EVIDENCE,
+    Evidence.KERNEL_SENDER: (
+        "The Linux kernel itself said which process opened this connection. That is proof; no process can fake it."
+    ),
+}
+"""The same of who has opened the connection."""
+
 GLOSSARY: Final = (
     (
         "Cause, fault",
