@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,13 @@ Edit = tuple[int, int, str]
 
 Lead = Callable[["Address", Mapping[str, str]], list[Edit]]
 """Gives the edits that lead to an address, with settings, by their names here, that are to be others besides."""
+
+Pin = Callable[[Sequence["Address"]], list[Edit]]
+"""Gives the edits that say in full where it leads now, which are these addresses."""
+
+
+def _all_said(_: Sequence[Address]) -> list[Edit]:
+    return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,8 @@ class Connection:
     """It can't lead to a Unix socket."""
     own_defaults: bool = False
     """Its driver fills in ``localhost`` and 5432, and not what libpq's variables say."""
+    pin: Pin = _all_said
+    """How to make it independent of libpq's variables."""
 
     @property
     def follows_libpq(self) -> bool:

@@ -24,13 +24,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.faults.text import listed, printable
 from pgguard.launch.connection import edited
-from pgguard.launch.fields import Field, Style, holding
-from pgguard.launch.files import Login, Services, led_passwords, password_file, passwords
+from pgguard.launch.fields import Field, Style, holding, led, pinned
+from pgguard.launch.files import LINE, Login, Services, led_passwords, password_file, passwords
 from pgguard.launch.pairs import is_bare, is_host, is_port, led_pair, pairs, port_name
 from pgguard.launch.places import Resolver, Server
 from pgguard.launch.values import connections
@@ -116,13 +117,14 @@ def rewrite(
     """
     work = _Work(environment, upstream, guard, directory, frozenset(add), frozenset(keep), resolve or Resolver())
     work.check()
-    work.services()
     for name, value in environment.items():
         if name not in _APART:
             work.value(name, value)
     work.pairs()
     work.hosts()
     work.libpq()
+    work.services()
+    work.pin()
     work.defaults()
     work.passwords()
     return work.result()
@@ -163,14 +165,15 @@ class _Defaults:
         """Where a connection leads, in order; nowhere if that can't be known."""
         return _addresses(self.settled(connection.said, own=connection.own_defaults))
 
-    def settled(self, said: Mapping[str, str], *, own: bool = False) -> dict[str, str] | None:
+    def settled(self, said: Mapping[str, str], *, own: bool = False, own_service: bool = True) -> dict[str, str] | None:
         """Settings with what isn't said filled in; ``None`` if a service is said that there isn't.
 
         Args:
             said: What a connection says.
             own: Its driver has defaults of its own, and only knows services.
+            own_service: The service that the variables name is one that is filled in.
         """
-        name = said.get("service") or ("" if own else self._service)
+        name = said.get("service") or ("" if own or not own_service else self._service)
         service = self.services.settings(name) if name else {}
         if service is None:
             return None
@@ -234,6 +237,12 @@ class _Work:
         """Something led to the server, whether or not it was to be kept."""
         self._others: list[str] = []
         """Variables that lead to other PostgreSQL servers."""
+        self._edits: dict[str, list[Edit]] = {}
+        """What changes in which variable's value."""
+        self._left: list[tuple[str, Connection, tuple[Address, ...]]] = []
+        """What leads elsewhere: in which variable, and to where."""
+        self._pinned: list[str] = []
+        """Variables in which that has to be said in full."""
         self._remarks: list[str] = []
         self._files: dict[Path, bytes] = {}
         self._is_made_up = False
@@ -247,30 +256,6 @@ class _Work:
                 f"--env {name}: {name} is not set: set it as the application needs it without pgguard, which then "
                 f"rewrites it"
             )
-
-    def services(self) -> None:
-        """Services, if anything in the environment speaks of them."""
-        named = self._before.get(_SERVICE)
-        asked = named or _SERVICE_FILE in self._before or any("service=" in value for value in self._before.values())
-        if not asked or _SERVICE_FILE in self._keep:
-            return
-
-        def leads(name: str, settings: Mapping[str, str]) -> tuple[Address, Mapping[str, str]] | None:
-            if name == named and _SERVICE in self._keep:
-                return None
-            said = {**self._libpq.by_variables(), **settings}
-            addresses = _addresses(said)
-            if self._server.is_at(addresses) or (name == named and _SERVICE in self._add):
-                self._found = self._found or name == named
-                to = self._to(addresses, said)
-                return None if to is None else (to, self._also(said, to))
-            if name == named:
-                self._others.append(_SERVICE)
-            return None
-
-        content = self._libpq.services.led(leads)
-        if content is not None:
-            self._add_file(_SERVICE_FILE, "pg_service.conf", content)
 
     def _add_file(self, variable: str, name: str, content: str) -> None:
         path = self._directory / name
@@ -303,43 +288,42 @@ class _Work:
     def value(self, name: str, value: str) -> None:
         """A variable by its value."""
         forced = name in self._add
-        edits: list[Edit] = []
         for connection in connections(value, name, sure=forced):
             addresses = self._libpq.addresses(connection)
             leads = self._server.is_at(addresses)
             if name in self._keep:
                 self._found = self._found or leads
             elif leads or forced:
-                edits += self._led(name, connection, addresses)
+                self._lead(name, connection, addresses)
             else:
                 self._leave(name, connection, addresses)
-        if edits:
-            self._now[name] = edited(value, edits)
 
-    def _led(self, name: str, connection: Connection, addresses: Sequence[Address]) -> list[Edit]:
+    def _lead(self, name: str, connection: Connection, addresses: Sequence[Address]) -> None:
         said = self._libpq.settled(connection.said, own=connection.own_defaults)
         to = self._to(addresses, said, tcp_only=connection.tcp_only)
         if to is not None:
             self._found = True
             follows = connection.follows_libpq and isinstance(to, UnixAddress) and not self._keep & _PLACES
-            return [] if follows and name not in self._add else connection.lead(to, self._also(said, to))
+            if name in self._add or not follows:
+                self._edits.setdefault(name, []).extend(connection.lead(to, self._also(said, to)))
+            return
         problem = f"{name} is a {connection.what}, which can't lead to a Unix socket: add --listen 127.0.0.1:0"
         if name in self._add:
             raise ConfigurationError(f"--env {name}: {problem}")
         self._remarks.append(problem)
-        return []
 
-    def _leave(self, name: str, connection: Connection, addresses: Sequence[Address]) -> None:
+    def _leave(self, name: str, connection: Connection, addresses: tuple[Address, ...]) -> None:
+        self._left.append((name, connection, addresses))
         own = [address for address in addresses if self._server.has(address)]
         if own and len(own) < len(addresses):
             self._remarks.append(
-                f"{name} is left as it is: it names other servers besides {self._upstream}; add --env {name} to lead "
-                "it to the guard all the same"
+                f"{name} isn't led to the guard: it names other servers besides {self._upstream}; add --env {name} to "
+                "lead it to the guard all the same"
             )
         elif any(self._server.may_be_at(address) for address in addresses):
             self._remarks.append(
-                f"{name} is left as it is: it leads to {', '.join(map(str, addresses))}, and it isn't known whether "
-                f"that is the server at {self._upstream}; add --env {name} if it is"
+                f"{name} isn't led to the guard: it leads to {', '.join(map(str, addresses))}, and it isn't known "
+                f"whether that is the server at {self._upstream}; add --env {name} if it is"
             )
         elif addresses and connection.what != "HOST:PORT":
             self._others.append(name)
@@ -360,7 +344,7 @@ class _Work:
 
     def hosts(self) -> None:
         """Hosts and ports alone: those that are to be rewritten all the same; of others it is said why they aren't."""
-        for name in sorted(self._add - _PLACES):
+        for name in sorted(self._add - _PLACES - self._edits.keys()):
             if self._now[name] == self._before[name]:
                 self._force(name, self._before[name])
         for name, value in self._before.items():
@@ -369,8 +353,8 @@ class _Work:
                 continue
             if not is_port(self._before.get(port, "")) and is_host(value) and self._server.is_on(value.strip("[]")):
                 self._remarks.append(
-                    f"{name} is left as it is: it names the server, but {port}, which would name its port, is not set; "
-                    f"add --env {name} to set both, if the application reads {port}"
+                    f"{name} isn't led to the guard: it names the server, but {port}, which would name its port, is "
+                    f"not set; add --env {name} to set both, if the application reads {port}"
                 )
 
     def _force(self, name: str, value: str) -> None:
@@ -400,6 +384,8 @@ class _Work:
         addresses = _addresses(said)
         leads = self._server.is_at(addresses) or bool(self._add & {"PGHOST", "PGPORT", "PGHOSTADDR"})
         is_set = bool(said) or bool(self._before.get(_SERVICE))
+        if is_set and self._server.is_at(_addresses(self._libpq.settled({}))):
+            self._found = True
         if leads or not (self._found or is_set):
             to = self._to(addresses, said)
             if to is not None:
@@ -415,6 +401,43 @@ class _Work:
                     f"{listed(named)} {'leads' if len(named) == 1 else 'lead'} to another server than "
                     f"{self._upstream}: add --env PGHOST to have programs that use libpq's variables reach the guard"
                 )
+
+    def services(self) -> None:
+        """Services, if anything in the environment speaks of them."""
+        values = self._before.values()
+        asked = {_SERVICE, _SERVICE_FILE} & self._before.keys() or any("service=" in value for value in values)
+        if not asked or _SERVICE_FILE in self._keep:
+            return
+        now = _Defaults(self._now)
+
+        def change(name: str, settings: Mapping[str, str]) -> Callable[[list[Field]], list[Field]] | None:
+            is_named = name == self._before.get(_SERVICE)
+            if is_named and _SERVICE in self._keep:
+                return None
+            said = self._libpq.settled(settings, own_service=False) or {}
+            addresses = _addresses(said)
+            to = None
+            if self._server.is_at(addresses) or (is_named and _SERVICE in self._add):
+                to = self._to(addresses, said)
+            if to is not None:
+                return partial(led, style=LINE, to=to, also=self._also(said, to))
+            if addresses == _addresses(now.settled(settings, own_service=False)):
+                return None
+            return partial(pinned, style=LINE, addresses=addresses, said=settings.keys() & said.keys())
+
+        content = self._libpq.services.changed(change)
+        if content is not None:
+            self._add_file(_SERVICE_FILE, "pg_service.conf", content)
+
+    def pin(self) -> None:
+        """Have what leads elsewhere do so still, though libpq's variables that it relied on have changed."""
+        now = _Defaults(self._now)
+        for name, connection, addresses in self._left:
+            if now.addresses(connection) != addresses:
+                self._edits.setdefault(name, []).extend(connection.pin(addresses))
+                self._pinned.append(name)
+        for name, edits in self._edits.items():
+            self._now[name] = edited(self._before[name], edits)
 
     def defaults(self) -> None:
         """What libpq's variables demand of every connection, if any leads to the guard now."""
@@ -466,10 +489,13 @@ class _Work:
     def _line(self, names: Sequence[str]) -> str:
         if not names:
             return "no variable of the command is rewritten"
-        written = [name for name in names if name in self._now]
+        written = [name for name in names if name in self._now and name not in self._pinned]
         removed = [name for name in names if name not in self._now]
         said = [f"rewritten for the command: {', '.join(written)}"] if written else []
         said += [f"removed: {', '.join(removed)}"] if removed else []
+        if self._pinned:
+            pinned_names = ", ".join(dict.fromkeys(self._pinned))
+            said.append(f"made to lead where it did, although PGPORT has changed: {pinned_names}")
         if self._is_made_up:
             said.insert(0, f"nothing in the environment leads to {self._upstream}, so libpq's defaults are set")
         return "; ".join(said)

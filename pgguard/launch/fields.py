@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Final
 from pgguard.proxy.addresses import Address, UnixAddress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 _BETWEEN: Final = re.compile(r"[\s_-]+")
 _NO_TLS: Final = frozenset({"", "disable", "disabled", "allow", "prefer", "preferred", "false", "0", "off", "no"})
@@ -201,7 +201,7 @@ def _has_port(host: str) -> bool:
     return re.search(r"(?:^|\])[^:\[\]]*:\d+(?:,|$)", host) is not None
 
 
-def _completed(fields: list[Field], style: Style, host: str, port: str, done: set[str]) -> list[Field]:
+def _completed(fields: list[Field], style: Style, host: str, port: str, done: Collection[str]) -> list[Field]:
     """Settings with a host and a port, the port behind the host."""
     if "host" not in done:
         fields = [*fields, style.new(style.host, host)]
@@ -209,6 +209,21 @@ def _completed(fields: list[Field], style: Style, host: str, port: str, done: se
         at = next(n for n, field in enumerate(fields, 1) if style.key(field) in {"host", "hostaddr"})
         fields = [*fields[:at], style.new(style.port, port), *fields[at:]]
     return fields
+
+
+def pinned(fields: Sequence[Field], style: Style, addresses: Sequence[Address], said: Collection[str]) -> list[Field]:
+    """Settings that say in full where they lead now.
+
+    Args:
+        fields: Those that leave some of it to defaults.
+        style: Their notation.
+        addresses: Where they lead.
+        said: What of that is said, here or in front of the settings, as :func:`hosts_and_ports` calls it.
+    """
+    hosts = ",".join(one.directory if isinstance(one, UnixAddress) else one.host for one in addresses)
+    ports = ",".join(str(one.port) for one in addresses)
+    done = {"host" if key == "hostaddr" else key for key in said}
+    return _completed(list(fields), style, hosts, ports, done)
 
 
 def hosts_and_ports(fields: Sequence[Field], style: Style) -> dict[str, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.attribution.trust import UntrustedError, open_regular, open_trusted
-from pgguard.launch.fields import Field, Style, led, text_of
+from pgguard.launch.fields import Field, Style, text_of
 from pgguard.proxy.addresses import UnixAddress
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ _SYSTEM: Final = "/etc/postgresql-common"
 """Where Debian's libpq looks for the system's service file; others know only what PGSYSCONFDIR says."""
 _HEADER: Final = re.compile(r"\s*\[(?P<name>[^\]]*)\]")
 _SETTING: Final = re.compile(r"(?P<head>\s*(?P<name>\w+)=)(?P<raw>.*?)(?P<after>\s*)", re.DOTALL)
-_LINE: Final = Style("\n", str, {})
+LINE: Final = Style("\n", str, {})
+"""How a service's settings are written."""
 _ENTRY: Final = re.compile(r"(?P<host>(?:\\.|[^:\\])*):(?P<port>(?:\\.|[^:\\])*)(?P<rest>:.*)", re.DOTALL)
 _ESCAPED: Final = re.compile(r"\\(.)")
 _DEFAULT_DIRECTORIES: Final = frozenset({"/var/run/postgresql", "/run/postgresql", "/tmp"})  # noqa: S108 - named, not used
@@ -78,19 +79,20 @@ class Services:
         section = self._sections.get(name)
         return None if section is None else section.settings
 
-    def led(self, leads: Callable[[str, Mapping[str, str]], tuple[Address, Mapping[str, str]] | None]) -> str | None:
-        """A file in which services lead elsewhere; ``None`` if none is to.
+    def changed(
+        self, change: Callable[[str, Mapping[str, str]], Callable[[list[Field]], list[Field]] | None]
+    ) -> str | None:
+        """A file in which services have changed; ``None`` if none has.
 
         Args:
-            leads: Gives the address to which a service of that name, with such settings, is to lead, and other settings
-                that change; ``None``: where it did.
+            change: Gives what changes the settings of a service of that name, which says so much; ``None``: nothing.
         """
         changed: list[dict[int, tuple[int, list[str]]]] = [{}, {}]
         for name, section in self._sections.items():
-            found = leads(name, section.settings)
-            if found is not None:
+            how = change(name, section.settings)
+            if how is not None:
                 lines = self._lines[section.file][section.start : section.end]
-                changed[section.file][section.start] = section.end, _led_lines(lines, *found)
+                changed[section.file][section.start] = section.end, _changed_lines(lines, how)
         if not any(changed):
             return None
         own, system = changed
@@ -112,11 +114,11 @@ def _field(line: str) -> Field:
     return Field("\n", found["head"], found["raw"], found["name"], found["raw"])
 
 
-def _led_lines(lines: list[str], to: Address, also: Mapping[str, str]) -> list[str]:
+def _changed_lines(lines: list[str], how: Callable[[list[Field]], list[Field]]) -> list[str]:
     blank = len(lines)
     while blank and not lines[blank - 1].strip():
         blank -= 1
-    fields = led([_field(line) for line in lines[:blank]], _LINE, to, also)
+    fields = how([_field(line) for line in lines[:blank]])
     return [*text_of(fields).split("\n"), *lines[blank:]]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from pgguard.launch.connection import Connection, edited
 from pgguard.launch.pairs import led_pair, pairs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pgguard.launch.connection import Edit
     from pgguard.launch.pairs import Pair
@@ -68,15 +69,21 @@ def _in_string(text: str, span: Span, read: Callable[[str], list[Connection]]) -
     start, end = span
     raw = text[start:end]
     plain = str(json.loads(raw))
+
+    def outside(edits: list[Edit]) -> list[Edit]:
+        if "\\" not in raw:
+            return [(start + 1 + a, start + 1 + b, json.dumps(said)[1:-1]) for a, b, said in edits]
+        return [(start, end, _encoded(edited(plain, edits), raw))] if edits else []
+
     for found in read(plain):
 
         def lead(to: Address, also: Mapping[str, str], found: Connection = found) -> list[Edit]:
-            edits = found.lead(to, also)
-            if "\\" not in raw:
-                return [(start + 1 + a, start + 1 + b, json.dumps(said)[1:-1]) for a, b, said in edits]
-            return [(start, end, _encoded(edited(plain, edits), raw))] if edits else []
+            return outside(found.lead(to, also))
 
-        yield Connection(found.said, lead, found.what, tcp_only=found.tcp_only, own_defaults=found.own_defaults)
+        def pin(addresses: Sequence[Address], found: Connection = found) -> list[Edit]:
+            return outside(found.pin(addresses))
+
+        yield replace(found, lead=lead, pin=pin)
         if "\\" in raw:
             return  # what is written anew as a whole can be so once
 

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from pgguard.launch.connection import Connection
-from pgguard.launch.fields import Field, Style, hosts_and_ports, led, plain_name, text_of
+from pgguard.launch.fields import Field, Style, hosts_and_ports, led, pinned, plain_name, text_of
 from pgguard.proxy.addresses import UnixAddress
 
 if TYPE_CHECKING:
@@ -94,8 +94,13 @@ def libpq_string(text: str, *, sure: bool = False) -> Connection | None:
     if not (known or driver or (sure and located)):
         return None
     style = _LIBPQ if driver is None else _DSN
-    lead = _leader(fields, style, start + len(fields[0].before), end)
-    return Connection(hosts_and_ports(fields, style), lead, "connection string")
+    start += len(fields[0].before)
+    said = hosts_and_ports(fields, style)
+
+    def pin(addresses: Sequence[Address]) -> list[Edit]:
+        return [(start, end, text_of(pinned(fields, style, addresses, said)))]
+
+    return Connection(said, _leader(fields, style, start, end), "connection string", pin=pin)
 
 
 def _settings(text: str, start: int, setting: re.Pattern[str]) -> tuple[list[Field], int] | None:

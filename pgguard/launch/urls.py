@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, unquote
 
 from pgguard.launch.connection import Connection
-from pgguard.launch.fields import Field, Style, hosts_and_ports, led, split_port, text_of
+from pgguard.launch.fields import Field, Style, hosts_and_ports, led, pinned, split_port, text_of
 from pgguard.proxy.addresses import Address, UnixAddress
 from pgguard.proxy.conninfo import SCHEMES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from pgguard.launch.connection import Edit
 
 _DRIVERS: Final = ("asyncpg", "pdo-pgsql", "pdo_pgsql", "pgx", "pgx4", "pgx5", "psycopg", "psycopg2")
 """Drivers by whose names URLs are called: those of Tortoise, Doctrine and golang-migrate."""
@@ -102,28 +104,33 @@ def _read(url: str, start: re.Match[str]) -> Connection | None:
     if name in _PORTS:
         said.setdefault("port", str(_PORTS[name]))
     in_query = any(_QUERY.key(field) in {"host", "hostaddr"} for field in fields)
+    has_host = any(host for host, _ in map(split_port, hosts.split(",")))
     encoded_directory = hosts[:3].lower() in {"%2f", "%40"}
 
-    def lead(to: Address, also: Mapping[str, str]) -> list[tuple[int, int, str]]:
-        on_unix = isinstance(to, UnixAddress)
-        if on_unix and not (encoded_directory and not in_query):
-            place, elsewhere = "", False
-        elif any(host for host, _ in map(split_port, hosts.split(","))) or not in_query:
-            place, elsewhere = _place(to), True
-        else:
-            place, elsewhere = "", False
-        query = text_of(led(fields, _QUERY, to, also, elsewhere=elsewhere))
-        scheme = url[:behind]
-        if api == "r2dbcs":
+    def changed(place: str, fields: Sequence[Field], *, led: bool) -> list[Edit]:
+        scheme, path, query = url[:behind], url[hosts_end:path_end], text_of(fields)
+        if led and api == "r2dbcs":
             scheme = scheme[:5] + scheme[6:]
-        path = url[hosts_end:path_end]
         if start["slashes"] is None:
             scheme, path = f"{scheme}//", "/" + path.removeprefix("/")
-        changed = f"{scheme}{url[behind:hosts_start]}{place}{path}{'?' if query else ''}{query}{url[end:]}"
-        return [(start.start(), start.start() + len(url), changed)]
+        written = f"{scheme}{url[behind:hosts_start]}{place}{path}{'?' if query else ''}{query}{url[end:]}"
+        return [(start.start(), start.start() + len(url), written)]
+
+    def lead(to: Address, also: Mapping[str, str]) -> list[Edit]:
+        on_unix = isinstance(to, UnixAddress) and (in_query or not encoded_directory)
+        elsewhere = not on_unix and (has_host or not in_query)
+        return changed(_place(to) if elsewhere else "", led(fields, _QUERY, to, also, elsewhere=elsewhere), led=True)
+
+    def pin(addresses: Sequence[Address]) -> list[Edit]:
+        if in_query or not has_host:
+            return changed(hosts, pinned(fields, _QUERY, addresses, said), led=False)
+        places = zip(hosts.split(","), addresses, strict=True)
+        return changed(",".join(f"{place}:{address.port}" for place, address in places), fields, led=False)
 
     what = f"{api.upper()} URL" if api else "URL"
-    return Connection(said, lead, what, own_defaults=bool(api), tcp_only=bool(api))
+    if api:
+        return Connection(said, lead, what, own_defaults=True, tcp_only=True)
+    return Connection(said, lead, what, pin=pin)
 
 
 def _hosts(url: str, start: int) -> tuple[int, int] | None:

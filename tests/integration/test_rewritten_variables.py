@@ -18,6 +18,7 @@ import psycopg
 import psycopg2
 import pytest
 import sqlalchemy
+from psycopg import pq
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from pgguard.launch.environment import Rewritten, rewrite, write_files
@@ -109,6 +110,37 @@ def test_libpqs_variables(variables: dict[str, str], server: Server, tmp_path: P
     for unix in (False, True):
         result = rewritten(variables | own, server, tmp_path, unix=unix)
         assert run(psql, result.environment) == [ANSWER]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql://192.0.2.7/x",
+        "host=192.0.2.7 dbname=x",
+        "hostaddr=192.0.2.7 dbname=x",
+        "postgresql:///x?host=/srv/elsewhere",
+        "postgresql:///x?port=5433",
+        "port=5433 dbname=x",
+    ],
+)
+def test_libpq_goes_where_it_went_with_what_leads_elsewhere(
+    text: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {"PGHOST": "192.0.2.1", "OTHER": text}
+    led = rewritten(before, server, tmp_path).environment
+
+    def place(environment: Mapping[str, str]) -> tuple[bytes, bytes]:
+        with monkeypatch.context() as patched:
+            for name in ("PGHOST", "PGPORT"):
+                if name in environment:
+                    patched.setenv(name, environment[name])
+            connection = pq.PGconn.connect_start(environment["OTHER"].encode())
+        found = connection.hostaddr or connection.host, connection.port
+        connection.finish()
+        return found
+
+    assert place(led) == place(before)
+    assert place(led | {"OTHER": text}) != place(before)
 
 
 SERVICE = """\

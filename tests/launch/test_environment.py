@@ -201,8 +201,8 @@ def test_it_is_said_if_a_host_is_left_because_its_port_isnt_there() -> None:
     assert result.names == ("DATABASE_URL",)
     assert result.remarks == (
         (
-            "DB_HOST is left as it is: it names the server, but DB_PORT, which would name its port, is not set; add "
-            "--env DB_HOST to set both, if the application reads DB_PORT"
+            "DB_HOST isn't led to the guard: it names the server, but DB_PORT, which would name its port, is not set; "
+            "add --env DB_HOST to set both, if the application reads DB_PORT"
         ),
     )
 
@@ -213,8 +213,8 @@ def test_it_is_said_if_a_value_names_other_servers_too() -> None:
     assert result.names == ("OTHER",)
     assert result.remarks == (
         (
-            "DATABASE_URL is left as it is: it names other servers besides db.internal:5432; add --env DATABASE_URL to "
-            "lead it to the guard all the same"
+            "DATABASE_URL isn't led to the guard: it names other servers besides db.internal:5432; add --env "
+            "DATABASE_URL to lead it to the guard all the same"
         ),
     )
     assert changes({"DATABASE_URL": several}, add=["DATABASE_URL"]) == {
@@ -224,16 +224,16 @@ def test_it_is_said_if_a_value_names_other_servers_too() -> None:
 
 def test_it_is_said_if_a_socket_and_a_port_may_be_one_server() -> None:
     result = rewritten(
-        {"URL": "postgresql://localhost/app", "OTHER": "postgresql://db/app", "PGHOST": "/srv/pg"}, SOCKET
+        {"URL": "postgresql://localhost:5432/app", "OTHER": "postgresql://db:5432/app", "PGHOST": "/srv/pg"}, SOCKET
     )
     assert result.names == ("PGHOST", "PGPORT")
     assert result.remarks == (
         (
-            "URL is left as it is: it leads to localhost:5432, and it isn't known whether that is the server at "
+            "URL isn't led to the guard: it leads to localhost:5432, and it isn't known whether that is the server at "
             "unix:/srv/pg:5432; add --env URL if it is"
         ),
     )
-    result = rewritten({"URL": "postgresql:///app?host=/srv/pg", "PGHOST": "::1"}, HERE)
+    result = rewritten({"URL": "postgresql:///app?host=/srv/pg&port=5432", "PGHOST": "::1"}, HERE)
     assert result.names == ("PGHOST", "PGPORT")
     assert len(result.remarks) == 1
 
@@ -295,6 +295,38 @@ def test_it_is_said_if_others_lose_what_libpqs_variables_demand() -> None:
     )
     # No mode can be weaker than that which the system's certificates ask for.
     assert changes(environment | {"PGSSLROOTCERT": "system"}).keys() == {"DATABASE_URL", "PGSSLMODE", "PGSSLROOTCERT"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("postgresql://u:p@other/x?sslmode=require", "postgresql://u:p@other:5432/x?sslmode=require"),
+        ("postgresql://other,[::2],10.0.0.9/x", "postgresql://other:5432,[::2]:5432,10.0.0.9:5432/x"),
+        ("postgresql:///x?host=/srv/pg", "postgresql:///x?host=/srv/pg&port=5432"),
+        ("postgresql://:5433/x", "postgresql://:5433/x?host=db.internal"),
+        ("postgresql:///x?port=5433&a=b", "postgresql:///x?port=5433&a=b&host=db.internal"),
+        ("host=other dbname=x sslmode=require", "host=other port=5432 dbname=x sslmode=require"),
+        ("hostaddr=10.0.0.9 dbname=x", "hostaddr=10.0.0.9 port=5432 dbname=x"),
+        ("port=5433 dbname=x", "port=5433 dbname=x host=db.internal"),
+        ('{"a": "postgres:\\/\\/other\\/x"}', '{"a": "postgres:\\/\\/other:5432\\/x"}'),
+        ('["postgres://other/x"]', '["postgres://other:5432/x"]'),
+        ("postgres://db/x,postgres://other/x", "postgres://127.0.0.1:40123/x,postgres://other:5432/x"),
+        ("postgresql://other:5432/x", None),
+        ("postgresql://other:/x?port=5432", None),
+        ("host=other port=5432 dbname=x", None),
+        ("jdbc:postgresql://other/x", None),
+        ("Host=other;Username=x", None),
+        ("mysql://other/x", None),
+    ],
+)
+def test_what_leads_elsewhere_still_does_though_libpqs_variables_have_changed(before: str, after: str | None) -> None:
+    """What says no port would be taken to the guard's, and what says no host to the guard's host."""
+    result = rewritten({"PGHOST": "db.internal", "OTHER": before})
+    assert result.environment["OTHER"] == (before if after is None else after)
+    if after is not None:
+        assert result.line.endswith("; made to lead where it did, although PGPORT has changed: OTHER")
+    assert rewritten({"PGHOST": "db.internal", "OTHER": before}, keep=["OTHER"]).environment["OTHER"] == before
+    assert rewritten({"PGHOST": "elsewhere", "OTHER": before.replace("db", "x")}).names == ()
 
 
 def test_what_is_to_be_kept_is_kept() -> None:

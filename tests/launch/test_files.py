@@ -131,6 +131,13 @@ def test_a_service_file_that_others_can_write_is_not_believed(service_file: Path
     assert rewritten({"PGSERVICEFILE": str(service_file), "PGSERVICE": "main"}).names == ()
 
 
+def test_other_services_still_lead_where_they_did_though_libpqs_variables_have_changed(service_file: Path) -> None:
+    environment = {"PGSERVICEFILE": str(service_file), "PGHOST": "db"}
+    led = rewritten(environment).files[PRIVATE / "pg_service.conf"]
+    assert b" [reports]\n host=other\nport=5432\nsslmode=require\n" in led
+    assert b"[defaults]\nuser=app\nhost=127.0.0.1\nport=40123\n" in led
+
+
 def test_services_that_nobody_speaks_of_are_left(tmp_path: Path) -> None:
     (tmp_path / ".pg_service.conf").write_text(SERVICES)
     result = rewritten({"HOME": str(tmp_path), "PGHOST": "db"})
