@@ -13,6 +13,7 @@ from pgguard.cli.statuses import DONE, FAULT_SEEN
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.text import counted, listed, nearest, printable
 from pgguard.proxy.errors import ConfigurationError
+from pgguard.reporting.github import harmless, to_github
 from pgguard.reporting.places import Sources
 from pgguard.reporting.recorded import RecordingError, read_recording
 from pgguard.reporting.text import to_text
@@ -116,8 +117,6 @@ def _print_sarif(recording: Recording, sources: Sources) -> None:
 
 
 def _print_github(recording: Recording, sources: Sources, markdown: Path | None) -> None:
-    from pgguard.reporting.github import harmless, to_github  # noqa: PLC0415 - likewise
-
     made = to_github(recording, sources)
     write_out(made.text)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
@@ -126,7 +125,7 @@ def _print_github(recording: Recording, sources: Sources, markdown: Path | None)
             _add_to_summary(recording, Path(summary))
     elif made.left_out:
         causes = counted(made.left_out, "more cause")
-        _say(harmless(f"{causes}: a step shows ten annotations of each level; add --markdown OUT.md to see all"))
+        _say(f"{causes}: a step shows ten annotations of each level; add --markdown OUT.md to see all")
 
 
 def _are_the_same(path: Path, other: Path) -> bool:
@@ -152,4 +151,4 @@ def _verdict(recording: Recording) -> str:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"pgguard: {printable(text)}\n")
+    sys.stderr.write(harmless(f"pgguard: {printable(text)}\n"))

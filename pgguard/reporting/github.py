@@ -56,7 +56,7 @@ def to_github(recording: Recording, sources: Sources) -> Annotations:
 
 
 def harmless(line: str) -> str:
-    """A line for the log that has other people's text in it, and begins with the guard's own: no command is in it."""
+    """A line for the log that begins with the guard's own words, and may go on with others': no command is in it."""
     return line.replace("##[", "## [")
 
 

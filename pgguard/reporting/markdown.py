@@ -69,7 +69,7 @@ _LANGUAGES: Final = {
     Language.RUBY: "ruby",
 }
 """What code is called by whoever colours it."""
-_IN_CODE: Final = r"[@$]+|\bGH-\d+|\#\d+"
+_IN_CODE: Final = r"(?:[@$]|\bGH-\d+|\#\d+)+"
 """What GitHub makes something of that has been escaped, too: mentions and addresses, formulas, issues."""
 _SPECIAL: Final = re.compile(
     rf"""
@@ -210,7 +210,10 @@ def _in_full(n: int, cause: RecordedCause, fault: Fault, *, with_diagram: bool) 
     yield from beginning
     if with_diagram and (drawn := diagram(fault)) is not None:
         yield ""
-        yield from block(drawn, "mermaid")
+        yield from block(drawn.lines, "mermaid")
+        if drawn.unknown:
+            yield ""
+            yield f"*{prose(' '.join(drawn.unknown))}*"
     yield from _who(fault)
     yield from _requests(fault)
     yield from _connections(fault)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.faults.text import printable, shorten
 from pgguard.reporting.sequence import Gap, What, duration, sequence_of
@@ -40,8 +40,16 @@ _SHADE: Final = "rect rgba(255, 0, 0, 0.15)"
 """What is wrong stands on this, on a dark ground as well as on a light one."""
 
 
-def diagram(fault: Fault) -> list[str] | None:
-    """The lines of the diagram of a fault; ``None`` if the record doesn't tell of anything but the fault itself."""
+class Diagram(NamedTuple):
+    """A diagram, and what is to be said below it."""
+
+    lines: list[str]
+    unknown: tuple[str, ...]
+    """What the record doesn't say, a sentence each."""
+
+
+def diagram(fault: Fault) -> Diagram | None:
+    """The diagram of a fault; ``None`` if its record doesn't tell of anything but the fault itself."""
     story = sequence_of(fault)
     if not fault.requests and len(story.steps) < 3:
         return None
@@ -54,7 +62,7 @@ def diagram(fault: Fault) -> list[str] | None:
         left_out = True
     if left_out:
         drawn.insert(0, [f"    {_over(story)}: what came before is left out"])
-    return [*head, *(line for item in drawn for line in item)]
+    return Diagram([*head, *(line for item in drawn for line in item)], story.unknown)
 
 
 def _size(head: Sequence[str], drawn: Sequence[Sequence[str]]) -> int:

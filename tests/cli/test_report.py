@@ -183,6 +183,14 @@ def test_a_torn_line_is_said_and_the_rest_is_told(report: Report, tmp_path: Path
     assert err == "pgguard: torn.jsonl: line 4, the last one, is cut off, and left out\n"
 
 
+def test_what_is_wrong_with_a_file_is_no_command_to_a_runner_and_moves_no_cursor(
+    report: Report, tmp_path: Path
+) -> None:
+    name = "##[error]\x1b[2J.jsonl"
+    (tmp_path / name).write_bytes(FAULTS + b"x\n")
+    assert report(file=name)[2].startswith("pgguard: ## [error]\\x1b[2J.jsonl: line 4 is left out: it isn't JSON: ")
+
+
 @pytest.mark.parametrize(
     ("fail_on", "status", "failures"),
     [(None, 0, 1), ("never", 0, 0), ("error", 66, 1), ("warning", 66, 2)],

@@ -9,6 +9,8 @@ from html.parser import HTMLParser
 import cmarkgfm
 import pytest
 from cmarkgfm.cmark import Options
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pgguard.attribution.findings import Share
 from pgguard.attribution.frames import Frame
@@ -16,7 +18,7 @@ from pgguard.faults.advice.tracing import Tracing
 from pgguard.faults.catalogue import Advice
 from pgguard.faults.fault import Fault, Role, Spread
 from pgguard.faults.text import printable
-from pgguard.reporting.markdown import COMMENT, block, code, prose, to_markdown
+from pgguard.reporting.markdown import COMMENT, _cell, block, code, prose, to_markdown
 from pgguard.session.verdicts import Kind
 from tests.faults.samples import FACTS, NOW, OUTSTANDING, OVERLAP, WORKER_1, fault, verdict
 from tests.reporting.gathered import causes, recorded, seen
@@ -174,6 +176,17 @@ def test_other_peoples_text_is_shown_as_it_is(text: str) -> None:
     assert Page(prose(text)).text.strip() == shown.strip()
     assert Page(f"x {code(text)}").text.strip() == f"x {shown}".strip()
     assert Page("\n".join(block([text]))).blocks == [("", f"{printable(text.expandtabs(4))}\n")]
+
+
+@given(st.text(st.sampled_from("ab 1.-+=*_`~#@!|<>[](){}&;:/\\$^w\"'\t\u2028"), max_size=30))
+def test_any_text_is_shown_as_it_is(text: str) -> None:
+    shown = printable(text).strip()
+    page = Page(prose(text))
+    assert page.text.strip() == shown
+    assert [tag for tag in page.outline if tag not in {"p", "/p"}] == []
+    cells = Page(f"| a |\n| --- |\n| {_cell(text)} |")
+    assert cells.text.split() == ["a", *printable(text).split()]
+    assert page.links == cells.links == []
 
 
 def test_what_needs_no_escape_has_none() -> None:

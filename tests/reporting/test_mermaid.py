@@ -92,9 +92,9 @@ def shown(text: str) -> str:
 
 
 def drawn(what: Any) -> str:
-    lines = diagram(what)
-    assert lines is not None
-    return "\n".join(lines)
+    found = diagram(what)
+    assert found is not None
+    return "\n".join(found.lines)
 
 
 def test_both_sides_the_guard_and_the_server_have_lanes_and_what_is_wrong_is_marked() -> None:
