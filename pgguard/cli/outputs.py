@@ -14,9 +14,10 @@ from urllib.parse import quote
 
 from pgguard.attribution.trust import UntrustedError
 from pgguard.proxy.errors import ConfigurationError
+from pgguard.reporting.opening import write_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from pgguard.reporting.recorded import Recording
 
@@ -67,8 +68,12 @@ class Outputs(NamedTuple):
                 raise ConfigurationError(f"{option} {path}: {taken[place]} is the same file: give each one of its own")
             taken[place] = option
 
-    def write(self, recording: Recording) -> list[Path]:
+    def write(self, recording: Recording, notes: Sequence[str] = ()) -> list[Path]:
         """Write them; returns the files.
+
+        Args:
+            recording: What has been recorded.
+            notes: What else a page is to say at its top, of how it was recorded: sentences.
 
         Raises:
             ConfigurationError: One can't be written.
@@ -85,7 +90,7 @@ class Outputs(NamedTuple):
             if self.css is not None:
                 link = quote(os.path.relpath(self.css, self.html.parent))
                 written += _write("--css", self.css, style_sheet())
-            written += _write("--html", self.html, html_report(recording, stylesheet=link))
+            written += _write("--html", self.html, html_report(recording, stylesheet=link, notes=notes))
         return written
 
     def _named(self) -> Iterator[tuple[str, Path]]:
@@ -133,8 +138,6 @@ def _write(option: str, path: Path, text: str) -> list[Path]:
     if path == STANDARD:
         write_out(text)
         return []
-    from pgguard.reporting.page import write_file  # noqa: PLC0415 - likewise
-
     try:
         write_file(path, text)
     except UntrustedError as error:

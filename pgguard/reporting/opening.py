@@ -1,4 +1,4 @@
-"""Opening a file to append to so that nobody but its user and root can lead it elsewhere.
+"""Opening a file to write to so that nobody but its user and root can lead it elsewhere.
 
 A guard that runs as root may be told to write into a directory where others write too. Whoever may put a symbolic link
 there would have root append to a file of his choice. The kernel refuses to follow such links in sticky directories that
@@ -51,6 +51,23 @@ def open_for_appending(path: Path, *, owner: tuple[int, int] | None = None) -> i
         UntrustedError: It, or the way to it, is somebody else's; the message says what to change too.
     """
     return _Walk(path, owner).open()
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text, in UTF-8, to a file that is opened like that, in place of what stands in it.
+
+    A FIFO or a device, ``/dev/stdout`` for one, will do.
+
+    Raises:
+        OSError: It can't be opened, or not all of it can be written.
+        UntrustedError: It, or the way to it, is somebody else's; the message says what to change too.
+    """
+    descriptor = open_for_appending(path)
+    with os.fdopen(descriptor, "wb") as file:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.ftruncate(descriptor, 0)
+        os.set_blocking(descriptor, True)
+        file.write(text.encode("utf-8", "replace"))
 
 
 class _Walk:

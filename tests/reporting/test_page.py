@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 import html5lib
 import pytest
 
-from pgguard.attribution.trust import UntrustedError
+from pgguard.cli.outputs import Outputs
 from pgguard.faults.catalogue import CATALOGUE, Severity
 from pgguard.faults.fault import Spread
 from pgguard.faults.policy import Action
+from pgguard.proxy.errors import ConfigurationError
 from pgguard.reporting import page
 from pgguard.reporting.jsonl import encode
-from pgguard.reporting.page import html_report, style_sheet, write_html
+from pgguard.reporting.page import html_report, style_sheet
 from pgguard.reporting.page.explanations import CONSEQUENCES, EVIDENCE
 from pgguard.reporting.recorded import Gatherer, Recording, read_recording
 from pgguard.session.verdicts import Kind
@@ -168,7 +169,7 @@ class TestContents:
 
     def test_a_recording_without_faults_says_so(self) -> None:
         tree = parsed(html_report(Gatherer("faults.jsonl").recording(), notes=["no connection came through the guard"]))
-        assert "recorded nothing in faults.jsonl" in text_of(tree)
+        assert "recorded no fault: as far as it could see" in text_of(tree)
         assert "no connection came through the guard" in text_of(tree)
         assert not causes_of(tree)
 
@@ -343,12 +344,12 @@ class TestBounds:
 class TestFiles:
     def test_it_replaces_what_stood_there(self, tmp_path: Path) -> None:
         (tmp_path / "out.html").write_text("x" * 1_000_000)
-        write_html(recording(SHARED), tmp_path / "out.html")
+        Outputs(html=tmp_path / "out.html").write(recording(SHARED))
         assert (tmp_path / "out.html").read_text() == html_report(recording(SHARED))
         assert stat.S_IMODE((tmp_path / "out.html").stat().st_mode) & stat.S_IWOTH == 0
 
     def test_the_style_sheet_is_the_only_thing_that_is_allowed(self, tmp_path: Path) -> None:
-        write_html(recording(SHARED), tmp_path / "out.html")
+        Outputs(html=tmp_path / "out.html").write(recording(SHARED))
         tree = parsed((tmp_path / "out.html").read_text())
         [style] = find(tree, "style")
         digest = base64.b64encode(hashlib.sha256((style.text or "").encode()).digest()).decode()
@@ -360,7 +361,7 @@ class TestFiles:
 
     def test_the_style_sheet_can_stand_beside_it(self, tmp_path: Path) -> None:
         (tmp_path / "a b").mkdir()
-        write_html(recording(SHARED), tmp_path / "out.html", css=tmp_path / "a b/p%g.css")
+        Outputs(html=tmp_path / "out.html", css=tmp_path / "a b/p%g.css").write(recording(SHARED))
         tree = parsed((tmp_path / "out.html").read_text())
         assert [link.get("href") for link in find(tree, "link")] == ["a%20b/p%25g.css"]
         assert not find(tree, "style")
@@ -379,7 +380,7 @@ class TestFiles:
 
         reader = threading.Thread(target=drain)
         reader.start()
-        write_html(recording(SHARED), Path(f"/proc/self/fd/{write}"))
+        Outputs(html=Path(f"/proc/self/fd/{write}")).write(recording(SHARED))
         os.close(write)
         reader.join()
         assert got[0].decode() == html_report(recording(SHARED))
@@ -390,8 +391,8 @@ class TestFiles:
         (theirs / "precious").write_text("precious")
         (theirs / "out.html").symlink_to("precious")
         own(theirs / "out.html", 65534)
-        with pytest.raises(UntrustedError):
-            write_html(recording(SHARED), theirs / "out.html")
+        with pytest.raises(ConfigurationError, match="is a symbolic link of"):
+            Outputs(html=theirs / "out.html").write(recording(SHARED))
         assert (theirs / "precious").read_text() == "precious"
 
 
@@ -438,7 +439,7 @@ def test_a_browser_takes_it_without_a_word_and_asks_for_nothing(
         for one in (SHARED, *islice(hostile_faults(theft), 3))
     ]
     css = tmp_path / "style.css" if beside else None
-    write_html(recording(*numbered(faults)), tmp_path / "report.html", css=css)
+    Outputs(html=tmp_path / "report.html", css=css).write(recording(*numbered(faults)))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"]
     done = subprocess.run(
         [browser, *options, f"--user-data-dir={tmp_path}/profile", "--dump-dom", f"{address}/report.html"],

@@ -17,21 +17,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import stat
 from functools import cache
 from importlib import resources
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
-from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pgguard.faults.catalogue import CATALOGUE
 from pgguard.faults.text import counted, printable, shorten
-from pgguard.reporting.opening import open_for_appending
 from pgguard.reporting.page.cards import SYMBOLS, card_of, outline_of, sights
 from pgguard.reporting.page.explanations import GLOSSARY
 from pgguard.reporting.page.timeline import timeline_of
@@ -102,39 +97,6 @@ def html_report(recording: Recording, *, stylesheet: str | None = None, notes: S
         sessions=recording.sessions[:_SESSIONS],
         glossary=GLOSSARY,
     )
-
-
-def write_html(recording: Recording, path: Path, *, css: Path | None = None, notes: Sequence[str] = ()) -> None:
-    """Write the report on a recording to a file, which is opened as :mod:`pgguard.reporting.opening` says.
-
-    What stood in a file by that name is replaced. It has been made before the file is touched.
-
-    Args:
-        recording: What has been recorded.
-        path: The file; a FIFO or a device, ``/dev/stdout`` for one, will do.
-        css: A second file, for the style sheet, which the page then refers to: where a policy drops styles within a
-            page. By default it stands in the page.
-        notes: What else is to be said at the top: sentences.
-
-    Raises:
-        OSError: One of them can't be written.
-        UntrustedError: One of them, or the way to it, is somebody else's; the message says what to change too.
-    """
-    stylesheet = None if css is None else quote(os.path.relpath(css, path.parent))
-    page = html_report(recording, stylesheet=stylesheet, notes=notes)
-    if css is not None:
-        write_file(css, style_sheet())
-    write_file(path, page)
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a text to a file in place of what stands in it. Raises as :func:`write_html`."""
-    descriptor = open_for_appending(path)
-    with os.fdopen(descriptor, "wb") as file:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.ftruncate(descriptor, 0)
-        os.set_blocking(descriptor, True)
-        file.write(text.encode())
 
 
 def style_sheet() -> str:
