@@ -37,7 +37,7 @@ _STOP: Final = re.compile(r"[\s\"'`<>|\\]")
 _SPACE: Final = re.compile(r"\s")
 _QUOTES: Final = "\"'`"
 _TRAILING: Final = ",;.)]}"
-_PLACE: Final = re.compile(r"(?:\[[^\[\]]*\]|[^:@\[\]\s]*)(?::\d*)?")
+_PLACE: Final = re.compile(r"(?:\[[^\[\]]*\]|[^:@\[\]\s&=]*)(?::\d*)?")
 _OWN_SERVER: Final = ":tc:"
 """Testcontainers starts a server of its own for what its name stands for in the place of a host."""
 
@@ -134,17 +134,22 @@ def _read(url: str, start: re.Match[str]) -> Connection | None:
 
 
 def _hosts(url: str, start: int) -> tuple[int, int] | None:
-    """Where the hosts begin and end in what stands behind the slashes; ``None`` if nothing there can be one."""
-    first = _first_of(url, "/?#", start)
-    at = url.rfind("@", start, first)
-    if at < 0 and not _are_places(url[start:first]):
-        # A password with a / in it, or a ?: it ends with the first @ behind it.
-        at = url.find("@", first)
-        if at < 0:
-            return None
-        first = _first_of(url, "/?#", at)
-    hosts = max(at + 1, start)
-    return (hosts, first) if _are_places(url[hosts:first]) else None
+    """Where the hosts begin and end in what stands behind the slashes; ``None`` if nothing there can be one.
+
+    Credentials reach to the last ``@`` in front of a ``/``, as they may hold a ``?``; or to the first one behind it, if
+    nothing in front can be a host: they may hold a ``/``, too.
+    """
+    slash = _first_of(url, "/", start)
+    at = url.rfind("@", start, slash)
+    for begin in (at + 1, start):
+        end = _first_of(url, "/?#", begin)
+        if begin >= start and _are_places(url[begin:end]):
+            # "u:1/2@h/db": is it a host with a port, or a user with a password?
+            unclear = ":" in url[start:end] and "@" in url[end : _first_of(url, "?", end)]
+            return None if unclear else (begin, end)
+    begin = url.find("@", slash) + 1
+    end = _first_of(url, "/?#", begin)
+    return (begin, end) if begin and _are_places(url[begin:end]) else None
 
 
 def _first_of(text: str, characters: str, start: int) -> int:

@@ -46,6 +46,8 @@ TO_TCP = [
     ("postgresql://app:p@w@db.internal/app", "postgresql://app:p@w@127.0.0.1:40123/app"),
     ("postgresql://app:p/w@db.internal/app", "postgresql://app:p/w@127.0.0.1:40123/app"),
     ("postgresql://app:p?w@db.internal/app", "postgresql://app:p?w@127.0.0.1:40123/app"),
+    ("postgresql://app:1?w@db.internal/app", "postgresql://app:1?w@127.0.0.1:40123/app"),
+    ("postgresql://app:1#w@db.internal/app", "postgresql://app:1#w@127.0.0.1:40123/app"),
     ("postgresql://app:p w@db.internal/app", "postgresql://app:p w@127.0.0.1:40123/app"),
     ("postgresql://db.internal?user=a@b&x=y", "postgresql://127.0.0.1:40123?user=a@b&x=y"),
     (
@@ -115,6 +117,7 @@ TO_TCP = [
     ),
     ("psql 'postgresql://a:b c@db/app' -X", "psql 'postgresql://a:b c@127.0.0.1:40123/app' -X"),
     ("(see postgresql://db/app).", "(see postgresql://127.0.0.1:40123/app)."),
+    ('"postgresql://db/app"', '"postgresql://127.0.0.1:40123/app"'),
     ("  postgresql://db/app\n", "  postgresql://127.0.0.1:40123/app\n"),
 ]
 
@@ -207,6 +210,8 @@ def test_parameters_that_cant_hold_go_and_others_stay(scheme: str, before: str, 
         "postgresql://",
         "postgresql:// db.internal",
         "postgresql://app:db.internal",
+        "postgresql://db.internal:5432/pass@db.internal/app",
+        "postgresql://a:5/p@db.internal/app",
         "postgresql://[db.internal/app",
         "postgresql://db.internal:5432x/app",
         "postgresql://db.internal:99999/app",
