@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pgguard.faults.text import listed, printable
+from pgguard.faults.text import listed, nearest, printable
 from pgguard.launch.connection import edited
 from pgguard.launch.fields import Field, Style, holding, led, pinned
 from pgguard.launch.files import LINE, Login, Services, led_passwords, password_file, passwords
@@ -48,8 +48,8 @@ _LIBPQ: Final = {"host": "PGHOST", "hostaddr": "PGHOSTADDR", "port": "PGPORT"}
 _SERVICE: Final = "PGSERVICE"
 _SERVICE_FILE: Final = "PGSERVICEFILE"
 _PASSWORD_FILE: Final = "PGPASSFILE"  # noqa: S105 - a variable's name
-_PLACES: Final = frozenset({*_LIBPQ.values(), _SERVICE})
-_APART: Final = frozenset({*_PLACES, _SERVICE_FILE, _PASSWORD_FILE, "PGPASSWORD"})
+_PLACES: Final = frozenset(_LIBPQ.values())
+_APART: Final = frozenset({*_PLACES, _SERVICE, _SERVICE_FILE, _PASSWORD_FILE, "PGPASSWORD"})
 """Variables that aren't read like any other."""
 _DEFAULTS: Final = {
     "PGSSLMODE": "sslmode",
@@ -249,12 +249,18 @@ class _Work:
 
     def check(self) -> None:
         """Refuse what can't be done."""
+        for option, names in (("--env", self._add), ("--keep-env", self._keep)):
+            for name in sorted(names):
+                if "=" in name or not name:
+                    plain = name.partition("=")[0]
+                    raise ConfigurationError(f"{option} {plain}: give the name of a variable alone, without a value")
         for name in sorted(self._add & self._keep):
             raise ConfigurationError(f"--env {name} and --keep-env {name} contradict each other: leave one of them out")
         for name in sorted(self._add - self._before.keys() - {"PGHOST", "PGPORT"}):
+            close = nearest(name, self._before)
             raise ConfigurationError(
-                f"--env {name}: {name} is not set: set it as the application needs it without pgguard, which then "
-                f"rewrites it"
+                f"--env {name}: {name} is not set: "
+                + (f"did you mean {close}?" if close else "set it as for a run without pgguard, which then rewrites it")
             )
 
     def _add_file(self, variable: str, name: str, content: str) -> None:
@@ -344,7 +350,7 @@ class _Work:
 
     def hosts(self) -> None:
         """Hosts and ports alone: those that are to be rewritten all the same; of others it is said why they aren't."""
-        for name in sorted(self._add - _PLACES - self._edits.keys()):
+        for name in sorted(self._add - _PLACES - {_SERVICE} - self._edits.keys()):
             if self._now[name] == self._before[name]:
                 self._force(name, self._before[name])
         for name, value in self._before.items():
@@ -382,7 +388,7 @@ class _Work:
             return
         said = self._libpq.by_variables()
         addresses = _addresses(said)
-        leads = self._server.is_at(addresses) or bool(self._add & {"PGHOST", "PGPORT", "PGHOSTADDR"})
+        leads = self._server.is_at(addresses) or bool(self._add & _PLACES)
         is_set = bool(said) or bool(self._before.get(_SERVICE))
         if is_set and self._server.is_at(_addresses(self._libpq.settled({}))):
             self._found = True

@@ -373,7 +373,15 @@ def test_a_variable_is_added_by_its_name(environment: dict[str, str], add: list[
 @pytest.mark.parametrize(
     ("environment", "add", "keep", "says"),
     [
-        ({}, ["DATABASE_URL"], [], "--env DATABASE_URL: DATABASE_URL is not set: set it as the application needs it"),
+        ({}, ["DATABASE_URL"], [], "--env DATABASE_URL: DATABASE_URL is not set: set it as for a run without pgguard"),
+        (
+            {"DATABASE_URL": ""},
+            ["DATABASE_URI"],
+            [],
+            "--env DATABASE_URI: DATABASE_URI is not set: did you mean DATABAS",
+        ),
+        ({}, ["X=S3CRET"], [], "--env X: give the name of a variable alone, without a value"),
+        ({}, [], ["X=S3CRET"], "--keep-env X: give the name of a variable alone, without a value"),
         (
             {"X": "S3CRET in words"},
             ["X"],

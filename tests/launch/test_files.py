@@ -122,6 +122,7 @@ def test_services_can_be_kept_or_added(service_file: Path) -> None:
     assert rewritten(environment, keep=["PGSERVICEFILE"]).names == ()
     kept = rewritten(environment, keep=["PGSERVICE"])
     assert b"[main]\nhost=db.internal" in kept.files[PRIVATE / "pg_service.conf"]
+    assert rewritten(environment | {"PGHOST": "db"}, keep=["PGSERVICE"]).environment["PGHOST"] == "127.0.0.1"
     added = rewritten(environment | {"PGSERVICE": "reports"}, add=["PGSERVICE"])
     assert b" [reports]\n host=127.0.0.1\nport=40123\nsslmode=disable\n" in added.files[PRIVATE / "pg_service.conf"]
 

@@ -119,6 +119,35 @@ def test_json(other: object, password: str, ascii_only: bool, indent: int | None
     }
 
 
+HOSTS = st.sampled_from(["db.internal", "10.0.0.5", "db", "other", "10.0.0.6", "localhost", "mine", "xn--db-internal"])
+PORTS = st.sampled_from([None, 5432, 5433, 15432, 543])
+FORMS = st.sampled_from(
+    [
+        "postgresql://u:p@{host}{:port}/x",
+        "jdbc:postgresql://{host}{:port}/x?user=u",
+        "host={host}{ port=} dbname=x",
+        "Host={host}{;Port=};Username=u",
+        "pgsql:host={host}{;port=};dbname=x",
+        '["postgres://u@{host}{:port}/x"]',
+        "-Durl=postgresql://u@{host}{:port}/x -Dx=y",
+    ]
+)
+
+
+@given(FORMS, HOSTS, PORTS)
+def test_it_is_led_to_the_guard_if_host_and_port_are_the_servers_and_else_left(
+    form: str, host: str, port: int | None
+) -> None:
+    def written(host: str, port: int | None) -> str:
+        text = form.replace("{host}", host)
+        for mark, name in (("{:port}", ":"), ("{ port=}", " port="), ("{;Port=}", ";Port="), ("{;port=}", ";port=")):
+            text = text.replace(mark, "" if port is None else f"{name}{port}")
+        return text
+
+    is_the_servers = host in {"db.internal", "10.0.0.5", "db"} and port in {None, 5432}
+    assert value(written(host, port)) == (written("127.0.0.1", 40123) if is_the_servers else written(host, port))
+
+
 FRAGMENTS = st.sampled_from(
     [
         *"@:/?#[]{}=&;, '\"\\%\n",
