@@ -31,7 +31,7 @@ from pgguard.proxy.losses import Loss, keep_going, spared
 from pgguard.proxy.upstream import barred
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 
     from pgguard.attribution.capabilities import Capability
     from pgguard.attribution.ebpf.probe import SenderProbe
@@ -132,6 +132,17 @@ class RunningGuard:
     def begin_anew(self) -> None:
         """Take every fault for news from now on, and its cause too: the next of each is recorded in full."""
         _record_all(self._docket.begin_anew(at=time.time()), self._sinks)
+
+    def leave_open(self, numbers: Collection[int]) -> set[int]:
+        """Have sessions judged (``leaked-connection``) that outlive the command that they belong to.
+
+        Args:
+            numbers: The sessions' own.
+
+        Returns:
+            The numbers of those that are judged now, or have been; of others it isn't the time, or they are over.
+        """
+        return self._guard.leave_open(numbers)
 
     def reload(self, settings: Settings) -> None:
         """Go on by other settings: those that :func:`pgguard.proxy.settings.reload_settings` lets change.

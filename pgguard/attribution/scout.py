@@ -95,6 +95,10 @@ class _Scout:
             self.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ask(self, question: dict[str, object]) -> Any:
         """Raises OSError: it has ended; TimeoutError: it doesn't answer; ValueError: the answer isn't one."""
         self._socket.sendall(json.dumps(question).encode() + b"\n")
@@ -156,6 +160,11 @@ class _Scouts:
             if self._scout is None:
                 self._scout = _Scout()
 
+    @property
+    def pid(self) -> int | None:
+        scout = self._scout
+        return None if scout is None else scout.pid
+
     def close(self) -> None:
         with self._lock:
             scout, self._scout = self._scout, None
@@ -170,6 +179,11 @@ atexit.register(_scouts.close)
 def start() -> None:
     """Have a child ready for the first question, with the rights that the guard has now. Raises nothing."""
     _scouts.start()
+
+
+def pid() -> int | None:
+    """The child's pid; ``None`` if there is none just now."""
+    return _scouts.pid
 
 
 def close() -> None:

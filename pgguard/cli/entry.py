@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from pgguard.cli import streams
+from pgguard.launch import inheritance
 from pgguard.reporting.width import tidy_environment
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ early: Final[list[int]] = []
 
 def main() -> None:
     """Run the command line, and end the process with its exit status."""
+    inheritance.note()
     serving = _is_serving()
     _begin(serving=serving)
     streams.open_missing()

@@ -150,6 +150,70 @@ def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
     raise typer.Exit(serve(given, config))
 
 
+@app.command(
+    "run",
+    cls=_Command,
+    help="Run a command behind a guard of its own, and print a report when it has ended.\n\n"
+    "The guard stands in front of the PostgreSQL that DATABASE_URL or libpq's variables lead to, and the command gets "
+    "variables that lead to the guard. Streams, terminal, signals and exit status are the command's own.",
+    epilog=_examples(
+        "pgguard run -- pytest",
+        "pgguard run --faults faults.jsonl -- bundle exec puma",
+        "pgguard run --upstream postgresql://db.example.com \\\n  --fail-on warning -- python3 app.py",
+    ),
+    context_settings={"allow_interspersed_args": False},
+)
+def run_command(  # noqa: PLR0913, PLR0917 - one for each option
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CMD [ARG]...", help="The command, and its arguments.", show_default=False),
+    ] = None,
+    upstream: options.Upstream = "",
+    listen: options.Listen = None,
+    mode: options.ModeChoice = "",
+    faults: options.Faults = None,
+    config: options.Config = None,
+    attribution: options.Attribution = "",
+    sql: options.Sql = "",
+    idle_in_transaction: options.IdleInTransaction = "",
+    unread_answer: options.UnreadAnswer = "",
+    evidence_budget: options.EvidenceBudget = "",
+    env: options.Env = None,
+    keep_env: options.KeepEnv = None,
+    html: options.Html = None,
+    css: options.Css = None,
+    markdown: options.Markdown = None,
+    fail_on: options.RunFailOn = "error",
+    quiet: options.Quiet = False,
+    linger: options.Linger = "",
+) -> None:
+    """Run a command behind a guard of its own."""
+    from pgguard.cli.outputs import Outputs  # noqa: PLC0415 - likewise
+    from pgguard.cli.run import Wishes, run, seconds_to_linger  # noqa: PLC0415 - likewise
+
+    given = {
+        "upstream": upstream,
+        "listen": listen,
+        "mode": mode,
+        "faults": faults,
+        "attribution": attribution,
+        "sql": sql,
+        "idle_in_transaction": idle_in_transaction,
+        "unread_answer": unread_answer,
+        "evidence_budget": evidence_budget,
+    }
+    wishes = Wishes(
+        command or (),
+        env=env or (),
+        keep_env=keep_env or (),
+        outputs=Outputs(html, css, markdown),
+        fail_on=options.threshold(fail_on),
+        quiet=quiet,
+        linger=seconds_to_linger(linger),
+    )
+    raise typer.Exit(run(given, config, wishes))
+
+
 @app.command("demo", cls=_Command, epilog=_examples("pgguard demo"))
 def demo_command() -> None:
     """Show in less than a minute what pgguard does, with a real PostgreSQL and an application that misuses it."""

@@ -14,7 +14,9 @@ import typer
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.policy import Mode
 from pgguard.faults.sql import SqlMode
+from pgguard.faults.text import nearest
 from pgguard.proxy import settings
+from pgguard.proxy.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,6 +46,30 @@ def _plain_option(name: str, metavar: str, text: str, *, values: Sequence[str] |
         show_default=False,
         autocompletion=None if values is None else completing(values),
     )
+
+
+def one_of(option: str, given: str, values: Sequence[str]) -> str:
+    """Read a value that is one of these.
+
+    Args:
+        option: What it was given for.
+        given: It.
+        values: Those.
+
+    Raises:
+        ConfigurationError: It is none of them.
+    """
+    if given in values:
+        return given
+    close = nearest(given, values)
+    hint = f"did you mean {close}?" if close else f"choose {', '.join(values[:-1])} or {values[-1]}"
+    raise ConfigurationError(f"{option}: there is no {given!r}: {hint}")
+
+
+def threshold(fail_on: str) -> Severity | None:
+    """The severity that ``--fail-on`` names; ``None`` if it is that there is none. Raises ConfigurationError."""
+    given = one_of("--fail-on", fail_on, FAIL_ON)
+    return None if given not in {*Severity} else Severity(given)
 
 
 def _option(name: str, metavar: str, text: str, *, values: Sequence[str] | None = None) -> Any:
@@ -186,5 +212,37 @@ Root = Annotated[
         "DIR",
         "Where the application's sources are, as it is called where it runs (/app in a container): github and sarif "
         "name files relative to it. Default: $GITHUB_WORKSPACE, or this directory.",
+    ),
+]
+Env = Annotated[
+    list[str] | None,
+    _plain_option(
+        "env",
+        "NAME",
+        "A variable to rewrite although it doesn't lead to the server, as far as pgguard can tell. Can be repeated.",
+    ),
+]
+KeepEnv = Annotated[
+    list[str] | None,
+    _plain_option("keep-env", "NAME", "A variable to leave as it is. Can be repeated."),
+]
+RunFailOn = Annotated[
+    str,
+    _plain_option(
+        "fail-on",
+        "SEVERITY",
+        "End with status 66 if the command has succeeded, but there was a fault of at least this severity: error or "
+        "warning; never: don't. Default: error.",
+        values=FAIL_ON,
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the summary at the end.")]
+Linger = Annotated[
+    str,
+    _plain_option(
+        "linger",
+        "SECONDS",
+        "How long the guard goes on, at most, when the command has ended: while a connection is still open, or a "
+        "process runs that it has left behind. Default: as long as a connection is open.",
     ),
 ]

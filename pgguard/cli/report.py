@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pgguard.cli.options import FAIL_ON, FORMATS
+from pgguard.cli.options import FORMATS, one_of, threshold
 from pgguard.cli.outputs import write_out
 from pgguard.cli.statuses import DONE, FAULT_SEEN
 from pgguard.faults.catalogue import Severity
-from pgguard.faults.text import counted, listed, nearest, printable
+from pgguard.faults.text import counted, listed, printable
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.reporting.github import harmless, to_github
 from pgguard.reporting.places import Sources
@@ -19,8 +19,6 @@ from pgguard.reporting.recorded import RecordingError, read_recording
 from pgguard.reporting.text import to_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pgguard.cli.outputs import Outputs
     from pgguard.reporting.recorded import Recording
 
@@ -45,10 +43,10 @@ def report(
     if form is None and not outputs:
         form = "text"
     if form is not None:
-        form = _one_of("--format", form, FORMATS)
+        form = one_of("--format", form, FORMATS)
         if (option := outputs.on_standard_output) is not None:
             raise ConfigurationError(f"--format {form} and {option} - both go to standard output: name a file")
-    threshold = Severity.ERROR if fail_on is None else _severity(_one_of("--fail-on", fail_on, FAIL_ON))
+    enough = Severity.ERROR if fail_on is None else threshold(fail_on)
     outputs.check(("FAULTS.jsonl", source))
     try:
         recording = read_recording(source)
@@ -68,26 +66,14 @@ def report(
             for piece in to_text(recording, terminal=sys.stdout.isatty()):
                 sys.stdout.write(piece)
         case "junit":
-            _print_junit(recording, threshold)
+            _print_junit(recording, enough)
         case "github":
             _print_github(recording, _sources(root), outputs.markdown)
         case _:
             _print_sarif(recording, _sources(root))
     worst = max((count.severity.rank for count in recording.counts), default=-1)
-    seen = fail_on is not None and threshold is not None and worst >= threshold.rank
+    seen = fail_on is not None and enough is not None and worst >= enough.rank
     return FAULT_SEEN if seen else DONE
-
-
-def _one_of(option: str, given: str, values: Sequence[str]) -> str:
-    if given in values:
-        return given
-    close = nearest(given, values)
-    hint = f"did you mean {close}?" if close else f"choose {', '.join(values[:-1])} or {values[-1]}"
-    raise ConfigurationError(f"{option}: there is no {given!r}: {hint}")
-
-
-def _severity(fail_on: str) -> Severity | None:
-    return None if fail_on not in {*Severity} else Severity(fail_on)
 
 
 def _sources(root: Path | None) -> Sources:

@@ -467,13 +467,15 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         Kind.LEAKED_CONNECTION,
         Severity.WARNING,
         "warning",
-        "a connection outlived the process that opened it",
+        "a connection was left open",
         "The process that opened the connection has ended, but the session goes on: another process has inherited the "
         "socket and keeps it open, and neither uses it nor waits on it. The session takes one of the server's slots, "
         "and keeps its locks if a transaction is open. A daemon that keeps using the connection of the process that "
-        "started it isn't reported: that connection was handed over.",
+        "started it isn't reported: that connection was handed over. Or, behind pgguard run: the connection was still "
+        "open when the command had ended, and nobody has used it since.",
         "The process forked while it had the connection open, and the child (a daemon, a background job, a worker that "
-        "was left behind) inherited the socket and never closed it.",
+        "was left behind) inherited the socket and never closed it. Or a process goes on that the command has started "
+        "and not ended: a worker, or a server that a test needed.",
         Advice(
             "Close connections before forking, and before the process ends",
             "Disconnect in the parent just before the fork, so that no child keeps the socket open. Find the process "

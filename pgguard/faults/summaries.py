@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.findings import Findings, Share, Slots
 
 
+_ITS_OPENER: Final = "the process that opened it"
 _SHARES: Final = 3
 """Processes of which a summary says how many connections each has."""
 
@@ -123,9 +124,13 @@ def _ended(_: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str
 def _leaked(verdict: Verdict, findings: Findings, _: tuple[Culprit, ...]) -> str:
     heirs = findings.holders or ()
     owner = _opener(findings)
-    known = "the process that opened it" if owner is None else f"{owner}, which opened it"
     has = f": {all_named(heirs)} {'has' if len(heirs) == 1 else 'have'} it open" if heirs else ""
-    return f"{verdict.reason.replace('the process that opened it', known)}{has}"
+    what = verdict.reason
+    if owner is not None and _ITS_OPENER in what:
+        what = what.replace(_ITS_OPENER, f"{owner}, which opened it")
+    elif owner is not None:
+        what = what.replace("the connection", f"the connection that {owner} opened", 1)
+    return f"{what}{has}"
 
 
 def _owner(findings: Findings) -> str:

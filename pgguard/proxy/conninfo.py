@@ -20,7 +20,7 @@ import psycopg
 from psycopg import pq
 
 from pgguard.faults.text import listed
-from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.errors import ConfigurationError, NotPostgresError
 
 _NATIVE: Final = frozenset({"postgresql", "postgres"})
 SCHEMES: Final = _NATIVE | {"ecto", "pg", "postgis", "pgsql", "psql", "timescale", "timescaledb", "timescalegis"}
@@ -81,7 +81,8 @@ def read_connection_string(text: str) -> ConnectionString:
     """Read what ``--upstream`` was given.
 
     Raises:
-        ConfigurationError: it can't be read; the message holds no password.
+        ConfigurationError: it can't be read, or is another database's (NotPostgresError); the message holds no
+            password.
     """
     match = _URL.fullmatch(text.strip())
     if match is None or not (match["jdbc"] or match["rest"].startswith("//")):
@@ -112,7 +113,7 @@ def _without_quotations(said: str) -> str:
 def _read_url(match: re.Match[str]) -> ConnectionString:
     jdbc, scheme, driver = match["jdbc"], match["scheme"].lower(), match["driver"]
     if scheme not in SCHEMES:
-        raise ConfigurationError(f"--upstream: {jdbc or ''}{scheme}: is not a PostgreSQL URL: {_HELP}")
+        raise NotPostgresError(f"--upstream: {jdbc or ''}{scheme}: is not a PostgreSQL URL: {_HELP}")
     if _ENCODED_WRONG.search(match["rest"]) and not (jdbc or driver):
         raise ConfigurationError(
             "--upstream: a % in the URL isn't followed by two hexadecimal digits: write % itself as %25"

@@ -9,3 +9,7 @@ class ConfigurationError(ValueError):
 
 class LeadsBackError(ConnectionError):
     """Connections to where the server is said to be come back to the guard; the message is a clause that says how."""
+
+
+class NotPostgresError(ConfigurationError):
+    """What is said to be a PostgreSQL's URL is another database's."""

@@ -59,7 +59,7 @@ from pgguard.wire.fields import build_error_response
 from pgguard.wire.startup import PacketKind
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Collection
 
     from pgguard.attribution.ebpf.probe import SenderProbe
     from pgguard.attribution.sockets import ClientSocket
@@ -165,6 +165,14 @@ class Guard:
     def tell(self, listener: SessionListener) -> None:
         """Have somebody told of each session that is opened or closed from now on."""
         self._session_listeners.append(listener)
+
+    def leave_open(self, numbers: Collection[int]) -> set[int]:
+        """Have sessions judged that are still open although the command is over that they belong to.
+
+        Returns the numbers of those that are, or have been.
+        """
+        found = {number: self._sessions[number] for number in numbers if number in self._sessions}
+        return {number for number, session in found.items() if self._watch.leave_open(session)}
 
     async def listen(self) -> list[Address]:
         """Open the listeners: from now on the system takes connections, and :meth:`serve` answers them.

@@ -226,6 +226,23 @@ def report_of(fault: Fault, given: Given | None = None, *, terminal: bool = Fals
     return _taken(console, terminal=terminal)
 
 
+def reports_of(faults: Sequence[Fault], *, terminal: bool = False, width: int | None = None) -> str:
+    """The reports of faults one after the other, as :class:`ConsoleSink` prints those that it knows at once.
+
+    Args:
+        faults: The first ones of causes.
+        terminal: As in :func:`report_of`.
+        width: Likewise.
+    """
+    given = Given()
+    return "".join(
+        f"{summary_line(fault)}\n"
+        if fault.kind in _BEGINNINGS and any(_Waiting(0.0, fault).is_explained(other) for other in faults)
+        else report_of(fault, given, terminal=terminal, width=width)
+        for fault in faults
+    )
+
+
 def _in_any_case(console: Console, fault: Fault, tell: Callable[[], None], *, terminal: bool) -> None:
     """Tell of a fault, or print what can be told of it whatever stands in it; never raises."""
     try:

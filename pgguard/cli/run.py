@@ -1,0 +1,288 @@
+"""``pgguard run``: a command behind a guard of its own, and a report when it has ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import trio
+
+from pgguard.cli.outputs import Outputs
+from pgguard.cli.progress import progress
+from pgguard.cli.statuses import CANNOT, DONE, FAULT_SEEN
+from pgguard.faults.catalogue import Severity
+from pgguard.faults.text import listed, printable
+from pgguard.launch.arrivals import Arrivals
+from pgguard.launch.child import NotStarted, look_for
+from pgguard.launch.companion import Companion
+from pgguard.launch.environment import rewrite, write_files
+from pgguard.launch.inheritance import noted
+from pgguard.launch.launcher import Launcher, Order
+from pgguard.launch.upstream import located, private_directory
+from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.losses import Loss, remarks, spared
+from pgguard.proxy.settings import load_settings, mistyped_variables
+from pgguard.reporting.console import ConsoleSink, reports_of
+from pgguard.reporting.jsonl import JsonLines
+from pgguard.reporting.log import BoundedLog
+from pgguard.reporting.recorded import Gatherer
+from pgguard.reporting.sinks import Fanout, SinkError
+from pgguard.reporting.summary import summary_lines
+from pgguard.reporting.text import first_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from pgguard.launch.environment import Rewritten
+    from pgguard.launch.launcher import Outcome
+    from pgguard.proxy.settings import Settings
+    from pgguard.reporting.recorded import Recording
+    from pgguard.running import RunningGuard
+
+_IN_FULL: Final = 32
+"""Causes of which the report is printed: the gravest ones. Of others there is the summary."""
+_READING: Final = 3600.0
+"""Seconds for standard error to take what is printed in the end; a signal cuts it off."""
+_WAYS_OUT: Final = (
+    (
+        "pgguard: if the command has the address from a file, for example: let the guard listen on that address, by "
+        "--listen HOST:PORT, and say by --upstream where the server is"
+    ),
+    "pgguard: or let it listen in a directory, by --listen unix:DIR, and name that to the command in place of the host",
+)
+_LONGEST: Final = 1e9
+"""Seconds for which the guard may be told to go on, at most."""
+
+logger = logging.getLogger(__name__)
+
+
+class Wishes(NamedTuple):
+    """What ``pgguard run`` is told beside the guard's settings."""
+
+    command: Sequence[str]
+    env: Sequence[str] = ()
+    """Variables to rewrite besides."""
+    keep_env: Sequence[str] = ()
+    """Variables to leave as they are."""
+    outputs: Outputs = Outputs()
+    """Files to write a report to."""
+    fail_on: Severity | None = Severity.ERROR
+    """From which severity of fault on it is a failure, though the command has succeeded."""
+    quiet: bool = False
+    linger: float | None = None
+
+
+def seconds_to_linger(text: str) -> float | None:
+    """Read ``--linger``; ``None`` if it isn't given. Raises ConfigurationError."""
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= _LONGEST:  # nor is it NaN
+        raise ConfigurationError(f"--linger should be a number of seconds, 0 or more, not {printable(repr(text))}")
+    return seconds
+
+
+def run(given: dict[str, Any], config: Path | None, wishes: Wishes) -> int:
+    """Run a command behind a guard; returns the exit status.
+
+    Args:
+        given: The guard's settings from options and environment.
+        config: The configuration file, if one was named.
+        wishes: What else it is told.
+
+    Raises:
+        ConfigurationError: The guard can't run like that, and the command isn't started.
+    """
+    if not wishes.command:
+        raise ConfigurationError("name the command to run, as in pgguard run -- pytest")
+    try:
+        look_for(wishes.command[0])
+    except NotStarted as error:
+        return _not_started(error)
+    with Arrivals() as arrivals, Companion() as companion, ExitStack() as stack:
+        starting = stack.enter_context(ExitStack())
+        if not wishes.quiet:
+            starting.enter_context(progress("pgguard: starting", moving=False))
+        directory = stack.enter_context(private_directory())
+        settings = located(_settings(given, config), directory)
+        wishes.outputs.check(("--faults", settings.faults))
+        telling = _Telling(settings, wishes, directory, starting)
+        stack.callback(telling.sinks.close)
+        order = Order(
+            wishes.command,
+            noted(),
+            prepare=telling.begin,
+            go_on=telling.go_on,
+            say=telling.say,
+            linger=wishes.linger,
+            tended=telling.tended,
+        )
+        launcher = Launcher(settings, telling.sinks, order, arrivals, companion)
+        try:
+            outcome = trio.run(launcher.run, telling.end)
+        except NotStarted as error:
+            starting.close()
+            return _not_started(error)
+        status = _status(outcome, wishes.fail_on)
+        return CANNOT if telling.has_failed and status == DONE else status
+
+
+def _not_started(error: NotStarted) -> int:
+    print(printable(f"pgguard: {error}"), file=sys.stderr)  # noqa: T201 - the one line that a user gets
+    return error.status
+
+
+def _settings(given: dict[str, Any], config: Path | None) -> Settings:
+    settings = load_settings(given, config)
+    # The guard is the command's parent, and stays the user that it is.
+    return settings.model_copy(update={"user": ""}) if settings.user else settings
+
+
+def _status(outcome: Outcome, fail_on: Severity | None) -> int:
+    if outcome.ended is None:
+        return 128 + (outcome.stopped_by or 0)
+    return FAULT_SEEN if _is_failed(outcome, fail_on) else outcome.ended.status
+
+
+def _is_failed(outcome: Outcome, fail_on: Severity | None) -> bool:
+    """Whether the command has succeeded, and the guard complains."""
+    if outcome.ended is None or outcome.ended.status != DONE or outcome.guard is None or fail_on is None:
+        return False
+    return any(count.severity.rank >= fail_on.rank for count in outcome.guard.counts())
+
+
+class _Telling:
+    """Tells the user what there is to be told: before the command begins, when it has ended, and not meanwhile.
+
+    Both have one terminal, and what the command draws there is not to be torn. What is logged while it runs is held.
+
+    Args:
+        settings: The guard's.
+        wishes: What else was asked for.
+        directory: For files that the command's variables name.
+        starting: The line that says that the guard is starting, which goes then.
+
+    Raises:
+        ConfigurationError: Faults can't be written to the file that is named.
+    """
+
+    def __init__(self, settings: Settings, wishes: Wishes, directory: Path, starting: ExitStack) -> None:
+        self._wishes = wishes
+        self._directory = directory
+        self._starting = starting
+        self._fd = sys.stderr.fileno()
+        self._console = ConsoleSink(self._fd, wait=True)
+        self._log = BoundedLog(self._log_line)
+        logging.basicConfig(level=logging.ERROR if wishes.quiet else logging.WARNING, handlers=[self._log])
+        self._gatherer = Gatherer("pgguard run")
+        recorder = _recorder(settings)
+        self.sinks = Fanout([self._gatherer] if recorder is None else [recorder, self._gatherer], complain=logger.error)
+        self.tended = [self._log.settle] if recorder is None else [self._log.settle, recorder.tend]
+        self._rewritten = ""
+        self.has_failed = False
+        """A report could not be written."""
+
+    def say(self, text: str) -> None:
+        """Say a line, unless only the summary is wanted."""
+        if not self._wishes.quiet:
+            self._console.say(printable(f"pgguard: {text}"))
+
+    def _log_line(self, text: str) -> None:
+        self._console.say(text)
+
+    async def begin(self, guard: RunningGuard) -> Mapping[str, str]:
+        """Say what is to be known before the command begins, and give it its environment."""
+        rewritten = await trio.to_thread.run_sync(self._rewrite, guard, abandon_on_cancel=True)
+        self._rewritten = rewritten.line
+        self._starting.close()
+        if self._wishes.quiet:
+            return rewritten.environment
+        for warning in (*guard.warnings, *mistyped_variables(), *rewritten.remarks):
+            logger.warning("%s", warning)
+        if guard.missing:
+            names = listed([capability.name for capability in guard.missing])
+            logger.warning("some evidence isn't available here: %s; run pgguard doctor to see why", names)
+        there = ", ".join(map(str, guard.addresses))
+        self.say(f"ready on {there}, in front of PostgreSQL at {guard.upstream}; {self._rewritten}")
+        first, self._console = self._console, ConsoleSink(self._fd, wait=True)
+        await trio.to_thread.run_sync(first.close, abandon_on_cancel=True)
+        return rewritten.environment
+
+    def _rewrite(self, guard: RunningGuard) -> Rewritten:
+        rewritten = rewrite(
+            noted().environment,
+            guard.upstream,
+            guard.addresses,
+            directory=self._directory,
+            add=self._wishes.env,
+            keep=self._wishes.keep_env,
+        )
+        write_files(rewritten.files)
+        return rewritten
+
+    def go_on(self) -> None:
+        """The command has ended: say what has been held, and from now on everything at once."""
+        self._console.start()
+
+    async def end(self, outcome: Outcome) -> None:
+        """Tell the end of it, and write the reports."""
+        self._starting.close()
+        self.sinks.close()
+        self._log.close()
+        if outcome.guard is not None:
+            with spared(Loss.WORDS):
+                self._tell(outcome, outcome.guard)
+            await trio.to_thread.run_sync(self._write, abandon_on_cancel=True)
+        for remark in remarks():
+            self._console.say(f"pgguard: internal error: {remark}")
+        await trio.to_thread.run_sync(partial(self._console.close, deadline=_READING), abandon_on_cancel=True)
+
+    def _tell(self, outcome: Outcome, guard: RunningGuard) -> None:
+        if not self._wishes.quiet and (told := self._recording().causes[:_IN_FULL]):
+            faults = [first_of(cause) for cause in told]
+            self._console.say(reports_of(faults, terminal=os.isatty(self._fd)).rstrip("\n"))
+        counts, causes = guard.counts(), guard.causes()
+        lines = summary_lines(guard.sessions, counts, causes) if guard.sessions else self._nobody_came(guard)
+        lines += [printable(f"pgguard: attribution: {remark}") for remark in guard.remarks()]
+        if _is_failed(outcome, self._wishes.fail_on):
+            lines.append(f"pgguard: the command has succeeded, but the exit status is {FAULT_SEEN} (see --fail-on)")
+        for line in lines:
+            self._console.say(line)
+
+    def _recording(self) -> Recording:
+        return self._gatherer.recording()
+
+    def _write(self) -> None:
+        """Write the reports that are wanted."""
+        try:
+            written = self._wishes.outputs.write(self._recording())
+        except ConfigurationError as error:
+            self.has_failed = True
+            self._console.say(printable(f"pgguard: {error}"))
+        else:
+            if written:
+                self.say(f"see {listed([str(path) for path in written])}")
+
+    def _nobody_came(self, guard: RunningGuard) -> list[str]:
+        there = ", ".join(map(str, guard.addresses))
+        return [
+            printable(f"pgguard: no connection came through the guard on {there}; {self._rewritten}"),
+            *_WAYS_OUT,
+        ]
+
+
+def _recorder(settings: Settings) -> JsonLines | None:
+    if settings.faults is None:
+        return None
+    try:
+        return JsonLines(settings.faults)
+    except SinkError as error:
+        raise ConfigurationError(f"--faults: {error}") from error
