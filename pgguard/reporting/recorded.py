@@ -549,7 +549,7 @@ class Gatherer:
             rank[place] = session
         session.times += 1
         session.first_at, session.last_at = min(at, session.first_at), max(at, session.last_at)
-        session.over = session.over or record.get("over") is True
+        session.over = session.over or record.get("over") is True or _action(record) is Action.REJECTED
         doer = next((number_of(one.get("pid")) for one in people if one.get("role") in _INVOLVED), None)
         if len(session.marks) < _MARKS:
             session.marks.append(Mark(at, severity, kind, doer))

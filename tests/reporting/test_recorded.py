@@ -206,6 +206,11 @@ class TestSessions:
         [session] = read(tmp_path, lines(told)).sessions
         assert session.processes[9999].since == session.processes[9999].until == pytest.approx(NOW)
 
+    @pytest.mark.parametrize("ends", [{"over": True}, {"action": "rejected"}])
+    def test_a_session_is_over_with_what_ends_it(self, ends: dict[str, Any], tmp_path: Path) -> None:
+        assert [session.over for session in read(tmp_path, lines(record())).sessions] == [False]
+        assert [session.over for session in read(tmp_path, lines(record(), repeat(2, **ends))).sessions] == [True]
+
     def test_those_with_the_gravest_faults_are_told_of(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(recorded, "SESSIONS", 3)
         warnings = [record(id=n, cause=1, severity="warning", session={"id": n}) for n in range(1, 9)]

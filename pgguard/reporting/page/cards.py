@@ -226,7 +226,7 @@ def sights(recording: Recording) -> list[str]:
             "Some clients run where pgguard can't see their processes: of those it knows what they say themselves."
         )
     for problem, times in recording.stack_problems[:6]:
-        told.append(f"What the code was doing isn't known of {counted(times, 'thread')}: {problem}.")
+        told.append(f"Of {counted(times, 'thread')} it isn't known what the code was doing: {problem}.")
     untracked = [count.times for count in recording.counts if count.kind is Kind.UNTRACKED]
     if untracked:
         told.append(f"pgguard stopped following a session {counted(sum(untracked), 'time')}: faults in it go unseen.")

@@ -51,9 +51,8 @@ class Bar(NamedTuple):
     title: str
     opened: bool
     """The process has opened it."""
-    open_ended: bool
-    """How long it had it isn't known: at least for as long as is drawn."""
-    severity: Severity
+    ended: bool
+    """It is known to have let go of it at its end, or the session was over; otherwise it had it for longer, maybe."""
 
 
 class Cross(NamedTuple):
@@ -199,6 +198,7 @@ class _Drawer:
             x = self._x(presence.since)
             width = max(self._x(presence.until) - x, _LEAST)
             place = next((n for n, end in enumerate(ends) if end + 2 <= x), _DEEP - 1)
+            crowded = ends[place] > x
             ends[place] = max(ends[place], x + width)
             number = f"session {session.facts.id}" + (f" of run {session.run}" if self._many_runs else "")
             had = "opened" if presence.opened else "had"
@@ -206,7 +206,7 @@ class _Drawer:
                 f"{number}: pid {owner.pid} {had} its connection, known from {rfc3339(presence.since)} to "
                 f"{rfc3339(presence.until)}; {counted(session.times, 'recorded fault')}"
             )
-            label = fitting(number, width - 8) if width > len(number) * 6.2 + 8 else ""
+            label = number if width > len(number) * CHARACTER + 8 and not crowded else ""
             bar = Bar(
                 x,
                 top + 6 + place * _STEP,
@@ -214,8 +214,7 @@ class _Drawer:
                 label,
                 title,
                 presence.opened,
-                not presence.left and not session.over,
-                session.severity,
+                presence.left or (session.over and presence.until >= session.last_at),
             )
             yield bar, one
 
