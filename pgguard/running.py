@@ -21,6 +21,7 @@ from pgguard.attribution import privileges, scout
 from pgguard.attribution.capabilities import check, without_tcp_senders
 from pgguard.attribution.ebpf.probe import ProbeUnavailable
 from pgguard.attribution.privileges import Right, RightsError
+from pgguard.attribution.ruby.pipes import RubyPipes
 from pgguard.attribution.transparency import start as start_probe
 from pgguard.attribution.witness import Witness
 from pgguard.faults.docket import Docket
@@ -49,6 +50,9 @@ _TRIAL: Final = 20.0
 
 _LOOK_FIRST: Final = 0.5
 """Seconds for a server to ignore a CancelRequest before clients are told that the guard is ready."""
+
+_SWEEP: Final = 30.0
+"""Seconds between two looks for what Ruby processes have left behind."""
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +171,12 @@ class RunningGuard:
 
 @asynccontextmanager
 async def running_guard(
-    settings: Settings, sinks: Fanout, *, give_up_rights: bool = False, account: Account | None = None
+    settings: Settings,
+    sinks: Fanout,
+    *,
+    give_up_rights: bool = False,
+    account: Account | None = None,
+    ruby: RubyPipes | None = None,
 ) -> AsyncIterator[RunningGuard]:
     """Run a guard for as long as the block takes, which is entered once it accepts connections.
 
@@ -183,13 +192,15 @@ async def running_guard(
             do, before or after, keeps the rights that it has.
         account: The user to become once everything is set up, of a guard that is started as root; the rights are given
             up then too.
+        ruby: Where Ruby processes are asked for their stacks, if they are to be; opened and closed here. Those can be
+            asked that are started with :func:`pgguard.attribution.ruby.loading.ruby_variables` in their environment.
 
     Raises:
         ConfigurationError: The guard can't run like that: raised on entering, or out of the block when it is found out
             only then that the guard is in front of itself.
     """
     docket = Docket()
-    witness = None if settings.attribution == "off" else Witness()
+    witness = None if settings.attribution == "off" else Witness(ruby)
     guard = Guard(settings, sinks=sinks, docket=docket, witness=witness)
     with ExitStack() as stack:
         addresses = await guard.listen()
@@ -201,19 +212,22 @@ async def running_guard(
             guard.use_probe(probe)
         if give_up_rights or account is not None:
             _give_up_rights(guard, settings, account, probe)
+        if ruby is not None:
+            stack.callback(ruby.close)
+            _open(ruby)
         missing += await _look_around(settings)
         room = guard.look_for_room()
         said = (settings.remark, *guard.listener_remarks, guard.upstream.remark, room)
         warnings = [remark for remark in said if remark is not None]
         stack.callback(_account, docket, sinks)
-        async with _serving(guard) as (everything, ended):
+        async with _serving(guard, ruby) as (everything, ended):
             yield RunningGuard(
                 guard, docket, sinks, everything, ended, addresses=addresses, missing=missing, warnings=warnings
             )
 
 
 @asynccontextmanager
-async def _serving(guard: Guard) -> AsyncIterator[tuple[trio.CancelScope, trio.Event]]:
+async def _serving(guard: Guard, ruby: RubyPipes | None) -> AsyncIterator[tuple[trio.CancelScope, trio.Event]]:
     """Serve, unless it is found out that the guard is in front of itself: that raises ConfigurationError.
 
     Yields what is cancelled to end everything at once, and what is set when the guard has been stopped and is done.
@@ -240,6 +254,8 @@ async def _serving(guard: Guard) -> AsyncIterator[tuple[trio.CancelScope, trio.E
         nursery.start_soon(serve)
         nursery.start_soon(look)
         nursery.start_soon(keep_going, tune)
+        if ruby is not None:
+            nursery.start_soon(keep_going, _sweep, ruby)
         with trio.move_on_after(_LOOK_FIRST):
             await looked.wait()
         if not loops:
@@ -254,6 +270,24 @@ async def _serving(guard: Guard) -> AsyncIterator[tuple[trio.CancelScope, trio.E
         raise ConfigurationError(loop)
     for failure in failures:
         raise failure
+
+
+def _open(ruby: RubyPipes) -> None:
+    """Make the directory of the pipes. Raises ConfigurationError."""
+    try:
+        ruby.open()
+    except OSError as error:
+        raise ConfigurationError(
+            f"--ruby-stacks: no directory for Ruby's answers can be made: {error.strerror}: set TMPDIR to one that the "
+            "guard can write to"
+        ) from error
+
+
+async def _sweep(ruby: RubyPipes) -> None:
+    """Remove what processes have left behind that had no time to do so, until cancelled."""
+    while True:
+        await trio.sleep(_SWEEP)
+        await trio.to_thread.run_sync(ruby.sweep, abandon_on_cancel=True)
 
 
 def _account(docket: Docket, sinks: Fanout) -> None:

@@ -20,6 +20,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from pgguard.attribution.ruby.frames import HOME, LOOP, MAIN
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -31,7 +33,7 @@ class Frame(NamedTuple):
     """A call that has not returned yet."""
 
     function: str
-    """Its name; with Python 3.11 and newer its qualified name."""
+    """Its name; with Python 3.11 and newer its qualified name, and with Ruby 3.4 and newer its class's name too."""
     file: str
     """As the interpreter knows it: mostly an absolute path, in the process's own file system."""
     line: int
@@ -39,7 +41,9 @@ class Frame(NamedTuple):
     """It is the application's own code."""
 
 
-_LOOP = re.compile(r"/(?:asyncio/(?:base_events|runners)|trio/_core/_run|gevent/hub|eventlet/hubs/\w+)\.py$")
+_LOOP = re.compile(
+    rf"/(?:(?:asyncio/(?:base_events|runners)|trio/_core/_run|gevent/hub|eventlet/hubs/\w+)\.py|(?:{LOOP})\.rb)$"
+)
 """Event loops: what has started one says nothing about what is being waited for in it."""
 _FILELESS = "<"
 _TYPED = re.compile(r"<(?:stdin|console|(?:b|i)?python-input-.*|doctest .*)>$")
@@ -161,7 +165,7 @@ def _is_launcher(frames: Sequence[Frame]) -> bool:
 
 def short_path(frame: Frame) -> str:
     """The file of a call; of a library's without the directory that libraries are in."""
-    return frame.file if frame.application else _HOME.sub("", frame.file)
+    return frame.file if frame.application else HOME.sub("", _HOME.sub("", frame.file))
 
 
 def innermost(frames: Sequence[Frame]) -> Frame | None:
@@ -187,4 +191,4 @@ def _place(frame: Frame) -> str:
     directory, _, name = frame.file.rpartition("/")
     if name in _ANONYMOUS and directory:
         name = f"{directory.rpartition('/')[2]}/{name}"
-    return f"{name}:{frame.line}" if frame.function == MODULE else f"{name}:{frame.line} in {frame.function}"
+    return f"{name}:{frame.line}" if frame.function in {MODULE, *MAIN} else f"{name}:{frame.line} in {frame.function}"

@@ -247,10 +247,10 @@ def runtime_of(process: int | Image) -> Runtime:
     )
 
 
-def is_python(pid: int) -> bool:
-    """Whether a process shows that it is Python's: what :func:`runtime_of` says too, without a look at its files."""
+def language_of(pid: int) -> Language | None:
+    """Whose runtime a process shows: what :func:`runtime_of` says too, without a look at its files (so never Go)."""
     image = read_image(pid)
-    return image is not None and _language(_places(image)) is Language.PYTHON
+    return None if image is None else _language(_places(image))
 
 
 def _places(image: Image) -> dict[_Place, str]:

@@ -1,4 +1,7 @@
-"""What Python threads were doing: functions, files and lines, through py-spy.
+"""What Python's and Ruby's threads were doing: functions, files and lines.
+
+Python's are read by py-spy, whatever the processes do. Ruby's tell it themselves, if ``pgguard run --ruby-stacks`` has
+started them: :mod:`pgguard.attribution.ruby.pipes`.
 
 py-spy reads the interpreter's own structures out of the process's memory. By default it stops the process with
 ptrace(2) for that, which is not harmless. A stop interrupts system calls, and some then fail with EINTR: signal(7),
@@ -14,6 +17,9 @@ which runs may be torn. Therefore stacks are given of threads that *sleep*:
 - or, as py-spy takes long on a busy machine, and some drivers wake now and then to look for signals (psycopg 3 every
   0.1 s), of one that was waiting for the connection before, between and after two runs of py-spy which have read the
   very same stack: what is torn is not torn twice in the same way.
+
+A Ruby process answers when one of its threads has the interpreter's lock, so that no stack is torn. But a thread that
+has run meanwhile may have been asked about in another call. So for Ruby's the same holds.
 
 py-spy takes some 30 ms of a processor, nearly all of it before it reads. So :class:`StackReader` starts it at once, for
 all processes that matter, and lets other evidence be taken meanwhile. A thread may be given the answer that it has
@@ -33,15 +39,17 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, NamedTuple, Self
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pgguard.attribution import hangs
+from pgguard.attribution.dumps import Dump, NoDump, Seen
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.frames import Frame, code_of, told_apart
 from pgguard.attribution.processes import CMDLINE_LIMIT
-from pgguard.attribution.runtime import is_python
+from pgguard.attribution.ruby.pipes import NOT_ASKED
+from pgguard.attribution.runtime import Language, language_of
 from pgguard.attribution.threads import Obstacle, Sleep, Waiting, find_sleep, sleeps_of, waiting_threads
 from pgguard.attribution.trust import (
     TRUST_REMEDY,
@@ -52,6 +60,9 @@ from pgguard.attribution.trust import (
     user_name,
 )
 
+if TYPE_CHECKING:
+    from pgguard.attribution.ruby.pipes import RubyPipes
+
 _PIECE = 65536
 _OUTPUT_LIMIT = 1 << 21
 """Bytes of an answer: a hundred threads' deep stacks. While one is decoded nothing else of the guard's runs."""
@@ -60,7 +71,7 @@ _PAUSE = 0.002
 _YOUNG = 0.01
 """Seconds after its start in which py-spy is started anew rather than left to read what isn't wanted any more."""
 _RUNS = 6
-"""How often py-spy is started for one process."""
+"""How often py-spy is started for one process, or how often it is asked."""
 _RESTARTS = 2
 """How often of that it is not left to read."""
 _ROUND = 0.05
@@ -83,6 +94,8 @@ class Stacks:
     again: Mapping[tuple[int, int], Waiting] = field(default_factory=dict)
     """By pid and tid, how those threads waited for the connection when their stacks were read that had run since they
     were asked about."""
+    names: Mapping[Sleep, str] = field(default_factory=dict)
+    """What those threads are called in their own language that have a name there."""
 
 
 class _Frame(BaseModel):
@@ -99,10 +112,6 @@ class _Thread(BaseModel):
     os_thread_id: int | None
     """Its tid; ``None`` before Python 3.11, where the interpreter doesn't know it."""
     frames: list[_Frame]
-
-
-class _NoDump(Exception):
-    """Why there is none, as in :class:`Stacks`."""
 
 
 _INSTALL = "pip install 'pgguard[stacks]'"
@@ -172,9 +181,75 @@ class Wanted(NamedTuple):
     """By tid, the sleep that each was seen in; ``None``: it wasn't seen to sleep."""
 
 
+class _PySpy(Dump):
+    """py-spy, while it reads the stacks of a process. Raises OSError: it can't be run."""
+
+    begins_slowly = True
+
+    def __init__(self, program: str, process: Process) -> None:
+        self._process = process
+        self._child = _started(program, process.pid)
+        self._output = bytearray()
+        self._complaint = bytearray()
+        self._is_too_much = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended. It isn't waited for, so that what it took can be told then."""
+        if self._is_too_much:
+            return True
+        return not self._open and os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    @property
+    def pipes(self) -> Collection[int]:
+        """What it writes to."""
+        return [stream.fileno() for stream in self._open]
+
+    @property
+    def _open(self) -> list[IO[bytes]]:
+        streams = (self._child.stdout, self._child.stderr)
+        return [stream for stream in streams if stream is not None and not stream.closed]
+
+    def hear(self, pipe: int) -> None:
+        """Take what it has written."""
+        stream = next(stream for stream in self._open if stream.fileno() == pipe)
+        said = self._output if stream is self._child.stdout else self._complaint
+        while len(said) <= _OUTPUT_LIMIT:
+            try:
+                data = os.read(pipe, _PIECE)
+            except BlockingIOError:
+                return
+            if not data:
+                stream.close()
+                return
+            said += data
+        self._is_too_much = True
+
+    def result(self) -> Mapping[int, Seen]:
+        """What it has read."""
+        if self._is_too_much:
+            raise NoDump("its stacks are too large")
+        if self._child.returncode != 0:
+            raise NoDump(f"py-spy: {_shorten(self._complaint.decode(errors='replace'))}")
+        try:
+            return _threads(self._process, _DUMP.validate_json(bytes(self._output)))
+        except ValidationError:
+            raise NoDump("py-spy's answer can't be read") from None
+
+    def end(self) -> float:
+        """End it. What can't be ended yet is left behind."""
+        for stream in self._open:
+            stream.close()
+        before = _childrens_time()
+        # It holds nothing that would need to be put back: see the head of this module. It opens the interpreter's file,
+        # which may be in a file system that never answers.
+        hangs.leave(self._child, self._process.pid)
+        return _childrens_time() - before
+
+
 @dataclass(slots=True)
 class _Run:
-    """One run of py-spy, and what the threads of its process did before it was started."""
+    """One look at a process, and what its threads did before it was begun."""
 
     process: Process
     began: float
@@ -182,51 +257,11 @@ class _Run:
     """By tid, the sleeps that they were in."""
     waited: Collection[int]
     """The tids of those that waited for the connection."""
-    child: subprocess.Popen[bytes]
-    output: bytearray = field(default_factory=bytearray)
-    complaint: bytearray = field(default_factory=bytearray)
-    is_too_much: bool = False
-
-    @property
-    def is_over(self) -> bool:
-        """Whether there is nothing more to come from it. It isn't waited for, so that what it took can be told then."""
-        if self.is_too_much:
-            return True
-        return not self.open and os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    @property
-    def open(self) -> list[IO[bytes]]:
-        """The pipes that it may still write to."""
-        return [stream for stream in (self.child.stdout, self.child.stderr) if stream is not None and not stream.closed]
-
-    def hear(self, stream: IO[bytes]) -> None:
-        """Take what it has written. How much that is, the process decides that is looked at."""
-        said = self.output if stream is self.child.stdout else self.complaint
-        while len(said) <= _OUTPUT_LIMIT:
-            try:
-                data = os.read(stream.fileno(), _PIECE)
-            except BlockingIOError:
-                return
-            if not data:
-                stream.close()
-                return
-            said += data
-        self.is_too_much = True
-
-    def result(self) -> dict[int, tuple[Frame, ...]]:
-        """The frames by tid, when it has ended. Raises _NoDump."""
-        if self.is_too_much:
-            raise _NoDump("its stacks are too large")
-        if self.child.returncode != 0:
-            raise _NoDump(f"py-spy: {_shorten(self.complaint.decode(errors='replace'))}")
-        try:
-            return _threads(self.process, _DUMP.validate_json(bytes(self.output)))
-        except ValidationError:
-            raise _NoDump("py-spy's answer can't be read") from None
+    dump: Dump
 
 
 class StackReader:
-    """Reads the stacks of threads of a few Python processes, beside whatever else is done.
+    """Reads the stacks of threads of a few processes, Python's and Ruby's, beside whatever else is done.
 
     For one worker thread at a time; the processes neither stop nor notice. It is a context manager, at whose end no
     child is left behind but one that can't be ended yet.
@@ -234,17 +269,24 @@ class StackReader:
     Args:
         inode: Of the client's socket of the connection that it is about; ``None``: of none.
         account: Is told how much of a processor's time each py-spy has taken, in seconds.
+        ruby: Asks Ruby processes; ``None``: they aren't asked.
     """
 
-    def __init__(self, inode: int | None, account: Callable[[float], None] | None = None) -> None:
+    def __init__(
+        self, inode: int | None, account: Callable[[float], None] | None = None, ruby: RubyPipes | None = None
+    ) -> None:
         self._inode = inode
         self._account = account
+        self._ruby = ruby
         self._program = find_py_spy()
+        self._languages: dict[int, Language] = {}
+        """By pid, those of the processes that have been begun."""
         self._runs: dict[int, _Run] = {}
         self._begun: Counter[int] = Counter()
         self._unsure: dict[tuple[int, int], tuple[Frame, ...]] = {}
         """What has been read of threads that had run meanwhile."""
         self._frames: dict[Sleep, tuple[Frame, ...]] = {}
+        self._names: dict[Sleep, str] = {}
         self._problems: dict[int, str] = {}
         self._left: dict[int, tuple[Process, dict[int, Sleep | None]]] = {}
         """The processes, each with those of its threads that have not been read yet."""
@@ -262,7 +304,8 @@ class StackReader:
     @property
     def found(self) -> Stacks:
         """What has been found so far."""
-        return Stacks(dict(self._frames), {**self._unfinished, **self._problems}, dict(self._again))
+        problems = {**self._unfinished, **self._problems}
+        return Stacks(dict(self._frames), problems, dict(self._again), dict(self._names))
 
     @property
     def has_any_left(self) -> bool:
@@ -270,7 +313,7 @@ class StackReader:
         return bool(self._left)
 
     def begin(self, process: Process, tids: Collection[int] = ()) -> None:
-        """Begin to read the stacks of a process, unless that has been begun; returns as soon as py-spy is started.
+        """Begin to read the stacks of a process, unless that has been begun; returns as soon as it has been asked for.
 
         Args:
             process: Whoever has by now the pid of one that is gone isn't taken for it.
@@ -280,15 +323,21 @@ class StackReader:
         pid = process.pid
         if self._begun[pid] or pid in self._problems:
             return
-        if self._program is None:
-            self._problems[pid] = lack_of_py_spy().problem
-            return
         try:
-            _check(pid)
-        except _NoDump as reason:
+            self._languages[pid] = self._checked(pid)
+        except NoDump as reason:
             self._problems[pid] = str(reason)
             return
         self._start(process, tids)
+
+    def _checked(self, pid: int) -> Language:
+        """Make sure that it is a process whose stacks can be had. Raises NoDump."""
+        language = _checked(pid)
+        if language is Language.PYTHON and self._program is None:
+            raise NoDump(lack_of_py_spy().problem)
+        if language is Language.RUBY and self._ruby is None:
+            raise NoDump(NOT_ASKED)
+        return language
 
     def read(self, wanted: Collection[Wanted], *, until: float, returning: float) -> Iterator[Stacks]:
         """Read, and yield what has been found so far whenever that is more; ends when no more is to be expected.
@@ -327,7 +376,7 @@ class StackReader:
         while True:
             for pid, (process, threads) in list(left.items()):
                 run = self._runs.get(pid)
-                if run is not None and run.is_over:
+                if run is not None and run.dump.is_over:
                     self._end(pid)
                     self._take(run, threads)
                     yield self.found
@@ -344,69 +393,88 @@ class StackReader:
             if not left or time.monotonic() >= until:
                 break
             self._hear(min(_PAUSE, until - time.monotonic()))
-        self._unfinished = {pid: "py-spy didn't answer in time" if pid in self._runs else MOVED_ON for pid in left}
+        self._unfinished = {pid: self._late(pid) for pid in left}
         yield self.found
+
+    def _late(self, pid: int) -> str:
+        if pid not in self._runs:
+            return MOVED_ON
+        return "it didn't answer in time" if self._languages[pid] is Language.RUBY else "py-spy didn't answer in time"
 
     def _start(self, process: Process, tids: Collection[int]) -> None:
         pid, started = process.pid, process.started
-        if self._program is None or self._begun[pid] >= _RUNS:
+        if self._begun[pid] >= _RUNS:
             return
         self._begun[pid] += 1
         before = {sleep.thread.tid: sleep for sleep in sleeps_of(process)}
         before |= {tid: sleep for tid in tids if (sleep := find_sleep(pid, started, tid)) is not None}
+        waited = self._waiting(process)
         try:
-            run = _Run(process, time.monotonic(), before, self._waiting(process), _started(self._program, pid))
+            self._runs[pid] = _Run(process, time.monotonic(), before, waited, self._dump(process, tids))
+        except NoDump as reason:
+            self._problems[pid] = str(reason)
+
+    def _dump(self, process: Process, tids: Collection[int]) -> Dump:
+        """Begin to read a process's stacks. Raises NoDump."""
+        if self._languages[process.pid] is Language.RUBY and self._ruby is not None:
+            return self._ruby.ask(process, tids)
+        if self._program is None:
+            raise NoDump(lack_of_py_spy().problem)
+        try:
+            return _PySpy(self._program, process)
         except OSError as error:
-            self._problems[pid] = f"py-spy can't be run: {error.strerror}"
-            return
-        self._runs[pid] = run
+            raise NoDump(f"py-spy can't be run: {error.strerror}") from None
 
     def _hear(self, seconds: float) -> None:
         """Take what is written, waiting so long for it at most."""
         with selectors.PollSelector() as waiting:
-            pipes = {stream.fileno(): (run, stream) for run in self._runs.values() for stream in run.open}
+            pipes = {pipe: run.dump for run in self._runs.values() for pipe in run.dump.pipes}
             for pipe in pipes:
                 waiting.register(pipe, selectors.EVENT_READ)
             if not pipes:
                 time.sleep(max(0.0, seconds))
                 return
             for key, _ in waiting.select(max(0.0, seconds)):
-                run, stream = pipes[key.fd]
-                run.hear(stream)
+                pipes[key.fd].hear(key.fd)
 
     def _take(self, run: _Run, threads: dict[int, Sleep | None]) -> None:
         """Keep what one run has read of these threads, of which those are left out that need no other."""
         pid = run.process.pid
         try:
-            dumped = run.result()
-        except _NoDump as reason:
+            dumped = run.dump.result()
+        except NoDump as reason:
             self._problems[pid] = str(reason)
             return
         waiting = self._waiting(run.process)
         for tid, seen in list(threads.items()):
-            frames, one = dumped.get(tid), waiting.get(tid)
+            found, one = dumped.get(tid), waiting.get(tid)
             sleep = find_sleep(pid, run.process.started, tid)
             if sleep is None or (one is not None and one.sleep != sleep):
                 one = None
             steady = sleep is not None and sleep == run.before.get(tid)
-            confirmed = frames is not None and tid in run.waited and self._unsure.get((pid, tid)) == frames
-            if frames is None:
-                del threads[tid]  # it isn't Python's
+            confirmed = found is not None and tid in run.waited and self._unsure.get((pid, tid)) == found.frames
+            if found is None:
+                del threads[tid]  # it isn't the language's
             elif sleep is not None and steady and sleep == seen:
-                self._frames[sleep] = frames
+                self._keep(sleep, found)
                 del threads[tid]
             elif one is not None and (steady or confirmed):
-                self._frames[one.sleep] = frames
+                self._keep(one.sleep, found)
                 self._again[pid, tid] = one
                 del threads[tid]
             elif one is not None and tid in run.waited:
-                self._unsure[pid, tid] = frames
+                self._unsure[pid, tid] = found.frames
             else:
                 self._unsure.pop((pid, tid), None)
 
+    def _keep(self, sleep: Sleep, found: Seen) -> None:
+        self._frames[sleep] = found.frames
+        if found.name is not None:
+            self._names[sleep] = found.name
+
     def _is_vain(self, run: _Run, threads: Mapping[int, Sleep | None]) -> bool:
         """Whether all these threads have run since before a run was started, and not again and again."""
-        if self._begun[run.process.pid] > _RESTARTS:
+        if not run.dump.begins_slowly or self._begun[run.process.pid] > _RESTARTS:
             return False
         now = {tid: find_sleep(run.process.pid, run.process.started, tid) for tid in threads}
         return all(run.before.get(tid) is None or run.before[tid] != sleep for tid, sleep in now.items())
@@ -427,15 +495,9 @@ class StackReader:
 
     def _end(self, pid: int) -> None:
         """End a run, over or not."""
-        run = self._runs.pop(pid)
-        for stream in filter(None, (run.child.stdout, run.child.stderr)):
-            stream.close()
-        before = _childrens_time()
-        # It holds nothing that would need to be put back: see the head of this module. It opens the interpreter's file,
-        # which may be in a file system that never answers.
-        hangs.leave(run.child, pid)
+        taken = self._runs.pop(pid).dump.end()
         if self._account is not None:
-            self._account(_childrens_time() - before)
+            self._account(taken)
 
 
 def python_stacks(sleeps: Collection[Sleep], seconds: float = 0.5) -> Stacks:
@@ -462,20 +524,22 @@ def python_stacks(sleeps: Collection[Sleep], seconds: float = 0.5) -> Stacks:
         return reader.found
 
 
-def _check(pid: int) -> None:
-    """Raise _NoDump unless it is a Python process that may be looked at."""
+def _checked(pid: int) -> Language:
+    """Make sure that it is a process that may be looked at, of a language whose stacks can be read. Raises NoDump."""
     try:
         Path(f"/proc/{pid}/exe").readlink()
     except PermissionError:
-        raise _NoDump(Obstacle.NOT_PERMITTED) from None
+        raise NoDump(Obstacle.NOT_PERMITTED) from None
     except OSError:
-        raise _NoDump("it has ended") from None
+        raise NoDump("it has ended") from None
     try:
         hangs.check(pid)
     except TimeoutError as error:
-        raise _NoDump(str(error.strerror)) from None
-    if not is_python(pid):
-        raise _NoDump("it isn't Python")
+        raise NoDump(str(error.strerror)) from None
+    language = language_of(pid)
+    if language is not Language.PYTHON and language is not Language.RUBY:
+        raise NoDump("it is neither Python nor Ruby")
+    return language
 
 
 def _started(program: str, pid: int) -> subprocess.Popen[bytes]:
@@ -506,15 +570,15 @@ def _shorten(complaint: str) -> str:
     return message if len(lines) == 1 else f"{message.rstrip('.')}: {re.sub('^[0-9]+: ', '', lines[-1])}"
 
 
-def _threads(process: Process, dumped: list[_Thread]) -> dict[int, tuple[Frame, ...]]:
-    """Return the frames by tid."""
+def _threads(process: Process, dumped: list[_Thread]) -> dict[int, Seen]:
+    """Return the threads by tid."""
     if len(dumped) == 1 and dumped[0].os_thread_id is None and _is_single_threaded(process.pid):
         dumped[0].os_thread_id = process.pid
     is_cut = sum(len(argument.encode()) + 1 for argument in process.cmdline) >= CMDLINE_LIMIT
     code = None if is_cut else code_of(process.cmdline)
     return {
-        thread.os_thread_id: told_apart(
-            [Frame(frame.name, frame.filename, frame.line) for frame in thread.frames], code
+        thread.os_thread_id: Seen(
+            told_apart([Frame(frame.name, frame.filename, frame.line) for frame in thread.frames], code)
         )
         for thread in dumped
         if thread.os_thread_id is not None and thread.frames

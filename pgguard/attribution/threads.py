@@ -38,6 +38,7 @@ from pgguard.attribution.descriptors import link_to
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.hangs import reading
 from pgguard.attribution.processes import Stat, parse_stat
+from pgguard.attribution.ruby.loading import ANSWERING
 
 _SET_LIMIT = 4096
 """Descriptors of one set that are looked at: four times what select(2) can hold."""
@@ -395,35 +396,38 @@ def waiting_threads(processes: Iterable[Process], inode: int, seconds: float = 0
 
 
 def has_one_thread(process: Process) -> bool:
-    """Whether a process has a single thread at this moment."""
-    return len(_tids(process.pid)) == 1
+    """Whether a process has a single thread at this moment, but for one that answers the guard."""
+    return len(_of_its_own(process.pid, _tids(process.pid))) == 1
 
 
 def only_thread(process: Process) -> Sleep | None:
     """Identify the sleep that the only thread of a process is in; ``None`` if it has several, runs, or has ended.
 
-    ``None`` too if the process has had another thread, which may have done what is looked into before it ended.
+    ``None`` too if the process has had another thread, which may have done what is looked into before it ended. One
+    that answers the guard doesn't count.
     """
     tids = _tids(process.pid)
-    if len(tids) != 1:
+    own = _of_its_own(process.pid, tids)
+    if len(own) != 1:
         return None
-    sleep = find_sleep(process.pid, process.started, int(tids[0]))
-    return sleep if sleep is not None and _has_been_alone(sleep.thread) else None
+    sleep = find_sleep(process.pid, process.started, int(own[0]))
+    return sleep if sleep is not None and _have_been_alone(process.pid, tids) else None
 
 
-def _has_been_alone(thread: Thread) -> bool:
-    """Whether a thread that sleeps is the only one that its process has ever had; False too if that can't be seen.
+def _have_been_alone(pid: int, tids: Collection[str]) -> bool:
+    """Whether these are the only threads that a process has ever had; False too if that can't be seen.
 
     A thread can hardly run without a page fault, on its new stack for one. A process's count of them keeps those of the
     threads that have ended: ``__exit_signal()`` in ``kernel/exit.c``, ``do_task_stat()`` in ``fs/proc/array.c``.
     """
     try:
-        own, all_threads = (
-            parse_stat(Path(f"/proc/{thread.pid}/{stat}").read_bytes()) for stat in (f"task/{thread.tid}/stat", "stat")
+        *threads, process = (
+            parse_stat(Path(f"/proc/{pid}/{stat}").read_bytes())
+            for stat in (*(f"task/{tid}/stat" for tid in tids), "stat")
         )
     except OSError:
         return False
-    return own.minor_faults == all_threads.minor_faults
+    return sum(thread.minor_faults for thread in threads) == process.minor_faults
 
 
 def all_asleep(process: Process) -> bool:
@@ -459,6 +463,7 @@ def restless_threads(process: Process, sleeps: Collection[Sleep]) -> dict[int, S
     tids = _tids(process.pid)
     if len(tids) > _LOOKED_AT:
         return {}
+    tids = _of_its_own(process.pid, tids)
     now = {int(tid): find_sleep(process.pid, process.started, int(tid)) for tid in tids}
     return {tid: sleep for tid, sleep in now.items() if sleep not in sleeps}
 
@@ -494,6 +499,18 @@ def _tids(pid: int) -> list[str]:
         return os.listdir(f"/proc/{pid}/task")
     except OSError:
         return []
+
+
+def _of_its_own(pid: int, tids: list[str]) -> list[str]:
+    """Leave out the thread that answers the guard: its process runs nothing else in it."""
+    return [tid for tid in tids if tid == str(pid) or _thread_name(pid, tid) != ANSWERING] if len(tids) > 1 else tids
+
+
+def _thread_name(pid: int, tid: str) -> str | None:
+    try:
+        return Path(f"/proc/{pid}/task/{tid}/comm").read_text(errors="replace").rstrip("\n")
+    except OSError:
+        return None
 
 
 def epoll_watches(pid: int, fd: int, inode: int) -> bool | None:

@@ -20,6 +20,7 @@ from pgguard.attribution.frames import Frame
 from pgguard.attribution.holders import Holders, HolderWatch, is_older, is_younger, sole_holder
 from pgguard.attribution.namespaces import NetworkNamespaces
 from pgguard.attribution.processes import ProcessBook, read_stat
+from pgguard.attribution.ruby.pipes import RubyPipes
 from pgguard.attribution.runtime import Runtime, runtime_of
 from pgguard.attribution.sampling import Sample, sample_sender
 from pgguard.attribution.sockets import ClientSocket
@@ -76,11 +77,15 @@ class Opening:
 class Witness:
     """Attribution for one guard. Thread-safe; made before the guard accepts its first connection.
 
+    Args:
+        ruby: asks Ruby processes what their threads do; ``None``: they aren't asked.
+
     Its methods read ``/proc`` and ask the kernel: they never wait for a client, but may take milliseconds, and so
     are for worker threads. They raise nothing for what can't be found out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ruby: RubyPipes | None = None) -> None:
+        self._ruby = ruby
         self._book = ProcessBook()
         self._vigil = Vigil()
         self._watch = HolderWatch(self._book)
@@ -349,14 +354,23 @@ class Witness:
             and is_fork(child.pid, opener.pid)
         )
 
-    @staticmethod
-    def stack_reader(opening: Opening, account: Callable[[float], None]) -> StackReader:
-        """Get ready to find out what Python threads do that use a connection: see :class:`StackReader`."""
-        return StackReader(opening.inode, account)
+    @property
+    def asks_ruby(self) -> bool:
+        """Whether Ruby processes are asked what their threads do."""
+        return self._ruby is not None
 
-    @staticmethod
-    def opening_stack(opening: Opening, *, until: float, account: Callable[[float], None]) -> tuple[Frame, ...] | None:
-        """Find out what a Python thread does that is just opening a connection, the innermost call first.
+    def can_ask(self, process: Process) -> bool:
+        """Whether that Ruby process can be asked."""
+        return self._ruby is not None and self._ruby.can_ask(process)
+
+    def stack_reader(self, opening: Opening, account: Callable[[float], None]) -> StackReader:
+        """Get ready to find out what the threads do that use a connection: see :class:`StackReader`."""
+        return StackReader(opening.inode, account, self._ruby)
+
+    def opening_stack(
+        self, opening: Opening, *, until: float, account: Callable[[float], None]
+    ) -> tuple[Frame, ...] | None:
+        """Find out what a thread does that is just opening a connection, the innermost call first.
 
         To be called while the client waits for the answer to its start-up packet. ``None`` unless exactly one thread of
         the opener waits for that, and for nothing else: of an event loop it isn't known for whom it waits.
@@ -379,7 +393,7 @@ class Witness:
             return None
         if opening.connected is not None and opening.connected[1] not in {None, tid}:
             return None
-        with StackReader(inode, account) as reader:
+        with StackReader(inode, account, self._ruby) as reader:
             for _ in reader.read([Wanted(opener, {tid: sleep})], until=until, returning=until):
                 pass
             found = reader.found

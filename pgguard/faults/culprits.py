@@ -55,6 +55,8 @@ MOST: Final = 8
 CHAPTERS: Final = 32
 """Processes that a story tells of, the first to have it: a preforking server can have hundreds of workers."""
 _KERNEL: Final = Evidence.KERNEL_SENDER
+_LEGIBLE: Final = frozenset({Language.PYTHON, Language.RUBY})
+"""Languages whose stacks can be read."""
 _TOO_LATE: Final = "there was no time to read it"
 _TICK: Final = 0.02
 """Seconds. Of a process that started within a tick of the connection's opening it isn't certain that it is older."""
@@ -227,6 +229,8 @@ class _Bench:
             name = process.name  # comm(5) of a process is that of its main thread
         sleep = waiting.sleep if waiting is not None else only or findings.restless.get(pid, {}).get(tid)
         stack, problem = self._stack(pid, sleep)
+        if sleep is not None:
+            name = findings.stacks.names.get(sleep, name)
         return Culprit(
             role,
             pid,
@@ -247,7 +251,7 @@ class _Bench:
         if frames is not None:
             return frames, None
         runtime = findings.runtimes.get(pid)
-        if self._verdict.by is not Party.CLIENT or runtime is None or runtime.language is not Language.PYTHON:
+        if self._verdict.by is not Party.CLIENT or runtime is None or runtime.language not in _LEGIBLE:
             return None, None
         return None, findings.stacks.problems.get(pid, _TOO_LATE)
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Final
 from pgguard.attribution.declared import declared
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.findings import Findings
-from pgguard.attribution.stacks import Wanted
+from pgguard.attribution.ruby.pipes import NOT_ASKED
+from pgguard.attribution.runtime import Language
+from pgguard.attribution.stacks import Stacks, Wanted
 from pgguard.attribution.threads import Waits
 from pgguard.faults.build import build_fault
 from pgguard.faults.conclude import conclude
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from pgguard.attribution.evidence import Process
-    from pgguard.attribution.stacks import StackReader, Stacks
+    from pgguard.attribution.stacks import StackReader
     from pgguard.attribution.threads import Sleep
     from pgguard.attribution.witness import Opening, Witness
     from pgguard.faults.docket import Docket
@@ -400,6 +402,9 @@ class Investigation:
         described = [known[pid] for pid in order if pid in known][:_DESCRIBED]
         runtimes = {**self._findings.runtimes, **self._witness.runtimes(described)}
         self._findings = replace(self._findings, runtimes=runtimes)
+        if not self._witness.asks_ruby:
+            ruby = [pid for pid, runtime in runtimes.items() if runtime.language is Language.RUBY]
+            self._findings = replace(self._findings, stacks=Stacks(problems=dict.fromkeys(ruby, NOT_ASKED)))
 
     def _look_at_stacks(self, reader: StackReader) -> None:
         wanted = self._wanted()
@@ -408,7 +413,7 @@ class Investigation:
         until = self._ends - _LAST_WORDS
         returning = self._ends - self._budget * (1 - _RETURNING) if self._awaits_answer() else 0.0
         others = known_processes(self._findings).keys() - {process.pid for process, _ in wanted}
-        problems = dict.fromkeys(others, _NOT_AMONG_THEM)
+        problems = {**dict.fromkeys(others, _NOT_AMONG_THEM), **self._findings.stacks.problems}
         for stacks in reader.read(wanted, until=until, returning=returning):
             self._note_stacks(stacks, problems)
         # Who was on its way to its sleep before is in it by now.

@@ -2,12 +2,13 @@
 
 That can only be seen while it happens. A client that has sent its start-up packet waits for the server's answer, and
 its thread sleeps in the call that opens the connection. So some clients are kept waiting for a moment before the server
-is connected to, while py-spy reads the stack of the one thread that waits for this connection.
+is connected to, while the stack of the one thread that waits for this connection is read: by py-spy, or by asking a
+Ruby process that ``pgguard run --ruby-stacks`` has started.
 What is seen is told of that session alone: another one of the same program may have been opened elsewhere.
 
 Who is looked at, so that few clients ever wait:
 
-- Python's processes alone, other than the guard's own, and only if py-spy is there;
+- Python's processes alone, other than the guard's own, if py-spy is there, and Ruby's that can be asked;
 - of each process the first, second, fourth, eighth… connection that it opens, as what is opened early is what a server
   has when it forks;
 - of each program (a command line without its numbers) so many at most that its siblings add nothing, and after that
@@ -38,6 +39,7 @@ from pgguard.proxy.losses import Loss, spared
 from pgguard.proxy.turns import Allowance
 
 if TYPE_CHECKING:
+    from pgguard.attribution.evidence import Process
     from pgguard.attribution.witness import Opening, Witness
     from pgguard.proxy.session import ProxiedSession
 
@@ -78,7 +80,7 @@ class _Looked:
 
 
 class OpenerStacks:
-    """Sees where some sessions are opened. Does nothing where py-spy can't be run.
+    """Sees where some sessions are opened. Does nothing where no stacks can be read.
 
     Args:
         witness: attribution.
@@ -108,7 +110,7 @@ class OpenerStacks:
 
         To be called when its client waits for the answer to its start-up packet. Never raises but for cancellation.
         """
-        if not self._has_py_spy or not self._budget or session.client_socket is None:
+        if not (self._has_py_spy or self._witness.asks_ruby) or not self._budget or session.client_socket is None:
             return
         while self._taken:
             self._allowance.spend(self._taken.popleft())
@@ -143,12 +145,12 @@ class OpenerStacks:
 
     def _is_worthwhile(self, session: ProxiedSession, opening: Opening) -> bool:
         opener = opening.opener
-        is_python = opener is not None and opening.runtime.language is Language.PYTHON
-        if session.connected is None and (opener is None or not is_python or not self._opens(opener.pid)):
+        is_legible = opener is not None and self._is_legible(opener, opening.runtime.language)
+        if session.connected is None and (opener is None or not is_legible or not self._opens(opener.pid)):
             self._unnamed_next = time.monotonic() + self._pause
             self._pause = min(self._pause * 2, _FRUITLESS_AT_MOST)
             return False
-        if opener is None or not is_python or opener.pid == os.getpid():
+        if opener is None or not is_legible or opener.pid == os.getpid():
             return False
         self._pause, self._unnamed_next = _FRUITLESS, -math.inf
         if self._threads.statistics().tasks_waiting >= _LINE:
@@ -160,6 +162,12 @@ class OpenerStacks:
         looked.times += 1
         looked.at = now
         return True
+
+    def _is_legible(self, opener: Process, language: Language | None) -> bool:
+        """Whether the stacks of a process can be read."""
+        if language is Language.RUBY:
+            return self._witness.can_ask(opener)
+        return language is Language.PYTHON and self._has_py_spy
 
 
 def _recalled(known: OrderedDict[T, _Looked], key: T, most: int) -> _Looked:

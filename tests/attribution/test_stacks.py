@@ -138,12 +138,12 @@ def test_a_thread_that_runs_is_in_no_sleep(application: Puppet) -> None:
 
 
 @needs_py_spy
-def test_what_is_not_python_is_said_to_be_none() -> None:
+def test_what_is_neither_python_nor_ruby_is_said_to_be_none() -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
         sleep = _until_asleep(process.pid, process.pid, "pipe_read")
         stacks = python_stacks([sleep])
         process.communicate()
-    assert (stacks.frames, stacks.problems) == ({}, {process.pid: "it isn't Python"})
+    assert (stacks.frames, stacks.problems) == ({}, {process.pid: "it is neither Python nor Ruby"})
 
 
 @needs_py_spy

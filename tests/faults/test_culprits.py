@@ -383,7 +383,7 @@ def test_a_requester_without_a_thread_adds_nothing_to_one_with() -> None:
 
 # What threads were doing
 
-RUBY, PYTHON = Runtime(Language.RUBY), Runtime(Language.PYTHON)
+PHP, RUBY, PYTHON = Runtime(Language.PHP), Runtime(Language.RUBY), Runtime(Language.PYTHON)
 POLLING = waiting(WORKER_0, 4871, name="puma srv tp 001", call="ppoll")
 FRAMES = (Frame("fetch", "/app/a.py", 7), Frame("handle", "/app/b.py", 20))
 
@@ -449,16 +449,24 @@ def test_the_story_says_what_the_opener_was_doing() -> None:
         (PYTHON, {WORKER_0.pid: "py-spy is not installed"}, "py-spy is not installed"),
         (PYTHON, {WORKER_1.pid: "py-spy is not installed"}, "there was no time to read it"),
         (PYTHON, {}, "there was no time to read it"),
-        (RUBY, {WORKER_0.pid: "it isn't Python"}, None),
-        (None, {WORKER_0.pid: "it isn't Python"}, None),
+        (RUBY, {WORKER_0.pid: "it can't be asked"}, "it can't be asked"),
+        (PHP, {WORKER_0.pid: "it is neither Python nor Ruby"}, None),
+        (None, {WORKER_0.pid: "it is neither Python nor Ruby"}, None),
     ],
 )
-def test_why_there_is_no_stack_is_said_of_python_alone(
+def test_why_there_is_no_stack_is_said_of_python_and_ruby_alone(
     runtime: Runtime | None, problems: dict[int, str], problem: str | None
 ) -> None:
     runtimes = {} if runtime is None else {WORKER_0.pid: runtime}
     culprit = doing(replace(KERNEL, waits=Waits((POLLING,)), stacks=Stacks({}, problems), runtimes=runtimes))
     assert (culprit.stack, culprit.stack_problem) == (None, problem)
+
+
+def test_a_thread_is_called_what_its_own_language_calls_it() -> None:
+    """The kernel keeps 15 bytes of a name."""
+    found = replace(KERNEL, waits=Waits((POLLING,)), stacks=Stacks({}, names={POLLING.sleep: "sidekiq/processor 12"}))
+    assert doing(found).thread_name == "sidekiq/processor 12"
+    assert doing(replace(KERNEL, waits=Waits((POLLING,)))).thread_name == POLLING.name
 
 
 def test_only_a_main_thread_has_its_processes_name() -> None:

@@ -31,8 +31,17 @@ class Seeing:
 
     def __init__(self) -> None:
         self.pids: list[int] = []
+        self.answers: set[int] = set()
+        """The Ruby processes that can be asked."""
         self.go_on = threading.Event()
         self.go_on.set()
+
+    @property
+    def asks_ruby(self) -> bool:
+        return bool(self.answers)
+
+    def can_ask(self, process: Process) -> bool:
+        return process.pid in self.answers
 
     def opening_stack(
         self, opening: Opening, *, until: float, account: Callable[[float], None]
@@ -106,6 +115,16 @@ async def test_another_program_is_looked_at_all_the_same(seeing: Seeing) -> None
 async def test_other_languages_are_left_alone(named: bool, seeing: Seeing) -> None:
     assert await looks(stacks(seeing), opened(4000, named=named, runs=Language.RUBY)) == [False]
     assert seeing.pids == []
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_ruby_that_can_be_asked_is_looked_at(
+    named: bool, seeing: Seeing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openers, "find_py_spy", lambda: None)
+    seeing.answers = {4000}
+    rubies = [opened(pid, named=named, runs=Language.RUBY) for pid in (4000, 4001)]
+    assert await looks(stacks(seeing), *rubies, opened(4002, named=named)) == [True, False, False]
 
 
 async def test_the_guards_own_process_is_left_alone(seeing: Seeing, monkeypatch: pytest.MonkeyPatch) -> None:
