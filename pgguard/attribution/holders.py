@@ -5,7 +5,11 @@ machine. What keeps that rare is how a process comes to have somebody else's con
 after the connection was opened, from a process that has it. Every heir is therefore a process that is *new*,
 and a new process has its whole inheritance from the moment on at which it becomes visible. So:
 
-- Whatever is asked, processes that have appeared in the last seconds are looked at.
+- Whatever is asked, processes that have appeared in the last seconds are looked at, if they can be heirs: of a process
+  it is read once who its parent is. A parent that has had no connection has none to leave, unless it has adopted the
+  child: an orphan goes to an ancestor of the parent that it had, see ``PR_SET_CHILD_SUBREAPER`` in prctl(2). So a
+  new process can be an heir if its parent has had a connection, or is an ancestor of one that has, or is gone, or is
+  new and can be an heir itself; and so can whoever has a parent that can't be looked at.
 - The process that opened a connection is searched for once, first among those that opened others.
 - From then on, what has been seen is only seen again: one readlink(2) for each holder and connection.
 
@@ -120,6 +124,8 @@ class _Seen:
     """When it was first listed, seconds of time.monotonic(); long ago for those that were there at the start."""
     read: float = -math.inf
     """When a reading of its descriptors began that looked for every connection known by then."""
+    parent: int | None = None
+    """Its parent's pid when it was first looked for; ``None`` before that."""
 
 
 class _Unreadable(NamedTuple):
@@ -183,8 +189,9 @@ class HolderWatch:
         self._lock = threading.Lock()
         self._seen: dict[int, _Seen] = {}
         self._unreadable: dict[int, _Unreadable] = {}
-        self._clients: dict[int, None] = {}
-        """Processes that have had a connection of ours open, the latest last."""
+        self._clients: dict[int, frozenset[int]] = {}
+        """Processes that have had a connection of ours open, the latest last; with their own pids and those of their
+        ancestors when that was first seen."""
         self._connections: dict[int, _Connection] = {}
         self._links: Mapping[str, int] | None = None
         """Their inodes, each under what the link of a descriptor says; ``None`` if they have changed since."""
@@ -200,13 +207,19 @@ class HolderWatch:
             self._read(pid, {})
 
     def find(
-        self, opened: Mapping[int, float], likely: Iterable[int] = (), *, since: float | None = None
+        self,
+        opened: Mapping[int, float],
+        likely: Collection[int] = (),
+        *,
+        openers: bool = False,
+        since: float | None = None,
     ) -> dict[int, Holders]:
         """Find the holders of sockets that have just been connected, in one walk for all.
 
         Args:
             opened: by each socket's inode, when its connection was opened, in seconds of CLOCK_BOOTTIME.
             likely: pids to look at first.
+            openers: each of the connections was certainly opened by one of these.
             since: where many ask at once, from when on what was seen holds for this question too, in seconds of
                 time.monotonic(). Without it, everything is looked at again.
 
@@ -222,7 +235,7 @@ class HolderWatch:
         unsearched = self._unsearched(opened)
         if any(now - opened[inode] > _NEW for inode in unsearched):
             return self.walk(opened)
-        self._look(opened, [*likely, *new])
+        self._look(opened, [*likely, *(self._possible_heirs(new, likely) if openers else new)])
         held = {inode for inode, _ in self._holds(opened)}
         self._search({inode: opened[inode] for inode in unsearched | (opened.keys() - held)}, skip=new)
         return self._report(opened)
@@ -243,7 +256,7 @@ class HolderWatch:
             known = {inode: c.opened for inode in asked if (c := self._connections.get(inode))}
             kept = {inode: c.opened for inode in keep if (c := self._connections.get(inode))}
             latest = max((c.known for c in self._connections.values()), default=0.0)
-        for pid in self._begin(known | kept):
+        for pid in self._possible_heirs(self._begin(known | kept)):
             self._read_for_all(pid, latest)
         self._look(known, ())
         return self._report(asked)
@@ -366,6 +379,29 @@ class HolderWatch:
                     self._release(pid, inode)
                 self._links = None
         return since
+
+    def _possible_heirs(self, new: Iterable[int], clients: Iterable[int] = ()) -> list[int]:
+        """Those of new processes that can have inherited a connection; see the head of this module.
+
+        Args:
+            new: their pids.
+            clients: others that have connections, beside those that are known to.
+        """
+        kin = {0, 1}.union(*map(_known_lineage, clients))
+        with self._lock:
+            kin.update(*self._clients.values(), *(one.lineage for one in self._unreadable.values()))
+            seen = {pid: one for pid in new if (one := self._seen.get(pid)) is not None}
+            there = self._seen.keys() | {os.getpid()}
+        for pid, one in seen.items():
+            if one.parent is None:
+                one.parent = _parent(pid)
+
+        def can_be(pid: int) -> bool:
+            """A parent is older than its child: so this ends."""
+            parent = seen[pid].parent
+            return parent is None or parent in kin or parent not in there or (parent in seen and can_be(parent))
+
+        return [pid for pid in seen if can_be(pid)]
 
     def _release(self, pid: int, inode: int) -> None:
         """A process doesn't hold a connection any more. With the lock."""
@@ -517,10 +553,21 @@ class HolderWatch:
                     noted[inode] = process
                 elif before is not None:
                     self._release(pid, inode)
-            if noted:
-                self._clients.pop(pid, None)
-                self._clients[pid] = None
+        if noted:
+            self._note_client(pid)
         return noted
+
+    def _note_client(self, pid: int) -> None:
+        """A process has had a connection open."""
+        with self._lock:
+            lineage = self._clients.pop(pid, None)
+            if lineage is not None:
+                self._clients[pid] = lineage
+        if lineage is None:
+            lineage = _known_lineage(pid)
+            with self._lock:
+                if pid in self._seen:
+                    self._clients[pid] = lineage
 
     def _note_unreadable(self, pid: int) -> None:
         try:
@@ -604,8 +651,25 @@ def _elder(pid: int, opened: float) -> int | None:
     return None
 
 
+def _parent(pid: int) -> int | None:
+    """Return the pid of a process's parent; ``None`` if it can't be told."""
+    with contextlib.suppress(OSError):
+        stat = read_stat(pid)
+        return None if stat is None else stat.ppid
+    return None
+
+
+def _known_lineage(pid: int) -> frozenset[int]:
+    """Return a process's pid and those of its ancestors, as far as they can be told."""
+    lineage: set[int] = set()
+    while pid and pid not in lineage:
+        lineage.add(pid)
+        pid = _parent(pid) or 0
+    return frozenset(lineage)
+
+
 def _lineage(pid: int) -> frozenset[int]:
-    """Return a process's pid and those of its ancestors."""
+    """Return a process's pid and those of its ancestors. Raises OSError."""
     lineage: set[int] = set()
     while pid and pid not in lineage:
         lineage.add(pid)

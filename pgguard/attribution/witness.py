@@ -114,11 +114,14 @@ class Witness:
         Where the kernel has named a process that can't be looked at any more, the opener is nobody, and none of those
         that have the socket open: its pid stands in :attr:`Opening.connected`.
         """
-        connected_by = [self._connected_by(client) for client in clients]
+        named = {client.connected_by for client in clients if client.connected_by is not None}
+        processes = {pid: self._book.look(pid) for pid in named}
+        connected_by = [_connected_by(client, processes) for client in clients]
         inodes = self._namespaces.client_inodes(clients)
         holders = self._watch.find(
             {inode: client.opened for client, inode in zip(clients, inodes, strict=True) if inode is not None},
-            likely=[process.pid for process in connected_by if process is not None],
+            likely={process.pid for process in connected_by if process is not None},
+            openers=None not in connected_by,
         )
         return [
             self._opening(client, inode, process, holders.get(inode, Holders()) if inode is not None else Holders())
@@ -478,15 +481,6 @@ class Witness:
             return Holders()
         return self._watch.find({opening.inode: opening.client.opened}, since=since)[opening.inode]
 
-    def _connected_by(self, client: ClientSocket) -> Process | None:
-        if client.connected_by is None:
-            return None
-        process = self._book.look(client.connected_by)
-        # If it is younger than the connection, who connected is gone and the pid is another's.
-        if process is None or is_younger(process.started, client.opened):
-            return None
-        return process
-
     def _opening(
         self, client: ClientSocket, inode: int | None, connected_by: Process | None, holders: Holders
     ) -> Opening:
@@ -512,6 +506,15 @@ class Witness:
             if len(self._clients) > _CLIENTS:
                 self._clients.popitem(last=False)
         return found
+
+
+def _connected_by(client: ClientSocket, processes: Mapping[int, Process | None]) -> Process | None:
+    """The process that has connected a socket, of those that have the pids now that the kernel has named."""
+    process = None if client.connected_by is None else processes.get(client.connected_by)
+    # If it is younger than the connection, who connected is gone and the pid is another's.
+    if process is None or is_younger(process.started, client.opened):
+        return None
+    return process
 
 
 def _opener(client: ClientSocket, connected_by: Process | None, holders: Holders) -> tuple[Process | None, Evidence]:

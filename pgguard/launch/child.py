@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.launch.arrivals import STOPS
+from pgguard.proxy.scheduling import ordinary_slices
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -158,11 +159,12 @@ def _spawned(command: Sequence[str], environment: Mapping[str, str], inheritance
 
 
 def _spawn(file: str, command: Sequence[str], environment: Mapping[str, str], inheritance: Inheritance) -> int:
-    return os.posix_spawnp(
-        file,
-        list(command),
-        environment,
-        file_actions=[(os.POSIX_SPAWN_CLOSE, fd) for fd in inheritance.closed],
-        setsigmask=inheritance.mask,
-        setsigdef=_CHANGED_BY_PYTHON,
-    )
+    with ordinary_slices():
+        return os.posix_spawnp(
+            file,
+            list(command),
+            environment,
+            file_actions=[(os.POSIX_SPAWN_CLOSE, fd) for fd in inheritance.closed],
+            setsigmask=inheritance.mask,
+            setsigdef=_CHANGED_BY_PYTHON,
+        )

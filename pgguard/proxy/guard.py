@@ -5,7 +5,7 @@ The tasks, all children of :meth:`Guard.serve`:
 - one for each listener, accepting (:mod:`pgguard.proxy.door`);
 - one for each new client, until it has been introduced to the server (:mod:`pgguard.proxy.greeting`);
 - the sweep (:mod:`pgguard.proxy.sweep`), with a task for each session that is being judged;
-- the registrar, which finds out who opened new connections;
+- the registrar, which finds out who opened new connections (:mod:`pgguard.proxy.registrar`);
 - the watch over what no message shows (:mod:`pgguard.proxy.watch`);
 - one that has accounted for what was suppressed of the records.
 """
@@ -21,14 +21,12 @@ import resource
 import select
 import socket
 import time
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from pgguard.attribution.holders import sole_holder
 from pgguard.attribution.sockets import TcpClient, client_socket
 from pgguard.attribution.vigil import BEAT
 from pgguard.faults.build import discreet_facts
@@ -48,9 +46,11 @@ from pgguard.proxy.loops import LoopWatch
 from pgguard.proxy.losses import Loss, keep_going, note, spared
 from pgguard.proxy.openers import OpenerStacks
 from pgguard.proxy.overview import snapshot
+from pgguard.proxy.registrar import Registrar
 from pgguard.proxy.remedies import HOW_TO_RAISE
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.sweep import FAILED, Sweep
+from pgguard.proxy.turns import Turns, Urgency
 from pgguard.proxy.unread import UnreadWatch
 from pgguard.proxy.upstream import DECLINED, UpstreamUnavailable, ask, cancel_query, introduce, reason, relay_cancel
 from pgguard.proxy.watch import Watch
@@ -86,9 +86,6 @@ _LAST_CANCEL: Final = 1.0
 
 _ROUNDS: Final = 8
 """Turns of trio's tasks in which a client who has come is let in, and what it has said is heard."""
-
-_REGISTERED_AT_ONCE: Final = 64
-"""Connections whose openers are looked for together: as many as trio's thread takes note of in a moment."""
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +134,7 @@ class Guard:
         self._last_number = 0
         self._all_gone = trio.Event()
         self._stopping = trio.Event()
-        self._openings_send, self._openings = trio.open_memory_channel[ProxiedSession](math.inf)
+        self._registrar = None if witness is None else Registrar(witness)
         self._nursery: trio.Nursery
         self._admission = Admission(evidence=witness is not None, extras=lambda: self._sweep.alarms)
         self._door = Door(
@@ -145,6 +142,7 @@ class Guard:
         )
         self._declined = DeclinedClients()
         self._loops = LoopWatch(self._upstream)
+        self._arrivals = Turns()
         self._gate = Gate(self._suspect_loop)
         self._cancel_gate = Gate(self._suspect_loop)
 
@@ -258,10 +256,10 @@ class Guard:
                 nursery.start_soon(keep_going, self._judge.count_waiting)
                 nursery.start_soon(keep_going, self._judge.write_what_waits)
                 nursery.start_soon(keep_going, self._watch.over_transactions)
-                if self._witness is not None:
+                if self._witness is not None and self._registrar is not None:
                     nursery.start_soon(keep_going, looking.over_hangs)
                     nursery.start_soon(keep_going, _stay_awake, self._witness)
-                    nursery.start_soon(keep_going, self._register, self._witness)
+                    nursery.start_soon(keep_going, self._registrar.run)
                     nursery.start_soon(keep_going, self._judge.look_at_strangers, self._witness)
                     nursery.start_soon(keep_going, self._watch.over_heirs, self._witness)
                     nursery.start_soon(keep_going, self._watch.over_readers, self._witness)
@@ -319,12 +317,12 @@ class Guard:
 
     async def _let_in(self) -> None:
         """Let those clients in who have come, and hear what they have said, if that is nothing that takes time."""
-        seen, rounds = self._last_number, _ROUNDS
+        seen, rounds = (0, 0), _ROUNDS
         while rounds and (len(self._present) > len(self._sessions) or any(map(_has_clients, self._listeners))):
             await trio.lowlevel.checkpoint()
-            # If none comes in any more there is no room for them.
-            rounds = rounds - 1 if self._last_number == seen else _ROUNDS
-            seen = self._last_number
+            # If none comes in any more there is no room for them; if none gets any further they have said nothing.
+            before, seen = seen, (self._last_number, len(self._sessions))
+            rounds = rounds - 1 if seen == before else _ROUNDS
 
     async def _finish_sessions(self) -> None:
         self._sweep.stop_lingering()
@@ -357,6 +355,7 @@ class Guard:
         session: ProxiedSession | None = None
         try:
             with spared(Loss.ARRIVAL), sock:
+                await self._arrivals.step(Urgency.MESSAGE)
                 try:
                     session = self._new_session(sock, listener, is_admitted=True)
                 except OSError:
@@ -402,6 +401,7 @@ class Guard:
         try:
             with trio.move_on_after(seconds) as limit:
                 greeting = await greet(sock, session, senders=self._senders)
+            await self._arrivals.step(Urgency.MESSAGE)
             if limit.cancelled_caught:
                 logger.info("session %d: %s did not send a startup packet in time", session.id, _who(session))
             else:
@@ -481,8 +481,8 @@ class Guard:
             opened_at=time.time(),
         )
         session.kernel_account = kernel_account
-        if session.client_socket is not None:
-            self._openings_send.send_nowait(session)
+        if self._registrar is not None and session.client_socket is not None:
+            self._registrar.enroll(session)
         return session
 
     def _open_account(self, sock: trio.socket.SocketType) -> TcpAccount | None:
@@ -499,6 +499,9 @@ class Guard:
         account = session.kernel_account
         with spared(Loss.TIDINESS, session):
             self._judge.closed(session)
+        with spared(Loss.TIDINESS, session):
+            if self._registrar is not None:
+                self._registrar.strike_off(session)
         with spared(Loss.TIDINESS, session):
             if self._senders is not None and account is not None:
                 self._senders.close(account)
@@ -632,34 +635,6 @@ class Guard:
         self._admission.vacate()
         self._door.somebody_left()
 
-    # Attribution, beside the relay
-
-    async def _register(self, witness: Witness) -> None:
-        """Find out who opened the connections that have come in, several at a time if several have come."""
-        async for first in self._openings:
-            sessions = [first]
-            with suppress(trio.WouldBlock):
-                while len(sessions) < _REGISTERED_AT_ONCE:
-                    sessions.append(self._openings.receive_nowait())
-            try:
-                await self._find_openers(witness, sessions)
-            finally:
-                for session in sessions:
-                    session.opening_known.set()
-
-    async def _find_openers(self, witness: Witness, sessions: list[ProxiedSession]) -> None:
-        clients = [session.client_socket for session in sessions if session.client_socket is not None]
-        try:
-            openings = await looking.look(witness.opened_many, clients)
-        except Exception:
-            note(Loss.OPENER)
-            return
-        for session, opening in zip(sessions, openings, strict=True):
-            with spared(Loss.OPENER, session):
-                session.opening = opening
-                session.last_sole_holder = sole_holder(opening.holders)
-                session.tell_tracker()
-
 
 async def _stay_awake(witness: Witness) -> None:
     """Let attribution know when the guard wasn't awake; until cancelled."""
@@ -684,7 +659,7 @@ async def _bringer(session: ProxiedSession) -> str:
     """Who has brought a mark round, as far as it can be told quickly."""
     if session.client_socket is not None:
         with trio.move_on_after(_INTRODUCTION):
-            await session.opening_known.wait()
+            await session.wait_for_opening()
     opener = None if session.opening is None else session.opening.opener
     return _who(session) if opener is None else named(opener.pid, opener)
 

@@ -1,4 +1,4 @@
-"""What the relay asks of the interpreter that it shares with the threads that take evidence."""
+"""What the relay asks of the interpreter, which it shares with the threads that take evidence, and of the scheduler."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from typing import Final
 
 import trio
+
+from pgguard.proxy.scheduling import short_slices
 
 _SWITCH_INTERVAL: Final = 0.0001
 """Seconds for which one thread keeps the interpreter from another that wants it: ``sys.setswitchinterval()``. The relay
@@ -22,7 +24,7 @@ _WORTHWHILE: Final = 100
 
 
 async def tune() -> None:
-    """Have the interpreter keep nobody waiting for long; until cancelled, when all is as it was before.
+    """Have the interpreter keep nobody waiting for long, nor the scheduler; until cancelled, when all is as before.
 
     To look at all objects for such as refer to each other, and are garbage otherwise, takes tens of milliseconds: a
     microsecond for two of them, and there are 60,000 when the guard starts. It is done just when many objects are made.
@@ -35,10 +37,11 @@ async def tune() -> None:
     gc.freeze()
     gc.set_threshold(*_YOUNG, _NEVER)
     try:
-        while True:
-            await trio.sleep(_INTERVAL)
-            if gc.get_count()[2] >= _WORTHWHILE:
-                gc.collect()
+        with short_slices():
+            while True:
+                await trio.sleep(_INTERVAL)
+                if gc.get_count()[2] >= _WORTHWHILE:
+                    gc.collect()
     finally:
         sys.setswitchinterval(interval)
         gc.set_threshold(*thresholds)

@@ -497,7 +497,7 @@ class Judge:
         witness, tracker = self._witness, session.afterwards
         if witness is None or tracker is None or not tracker.logged_in:
             return False  # nobody can have meant to use a connection that has never been good for anything
-        await session.opening_known.wait()
+        await session.wait_for_opening()
         opening = session.opening
         if opening is None:
             return False
@@ -570,7 +570,7 @@ class Judge:
             return
         if self._depends_on_the_driver(session, verdict):
             with trio.move_on_after(_DRIVER_BUDGET):
-                await session.opening_known.wait()
+                await session.wait_for_opening()
             evidence.findings = _known_at_once(session)  # which it rests on if there is no time for a look
         counted: tuple[Counted, ...] = ()
         budget = self._evidence_budget
@@ -579,7 +579,7 @@ class Judge:
             budget = _ROLL_CALL_BUDGET
             with trio.move_on_after(budget):
                 for one in counted:
-                    await one.session.opening_known.wait()
+                    await one.session.wait_for_opening()
         elif verdict.kind is Kind.UNCLEAN_CLOSE:
             budget = _ENDED_BUDGET
         doubtful = _is_doubtful(verdict)
@@ -602,7 +602,7 @@ class Judge:
         insist = doubtful and (session.connected is None or verdict.intruder is None)
         with trio.move_on_after(budget if urgency is Urgency.MESSAGE else _PATIENCE) as limit:
             if session.opening is None:
-                await session.opening_known.wait()
+                await session.wait_for_opening()
                 investigation.note_known()
             async with desk.place(urgency, insist=insist) as served:
                 if served and (insist or self._evidence.has_any()):

@@ -126,7 +126,7 @@ class OpenerStacks:
     async def _look(self, session: ProxiedSession) -> None:
         until = time.monotonic() + self._budget - _LAST_WORDS
         with spared(Loss.OPENER, session), trio.move_on_after(self._budget):
-            await session.opening_known.wait()
+            await session.wait_for_opening()
             opening = session.opening
             if opening is None or not self._is_worthwhile(session, opening):
                 return

@@ -25,7 +25,7 @@ from pgguard.proxy.sightings import Sightings
 from pgguard.session.verdicts import Kind, Sender, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from pgguard.attribution.evidence import Process
     from pgguard.attribution.frames import Frame
@@ -195,6 +195,9 @@ class ProxiedSession:
         self.last_sole_holder: Process | None = None
         """The process that was alone with it when anybody was last seen to have it open."""
         self.opening_known = trio.Event()
+        """It has been found out who opened it, or can't be."""
+        self.want_opening: Callable[[ProxiedSession], None] | None = None
+        """Says that somebody waits for that."""
         self.settings: Mapping[str, str] = {}
         """What its client asked for as it connected: the parameters of its StartupMessage, in their order."""
         self.kernel_account: TcpAccount | None = None
@@ -255,6 +258,12 @@ class ProxiedSession:
         self.tracker = self.protocol = tracker
         with spared(Loss.OPENER, self):
             self.tell_tracker()
+
+    async def wait_for_opening(self) -> None:
+        """Wait until it is known who opened it, or that it can't be known; that isn't put off any more."""
+        if self.want_opening is not None and not self.opening_known.is_set():
+            self.want_opening(self)
+        await self.opening_known.wait()
 
     def tell_tracker(self) -> None:
         """Tell what follows the session what attribution knows and the kernel doesn't say with each read."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import ipaddress
 import os
 import socket
@@ -174,10 +176,52 @@ async def connect_to(address: Address, seconds: float) -> trio.socket.SocketType
 
 
 async def _connect_tcp(address: TcpAddress) -> trio.socket.SocketType:
-    stream = await trio.open_tcp_stream(address.host, address.port)
+    family = _family(address.host)
+    if family is None:
+        sock = (await trio.open_tcp_stream(address.host, address.port)).socket
+    else:
+        sock = await _connect_by_number(family, address)
     # What PostgreSQL and libpq set on each connection: a peer that vanished is found out in the end.
-    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    return stream.socket
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return sock
+
+
+@functools.cache
+def _family(host: str) -> socket.AddressFamily | None:
+    """The kind of a host's address; ``None`` if it is a name, or is of a certain interface: it has to be looked up."""
+    try:
+        number = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    if number.version == 4:
+        return socket.AF_INET
+    return None if "%" in host else socket.AF_INET6
+
+
+async def _connect_by_number(family: socket.AddressFamily, address: TcpAddress) -> trio.socket.SocketType:
+    """Connect without a task, which trio takes for each of the addresses that a name may have. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await _finish_connecting(sock, (address.host, address.port))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return trio.socket.from_stdlib_socket(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def _finish_connecting(sock: socket.socket, target: tuple[str, int]) -> None:
+    """Connect a socket; no checkpoint if the server is on this host. Raises OSError."""
+    error = sock.connect_ex(target)
+    if error == errno.EINPROGRESS:
+        # On one host it is connected by now: it is asked once more before it is waited for.
+        error = sock.connect_ex(target)
+    if error == errno.EALREADY:
+        await trio.lowlevel.wait_writable(sock)
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error not in (0, errno.EISCONN):
+        raise OSError(error, os.strerror(error))
 
 
 async def _connect_unix(address: UnixAddress) -> trio.socket.SocketType:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _HEIRS_INTERVAL: Final = 0.6
 _EARLY_INTERVAL: Final = 0.1
 _HEIRS_SHARE: Final = 0.05
-_HEIRS_SAVINGS: Final = 1.0
+_HEIRS_SAVINGS: Final = 0.1
 """Of a processor, what looking for heirs takes in the long run at most; and seconds of it that may be taken at once, so
 that new connections are looked at as often as is meant, beside many processes that come and go."""
 _HOLDS_AT_A_TIME: Final = 1500

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -518,6 +519,75 @@ def test_a_new_process_is_read_once_until_there_are_new_connections(
         watch.find({second: _now()})
         watch.watch([first, second])
         assert readings.pids.count(child) > 1
+
+
+@pytest.mark.parametrize("ask", ["find", "watch"])
+def test_who_cannot_have_inherited_anything_is_not_read(
+    listener: socket.socket, puppet: Puppets, readings: Readings, ask: str
+) -> None:
+    """A server begins a process for each connection, of which none is a client's. The heirs beside them are seen."""
+    client, server = puppet(), puppet()
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    with ExitStack() as accepted:
+        [first] = _connections(client, listener, accepted, "c")
+        watch.find({first: _now()}, [client.pid], openers=True)
+        other, heir = server.do("fork()"), client.do("fork()")
+        if ask == "watch":
+            assert _pids(watch.watch([first])[first]) == {client.pid, heir}
+        else:
+            [second] = _connections(client, listener, accepted, "d")
+            assert _pids(watch.find({second: _now()}, [client.pid], openers=True)[second]) == {client.pid}
+        assert heir in readings.pids
+        assert other not in readings.pids
+
+
+def test_a_new_process_may_have_opened_what_nobody_is_known_to_have(listener: socket.socket, puppet: Puppets) -> None:
+    """As a backend does that connects to another database: its parent never had a connection."""
+    server = puppet()
+    watch = HolderWatch(ProcessBook())
+    child = server.do(f"fork(lambda: globals().__setitem__('c', socket.create_connection({listener.getsockname()!r})))")
+    accepted, _ = listener.accept()
+    with accepted:
+        [inode] = _sockets(child)
+        assert _pids(watch.find({inode: _now()})[inode]) == {child}
+
+
+def test_an_heir_of_one_that_has_ended_is_read_though_its_new_parent_never_had_a_connection(
+    listener: socket.socket, puppet: Puppets
+) -> None:
+    """Init, or whatever adopts orphans in its place, is an ancestor of the client."""
+    outer = puppet()
+    watch = HolderWatch(ProcessBook())
+    outer.do("ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)")  # PR_SET_CHILD_SUBREAPER
+    outer.do(
+        "report, hold = os.pipe(), os.pipe()\n"
+        "client = os.fork()\n"
+        "if client == 0:\n"
+        "    os.close(hold[1])\n"
+        f"    c = socket.create_connection({listener.getsockname()!r})\n"
+        "    os.write(report[1], b'%20d' % os.fstat(c.fileno()).st_ino); os.read(hold[0], 1)\n"
+        "    if os.fork() == 0:\n"
+        "        if os.fork() == 0:\n"
+        "            os.write(report[1], b'%20d' % os.getpid()); os.read(hold[0], 1)\n"
+        "        os._exit(0)\n"
+        "    os.wait(); os.read(hold[0], 1); os._exit(0)\n"
+        "os.close(hold[0])"
+    )
+    accepted, _ = listener.accept()
+    with accepted:
+        inode = outer.do("int(os.read(report[0], 20))")
+        client = outer.do("client")
+        assert _pids(watch.find({inode: _now()}, [client], openers=True)[inode]) == {client}
+        outer.do("os.write(hold[1], b'x')")
+        orphan = outer.do("int(os.read(report[0], 20))")
+        assert _pids(watch.watch([inode])[inode]) == {client, orphan}
+
+
+def _sockets(pid: int) -> list[int]:
+    """The inodes of the sockets that a process has open."""
+    links = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+    return [int(link.removeprefix("socket:[").rstrip("]")) for link in links if link.startswith("socket:")]
 
 
 def test_a_connection_that_is_only_kept_is_not_looked_at_and_not_forgotten(

@@ -91,7 +91,7 @@ async def test_no_descriptor_for_the_server(house: House, number: int, monkeypat
 
     client = await house.connect()
     with monkeypatch.context() as patch:
-        patch.setattr("pgguard.proxy.upstream.trio.open_tcp_stream", fail)
+        patch.setattr("pgguard.proxy.upstream._connect_tcp", fail)
         await client.send(startup())
         fields = (await client.message()).fields
         assert fields["C"] == "53300"

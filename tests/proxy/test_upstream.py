@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -334,3 +335,41 @@ async def test_a_server_that_never_takes_a_cancel_request(backend: FakeBackend) 
     with trio.move_on_after(0.2):
         await relay_cancel(Upstream((TcpAddress("127.0.0.1", backend.port),), 5), cancel_request(1, b"key!"))
     assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("family", "bound", "host"),
+    [
+        (socket.AF_INET, "127.0.0.1", "127.0.0.1"),
+        (socket.AF_INET6, "::1", "::1"),
+        (socket.AF_INET, "127.0.0.1", "localhost"),
+    ],
+)
+async def test_a_server_is_connected_to_by_number_and_by_name(
+    family: socket.AddressFamily, bound: str, host: str
+) -> None:
+    """It doesn't block, tells the system of a server that has vanished, and doesn't wait for more to send."""
+    with socket.create_server((bound, 0), family=family) as listener:
+        address = TcpAddress(host, listener.getsockname()[1])
+        sock, found = await connect_upstream(Upstream((address,), 5))
+        with sock, listener.accept()[0] as accepted:
+            assert found == address
+            assert not os.get_blocking(sock.fileno())
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            await sock.send(b"hello")
+            assert accepted.recv(5) == b"hello"
+
+
+async def test_a_server_that_takes_its_time_is_waited_for_as_long_as_was_said() -> None:
+    """A backlog that is full answers no SYN, so the connection is neither made nor refused."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as stack:
+        address = listener.getsockname()
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(address)
+        began = trio.current_time()
+        with pytest.raises(UpstreamUnavailable, match="no answer within"):
+            await connect_upstream(Upstream((TcpAddress(*address),), 0.2))
+        assert trio.current_time() - began >= 0.2

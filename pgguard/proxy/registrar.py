@@ -1,0 +1,118 @@
+"""Finds out who opened new connections, at a pace that leaves the relay its time.
+
+Most often nobody asks who opened a connection, and it may be gone before anybody does. But the opener is best known
+soon after it has connected: later on it may have ended, or others may hold the connection as well. So
+
+- while few come, each is looked at as it comes;
+- when many come at once, they are looked at together, a few times a second: one walk through ``/proc`` tells about all
+  of them, and what the walks take of a processor is bounded;
+- a session that somebody waits to know about is looked at now;
+- a session that is over, and had nothing wrong with it, isn't looked at any more.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from pgguard.attribution.holders import sole_holder
+from pgguard.proxy import looking
+from pgguard.proxy.losses import Loss, note, spared
+from pgguard.proxy.turns import Allowance, Stint, timed
+
+if TYPE_CHECKING:
+    from pgguard.attribution.witness import Witness
+    from pgguard.proxy.session import ProxiedSession
+
+_AT_ONCE: Final = 256
+"""Sessions that are looked at together, at most."""
+_SHARE: Final = 0.05
+_SAVINGS: Final = 0.02
+"""Of a processor, what looking takes in the long run while nobody waits for it; and seconds of it that it may take at
+once: enough for some that come together."""
+
+
+class Registrar:
+    """Finds out who opened the sessions that are enrolled, and tells them: their ``opening_known`` is set then.
+
+    Args:
+        witness: attribution.
+    """
+
+    def __init__(self, witness: Witness) -> None:
+        self._witness = witness
+        self._waiting: dict[int, ProxiedSession] = {}
+        """Those that are to be looked at, by their numbers; the first first."""
+        self._wanted: dict[int, ProxiedSession] = {}
+        """Those of them that somebody waits to know about."""
+        self._changed = trio.Event()
+        self._allowance = Allowance(_SHARE, _SAVINGS)
+
+    def enroll(self, session: ProxiedSession) -> None:
+        """Have it found out who opened a session, which has a client socket to look up."""
+        self._waiting[session.id] = session
+        session.want_opening = self._want
+        self._changed.set()
+
+    def strike_off(self, session: ProxiedSession) -> None:
+        """A session is over: nobody asks any more, unless somebody has done so already."""
+        if session.id not in self._wanted and self._waiting.pop(session.id, None) is not None:
+            session.opening_known.set()
+
+    async def run(self) -> None:
+        """Look at those that come, until cancelled."""
+        while True:
+            await self._until_it_is_time()
+            sessions = self._next()
+            try:
+                await self._find_openers(sessions)
+            finally:
+                for session in sessions:
+                    session.opening_known.set()
+
+    def _want(self, session: ProxiedSession) -> None:
+        """Somebody waits to know about a session."""
+        if self._waiting.get(session.id) is session:
+            self._wanted[session.id] = session
+            self._changed.set()
+
+    async def _until_it_is_time(self) -> None:
+        while not self._wanted:
+            seconds = self._allowance.seconds_without() if self._waiting else math.inf
+            if not seconds:
+                return
+            self._changed = trio.Event()
+            with trio.move_on_after(seconds):
+                await self._changed.wait()
+
+    def _next(self) -> list[ProxiedSession]:
+        """Take out those who are next: whom somebody waits to know about, and the others if there is time for them."""
+        chosen = dict(self._wanted)
+        self._wanted.clear()
+        if not chosen or self._allowance.has_any():
+            for number, session in self._waiting.items():
+                if len(chosen) >= _AT_ONCE:
+                    break
+                chosen[number] = session
+        for number in chosen:
+            del self._waiting[number]
+        return list(chosen.values())
+
+    async def _find_openers(self, sessions: list[ProxiedSession]) -> None:
+        clients = [session.client_socket for session in sessions if session.client_socket is not None]
+        try:
+            openings, spent = await looking.look(timed, self._witness.opened_many, clients)
+        except Exception:
+            note(Loss.OPENER)
+            return
+        self._allowance.spend(spent)
+        stint = Stint()
+        for session, opening in zip(sessions, openings, strict=True):
+            with spared(Loss.OPENER, session):
+                session.opening = opening
+                session.last_sole_holder = sole_holder(opening.holders)
+                session.tell_tracker()
+            session.opening_known.set()
+            await stint.rest()
