@@ -15,7 +15,7 @@ from pgguard.cli.outputs import Outputs
 from pgguard.cli.progress import progress
 from pgguard.cli.statuses import CANNOT, DONE, FAULT_SEEN
 from pgguard.faults.catalogue import Severity
-from pgguard.faults.text import listed, printable
+from pgguard.faults.text import counted, listed, printable
 from pgguard.launch.arrivals import Arrivals
 from pgguard.launch.child import NotStarted, look_for
 from pgguard.launch.companion import Companion
@@ -240,7 +240,8 @@ class _Telling:
         if outcome.guard is not None:
             with spared(Loss.WORDS):
                 self._tell(outcome, outcome.guard)
-            await trio.to_thread.run_sync(self._write, abandon_on_cancel=True)
+            notes = _notes(outcome.guard, self._rewritten)
+            await trio.to_thread.run_sync(self._write, notes, abandon_on_cancel=True)
         for remark in remarks():
             self._console.say(f"pgguard: internal error: {remark}")
         await trio.to_thread.run_sync(partial(self._console.close, deadline=_READING), abandon_on_cancel=True)
@@ -260,10 +261,10 @@ class _Telling:
     def _recording(self) -> Recording:
         return self._gatherer.recording()
 
-    def _write(self) -> None:
+    def _write(self, notes: Sequence[str]) -> None:
         """Write the reports that are wanted."""
         try:
-            written = self._wishes.outputs.write(self._recording())
+            written = self._wishes.outputs.write(self._recording(), notes)
         except ConfigurationError as error:
             self.has_failed = True
             self._console.say(printable(f"pgguard: {error}"))
@@ -277,6 +278,18 @@ class _Telling:
             printable(f"pgguard: no connection came through the guard on {there}; {self._rewritten}"),
             *_WAYS_OUT,
         ]
+
+
+def _notes(guard: RunningGuard, rewritten: str) -> list[str]:
+    """What a page says at its top of what could be seen: sentences."""
+    if guard.sessions:
+        notes = [f"{counted(guard.sessions, 'connection')} went through the guard; {rewritten}."]
+    else:
+        notes = [f"No connection came through the guard, so there was nothing to see; {rewritten}."]
+    if guard.missing:
+        names = listed([capability.name for capability in guard.missing])
+        notes.append(f"Some evidence wasn't available on this host: {names}. pgguard doctor says why.")
+    return [*notes, *(f"Of who sent what: {remark}." for remark in guard.remarks())]
 
 
 def _recorder(settings: Settings) -> JsonLines | None:

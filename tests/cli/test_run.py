@@ -163,6 +163,14 @@ def test_what_it_prints_is_its_own_and_the_guard_speaks_before_and_afterwards(tm
     assert "secret" not in done.stderr
 
 
+def test_a_page_says_that_nobody_came(tmp_path: Path) -> None:
+    """Otherwise it would look as if nothing were wrong."""
+    run("true", cwd=tmp_path, options=["--html", "out.html"])
+    page = (tmp_path / "out.html").read_text()
+    assert "No connection came through the guard, so there was nothing to see; rewritten for the command: " in page
+    assert "secret" not in page
+
+
 def test_quiet_leaves_the_summary(tmp_path: Path) -> None:
     done = run("sh", "-c", "echo err >&2", cwd=tmp_path, options=["--quiet"])
     assert done.stderr.startswith("err\npgguard: no connection came through the guard on ")
