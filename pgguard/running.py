@@ -137,16 +137,17 @@ class RunningGuard:
         """Take every fault for news from now on, and its cause too: the next of each is recorded in full."""
         _record_all(self._docket.begin_anew(at=time.time()), self._sinks)
 
-    def leave_open(self, numbers: Collection[int]) -> set[int]:
-        """Have sessions judged (``leaked-connection``) that outlive the command that they belong to.
+    def leave_open(self, numbers: Collection[int], over: str) -> set[int]:
+        """Have sessions judged (``leaked-connection``) that outlive what they belong to.
 
         Args:
             numbers: The sessions' own.
+            over: What has ended: ``the command``, for example.
 
         Returns:
             The numbers of those that are judged now, or have been; of others it isn't the time, or they are over.
         """
-        return self._guard.leave_open(numbers)
+        return self._guard.leave_open(numbers, over)
 
     def reload(self, settings: Settings) -> None:
         """Go on by other settings: those that :func:`pgguard.proxy.settings.reload_settings` lets change.

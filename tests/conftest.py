@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _INSTALLATIONS = installations()
 
-_WITH_THE_SYSTEM = ("soak", "integration", "proxy", "attribution")
+_WITH_THE_SYSTEM = ("soak", "integration", "pytest_plugin", "proxy", "attribution")
 """The rooms whose tests may ask the kernel, those with the longest first."""
 _PROGRAMS = {
     "multiprocessing",
@@ -35,7 +35,7 @@ _PROGRAMS = {
     "tests.proxy.spawned",
 }
 """The modules that start other programs."""
-_RUNNING = {"puppet", "server"}
+_RUNNING = {"puppet", "server", "pytester"}
 """The fixtures that are some."""
 _AGAIN = 2
 

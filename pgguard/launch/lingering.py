@@ -141,7 +141,7 @@ class Lingering:
     def _judge(self, sessions: list[SessionSnapshot]) -> None:
         numbers = {one.facts.id for one in sessions if not self._is_daemons(one)} - self._used - self._told
         if numbers:
-            self._told |= self._guard.leave_open(numbers)
+            self._told |= self._guard.leave_open(numbers, "the command")
 
     async def _judge_the_rest(self) -> None:
         """Judge the sessions that are open as the guard ends, and wait until that is recorded."""

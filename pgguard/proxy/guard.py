@@ -164,13 +164,13 @@ class Guard:
         """Have somebody told of each session that is opened or closed from now on."""
         self._session_listeners.append(listener)
 
-    def leave_open(self, numbers: Collection[int]) -> set[int]:
-        """Have sessions judged that are still open although the command is over that they belong to.
+    def leave_open(self, numbers: Collection[int], over: str) -> set[int]:
+        """Have sessions judged that are still open although what they belong to, ``over``, has ended.
 
         Returns the numbers of those that are, or have been.
         """
         found = {number: self._sessions[number] for number in numbers if number in self._sessions}
-        return {number for number, session in found.items() if self._watch.leave_open(session)}
+        return {number for number, session in found.items() if self._watch.leave_open(session, over)}
 
     async def listen(self) -> list[Address]:
         """Open the listeners: from now on the system takes connections, and :meth:`serve` answers them.

@@ -334,6 +334,7 @@ class Sweep:
 
     async def _pass_mark(self) -> None:
         """Wait for one's turn in the epoll, which hands out what is ready in the order in which that came."""
+        self.hurry()
         mark = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._marks[mark] = trio.Event()
         try:

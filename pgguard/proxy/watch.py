@@ -61,8 +61,8 @@ UNUSED: Final = 5.0
 """Seconds after which a connection whose opener has ended, and which nobody has used since, counts as leaked: the last
 to close is not always first to end, and a daemon that has been handed it may take a while to begin."""
 
-LEFT_OPEN: Final = "the connection was still open when the command had ended"
-"""Why a connection counts as leaked that outlives the command of ``pgguard run``."""
+LEFT_OPEN: Final = "the connection was still open when %s had ended"
+"""Why a connection counts as leaked that outlives what it belongs to: the command of ``pgguard run``, or tests."""
 
 _READERS_INTERVAL: Final = 0.05
 _EARLY_READERS_INTERVAL: Final = 0.01
@@ -252,14 +252,14 @@ class Watch:
             reason = f"the connection has outlived the process that opened it, and {idleness}"
             sightings.leak_told = self._accuse(session, session.concern(Kind.LEAKED_CONNECTION, reason))
 
-    def leave_open(self, session: ProxiedSession) -> bool:
-        """Have a session judged that is still open although the command is over that it belongs to.
+    def leave_open(self, session: ProxiedSession, over: str) -> bool:
+        """Have a session judged that is still open although what it belongs to is over.
 
         Returns False if it can't be now, or is over itself.
         """
         sightings = session.sightings
         sightings.leak_told = sightings.leak_told or self._accuse(
-            session, session.concern(Kind.LEAKED_CONNECTION, LEFT_OPEN)
+            session, session.concern(Kind.LEAKED_CONNECTION, LEFT_OPEN % over)
         )
         return sightings.leak_told
 

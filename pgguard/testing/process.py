@@ -1,0 +1,366 @@
+"""The guard's process beside the tests: it does what it is asked to, and ends when the tests' process has.
+
+It is a process of its own, so that a test that forks hands on nothing of the guard's, and one that keeps the
+interpreter busy keeps nobody waiting. It is in a session of its own: no signal of a terminal reaches it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from collections import Counter, OrderedDict
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+import trio
+
+from pgguard.faults.causes import program
+from pgguard.faults.fault import Role
+from pgguard.faults.text import printable
+from pgguard.launch.environment import rewrite, write_files
+from pgguard.launch.upstream import located, private_directory
+from pgguard.proxy.addresses import UnixAddress
+from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.losses import keep_going, remarks
+from pgguard.proxy.settings import Settings, load_settings
+from pgguard.reporting.console import report_of
+from pgguard.reporting.jsonl import JsonLines
+from pgguard.reporting.log import BoundedLog
+from pgguard.reporting.record import to_record
+from pgguard.reporting.sinks import Fanout, SinkError
+from pgguard.running import running_guard
+from pgguard.testing.stretches import Stretches
+from pgguard.testing.wire import Answer, Happened, Question, Told, encode
+
+if TYPE_CHECKING:
+    from pgguard.faults.docket import Occurrence
+    from pgguard.faults.fault import Fault
+    from pgguard.proxy.addresses import Address
+    from pgguard.running import RunningGuard
+
+KEPT: Final = 4096
+"""Faults that are kept to be told of: of what comes back after so many others, its first one isn't told again."""
+_PIECE: Final = 1 << 16
+"""Bytes of a question that are read at once."""
+_ELSEWHERE: Final = frozenset({"upstream", "listen", "faults", "user"})
+"""Settings of the configuration file that are meant for a guard that serves."""
+_NOT_THE_TESTS: Final = frozenset({"PGGUARD_UPSTREAM"})
+"""Variables that lead to the server, and are meant for a guard."""
+_TENDING: Final = 1.0
+"""Seconds between two looks at what could not be written."""
+_DOERS: Final = (Role.INTRUDER, Role.CLOSER, Role.OWNER)
+
+
+class Gathering:
+    """What has happened in all fronts, kept until it is told."""
+
+    def __init__(self) -> None:
+        self._stretches = Stretches(0, time.time())
+        self._happened: Counter[tuple[int | None, str]] = Counter()
+        self._faults: OrderedDict[str, Fault] = OrderedDict()
+        self._told: set[str] = set()
+        self.kinds: set[str] = set()
+        """Kinds of faults that haven't been told of."""
+        self._changed = trio.Event()
+        self.is_stale = False
+        """Something has happened since causes began anew."""
+        self.said: list[str] = []
+
+    def keep(self, key: str, fault: Fault) -> None:
+        """Keep a fault that tells of all that are alike."""
+        self._faults[key] = fault
+        if len(self._faults) > KEPT:
+            self._told.discard(self._faults.popitem(last=False)[0])
+
+    def come(self, key: str, one: Occurrence) -> None:
+        """Take note of one time that a fault has come."""
+        self._happened[self._stretches.of(one.since, one.until), key] += 1
+        self.kinds.add(one.fault.kind.value)
+        self.is_stale = True
+        self._changed.set()
+
+    async def until_come(self, kind: str) -> None:
+        """Wait until a fault of a kind has come."""
+        while kind not in self.kinds:
+            self._changed = trio.Event()
+            await self._changed.wait()
+
+    def begin(self, stretch: int) -> None:
+        """Begin another stretch of time."""
+        self._stretches.begin(stretch, time.time())
+
+    def taken(self) -> tuple[list[Happened], dict[str, Told]]:
+        """What is to be told, which has been told then."""
+        if not self._happened:
+            return [], {}
+        happened = [Happened(stretch=one, fault=key, times=times) for (one, key), times in self._happened.items()]
+        keys = [key for _, key in self._happened if key in self._faults and key not in self._told]
+        self._happened.clear()
+        self.kinds.clear()
+        self._told.update(keys)
+        return happened, {key: _told(self._faults[key]) for key in keys}
+
+
+class Front:
+    """A guard's ear and its sink.
+
+    Args:
+        number: It, among the guards.
+        gathering: Where its faults go.
+    """
+
+    def __init__(self, number: int, gathering: Gathering) -> None:
+        self._number = number
+        self._gathering = gathering
+
+    def __str__(self) -> str:
+        return "the tests' report"
+
+    def hear(self, one: Occurrence) -> None:
+        """Take note of one time that a fault has come."""
+        self._gathering.come(self._key(one.fault), one)
+
+    def record(self, fault: Fault) -> None:
+        """Take a fault that is recorded; of those that are alike the first one tells of all."""
+        if fault.repeat_of is None:
+            self._gathering.keep(self._key(fault), fault)
+
+    def close(self) -> None:
+        """Nothing needs to be let go of."""
+
+    def _key(self, fault: Fault) -> str:
+        return f"{self._number}:{fault.repeat_of or fault.id}"
+
+
+def _told(fault: Fault) -> Told:
+    people = {culprit.role: culprit.process for culprit in reversed(fault.culprits)}
+    programs = [program(process.cmdline) for role in _DOERS if (process := people.get(role)) is not None]
+    return Told(
+        record=to_record(fault),
+        headline=printable(fault.headline),
+        report=_report(fault),
+        cause="\n".join([fault.kind, fault.severity, fault.advice.title, *programs]),
+    )
+
+
+def _report(fault: Fault) -> str:
+    """What is printed of it, without the rule that stands above it."""
+    lines = report_of(fault).splitlines()
+    return "\n".join(lines[lines[0].startswith("=") :])
+
+
+class Attendant:
+    """Does what the tests' process asks for.
+
+    Args:
+        nursery: Where guards run.
+        gathering: Where their faults go.
+        stack: What is to be put in order at the end.
+        parent: The pid of the tests' process.
+    """
+
+    def __init__(self, nursery: trio.Nursery, gathering: Gathering, stack: ExitStack, parent: int) -> None:
+        self._nursery = nursery
+        self._gathering = gathering
+        self._stack = stack
+        self._parent = parent
+        self._guards: list[RunningGuard] = []
+        self._recorders: dict[str, JsonLines] = {}
+        """By the names of their files."""
+
+    async def answer(self, question: Question) -> Answer:
+        """Do what a question asks for. Raises nothing but for cancellation."""
+        try:
+            answer = await self._done(question)
+        except ConfigurationError as error:
+            answer = Answer(error=str(error))
+        except Exception as error:
+            logging.getLogger(__name__).exception("internal error")
+            answer = Answer(error=f"internal error: {type(error).__name__}: {error}")
+        answer["said"] = [*self._gathering.said]
+        self._gathering.said.clear()
+        return answer
+
+    async def _done(self, question: Question) -> Answer:
+        if question["do"] == "front":
+            return await self._front(question)
+        if question["do"] == "end":
+            self._leave_open()
+        judged = await self._settle(question)
+        happened, faults = self._gathering.taken()
+        if (stretch := question.get("stretch")) is not None:
+            self._gathering.begin(stretch)
+        if question.get("anew") and self._gathering.is_stale:
+            for guard in self._guards:
+                guard.begin_anew()
+            self._gathering.is_stale = False
+        sessions = sum(guard.sessions for guard in self._guards)
+        return Answer(judged=judged, happened=happened, faults=faults, sessions=sessions)
+
+    def _leave_open(self) -> None:
+        """Have those connections judged that processes have which the tests have left behind, and which they opened.
+
+        Those of the tests' own process are closed when that ends.
+        """
+        for guard in self._guards:
+            sessions = guard.snapshot()
+            left = [one.facts.id for one in sessions if one.opener is not None and one.opener.pid != self._parent]
+            guard.leave_open(left, "the tests")
+
+    async def _settle(self, question: Question) -> bool:
+        with trio.move_on_after(question.get("seconds", 0.0)) as limit:
+            for guard in self._guards:
+                await guard.settled()
+            if (kind := question.get("awaited")) is not None:
+                await self._gathering.until_come(kind)
+                for guard in self._guards:
+                    await guard.settled()
+        return not limit.cancelled_caught
+
+    async def _front(self, question: Question) -> Answer:
+        """Put a guard in front of a server."""
+        directory = self._stack.enter_context(private_directory())
+        settings = settings_for(question.get("upstream", ""), directory)
+        front = Front(len(self._guards), self._gathering)
+        recorder = self._recorder_of(question.get("records", ""))
+        sinks = Fanout([front] if recorder is None else [recorder, front], complain=self._gathering.said.append)
+        guard: RunningGuard = await self._nursery.start(_run, settings, sinks, self._gathering.said)
+        guard.hear(front.hear)
+        self._guards.append(guard)
+        before = question.get("environment", {})
+        add, keep = question.get("urls", []), sorted(_NOT_THE_TESTS & before.keys())
+        rewritten = rewrite(before, guard.upstream, guard.addresses, directory=directory, add=add, keep=keep)
+        write_files(rewritten.files)
+        self._gathering.said += [*guard.warnings, *rewritten.remarks]
+        return Answer(
+            address=", ".join(map(str, guard.addresses)),
+            url=_url(guard.addresses[0]),
+            upstream=str(guard.upstream),
+            changed={name: rewritten.environment.get(name) for name in rewritten.names},
+            missing=[capability.name for capability in guard.missing],
+        )
+
+    def _recorder_of(self, path: str) -> JsonLines | None:
+        """What appends faults to a file; ``None`` if there is to be none. Raises ConfigurationError."""
+        if path and path not in self._recorders:
+            try:
+                recorder = self._recorders[path] = JsonLines(Path(path))
+            except SinkError as error:
+                raise ConfigurationError(f"--pgguard-records: {error}") from error
+            self._stack.callback(_close, recorder)
+            self._nursery.start_soon(keep_going, _tend, recorder)
+        return self._recorders.get(path)
+
+
+async def _tend(recorder: JsonLines) -> None:
+    """Have what could not be written be tried again, now and then."""
+    while True:
+        await trio.sleep(_TENDING)
+        recorder.tend()
+
+
+def _close(recorder: JsonLines) -> None:
+    with suppress(SinkError):  # nobody is left to be told
+        recorder.close()
+
+
+async def _run(
+    settings: Settings,
+    sinks: Fanout,
+    said: list[str],
+    *,
+    task_status: trio.TaskStatus[RunningGuard] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run a guard until cancelled."""
+    started = False
+    try:
+        async with running_guard(settings, sinks) as guard:
+            started = True
+            task_status.started(guard)
+            await guard.wait_ended()
+    except ConfigurationError as error:
+        if not started:
+            raise
+        said.append(str(error))  # it has turned out to stand in front of itself
+
+
+def _url(address: Address) -> str:
+    if isinstance(address, UnixAddress):
+        return f"postgresql:///?host={quote(address.directory, safe='')}&port={address.port}"
+    return f"postgresql://{address}"
+
+
+def settings_for(upstream: str, directory: Path) -> Settings:
+    """The settings of a guard beside tests: of the environment and the configuration file those that are for it.
+
+    Args:
+        upstream: Where PostgreSQL is: a connection string; empty: as the environment says.
+        directory: Where a Unix socket may be.
+
+    Raises:
+        ConfigurationError: The guard can't run with them.
+    """
+    variables = {name: os.environ.get(f"PGGUARD_{name.upper()}") for name in Settings.model_fields}
+    config = os.environ.get("PGGUARD_CONFIG")
+    given = {name: value for name, value in variables.items() if name not in _ELSEWHERE}
+    settings = load_settings(given, Path(config) if config else None)
+    kept = settings.model_dump(include=settings.model_fields_set - _ELSEWHERE)
+    return located(Settings(**kept, upstream=upstream), directory)
+
+
+async def _attend(sock: socket.socket, parent: int) -> None:
+    """Answer the tests' process until it ends, or has closed its end of the socket."""
+    gathering = Gathering()
+    log = BoundedLog(gathering.said.append)
+    logging.basicConfig(level=logging.WARNING, handlers=[log])
+    with ExitStack() as stack:
+        async with trio.open_nursery() as nursery:
+            attendant = Attendant(nursery, gathering, stack, parent)
+            nursery.start_soon(_end_with, parent, nursery.cancel_scope)
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+            rest = b""
+            with suppress(trio.BrokenResourceError):
+                while piece := await stream.receive_some(_PIECE):
+                    *lines, rest = (rest + piece).split(b"\n")
+                    for line in lines:
+                        question: Question = json.loads(line)
+                        await stream.send_all(encode(await attendant.answer(question)))
+            nursery.cancel_scope.cancel()
+    log.close()
+    for remark in remarks():
+        print(f"pgguard: internal error: {remark}", file=sys.stderr)  # noqa: T201 - for who looks into the file
+
+
+async def _end_with(parent: int, everything: trio.CancelScope) -> None:
+    """End when the tests' process has ended, whoever else has its end of the socket by now."""
+    try:
+        process = os.pidfd_open(parent)
+    except OSError:
+        return  # before Linux 5.3: the end of the socket's stream has to do, or it is gone already
+    try:
+        if os.getppid() == parent:
+            await trio.lowlevel.wait_readable(process)
+        everything.cancel()
+    finally:
+        os.close(process)
+
+
+def main(arguments: list[str]) -> None:
+    """Be it.
+
+    Args:
+        arguments: The descriptor of its end of the socket, and the pid of the tests' process.
+    """
+    descriptor, parent = map(int, arguments)
+    with socket.socket(fileno=descriptor) as sock:
+        trio.run(_attend, sock, parent)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

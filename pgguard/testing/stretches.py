@@ -1,0 +1,44 @@
+"""Which stretch of time a fault belongs to: that in which was done what it is about, whenever it was noticed.
+
+A test's set-up, its call and its teardown are stretches, and so is what lies between two tests. They follow each other
+without a gap. Times are seconds since the epoch, by the guard's own clock: the guard ends one and begins the next, when
+it has judged everything that had come by then.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import Final
+
+KEPT: Final = 1 << 17
+"""Stretches that are remembered, at least: of what belongs to an earlier one it isn't known any more to which."""
+
+
+class Stretches:
+    """Stretches by their numbers.
+
+    Args:
+        number: The first one's.
+        at: When it begins.
+    """
+
+    def __init__(self, number: int, at: float) -> None:
+        self._numbers = [number]
+        self._begun = [at]
+
+    @property
+    def current(self) -> int:
+        """The number of the one that goes on."""
+        return self._numbers[-1]
+
+    def begin(self, number: int, at: float) -> None:
+        """Begin another one, with which the last one ends. A clock that has been set back stands still meanwhile."""
+        self._numbers.append(number)
+        self._begun.append(max(at, self._begun[-1]))
+        if len(self._numbers) > 2 * KEPT:
+            del self._numbers[:KEPT], self._begun[:KEPT]
+
+    def of(self, since: float, until: float) -> int | None:
+        """The one that something belongs to which was done between two times; ``None`` if that isn't certain."""
+        first, last = bisect_right(self._begun, since), bisect_right(self._begun, until)
+        return self._numbers[last - 1] if first == last > 0 else None
