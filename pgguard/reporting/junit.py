@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pgguard.faults.catalogue import Severity
     from pgguard.reporting.recorded import RecordedCause, Recording
 
-LIMIT: Final = 2_000_000
+LIMIT: Final = 1_900_000
 """Characters of a file, about: what has no room is one test case together."""
 IN_FULL: Final = 256
 """Causes that have their whole report with them, at most."""

@@ -75,7 +75,8 @@ def to_sarif(recording: Recording, sources: Sources, *, limit: int = LIMIT) -> S
     placeless = left_out = 0
     for cause in recording.causes:
         fault = cause.fault
-        seen = places(fault)
+        # GitHub shows what lies in the repository.
+        seen = sorted(places(fault), key=lambda place: sources.relative(place.frame.file) is None)
         placeless += not seen
         if left_out:
             left_out += 1

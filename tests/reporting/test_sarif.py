@@ -82,6 +82,14 @@ def test_the_other_side_and_the_opening_are_told_with_their_stacks() -> None:
     assert elsewhere["location"]["physicalLocation"]["artifactLocation"] == {"uri": "file:///usr/lib/psycopg.py"}
 
 
+def test_what_lies_in_the_sources_comes_first() -> None:
+    plugin = Frame("work", "/opt/plugin.py", 3, application=True)
+    result = result_of(seen((plugin,), opening=(LIBRARYS, MAIN)))
+    assert [place_of(one) for one in result["locations"]] == [("src/app.py", 58)]
+    [other] = result["relatedLocations"]
+    assert other["physicalLocation"]["artifactLocation"] == {"uri": "file:///opt/plugin.py"}
+
+
 def test_a_cause_that_was_seen_nowhere_is_a_notification_and_no_result() -> None:
     """GitHub refuses a whole file for one result without a physical location."""
     nowhere = replace(fault(verdict(Kind.IDLE_IN_TRANSACTION)), id=2, cause=2, run="0")
