@@ -39,6 +39,7 @@ from pgguard.reporting.record import rfc3339
 from pgguard.reporting.width import wanted_width
 from pgguard.reporting.words import (
     clock,
+    code_lines,
     done,
     opened_at,
     opener_of,
@@ -362,18 +363,24 @@ def _advice(advice: Advice, given: Given) -> list[RenderableType]:
         return [_text(f"{advice.title}: see fault {number}. {more}".rstrip())]
     parts: list[RenderableType] = [_text(f"{advice.title}. {advice.text}")]
     if advice.code is not None:
-        code = textwrap.indent(advice.code.rstrip(), " " * 6)
-        parts += [Text(""), Text(code, no_wrap=True, overflow="ignore"), Text("")]
-    parts.extend(Text(f"    See {source}", style="dim", no_wrap=True, overflow="ignore") for source in advice.sources)
+        parts.extend(_code(advice.code))
+    parts.extend(_sources(advice.sources))
     return parts
 
 
 def _tracing(tracing: Tracing) -> list[RenderableType]:
     """The same on how to see which code it was."""
-    code = textwrap.indent(tracing.code.rstrip(), " " * 6)
-    parts: list[RenderableType] = [_text(tracing.text), Text(""), Text(code, no_wrap=True, overflow="ignore"), Text("")]
-    parts.extend(Text(f"    See {source}", style="dim", no_wrap=True, overflow="ignore") for source in tracing.sources)
-    return parts
+    return [_text(tracing.text), *_code(tracing.code), *_sources(tracing.sources)]
+
+
+def _code(code: str) -> list[RenderableType]:
+    indented = textwrap.indent("\n".join(code_lines(code)), " " * 6)
+    return [Text(""), Text(indented, no_wrap=True, overflow="ignore"), Text("")]
+
+
+def _sources(sources: Sequence[str]) -> Iterator[RenderableType]:
+    for source in sources:
+        yield Text(f"    See {printable(source)}", style="dim", no_wrap=True, overflow="ignore")
 
 
 class _Timeline:

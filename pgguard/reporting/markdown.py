@@ -23,6 +23,7 @@ from pgguard.faults.text import counted, listed, printable, shorten
 from pgguard.reporting.mermaid import diagram
 from pgguard.reporting.words import (
     clock,
+    code_lines,
     done,
     extent,
     opened_at,
@@ -33,6 +34,7 @@ from pgguard.reporting.words import (
     sides,
     stack_lines,
     where_to_look,
+    with_tabs,
 )
 from pgguard.session.verdicts import OUTSTANDING
 
@@ -110,7 +112,7 @@ def code(text: str) -> str:
 
 def block(lines: Sequence[str], language: str = "") -> list[str]:
     """Lines of code, or of quoted text, in a block of their own."""
-    shown = [printable(line.expandtabs(4)) for line in lines]
+    shown = [with_tabs(line) for line in lines]
     fence = "`" * max(3, max(map(_most_backticks, shown), default=0) + 1)
     return [f"{fence}{language}", *shown, fence]
 
@@ -226,7 +228,7 @@ def _in_full(n: int, cause: RecordedCause, fault: Fault, *, with_diagram: bool) 
         yield ""
         yield f"**To see which code it was:** {prose(fault.tracing.text)}"
         yield ""
-        yield from block(fault.tracing.code.rstrip().split("\n"), _language(fault))
+        yield from block(code_lines(fault.tracing.code), _language(fault))
         yield from _links(fault.tracing.sources)
 
 
@@ -292,7 +294,7 @@ def _advice(advice: Advice, language: str) -> Iterator[str]:
     yield f"**What to change:** {prose(advice.title)}. {prose(advice.text)}"
     if advice.code is not None:
         yield ""
-        yield from block(advice.code.rstrip().split("\n"), language)
+        yield from block(code_lines(advice.code), language)
     yield from _links(advice.sources)
 
 

@@ -123,9 +123,12 @@ def time_of(value: object) -> float | None:
         return None
     try:
         time = datetime.fromisoformat(value)
-        return (time if time.tzinfo is not None else time.replace(tzinfo=UTC)).astimezone(UTC).timestamp()
+        seconds = (time if time.tzinfo is not None else time.replace(tzinfo=UTC)).timestamp()
+        # It is going to be shown in UTC: at either end of the calendar that can be another year.
+        datetime.fromtimestamp(seconds, UTC)
     except (ValueError, OverflowError):
         return None
+    return seconds
 
 
 def process_of(pid: int | None, value: object) -> Process | None:

@@ -484,7 +484,7 @@ class Gatherer:
             problem = text_of(one.get("stack_problem"))
             if problem is not None and (problem in self._stack_problems or len(self._stack_problems) < _TROUBLES):
                 self._stack_problems[problem] += 1
-            if one.get("role") in _KNOWN and one.get("evidence") in _EVIDENCE:
+            if text_of(one.get("role")) in _KNOWN and text_of(one.get("evidence")) in _EVIDENCE:
                 self._evidence.add(Evidence(one["evidence"]))
 
     # How often, and where
@@ -503,7 +503,7 @@ class Gatherer:
             instance.sessions.add(number)
         for one in people:
             pid = number_of(one.get("pid"))
-            if pid is not None and one.get("role") in _INVOLVED and len(instance.pids) < _INSTANCES:
+            if pid is not None and text_of(one.get("role")) in _INVOLVED and len(instance.pids) < _INSTANCES:
                 instance.pids.add(pid)
         instance.counted = min(instance.counted + 1 + suppressed, MOST)
         times = max(instance.counted, instance.told, number_of(so_far.get("times")) or 0)
@@ -550,7 +550,7 @@ class Gatherer:
         session.times += 1
         session.first_at, session.last_at = min(at, session.first_at), max(at, session.last_at)
         session.over = session.over or record.get("over") is True or _action(record) is Action.REJECTED
-        doer = next((number_of(one.get("pid")) for one in people if one.get("role") in _INVOLVED), None)
+        doer = next((number_of(one.get("pid")) for one in people if text_of(one.get("role")) in _INVOLVED), None)
         if len(session.marks) < _MARKS:
             session.marks.append(Mark(at, severity, kind, doer))
         if kind is not Kind.CONNECTION_EXHAUSTION:
@@ -706,9 +706,9 @@ def _key(record: Mapping[str, Any], people: list[dict[str, Any]], kind: Kind, se
     if kind is Kind.CONNECTION_EXHAUSTION:
         holder = next((one for one in people if one.get("role") == Role.HOLDER.value), None)
         return _Key(kind, severity, "server" if limit == "reserved" else limit, _program(holder), "")
-    doer = next((one for one in people if one.get("role") in ("intruder", "closer")), None)
+    doer = next((one for one in people if text_of(one.get("role")) in ("intruder", "closer")), None)
     if doer is None:
-        rightful = [one for one in people if one.get("role") in ("requester", "holder")]
+        rightful = [one for one in people if text_of(one.get("role")) in ("requester", "holder")]
         others = [one for one in rightful if owner is None or one.get("pid") != owner.get("pid")]
         doer = others[0] if others else (owner if kind in _ITS_OWN else None)
     return _Key(kind, severity, limit, _program(doer), _program(owner))

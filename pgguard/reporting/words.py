@@ -15,7 +15,7 @@ from pgguard.attribution.frames import place, short_path
 from pgguard.faults.causes import program
 from pgguard.faults.fault import Culprit, Fault, Role
 from pgguard.faults.policy import Action
-from pgguard.faults.text import counted, listed, named, process_label, shorten
+from pgguard.faults.text import counted, listed, named, printable, process_label, shorten
 from pgguard.reporting.record import rfc3339
 from pgguard.session.verdicts import OUTSTANDING, Direction, Kind, Party, RequestState
 
@@ -371,6 +371,16 @@ def sent_by(request: Request) -> str:
 def clock(at: float) -> str:
     """The time of the day, UTC, of seconds since the epoch."""
     return datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S.%f")
+
+
+def code_lines(code: str) -> list[str]:
+    """The lines of code to be pasted; unlike all else here, they can be shown as they are."""
+    return [with_tabs(line) for line in code.rstrip().split("\n")]
+
+
+def with_tabs(line: str) -> str:
+    """A line of code that can be shown: with its tabs, and whatever else isn't printable spelled out."""
+    return "\t".join(map(printable, line.split("\t")))
 
 
 def where_to_look(kind: Kind) -> str:

@@ -19,6 +19,7 @@ from pgguard.faults.catalogue import Advice
 from pgguard.faults.fault import Fault, Role, Spread
 from pgguard.faults.text import printable
 from pgguard.reporting.markdown import COMMENT, _cell, block, code, prose, to_markdown
+from pgguard.reporting.words import with_tabs
 from pgguard.session.verdicts import Kind
 from tests.faults.samples import FACTS, NOW, OUTSTANDING, OVERLAP, WORKER_1, fault, verdict
 from tests.reporting.gathered import causes, recorded, seen
@@ -119,7 +120,7 @@ def test_a_cause_is_told_with_all_that_is_known_of_it() -> None:
 def test_the_code_to_paste_is_there_as_it_is_pasted() -> None:
     advice = Advice("Do", "Do it.", "# config.rb\nbefore_fork do\n\tDB.disconnect\n  # ```\nend\n````")
     page = Page(to_markdown(recorded(replace(SHARED, advice=advice))))
-    assert page.blocks[-1][1] == "# config.rb\nbefore_fork do\n    DB.disconnect\n  # ```\nend\n````\n"
+    assert page.blocks[-1][1] == "# config.rb\nbefore_fork do\n\tDB.disconnect\n  # ```\nend\n````\n"
 
 
 def test_no_faults_are_a_result() -> None:
@@ -175,7 +176,7 @@ def test_other_peoples_text_is_shown_as_it_is(text: str) -> None:
     shown = printable(text)
     assert Page(prose(text)).text.strip() == shown.strip()
     assert Page(f"x {code(text)}").text.strip() == f"x {shown}".strip()
-    assert Page("\n".join(block([text]))).blocks == [("", f"{printable(text.expandtabs(4))}\n")]
+    assert Page("\n".join(block([text]))).blocks == [("", f"{with_tabs(text)}\n")]
 
 
 @given(st.text(st.sampled_from("ab 1.-+=*_`~#@!|<>[](){}&;:/\\$^w\"'\t\u2028"), max_size=30))

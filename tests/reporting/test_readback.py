@@ -57,6 +57,7 @@ def test_a_record_of_an_older_version_is_one() -> None:
         ({"id": True}, "its 'id' makes no sense"),
         ({"at": "yesterday"}, "its 'at' makes no sense"),
         ({"at": "0001-01-01T00:00:00+14:00"}, "its 'at' makes no sense"),
+        ({"at": "9999-12-31T23:59:59.999999Z"}, "its 'at' makes no sense"),  # as a float it is in the next year
         ({"kind": "shared-by-aliens"}, "there is no kind of fault 'shared-by-aliens' in this version of pgguard"),
         ({"kind": ["x"]}, "its 'kind' makes no sense"),
         ({"severity": "grave"}, "its 'severity' makes no sense"),

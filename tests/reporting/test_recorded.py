@@ -65,6 +65,13 @@ class TestCauses:
         assert found.causes[0].in_full
         assert (found.records, found.times, found.runs, found.troubles) == (4, 4, 1, ())
 
+    @pytest.mark.parametrize("value", [[], {}, ["intruder"], 7, None])
+    def test_a_role_that_is_no_word_is_nobodys(self, value: object, tmp_path: Path) -> None:
+        culprits = [one | {"role": value, "evidence": value} for one in record()["culprits"]]
+        for kind in ("shared-by-processes", "connection-exhaustion"):
+            [cause] = read(tmp_path, lines(record(culprits=culprits, kind=kind))).causes
+            assert (cause.times, cause.processes, cause.fault.culprits) == (1, 0, ())
+
     def test_the_gravest_is_the_first_and_then_the_most_frequent(self, tmp_path: Path) -> None:
         kinds = [
             ("inherited-connection", "warning", 50),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from pgguard.faults.advice.tracing import Tracing
+from pgguard.faults.catalogue import Advice
 from pgguard.faults.fault import Spread
 from pgguard.reporting.console import report_of
 from pgguard.reporting.text import IN_FULL, to_text
@@ -53,3 +55,15 @@ def test_of_very_many_causes_the_gravest_are_told() -> None:
     assert len(told) == IN_FULL
     assert more == "pgguard: 4 more causes not shown here\n\n"
     assert summary.startswith(f"pgguard: {IN_FULL + 4} faults from {IN_FULL + 4} causes\n")
+
+
+def test_nothing_that_a_file_says_moves_the_cursor() -> None:
+    """The advice in it may be anybody's too."""
+    text = "\x1b[2J\x9b\u202e\r\x07\u2028\udcff"
+    advice = Advice(text, text, f"{text}\n\t{text}", (text,))
+    hostile = replace(
+        SHARED, summary=text, reason=text, libpq=text, advice=advice, tracing=Tracing(text, text, (text,))
+    )
+    shown = "".join(to_text(recorded(hostile), terminal=False))
+    assert all(line.replace("\t", "").isprintable() for line in shown.split("\n"))
+    assert shown.count(r"\x1b[2J\x9b\u202e\r\x07\u2028\udcff") > 8
