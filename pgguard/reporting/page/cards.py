@@ -114,7 +114,6 @@ class Card(NamedTuple):
     evidence: tuple[tuple[str, str], ...]
     """How they are known, in the words that stand there, and what that means."""
     stacks: tuple[Stack, ...]
-    stack_problems: tuple[str, ...]
     advice: Advice
     tracing: Tracing | None
     libpq: str | None
@@ -166,7 +165,6 @@ def card_of(number: int, cause: RecordedCause) -> Card:
         people=tuple(_person(side) for side in told),
         evidence=tuple(dict(_evidence(told)).items()),
         stacks=tuple(islice(_stacks(told), _STACKS)),
-        stack_problems=tuple(_stack_problems(fault)),
         advice=fault.advice._replace(
             title=shorten(fault.advice.title, _SUMMARY),
             text=shorten(fault.advice.text, _CODE),
@@ -263,7 +261,7 @@ def _sentence(text: str) -> str:
 
 def _caption(sequence: Sequence) -> str:
     steps = [step for step in sequence.steps if step.what is What.REQUEST]
-    lanes = listed([lane.name for lane in sequence.lanes[:-2]])
+    lanes = listed(list(dict.fromkeys(lane.name for lane in sequence.lanes[:-2])))
     requests = f", with {counted(len(steps), 'request')} before the fault" if steps else ""
     return f"What went over this connection, from top to bottom, between {lanes}, pgguard and PostgreSQL{requests}."
 
@@ -315,15 +313,6 @@ def _stack(heading: str, frames: tuple[Frame, ...]) -> Stack:
         tuple(calls),
         max(0, len(frames) - _CALLS),
     )
-
-
-def _stack_problems(fault: Fault) -> Iterator[str]:
-    reasons: dict[str, list[str]] = {}
-    for culprit in fault.culprits:
-        if culprit.stack_problem is not None and culprit.pid is not None and not culprit.stack:
-            reasons.setdefault(shorten(culprit.stack_problem, PLACE_LENGTH), []).append(f"pid {culprit.pid}")
-    for reason, people in islice(reasons.items(), 4):
-        yield f"Of {listed(list(dict.fromkeys(people)))} there is no stack: {reason}."
 
 
 def _pretty(record: dict[str, Any]) -> str:
