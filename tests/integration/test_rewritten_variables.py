@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -332,3 +333,45 @@ def test_ruby(server: Server, tmp_path: Path) -> None:
     script = f"%w[URL URL2].each {{ |n| puts PG.connect(ENV[n]).exec({json.dumps(ASK)}).getvalue(0, 0) }}"
     result = rewritten(before, server, tmp_path)
     assert run([ruby, "-rpg", "-e", script], result.environment) == [ANSWER] * 2
+
+
+EVERY_WAY = """
+import os, psycopg
+url = os.environ["SQLALCHEMY_DATABASE_URI"].replace("+asyncpg", "")
+apart = {"host": os.environ["DB_HOST"], "port": os.environ["DB_PORT"], "user": "postgres"}
+for how in ({"conninfo": url}, apart, {}, {"conninfo": "service=main"}):
+    with psycopg.connect(**how) as connection:
+        print(connection.info.port)
+print(os.environ["REDIS_HOST"], os.environ["OTHER_URL"])
+"""
+
+
+def test_everything_that_a_command_has_leads_it_through_the_guard(server: Server, tmp_path: Path) -> None:
+    """Four ways to the server, and two variables that lead elsewhere, through ``pgguard run`` itself."""
+    there = f"localhost:{server.tcp.port}"
+    services = tmp_path / "services"
+    services.write_text(f"[main]\nhost=127.0.0.1\nport={server.tcp.port}\nuser=postgres\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {
+        "SQLALCHEMY_DATABASE_URI": f"postgresql+asyncpg://postgres@{there}/postgres",
+        "DB_HOST": "localhost",
+        "DB_PORT": str(server.tcp.port),
+        "PGHOST": "127.0.0.1",
+        "PGPORT": str(server.tcp.port),
+        "PGUSER": "postgres",
+        "PGSERVICEFILE": str(services),
+        "REDIS_HOST": "localhost",
+        "OTHER_URL": "postgresql://other:1/x",
+    }
+    command = [sys.executable, "-m", "pgguard", "run", "--", sys.executable, "-c", EVERY_WAY]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=SECONDS, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    *ports, others = done.stdout.splitlines()
+    assert len(ports) == 4
+    assert len(set(ports)) == 1
+    assert str(server.tcp.port) not in ports
+    assert others == "localhost postgresql://other:1/x"
+    led = "DB_HOST, DB_PORT, PGPORT, PGSERVICEFILE, SQLALCHEMY_DATABASE_URI"
+    assert f"; rewritten for the command: {led}\n" in done.stderr
+    assert "pgguard: 4 sessions, no faults\n" in done.stderr
