@@ -78,15 +78,7 @@ class Turns(_Places):
 
         Always a checkpoint, also where nobody else waits: trio's thread works on one turn in each round of its loop.
         """
-        if not self._free:
-            await self._lots[urgency].park()
-        else:
-            self._free -= 1
-            try:
-                await trio.lowlevel.checkpoint()
-            except BaseException:
-                self._pass_on()
-                raise
+        await self._take(urgency)
         try:
             yield
         finally:
@@ -94,8 +86,19 @@ class Turns(_Places):
 
     async def step(self, urgency: Urgency) -> None:
         """Wait for a turn that lasts until one's next checkpoint."""
-        async with self.turn(urgency):
-            pass
+        await self._take(urgency)
+        self._pass_on()
+
+    async def _take(self, urgency: Urgency) -> None:
+        if not self._free:
+            await self._lots[urgency].park()
+            return
+        self._free -= 1
+        try:
+            await trio.lowlevel.checkpoint()
+        except BaseException:
+            self._pass_on()
+            raise
 
 
 class Allowance:

@@ -107,8 +107,12 @@ def connection_key(accepted: socket.socket) -> bytes:
 
 def _packed(host: str) -> bytes:
     """Return an address as 16 bytes, as IPv6 has it. Raises ValueError."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    return address.packed if address.version == 6 else bytes(10) + b"\xff\xff" + address.packed
+    try:
+        if ":" in host:
+            return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+        return LOOPBACK_NETWORK[:12] + socket.inet_pton(socket.AF_INET, host)
+    except OSError as error:
+        raise ValueError(f"{host!r} is no IP address") from error
 
 
 class SenderProbe:
@@ -188,6 +192,8 @@ class SenderProbe:
             BpfError: there are too many (E2BIG).
             ValueError: it isn't an IP address.
         """
+        if _packed(host) + struct.pack("!Hxx", port) in self._known:
+            return
         for address in _expand(host):
             entry = address + struct.pack("!Hxx", port)
             if entry not in self._known:
