@@ -344,12 +344,12 @@ class TestBounds:
             gatherer = Gatherer("x")
             tracemalloc.start()
             for n in range(2, count):
-                gatherer.take(json.dumps(repeat(n, session={"id": n % 200})).encode(), n)
+                gatherer.take(json.dumps(repeat(n, session={"id": n % 5})).encode(), n)
             kept = tracemalloc.get_traced_memory()[0]
             tracemalloc.stop()
             return kept
 
-        assert grown(3000) < grown(1000) + 300_000
+        assert grown(1200) < grown(400) + 50_000
 
     def test_of_too_many_causes_the_rest_is_counted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(recorded, "CAUSES", 10)

