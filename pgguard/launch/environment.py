@@ -137,11 +137,11 @@ def write_files(files: Mapping[Path, bytes]) -> None:
             file.write(content)
 
 
-def named_servers(environment: Mapping[str, str]) -> list[tuple[str, str]]:
+def named_servers(environment: Mapping[str, str]) -> list[tuple[str, tuple[Address, ...]]]:
     """The variables that say where a PostgreSQL is, each with that: for whoever doesn't know which is meant."""
     libpq = _Defaults(environment)
     return [
-        (name, ", ".join(map(str, addresses)))
+        (name, addresses)
         for name, value in environment.items()
         if name not in _APART
         for connection in connections(value, name)

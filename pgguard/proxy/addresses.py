@@ -164,7 +164,7 @@ def unused_database_url(upstream: Upstream, listening: Sequence[Address]) -> str
         return None
     return (
         f"DATABASE_URL is set, but pgguard serve doesn't use it. To guard the server in DATABASE_URL instead of "
-        f"{upstream}, add --upstream {_conninfo(addresses)}"
+        f"{upstream}, add --upstream {conninfo_of(addresses)}"
     )
 
 
@@ -175,7 +175,7 @@ def _place(address: Address) -> Address:
     return address
 
 
-def _conninfo(addresses: Sequence[Address]) -> str:
+def conninfo_of(addresses: Sequence[Address]) -> str:
     """What ``--upstream`` takes for these addresses, to be typed into a shell."""
     hosts = [address.host if isinstance(address, TcpAddress) else address.directory for address in addresses]
     if all(isinstance(address, TcpAddress) for address in addresses):

@@ -449,11 +449,11 @@ def test_files_are_for_their_user_alone(tmp_path: Path) -> None:
 
 def test_servers_that_variables_name_can_be_listed() -> None:
     environment = {"A": URL, "B": "mysql://x/y", "C": "host=a,b port=1 dbname=x", "D": "db:5432", "HOME": "/nowhere"}
-    assert named_servers(environment) == [("A", "db.internal:5432"), ("C", "a:1, b:1")]
+    assert named_servers(environment) == [("A", (DB,)), ("C", (TcpAddress("a", 1), TcpAddress("b", 1)))]
 
 
 @pytest.mark.parametrize("url", ["postgresql://app:123?4@other/x", "postgresql://app:123#4@other/x"])
 def test_no_part_of_a_password_is_taken_for_a_port(url: str) -> None:
     """It would be shown."""
-    assert named_servers({"URL": url, "HOME": "/nowhere"}) == [("URL", "other:5432")]
+    assert named_servers({"URL": url, "HOME": "/nowhere"}) == [("URL", (TcpAddress("other", 5432),))]
     assert named_servers({"URL": "postgresql://app:123/4@other/x", "HOME": "/nowhere"}) == []
