@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -35,6 +36,8 @@ _GRACE: Final = 20.0
 _END: Final = 10.0
 """Seconds for it to end."""
 _PIECE: Final = 1 << 16
+_FORKS: Final = 1024
+"""Forks between two questions of which it is known when they were: the latest."""
 _LAST_WORDS: Final = 2000
 """Characters of what it has said before it ended, the last ones."""
 
@@ -64,7 +67,9 @@ class GuardApart:
         self._owner = os.getpid()
         self._rest = b""
         allow_looking(self.pid)
-        os.register_at_fork(after_in_child=self._let_go)
+        self._forks: deque[float] = deque(maxlen=_FORKS)
+        """When this process has forked since it was last asked, in seconds since the epoch."""
+        os.register_at_fork(before=self._note_fork, after_in_child=self._let_go)
         # Whatever is registered after this is done before it.
         atexit.register(self.close)
 
@@ -101,7 +106,7 @@ class GuardApart:
         deadline = time.monotonic() + seconds
         try:
             self._sock.settimeout(seconds)
-            self._sock.sendall(encode(question))
+            self._sock.sendall(encode({**question, "forks": self._taken_forks()}))
             while b"\n" not in self._rest:
                 self._sock.settimeout(max(0.001, deadline - time.monotonic()))
                 piece = self._sock.recv(_PIECE)
@@ -126,6 +131,16 @@ class GuardApart:
             self._output.seek(0)
             last = self._output.read().decode(errors="replace").strip()[-_LAST_WORDS:]
         return GuardLostError(f"the guard's process (pid {self.pid}) has ended{how}{': ' if last else ''}{last}")
+
+    def _note_fork(self) -> None:
+        if self.is_ours:
+            self._forks.append(time.time())
+
+    def _taken_forks(self) -> list[float]:
+        forks = []
+        while self._forks:  # other threads may fork meanwhile
+            forks.append(self._forks.popleft())
+        return forks
 
     def _let_go(self) -> None:
         """In a process that has been forked: leave the guard alone, but let it look at this one too."""

@@ -58,10 +58,15 @@ _DOERS: Final = (Role.INTRUDER, Role.CLOSER, Role.OWNER)
 
 
 class Gathering:
-    """What has happened in all fronts, kept until it is told."""
+    """What has happened in all fronts, kept until it is told.
 
-    def __init__(self) -> None:
-        self._stretches = Stretches(0, time.time())
+    Args:
+        parent: The pid of the tests' process.
+    """
+
+    def __init__(self, parent: int) -> None:
+        self._parent = parent
+        self.stretches = Stretches(0, time.time())
         self._happened: Counter[tuple[int | None, str]] = Counter()
         self._faults: OrderedDict[str, Fault] = OrderedDict()
         self._told: set[str] = set()
@@ -80,7 +85,9 @@ class Gathering:
 
     def come(self, key: str, one: Occurrence) -> None:
         """Take note of one time that a fault has come."""
-        self._happened[self._stretches.of(one.since, one.until), key] += 1
+        others = [culprit.process for culprit in one.fault.culprits if culprit.pid != self._parent]
+        forked = all(process is not None and process.ppid == self._parent for process in others)
+        self._happened[self.stretches.of(one.since, one.until, forked=forked), key] += 1
         self.kinds.add(one.fault.kind.value)
         self.is_stale = True
         self._changed.set()
@@ -90,10 +97,6 @@ class Gathering:
         while kind not in self.kinds:
             self._changed = trio.Event()
             await self._changed.wait()
-
-    def begin(self, stretch: int) -> None:
-        """Begin another stretch of time."""
-        self._stretches.begin(stretch, time.time())
 
     def taken(self) -> tuple[list[Happened], dict[str, Told]]:
         """What is to be told, which has been told then."""
@@ -176,6 +179,7 @@ class Attendant:
 
     async def answer(self, question: Question) -> Answer:
         """Do what a question asks for. Raises nothing but for cancellation."""
+        self._gathering.stretches.note_forks(question.get("forks", []))
         try:
             answer = await self._done(question)
         except ConfigurationError as error:
@@ -195,7 +199,7 @@ class Attendant:
         judged = await self._settle(question)
         happened, faults = self._gathering.taken()
         if (stretch := question.get("stretch")) is not None:
-            self._gathering.begin(stretch)
+            self._gathering.stretches.begin(stretch, time.time())
         if question.get("anew") and self._gathering.is_stale:
             for guard in self._guards:
                 guard.begin_anew()
@@ -316,7 +320,7 @@ def settings_for(upstream: str, directory: Path) -> Settings:
 
 async def _attend(sock: socket.socket, parent: int) -> None:
     """Answer the tests' process until it ends, or has closed its end of the socket."""
-    gathering = Gathering()
+    gathering = Gathering(parent)
     log = BoundedLog(gathering.said.append)
     logging.basicConfig(level=logging.WARNING, handlers=[log])
     with ExitStack() as stack:

@@ -22,6 +22,8 @@ class Question(TypedDict, total=False):
     """Of those, the ones that are to be changed in any case."""
     records: str
     """Of a front, the file that faults are appended to; empty: none."""
+    forks: list[float]
+    """When the tests' process has forked since it last asked, in seconds since the epoch."""
     stretch: int
     """The number of the stretch that begins when everything has been judged."""
     anew: bool

@@ -36,6 +36,17 @@ def test_what_was_done_in_one_belongs_to_it(three: Stretches, since: float, unti
     assert three.of(BEGINNING + since, BEGINNING + until) == expected
 
 
+@pytest.mark.parametrize(
+    ("forks", "expected"),
+    [([9.99], 7), ([10.004], 8), ([9.97, 10.001, 10.003, 19.0], 8), ([9.995, 10.005], None), ([], None)],
+)
+def test_of_a_child_s_start_it_is_known_by_its_fork(three: Stretches, forks: list[float], expected: int | None) -> None:
+    three.note_forks(BEGINNING + at for at in forks)
+    assert three.of(BEGINNING + 9.99, BEGINNING + 10.01, forked=True) == expected
+    assert three.of(BEGINNING + 9.99, BEGINNING + 10.01) is None
+    assert three.of(BEGINNING + 15, BEGINNING + 15.02, forked=True) == 8
+
+
 def test_a_clock_that_is_set_back_makes_no_earlier_one_of_it(three: Stretches) -> None:
     three.begin(10, BEGINNING - 500)
     assert three.of(BEGINNING + 15, BEGINNING + 15) == 8
