@@ -490,7 +490,7 @@ class _Drawing:
             yield "When a process was forked is known to a hundredth of a second only, and so is what came before it."
         yield from self._unknown
         if any(step.what is What.ANSWER and len(step.targets) > 1 for step in self._steps):
-            yield "Who has read an answer can't be seen: every process that has the socket open could."
+            yield "Who has read an answer can't be seen: whoever has the connection open could."
         if any(request.pid is None for request in self._requests):
             yield "Who sent some of the requests isn't known."
         if self._requests and (before := self._requests[0].n - 1) > 0:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import html5lib
 import pytest
 
+from pgguard.attribution.evidence import Evidence
 from pgguard.cli.outputs import Outputs
 from pgguard.faults.catalogue import CATALOGUE, Severity
 from pgguard.faults.fault import Spread
@@ -30,9 +31,10 @@ from pgguard.proxy.errors import ConfigurationError
 from pgguard.reporting import page
 from pgguard.reporting.jsonl import encode
 from pgguard.reporting.page import html_report, style_sheet
-from pgguard.reporting.page.explanations import CONSEQUENCES, EVIDENCE
+from pgguard.reporting.page.explanations import CONSEQUENCES, EVIDENCE, MESSAGES
 from pgguard.reporting.recorded import Gatherer, Recording, read_recording
 from pgguard.session.verdicts import Kind
+from pgguard.wire.messages import BACKEND, FRONTEND
 from tests.faults.samples import NOW, TERMINATE, fault, verdict
 from tests.reporting.test_hostile_text import HOSTILE, hostile_faults
 from tests.reporting.test_opening import as_root, own
@@ -105,6 +107,7 @@ class TestContents:
             "How often 43 times",
             "Where in 11 database sessions and 4 processes",
             "What was done pgguard only recorded it",
+            "The message Query, 61 bytes: asks for one text of SQL to be run",
             "Intruder: pid 4867 (puma: cluster worker 1), thread 4880: the kernel named it as the sender",
             "The Linux kernel itself said which process sent exactly these bytes.",
             f"How to fix it: {SHARED.advice.title}",
@@ -185,6 +188,8 @@ class TestContents:
 
     def test_there_are_words_for_every_kind_and_evidence(self) -> None:
         assert set(CONSEQUENCES) == set(Kind)
+        assert set(EVIDENCE) == set(Evidence)
+        assert set(MESSAGES) <= {message.name for message in (*FRONTEND, *BACKEND)}
         assert all(text.endswith(".") for text in (*CONSEQUENCES.values(), *EVIDENCE.values()))
 
 

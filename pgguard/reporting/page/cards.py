@@ -14,7 +14,7 @@ from pgguard.faults.fault import Role
 from pgguard.faults.policy import Action
 from pgguard.faults.text import counted, listed, shorten
 from pgguard.reporting.page.drawing import Diagram, draw
-from pgguard.reporting.page.explanations import CONSEQUENCES, EVIDENCE, OPENERS_EVIDENCE
+from pgguard.reporting.page.explanations import CONSEQUENCES, EVIDENCE, MESSAGES, OPENERS_EVIDENCE
 from pgguard.reporting.record import rfc3339
 from pgguard.reporting.sequence import Sequence, What, sequence_of
 from pgguard.reporting.words import (
@@ -246,6 +246,10 @@ def _facts(cause: RecordedCause, fault: Fault) -> Iterator[tuple[str, str]]:
     done_so_far = [_DONE[action] for action in Action if cause.actions[action]]
     over = "; the session has ended" if done(fault).endswith("has ended") else ""
     yield "What was done", f"{listed(done_so_far)}{over}"
+    if fault.message is not None:
+        meaning = MESSAGES.get(fault.message.name)
+        name = f"{shorten(fault.message.name, NAME_LENGTH)}, {counted(fault.message.size, 'byte')}"
+        yield "The message", name if meaning is None else f"{name}: {meaning}"
 
 
 def _moment(at: float) -> str:

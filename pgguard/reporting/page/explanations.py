@@ -89,6 +89,27 @@ OPENERS_EVIDENCE: Final = {
 }
 """The same of who has opened the connection."""
 
+MESSAGES: Final = {
+    "Query": "asks for one text of SQL to be run",
+    "Parse": "begins a request: prepares a text of SQL",
+    "Bind": "goes on with a request: fills in its values",
+    "Describe": "goes on with a request: asks for the form of its result",
+    "Execute": "goes on with a request: runs it",
+    "Sync": "ends a request",
+    "Close": "forgets a prepared text of SQL",
+    "FunctionCall": "asks for a function to be run",
+    "Terminate": "says that the program is done with the connection",
+    "CopyData": "carries rows of a COPY",
+    "CopyDone": "ends a COPY",
+    "CopyFail": "gives up a COPY",
+    "DataRow": "carries a row of an answer",
+    "RowDescription": "begins an answer: says which columns it has",
+    "CommandComplete": "ends the answer to one statement",
+    "ReadyForQuery": "says that the answer is complete, and that the server is ready for the next request",
+    "ErrorResponse": "says that something has failed, and why",
+}
+"""What a message is for, by its name in PostgreSQL's documentation: a clause."""
+
 GLOSSARY: Final = (
     (
         "Cause, fault",
