@@ -152,10 +152,14 @@ class Lingering:
             await self._guard.settled()
 
     def _is_daemons(self, session: SessionSnapshot) -> bool:
-        """Whether a process has it open that has cut itself loose from the command, as a daemon does: setsid(2)."""
+        """Whether a process has it open that has cut itself loose from the command, as a daemon does: setsid(2).
+
+        If it isn't known who has it open, it may be any process that has been left behind.
+        """
         ours = {os.getsid(0), self._child.pid}
-        for holder in session.holders:
+        pids = [holder.pid for holder in session.holders] or self._left_behind.running(self._child.pid)
+        for pid in pids:
             with suppress(OSError):
-                if os.getsid(holder.pid) not in ours:
+                if os.getsid(pid) not in ours:
                     return True
         return False
