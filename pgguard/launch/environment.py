@@ -9,7 +9,8 @@ only what says where the server is changes, and what can't hold on the way to th
 - ``PGHOST`` and ``PGPORT`` if libpq's defaults lead there, set or not. ``PGHOSTADDR`` is taken away.
   A URL that says no more than that is left as it is if they name a Unix socket: there is no form of URL for one that
   all drivers know (Active Record takes none from a parameter, and Go none from the place of the host).
-- A host and its port in two variables, such as ``DB_HOST`` and ``DB_PORT``: :mod:`pgguard.launch.pairs`.
+- A host and its port in two variables, such as ``DB_HOST`` and ``DB_PORT``: :mod:`pgguard.launch.pairs`. A host alone,
+  whose name speaks of a database, if the guard has the server's port.
 - Services: in a copy of the service file, which ``PGSERVICEFILE`` then names. libpq takes a service's host before
   ``PGHOST``.
 - libpq's defaults that demand TLS (``PGSSLMODE`` and its like), and the password file if it knows the server by its
@@ -349,7 +350,7 @@ class _Work:
                     self._found = True
 
     def hosts(self) -> None:
-        """Hosts and ports alone: those that are to be rewritten all the same; of others it is said why they aren't."""
+        """Hosts and ports alone: what is to be rewritten all the same, and what can be as the port is the server's."""
         for name in sorted(self._add - _PLACES - {_SERVICE} - self._edits.keys()):
             if self._now[name] == self._before[name]:
                 self._force(name, self._before[name])
@@ -357,11 +358,24 @@ class _Work:
             port = port_name(name)
             if port is None or name in self._add | self._keep | _APART or not _SOUNDS_LIKE_IT.search(name):
                 continue
-            if not is_port(self._before.get(port, "")) and is_host(value) and self._server.is_on(value.strip("[]")):
-                self._remarks.append(
-                    f"{name} isn't led to the guard: it names the server, but {port}, which would name its port, is "
-                    f"not set; add --env {name} to set both, if the application reads {port}"
-                )
+            if not is_port(self._before.get(port, "")) and is_host(value):
+                there = self._server.on(value.strip("[]"))
+                if there is not None:
+                    self._lead_alone(name, port, value, there)
+
+    def _lead_alone(self, name: str, port: str, value: str, there: Address) -> None:
+        """A variable that names a host of the server without its port, which the application knows then."""
+        to = next((one for one in self._guard if type(one) is type(there) and one.port == there.port), None)
+        if to is not None:
+            self._used.setdefault(to, set()).add(Login(value.strip("[]"), str(there.port)))
+            self._now[name] = to.directory if isinstance(to, UnixAddress) else to.host
+            self._found = True
+            return
+        keeping = f", or --listen 127.0.0.2:{there.port} to keep the port" if isinstance(there, TcpAddress) else ""
+        self._remarks.append(
+            f"{name} isn't led to the guard: it names the server, but {port}, which would name its port, is not set; "
+            f"add --env {name} to set both, if the application reads {port}{keeping}"
+        )
 
     def _force(self, name: str, value: str) -> None:
         to = self._to((), None)

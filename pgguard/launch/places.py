@@ -94,13 +94,13 @@ class Server:
             for own in self._addresses
         )
 
-    def is_on(self, host: str) -> bool:
-        """Whether a host, or the directory of a socket, is one that the server is on."""
+    def on(self, host: str) -> Address | None:
+        """The server's address on a host, or in the directory of a socket; ``None`` if it has none there."""
         for own in self._addresses:
-            is_directory = host.startswith(("/", "@"))
-            if self._same(UnixAddress(host, own.port) if is_directory else TcpAddress(host, own.port), own):
-                return True
-        return False
+            named = UnixAddress if host.startswith(("/", "@")) else TcpAddress
+            if self._same(named(host, own.port), own):
+                return own
+        return None
 
     def _same(self, one: Address, other: Address) -> bool:
         if one.port != other.port:

@@ -202,9 +202,21 @@ def test_it_is_said_if_a_host_is_left_because_its_port_isnt_there() -> None:
     assert result.remarks == (
         (
             "DB_HOST isn't led to the guard: it names the server, but DB_PORT, which would name its port, is not set; "
-            "add --env DB_HOST to set both, if the application reads DB_PORT"
+            "add --env DB_HOST to set both, if the application reads DB_PORT, or --listen 127.0.0.2:5432 to keep the "
+            "port"
         ),
     )
+
+
+def test_a_host_alone_is_led_to_a_guard_with_the_servers_port() -> None:
+    environment = {"DB_HOST": "db.internal", "REDIS_HOST": "db.internal", "OTHER_DB_HOST": "other", "PGHOST": "other"}
+    assert changes(environment, guard=[GUARD, TcpAddress("127.0.0.2", 5432)]) == {"DB_HOST": "127.0.0.2"}
+    sockets = {"DB_HOST": "/srv/pg", "PGHOST": "other"}
+    result = rewritten(sockets, SOCKET, guard=[UnixAddress("/run/guard", 5432)])
+    assert (result.names, result.environment["DB_HOST"], result.remarks) == (("DB_HOST",), "/run/guard", ())
+    result = rewritten(sockets, SOCKET, guard=[GUARD_ON_UNIX])
+    assert result.names == ()
+    assert result.remarks[0].startswith("DB_HOST isn't led to the guard")
 
 
 def test_it_is_said_if_a_value_names_other_servers_too() -> None:
