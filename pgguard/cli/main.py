@@ -158,7 +158,7 @@ def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
     "variables that lead to the guard. Streams, terminal, signals and exit status are the command's own.",
     epilog=_examples(
         "pgguard run -- pytest",
-        "pgguard run --faults faults.jsonl -- bundle exec puma",
+        "pgguard run --ruby-stacks -- bundle exec puma",
         "pgguard run --upstream postgresql://db.example.com \\\n  --fail-on warning -- python3 app.py",
     ),
     context_settings={"allow_interspersed_args": False},
@@ -184,6 +184,7 @@ def run_command(  # noqa: PLR0913, PLR0917 - one for each option
     css: options.Css = None,
     markdown: options.Markdown = None,
     fail_on: options.RunFailOn = "error",
+    ruby_stacks: options.RubyStacks = False,
     quiet: options.Quiet = False,
     linger: options.Linger = "",
 ) -> None:
@@ -208,6 +209,7 @@ def run_command(  # noqa: PLR0913, PLR0917 - one for each option
         keep_env=keep_env or (),
         outputs=Outputs(html, css, markdown),
         fail_on=options.threshold(fail_on),
+        ruby_stacks=ruby_stacks,
         quiet=quiet,
         linger=seconds_to_linger(linger),
     )

@@ -236,6 +236,14 @@ RunFailOn = Annotated[
         values=FAIL_ON,
     ),
 ]
+RubyStacks = Annotated[
+    bool,
+    typer.Option(
+        "--ruby-stacks",
+        help="Show the lines of code of Ruby programs, too: each Ruby loads a small file of pgguard's as it starts (by "
+        "RUBYOPT), in which a thread tells pgguard what the others do.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the summary at the end.")]
 Linger = Annotated[
     str,

@@ -7,10 +7,13 @@ import os
 import sys
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import trio
 
+from pgguard.attribution.ruby.loading import FILE, UnloadableError, closed_to_others, ruby_variables
+from pgguard.attribution.ruby.pipes import RubyPipes
 from pgguard.cli.outputs import Outputs
 from pgguard.cli.progress import progress
 from pgguard.cli.statuses import CANNOT, DONE, FAULT_SEEN
@@ -35,8 +38,7 @@ from pgguard.reporting.summary import summary_lines
 from pgguard.reporting.text import first_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping, Sequence
 
     from pgguard.launch.environment import Rewritten
     from pgguard.launch.launcher import Outcome
@@ -55,6 +57,7 @@ _WAYS_OUT: Final = (
     ),
     "pgguard: or let it listen in a directory, by --listen unix:DIR, and name that to the command in place of the host",
 )
+_RUBY_TOLD: Final = "Ruby programs of the command were told to load"
 _LONGEST: Final = 1e9
 """Seconds for which the guard may be told to go on, at most."""
 
@@ -73,6 +76,8 @@ class Wishes(NamedTuple):
     """Files to write a report to."""
     fail_on: Severity | None = Severity.ERROR
     """From which severity of fault on it is a failure, though the command has succeeded."""
+    ruby_stacks: bool = False
+    """Whether Ruby programs are to tell what their threads do."""
     quiet: bool = False
     linger: float | None = None
 
@@ -114,7 +119,8 @@ def run(given: dict[str, Any], config: Path | None, wishes: Wishes) -> int:
         directory = stack.enter_context(private_directory())
         settings = located(_settings(given, config), directory)
         wishes.outputs.check(("--faults", settings.faults))
-        telling = _Telling(settings, wishes, directory, starting)
+        ruby = _ruby_pipes(settings, wishes)
+        telling = _Telling(settings, wishes, directory, starting, ruby)
         stack.callback(telling.sinks.close)
         order = Order(
             wishes.command,
@@ -124,6 +130,7 @@ def run(given: dict[str, Any], config: Path | None, wishes: Wishes) -> int:
             say=telling.say,
             linger=wishes.linger,
             tended=telling.tended,
+            ruby=ruby,
         )
         launcher = Launcher(settings, telling.sinks, order, arrivals, companion)
         try:
@@ -144,6 +151,21 @@ def _settings(given: dict[str, Any], config: Path | None) -> Settings:
     settings = load_settings(given, config)
     # The guard is the command's parent, and stays the user that it is.
     return settings.model_copy(update={"user": ""}) if settings.user else settings
+
+
+def _ruby_pipes(settings: Settings, wishes: Wishes) -> RubyPipes | None:
+    """What Ruby programs are asked through, if they are to be. Raises ConfigurationError: they can't be."""
+    if not wishes.ruby_stacks:
+        return None
+    if settings.attribution == "off":
+        raise ConfigurationError("--ruby-stacks: nobody's stacks are looked at with --attribution off")
+    if "RUBYOPT" in wishes.keep_env:
+        raise ConfigurationError("--keep-env RUBYOPT: --ruby-stacks adds to that variable, and keeps what stands in it")
+    try:
+        ruby_variables(noted().environment, Path())
+    except UnloadableError as error:
+        raise ConfigurationError(f"--ruby-stacks: {error}") from error
+    return RubyPipes()
 
 
 def _status(outcome: Outcome, fail_on: Severity | None) -> int:
@@ -169,13 +191,17 @@ class _Telling:
         wishes: What else was asked for.
         directory: For files that the command's variables name.
         starting: The line that says that the guard is starting, which goes then.
+        ruby: What Ruby programs are asked through, if they are.
 
     Raises:
         ConfigurationError: Faults can't be written to the file that is named.
     """
 
-    def __init__(self, settings: Settings, wishes: Wishes, directory: Path, starting: ExitStack) -> None:
+    def __init__(
+        self, settings: Settings, wishes: Wishes, directory: Path, starting: ExitStack, ruby: RubyPipes | None
+    ) -> None:
         self._wishes = wishes
+        self._ruby = ruby
         self._directory = directory
         self._starting = starting
         self._fd = sys.stderr.fileno()
@@ -211,7 +237,8 @@ class _Telling:
             names = listed([capability.name for capability in guard.missing])
             logger.warning("some evidence isn't available here: %s; run pgguard doctor to see why", names)
         there = ", ".join(map(str, guard.addresses))
-        self.say(f"ready on {there}, in front of PostgreSQL at {guard.upstream}; {self._rewritten}")
+        ruby = "" if self._ruby is None else f"; Ruby is told by RUBYOPT to load {FILE.name}"
+        self.say(f"ready on {there}, in front of PostgreSQL at {guard.upstream}; {self._rewritten}{ruby}")
         first, self._console = self._console, ConsoleSink(self._fd, wait=True)
         await trio.to_thread.run_sync(first.close, abandon_on_cancel=True)
         return rewritten.environment
@@ -226,7 +253,12 @@ class _Telling:
             keep=self._wishes.keep_env,
         )
         write_files(rewritten.files)
-        return rewritten
+        if self._ruby is None:
+            return rewritten
+        added = ruby_variables(rewritten.environment, self._ruby.directory)
+        return rewritten._replace(
+            environment={**rewritten.environment, **added}, remarks=(*rewritten.remarks, *_ruby_remarks())
+        )
 
     def go_on(self) -> None:
         """The command has ended: say what has been held, and from now on everything at once."""
@@ -241,6 +273,8 @@ class _Telling:
             with spared(Loss.WORDS):
                 self._tell(outcome, outcome.guard)
             notes = _notes(outcome.guard, self._rewritten)
+            if self._ruby is not None:
+                notes.append(f"{_RUBY_TOLD} {FILE} (--ruby-stacks).")
             await trio.to_thread.run_sync(self._write, notes, abandon_on_cancel=True)
         for remark in remarks():
             self._console.say(f"pgguard: internal error: {remark}")
@@ -255,6 +289,8 @@ class _Telling:
         lines += [printable(f"pgguard: attribution: {remark}") for remark in guard.remarks()]
         if _is_failed(outcome, self._wishes.fail_on):
             lines.append(f"pgguard: the command has succeeded, but the exit status is {FAULT_SEEN} (see --fail-on)")
+        if self._ruby is not None:
+            lines.append(printable(f"pgguard: {_RUBY_TOLD} {FILE} (--ruby-stacks)"))
         for line in lines:
             self._console.say(line)
 
@@ -290,6 +326,15 @@ def _notes(guard: RunningGuard, rewritten: str) -> list[str]:
         names = listed([capability.name for capability in guard.missing])
         notes.append(f"Some evidence wasn't available on this host: {names}. pgguard doctor says why.")
     return [*notes, *(f"Of who sent what: {remark}." for remark in guard.remarks())]
+
+
+def _ruby_remarks() -> Iterator[str]:
+    """What root should know whose command starts Ruby as another user: a sentence without its stop."""
+    if os.geteuid() == 0 and (closed := closed_to_others()) is not None:
+        yield (
+            f"other users can't read {closed}, so that Ruby doesn't start if the command runs it as one of them "
+            "(--ruby-stacks); install pgguard where they can"
+        )
 
 
 def _recorder(settings: Settings) -> JsonLines | None:

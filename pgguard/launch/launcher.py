@@ -25,6 +25,7 @@ from pgguard.running import running_guard
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from pgguard.attribution.ruby.pipes import RubyPipes
     from pgguard.launch.arrivals import Arrival, Arrivals
     from pgguard.launch.child import Ended
     from pgguard.launch.companion import Companion
@@ -59,6 +60,8 @@ class Order:
     """Seconds for which the guard goes on at most when the command has ended; ``None``: as long as it is needed."""
     tended: Sequence[Callable[[], None]] = field(default=())
     """What is to be called about once a second."""
+    ruby: RubyPipes | None = None
+    """What the guard asks Ruby programs through, if it does."""
 
 
 @dataclass(slots=True)
@@ -144,7 +147,7 @@ class Launcher:
             await self._child_ended.wait()
 
     async def _run_guarded(self) -> None:
-        async with running_guard(self._settings, self._sinks) as guard:
+        async with running_guard(self._settings, self._sinks, ruby=self._order.ruby) as guard:
             left_behind = LeftBehind()
             environment = await self._order.prepare(guard)
             await trio.lowlevel.checkpoint()  # from here to where it has started, no signal calls it off
