@@ -139,7 +139,6 @@ class RecordedSession:
     facts: SessionFacts
     severity: Severity
     """The gravest."""
-    first_at: float
     last_at: float
     times: int = 0
     """Records that name it."""
@@ -534,7 +533,7 @@ class Gatherer:
         place = (run, number)
         known = next((one for one in self._sessions.values() if place in one), None)
         if known is None:
-            session = RecordedSession(run, session_of(record, at), severity, at, at)
+            session = RecordedSession(run, session_of(record, at), severity, at)
         else:
             session = known[place]
             if severity.rank > session.severity.rank:
@@ -548,7 +547,7 @@ class Gatherer:
                 return
             rank[place] = session
         session.times += 1
-        session.first_at, session.last_at = min(at, session.first_at), max(at, session.last_at)
+        session.last_at = max(at, session.last_at)
         session.over = session.over or record.get("over") is True or _action(record) is Action.REJECTED
         doer = next((number_of(one.get("pid")) for one in people if text_of(one.get("role")) in _INVOLVED), None)
         if len(session.marks) < _MARKS:

@@ -70,7 +70,6 @@ class Row(NamedTuple):
     y: float
     name: str
     program: str
-    height: float
 
 
 class Tick(NamedTuple):
@@ -162,10 +161,9 @@ class _Drawer:
                 hidden = any(cross.x < bar.x + len(bar.label) * CHARACTER + 14 for cross in faults)
                 bars.append(bar._replace(label="") if hidden else bar)
             deep = max((round((bar.y - y) / _STEP) for bar, _ in own), default=0) + 1
-            height = max(deep * _STEP + 10, 44)
             program = "" if process is None else process_label(process)
-            rows.append(Row(y, f"pid {owner.pid}", fitting(program, _NAMES - 20), height))
-            y += height
+            rows.append(Row(y, f"pid {owner.pid}", fitting(program, _NAMES - 20)))
+            y += max(deep * _STEP + 10, 44)
         owners: dict[int, int] = {}
         for _, held in self._rows:
             for one in held:
