@@ -16,6 +16,7 @@ from pgguard.attribution.ruby.loading import FILE, UnloadableError, closed_to_ot
 from pgguard.attribution.ruby.pipes import RubyPipes
 from pgguard.cli.outputs import Outputs
 from pgguard.cli.progress import progress
+from pgguard.cli.serve import lacking_evidence
 from pgguard.cli.statuses import CANNOT, DONE, FAULT_SEEN
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.text import counted, listed, printable
@@ -233,9 +234,8 @@ class _Telling:
             return rewritten.environment
         for warning in (*guard.warnings, *mistyped_variables(), *rewritten.remarks):
             logger.warning("%s", warning)
-        if guard.missing:
-            names = listed([capability.name for capability in guard.missing])
-            logger.warning("some evidence isn't available here: %s; run pgguard doctor to see why", names)
+        if (lacking := lacking_evidence(guard.missing)) is not None:
+            logger.warning("%s", lacking)
         there = ", ".join(map(str, guard.addresses))
         ruby = "" if self._ruby is None else f"; Ruby is told by RUBYOPT to load {FILE.name}"
         self.say(f"ready on {there}, in front of PostgreSQL at {guard.upstream}; {self._rewritten}{ruby}")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from pgguard.attribution.capabilities import Capability
     from pgguard.attribution.privileges import Account
     from pgguard.running import RunningGuard
 
@@ -289,14 +290,21 @@ def _announce(guard: RunningGuard, settings: Settings) -> None:
         logger.warning("%s", warning)
     if not settings.upstream and (unused := unused_database_url(guard.upstream, guard.addresses)) is not None:
         logger.warning("%s", unused)
-    if guard.missing:
-        essential = [capability.name for capability in guard.missing if capability.essential]
-        what = "client processes can't be found here without" if essential else "some evidence isn't available here:"
-        names = ", ".join(essential or (capability.name for capability in guard.missing))
-        logger.warning("%s %s; run pgguard doctor to see why", what, names)
+    if (lacking := lacking_evidence(guard.missing)) is not None:
+        logger.warning("%s", lacking)
     source = "" if settings.source is None else f"; settings are from {settings.source}"
     logger.info("PostgreSQL is at %s%s", guard.upstream, source)
     logger.info("ready on %s", ", ".join(map(str, guard.addresses)))
+
+
+def lacking_evidence(missing: Sequence[Capability]) -> str | None:
+    """What to say of the kinds of evidence that a guard lacks: a sentence without its stop; ``None`` if it has all."""
+    if not missing:
+        return None
+    essential = [capability.name for capability in missing if capability.essential]
+    what = "client processes can't be found here without" if essential else "some evidence isn't available here:"
+    names = ", ".join(essential or (capability.name for capability in missing))
+    return f"{what} {names}; run pgguard doctor to see why"
 
 
 async def _tend(tended: Sequence[Callable[[], None]]) -> None:

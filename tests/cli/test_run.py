@@ -176,6 +176,29 @@ def test_quiet_leaves_the_summary(tmp_path: Path) -> None:
     assert done.stderr.startswith("err\npgguard: no connection came through the guard on ")
 
 
+def test_a_guard_behind_a_guard(tmp_path: Path) -> None:
+    done = run(*PGGUARD, "--", "sh", "-c", "exit 4", cwd=tmp_path)
+    assert done.returncode == 4
+    ready = r"^pgguard: ready on 127\.0\.0\.1:(\d+), in front of PostgreSQL at 127\.0\.0\.1:(\d+)"
+    [(outer, server), (_, between)] = re.findall(ready, done.stderr, re.MULTILINE)
+    assert (server, between) == ("1", outer)
+
+
+def test_processes_that_are_left_running_have_a_moment_or_as_long_as_it_is_told_and_are_not_ended(
+    tmp_path: Path,
+) -> None:
+    """Two seconds, without a word; and with ``--linger`` so long, which is said."""
+    left = 'exec >&- 2>&-; sleep 60 & echo $! > "$0"'
+    briefly = run("sh", "-c", left, "briefly", cwd=tmp_path, options=["--quiet"])
+    longer = run("sh", "-c", left, "longer", cwd=tmp_path, options=["--linger", "2.5"])
+    for name, done in (("briefly", briefly), ("longer", longer)):
+        assert done.returncode == 0
+        pid = (tmp_path / name).read_text().strip()
+        said = f"sh has ended (exit status 0), but pid {pid} of it runs on: the guard goes on in case of a connection"
+        assert (said in done.stderr) == (name == "longer")
+        os.kill(int(pid), signal.SIGKILL)
+
+
 # Signals
 
 COUNTS = """
