@@ -33,7 +33,7 @@ from pgguard.faults.text import listed, nearest, printable
 from pgguard.launch.connection import edited
 from pgguard.launch.fields import Field, Style, holding, led, pinned
 from pgguard.launch.files import LINE, Login, Services, led_passwords, password_file, passwords
-from pgguard.launch.pairs import is_bare, is_host, is_port, led_pair, pairs, port_name
+from pgguard.launch.pairs import is_bare, is_host, is_port, led_pair, pairs, port_name, without_tls
 from pgguard.launch.places import Resolver, Server
 from pgguard.launch.values import connections
 from pgguard.proxy.addresses import DEFAULT_PORT, Address, TcpAddress, UnixAddress, addresses_of
@@ -313,6 +313,8 @@ class _Work:
             follows = connection.follows_libpq and isinstance(to, UnixAddress) and not self._keep & _PLACES
             if name in self._add or not follows:
                 self._edits.setdefault(name, []).extend(connection.lead(to, self._also(said, to)))
+            if connection.what == "HOST:PORT" and (port := port_name(name)) is not None:
+                self._change(without_tls(self._before, port))
             return
         problem = f"{name} is a {connection.what}, which can't lead to a Unix socket: add --listen 127.0.0.1:0"
         if name in self._add:
@@ -338,16 +340,25 @@ class _Work:
     def pairs(self) -> None:
         """Hosts and ports in two variables."""
         for pair in pairs(self._before):
-            if is_bare(pair) or {pair.host, pair.port} & (self._keep | _APART):
+            if {pair.host, pair.port} & (self._keep | _APART):
                 continue
             said = {"host": self._before[pair.host].strip("[]"), "port": self._before[pair.port]}
             addresses = _addresses(said)
-            if self._server.is_at(addresses) or {pair.host, pair.port} & self._add:
+            forced = bool({pair.host, pair.port} & self._add)
+            if self._server.is_at(addresses) and is_bare(pair) and not forced:
+                self._remarks.append(
+                    f"{pair.host} and {pair.port} aren't led to the guard, as a program may listen there itself: add "
+                    f"--env {pair.host} if it connects there"
+                )
+            elif self._server.is_at(addresses) or forced:
                 to = self._to(addresses, said)
                 if to is not None:
-                    changed = led_pair(self._before, pair, to)
-                    self._now |= {name: value for name, value in changed.items() if name not in self._keep}
+                    self._change(led_pair(self._before, pair, to))
                     self._found = True
+
+    def _change(self, values: Mapping[str, str]) -> None:
+        """Give variables other values, but for those that are to be kept."""
+        self._now |= {name: value for name, value in values.items() if name not in self._keep}
 
     def hosts(self) -> None:
         """Hosts and ports alone: what is to be rewritten all the same, and what can be as the port is the server's."""

@@ -73,16 +73,27 @@ def pairs(values: Mapping[str, str]) -> Iterator[Pair]:
 
 
 def led_pair(values: Mapping[str, str], pair: Pair, to: Address) -> dict[str, str]:
-    """New values for a pair, and for what goes with it and demands TLS, as ``DB_SSLMODE`` does."""
-    changed = {pair.host: to.directory if isinstance(to, UnixAddress) else to.host, pair.port: str(to.port)}
-    stem = pair.port[: -len("port")]
+    """New values for a pair, and for what goes with it: the port by other names, and what demands TLS.
+
+    Kubernetes gives a service's port once more by its own name: ``DB_SERVICE_PORT_SQL``.
+    """
+    port = values[pair.port]
+    same = [name for name, value in values.items() if name.startswith(f"{pair.port}_") and value == port]
+    changed = dict.fromkeys([pair.port, *same], str(to.port))
+    changed[pair.host] = to.directory if isinstance(to, UnixAddress) else to.host
+    return changed | without_tls(values, pair.port)
+
+
+def without_tls(values: Mapping[str, str], port: str) -> dict[str, str]:
+    """New values for what demands TLS and goes with a port of that name, as ``DB_SSLMODE`` does with ``DB_PORT``."""
+    changed = {}
     for word in _TLS:
         for spelling in (word, word.lower(), word.capitalize()):
-            name = stem + spelling
-            value = values.get(name)
-            plain = plain_name(value or "")
-            if value is not None and plain in _MODES:
+            name = port[: -len("port")] + spelling
+            value = values.get(name, "")
+            plain = plain_name(value)
+            if plain in _MODES:
                 changed[name] = disabled(value)
-            elif value is not None and plain in _OFF:
+            elif plain in _OFF:
                 changed[name] = in_the_letters_of(value, _OFF[plain])
     return changed

@@ -185,6 +185,26 @@ def test_what_demands_tls_beside_a_host_and_its_port() -> None:
     assert changes({"DB_HOST": "db", "DB_PORT": "5432"} | harmless).keys() == {"DB_HOST", "DB_PORT"}
 
 
+def test_what_demands_tls_beside_an_address_in_one() -> None:
+    environment = {"GF_DATABASE_HOST": "db:5432", "GF_DATABASE_SSL_MODE": "require", "OTHER_SSL_MODE": "require"}
+    assert changes(environment) == {"GF_DATABASE_HOST": "127.0.0.1:40123", "GF_DATABASE_SSL_MODE": "disable"}
+    assert changes(environment, keep=["GF_DATABASE_SSL_MODE"]).keys() == {"GF_DATABASE_HOST"}
+
+
+def test_a_port_may_stand_there_by_another_name_too() -> None:
+    environment = {"DB_SERVICE_HOST": "db", "DB_SERVICE_PORT": "5432", "DB_SERVICE_PORT_SQL": "5432"}
+    led = {"DB_SERVICE_HOST": "127.0.0.1", "DB_SERVICE_PORT": "40123", "DB_SERVICE_PORT_SQL": "40123"}
+    assert changes(environment | {"DB_SERVICE_PORT_METRICS": "9187"}) == led
+
+
+def test_it_is_said_if_a_program_may_listen_there_itself() -> None:
+    result = rewritten({"HOST": "db", "PORT": "5432", "DATABASE_URL": URL})
+    assert result.names == ("DATABASE_URL",)
+    said = "HOST and PORT aren't led to the guard, as a program may listen there itself: add --env HOST if it connects "
+    assert result.remarks == (f"{said}there",)
+    assert rewritten({"HOST": "0.0.0.0", "PORT": "5432", "DATABASE_URL": URL}, HERE).remarks == ()
+
+
 def test_a_host_may_be_the_directory_of_a_socket() -> None:
     environment = {"DB_HOST": "/srv/pg", "DB_PORT": "5432", "PGHOST": "/srv/pg"}
     result = rewritten(environment, SOCKET, guard=[GUARD, GUARD_ON_UNIX])
