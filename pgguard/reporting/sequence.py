@@ -30,8 +30,8 @@ REQUESTS: Final = 24
 """Requests that are told, the latest ones."""
 IDLE: Final = 0.1
 """Seconds from which on nothing happened for a while, which is folded."""
-TICK: Final = 0.01
-"""Seconds to which the start of a process is known: a tick of the kernel's clock, proc_pid_stat(5)."""
+TICK: Final = 0.02
+"""Seconds by which a process may have begun later than its start says: the kernel counts it in ticks."""
 LABEL: Final = 40
 """Characters of a lane's name for the program and for the thread, at most."""
 SQL: Final = 200
@@ -121,7 +121,7 @@ class Step(NamedTuple):
     n: int | None = None
     """The number of the request that it is, or answers."""
     roughly: bool = False
-    """Its time is known to within :data:`TICK` only."""
+    """It was by that time, and up to :data:`TICK` earlier."""
 
 
 class Gap(NamedTuple):
@@ -164,7 +164,7 @@ class Sequence:
         """When a step was, from the first one on; empty if that isn't known."""
         if step.at is None:
             return ""
-        return f"{'about ' if step.roughly else ''}+{duration(step.at - self.began)}"
+        return f"{'by ' if step.roughly else ''}+{duration(step.at - self.began)}"
 
     def sentence(self, step: Step) -> str:
         """A step in words, for whoever can't see a diagram; other people's text is in it."""
@@ -403,13 +403,11 @@ class _Drawing:
         ]
 
     def _forked_at(self, chapter: Chapter) -> float | None:
-        """When a process was forked: in the middle of the tick in which it began, but before it has sent anything."""
+        """By when a process was forked: in the ticks in which it seems to have begun, but before it sent anything."""
         if chapter.at is None:
             return None
         sent = [request.at for request in self._requests if request.pid == chapter.pid]
-        if self._fault.sent_by is not None and self._fault.sent_by.pid == chapter.pid:
-            sent.append(self._fault.at)
-        return max(self._fault.session.opened_at, min([chapter.at + TICK / 2, *sent]))
+        return max(self._fault.session.opened_at, min([chapter.at + TICK, self._fault.at, *sent]))
 
     def _request(self, request: Request) -> Step:
         sql = "" if request.sql is None else shorten(" ".join(request.sql.split()), SQL)
@@ -487,7 +485,8 @@ class _Drawing:
         if any(step.what is What.ANSWER for step in self._steps):
             yield "When an answer was complete isn't recorded, only before which request."
         if any(step.roughly for step in self._steps):
-            yield "When a process was forked is known to a hundredth of a second only, and so is what came before it."
+            late = duration(TICK)
+            yield f"A process was forked by the time that is shown, up to {late} earlier: maybe before what stands above it."
         yield from self._unknown
         if any(step.what is What.ANSWER and len(step.targets) > 1 for step in self._steps):
             yield "Who has read an answer can't be seen: whoever has the connection open could."

@@ -86,9 +86,9 @@ def test_when_a_process_was_forked_is_known_to_a_tick_of_the_clock_only() -> Non
     assert (fork.at, fork.roughly) == (NOW - 0.997, True)
     late = sequence_of(fault(story=(FORKED[0], early), requests=requests[1:]))
     [fork] = [step for step in late.steps if step.what is What.INHERITED]
-    assert fork.at == pytest.approx(NOW - 0.995)
-    assert late.time(fork).startswith("about +")
-    assert any("a hundredth of a second" in sentence for sentence in late.unknown)
+    assert fork.at == pytest.approx(NOW - 0.98)
+    assert late.time(fork).startswith("by +")
+    assert any("up to 20.0 ms earlier" in sentence for sentence in late.unknown)
 
 
 def test_lanes_are_those_who_took_part_the_opener_first_and_the_intruder_last() -> None:
