@@ -45,6 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="From which severity on a fault fails its test: error, warning or never. Default: error.",
     )
     group.addoption(
+        "--pgguard-unix",
+        action="store_true",
+        default=None,
+        help="Lead the tests to the guard over a Unix socket, if their driver can use one: there the kernel names the "
+        "sender of every byte, whoever runs the tests.",
+    )
+    group.addoption(
         "--pgguard-records",
         metavar="PATH",
         help="Append faults to this file, one line of JSON each, for pgguard report.",
@@ -52,6 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("pgguard", "Put a guard in front of the test database.", type="bool", default=False)
     parser.addini("pgguard_upstream", "Where PostgreSQL is, as for --pgguard-upstream.", default="")
     parser.addini("pgguard_fail_on", "As for --pgguard-fail-on.", default="")
+    parser.addini("pgguard_unix", "As for --pgguard-unix.", type="bool", default=False)
     parser.addini("pgguard_allow", "Kinds of faults that fail no test.", type="args", default=[])
 
 

@@ -13,7 +13,7 @@ from pgguard.testing.marks import Choice, kinds, severity
 from pgguard.testing.run import Controller, GuardedRun
 
 if TYPE_CHECKING:
-    from pgguard.testing.wire import Answer
+    from pgguard.testing.wire import Answer, Question
 
 _CONTROLLER: Final = "PGGUARD_PYTEST_CONTROLLER"
 """In the environment of pytest-xdist's workers, the pid of the process that has started them."""
@@ -36,6 +36,8 @@ class Beginning:
         choice = Choice(kinds(config.getini("pgguard_allow"), "pgguard_allow"), severity(fail_on, "--pgguard-fail-on"))
         upstream = known.pgguard_upstream or os.environ.get("PGGUARD_UPSTREAM") or config.getini("pgguard_upstream")
         records = str(config.invocation_params.dir / known.pgguard_records) if known.pgguard_records else ""
+        unix = config.getini("pgguard_unix") if known.pgguard_unix is None else known.pgguard_unix
+        fronts: Question = {"do": "front", "records": records, "unix": unix}
         self._before: dict[str, str | None] = {}
         self._run: GuardedRun | None = None
         if os.environ.pop(_CONTROLLER, None) != str(os.getppid()) and _distributes(config):
@@ -45,11 +47,11 @@ class Beginning:
             return
         guard = GuardApart()
         try:
-            front = _first_front(guard, upstream, records)
+            front = _first_front(guard, {**fronts, "upstream": upstream, "environment": dict(os.environ)})
         except BaseException:
             guard.close()
             raise
-        self.plugin = self._run = GuardedRun(config, guard, choice, front, records)
+        self.plugin = self._run = GuardedRun(config, guard, choice, front, fronts)
         if front is not None:
             self._set(front["changed"])
 
@@ -74,17 +76,16 @@ class Beginning:
                 os.environ[name] = value
 
 
-def _first_front(guard: GuardApart, upstream: str, records: str) -> Answer | None:
+def _first_front(guard: GuardApart, question: Question) -> Answer | None:
     """Put a guard in front of the server; ``None`` if nothing says where that is. Raises pytest.UsageError."""
-    environment = dict(os.environ)
     try:
-        answer = guard.ask({"do": "front", "upstream": upstream, "environment": environment, "records": records})
+        answer = guard.ask(question)
     except GuardLostError as error:
         raise pytest.UsageError(f"--pgguard: {error}") from None
     problem = answer.get("error")
     if problem is None:
         return answer
-    _complain(problem, upstream)
+    _complain(problem, question["upstream"])
     return None
 
 

@@ -230,7 +230,7 @@ class Attendant:
     async def _front(self, question: Question) -> Answer:
         """Put a guard in front of a server."""
         directory = self._stack.enter_context(private_directory())
-        settings = settings_for(question.get("upstream", ""), directory)
+        settings = settings_for(question.get("upstream", ""), directory, unix=question.get("unix", False))
         front = Front(len(self._guards), self._gathering)
         recorder = self._recorder_of(question.get("records", ""))
         sinks = Fanout([front] if recorder is None else [recorder, front], complain=self._gathering.said.append)
@@ -300,12 +300,13 @@ def _url(address: Address) -> str:
     return f"postgresql://{address}"
 
 
-def settings_for(upstream: str, directory: Path) -> Settings:
+def settings_for(upstream: str, directory: Path, *, unix: bool = False) -> Settings:
     """The settings of a guard beside tests: of the environment and the configuration file those that are for it.
 
     Args:
         upstream: Where PostgreSQL is: a connection string; empty: as the environment says.
         directory: Where a Unix socket may be.
+        unix: There is to be one, wherever PostgreSQL is.
 
     Raises:
         ConfigurationError: The guard can't run with them.
@@ -315,7 +316,11 @@ def settings_for(upstream: str, directory: Path) -> Settings:
     given = {name: value for name, value in variables.items() if name not in _ELSEWHERE}
     settings = load_settings(given, Path(config) if config else None)
     kept = settings.model_dump(include=settings.model_fields_set - _ELSEWHERE)
-    return located(Settings(**kept, upstream=upstream), directory)
+    settings = located(Settings(**kept, upstream=upstream), directory)
+    if not unix:
+        return settings
+    port = settings.server().addresses[0].port
+    return settings.model_copy(update={"listen": [f"unix:{directory}:{port}"]})
 
 
 async def _attend(sock: socket.socket, parent: int) -> None:

@@ -31,6 +31,11 @@ _LATE: Final = "This was found when the test was over, and belongs to its"
 _BEGINNINGS: Final = frozenset({"inherited-connection"})
 _ENDS: Final = frozenset({"shared-by-processes", "foreign-terminate"})
 """Kinds that go without saying where there is one of the others on the same session."""
+_TCP_SENDERS: Final = "kernel senders on TCP"
+_UNIX_INSTEAD: Final = (
+    "so a connection that is shared only for a moment may not be noticed, unless the tests use a Unix socket: add "
+    "--pgguard-unix if their driver can"
+)
 _OTHERS: Final = "other users' processes"
 """What tests can do without."""
 _UNKNOWN: Final = "a fault of which no more is known by now"
@@ -106,17 +111,17 @@ class GuardedRun:
         guard: The guard's process.
         usual: What is made of a test's faults, unless its markers say otherwise.
         front: Where the guard is that was there from the beginning; ``None`` if nothing says where the server is.
-        records: The file that faults are appended to; empty: none.
+        fronts: What a guard is asked with to be put in front of one more.
     """
 
     def __init__(
-        self, config: pytest.Config, guard: GuardApart, usual: Choice, front: Answer | None, records: str
+        self, config: pytest.Config, guard: GuardApart, usual: Choice, front: Answer | None, fronts: Question
     ) -> None:
         self._config = config
         self._guard = guard
         self._usual = usual
         self._front = front
-        self._records = records
+        self._fronts_question = fronts
         self._fronts: dict[str, Answer] = {}
         """Further guards, by what was given to say where the server is."""
         self._stretches = {0: Stretch(None, None, "before the first test")}
@@ -252,6 +257,7 @@ class GuardedRun:
         if is_forked:
             # Its phases are another process's.
             self._settle(_stretch(test, "call"), anew=True)
+            self.account.tests += 1
         result = yield
         if self._guard.is_ours:
             if is_forked:
@@ -334,8 +340,8 @@ class GuardedRun:
         known = self._fronts.get(url)
         if known is not None:
             return known
-        question: Question = {"do": "front", "upstream": url, "environment": {"URL": url}, "urls": ["URL"]}
-        answer = self._guard.ask({**question, "records": self._records})
+        url_of: Question = {"upstream": url, "environment": {"URL": url}, "urls": ["URL"]}
+        answer = self._guard.ask({**self._fronts_question, **url_of})
         if (error := answer.get("error")) is not None:
             raise ValueError(error.replace("--upstream", "front()"))
         self.account.said += answer.get("said", [])
@@ -396,6 +402,8 @@ class GuardedRun:
         lines = [f"pgguard: guarding {self._front['upstream']} on {self._front['address']}{lead}"]
         if missing := [name for name in self._front["missing"] if name != _OTHERS]:
             lines.append(f"pgguard: some evidence isn't available here: {_listed(missing)}; pgguard doctor says why")
+        if _TCP_SENDERS in missing:
+            lines.append(f"pgguard: {_UNIX_INSTEAD}")
         return lines
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

@@ -20,6 +20,8 @@ class Question(TypedDict, total=False):
     """Of a front, the variables of which those are to be changed that lead to the server."""
     urls: list[str]
     """Of those, the ones that are to be changed in any case."""
+    unix: bool
+    """Of a front, whether the guard listens on a Unix socket, wherever PostgreSQL is."""
     records: str
     """Of a front, the file that faults are appended to; empty: none."""
     forks: list[float]

@@ -245,6 +245,27 @@ def test_a_guard_that_is_lost_is_said_and_fails_the_run(pytester: pytest.Pyteste
     result.stdout.fnmatch_lines(["the guard's process (pid *) has ended by signal 9"])
 
 
+def test_who_isn_t_root_has_the_kernel_name_senders_over_a_unix_socket(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", url)
+    pytester.makepyfile(
+        misdeeds=MISDEEDS,
+        test_moments="from misdeeds import *\n\n\ndef test_shares():\n    share_with_child()\n\n\n"
+        "def test_is_innocent():\n    give_child_its_own()\n",
+    )
+    rights = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    command = [*rights, sys.executable, "-m", "pytest", *ALONE, "--pgguard"]
+    result = pytester.run(*command, "-k", "innocent", timeout=SECONDS)
+    result.stdout.fnmatch_lines(
+        ["pgguard: some evidence isn't available here: *", "pgguard: so *: add --pgguard-unix *"]
+    )
+    result = pytester.run(*command, "--pgguard-unix", timeout=SECONDS)
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["pgguard: guarding 127.0.0.1:* on unix:/*", "pgguard: shared-by-processes: *"])
+    result.stdout.no_fnmatch_line("pgguard: some evidence*")
+
+
 OTHERS = """
 import os
 import unittest
