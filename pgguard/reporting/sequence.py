@@ -485,8 +485,8 @@ class _Drawing:
         if any(step.what is What.ANSWER for step in self._steps):
             yield "When an answer was complete isn't recorded, only before which request."
         if any(step.roughly for step in self._steps):
-            late = duration(TICK)
-            yield f"A process was forked by the time that is shown, up to {late} earlier: maybe before what stands above it."
+            earlier = f"up to {duration(TICK)} before"
+            yield f"A fork had happened by the time that is shown, {earlier}: maybe before what stands above it."
         yield from self._unknown
         if any(step.what is What.ANSWER and len(step.targets) > 1 for step in self._steps):
             yield "Who has read an answer can't be seen: whoever has the connection open could."

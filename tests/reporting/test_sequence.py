@@ -88,7 +88,7 @@ def test_when_a_process_was_forked_is_known_to_a_tick_of_the_clock_only() -> Non
     [fork] = [step for step in late.steps if step.what is What.INHERITED]
     assert fork.at == pytest.approx(NOW - 0.98)
     assert late.time(fork).startswith("by +")
-    assert any("up to 20.0 ms earlier" in sentence for sentence in late.unknown)
+    assert any("up to 20.0 ms before" in sentence for sentence in late.unknown)
 
 
 def test_lanes_are_those_who_took_part_the_opener_first_and_the_intruder_last() -> None:
