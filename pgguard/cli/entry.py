@@ -37,6 +37,8 @@ _LEFT: Final = frozenset(
 UNUSED: Final = tuple(sorted(signal.valid_signals() - _LEFT - {*ENDING, signal.SIGHUP}))
 """Signals that mean nothing to it, and that would end it by default: signal(7), "Standard signals"."""
 
+_WITH_A_GUARD: Final = ("serve", "run")
+
 early: Final[list[int]] = []
 """Those that a guard has been sent before it could obey them."""
 
@@ -44,8 +46,8 @@ early: Final[list[int]] = []
 def main() -> None:
     """Run the command line, and end the process with its exit status."""
     inheritance.note()
-    serving = _is_serving()
-    _begin(serving=serving)
+    command = _command()
+    _begin(serving=command == "serve")
     streams.open_missing()
     streams.watch()
     tidy_environment()
@@ -54,14 +56,14 @@ def main() -> None:
     try:
         run()
     finally:
-        if serving:
+        if command in _WITH_A_GUARD:
             # It has done what it was told to, and ends with the status that it has.
             for number in (*ENDING, signal.SIGHUP, *UNUSED):
                 signal.signal(number, signal.SIG_IGN)
 
 
-def _is_serving() -> bool:
-    return next((word for word in sys.argv[1:] if not word.startswith("-")), None) == "serve"
+def _command() -> str | None:
+    return next((word for word in sys.argv[1:] if not word.startswith("-")), None)
 
 
 def _begin(*, serving: bool) -> None:

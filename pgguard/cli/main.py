@@ -162,11 +162,12 @@ def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
         "pgguard run --upstream postgresql://db.example.com \\\n  --fail-on warning -- python3 app.py",
     ),
     context_settings={"allow_interspersed_args": False},
+    options_metavar="[OPTIONS] --",
 )
 def run_command(  # noqa: PLR0913, PLR0917 - one for each option
     command: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CMD [ARG]...", help="The command, and its arguments.", show_default=False),
+        typer.Argument(metavar="CMD [ARG]", help="The command, and its arguments.", show_default=False),
     ] = None,
     upstream: options.Upstream = "",
     listen: options.Listen = None,

@@ -90,7 +90,8 @@ Upstream = Annotated[
         "upstream",
         "URL",
         "Where PostgreSQL is: a libpq connection string or URI. Only the host, the port and the timeout are used: each "
-        "client sends its own user, database and password. Default: libpq's variables, such as PGHOST.",
+        "client sends its own user, database and password. Default: libpq's variables, such as PGHOST; before them, in "
+        "run, DATABASE_URL.",
     ),
 ]
 Listen = Annotated[
@@ -99,7 +100,7 @@ Listen = Annotated[
         "listen",
         "ADDR",
         "Where clients connect: HOST:PORT, or unix:DIR or unix:DIR:PORT for a Unix socket in DIR. Can be repeated; in "
-        "the environment variable, separate addresses by spaces. Default: 127.0.0.1:6544.",
+        "the environment variable, separate addresses by spaces. Default: 127.0.0.1:6544; in run, a free port.",
     ),
 ]
 ModeChoice = Annotated[

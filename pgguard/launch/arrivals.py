@@ -69,6 +69,7 @@ class Arrivals:
 
     def __enter__(self) -> Self:
         self._before = set(signal.pthread_sigmask(signal.SIG_BLOCK, TAKEN))
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # of children whose end is ignored nobody learns how they ended
         longs = (ctypes.c_ulong * (1024 // _LONG))()
         for taken in TAKEN:
             longs[(taken - 1) // _LONG] |= 1 << (taken - 1) % _LONG

@@ -145,6 +145,8 @@ def _spawned(command: Sequence[str], environment: Mapping[str, str], inheritance
     """Start a command as execvp(3) does. Raises OSError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (inheritance.open_files, hard))
+    if inheritance.ignores_children:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         try:
             return _spawn(command[0], command, environment, inheritance)
@@ -155,6 +157,7 @@ def _spawned(command: Sequence[str], environment: Mapping[str, str], inheritance
             path = command[0] if "/" in command[0] else shutil.which(command[0]) or command[0]
             return _spawn(_SHELL, [_SHELL, path, *command[1:]], environment, inheritance)
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 

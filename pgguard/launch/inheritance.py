@@ -28,6 +28,8 @@ class Inheritance(NamedTuple):
     """The soft limit on open files."""
     mask: frozenset[int]
     """The signals that are blocked."""
+    ignores_children: bool = False
+    """SIGCHLD is ignored, which pgguard can't have: it would never know how the command has ended, waitpid(2)."""
 
 
 _noted: list[Inheritance] = []
@@ -49,6 +51,7 @@ def _taken() -> Inheritance:
         closed=frozenset(fd for fd in STANDARD_STREAMS if not _is_open(fd)),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         mask=frozenset(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+        ignores_children=signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN,
     )
 
 
