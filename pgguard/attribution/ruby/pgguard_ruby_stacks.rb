@@ -85,6 +85,8 @@ if defined?(RUBY_ENGINE) && RUBY_ENGINE == "ruby" && Process.respond_to?(:_fork)
 
       # Lets go of the pipe, unless somebody else has closed its descriptor, which may be another file's by now.
       def forget
+        @answer.close if @answer # of a fork in the middle of it
+        @answer = nil
         pipe = @pipe
         @pipe = nil
         return if pipe.nil?
@@ -156,11 +158,13 @@ if defined?(RUBY_ENGINE) && RUBY_ENGINE == "ruby" && Process.respond_to?(:_fork)
       def answer(question)
         name, *tids = question.split(" ")
         text = describe(tids)
-        IO.open(IO.sysopen("#{DIRECTORY}/#{File.basename(name)}", File::RDWR | File::NONBLOCK), "r+b") do |pipe|
-          tell(pipe, "#{text.bytesize}\n".b + text)
-        end
+        @answer = IO.for_fd(IO.sysopen("#{DIRECTORY}/#{File.basename(name)}", File::RDWR | File::NONBLOCK), "r+b")
+        tell(@answer, "#{text.bytesize}\n".b + text)
       rescue SystemCallError, IOError
         nil # pgguard doesn't wait for it any more
+      ensure
+        @answer.close if @answer
+        @answer = nil
       end
 
       # What is written to a pipe that is open for reading too is never refused, with a signal for one, as by SIGPIPE.

@@ -1,8 +1,9 @@
-"""How to have a report say which code sent a request, where no stack can be had: of all languages but Python.
+"""How to have a report say which code sent a request, where there is no stack: of all languages but Python.
 
-A process says it itself, in a comment of its SQL that :mod:`pgguard.attribution.declared` understands. What has a line
-for that in its configuration is listed here; elsewhere the application writes the comment. A name of its own for each
-kind of process costs nothing, and tells at least that: ``application_name``.
+Ruby's can be had, if ``pgguard run`` starts the program. Else a process says it itself, in a comment of its SQL that
+:mod:`pgguard.attribution.declared` understands. What has a line for that in its configuration is listed here; elsewhere
+the application writes the comment. A name of its own for each kind of process costs nothing, and tells at least that:
+``application_name``.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ class _Row(NamedTuple):
 
 _COMMENT: Final = "/*controller='users',action='show'*/"
 _PGAPPNAME: Final = "https://www.postgresql.org/docs/current/libpq-envars.html"
+_RUBY: Final = "pgguard run --ruby-stacks shows the lines of code of the Ruby programs that it starts."
 _RAILS: Final = Tracing(
-    "Rails can say in a comment of each query which controller, action or job sent it, and from 7.2 on also "
-    "the line of code, at a small cost for each query.",
+    f"{_RUBY} And Rails can say in a comment of each query which controller, action or job sent it, and from 7.2 on "
+    "also the line of code, at a small cost for each query.",
     code(
         """
         # config/application.rb
@@ -60,13 +62,14 @@ _RAILS: Final = Tracing(
 )
 
 
+_BY_HAND: Final = (
+    "End the SQL with a comment that says where it comes from, or at least give each kind of process a name of its own"
+)
+
+
 def _by_hand(language: str, name: str, example: str, *sources: str) -> Tracing:
     """What can be done where nothing writes such comments by itself."""
-    text = (
-        f"pgguard can't read {language} stacks. End the SQL with a comment that says where it comes from, or at least "
-        f"give each kind of process a name of its own{name}."
-    )
-    return Tracing(text, code(example), sources)
+    return Tracing(f"pgguard can't read {language} stacks. {_BY_HAND}{name}.", code(example), sources)
 
 
 _ROWS: Final = (
@@ -76,7 +79,7 @@ _ROWS: Final = (
         Language.RUBY,
         Library.SEQUEL,
         Tracing(
-            "Sequel can say in a comment of each query which model and which of its methods sent it.",
+            f"{_RUBY} And Sequel can say in a comment of each query which model and which of its methods sent it.",
             code(
                 """
                 # before the models are loaded
@@ -89,13 +92,14 @@ _ROWS: Final = (
     _Row(
         Language.RUBY,
         None,
-        _by_hand(
-            "Ruby's",
-            " (PGAPPNAME)",
-            f"""
-            connection.exec("SELECT … {_COMMENT}")
-            """,
-            _PGAPPNAME,
+        Tracing(
+            f"{_RUBY} For others: {_BY_HAND[0].lower()}{_BY_HAND[1:]} (PGAPPNAME).",
+            code(
+                f"""
+                connection.exec("SELECT … {_COMMENT}")
+                """
+            ),
+            (_PGAPPNAME,),
         ),
     ),
     _Row(
