@@ -170,6 +170,23 @@ class TestContents:
         assert all(bar.startswith("session 3: pid 486") for bar in bars)
         assert len([one for one in find(drawing, "path") if one.get("class") == "mark error"]) == 1
 
+    def test_a_long_time_without_a_connection_is_folded_in_the_timeline(self) -> None:
+        """And a short one isn't: several runs may lie in one file, some of them days apart."""
+
+        def shown(*seconds: float) -> list[str]:
+            sessions = [replace(SHARED.session, opened_at=SHARED.session.opened_at + n) for n in seconds]
+            later = [
+                replace(SHARED, run=f"{n}", at=NOW + n, story=(), session=session)
+                for n, session in zip(seconds, sessions, strict=True)
+            ]
+            drawings = find(parsed(html_report(recording(SHARED, *later))), "svg")
+            [drawing] = [one for one in drawings if "timeline" in (one.get("aria-labelledby") or "")]
+            return [text for one in find(drawing, "text") if (text := text_of(one)).endswith("later")]
+
+        assert shown(15) == []
+        assert shown(15, 600, 90_000) == ["9 min 32 s later", "1 day 0 h later"]
+        assert len(shown(*(1000 * n for n in range(1, 30)))) == 4
+
     def test_a_recording_without_faults_says_so(self) -> None:
         tree = parsed(html_report(Gatherer("faults.jsonl").recording(), notes=["no connection came through the guard"]))
         assert "recorded no fault: as far as it could see" in text_of(tree)

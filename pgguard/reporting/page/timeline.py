@@ -7,6 +7,7 @@ A session that has a bar in two rows is one that two processes had.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.faults.catalogue import Severity
@@ -37,6 +38,14 @@ _LEAST: Final = 4
 """Pixels of a bar at least."""
 _MARKS: Final = 12
 """Marks on one bar, at most."""
+_FOLD: Final = 120
+"""Pixels of a long time in which nobody is known to have had a connection open."""
+_LONG: Final = 0.5
+"""Of all the time in which somebody is known to have had one, what is long."""
+_FOLDS: Final = 4
+"""At most; the longest."""
+_SHORTEST: Final = 60
+"""Pixels of the times between two of those, at least."""
 _STEPS: Final = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 43200, 86400)
 """Seconds from one tick to the next."""
 
@@ -79,6 +88,13 @@ class Tick(NamedTuple):
     text: str
 
 
+class Fold(NamedTuple):
+    """A long time in which nobody is known to have had a connection open."""
+
+    x: float
+    text: str
+
+
 class Timeline(NamedTuple):
     """The drawing."""
 
@@ -88,6 +104,7 @@ class Timeline(NamedTuple):
     bars: tuple[Bar, ...]
     crosses: tuple[Cross, ...]
     ticks: tuple[Tick, ...]
+    folds: tuple[Fold, ...]
     shared: int
     """Sessions that more than one process had."""
     left_out: tuple[str, ...]
@@ -141,9 +158,12 @@ class _Drawer:
         everything = [one for _, held in rows for one in held]
         self._rows = rows
         self._left_out = left_out
-        self._from = min(one.presence.since for one in everything)
-        self._until = max(max(one.presence.until, one.session.last_at) for one in everything)
-        self._span = max(self._until - self._from, 1e-3)
+        self._axis = _Axis(
+            [
+                (one.presence.since, max(one.presence.until, *(mark.at for mark in one.session.marks)))
+                for one in everything
+            ]
+        )
         self._room = BARS
         self._many_runs = len({one.session.run for one in everything}) > 1
 
@@ -174,16 +194,13 @@ class _Drawer:
             tuple(rows),
             tuple(bars),
             tuple(crosses),
-            tuple(self._ticks()),
+            tuple(self._axis.ticks()),
+            tuple(self._axis.folds()),
             sum(count > 1 for count in owners.values()),
             tuple(self._left_out),
-            rfc3339(self._from),
-            rfc3339(self._until),
+            rfc3339(self._axis.began),
+            rfc3339(self._axis.ended),
         )
-
-    def _x(self, at: float) -> float:
-        share = min(max((at - self._from) / self._span, 0.0), 1.0)
-        return _NAMES + share * (_WIDTH - _NAMES - 14)
 
     def _bars(self, owner: _Owner, held: list[_Held], top: float) -> Iterator[tuple[Bar, _Held]]:
         """The bars of one process, each where no other is at that time, as long as there is room below one another."""
@@ -193,8 +210,8 @@ class _Drawer:
                 return
             self._room -= 1
             presence, session = one.presence, one.session
-            x = self._x(presence.since)
-            width = max(self._x(presence.until) - x, _LEAST)
+            x = self._axis.x(presence.since)
+            width = max(self._axis.x(presence.until) - x, _LEAST)
             place = next((n for n, end in enumerate(ends) if end + 2 <= x), _DEEP - 1)
             crowded = ends[place] > x
             ends[place] = max(ends[place], x + width)
@@ -223,24 +240,91 @@ class _Drawer:
         last = -math.inf
         told = 0
         for mark in sorted(own, key=lambda mark: mark.at):
-            x = self._x(mark.at)
+            x = self._axis.x(mark.at)
             if x - last < 7 or told >= _MARKS:
                 continue
             last, told = x, told + 1
             yield Cross(x, bar.y + _BAR / 2, mark.severity, f"{mark.severity}: {mark.kind} at {rfc3339(mark.at)}")
 
-    def _ticks(self) -> Iterator[Tick]:
-        wanted = self._span / 6
-        if wanted < 1:
-            exponent = 10 ** math.floor(math.log10(wanted))
-            step = next(factor * exponent for factor in (1, 2, 5, 10) if factor * exponent >= wanted)
+
+class _Stretch(NamedTuple):
+    """A time in which there is always somebody who has a connection open, or nearly so, and where it is drawn."""
+
+    began: float
+    ended: float
+    left: float
+    right: float
+
+
+class _Axis:
+    """Where moments are; long times in which nobody is known to have had a connection open are folded.
+
+    Args:
+        times: From when to when somebody had one.
+    """
+
+    def __init__(self, times: list[tuple[float, float]]) -> None:
+        self.began = min(began for began, _ in times)
+        self.ended = max(ended for _, ended in times)
+        merged = _merged(times)
+        long = max(_LONG * sum(ended - began for began, ended in merged), 1.0)
+        gaps = [(after[0] - before[1], after[0]) for before, after in pairwise(merged)]
+        folded = {until for gap, until in sorted(gaps)[-_FOLDS:] if gap >= long}
+        self._stretches = list(self._drawn(_merged(times, folded)))
+
+    @staticmethod
+    def _drawn(merged: list[tuple[float, float]]) -> Iterator[_Stretch]:
+        room = _WIDTH - _NAMES - 14 - _FOLD * (len(merged) - 1) - _SHORTEST * len(merged)
+        total = sum(ended - began for began, ended in merged)
+        left = float(_NAMES)
+        for began, ended in merged:
+            share = (ended - began) / total if total else 1 / len(merged)
+            right = left + _SHORTEST + share * room
+            yield _Stretch(began, ended, left, right)
+            left = right + _FOLD
+
+    def x(self, at: float) -> float:
+        """Where a moment is."""
+        stretch = next((one for one in self._stretches if at <= one.ended), self._stretches[-1])
+        length = max(stretch.ended - stretch.began, 1e-3)
+        share = min(max((at - stretch.began) / length, 0.0), 1.0)
+        return stretch.left + share * (stretch.right - stretch.left)
+
+    def folds(self) -> Iterator[Fold]:
+        """Where a long time is folded."""
+        for before, after in pairwise(self._stretches):
+            yield Fold((before.right + after.left) / 2, f"{duration(after.began - before.ended)} later")
+
+    def ticks(self) -> Iterator[Tick]:
+        """Moments to read the times from; where something is folded, that says it, and there are none behind it."""
+        first = self._stretches[0]
+        if len(self._stretches) > 1 and first.right - first.left < _NAMES:
+            yield Tick(first.left, "0")
+            return
+        span = max(first.ended - first.began, 1e-3)
+        step = _step(span / 6)
+        for n in range(math.floor(span / step) + 1):
+            yield Tick(self.x(self.began + n * step), f"+{_short(n * step)}" if n else "0")
+
+
+def _merged(times: list[tuple[float, float]], folded: set[float] | None = None) -> list[tuple[float, float]]:
+    """Times of which those are one that overlap, or between which nothing is folded, as that is known by its end."""
+    merged: list[tuple[float, float]] = []
+    for began, ended in sorted(times):
+        apart = bool(merged) and began > merged[-1][1]
+        if merged and not (apart and (folded is None or began in folded)):
+            merged[-1] = (merged[-1][0], max(ended, merged[-1][1]))
         else:
-            step = next((one for one in _STEPS if one >= wanted), 0) or math.ceil(wanted / 86400) * 86400
-        for n in range(16):
-            if n * step > self._span:
-                return
-            text = "0" if not n else f"+{_short(n * step)}"
-            yield Tick(self._x(self._from + n * step), text)
+            merged.append((began, ended))
+    return merged
+
+
+def _step(wanted: float) -> float:
+    """A round time span that is no shorter."""
+    if wanted >= 1:
+        return next((one for one in _STEPS if one >= wanted), 0) or math.ceil(wanted / 86400) * 86400
+    exponent: float = 10.0 ** math.floor(math.log10(wanted))
+    return next(factor * exponent for factor in (1, 2, 5, 10) if factor * exponent >= wanted)
 
 
 def _short(seconds: float) -> str:
