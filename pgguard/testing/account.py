@@ -38,7 +38,7 @@ class Account:
 
     causes: dict[str, Cause] = field(default_factory=dict)
     loose: list[tuple[str, str]] = field(default_factory=list)
-    """Faults that fail the run, and belong to no test: where they have come, and what they are."""
+    """Faults that fail the run, and of which no test tells: a heading, and what they are."""
     tests: int = 0
     """How many have been run."""
     sessions: int = 0
@@ -80,7 +80,7 @@ class Account:
             cause = self.causes.setdefault(key, Cause(severity, kind, headline))
             cause.times += times
             cause.where.update(where)
-        self.loose += [(f"{whose}: {where}", report) for where, report in plain["loose"]]
+        self.loose += [(f"{whose}: {heading}", report) for heading, report in plain["loose"]]
         self.tests += plain["tests"]
         self.sessions += plain["sessions"]
         self.said += [f"{whose}: {line}" for line in plain["said"]]
@@ -100,8 +100,8 @@ class Account:
             told += [(f"    {place}{_often(times)}", "") for place, times in cause.where.most_common(_TESTS)]
             if (more := len(cause.where) - _TESTS) > 0:
                 told.append((f"    and {more} more", ""))
-        for where, report in self.loose:
-            told += [("", ""), (f"{where}: it belongs to no single test, and fails the run", "error")]
+        for heading, report in self.loose:
+            told += [("", ""), (heading, "error")]
             told += [(line, "") for line in report.splitlines()]
         told += [(line, "error") for line in self.failures]
         told += [(f"the guard says: {line}", "") for line in self.said[:_SAID]]

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 from pgguard.testing.wire import Answer, Question, encode
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from typing import IO
 
 _libc: Final = ctypes.CDLL(None)
@@ -47,14 +48,19 @@ class GuardLostError(Exception):
 
 
 class GuardApart:
-    """That process, started. It may be asked by any thread of the tests' process, and by no other process."""
+    """That process, started. It may be asked by any thread of the tests' process, and by no other process.
 
-    def __init__(self) -> None:
+    Args:
+        leftovers: A file for what it couldn't tell if the tests' process ends without a word; ``None``: none.
+    """
+
+    def __init__(self, leftovers: Path | None = None) -> None:
         self._lock = threading.Lock()
         self._output: IO[bytes] = tempfile.TemporaryFile(prefix="pgguard-")  # noqa: SIM115 - closed with it
         self._sock, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "pgguard.testing.process", str(theirs.fileno()), str(os.getpid())]
+            command.append("" if leftovers is None else str(leftovers))
             self._process = subprocess.Popen(  # noqa: S603 - our own program
                 command,
                 stdin=subprocess.DEVNULL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from pgguard.testing.wire import Answer, Question
 
 _CONTROLLER: Final = "PGGUARD_PYTEST_CONTROLLER"
-"""In the environment of pytest-xdist's workers, the pid of the process that has started them."""
+"""In the environment of pytest-xdist's workers, the pid of the process that has started them, and a directory."""
 _SAY_WHERE: Final = ("PGGUARD_UPSTREAM", "DATABASE_URL", "PGHOST", "PGHOSTADDR", "PGPORT", "PGSERVICE")
 
 
@@ -40,12 +41,16 @@ class Beginning:
         fronts: Question = {"do": "front", "records": records, "unix": unix}
         self._before: dict[str, str | None] = {}
         self._run: GuardedRun | None = None
-        if os.environ.pop(_CONTROLLER, None) != str(os.getppid()) and _distributes(config):
+        controller, _, directory = os.environ.pop(_CONTROLLER, "").partition(" ")
+        is_worker = controller == str(os.getppid())
+        if not is_worker and _distributes(config):
             _check(upstream)
-            self._set({_CONTROLLER: str(os.getpid())})
-            self.plugin: GuardedRun | Controller = Controller(config)
+            leftovers = tempfile.TemporaryDirectory(prefix="pgguard-", ignore_cleanup_errors=True)
+            config.add_cleanup(leftovers.cleanup)
+            self._set({_CONTROLLER: f"{os.getpid()} {leftovers.name}"})
+            self.plugin: GuardedRun | Controller = Controller(config, Path(leftovers.name))
             return
-        guard = GuardApart()
+        guard = GuardApart(Path(directory, os.environ.get("PYTEST_XDIST_WORKER", "")) if is_worker else None)
         try:
             front = _first_front(guard, {**fronts, "upstream": upstream, "environment": dict(os.environ)})
         except BaseException:

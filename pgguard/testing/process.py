@@ -36,7 +36,7 @@ from pgguard.reporting.record import to_record
 from pgguard.reporting.sinks import Fanout, SinkError
 from pgguard.running import running_guard
 from pgguard.testing.stretches import Stretches
-from pgguard.testing.wire import Answer, Happened, Question, Told, encode
+from pgguard.testing.wire import Answer, Happened, LeftOver, Question, Told, encode
 
 if TYPE_CHECKING:
     from pgguard.faults.docket import Occurrence
@@ -54,6 +54,9 @@ _NOT_THE_TESTS: Final = frozenset({"PGGUARD_UPSTREAM"})
 """Variables that lead to the server, and are meant for a guard."""
 _TENDING: Final = 1.0
 """Seconds between two looks at what could not be written."""
+_LAST: Final = 5.0
+"""Seconds to judge what has come of tests whose process has ended without a word."""
+_SOMEWHERE: Final = "during one of several tests"
 _DOERS: Final = (Role.INTRUDER, Role.CLOSER, Role.OWNER)
 
 
@@ -67,6 +70,8 @@ class Gathering:
     def __init__(self, parent: int) -> None:
         self._parent = parent
         self.stretches = Stretches(0, time.time())
+        self.names: dict[int | None, str] = {}
+        """What stretches are called, the latest."""
         self._happened: Counter[tuple[int | None, str]] = Counter()
         self._faults: OrderedDict[str, Fault] = OrderedDict()
         self._told: set[str] = set()
@@ -97,6 +102,14 @@ class Gathering:
         while kind not in self.kinds:
             self._changed = trio.Event()
             await self._changed.wait()
+
+    def left_over(self) -> list[LeftOver]:
+        """What hasn't been told."""
+        return [
+            LeftOver(where=self.names.get(one, _SOMEWHERE), told=_told(self._faults[key]), times=times)
+            for (one, key), times in self._happened.items()
+            if key in self._faults
+        ]
 
     def taken(self) -> tuple[list[Happened], dict[str, Told]]:
         """What is to be told, which has been told then."""
@@ -176,6 +189,7 @@ class Attendant:
         self._guards: list[RunningGuard] = []
         self._recorders: dict[str, JsonLines] = {}
         """By the names of their files."""
+        self._has_ended = False
 
     async def answer(self, question: Question) -> Answer:
         """Do what a question asks for. Raises nothing but for cancellation."""
@@ -195,17 +209,29 @@ class Attendant:
         if question["do"] == "front":
             return await self._front(question)
         if question["do"] == "end":
+            self._has_ended = True
             self._leave_open()
         judged = await self._settle(question)
         happened, faults = self._gathering.taken()
         if (stretch := question.get("stretch")) is not None:
             self._gathering.stretches.begin(stretch, time.time())
+            self._gathering.names[stretch] = question.get("name", "")
+            if len(self._gathering.names) > KEPT:
+                del self._gathering.names[next(iter(self._gathering.names))]
         if question.get("anew") and self._gathering.is_stale:
             for guard in self._guards:
                 guard.begin_anew()
             self._gathering.is_stale = False
         sessions = sum(guard.sessions for guard in self._guards)
         return Answer(judged=judged, happened=happened, faults=faults, sessions=sessions)
+
+    async def leave(self, path: Path) -> None:
+        """Write down what can't be told any more, as the tests' process has ended without a word."""
+        if not self._has_ended:
+            await self._settle({"seconds": _LAST})
+            draft = path.with_suffix(".draft")
+            draft.write_text(json.dumps(self._gathering.left_over()))
+            draft.rename(path)
 
     def _leave_open(self) -> None:
         """Have those connections judged that processes have which the tests have left behind, and which they opened.
@@ -323,7 +349,7 @@ def settings_for(upstream: str, directory: Path, *, unix: bool = False) -> Setti
     return settings.model_copy(update={"listen": [f"unix:{directory}:{port}"]})
 
 
-async def _attend(sock: socket.socket, parent: int) -> None:
+async def _attend(sock: socket.socket, parent: int, leftovers: str) -> None:
     """Answer the tests' process until it ends, or has closed its end of the socket."""
     gathering = Gathering(parent)
     log = BoundedLog(gathering.said.append)
@@ -331,23 +357,33 @@ async def _attend(sock: socket.socket, parent: int) -> None:
     with ExitStack() as stack:
         async with trio.open_nursery() as nursery:
             attendant = Attendant(nursery, gathering, stack, parent)
-            nursery.start_soon(_end_with, parent, nursery.cancel_scope)
-            stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
-            rest = b""
-            with suppress(trio.BrokenResourceError):
-                while piece := await stream.receive_some(_PIECE):
-                    *lines, rest = (rest + piece).split(b"\n")
-                    for line in lines:
-                        question: Question = json.loads(line)
-                        await stream.send_all(encode(await attendant.answer(question)))
+            async with trio.open_nursery() as answering:
+                answering.start_soon(_end_with, parent, answering.cancel_scope)
+                await _answer_all(sock, attendant)
+                answering.cancel_scope.cancel()
+            if leftovers:
+                with suppress(OSError):  # whoever looks for them says that there are none
+                    await attendant.leave(Path(leftovers))
             nursery.cancel_scope.cancel()
     log.close()
     for remark in remarks():
         print(f"pgguard: internal error: {remark}", file=sys.stderr)  # noqa: T201 - for who looks into the file
 
 
-async def _end_with(parent: int, everything: trio.CancelScope) -> None:
-    """End when the tests' process has ended, whoever else has its end of the socket by now."""
+async def _answer_all(sock: socket.socket, attendant: Attendant) -> None:
+    """Answer questions until no more come."""
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+    rest = b""
+    with suppress(trio.BrokenResourceError):
+        while piece := await stream.receive_some(_PIECE):
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                question: Question = json.loads(line)
+                await stream.send_all(encode(await attendant.answer(question)))
+
+
+async def _end_with(parent: int, answering: trio.CancelScope) -> None:
+    """Answer no more when the tests' process has ended, whoever else has its end of the socket by now."""
     try:
         process = os.pidfd_open(parent)
     except OSError:
@@ -355,7 +391,7 @@ async def _end_with(parent: int, everything: trio.CancelScope) -> None:
     try:
         if os.getppid() == parent:
             await trio.lowlevel.wait_readable(process)
-        everything.cancel()
+        answering.cancel()
     finally:
         os.close(process)
 
@@ -364,11 +400,12 @@ def main(arguments: list[str]) -> None:
     """Be it.
 
     Args:
-        arguments: The descriptor of its end of the socket, and the pid of the tests' process.
+        arguments: The descriptor of its end of the socket; the pid of the tests' process; the file for what can't be
+            told any more if that ends without a word, empty for none.
     """
-    descriptor, parent = map(int, arguments)
-    with socket.socket(fileno=descriptor) as sock:
-        trio.run(_attend, sock, parent)
+    descriptor, parent, leftovers = arguments
+    with socket.socket(fileno=int(descriptor)) as sock:
+        trio.run(_attend, sock, int(parent), leftovers)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ failed.
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -21,12 +23,16 @@ from pgguard.testing.marks import Choice, choice_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
+    from pathlib import Path
 
     from pgguard.testing.apart import GuardApart
-    from pgguard.testing.wire import Answer, Happened, Question, Told
+    from pgguard.testing.wire import Answer, Happened, LeftOver, Question, Told
 
 DEADLINE: Final = 5.0
 """Seconds for the guard to have judged everything when a phase is over. What it finds later on is told later on."""
+_LEFTOVERS: Final = 20.0
+"""Seconds for the guard of a worker that has crashed to write down what it has found."""
+_PAUSE: Final = 0.05
 _LATE: Final = "This was found when the test was over, and belongs to its"
 _BEGINNINGS: Final = frozenset({"inherited-connection"})
 _ENDS: Final = frozenset({"shared-by-processes", "foreign-terminate"})
@@ -132,6 +138,8 @@ class GuardedRun:
         self._late: dict[_Test, list[Sighting]] = {}
         """Faults of tests that are over."""
         self._unreported: list[pytest.TestReport] = []
+        self._unjudged = 0
+        """How often not everything had been judged in time."""
         self.account = account.Account()
         if front is not None:
             self.account.said += front.get("said", [])
@@ -155,11 +163,12 @@ class GuardedRun:
         """Have everything judged that has come, and take what has been found; another stretch begins then."""
         question: dict[str, Any] = {"do": "settle", "seconds": DEADLINE, **more}
         if stretch is not None:
-            question["stretch"] = len(self._stretches)
+            question |= {"stretch": len(self._stretches), "name": stretch.name}
             self._stretches[len(self._stretches)] = self._now = stretch
         answer = self._ask(question)  # type: ignore[arg-type] # the keys of one
         if answer is not None:
             self._told |= answer.get("faults", {})
+            self._unjudged += not answer.get("judged")
             self.account.sessions = answer.get("sessions", self.account.sessions)
             for one in answer.get("happened", []):
                 self._place(one)
@@ -177,7 +186,7 @@ class GuardedRun:
             self.account.note(told, where, one["times"])
             record = told["record"]
             if self._usual.fails(record["kind"], record["severity"]):
-                self.account.loose.append((where, told["report"]))
+                self.account.loose.append((f"{where}: it belongs to no single test, and fails the run", told["report"]))
             return
         test, sighting = stretch.test, Sighting(told, stretch.phase, one["times"])
         if test.is_over:
@@ -329,7 +338,10 @@ class GuardedRun:
         """Put a guard in front of a server, unless it is one already; returns where that is."""
         if self._front is not None and elsewhere.parted(self._front["address"]) == (host, int(port or 0)):
             return host, int(port)
-        return elsewhere.parted(self._front_of(elsewhere.conninfo(host, port))["address"])
+        try:
+            return elsewhere.parted(self._front_of(elsewhere.conninfo(host, port))["address"])
+        except ValueError as error:
+            raise pytest.UsageError(f"--pgguard: {error}") from None
 
     def front(self, url: str) -> str:
         """Put a guard in front of a server, and return its URL as it leads there."""
@@ -383,6 +395,9 @@ class GuardedRun:
             return
         self._settle(_AFTER, do="end")
         self._report_late()
+        if self._unjudged:
+            often = "once" if self._unjudged == 1 else f"{self._unjudged} times"
+            self.account.said.append(f"not everything had been judged within {DEADLINE:g} s of a test's end, {often}")
         output = getattr(self._config, "workeroutput", None)
         if output is None:
             fail(session, self.account)
@@ -416,10 +431,12 @@ class Controller:
 
     Args:
         config: pytest's.
+        directory: Where the guards of those leave what they couldn't tell them any more.
     """
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config, directory: Path) -> None:
         self._config = config
+        self._directory = directory
         self.account = account.Account()
 
     @pytest.hookimpl(optionalhook=True)
@@ -428,13 +445,27 @@ class Controller:
         name = node.gateway.id
         output = getattr(node, "workeroutput", {}).get("pgguard")
         if output is None:
-            self.account.failures.append(f"{name} has crashed, and with it what its guard had found of its last test")
+            self._look_after(name)
             return
         self.account.add(output["account"], name)
         for plain in output["reports"]:
             report = self._config.hook.pytest_report_from_serializable(config=self._config, data=plain)
             report.node = node
             self._config.hook.pytest_runtest_logreport(report=report)
+
+    def _look_after(self, name: str) -> None:
+        """Tell what the guard of a worker has found that has crashed: it leaves that when the worker has ended."""
+        path, deadline = self._directory / name, time.monotonic() + _LEFTOVERS
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+        try:
+            left: list[LeftOver] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            self.account.failures.append(f"{name} has crashed, and with it what its guard had found of its last test")
+            return
+        for one in left:
+            self.account.note(one["told"], one["where"], one["times"])
+            self.account.loose.append((f"{name} has crashed; {one['where']}:", one["told"]["report"]))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

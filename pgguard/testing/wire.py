@@ -28,6 +28,8 @@ class Question(TypedDict, total=False):
     """When the tests' process has forked since it last asked, in seconds since the epoch."""
     stretch: int
     """The number of the stretch that begins when everything has been judged."""
+    name: str
+    """What it is called."""
     anew: bool
     """A test begins with it: what has happened before in another one is to be told in full again."""
     awaited: str
@@ -55,6 +57,15 @@ class Told(TypedDict):
     report: str
     cause: str
     """What it has come from: the same for all guards, in front of whichever server."""
+
+
+class LeftOver(TypedDict):
+    """What couldn't be told the tests any more."""
+
+    where: str
+    """The name of the stretch that it belongs to."""
+    told: Told
+    times: int
 
 
 class Answer(TypedDict, total=False):

@@ -174,6 +174,38 @@ def test_what_belongs_to_no_test_fails_the_run_and_none_of_them(pytester: pytest
     assert len({one["run"] for one in recorded}) == 2
 
 
+def test_what_the_guard_of_a_worker_has_found_is_told_though_that_has_crashed(
+    pytester: pytest.Pytester, run: Run
+) -> None:
+    pytester.makepyfile(
+        misdeeds=MISDEEDS,
+        test_crashing="""
+        import signal
+
+        from misdeeds import *
+
+
+        def test_crashes():
+            share_with_child()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+        def test_goes_on():
+            give_child_its_own()
+        """,
+    )
+    result = run("--pgguard", "-n", "1")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "ERROR shared-by-processes, once: *",
+            "    test_crashing.py::test_crashes",
+            "gw0 has crashed; test_crashing.py::test_crashes:",
+            "pgguard: ERROR: shared-by-processes: two processes use one connection",
+        ]
+    )
+
+
 def processes_of(parent: int) -> list[int]:
     """The guards' processes beside the tests of a process."""
     found = []
