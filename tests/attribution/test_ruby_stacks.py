@@ -127,6 +127,28 @@ class TestAnswers:
             wait_until(lambda: pipes.can_ask(process_of(program.pid)))
             assert set(answer(pipes.ask(process_of(program.pid)))) == {program.pid}
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="it takes root's rights")
+    def test_a_process_in_a_pid_namespace_of_its_own_is_told_by_the_ids_that_the_guard_knows(
+        self, pipes: RubyPipes
+    ) -> None:
+        script = "thread = Thread.new { sleep }; sleep 0.001 until thread.stop?; puts Process.pid; $stdout.flush; gets"
+        command = ["unshare", "--pid", "--fork", "--kill-child", interpreter("ruby"), "-e", script]
+        with subprocess.Popen(
+            command, env=environment(pipes), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as parent:
+            assert parent.stdout is not None
+            assert parent.stdout.readline() == "1\n"
+            [child] = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+            process = process_of(int(child))
+            told = answer(pipes.ask(process))
+            assert set(answer(pipes.ask(process, [process.pid]))) == {process.pid}
+            tasks = {int(task.name) for task in Path(f"/proc/{child}/task").iterdir()}
+            parent.kill()
+        assert process.namespace_pid == 1
+        assert process.pid in told
+        assert len(told) == 2
+        assert set(told) < tasks
+
     def test_a_deep_stack_is_cut_at_its_outer_end(self, pipes: RubyPipes) -> None:
         with ruby("def deep(n) = n == 0 ? (puts(1); gets) : deep(n - 1)\ndeep(5000)", environment(pipes)) as program:
             program.read()

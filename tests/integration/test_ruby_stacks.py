@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.running import PROGRAMS, interpreter, running
+from tests.integration.running import PROGRAMS, interpreter, named_transport, running
 from tests.integration.test_preforking import WebServer
 from tests.servers import not_installed
 
@@ -25,10 +26,9 @@ if TYPE_CHECKING:
     from tests.integration.running import Program
     from tests.servers import Server, Transport
 
-pytestmark = [
-    pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session"),
-    pytest.mark.parametrize("transport", ["unix", "probed"], indirect=True),
-]
+pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
+over_unix = pytest.mark.parametrize("transport", ["unix"], indirect=True)
+over_tcp = pytest.mark.parametrize("transport", ["probed"], indirect=True)
 
 SECONDS = 40.0
 
@@ -59,7 +59,13 @@ def run(
     records = directory / "faults.jsonl"
     # A busy machine takes long for what is to be shown in any case.
     guarded = [sys.executable, "-m", "pgguard", "run", "--evidence-budget", "3", "--faults", str(records), *options]
-    with running([*guarded, "--", *command], server.at(transport), directory, cwd=directory) as program:
+    # A guard that is killed leaves what it has made; and the path of a Unix socket has at most 107 bytes, unix(7).
+    with (
+        tempfile.TemporaryDirectory(prefix="pgguard-test-") as temporary,
+        running(
+            [*guarded, "--", *command], server.at(transport), directory, cwd=directory, environ={"TMPDIR": temporary}
+        ) as program,
+    ):
         yield Run(program, records)
 
 
@@ -70,6 +76,7 @@ def own_calls(stack: list[dict[str, Any]] | None, file: str) -> list[str]:
     return [frame["function"] for frame in calls]
 
 
+@named_transport
 def test_both_sides_and_where_the_connection_was_opened_are_shown(
     server: Server, transport: Transport, tmp_path: Path
 ) -> None:
@@ -113,6 +120,7 @@ def puma(server: Server, transport: Transport, directory: Path) -> Iterator[tupl
         )
 
 
+@over_tcp
 def test_a_worker_of_puma_is_shown_in_the_application(server: Server, transport: Transport, tmp_path: Path) -> None:
     file = str(PROGRAMS / "puma" / "config.ru")
 
@@ -136,6 +144,7 @@ def test_a_worker_of_puma_is_shown_in_the_application(server: Server, transport:
     pytest.fail(f"no stacks: {found}")
 
 
+@over_unix
 def test_two_threads_on_one_connection_are_shown(server: Server, transport: Transport, tmp_path: Path) -> None:
     file = PROGRAMS / "threads_sharing.rb"
     with run((interpreter("ruby", "-rpg"), file), server, transport, tmp_path, "--ruby-stacks") as guarded:
@@ -146,6 +155,7 @@ def test_two_threads_on_one_connection_are_shown(server: Server, transport: Tran
     assert all(own_calls(one["stack"], str(file))[:1] == ["block (3 levels) in <main>"] for one in threads.values())
 
 
+@over_unix
 def test_without_the_option_it_is_said_what_would_show_them(
     start_guard: StartGuard, transport: Transport, tmp_path: Path
 ) -> None:

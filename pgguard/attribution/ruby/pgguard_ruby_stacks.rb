@@ -190,7 +190,7 @@ if defined?(RUBY_ENGINE) && RUBY_ENGINE == "ruby" && Process.respond_to?(:_fork)
 
           calls = thread.backtrace_locations(0, CALLS) || []
           said = [tid, thread.name, calls.size]
-          calls.each { |call| said.push(call.label, call.absolute_path || call.path, call.lineno) }
+          calls.each { |call| said.push(call.label, call.absolute_path || call.path, call.lineno.to_i) }
           said.map! { |field| field.to_s.b.delete("\0").byteslice(0, TEXT) }
           fields.concat(said)
           size += said.sum(&:bytesize)
