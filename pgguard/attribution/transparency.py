@@ -42,6 +42,9 @@ _SECONDS = 1.0
 _TRIES = 3
 """An answer differs if it does as many times: a busy machine may be late once."""
 
+_DISTURBING = signal.SIGRTMAX - 1
+"""A signal that nobody else uses."""
+
 _SIOCATMARK = 0x8905
 _TCP_INQ = 36
 """``linux/sockios.h``, ``linux/tcp.h``."""
@@ -315,6 +318,7 @@ def _blocked(pair: Pair, size: int, flags: int, disturb: Callable[[int], None]) 
     answers: list[object] = []
 
     def receive() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {_DISTURBING})  # this process may have blocked all
         received = _libc.recv(pair.client.fileno(), buffer, size, flags)
         answers.extend([received, ctypes.get_errno() if received < 0 else buffer.raw[:received]])
 
@@ -372,13 +376,12 @@ def _wait_for_all(pair: Pair) -> Answer:
 
 def _interrupted(pair: Pair) -> Answer:
     """A signal whose handler does nothing, and doesn't end system calls: signal(7), SA_RESTART."""
-    number = signal.SIGRTMAX - 1
-    before = _libc.signal(number, ctypes.cast(_libc.getpid, ctypes.c_void_p))
+    before = _libc.signal(_DISTURBING, ctypes.cast(_libc.getpid, ctypes.c_void_p))
     try:
 
         def interrupt(tid: int) -> None:
             slept = _sleeps(tid)
-            _libc.tgkill(os.getpid(), tid, number)
+            _libc.tgkill(os.getpid(), tid, _DISTURBING)
             deadline = time.monotonic() + _SECONDS
             while (now := _sleeps(tid)) is not None and now == slept and time.monotonic() < deadline:
                 time.sleep(0.0002)  # until it has ended, or sleeps again
@@ -386,7 +389,7 @@ def _interrupted(pair: Pair) -> Answer:
 
         return _blocked(pair, 100, 0, interrupt)
     finally:
-        _libc.signal(number, before)
+        _libc.signal(_DISTURBING, before)
 
 
 def _timeout(pair: Pair) -> Answer:

@@ -271,3 +271,16 @@ def test_nothing_is_said_of_this_processs_signals() -> None:
         compare(probe, tuple(one for one in BEHAVIOURS if "signal" in one.name))
     assert signal.getsignal(signal.SIGRTMAX - 1) is signal.SIG_DFL
     assert libc.signal(signal.SIGRTMAX - 1, ctypes.c_void_p(0)) is None
+
+
+def test_it_is_the_same_in_a_process_that_has_blocked_its_signals(probe: SenderProbe) -> None:
+    """As one does that passes them on to a command."""
+    interrupted = tuple(one for one in BEHAVIOURS if "signal" in one.name)
+    expected = compare(probe, interrupted)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        began = time.monotonic()
+        assert compare(probe, interrupted) == expected
+        assert time.monotonic() - began < 1, "no signal is waited for in vain"
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
