@@ -138,17 +138,22 @@ class Lingering:
         if now - self._began >= UNUSED:
             self._judge(sessions)
 
-    def _judge(self, sessions: list[SessionSnapshot]) -> None:
+    def _judge(self, sessions: list[SessionSnapshot]) -> bool:
+        """Have those judged that nobody uses; returns whether all of them are."""
         numbers = {one.facts.id for one in sessions if not self._is_daemons(one)} - self._used - self._told
         if numbers:
             self._told |= self._guard.leave_open(numbers, "the command")
+        return numbers <= self._told
 
     async def _judge_the_rest(self) -> None:
         """Judge the sessions that are open as the guard ends, and wait until that is recorded."""
-        sessions = self._guard.snapshot()
-        self._note_use(sessions, trio.current_time())
-        self._judge(sessions)
         with trio.move_on_after(_JUDGING):
+            while True:
+                sessions = self._guard.snapshot()
+                self._note_use(sessions, trio.current_time())
+                if self._judge(sessions):
+                    break
+                await trio.sleep(_INTERVAL / 10)  # something else is being judged about one of them
             await self._guard.settled()
 
     def _is_daemons(self, session: SessionSnapshot) -> bool:

@@ -72,7 +72,7 @@ def after_the_start(said: str) -> str:
 
 
 SHARES = """
-import os, sys, psycopg
+import os, sys, time, psycopg
 connection = psycopg.connect(os.environ["DATABASE_URL"], autocommit=True, prepare_threshold=None)
 connection.execute("SELECT 1")
 if os.fork() == 0:
@@ -81,7 +81,9 @@ if os.fork() == 0:
 os.wait()
 connection.execute("SELECT 3")
 connection.close()
-print("shared")
+time.sleep(0.5)
+print("shared", flush=True)
+print("the end", file=sys.stderr)
 sys.exit(int(sys.argv[1]))
 """
 
@@ -102,9 +104,9 @@ def test_faults_are_told_in_the_end_and_by_the_exit_status_of_a_command_that_has
     assert {name: status for name, (status, _, _) in done.items()} == {"told": 66, "never": 0, "failed": 3}
     assert all(out == "shared\n" for _, out, _ in done.values())
     said = after_the_start(done["told"][2])
-    # The gravest first, in full with both stacks, and then the summary.
+    # Nothing while it ran; then the gravest first, in full, and the summary.
     report, _, summary = said.partition("\npgguard: 1 session, ")
-    assert report.startswith("=====")
+    assert report.startswith("the end\n=====")
     assert "pgguard: ERROR: shared-by-processes: two processes use one connection" in report
     assert "What to change:" in report
     assert summary.index("pgguard: error: shared-by-processes") < summary.index(
@@ -116,7 +118,8 @@ def test_faults_are_told_in_the_end_and_by_the_exit_status_of_a_command_that_has
     assert "shared-by-processes" in (tmp_path / "html").read_text()
     assert "```mermaid" in (tmp_path / "markdown").read_text()
     for name in ("never", "failed"):
-        whole, *causes = done[name][2].splitlines()
+        end, whole, *causes = done[name][2].splitlines()
+        assert end == "the end"
         assert whole == "pgguard: 1 session, 2 faults from 2 causes"
         assert [re.findall(r"^pgguard: (\w+): ", cause) for cause in causes] == [["error"], ["warning"]]
 
@@ -214,8 +217,8 @@ def test_the_guard_of_a_program_that_goes_on_stays_until_its_last_connection_has
 def test_a_connection_that_is_left_open_is_leaked_unless_it_is_used_or_a_daemons(
     server: Server, tmp_path: Path
 ) -> None:
-    leaked = goes_on(server, tmp_path, ["--linger=1.5", "--fail-on=warning"])
-    others = [goes_on(server, tmp_path, ["--linger=1.5", "--fail-on=warning"], how) for how in ("works", "daemon")]
+    leaked = goes_on(server, tmp_path, ["--linger=3", "--fail-on=warning"])
+    others = [goes_on(server, tmp_path, ["--linger=3", "--fail-on=warning"], how) for how in ("works", "daemon")]
     status, _, said = ended(leaked)
     assert status == 66
     assert "pgguard: WARNING: leaked-connection: a connection was left open" in said
@@ -230,7 +233,7 @@ def test_a_connection_that_is_left_open_is_leaked_unless_it_is_used_or_a_daemons
     for process in others:
         status, _, said = ended(process)
         assert status == 0, said
-        assert "for 1.5 s at most" in said
+        assert "for 3 s at most" in said
         assert "leaked-connection" not in said
         assert after_the_start(said).endswith("pgguard: 1 session, no faults\n")
 
