@@ -89,8 +89,15 @@ class TestAnswers:
 
     @pytest.mark.parametrize(
         "fork",
-        ["fork { run }", "IO.popen('-') || run", "Process.daemon(true, true); run", "fork { fork { run } }"],
-        ids=["fork", "popen", "daemon", "grandchild"],
+        [
+            "fork { run }",
+            "IO.popen('-') || run",
+            "Process.daemon(true, true); run",
+            "fork { fork { run } }",
+            "trap(:USR1) { fork { run } }; Process.kill(:USR1, $$)",
+            "Thread.new { fork { run } }",
+        ],
+        ids=["fork", "popen", "daemon", "grandchild", "signal", "thread"],
     )
     def test_a_child_answers_by_itself(self, fork: str, pipes: RubyPipes) -> None:
         script = f"def run = (File.write(3, $$.to_s) rescue $stderr.puts($!); sleep 60)\n{fork}\nsleep 60"
@@ -442,6 +449,15 @@ class TestTransparency:
         script = f"{other}; load '{FILE}'; sleep 0.1; {alone}"
         assert self.run(script, plain) == self.run(alone, plain)
         assert list(pipes.directory.iterdir()) == []
+
+    def test_where_no_thread_can_be_started_nobody_waits_for_an_answer(self, pipes: RubyPipes) -> None:
+        script = "class << Thread; def start = raise(ThreadError); end; exit!(Process.wait2(fork { puts 1; sleep })[1])"
+        with ruby(script, environment(pipes)) as program:
+            program.read()
+            assert pipes.can_ask(process_of(program.pid))
+            [child] = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+            assert not pipes.can_ask(process_of(int(child)))
+            os.kill(int(child), signal.SIGKILL)
 
     def test_bundler_finds_nothing_activated(self, pipes: RubyPipes, tmp_path: Path) -> None:
         interpreter("ruby", "-rpg", "-rbundler")

@@ -13,6 +13,7 @@ import pytest
 
 from pgguard.attribution.ruby.loading import FILE
 from pgguard.attribution.ruby.pipes import RubyPipes
+from pgguard.cli import run as cli_run
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.settings import Settings
 from pgguard.reporting.sinks import Fanout
@@ -63,6 +64,25 @@ def test_without_the_option_nothing_is_added() -> None:
 def test_what_can_not_be_is_said_in_one_line(options: list[str], complaint: str) -> None:
     done = run("--ruby-stacks", *options)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"pgguard: {complaint}\n")
+
+
+@pytest.mark.parametrize(
+    ("user", "closed", "remarks"),
+    [
+        (0, Path("/root"), 1),
+        (0, None, 0),
+        (1000, Path("/root"), 0),
+    ],
+)
+def test_root_is_told_where_other_users_can_not_load_the_file(
+    user: int, closed: Path | None, remarks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    monkeypatch.setattr(cli_run, "closed_to_others", lambda: closed)
+    found = list(cli_run._ruby_remarks())
+    assert [remark.startswith("other users can't read /root, so that Ruby doesn't start") for remark in found] == (
+        [True] * remarks
+    )
 
 
 async def test_where_no_directory_can_be_made_a_guard_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

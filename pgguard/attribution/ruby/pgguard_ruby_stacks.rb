@@ -63,7 +63,7 @@ if defined?(RUBY_ENGINE) && RUBY_ENGINE == "ruby" && Process.respond_to?(:_fork)
         thread.name = NAME
         ThreadGroup.new.add(thread)
       rescue StandardError
-        nil
+        leave if thread.nil? # so that nobody waits for an answer
       end
 
       private
