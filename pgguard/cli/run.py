@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -139,6 +140,13 @@ def run(given: dict[str, Any], config: Path | None, wishes: Wishes) -> int:
         except NotStarted as error:
             starting.close()
             return _not_started(error)
+        except ConfigurationError:
+            raise
+        except Exception:
+            # Python's own status for that is one that a command may have too.
+            starting.close()
+            traceback.print_exc()
+            return CANNOT if launcher.outcome.ended is None else launcher.outcome.ended.status
         status = _status(outcome, wishes.fail_on)
         return CANNOT if telling.has_failed and status == DONE else status
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from pgguard.proxy.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from typing import Self
 
@@ -31,12 +33,21 @@ class Companion:
     """That process; to be started before there is a second thread, and while nothing is open that must be closed.
 
     It ends with this process at the latest.
+
+    Raises:
+        ConfigurationError: The system has no room for it.
     """
 
     def __init__(self) -> None:
-        asked, self._ask = os.pipe2(os.O_CLOEXEC)
-        self._answered, answer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self.pid = os.fork()
+        try:
+            asked, self._ask = os.pipe2(os.O_CLOEXEC)
+            self._answered, answer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            self.pid = os.fork()
+        except OSError as error:
+            raise ConfigurationError(
+                f"the system doesn't let pgguard start another process: {error.strerror}: raise the limit on processes "
+                "(ulimit -u), or the cgroup's pids.max (TasksMax= in a systemd unit)"
+            ) from error
         if self.pid == 0:
             try:
                 gc.disable()

@@ -96,7 +96,8 @@ class Launcher:
         self._order = order
         self._arrivals = arrivals
         self._companion = companion
-        self._outcome = Outcome()
+        self.outcome = Outcome()
+        """What has become of it so far."""
         self._starting = trio.CancelScope()
         self._child: Child | None = None
         self._child_ended = trio.Event()
@@ -122,7 +123,7 @@ class Launcher:
                 await self._run()
                 self._telling = trio.current_time()
                 with self._last_words:
-                    await tell(self._outcome)
+                    await tell(self.outcome)
             except Exception as error:
                 failures.append(error)  # to be raised as it is, and not in a group
             finally:
@@ -131,7 +132,7 @@ class Launcher:
             nursery.cancel_scope.cancel()
         for failure in failures:
             raise failure
-        return self._outcome
+        return self.outcome
 
     async def _run(self) -> None:
         try:
@@ -152,7 +153,7 @@ class Launcher:
             environment = await self._order.prepare(guard)
             await trio.lowlevel.checkpoint()  # from here to where it has started, no signal calls it off
             self._child = child = Child(self._order.command, environment, self._order.inheritance)
-            self._outcome.guard = guard
+            self.outcome.guard = guard
             self._look(child)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(keep_going, self._tend, left_behind, child)
@@ -191,7 +192,7 @@ class Launcher:
         """See what has become of the command."""
         ended = child.look()
         if ended is not None:
-            self._outcome.ended = ended
+            self.outcome.ended = ended
             self._child_ended.set()
         elif (number := child.stopped_by_terminal()) is not None:
             # The shell that has started this looks at this process alone, and waits until it stops too.
@@ -205,7 +206,7 @@ class Launcher:
         if arrival.number in STOPS:
             self._stop(arrival.number)
         elif arrival.number in _ENDING and not is_ignored(arrival.number):
-            self._outcome.stopped_by = self._outcome.stopped_by or arrival.number
+            self.outcome.stopped_by = self.outcome.stopped_by or arrival.number
             self._starting.cancel()
 
     async def _pass_on(self, arrival: Arrival, child: Child) -> None:

@@ -346,6 +346,29 @@ pgguard.running._look_around = wait
     assert not (tmp_path / "started").exists()
 
 
+def test_a_guard_that_can_not_start_is_told_by_a_status_of_its_own(tmp_path: Path) -> None:
+    fails = "import {0}; {0}.{1} = lambda *_: 1 / 0"
+    full = "import os, errno\ndef fork(): raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))\nos.fork = fork"
+    cases = (
+        (fails.format("pgguard.running", "_look_around"), "ZeroDivisionError"),
+        (full, "pgguard: the system doesn't let pgguard start another process: Resource temporarily unavailable: "),
+    )
+    for code, says in cases:
+        with program(code, *OPTIONS, "--upstream", NOWHERE, "--", "touch", "started", cwd=tmp_path) as process:
+            _, said = process.communicate(timeout=SECONDS)
+        assert process.returncode == 2
+        assert says in said.decode()
+        assert not (tmp_path / "started").exists()
+
+
+def test_what_the_command_has_done_is_not_lost_when_the_report_fails(tmp_path: Path) -> None:
+    code = "import pgguard.cli.run; pgguard.cli.run._Telling.end = lambda *_: 1 / 0"
+    with program(code, *OPTIONS, "--upstream", NOWHERE, "--", "sh", "-c", "exit 5", cwd=tmp_path) as process:
+        _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 5
+    assert b"ZeroDivisionError" in said
+
+
 def test_the_command_goes_on_when_the_guard_fails(tmp_path: Path) -> None:
     code = """
 import pgguard.running, trio
