@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,8 +20,8 @@ Run = Callable[..., pytest.RunResult]
 
 SECONDS = 100.0
 
-ALONE = ("-p", "no:asyncio", "-p", "no:django", "-p", "no:pytest_postgresql", "-p", "no:trio", "-p", "no:cacheprovider")
-"""Plugins that a project doesn't have, unless it is about them."""
+ALONE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p pgguard -p no:cacheprovider"}
+"""An environment in which pytest has no plugin but this one: others take their time to be imported."""
 
 
 @pytest.fixture(scope="session")
@@ -42,18 +42,21 @@ def url(database: Server) -> str:
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, url: str) -> Run:
     """Runs pytest in the project that ``pytester`` has made, with DATABASE_URL in its environment.
 
-    The keywords are variables of the environment; ``None``: not set.
+    ``plugins`` are those that it has beside this one; ``None``: whatever is installed. Other keywords are variables of
+    the environment, ``None``: not set.
     """
 
-    def run(*arguments: str, plugins: tuple[str, ...] = ALONE, **variables: Any) -> pytest.RunResult:
+    def run(*arguments: str, plugins: Sequence[str] | None = (), **variables: Any) -> pytest.RunResult:
         for name in [name for name in os.environ if name.startswith(("PG", "PYTEST_"))]:
             monkeypatch.delenv(name)
-        for name, value in ({"DATABASE_URL": url} | variables).items():
+        alone = {} if plugins is None else ALONE
+        for name, value in ({"DATABASE_URL": url} | alone | variables).items():
             if value is None:
                 monkeypatch.delenv(name, raising=False)
             else:
                 monkeypatch.setenv(name, value)
-        return pytester.runpytest_subprocess(*plugins, *arguments, timeout=SECONDS)
+        more = [f"-p{plugin}" for plugin in plugins or ()]
+        return pytester.runpytest_subprocess(*more, *arguments, timeout=SECONDS)
 
     return run
 

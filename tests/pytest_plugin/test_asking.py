@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.pytest_plugin.conftest import ALONE, outcomes
+from tests.pytest_plugin.conftest import outcomes
 from tests.pytest_plugin.projects import MISDEEDS, RECORDER
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def test_a_test_asks_for_its_faults_expects_and_allows_them(pytester: pytest.Pyt
 )
 def test_a_marker_that_says_what_there_isn_t_is_an_error(pytester: pytest.Pytester, marker: str, problem: str) -> None:
     pytester.makepyfile(f"import pytest\n\n\n@pytest.mark.pgguard({marker})\ndef test_nothing():\n    pass\n")
-    result = pytester.runpytest_inprocess(*ALONE, "--strict-markers")
+    result = pytester.runpytest_inprocess("--strict-markers", "-p", "no:asyncio")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert any(line.startswith("ERROR: test_a_marker") and problem in line for line in result.errlines), result.errlines
 
@@ -191,12 +191,12 @@ def test_without_being_asked_for_it_does_nothing(pytester: pytest.Pytester, run:
             assert pgguard_session.front("postgresql://h/d") == "postgresql://h/d"
         """
     )
-    result = run("--strict-markers", "-rs", "-p", "no:hypothesispytest", "-p", "no:anyio")
+    result = run("--strict-markers", "-rs")
     result.assert_outcomes(passed=3, skipped=1)
     assert result.ret == 0
     result.stdout.fnmatch_lines([f"SKIPPED * {OFF}"])
     result.stdout.no_fnmatch_line("*pgguard: *")
-    blocked = run("-p", "no:pgguard", "-k", "test_marked", "-W", "ignore::pytest.PytestUnknownMarkWarning")
+    blocked = run("-p", "no:pgguard", "-k", "test_marked", "-W", "ignore", plugins=None)
     blocked.assert_outcomes(passed=1, deselected=3)
 
 
@@ -253,7 +253,7 @@ def test_a_guard_that_can_t_run_is_said_in_one_line(
     pytester: pytest.Pytester, run: Run, arguments: tuple[str, ...], problem: str
 ) -> None:
     pytester.makepyfile("def test_nothing():\n    pass\n")
-    result = run("--pgguard", *arguments)
+    result = run("--pgguard", *arguments, plugins=["xdist"])
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert len(result.errlines) <= 2, result.errlines
     result.stderr.fnmatch_lines([f"ERROR: {problem}"])

@@ -123,7 +123,7 @@ def test_each_fault_fails_its_own_test(pytester: pytest.Pytester, run: Run, work
         "-rA",
         "--junitxml=o.xml",
     )
-    result = run(*arguments, PGGUARD_IDLE_IN_TRANSACTION="0.5")
+    result = run(*arguments, plugins=["xdist"], PGGUARD_IDLE_IN_TRANSACTION="0.5")
     found, told = outcomes(pytester)
     assert found == OUTCOMES, result.stdout.str()
     assert result.ret == pytest.ExitCode.TESTS_FAILED

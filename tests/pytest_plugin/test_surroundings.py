@@ -158,7 +158,7 @@ def test_what_belongs_to_no_test_fails_the_run_and_none_of_them(pytester: pytest
         test_innocent="from misdeeds import *\n\nshare_with_child()\n\n\ndef test_nothing():\n    pass\n",
     )
     for arguments in ((), ("-n", "1")):
-        result = run("--pgguard", "--pgguard-records=faults.jsonl", *arguments)
+        result = run("--pgguard", "--pgguard-records=faults.jsonl", *arguments, plugins=["xdist"])
         result.assert_outcomes(passed=1)
         assert result.ret == pytest.ExitCode.TESTS_FAILED
         result.stdout.fnmatch_lines(
@@ -194,7 +194,7 @@ def test_what_the_guard_of_a_worker_has_found_is_told_though_that_has_crashed(
             give_child_its_own()
         """,
     )
-    result = run("--pgguard", "-n", "1")
+    result = run("--pgguard", "-n", "1", plugins=["xdist"])
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
         [
@@ -236,9 +236,9 @@ def test_the_guard_ends_with_the_tests_process_also_when_that_is_killed(pytester
         """
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "PYTEST"))}
-    command = [sys.executable, "-m", "pytest", *ALONE, "--pgguard"]
+    command = [sys.executable, "-m", "pytest", "--pgguard"]
     with subprocess.Popen(
-        command, cwd=pytester.path, env=environment | {"DATABASE_URL": url}, start_new_session=True
+        command, cwd=pytester.path, env=environment | ALONE | {"DATABASE_URL": url}, start_new_session=True
     ) as process:
         try:
             deadline = time.monotonic() + SECONDS
@@ -280,14 +280,15 @@ def test_a_guard_that_is_lost_is_said_and_fails_the_run(pytester: pytest.Pyteste
 def test_who_isn_t_root_has_the_kernel_name_senders_over_a_unix_socket(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
-    monkeypatch.setenv("DATABASE_URL", url)
+    for name, value in (ALONE | {"DATABASE_URL": url}).items():
+        monkeypatch.setenv(name, value)
     pytester.makepyfile(
         misdeeds=MISDEEDS,
         test_moments="from misdeeds import *\n\n\ndef test_shares():\n    share_with_child()\n\n\n"
         "def test_is_innocent():\n    give_child_its_own()\n",
     )
     rights = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
-    command = [*rights, sys.executable, "-m", "pytest", *ALONE, "--pgguard"]
+    command = [*rights, sys.executable, "-m", "pytest", "--pgguard"]
     result = pytester.run(*command, "-k", "innocent", timeout=SECONDS)
     result.stdout.fnmatch_lines(
         ["pgguard: some evidence isn't available here: *", "pgguard: so *: add --pgguard-unix *"]
@@ -352,8 +353,8 @@ def test_with_subtests(subtests):
 def test_other_plugins_go_on_to_work(pytester: pytest.Pytester, run: Run) -> None:
     pytester.makepyfile(misdeeds=MISDEEDS, test_others=OTHERS)
     pytester.makeconftest(RECORDER)
-    plugins = ("-p", "no:django", "-p", "no:pytest_postgresql", "-p", "no:trio", "-W", "ignore")
-    result = run("--pgguard", plugins=plugins)
+    arguments = ("--pgguard", "-p", "no:trio", "-W", "ignore")
+    result = run(*arguments, plugins=None)
     found, _ = outcomes(pytester)
     assert {name: phases for name, phases in found.items() if phases} == {
         "test_shares_at_first": {"call": "rerun"},
@@ -362,5 +363,5 @@ def test_other_plugins_go_on_to_work(pytester: pytest.Pytester, run: Run) -> Non
         "TestCase::test_in_a_test_case": {"call": "failed"},
         "test_with_subtests": {"call": "failed"},
     }, result.stdout.str()
-    again = run("--pgguard", "--lf", "-x", plugins=plugins)
+    again = run(*arguments, "--lf", "-x", plugins=None)
     again.assert_outcomes(failed=1, deselected=1)
