@@ -165,6 +165,23 @@ def running(
             _end_group(process.pid)
 
 
+@contextmanager
+def running_redis(directory: Path) -> Iterator[str]:
+    """Run a Redis for jobs, or skip the test, and yield its URL. Its files are in a directory, whose path is short."""
+    command = shutil.which("redis-server") or not_installed("Redis")
+    path = directory / "s"
+    options = ("--port", "0", "--unixsocket", path, "--save", "", "--dir", directory)
+    with subprocess.Popen([command, *options], stdout=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + _SECONDS
+            while not path.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            yield f"unix://{path}"
+        finally:
+            server.terminate()
+
+
 def _end_group(group: int) -> None:
     try:
         os.killpg(group, signal.SIGKILL)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from pgguard.faults.advice.rows import TAKEN_ALONG
-from tests.integration.running import PROGRAMS, Program, interpreter, running
+from tests.integration.running import PROGRAMS, Program, interpreter, running, running_redis
 from tests.integration.test_preforking import WebServer
 from tests.servers import not_installed
 
@@ -210,17 +210,8 @@ def advised(guard: GuardProcess) -> list[str]:
 @pytest.fixture(scope="session")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Redis server for RQ's jobs: where it is."""
-    command = shutil.which("redis-server") or not_installed("Redis")
-    directory = tmp_path_factory.mktemp("redis")
-    path = directory / "s"
-    options = ("--port", "0", "--unixsocket", path, "--save", "", "--dir", directory)
-    with subprocess.Popen([command, *options], stdout=subprocess.DEVNULL) as server:
-        deadline = time.monotonic() + 30
-        while not path.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        yield f"unix://{path}"
-        server.terminate()
+    with running_redis(tmp_path_factory.mktemp("redis")) as url:
+        yield url
 
 
 @contextmanager

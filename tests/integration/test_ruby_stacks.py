@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.running import PROGRAMS, interpreter, named_transport, running
+from tests.integration.running import PROGRAMS, interpreter, named_transport, running, running_redis
 from tests.integration.test_preforking import WebServer
+from tests.proxy.conftest import short_directory
 from tests.servers import not_installed
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from tests.guard_process import Fault
     from tests.integration.running import Program
     from tests.servers import Server, Transport
+
+__all__ = ["short_directory"]
 
 pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
 over_unix = pytest.mark.parametrize("transport", ["unix"], indirect=True)
@@ -153,6 +156,22 @@ def test_two_threads_on_one_connection_are_shown(server: Server, transport: Tran
     threads = {one["tid"]: one for one in fault["culprits"] if one["role"] != "owner"}
     assert set(threads) == {said["first"], said["second"]}
     assert all(own_calls(one["stack"], str(file))[:1] == ["block (3 levels) in <main>"] for one in threads.values())
+
+
+@over_tcp
+def test_threads_of_sidekiq_are_shown_in_their_jobs(
+    server: Server, transport: Transport, tmp_path: Path, short_directory: Path
+) -> None:
+    interpreter("ruby", "-rpg", "-rsidekiq")
+    command = shutil.which("sidekiq") or not_installed("Sidekiq")
+    file = PROGRAMS / "sidekiq_jobs.rb"
+    with running_redis(short_directory) as url:
+        jobs = ("env", f"REDIS_URL={url}", command, "--concurrency", "3", "--require", file)
+        with run(jobs, server, transport, tmp_path, "--ruby-stacks") as guarded:
+            fault = guarded.wait_for("shared-by-threads")
+    culprits = [one for one in fault["culprits"] if one["role"] != "owner"]
+    assert len(culprits) > 1
+    assert all(own_calls(one["stack"], str(file)) == ["total", "perform"] for one in culprits)
 
 
 @over_unix
