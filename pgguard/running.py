@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -288,7 +288,8 @@ async def _sweep(ruby: RubyPipes) -> None:
     """Remove what processes have left behind that had no time to do so, until cancelled."""
     while True:
         await trio.sleep(_SWEEP)
-        await trio.to_thread.run_sync(ruby.sweep, abandon_on_cancel=True)
+        with suppress(OSError):  # somebody else has removed the directory
+            await trio.to_thread.run_sync(ruby.sweep, abandon_on_cancel=True)
 
 
 def _account(docket: Docket, sinks: Fanout) -> None:

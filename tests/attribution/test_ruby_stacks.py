@@ -323,6 +323,15 @@ class TestHostileAnswers:
 
 
 class TestPrivacy:
+    def test_when_it_is_closed_nobody_is_asked(self) -> None:
+        pipes = RubyPipes()
+        pipes.open()
+        pipes.close()
+        pipes.sweep()
+        assert not pipes.can_ask(process_of(os.getpid()))
+        with pytest.raises(NoDump):
+            pipes.ask(process_of(os.getpid()))
+
     def test_nobody_but_the_guards_user_reaches_the_pipes(self, pipes: RubyPipes) -> None:
         assert stat.S_IMODE(pipes.directory.stat().st_mode) == 0o700
         with ruby("puts 1; gets", environment(pipes)) as program:

@@ -95,7 +95,7 @@ class RubyPipes:
         """Ask a process what these of its threads do, or all of them; returns at once. Raises NoDump."""
         questions = self._open_questions(process)
         try:
-            return Question(self.directory, questions, process, tids)
+            return Question(self._reached(), questions, process, tids)
         except OSError as error:
             raise NoDump(f"it can't be asked: {error.strerror}") from None
         finally:
@@ -103,15 +103,25 @@ class RubyPipes:
 
     def sweep(self) -> None:
         """Remove the pipes of processes that have ended without doing so. Raises OSError."""
-        with os.scandir(self.directory) as entries:
+        directory = self._directory
+        if directory is None:
+            return
+        with os.scandir(directory) as entries:
             for entry in entries:
                 if time.time() - entry.stat(follow_symlinks=False).st_mtime >= _NEW and _is_abandoned(entry.path):
                     with contextlib.suppress(FileNotFoundError):
                         Path(entry.path).unlink()
 
+    def _reached(self) -> Path:
+        """The directory, for a thread that nobody waits for any more when it is closed. Raises NoDump."""
+        directory = self._directory
+        if directory is None:
+            raise NoDump(SILENT)
+        return directory
+
     def _open_questions(self, process: Process) -> int:
         try:
-            descriptor = os.open(self.directory / _name_of(process), os.O_WRONLY | _OPEN)
+            descriptor = os.open(self._reached() / _name_of(process), os.O_WRONLY | _OPEN)
         except OSError:
             raise NoDump(SILENT) from None
         if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
