@@ -25,6 +25,8 @@ _PENDING: Final = re.compile(rb"^ShdPnd:\s*([0-9a-f]+)$", re.MULTILINE)
 _PATIENCE: Final = 0.005
 """Seconds for a signal that the kernel hands to one process of a group after the other: ``__kill_pgrp_info()`` in
 ``kernel/signal.c``. It begins with the youngest, and so the guard is the last."""
+_ALL: Final = 0
+"""In the place of a signal's number."""
 _CLEARING: Final = 0.5
 """Seconds for it to forget what is pending."""
 
@@ -75,15 +77,16 @@ class Companion:
         except OSError:
             return None
         finally:
-            await self._clear()
+            await self.forget(number)
 
     def _is_pending(self, number: int) -> bool:
         found = _PENDING.search(Path(f"/proc/{self.pid}/status").read_bytes())
         return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
 
-    async def _clear(self) -> None:
+    async def forget(self, number: int = _ALL) -> None:
+        """Have it forget that it has got a signal, once if it was several times; by default all that it has got."""
         try:
-            os.write(self._ask, b".")
+            os.write(self._ask, bytes([number]))
             with trio.move_on_after(_CLEARING):
                 await trio.lowlevel.wait_readable(self._answered)
                 os.read(self._answered, 16)
@@ -102,7 +105,10 @@ def _accompany(asked: int, answer: int) -> None:
     first, last = sorted((asked, answer))
     for low, high in ((3, first), (first + 1, last), (last + 1, os.sysconf("SC_OPEN_MAX"))):
         os.closerange(low, high)
-    while os.read(asked, 1):
-        while signal.sigtimedwait(everything, 0) is not None:
-            pass
+    while asks := os.read(asked, 1):
+        if asks[0] != _ALL:
+            signal.sigtimedwait({asks[0]}, 0)
+        else:
+            while signal.sigtimedwait(everything, 0) is not None:
+                pass
         os.write(answer, b".")

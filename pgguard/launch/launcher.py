@@ -151,6 +151,7 @@ class Launcher:
         async with running_guard(self._settings, self._sinks, ruby=self._order.ruby) as guard:
             left_behind = LeftBehind()
             environment = await self._order.prepare(guard)
+            await self._companion.forget()
             await trio.lowlevel.checkpoint()  # from here to where it has started, no signal calls it off
             self._child = child = Child(self._order.command, environment, self._order.inheritance)
             self.outcome.guard = guard
@@ -213,7 +214,7 @@ class Launcher:
         """Send the command what was meant for it, unless it has got it already."""
         if arrival.is_sent and arrival.pid == child.pid:
             return  # it is for whoever has started it, and not for itself
-        if child.is_in_our_group and await self._is_for_the_group(arrival):
+        if await self._is_for_the_group(arrival) and child.is_in_our_group:
             return
         child.send(arrival.number)
 

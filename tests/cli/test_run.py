@@ -274,6 +274,10 @@ def test_a_signal_reaches_the_command_once_whether_the_guard_was_meant_or_the_gr
             guarded.wait_for(f"^{name}\n")
             os.killpg(guarded.process.pid, number)
             guarded.wait_for(f"^{name}\n")
+        # Several at once, as a terminal that is closed sends two.
+        for number in (signal.SIGHUP, signal.SIGCONT, signal.SIGTERM):
+            os.killpg(guarded.process.pid, number)
+        assert sorted(guarded.wait_for(r"^(?:\w+\n){3}")[0].split()) == ["SIGCONT", "SIGHUP", "SIGTERM"]
         # Had one of them come twice, it would have been in the way.
         assert guarded.said_nothing_else() == ""
 
