@@ -19,6 +19,7 @@ from pgguard.cli.outputs import Outputs
 from pgguard.cli.progress import progress
 from pgguard.cli.serve import lacking_evidence
 from pgguard.cli.statuses import CANNOT, DONE, FAULT_SEEN
+from pgguard.cli.streams import OutputError, drop_output
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.text import counted, listed, printable
 from pgguard.launch.arrivals import Arrivals
@@ -309,9 +310,14 @@ class _Telling:
         """Write the reports that are wanted."""
         try:
             written = self._wishes.outputs.write(self._recording(), notes)
+            sys.stdout.flush()
         except ConfigurationError as error:
             self.has_failed = True
             self._console.say(printable(f"pgguard: {error}"))
+        except OutputError as error:
+            self.has_failed = True
+            self._console.say(f"pgguard: can't write to standard output: {error}")
+            drop_output()
         else:
             if written:
                 self.say(f"see {listed([str(path) for path in written])}")

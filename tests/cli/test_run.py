@@ -177,6 +177,27 @@ def test_quiet_leaves_the_summary(tmp_path: Path) -> None:
     assert done.stderr.startswith("err\npgguard: no connection came through the guard on ")
 
 
+def test_a_report_that_can_not_be_written_is_told_and_the_commands_own_failure_comes_first(tmp_path: Path) -> None:
+    for status, expected in ((0, 2), (5, 5)):
+        command = [*PGGUARD, "--markdown", "-", "--", "sh", "-c", f"exit {status}"]
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                command,
+                cwd=tmp_path,
+                env=variables(),
+                stdout=full,
+                stderr=subprocess.PIPE,
+                timeout=SECONDS,
+                check=False,
+            )
+        assert done.returncode == expected
+        assert b"pgguard: can't write to standard output: No space left on device\n" in done.stderr
+    refused = run("touch", "started", cwd=tmp_path, options=["--html", "nowhere/report.html"])
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("pgguard: --html nowhere/report.html: there is no directory nowhere")
+    assert not (tmp_path / "started").exists()
+
+
 def test_a_guard_behind_a_guard(tmp_path: Path) -> None:
     done = run(*PGGUARD, "--", "sh", "-c", "exit 4", cwd=tmp_path)
     assert done.returncode == 4
