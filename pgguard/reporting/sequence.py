@@ -285,7 +285,18 @@ class _Drawing:
         known = {pid for pid, tid in found if tid is not None}
         # What a process does in a thread that isn't known has a lane of its own only if somebody did something there.
         sent = {(request.pid, request.tid) for request in self._requests}
-        return [(pid, tid) for pid, tid in found if tid is not None or pid not in known or (pid, tid) in sent]
+        shown = [(pid, tid) for pid, tid in found if tid is not None or pid not in known or (pid, tid) in sent]
+        return shown + [one for one in self._others_of(known, shown) if one not in shown]
+
+    def _others_of(self, known: set[int], shown: list[tuple[int, int | None]]) -> Iterator[tuple[int, int | None]]:
+        """Who opened the connection, or forked, in processes of which threads are shown: often it is none of those."""
+        openers = {(one.pid, one.tid) for one in self._fault.culprits if one.role is Role.OWNER}
+        forked = {(one.parent, None) for one in self._fault.story if one.event is Event.INHERITED}
+        for pid, tid in sorted(openers | forked, key=str):
+            # A process whose main thread alone is shown is meant by that.
+            is_meant = tid is None and {one for one in shown if one[0] == pid} == {(pid, pid)}
+            if pid in known and not is_meant:
+                yield pid, tid
 
     def _takes_part(self, culprit: Culprit) -> bool:
         """Whoever holds other connections has no part in one that was refused."""
@@ -299,24 +310,32 @@ class _Drawing:
         latest = max((request.n for request in self._requests if (request.pid, request.tid) == thread), default=0)
         return not sent_it, min(ranks, default=len(_RANK)), -latest
 
-    def _place(self, thread: tuple[int, int | None], threads: list[tuple[int, int | None]]) -> tuple[bool, int, int]:
+    def _place(
+        self, thread: tuple[int, int | None], threads: list[tuple[int, int | None]]
+    ) -> tuple[bool, int, int, int]:
         """How far to the right a lane stands: whoever opened the connection first, an intruder last, kin together."""
-        pid = thread[0]
+        pid, tid = thread
         ranks = [_ORDER.index(one.role) for one in self._culprits.get(pid, ()) if one.role is not Role.HOLDER]
         first = next(n for n, one in enumerate(threads) if one[0] == pid)
         is_intruder = any(one.role in (Role.INTRUDER, Role.CLOSER) for one in self._culprits.get(pid, ()))
         rank = len(_ORDER) if is_intruder else min(ranks, default=len(_ORDER) - 1)
-        return pid != self._owner, rank, first
+        own = [_ORDER.index(one.role) for one in self._culprits.get(pid, ()) if one.tid == tid]
+        return pid != self._owner, rank, first, min(own, default=0 if tid is None else len(_ORDER))
 
     def _lane(self, pid: int, tid: int | None) -> Lane:
         people = self._culprits.get(pid, [])
         process: Process | None = next((one.process for one in people if one.process is not None), None)
-        roles = tuple(dict.fromkeys(one.role for one in people if tid is None or one.tid in (None, tid)))
+        threads = [one[1] for one in self._threads() if one[0] == pid]
+
+        def is_meant(whose: int | None) -> bool:
+            # What is known of the process alone stands where it has a lane.
+            return whose == tid or (whose not in threads and (tid is None or (whose is None and None not in threads)))
+
+        roles = tuple(dict.fromkeys(one.role for one in people if is_meant(one.tid)))
         name = next((one.thread_name for one in people if one.tid == tid and one.thread_name), None)
         # The main thread is called what its process is.
         called = f' "{shorten(name, LABEL)}"' if name is not None and tid != pid else ""
-        only = all(one == (pid, tid) for one in self._threads() if one[0] == pid)
-        thread = "" if tid is None or (tid == pid and only) else f"thread {tid}{called}"
+        thread = "" if tid is None or threads == [pid] else f"thread {tid}{called}"
         program = "" if process is None else shorten(process_label(process), LABEL)
         return Lane(LaneKind.CLIENT, f"pid {pid}", program, thread, pid, tid, roles)
 
@@ -337,7 +356,10 @@ class _Drawing:
         return 0 if lane is None else lane
 
     def _all_of(self, pid: int) -> tuple[int, ...]:
-        return tuple(n for n, lane in enumerate(self._lanes) if lane.pid == pid) or (self._of(pid),)
+        """The lanes of a process: of its threads, if any are known."""
+        lanes = [n for n, lane in enumerate(self._lanes) if lane.pid == pid]
+        threads = [n for n in lanes if self._lanes[n].tid is not None]
+        return tuple(threads or lanes) or (self._of(pid),)
 
     # Steps
 

@@ -110,6 +110,39 @@ def test_two_threads_of_one_process_have_a_lane_each() -> None:
     assert (4866, 4999) in lanes
 
 
+@pytest.mark.parametrize(
+    ("opener", "threads", "connects"),
+    [
+        pytest.param(4866, [4866, 4871, 4999], 4866, id="a third one opened it"),
+        pytest.param(4871, [4871, 4999], 4871, id="one of the two opened it"),
+        pytest.param(None, [None, 4871, 4999], None, id="it isn't known which opened it"),
+    ],
+)
+def test_the_thread_that_opened_the_connection_is_none_of_those_that_use_it(
+    opener: int | None, threads: list[int | None], connects: int | None
+) -> None:
+    shared = fault(replace(OVERLAP, kind=Kind.SHARED_BY_THREADS, intruder=Sender(4866, 4999)))
+    used = tuple(one for one in shared.culprits if one.role is not Role.OWNER)
+    owner = next(one for one in shared.culprits if one.role is Role.OWNER)
+    sequence = sequence_of(replace(shared, culprits=(*used, replace(owner, pid=4866, tid=opener)), story=()))
+    lanes = [lane for lane in sequence.lanes if lane.pid == 4866]
+    assert [lane.tid for lane in lanes] == threads
+    [opened] = [step for step in sequence.steps if step.what is What.OPENED]
+    assert opened.source is not None
+    assert sequence.lanes[opened.source].tid == connects
+    assert [lane.tid for lane in lanes if Role.OWNER in lane.roles] == [connects]
+
+
+@pytest.mark.parametrize("thread", [4864, 4999], ids=["its main thread", "another one"])
+def test_a_process_forks_and_it_is_not_known_which_of_its_threads(thread: int) -> None:
+    sent = replace(request(1, 11), pid=4864, tid=thread)
+    sequence = sequence_of(fault(story=FORKED, requests=(sent, request(2, 0.5))))
+    [first, _] = [step for step in sequence.steps if step.what is What.INHERITED]
+    who = sequence.sentence(first).partition(" forks ")[0]
+    assert who.startswith("pid 4864 (puma")
+    assert "thread" not in who
+
+
 def test_where_the_order_of_answers_is_not_known_none_is_drawn() -> None:
     """An older record says only what had become of each request by the time of the fault."""
     old = (request(1, 3, at_rest=None), request(2, 2, RequestState.FAILED, at_rest=None))
