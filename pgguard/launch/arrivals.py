@@ -93,6 +93,16 @@ class Arrivals:
                 await trio.lowlevel.wait_readable(self._fd)
         return self._came.popleft()
 
+    def forget(self, number: int) -> None:
+        """Drop those of a number that have come so far, as the kernel makes one of those that come at once: signal(7).
+
+        Real-time signals, which it keeps apart, stay.
+        """
+        if number < signal.SIGRTMIN:
+            while self._read():
+                pass
+            self._came = deque(arrival for arrival in self._came if arrival.number != number)
+
     def forget_stops(self) -> None:
         """Drop those that a process is stopped by, as the kernel does when it is continued: signal(7), "SIGCONT"."""
         self._came = deque(arrival for arrival in self._came if arrival.number not in STOPS)

@@ -215,6 +215,7 @@ class Launcher:
         if arrival.is_sent and arrival.pid == child.pid:
             return  # it is for whoever has started it, and not for itself
         if await self._is_for_the_group(arrival) and child.is_in_our_group:
+            self._arrivals.forget(arrival.number)  # the companion has got just one of them, and forgotten it
             return
         child.send(arrival.number)
 

@@ -303,6 +303,37 @@ def test_a_signal_reaches_the_command_once_whether_the_guard_was_meant_or_the_gr
         assert guarded.said_nothing_else() == ""
 
 
+def test_signals_that_the_group_gets_in_quick_succession_reach_the_command_once_each(tmp_path: Path) -> None:
+    """As when a service is ended (SIGTERM, SIGCONT), or a terminal is closed (SIGHUP, SIGCONT)."""
+    numbers = [signal.SIGTERM, signal.SIGCONT, signal.SIGHUP, signal.SIGUSR1]
+    all_numbers = [str(int(number)) for number in (*numbers, signal.SIGUSR2)]
+    with behind(sys.executable, "-c", COUNTS, *all_numbers, cwd=tmp_path) as guarded:
+        guarded.wait_for("ready\n")
+        for _ in range(3):
+            for number in numbers:
+                os.killpg(guarded.process.pid, number)
+            came = sorted(guarded.wait_for(r"^SIG\w+\n")[0].strip() for _ in numbers)
+            assert came == sorted(number.name for number in numbers)
+            # What is sent to the guard alone shows that it has dealt with those before.
+            guarded.process.send_signal(signal.SIGUSR2)
+            guarded.wait_for("^SIGUSR2\n")
+        assert guarded.said_nothing_else() == ""
+
+
+def test_a_signal_that_the_group_gets_twice_at_once_does_not_reach_the_command_three_times(tmp_path: Path) -> None:
+    numbers = [str(int(number)) for number in (signal.SIGINT, signal.SIGUSR2)]
+    with behind(sys.executable, "-c", COUNTS, *numbers, cwd=tmp_path) as guarded:
+        guarded.wait_for("ready\n")
+        for _ in range(20):
+            os.killpg(guarded.process.pid, signal.SIGINT)
+            time.sleep(0.001)  # so that it mostly comes twice, and not once
+            os.killpg(guarded.process.pid, signal.SIGINT)
+            guarded.wait_for(r"^SIGINT\n")
+            guarded.process.send_signal(signal.SIGUSR2)
+            assert guarded.wait_for(r"^(SIGINT\n)?SIGUSR2\n")
+        assert guarded.said_nothing_else() == ""
+
+
 def test_what_the_command_sends_to_whoever_started_it_does_not_come_back(tmp_path: Path) -> None:
     code = COUNTS.replace("while True", "os.kill(os.getppid(), signal.SIGUSR1)\nwhile True")
     with behind(
