@@ -393,8 +393,13 @@ class GuardedRun:
         """Tell what there is left to be told."""
         if not self._guard.is_ours:
             return
+        interrupted = self._now.test
         self._settle(_AFTER, do="end")
         self._report_late()
+        if interrupted is not None and not interrupted.is_over:
+            found = _gravest_first(interrupted.sightings)
+            self._note(interrupted, found)
+            self.account.loose += [(f"{interrupted.nodeid} was interrupted:", one.told["report"]) for one in found]
         if self._unjudged:
             often = "once" if self._unjudged == 1 else f"{self._unjudged} times"
             self.account.said.append(f"not everything had been judged within {DEADLINE:g} s of a test's end, {often}")

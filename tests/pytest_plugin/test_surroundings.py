@@ -174,6 +174,30 @@ def test_what_belongs_to_no_test_fails_the_run_and_none_of_them(pytester: pytest
     assert len({one["run"] for one in recorded}) == 2
 
 
+def test_what_a_test_has_done_that_is_interrupted_is_told_at_the_end(pytester: pytest.Pytester, run: Run) -> None:
+    pytester.makepyfile(
+        misdeeds=MISDEEDS,
+        test_interrupted="""
+        from misdeeds import *
+
+
+        def test_is_interrupted():
+            share_with_child()
+            raise KeyboardInterrupt
+        """,
+    )
+    result = run("--pgguard")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(
+        [
+            "ERROR shared-by-processes, once: *",
+            "    test_interrupted.py::test_is_interrupted",
+            "test_interrupted.py::test_is_interrupted was interrupted:",
+            "pgguard: ERROR: shared-by-processes: two processes use one connection",
+        ]
+    )
+
+
 def test_what_the_guard_of_a_worker_has_found_is_told_though_that_has_crashed(
     pytester: pytest.Pytester, run: Run
 ) -> None:
