@@ -86,7 +86,8 @@ def watch() -> None:
 def _text(raw: io.FileIO, before: object, errors: str) -> io.TextIOWrapper:
     if not isinstance(before, io.TextIOWrapper):  # it is None where the stream was closed
         return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", errors, line_buffering=True)
-    errors = errors if before.errors == "strict" else before.errors or errors
+    # In the locale C Python only has an answer for what was no text when it was read.
+    errors = errors if before.errors in ("strict", "surrogateescape") else before.errors or errors
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         before.encoding,

@@ -19,8 +19,12 @@ from typing import IO, TYPE_CHECKING, Final
 import pytest
 import trio
 
+from pgguard.attribution.evidence import Evidence
 from pgguard.cli.statuses import CANNOT, DONE, MISSING
 from pgguard.cli.streams import _Errors, _Output
+from pgguard.faults.fault import Chapter, Event
+from pgguard.reporting.jsonl import encode
+from tests.faults.samples import NOW, fault
 from tests.proxy.conftest import backend, until
 from tests.proxy.fake_backend import converse
 from tests.proxy.messages import COLUMNS, Client
@@ -139,6 +143,9 @@ def test_sizes_that_are_no_sizes_and_terminals_with_few_letters(tmp_path: Path) 
     cases = [Case(commands[n % len(commands)], variables=variables) for n, variables in enumerate(odd)]
     cases.append(Case("doctor", variables={**SIZES[3], **ENCODINGS[0]}))
     cases.append(Case("explain ħ", variables=ENCODINGS[1], status=CANNOT, says=None))
+    inherited = Chapter(Event.INHERITED, NOW, 4866, 4864, Evidence.SOCKET_HOLDER)
+    (tmp_path / "faults.jsonl").write_bytes(encode(fault(story=(inherited,))))
+    cases += [Case("report faults.jsonl", variables=variables) for variables in ENCODINGS]
     check(cases, tmp_path)
 
 
