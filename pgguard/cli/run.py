@@ -61,6 +61,7 @@ _WAYS_OUT: Final = (
     "pgguard: or let it listen in a directory, by --listen unix:DIR, and name that to the command in place of the host",
 )
 _RUBY_TOLD: Final = "Ruby programs of the command were told to load"
+_NO_USER: Final = "user is not used by pgguard run: the guard is the command's parent, and stays the user that it is"
 _LONGEST: Final = 1e9
 """Seconds for which the guard may be told to go on, at most."""
 
@@ -120,7 +121,7 @@ def run(given: dict[str, Any], config: Path | None, wishes: Wishes) -> int:
         if not wishes.quiet:
             starting.enter_context(progress("pgguard: starting", moving=False))
         directory = stack.enter_context(private_directory())
-        settings = located(_settings(given, config), directory)
+        settings = located(load_settings(given, config), directory)
         wishes.outputs.check(("--faults", settings.faults))
         ruby = _ruby_pipes(settings, wishes)
         telling = _Telling(settings, wishes, directory, starting, ruby)
@@ -155,12 +156,6 @@ def run(given: dict[str, Any], config: Path | None, wishes: Wishes) -> int:
 def _not_started(error: NotStarted) -> int:
     print(printable(f"pgguard: {error}"), file=sys.stderr)  # noqa: T201 - the one line that a user gets
     return error.status
-
-
-def _settings(given: dict[str, Any], config: Path | None) -> Settings:
-    settings = load_settings(given, config)
-    # The guard is the command's parent, and stays the user that it is.
-    return settings.model_copy(update={"user": ""}) if settings.user else settings
 
 
 def _ruby_pipes(settings: Settings, wishes: Wishes) -> RubyPipes | None:
@@ -210,6 +205,7 @@ class _Telling:
     def __init__(
         self, settings: Settings, wishes: Wishes, directory: Path, starting: ExitStack, ruby: RubyPipes | None
     ) -> None:
+        self._user = settings.user
         self._wishes = wishes
         self._ruby = ruby
         self._directory = directory
@@ -241,7 +237,8 @@ class _Telling:
         self._starting.close()
         if self._wishes.quiet:
             return rewritten.environment
-        for warning in (*guard.warnings, *mistyped_variables(), *rewritten.remarks):
+        ignored = [_NO_USER] if self._user else []
+        for warning in (*guard.warnings, *ignored, *mistyped_variables(), *rewritten.remarks):
             logger.warning("%s", warning)
         if (lacking := lacking_evidence(guard.missing)) is not None:
             logger.warning("%s", lacking)

@@ -172,6 +172,13 @@ def test_a_page_says_that_nobody_came(tmp_path: Path) -> None:
     assert "secret" not in page
 
 
+def test_a_user_in_the_configuration_file_is_said_to_be_none_of_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "pgguard.toml").write_text('user = "nobody"')
+    done = run("id", "-un", cwd=tmp_path)
+    assert done.stdout != "nobody\n"
+    assert "pgguard: user is not used by pgguard run" in done.stderr
+
+
 def test_quiet_leaves_the_summary(tmp_path: Path) -> None:
     done = run("sh", "-c", "echo err >&2", cwd=tmp_path, options=["--quiet"])
     assert done.stderr.startswith("err\npgguard: no connection came through the guard on ")
