@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from pgguard.launch.child import NOT_EXECUTABLE, NOT_FOUND
+from pgguard.launch.statuses import NOT_EXECUTABLE, NOT_FOUND
 
 DONE: Final = 0
 MISSING: Final = 1

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.launch.arrivals import STOPS
+from pgguard.launch.statuses import NOT_EXECUTABLE, NOT_FOUND
 from pgguard.proxy.scheduling import ordinary_slices
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
     from pgguard.launch.inheritance import Inheritance
 
-NOT_FOUND: Final = 127
-NOT_EXECUTABLE: Final = 126
-"""Exit statuses for a command that can't be run: "Exit Status for Commands" in POSIX's Shell Command Language."""
 _SHELL: Final = "/bin/sh"
 _CHANGED_BY_PYTHON: Final = (signal.SIGPIPE, signal.SIGXFSZ)
 """Signals that Python ignores for itself, and a program expects not to be."""

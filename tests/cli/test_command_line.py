@@ -49,6 +49,12 @@ def helps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
+def test_what_runs_a_guard_is_loaded_only_by_what_runs_one() -> None:
+    """Each press of the tab key starts a process that reads the command line and nothing else."""
+    code = "import sys, pgguard.cli.main; sys.exit('trio' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("command", ["", "serve"])
 def test_a_short_option_for_help(command: str, helps: dict[str, str], tmp_path: Path) -> None:
     done = run(*command.split(), "-h", cwd=tmp_path, variables={"COLUMNS": "80"})
