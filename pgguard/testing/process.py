@@ -36,7 +36,7 @@ from pgguard.reporting.record import to_record
 from pgguard.reporting.sinks import Fanout, SinkError
 from pgguard.running import running_guard
 from pgguard.testing.stretches import Stretches
-from pgguard.testing.wire import Answer, Happened, LeftOver, Question, Told, encode
+from pgguard.testing.wire import Answer, Happened, Leaving, LeftOver, Question, Told, encode
 
 if TYPE_CHECKING:
     from pgguard.faults.docket import Occurrence
@@ -222,15 +222,18 @@ class Attendant:
             for guard in self._guards:
                 guard.begin_anew()
             self._gathering.is_stale = False
-        sessions = sum(guard.sessions for guard in self._guards)
-        return Answer(judged=judged, happened=happened, faults=faults, sessions=sessions)
+        return Answer(judged=judged, happened=happened, faults=faults, sessions=self._sessions)
+
+    @property
+    def _sessions(self) -> int:
+        return sum(guard.sessions for guard in self._guards)
 
     async def leave(self, path: Path) -> None:
         """Write down what can't be told any more, as the tests' process has ended without a word."""
         if not self._has_ended:
             await self._settle({"seconds": _LAST})
             draft = path.with_suffix(".draft")
-            draft.write_text(json.dumps(self._gathering.left_over()))
+            draft.write_text(json.dumps(Leaving(faults=self._gathering.left_over(), sessions=self._sessions)))
             draft.rename(path)
 
     def _leave_open(self) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pgguard.testing.apart import GuardApart
-    from pgguard.testing.wire import Answer, Happened, LeftOver, Question, Told
+    from pgguard.testing.wire import Answer, Happened, Leaving, Question, Told
 
 DEADLINE: Final = 5.0
 """Seconds for the guard to have judged everything when a phase is over. What it finds later on is told later on."""
@@ -464,11 +464,12 @@ class Controller:
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(_PAUSE)
         try:
-            left: list[LeftOver] = json.loads(path.read_text())
+            left: Leaving = json.loads(path.read_text())
         except (OSError, ValueError):
             self.account.failures.append(f"{name} has crashed, and with it what its guard had found of its last test")
             return
-        for one in left:
+        self.account.sessions += left["sessions"]
+        for one in left["faults"]:
             self.account.note(one["told"], one["where"], one["times"])
             self.account.loose.append((f"{name} has crashed; {one['where']}:", one["told"]["report"]))
 

@@ -60,12 +60,20 @@ class Told(TypedDict):
 
 
 class LeftOver(TypedDict):
-    """What couldn't be told the tests any more."""
+    """A fault that the tests couldn't be told of any more."""
 
     where: str
     """The name of the stretch that it belongs to."""
     told: Told
     times: int
+
+
+class Leaving(TypedDict):
+    """What a guard leaves behind whose tests' process has ended without a word."""
+
+    faults: list[LeftOver]
+    sessions: int
+    """How many clients had connected."""
 
 
 class Answer(TypedDict, total=False):
