@@ -283,8 +283,30 @@ def behind(*command: str, cwd: Path, options: Sequence[str] = ()) -> Iterator[Be
         try:
             yield Behind(process, process.stdout.fileno())
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            end_session(process.pid)
+
+
+def end_session(leader: int) -> None:
+    """End what runs in a session: commands at once, so that their guards can put their things in order."""
+    deadline = time.monotonic() + SECONDS / 3
+    while running := [pid for pid in processes() if is_of(pid, leader)]:
+        patient = time.monotonic() < deadline
+        for pid in running:
+            with suppress(OSError):
+                if not patient or b"-m\0pgguard" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def processes() -> Iterator[int]:
+    return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+
+
+def is_of(pid: int, leader: int) -> bool:
+    """Whether a process that hasn't ended is of a session."""
+    with suppress(OSError):
+        return os.getsid(pid) == leader and state(pid) not in "ZX"
+    return False
 
 
 PASSED_ON = [
@@ -493,9 +515,9 @@ class Terminal:
         return found
 
     def close(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(SECONDS)
+        """End everything that runs on it, whatever group it is in."""
+        end_session(self.process.pid)
+        self.process.wait(SECONDS)
         os.close(self._fd)
 
 
@@ -622,5 +644,5 @@ def test_a_terminal_that_is_closed_ends_it(tmp_path: Path) -> None:
         time.sleep(0.02)
     time.sleep(0.1)
     assert (tmp_path / "came").read_text() == "SIGHUP\n"
-    os.killpg(terminal.process.pid, signal.SIGKILL)
+    end_session(terminal.process.pid)
     terminal.process.wait(SECONDS)
