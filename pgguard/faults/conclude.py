@@ -136,7 +136,16 @@ def _spare_the_opener(verdict: Verdict, opener: int | None) -> Verdict:
     rest = tuple(sender for sender in verdict.requesters if sender != other)
     requesters = rest if intruder is None else (intruder, *rest)
     sender = None if verdict.message is None else intruder
-    return replace(verdict, intruder=other, requesters=requesters, sender=sender)
+    since = verdict.since if sender is None else _last_use(other, verdict)
+    return replace(verdict, intruder=other, requesters=requesters, sender=sender, since=since)
+
+
+def _last_use(sender: Sender | None, verdict: Verdict) -> float | None:
+    """When another process used the connection, which the opener's message has only shown."""
+    if sender is None:
+        return None
+    sent = [one.at for one in verdict.requests if one.sender is not None and one.sender.pid == sender.pid]
+    return max(sent, default=None)
 
 
 def _latest(senders: Sequence[Sender], verdict: Verdict) -> Sender | None:

@@ -18,6 +18,7 @@ from tests.faults.samples import (
     FACTS,
     KERNEL,
     MASTER,
+    NOW,
     OUTSTANDING,
     OVERLAP,
     QUERY,
@@ -488,3 +489,17 @@ class TestTheOpener:
     def test_whose_threads_wait_at_once_is_judged_by_its_threads(self) -> None:
         at_once = verdict(Kind.SHARED_BY_THREADS, AT_ONCE, intruder=self.OPENS, requesters=(Sender(4864, 9),))
         assert conclude(at_once, self.KNOWN) == at_once
+
+
+def test_what_the_openers_message_shows_was_done_when_the_other_process_used_the_connection() -> None:
+    opener = Sender(4864, 4864)
+    asked = (
+        replace(OUTSTANDING, n=39, at=NOW - 9, state=RequestState.ANSWERED),
+        replace(OUTSTANDING, n=40, at=NOW - 5, state=RequestState.ANSWERED),
+        replace(OUTSTANDING, n=41, at=NOW - 4, sender=opener, state=RequestState.ANSWERED),
+    )
+    by_opener = replace(OVERLAP, intruder=opener, requesters=(Sender(4866, 4871),), requests=asked)
+    assert concluded(by_opener, KERNEL).since == NOW - 5
+    # So long ago that it isn't known any more when; and what it is the intruder's own message that shows.
+    assert concluded(replace(by_opener, requests=asked[2:]), KERNEL).since is None
+    assert concluded(replace(OVERLAP, requests=asked), KERNEL).since is None

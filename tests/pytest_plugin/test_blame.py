@@ -174,6 +174,41 @@ def test_each_fault_fails_its_own_test(pytester: pytest.Pytester, run: Run, work
     assert "Intruder: pid" in properties["test_shares_with_a_child"][0]
 
 
+def test_the_next_test_is_not_blamed_for_what_it_shows(pytester: pytest.Pytester, run: Run) -> None:
+    pytester.makepyfile(
+        misdeeds=MISDEEDS,
+        test_turns="""
+        import pytest
+        from misdeeds import *
+
+
+        @pytest.fixture(scope="session")
+        def connection():
+            with connect() as connection:
+                yield connection
+
+
+        def test_opens_it(connection):
+            connection.execute("select 1")
+
+
+        def test_uses_it_in_a_child(connection):
+            in_child(lambda: connection.execute("select 'child'"))
+
+
+        def test_uses_it_then(connection):
+            connection.execute("select 2")
+
+
+        def test_uses_it_again(connection):
+            connection.execute("select 3")
+        """,
+    )
+    result = run("--pgguard")
+    result.assert_outcomes(passed=4, errors=1)
+    result.stdout.fnmatch_lines(["ERROR test_turns.py::test_uses_it_in_a_child*"])
+
+
 def test_what_children_have_is_the_test_s_that_has_left_it_to_them(pytester: pytest.Pytester, run: Run) -> None:
     pytester.makepyfile(
         misdeeds=MISDEEDS,
