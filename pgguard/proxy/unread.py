@@ -488,7 +488,8 @@ class UnreadWatch:
         if leftover is not None and leftover.requests == tracker.requests:
             since = f" for {trio.current_time() - leftover.since:.1f} s"
         reason = f"on top of {unread.size} bytes of the last answer, which lay unread{since}"
-        return tracker.judge_unread(reason, sender=session.client.sender, pending=pending, libpq=None)
+        # Whoever has left it unread did that, and not whoever comes upon it.
+        return session.dated(tracker.judge_unread(reason, sender=session.client.sender, pending=pending, libpq=None))
 
 
 def _unread_at(unread: tuple[int, int] | None, session: ProxiedSession, tracker: Tracker) -> Unread:

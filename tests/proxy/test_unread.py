@@ -516,6 +516,19 @@ def test_another_process_that_sends_is_told_as_one_that_shares_the_connection(
         assert unread.UnreadWatch(5.0).is_suspect(session, ord("Q")) is suspect
 
 
+async def test_a_request_on_top_of_an_answer_is_about_the_time_when_that_was_left(stage: Stage) -> None:
+    session = stage.session()
+    tracker = session.tracker
+    assert tracker is not None
+    for at, asked in ((5.0, FIRST), (7.0, PARSE)):
+        data = bytearray(asked)
+        tracker.frontend(data, 0, len(data), Sender(7, 7), at)
+        answer = bytearray(ANSWERS[asked])
+        tracker.backend(answer, 0, len(answer))
+    verdict = unread.UnreadWatch(5.0).sent_on_top(session, tracker, unread.Unread(10), FIRST)
+    assert verdict.since == 7.0
+
+
 # How time is counted, in trio's own
 
 
