@@ -491,7 +491,7 @@ class _Drawing:
             text = "pgguard has dropped the message, and the session goes on"
             self._steps.append(Step(What.OUTCOME, None, self._guard, sharers, text))
         elif fault.kind in _SHARED and due and len(sharers) > 1 and message is not None:
-            text = "from here on whoever reads first gets the next answer, whosever it is"
+            text = "from here on, whoever reads first gets the next answer, no matter whose it is"
             self._steps.append(Step(What.REMARK, None, None, sharers, text))
         if fault.over and fault.action is not Action.REJECTED:
             self._steps.append(Step(What.OUTCOME, None, None, sharers, "the session has ended with this"))

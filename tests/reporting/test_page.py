@@ -25,14 +25,16 @@ import pytest
 from pgguard.attribution.evidence import Evidence
 from pgguard.cli.outputs import Outputs
 from pgguard.faults.catalogue import CATALOGUE, Severity
-from pgguard.faults.fault import Spread
+from pgguard.faults.fault import Chapter, Event, Spread
 from pgguard.faults.policy import Action
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.reporting import page
 from pgguard.reporting.jsonl import encode
 from pgguard.reporting.page import html_report, style_sheet
+from pgguard.reporting.page.drawing import draw
 from pgguard.reporting.page.explanations import CONSEQUENCES, EVIDENCE, MESSAGES
 from pgguard.reporting.recorded import Gatherer, Recording, read_recording
+from pgguard.reporting.sequence import sequence_of
 from pgguard.session.verdicts import Kind
 from pgguard.wire.messages import BACKEND, FRONTEND
 from tests.faults.samples import NOW, TERMINATE, fault, verdict
@@ -159,6 +161,14 @@ class TestContents:
         [offence] = [one for one in find(card, "line") if one.get("class") == "arrow offence"]
         boxes = {text_of(one): float(one.get("x") or 0) for one in find(card, "text") if one.get("class") == "name"}
         assert float(offence.get("x2") or 0) == boxes["pgguard" if stopped else "PostgreSQL"]
+
+    def test_nothing_of_the_pages_own_is_cut_off_where_lanes_are_narrow(self) -> None:
+        heirs = [Chapter(Event.INHERITED, NOW - 5, 5000 + n, 4864, Evidence.SOCKET_HOLDER) for n in range(9)]
+        drawn = draw(sequence_of(fault(story=(FORKED[0], *heirs))))
+        texts = [*(" ".join(box.lines) for box in drawn.boxes), *(label.text for label in drawn.labels)]
+        assert "6 other processes" in texts
+        assert "inherits the open connection" in texts
+        assert not [label.text for label in drawn.labels if "…" in label.text]
 
     def test_the_timeline_shows_one_session_in_the_rows_of_all_who_had_it(self) -> None:
         drawings = find(parsed(html_report(recording(SHARED))), "svg")

@@ -73,7 +73,7 @@ def test_the_story_of_a_shared_connection_in_order() -> None:
         "… 0.5 s",
         "4866>PostgreSQL: sends request 3: Query",
         "4867>PostgreSQL: sends Query !",
-        ">4866,4867: from here on whoever reads first gets the next answer, whosever it is",
+        ">4866,4867: from here on, whoever reads first gets the next answer, no matter whose it is",
     ]
 
 

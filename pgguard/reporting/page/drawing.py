@@ -183,7 +183,10 @@ class _Drawer:
         room = self._lane - 24
         for n, lane in enumerate(self._sequence.lanes):
             program = [fitting(lane.program, room)] if lane.thread else _in_lines(lane.program, room, 2)
-            lines = [fitting(lane.name, room - 14), *program, *([fitting(lane.thread, room)] if lane.thread else [])]
+            # How many others there are has no program below it.
+            name = [fitting(lane.name, room - 14)] if lane.program else _in_lines(lane.name, room - 14, 2)
+            thread = [fitting(lane.thread, room)] if lane.thread else []
+            lines = [*name, *filter(None, program), *thread]
             role = next((_ROLES[one] for one in _ROLES if one in lane.roles), "")
             if self._sequence.refused and role:
                 role = "asked for it"
@@ -219,7 +222,7 @@ class _Drawer:
         self._labels.append(Label((left + right) / 2, self._y + 12, "fork", "middle", "label"))
         y = self._y + 20
         self._arrows.append(Arrow(y, source, target, "fork", "right" if target > source else "left", None, ()))
-        text = fitting(step.text, max(self._lane * 1.4, right - left))
+        text = fitting(step.text, max(self._lane * 2, right - left))
         self._labels.append(Label((left + right) / 2, y + 15, text, "middle", "small"))
         self._time(time, y + 4, offending=False)
         self._y += 48
