@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pgguard.faults.fault import Event, Role
+from pgguard.faults.fault import Chapter, Event, Role
 from pgguard.faults.policy import Action
 from pgguard.faults.text import counted, listed, process_label, shorten
 from pgguard.session.verdicts import OUTSTANDING, Direction, Kind, Party, RequestState
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pgguard.attribution.evidence import Process
-    from pgguard.faults.fault import Chapter, Culprit, Fault, Request
+    from pgguard.faults.fault import Culprit, Fault, Request
 
 LANES: Final = 6
 """Processes and threads that get a lane of their own, at most."""
@@ -220,6 +220,7 @@ class _Drawing:
         self._owner = next((one.pid for one in fault.culprits if one.role is Role.OWNER), None)
         if self._owner is None:
             self._owner = next((one.pid for one in fault.story if one.event is Event.OPENED), None)
+        self._story = (*fault.story, *self._heirs())
         self._lanes: list[Lane] = []
         self._by_thread: dict[tuple[int | None, int | None], int] = {}
         self._others: int | None = None
@@ -235,6 +236,17 @@ class _Drawing:
         began = min((step.at for step in steps if step.at is not None), default=self._fault.at)
         refused = self._fault.kind is Kind.CONNECTION_EXHAUSTION
         return Sequence(tuple(self._lanes), tuple(_fold(steps)), began, tuple(self._remarks()), refused)
+
+    def _heirs(self) -> Iterator[Chapter]:
+        """Who has inherited the connection, and let go of it before anybody looked who had it: it has used it."""
+        known = {chapter.pid for chapter in self._fault.story} | {self._owner}
+        had_it = known | self._culprits.keys()
+        for pid, people in self._culprits.items():
+            process = next((one.process for one in people if one.process is not None), None)
+            if pid in known or process is None or process.ppid not in had_it:
+                continue
+            if process.started_at >= self._fault.session.opened_at - TICK:
+                yield Chapter(Event.INHERITED, process.started_at, pid, process.ppid, people[0].evidence)
 
     # Lanes
 
@@ -279,7 +291,7 @@ class _Drawing:
                     found[culprit.pid, None] = None
             elif culprit.tid is not None or culprit.pid not in acting:
                 found[culprit.pid, culprit.tid] = None
-        for chapter in self._fault.story:
+        for chapter in self._story:
             if chapter.pid not in {pid for pid, _ in found}:
                 found[chapter.pid, None] = None
         known = {pid for pid, tid in found if tid is not None}
@@ -291,7 +303,7 @@ class _Drawing:
     def _others_of(self, known: set[int], shown: list[tuple[int, int | None]]) -> Iterator[tuple[int, int | None]]:
         """Who opened the connection, or forked, in processes of which threads are shown: often it is none of those."""
         openers = {(one.pid, one.tid) for one in self._fault.culprits if one.role is Role.OWNER}
-        forked = {(one.parent, None) for one in self._fault.story if one.event is Event.INHERITED}
+        forked = {(one.parent, None) for one in self._story if one.event is Event.INHERITED}
         for pid, tid in sorted(openers | forked, key=str):
             # A process whose main thread alone is shown is meant by that.
             is_meant = tid is None and {one for one in shown if one[0] == pid} == {(pid, pid)}
@@ -372,7 +384,7 @@ class _Drawing:
             self._since[self._owner] = opened_at
         events.append((opened_at, 0, 0, None, Step(What.OPENED, opened_at, opener, (self._server,), "connects")))
         untimed: list[Step] = []
-        for n, chapter in enumerate(fault.story):
+        for n, chapter in enumerate(self._story):
             if chapter.event is Event.OPENED or chapter.event is Event.LEFT:
                 continue
             lanes = self._all_of(chapter.pid)
@@ -457,7 +469,7 @@ class _Drawing:
 
     def _tell_the_end(self) -> None:
         fault = self._fault
-        for chapter in fault.story:
+        for chapter in self._story:
             if chapter.event is Event.LEFT:
                 lanes = self._all_of(chapter.pid)
                 self._steps.append(Step(What.LEFT, chapter.at, None, lanes, "has let go of the connection by now"))

@@ -77,15 +77,34 @@ def test_the_story_of_a_shared_connection_in_order() -> None:
     ]
 
 
+def test_who_has_used_it_and_let_go_of_it_had_inherited_it_too() -> None:
+    """Nobody had looked who has it while it did."""
+    assert told(fault(story=FORKED[:2]))[:4] == [
+        "4864>PostgreSQL: connects",
+        "… 3.5 s",
+        "4864>4866: inherits the open connection",
+        "… 1.0 s",
+    ]
+    assert "4864>4867: inherits the open connection" in told(fault(story=FORKED[:2]))
+    # One that is older than the connection has it by another way, and so may one whose parent never had it.
+    for changes in ({"started_at": NOW - 20}, {"ppid": 1}):
+        one = fault(story=FORKED[:2])
+        others = [
+            replace(who, process=replace(who.process, **changes)) if who.pid == 4867 and who.process else who
+            for who in one.culprits
+        ]
+        assert "4864>4867: inherits the open connection" not in told(replace(one, culprits=tuple(others)))
+
+
 def test_when_a_process_was_forked_is_known_to_a_tick_of_the_clock_only() -> None:
     """It began in that tick, and had before it sent anything."""
     early = Chapter(Event.INHERITED, NOW - 1.0, 4866, 4864, Evidence.SOCKET_HOLDER)
     requests = (request(1, 0.997), request(2, 0.9))
     steps = sequence_of(fault(story=(FORKED[0], early), requests=requests)).steps
-    [fork] = [step for step in steps if step.what is What.INHERITED]
+    [_, fork] = [step for step in steps if step.what is What.INHERITED]
     assert (fork.at, fork.roughly) == (NOW - 0.997, True)
     late = sequence_of(fault(story=(FORKED[0], early), requests=requests[1:]))
-    [fork] = [step for step in late.steps if step.what is What.INHERITED]
+    [_, fork] = [step for step in late.steps if step.what is What.INHERITED]
     assert fork.at == pytest.approx(NOW - 0.98)
     assert late.time(fork).startswith("by +")
     assert any("up to 20.0 ms before" in sentence for sentence in late.unknown)
