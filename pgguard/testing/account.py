@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from pgguard.testing.wire import Told
 
@@ -47,6 +47,10 @@ class Account:
     """What the guards have logged."""
     failures: list[str] = field(default_factory=list)
     """Why a guard hasn't seen everything: sentences."""
+
+    def hear(self, lines: Iterable[str]) -> None:
+        """Take note of what a guard has logged, with the name that its option has here."""
+        self.said += [line.removeprefix("pgguard: ").replace("--upstream", "--pgguard-upstream") for line in lines]
 
     def note(self, told: Told, where: str, times: int) -> None:
         """Take note of a fault that has come so often."""

@@ -142,7 +142,7 @@ class GuardedRun:
         """How often not everything had been judged in time."""
         self.account = account.Account()
         if front is not None:
-            self.account.said += front.get("said", [])
+            self.account.hear(front.get("said", []))
 
     # Asking the guard
 
@@ -154,7 +154,7 @@ class GuardedRun:
             if self._guard.is_ours and str(error) not in self.account.failures:
                 self.account.failures.append(str(error))
             return None
-        self.account.said += answer.get("said", [])
+        self.account.hear(answer.get("said", []))
         if (problem := answer.get("error")) is not None:
             self.account.failures.append(problem)
         return answer
@@ -356,7 +356,7 @@ class GuardedRun:
         answer = self._guard.ask({**self._fronts_question, **url_of})
         if (error := answer.get("error")) is not None:
             raise ValueError(error.replace("--upstream", "front()"))
-        self.account.said += answer.get("said", [])
+        self.account.hear(answer.get("said", []))
         self._fronts[url] = answer
         return answer
 

@@ -302,6 +302,24 @@ def test_a_guard_that_is_lost_is_said_and_fails_the_run(pytester: pytest.Pyteste
     result.stdout.fnmatch_lines(["the guard's process (pid *) has ended by signal 9"])
 
 
+def test_what_the_guard_says_names_the_option_that_there_is(pytester: pytest.Pytester, run: Run) -> None:
+    pytester.makepyfile(
+        """
+        import os
+
+        import psycopg
+
+
+        def test_connects():
+            psycopg.connect(os.environ["DATABASE_URL"])
+        """
+    )
+    result = run("--pgguard", DATABASE_URL="postgresql://somebody@127.0.0.1:1/postgres")
+    result.assert_outcomes(failed=1)
+    says = "the guard says: PostgreSQL can't be reached at 127.0.0.1:1 (Connection refused), *: check "
+    result.stdout.fnmatch_lines([f"{says}that it is running there, and that --pgguard-upstream is right"])
+
+
 def test_who_isn_t_root_has_the_kernel_name_senders_over_a_unix_socket(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
