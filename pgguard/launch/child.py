@@ -7,6 +7,7 @@ and Ctrl-C, Ctrl-Z and a terminal that is closed reach it as if pgguard weren't 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import shutil
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
 
     from pgguard.launch.inheritance import Inheritance
 
+NOT_KNOWN: Final = 255
+"""Exit status for one that nobody was told."""
 _SHELL: Final = "/bin/sh"
 _CHANGED_BY_PYTHON: Final = (signal.SIGPIPE, signal.SIGXFSZ)
 """Signals that Python ignores for itself, and a program expects not to be."""
+
+logger = logging.getLogger(__name__)
 
 
 class NotStarted(Exception):
@@ -48,7 +53,8 @@ def look_for(name: str) -> None:
     Raises:
         NotStarted: It isn't, or it isn't a program.
     """
-    found = [Path(name)] if "/" in name else [Path(part, name) for part in os.get_exec_path()]
+    places = [""] if "/" in name else os.get_exec_path()
+    found = [Path(place, name) for place in places if name]
     there = [path for path in found if os.access(path, os.F_OK)]
     if not there:
         raise NotStarted(f"{name}: {os.strerror(errno.ENOENT)}", NOT_FOUND)
@@ -96,7 +102,13 @@ class Child:
     def look(self) -> Ended | None:
         """How it has ended; ``None`` while it runs. Until :meth:`forget` it goes on to be known to the kernel."""
         if self.ended is None:
-            found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            try:
+                found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                # It was forgotten as it ended, before _spawned() was over.
+                logger.error("%s has ended, and it isn't known with which exit status: SIGCHLD is ignored", self.name)  # noqa: TRY400 - nothing is wrong here
+                self.ended = Ended(NOT_KNOWN, None)
+                return self.ended
             if found is not None:
                 exited = found.si_code == os.CLD_EXITED
                 self.ended = Ended(
@@ -136,7 +148,8 @@ class Child:
     def forget(self) -> None:
         """Let the kernel forget it, when it has ended."""
         if self.look() is not None:
-            os.waitpid(self.pid, 0)
+            with suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
 
 
 def _spawned(command: Sequence[str], environment: Mapping[str, str], inheritance: Inheritance) -> int:

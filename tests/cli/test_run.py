@@ -140,6 +140,7 @@ def test_the_exit_status_is_the_commands_own(tmp_path: Path) -> None:
         (str(tmp_path),): 126,
         ("./nowhere",): 127,
         ("no-such-command",): 127,
+        ("",): 127,
     }
     done = {command: run(*command, cwd=tmp_path) for command in expected}
     assert {command: one.returncode for command, one in done.items()} == expected
@@ -471,6 +472,25 @@ pgguard.running.Guard.serve = fail
     assert (process.returncode, out) == (3, b"on\n")
     assert b"pgguard: the guard has failed: " in said
     assert b"sh goes on without it" in said
+
+
+def test_a_command_that_is_gone_before_its_end_could_be_seen_is_not_waited_for(tmp_path: Path) -> None:
+    """Where SIGCHLD is ignored, the kernel forgets at once how a process has ended that has one inherit this."""
+    code = """
+import os, signal, time, pgguard.launch.child as child
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+spawn = child._spawn
+def slowly(*arguments):
+    pid = spawn(*arguments)
+    while os.path.exists(f"/proc/{pid}"):
+        time.sleep(0.01)
+    return pid
+child._spawn = slowly
+"""
+    with program(code, *OPTIONS, "--upstream", NOWHERE, "--", "true", cwd=tmp_path) as process:
+        _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 255
+    assert b"true has ended, and it isn't known with which exit status" in said
 
 
 # On a terminal
