@@ -55,7 +55,7 @@ _READING: Final = 3600.0
 """Seconds for standard error to take what is printed in the end; a signal cuts it off."""
 _WAYS_OUT: Final = (
     (
-        "pgguard: if the command has the address from a file, for example: let the guard listen on that address, by "
+        "pgguard: if the command has the address from a file or its own arguments: let the guard listen on it, by "
         "--listen HOST:PORT, and say by --upstream where the server is"
     ),
     "pgguard: or let it listen in a directory, by --listen unix:DIR, and name that to the command in place of the host",

@@ -160,6 +160,7 @@ def test_what_it_prints_is_its_own_and_the_guard_speaks_before_and_afterwards(tm
         "pgguard: PostgreSQL can't be reached at 127.0.0.1:1 (Connection refused), so clients get an error" in said[1]
     )
     assert said[2].startswith("pgguard: no connection came through the guard on 127.0.0.1:")
+    assert "a file or its own arguments" in said[2]
     assert "--listen HOST:PORT" in said[2]
     assert "--listen unix:DIR" in said[2]
     assert "secret" not in done.stderr
