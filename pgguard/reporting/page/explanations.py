@@ -46,7 +46,7 @@ CONSEQUENCES: Final = {
     Kind.LEAKED_CONNECTION: (
         "The session takes one of the server's connections, and its locks if it has any, and nobody uses it."
     ),
-    Kind.CONNECTION_EXHAUSTION: "Nobody else can connect until one of the connections is closed.",
+    Kind.CONNECTION_EXHAUSTION: "More are refused until one of those is closed that count toward the limit.",
     Kind.SESSION_STATE_LOST: (
         "Prepared statements, settings, locks and temporary tables of this session can be gone at any moment."
     ),
