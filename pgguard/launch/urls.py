@@ -35,6 +35,7 @@ _NEXT: Final = re.compile(r"[\s,;|]+(?=(?:(?:jdbc|r2dbcs?):)?[a-z][\w.+-]*:(?://
 """What separates a URL from the next one in a list."""
 _STOP: Final = re.compile(r"[\s\"'`<>|\\]")
 _SPACE: Final = re.compile(r"\s")
+_MORE: Final = re.compile(r"\s[^&:/]*&[\w.-]+=\S*")
 _QUOTES: Final = "\"'`"
 _TRAILING: Final = ",;.)]}"
 _PLACE: Final = re.compile(r"(?:\[[^\[\]]*\]|[^:@\[\]\s&=]*)(?::\d*)?")
@@ -64,7 +65,8 @@ def _is_one(start: re.Match[str]) -> bool:
 def _end(text: str, start: re.Match[str]) -> int:
     """Where a URL ends: with what it is quoted in, before the next one of a list, or at a space.
 
-    One that the text begins with may have a space in its password, which then ends with an ``@``.
+    One that the text begins with may have a space in its password, which then ends with an ``@``, or in a parameter,
+    which another one follows then.
     """
     begin, known = start.span()
     quoted = text[begin - 1] if begin and text[begin - 1] in _QUOTES else None
@@ -82,7 +84,10 @@ def _end(text: str, start: re.Match[str]) -> int:
     space = _SPACE.search(text, known, limit)
     if space is not None and space.start() < at:
         space = _SPACE.search(text, at, limit)
-    return limit if space is None else space.start()
+    end = limit if space is None else space.start()
+    while "?" in text[known:end] and (more := _MORE.match(text, end, limit)) is not None:
+        end = more.end()
+    return end
 
 
 def _read(url: str, start: re.Match[str]) -> Connection | None:

@@ -157,6 +157,9 @@ PARAMETERS = [
         "sslmode=disable&gssEncMode=disable",
     ),
     ("r2dbc:postgresql", "sslMode=verify_full&sslRootCert=f", "sslMode=disable"),
+    # SQLAlchemy, for one, lets a value hold a space
+    ("postgresql+psycopg2", "options=-c a.b=c -d&sslmode=require&x=y z", "options=-c a.b=c -d&sslmode=disable&x=y z"),
+    ("postgresql", "x=y see http://db?a=b&sslmode=require", None),
 ]
 """By the URL's scheme, what becomes of parameters; ``None``: they are left byte for byte."""
 
