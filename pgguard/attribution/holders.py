@@ -387,11 +387,11 @@ class HolderWatch:
             new: their pids.
             clients: others that have connections, beside those that are known to.
         """
-        kin = {0, 1}.union(*map(_known_lineage, clients))
+        kin = {0, 1, os.getpid()}.union(*map(_known_lineage, clients))  # who runs a guard may have connections too
         with self._lock:
             kin.update(*self._clients.values(), *(one.lineage for one in self._unreadable.values()))
             seen = {pid: one for pid in new if (one := self._seen.get(pid)) is not None}
-            there = self._seen.keys() | {os.getpid()}
+            there = set(self._seen)
         for pid, one in seen.items():
             if one.parent is None:
                 one.parent = _parent(pid)
