@@ -310,10 +310,13 @@ def _advice(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...])
 def _clients_advice(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> Advice:
     """Where requests overlap and several processes have the socket open, it is they who are to be kept apart."""
     shared = verdict.kind is Kind.REQUEST_WHILE_BUSY and len(findings.holders or ()) > 1
+    known = [culprit for culprit in culprits if culprit.runtime is not None]
     # Those who hold the connections can give some back, rather than who was refused one.
-    described = sorted(culprits, key=lambda culprit: culprit.role is not Role.HOLDER) if verdict.refusal else culprits
+    holders = [culprit for culprit in known if culprit.role is Role.HOLDER] if verdict.refusal else []
     runtimes: dict[int, Runtime] = {
-        culprit.pid: culprit.runtime for culprit in described if culprit.pid is not None and culprit.runtime is not None
+        culprit.pid: culprit.runtime
+        for culprit in holders or known
+        if culprit.pid is not None and culprit.runtime is not None
     }
     if verdict.kind is Kind.UNCLEAN_CLOSE:
         return _advice_on_closing(verdict, findings, culprits, tuple(runtimes.values()))

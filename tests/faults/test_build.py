@@ -13,6 +13,7 @@ from pgguard.attribution.frames import Frame
 from pgguard.attribution.runtime import Language, Library, Runtime, Server
 from pgguard.attribution.stacks import Stacks
 from pgguard.attribution.threads import Waits
+from pgguard.faults.advice.exhaustion import advice_on_exhaustion
 from pgguard.faults.build import plain_fault
 from pgguard.faults.catalogue import CATALOGUE, SERVERS_ADVICE, SETTLED_ADVICE, Severity
 from pgguard.faults.conclude import AT_ONCE
@@ -673,6 +674,21 @@ def test_the_record_says_who_has_how_many_connections() -> None:
     assert record["connections"][0]["process"]["name"] == "ruby"
     assert record["connections"][1]["process"] is None
     assert to_record(fault(full, replace(ALONE, shares=())))["connections"] == []
+
+
+def test_advice_on_a_refusal_is_for_those_who_hold_the_connections() -> None:
+    """What runs in the process that was refused one says nothing about theirs."""
+    refused, holder = (
+        Runtime(Language.PYTHON, None, frozenset({Library.PSYCOPG, *more})) for more in ((Library.SQLALCHEMY,), ())
+    )
+    shares = (Share(WORKER_1, 9, idle_in_transaction=9, evidence=Evidence.SOLE_HOLDER),)
+    held = replace(ALONE, shares=shares, slots=Slots(9, 0, 9), runtimes={4864: refused, 4867: holder})
+    built = fault(FULL, held).advice
+    assert built == advice_on_exhaustion(Limit.SERVER, held.slots, (holder,))
+    assert built != advice_on_exhaustion(Limit.SERVER, held.slots, (refused,))
+    assert fault(FULL, replace(held, runtimes={4864: refused})).advice == advice_on_exhaustion(
+        Limit.SERVER, held.slots, (refused,)
+    )
 
 
 def test_the_record_names_a_process_in_a_container_by_both_its_pids() -> None:
