@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+collect_ignore = ["integration/programs"]
+"""What tests run, also as tests, but not of pgguard."""
+
 _INSTALLATIONS = installations()
 
 _WITH_THE_SYSTEM = ("soak", "integration", "pytest_plugin", "proxy", "attribution")

@@ -455,9 +455,8 @@ class Investigation:
         known = known_processes(findings)
         wanted: dict[int, dict[int, Sleep | None]] = {}
         for process, tids in self._named_threads():
-            wanted[process.pid] = dict.fromkeys(tids)
-            if not tids and self._witness.has_one_thread(process):
-                wanted[process.pid][process.pid] = None
+            is_alone = not tids and self._witness.has_one_thread(process)  # a first thread has its process's number
+            wanted[process.pid] = dict.fromkeys([process.pid] if is_alone else tids)
         seen = [one.sleep for one in findings.waiting]
         seen += [sleep for threads in findings.restless.values() for sleep in threads.values() if sleep is not None]
         seen += [*findings.sleeps.values(), *findings.only_threads.values()]

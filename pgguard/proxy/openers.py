@@ -73,7 +73,7 @@ many each time."""
 class _Looked:
     """What has been looked at."""
 
-    times: int = 0
+    occasions: int = 0
     """How many connections a process has opened; or how often a program has been looked at."""
     at: float = -math.inf
     """When that was last so, in seconds of time.monotonic()."""
@@ -138,10 +138,10 @@ class OpenerStacks:
         now = time.monotonic()
         seen = _recalled(self._processes, pid, _PROCESSES)
         if now - seen.at >= _FORGOTTEN_AFTER:
-            seen.times = 0
-        seen.times += 1
+            seen.occasions = 0
+        seen.occasions += 1
         seen.at = now
-        return seen.times & (seen.times - 1) == 0
+        return seen.occasions & (seen.occasions - 1) == 0
 
     def _is_worthwhile(self, session: ProxiedSession, opening: Opening) -> bool:
         opener = opening.opener
@@ -157,9 +157,9 @@ class OpenerStacks:
             return False
         now, name = time.monotonic(), program(opener.cmdline)
         looked = _recalled(self._programs, name, _PROGRAMS)
-        if looked.times >= _EACH and now - looked.at < _RARELY:
+        if looked.occasions >= _EACH and now - looked.at < _RARELY:
             return False
-        looked.times += 1
+        looked.occasions += 1
         looked.at = now
         return True
 
