@@ -387,11 +387,13 @@ class HolderWatch:
             new: their pids.
             clients: others that have connections, beside those that are known to.
         """
-        kin = {0, 1, os.getpid()}.union(*map(_known_lineage, clients))  # who runs a guard may have connections too
+        kin: set[int] = set()
         with self._lock:
             kin.update(*self._clients.values(), *(one.lineage for one in self._unreadable.values()))
             seen = {pid: one for pid in new if (one := self._seen.get(pid)) is not None}
             there = set(self._seen)
+        kin.update(*[_known_lineage(pid) for pid in clients if pid not in kin])
+        kin |= {0, 1, os.getpid()}  # who runs a guard may have connections too
         for pid, one in seen.items():
             if one.parent is None:
                 one.parent = _parent(pid)
@@ -659,20 +661,24 @@ def _parent(pid: int) -> int | None:
     return None
 
 
-def _known_lineage(pid: int) -> frozenset[int]:
-    """Return a process's pid and those of its ancestors, as far as they can be told."""
-    lineage: set[int] = set()
-    while pid and pid not in lineage:
-        lineage.add(pid)
-        pid = _parent(pid) or 0
-    return frozenset(lineage)
+def _ancestry(pid: int) -> Iterator[int]:
+    """Yield a process's pid and those of its ancestors, the nearest first. Raises OSError where one can't be told."""
+    seen: set[int] = set()
+    while pid and pid not in seen:
+        yield pid
+        seen.add(pid)
+        stat = read_stat(pid)
+        pid = 0 if stat is None else stat.ppid
 
 
 def _lineage(pid: int) -> frozenset[int]:
     """Return a process's pid and those of its ancestors. Raises OSError."""
+    return frozenset(_ancestry(pid))
+
+
+def _known_lineage(pid: int) -> frozenset[int]:
+    """Return a process's pid and those of its ancestors, as far as they can be told."""
     lineage: set[int] = set()
-    while pid and pid not in lineage:
-        lineage.add(pid)
-        stat = read_stat(pid)
-        pid = 0 if stat is None else stat.ppid
+    with contextlib.suppress(OSError):
+        lineage.update(_ancestry(pid))
     return frozenset(lineage)
