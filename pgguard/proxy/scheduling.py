@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 _SLICE: Final = 100_000
 """Nanoseconds: the least that the scheduler takes."""
@@ -39,31 +40,26 @@ class _Attributes(NamedTuple):
     period: int
 
 
-@contextmanager
-def short_slices() -> Iterator[None]:
+def short_slices() -> AbstractContextManager[None]:
     """Have the calling thread scheduled early and for short, as long as the context lasts.
 
     Threads and processes that it starts meanwhile inherit that. Does nothing where it can't be had.
     """
-    before = _read()
-    if before is None or before.policy != _ORDINARY:
-        yield
-        return
-    _write(before._replace(runtime=_SLICE))
-    try:
-        yield
-    finally:
-        _write(before)
+    return _slices(_SLICE)
+
+
+def ordinary_slices() -> AbstractContextManager[None]:
+    """Within :func:`short_slices`, have what the calling thread starts scheduled as any other program is."""
+    return _slices(0, instead_of=_SLICE)
 
 
 @contextmanager
-def ordinary_slices() -> Iterator[None]:
-    """Within :func:`short_slices`, have what the calling thread starts scheduled as any other program is."""
+def _slices(nanoseconds: int, *, instead_of: int | None = None) -> Iterator[None]:
     before = _read()
-    if before is None or before.policy != _ORDINARY or before.runtime != _SLICE:
+    if before is None or before.policy != _ORDINARY or instead_of not in {None, before.runtime}:
         yield
         return
-    _write(before._replace(runtime=0))
+    _write(before._replace(runtime=nanoseconds))
     try:
         yield
     finally:
