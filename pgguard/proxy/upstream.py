@@ -258,10 +258,7 @@ def reason(error: BaseException) -> str:
 
 def _is_ipv4(address: Address | Upstream) -> bool:
     """Whether it certainly is one: a name may stand for addresses of several kinds."""
-    try:
-        return isinstance(address, TcpAddress) and ipaddress.ip_address(address.host).version == 4
-    except ValueError:
-        return False
+    return isinstance(address, TcpAddress) and _family(address.host) == socket.AF_INET
 
 
 async def relay_cancel(upstream: Upstream, packet: bytes) -> None:
