@@ -54,6 +54,9 @@ _LOOK_FIRST: Final = 0.5
 _SWEEP: Final = 30.0
 """Seconds between two looks for what Ruby processes have left behind."""
 
+_TENDING: Final = 1.0
+"""Seconds between two looks at what is to be looked after."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -412,3 +415,17 @@ async def _look_around(settings: Settings) -> list[Capability]:
         return await trio.to_thread.run_sync(_missing_capabilities, settings, abandon_on_cancel=True)
     logger.warning("could not find out within %g s which evidence this host allows", _TRIAL)
     return []
+
+
+async def tend(costs: Loss, tended: Sequence[Callable[[], None]]) -> None:
+    """Have what is beside a guard looked after about once a second, as what waits to be written; until cancelled.
+
+    Args:
+        costs: What is lost when one of them fails.
+        tended: What is to be called.
+    """
+    while True:
+        await trio.sleep(_TENDING)
+        for one in tended:
+            with spared(costs):
+                one()

@@ -17,7 +17,7 @@ from pgguard.attribution.ruby.loading import FILE, UnloadableError, closed_to_ot
 from pgguard.attribution.ruby.pipes import RubyPipes
 from pgguard.cli.outputs import Outputs
 from pgguard.cli.progress import progress
-from pgguard.cli.serve import lacking_evidence
+from pgguard.cli.serve import lacking_evidence, recorder_for
 from pgguard.cli.statuses import CANNOT, DONE, FAULT_SEEN
 from pgguard.cli.streams import OutputError, drop_output
 from pgguard.faults.catalogue import Severity
@@ -33,10 +33,9 @@ from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.losses import Loss, remarks, spared
 from pgguard.proxy.settings import load_settings, mistyped_variables
 from pgguard.reporting.console import ConsoleSink, reports_of
-from pgguard.reporting.jsonl import JsonLines
 from pgguard.reporting.log import BoundedLog
 from pgguard.reporting.recorded import Gatherer
-from pgguard.reporting.sinks import Fanout, SinkError
+from pgguard.reporting.sinks import Fanout
 from pgguard.reporting.summary import summary_lines
 from pgguard.reporting.text import first_of
 
@@ -215,7 +214,7 @@ class _Telling:
         self._log = BoundedLog(self._log_line)
         logging.basicConfig(level=logging.ERROR if wishes.quiet else logging.WARNING, handlers=[self._log])
         self._gatherer = Gatherer("pgguard run")
-        recorder = _recorder(settings)
+        recorder = recorder_for(settings)
         self.sinks = Fanout([self._gatherer] if recorder is None else [recorder, self._gatherer], complain=logger.error)
         self.tended = [self._log.settle] if recorder is None else [self._log.settle, recorder.tend]
         self._rewritten = ""
@@ -346,12 +345,3 @@ def _ruby_remarks() -> Iterator[str]:
             f"other users can't read {closed}, so that Ruby doesn't start if the command runs it as one of them "
             "(--ruby-stacks); install pgguard where they can"
         )
-
-
-def _recorder(settings: Settings) -> JsonLines | None:
-    if settings.faults is None:
-        return None
-    try:
-        return JsonLines(settings.faults)
-    except SinkError as error:
-        raise ConfigurationError(f"--faults: {error}") from error

@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -23,7 +23,7 @@ from pgguard.reporting.jsonl import JsonLines
 from pgguard.reporting.log import BoundedLog
 from pgguard.reporting.sinks import Fanout, SinkError
 from pgguard.reporting.summary import summary_lines
-from pgguard.running import running_guard
+from pgguard.running import running_guard, tend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from pgguard.attribution.capabilities import Capability
     from pgguard.attribution.privileges import Account
     from pgguard.running import RunningGuard
-
-_TENDING: Final = 1.0
-"""Seconds between two looks at what waits to be written or said."""
 
 logger = logging.getLogger(__name__)
 bounded = logging.getLogger("pgguard.signals")
@@ -212,7 +209,7 @@ def _run(given: dict[str, Any], config: Path | None, signals: Signals, starting:
     voice = _Voice(console, starting)
     log = BoundedLog(voice)
     logging.basicConfig(level=logging.INFO, handlers=[log])
-    recorder = _recorder(settings, account)
+    recorder = recorder_for(settings, account)
     sinks = Fanout([console] if recorder is None else [recorder, console], complain=logger.error)
     try:
         reloader = _Reloader(settings, given, config, recorder)
@@ -229,7 +226,8 @@ def _run(given: dict[str, Any], config: Path | None, signals: Signals, starting:
     return 0
 
 
-def _recorder(settings: Settings, account: Account | None) -> JsonLines | None:
+def recorder_for(settings: Settings, account: Account | None = None) -> JsonLines | None:
+    """What appends faults to the file that is named; ``None`` if none is. Raises ConfigurationError: it can't be."""
     if settings.faults is None:
         return None
     try:
@@ -266,7 +264,7 @@ async def _until_signalled(
                     voice.begin()
                     _announce(guard, settings)
                     orders.begin(guard)
-                    nursery.start_soon(keep_going, _tend, tended)
+                    nursery.start_soon(keep_going, tend, Loss.STEP, tended)
                     nursery.start_soon(keep_going, orders.reload, guard)
                     await guard.wait_ended()
             except Exception as error:
@@ -305,12 +303,3 @@ def lacking_evidence(missing: Sequence[Capability]) -> str | None:
     what = "client processes can't be found here without" if essential else "some evidence isn't available here:"
     names = ", ".join(essential or (capability.name for capability in missing))
     return f"{what} {names}; run pgguard doctor to see why"
-
-
-async def _tend(tended: Sequence[Callable[[], None]]) -> None:
-    """Have what waits to be written or said looked after, now and then."""
-    while True:
-        await trio.sleep(_TENDING)
-        for tend in tended:
-            with spared(Loss.STEP):
-                tend()

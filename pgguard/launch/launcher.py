@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -19,8 +20,8 @@ from pgguard.launch.child import Child
 from pgguard.launch.left_behind import LeftBehind
 from pgguard.launch.lingering import Lingering
 from pgguard.proxy.errors import ConfigurationError
-from pgguard.proxy.losses import Loss, keep_going, spared
-from pgguard.running import running_guard
+from pgguard.proxy.losses import Loss, keep_going
+from pgguard.running import running_guard, tend
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -38,8 +39,6 @@ _ENDING: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 """Signals that end what goes on while the command doesn't run."""
 _PATIENCE: Final = 1.0
 """Seconds for which no signal cuts off what is told in the end."""
-_TENDING: Final = 1.0
-"""Seconds between two looks at what is to be looked after."""
 
 logger = logging.getLogger(__name__)
 
@@ -157,21 +156,13 @@ class Launcher:
             self.outcome.guard = guard
             self._look(child)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(keep_going, self._tend, left_behind, child)
+                nursery.start_soon(keep_going, tend, Loss.TIDINESS, [partial(left_behind.reap, child.pid)])
+                nursery.start_soon(keep_going, tend, Loss.STEP, self._order.tended)
                 await self._child_ended.wait()
                 self._order.go_on()
                 self._lingering = Lingering(guard, child, left_behind, limit=self._order.linger, say=self._order.say)
                 await self._lingering.run()
                 nursery.cancel_scope.cancel()
-
-    async def _tend(self, left_behind: LeftBehind, child: Child) -> None:
-        while True:
-            await trio.sleep(_TENDING)
-            with spared(Loss.TIDINESS):
-                left_behind.reap(child.pid)
-            for tend in self._order.tended:
-                with spared(Loss.STEP):
-                    tend()
 
     # Signals
 

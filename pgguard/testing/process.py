@@ -27,14 +27,14 @@ from pgguard.launch.environment import rewrite, write_files
 from pgguard.launch.upstream import located, private_directory
 from pgguard.proxy.addresses import UnixAddress
 from pgguard.proxy.errors import ConfigurationError
-from pgguard.proxy.losses import keep_going, remarks
+from pgguard.proxy.losses import Loss, keep_going, remarks
 from pgguard.proxy.settings import Settings, load_settings
 from pgguard.reporting.console import report_of
 from pgguard.reporting.jsonl import JsonLines
 from pgguard.reporting.log import BoundedLog
 from pgguard.reporting.record import to_record
 from pgguard.reporting.sinks import Fanout, SinkError
-from pgguard.running import running_guard
+from pgguard.running import running_guard, tend
 from pgguard.testing.stretches import Stretches
 from pgguard.testing.wire import Answer, Happened, Leaving, LeftOver, Question, Told, encode
 
@@ -52,8 +52,6 @@ _ELSEWHERE: Final = frozenset({"upstream", "listen", "faults", "user"})
 """Settings of the configuration file that are meant for a guard that serves."""
 _NOT_THE_TESTS: Final = frozenset({"PGGUARD_UPSTREAM"})
 """Variables that lead to the server, and are meant for a guard."""
-_TENDING: Final = 1.0
-"""Seconds between two looks at what could not be written."""
 _LAST: Final = 5.0
 """Seconds to judge what has come of tests whose process has ended without a word."""
 _SOMEWHERE: Final = "during one of several tests"
@@ -287,15 +285,8 @@ class Attendant:
             except SinkError as error:
                 raise ConfigurationError(f"--pgguard-records: {error}") from error
             self._stack.callback(_close, recorder)
-            self._nursery.start_soon(keep_going, _tend, recorder)
+            self._nursery.start_soon(keep_going, tend, Loss.STEP, [recorder.tend])
         return self._recorders.get(path)
-
-
-async def _tend(recorder: JsonLines) -> None:
-    """Have what could not be written be tried again, now and then."""
-    while True:
-        await trio.sleep(_TENDING)
-        recorder.tend()
 
 
 def _close(recorder: JsonLines) -> None:
