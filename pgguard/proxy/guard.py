@@ -355,7 +355,6 @@ class Guard:
         session: ProxiedSession | None = None
         try:
             with spared(Loss.ARRIVAL), sock:
-                await self._arrivals.step(Urgency.MESSAGE)
                 try:
                     session = self._new_session(sock, listener, is_admitted=True)
                 except OSError:
