@@ -206,7 +206,7 @@ def test_an_allowance_is_saved_and_spent(clock: Callable[[float], None]) -> None
 async def test_a_stint_rests_when_it_has_lasted_for_a_slice(rounds: Rounds) -> None:
     stint = Stint()
     began, number = time.monotonic(), rounds.number
-    rested = []
+    rested: list[bool] = []
     while time.monotonic() - began < 5 * SLICE or not any(rested):
         rested.append(await stint.rest())
     assert 1 <= sum(rested) == rounds.number - number <= 5
