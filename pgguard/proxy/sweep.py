@@ -144,10 +144,12 @@ class Sweep:
         self._answered = answered
         self._closed = closed
         self._unread = unread
-        self._alarms: dict[int, ReadingAlarm] = {}
-        """By descriptor, what tells that a client has read."""
-        self._marks: dict[int, trio.Event] = {}
-        """By descriptor, what waits for its turn behind all that is ready to be read."""
+        self._watched: dict[int, Callable[[int], None]] = {}
+        """By descriptor, who is told of the events of what isn't a session's own."""
+        self._alarms: set[ReadingAlarm] = set()
+        """What tells that a client has read."""
+        self._stirred: set[ProxiedSession] = set()
+        """Those whose clients have sent something since it was last asked."""
         self._lateness: Lateness | None = None
         """Of the thread that sweeps."""
         self._epoll = select.epoll()
@@ -227,8 +229,8 @@ class Sweep:
                     note(Loss.SENDER)
             for fd, mask in events:
                 end = ends.get(fd)
-                if end is None:  # it has been held, or its session closed, by an earlier event, or it is none
-                    self._note_event(fd)
+                if end is None:  # it has been held, or its session closed, by an earlier event, or it is another's
+                    self._tell(fd, mask)
                     continue
                 try:
                     if mask == _IN:
@@ -248,11 +250,14 @@ class Sweep:
                 began = clock()
                 turn_ends = began + _TURN
 
-    def _note_event(self, fd: int) -> None:
-        if fd in self._alarms:
-            self._alarms[fd].events += 1
-        elif fd in self._marks:
-            self._marks[fd].set()
+    def _tell(self, fd: int, mask: int) -> None:
+        """Tell whoever watches a descriptor of its events."""
+        on_event = self._watched.get(fd)
+        if on_event is not None:
+            try:
+                on_event(mask)
+            except Exception:
+                note(Loss.STEP)
 
     def _read_and_flush(self, end: End, mask: int, now: float) -> None:
         if mask & _ENDS and self._may_wait(end):
@@ -336,15 +341,55 @@ class Sweep:
         """Wait for one's turn in the epoll, which hands out what is ready in the order in which that came."""
         self.hurry()
         mark = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._marks[mark] = trio.Event()
+        passed = trio.Event()
         try:
-            self._epoll.register(mark, _IN | select.EPOLLET)
-            await self._marks[mark].wait()
+            self.watch(mark, _IN | select.EPOLLET, lambda _: passed.set())
+            await passed.wait()
         finally:
-            del self._marks[mark]
-            if not self._epoll.closed:
-                self._epoll.unregister(mark)
+            self.unwatch(mark)
             os.close(mark)
+
+    # What isn't a session's own
+
+    def watch(self, fd: int, events: int, on_event: Callable[[int], None]) -> None:
+        """Have the epoll watch another descriptor, too, until :meth:`unwatch`.
+
+        Args:
+            fd: the descriptor, which belongs to the caller, and is closed only after that.
+            events: what of: ``select.EPOLL…``.
+            on_event: is called in the sweep's round with each mask of events, in the order in which they came. It must
+                not block, and can't be a coroutine. What it raises is noted, and costs only what it was about.
+
+        Raises:
+            OSError: it can't be watched: epoll_ctl(2).
+            ValueError: the sweep has ended.
+        """
+        self._epoll.register(fd, events)
+        self._watched[fd] = on_event
+
+    def rewatch(self, fd: int, events: int) -> None:
+        """Watch a descriptor of :meth:`watch` for other events from now on.
+
+        One whose events were edges, or that was to be told of one alone, is told anew of what is so already.
+
+        Raises:
+            OSError: it isn't watched: epoll_ctl(2).
+            ValueError: the sweep has ended.
+        """
+        self._epoll.modify(fd, events)
+
+    def unwatch(self, fd: int) -> None:
+        """Watch a descriptor no more; nothing happens if it isn't watched. No event that has come is told any more."""
+        if self._watched.pop(fd, None) is not None and not self._epoll.closed:
+            self._epoll.unregister(fd)
+
+    def take_stirred(self) -> set[ProxiedSession]:
+        """The sessions that are followed and whose clients have sent something since this was last called.
+
+        Some may be over by now.
+        """
+        stirred, self._stirred = self._stirred, set()
+        return stirred
 
     # Into and out of the epoll
 
@@ -486,7 +531,7 @@ class Sweep:
 
     def set_alarm(self, client: End) -> ReadingAlarm:
         """Be told when a client takes something out of its end of a Unix connection. Raises OSError."""
-        return ReadingAlarm(self._epoll, self._alarms, client)
+        return ReadingAlarm(self, self._alarms, client)
 
     @property
     def alarms(self) -> int:
@@ -618,6 +663,7 @@ class Sweep:
             return
         try:
             if end.is_client:
+                self._stirred.add(end.session)
                 done = tracker.frontend(self._buffer, begin, stop, end.sender, now, _REQUESTS_AT_ONCE)
             else:
                 done = tracker.backend(self._buffer, begin, stop, _ANSWERS_AT_ONCE, apart=end.late)

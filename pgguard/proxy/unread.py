@@ -37,7 +37,7 @@ import select
 import struct
 import termios
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import trio
 
@@ -95,6 +95,16 @@ _MODULO: Final = (1 << 32) - 1
 """What sequence numbers of TCP are counted by, less one."""
 
 
+class Watching(Protocol):
+    """What has an epoll that watches other descriptors too."""
+
+    def watch(self, fd: int, events: int, on_event: Callable[[int], None]) -> None:
+        """Have a descriptor watched. Raises OSError."""
+
+    def unwatch(self, fd: int) -> None:
+        """Watch it no more."""
+
+
 class ReadingAlarm:
     """Tells when a client takes something out of its end of a Unix connection.
 
@@ -105,28 +115,30 @@ class ReadingAlarm:
     whenever the guard gets to look. A second descriptor of the same socket keeps the two events apart.
 
     Args:
-        epoll: the set.
-        alarms: those that there are, by their descriptors; it adds itself.
+        watching: has the set.
+        alarms: those that there are; it adds itself.
         end: the guard's end.
 
     Raises:
         OSError: there are no descriptors left.
     """
 
-    def __init__(self, epoll: select.epoll, alarms: dict[int, ReadingAlarm], end: End) -> None:
-        self._epoll = epoll
+    def __init__(self, watching: Watching, alarms: set[ReadingAlarm], end: End) -> None:
+        self._watching = watching
         self._alarms = alarms
         self._fd = os.dup(end.fd)
         self.events = 0
         """How often it has gone off: once when it was set, and then when something was read."""
-        alarms[self._fd] = self
-        epoll.register(self._fd, select.EPOLLOUT | select.EPOLLET)
+        alarms.add(self)
+        watching.watch(self._fd, select.EPOLLOUT | select.EPOLLET, self._go_off)
+
+    def _go_off(self, _: int) -> None:
+        self.events += 1
 
     def close(self) -> None:
         """Watch no more."""
-        del self._alarms[self._fd]
-        if not self._epoll.closed:
-            self._epoll.unregister(self._fd)
+        self._alarms.discard(self)
+        self._watching.unwatch(self._fd)
         os.close(self._fd)
 
 

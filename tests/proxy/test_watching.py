@@ -1,0 +1,101 @@
+"""Descriptors that aren't a session's own, in the relay's epoll; and which sessions have been used lately."""
+
+from __future__ import annotations
+
+import select
+import socket
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pgguard.proxy import losses
+from tests.proxy.conftest import until
+from tests.proxy.messages import ANSWER, query
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.proxy.conftest import House
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    with ExitStack() as stack:
+        near, far = socket.socketpair()
+        yield stack.enter_context(near), stack.enter_context(far)
+
+
+async def test_whoever_watches_a_descriptor_is_told_of_its_events(
+    house: House, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    near, far = pair
+    sweep = house.guard._sweep
+    masks: list[int] = []
+
+    def on_event(mask: int) -> None:
+        masks.append(mask)
+        if mask & select.EPOLLIN:
+            near.recv(1)
+
+    sweep.watch(near.fileno(), select.EPOLLIN, on_event)
+    far.send(b"x")
+    await until(lambda: masks == [select.EPOLLIN])
+    sweep.rewatch(near.fileno(), select.EPOLLOUT | select.EPOLLONESHOT)
+    await until(lambda: masks == [select.EPOLLIN, select.EPOLLOUT])
+    sweep.rewatch(near.fileno(), select.EPOLLIN)
+    far.send(b"y")
+    await until(lambda: masks[2:] == [select.EPOLLIN])
+    sweep.unwatch(near.fileno())
+    sweep.unwatch(near.fileno())
+    far.send(b"z")
+    await house.guard.settled()
+    assert len(masks) == 3
+
+
+def _is_long(told: list[int], length: int) -> bool:
+    return len(told) == length
+
+
+async def test_what_is_wrong_with_one_that_is_told_costs_nobody_anything(
+    house: House, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    near, far = pair
+    told: list[int] = []
+
+    def on_event(mask: int) -> None:
+        near.recv(1)
+        told.append(mask)
+        raise KeyError("injected")
+
+    before = losses._times.total()
+    house.guard._sweep.watch(near.fileno(), select.EPOLLIN, on_event)
+    client, server = await house.session()
+    for number in (1, 2):
+        far.send(b"x")
+        await client.send(query("select 1"))
+        await server.expect(query("select 1"))
+        await server.send(ANSWER)
+        await client.expect(ANSWER)
+        await until(partial(_is_long, told, number))
+    assert losses._times.total() == before + 2
+    house.guard._sweep.unwatch(near.fileno())
+
+
+async def test_the_sessions_are_known_whose_clients_have_sent_something(house: House) -> None:
+    client, server = await house.session()
+    [session] = house.guard._sessions.values()
+    _, other_server = await house.session()
+    sweep = house.guard._sweep
+    assert len(sweep.take_stirred()) == 0
+    await client.send(query("select 1"))
+    await server.expect(query("select 1"))
+    assert sweep.take_stirred() == {session}
+    await other_server.send(b"N\0\0\0\5\0")
+    await server.send(ANSWER)
+    await client.expect(ANSWER)
+    assert not sweep.take_stirred()
+    await client.send(query("select 2"))
+    await server.expect(query("select 2"))
+    assert sweep.take_stirred() == {session}
