@@ -31,6 +31,7 @@ from pgguard.attribution.sockets import SockDiag, TcpClient, client_socket
 from pgguard.attribution.stacks import find_py_spy, lack_of_py_spy, python_stacks
 from pgguard.attribution.threads import Obstacle, Waiting, waiting_threads
 from pgguard.attribution.transparency import start as start_probe
+from pgguard.identity import Sender
 from pgguard.secrets.commands import redact_name
 
 _SECONDS = 2.0
@@ -252,7 +253,7 @@ def _try_tcp_senders() -> str | None:
             accounts = Accounts()
             accounts.feed(probe.read())
             account = accounts.open(connection_key(accepted))
-            _expect(account.split(1) == [(1, (os.getpid(), threading.get_native_id()))])
+            _expect(account.split(1) == [(1, Sender(os.getpid(), threading.get_native_id()))])
         if probe.scope is not None:
             raise _Missing(f"it sees only the processes in the cgroup {probe.scope}", scope_remedy())
         purpose = _TCP_SENDERS.purpose

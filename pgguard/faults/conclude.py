@@ -35,7 +35,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pgguard.attribution.runtime import Language
 from pgguard.faults.catalogue import OVERLAP
-from pgguard.session.verdicts import AFTER_END, Kind, Sender
+from pgguard.identity import Sender
+from pgguard.session.verdicts import AFTER_END, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -40,7 +40,8 @@ from pgguard.attribution.evidence import Driver, Evidence, Process
 from pgguard.attribution.runtime import Language
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Chapter, Culprit, Event, Role
-from pgguard.session.verdicts import AFTER_END, Direction, Kind, Party, Sender
+from pgguard.identity import Sender
+from pgguard.session.verdicts import AFTER_END, Direction, Kind, Party
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from pgguard.faults.catalogue import Advice, Severity
     from pgguard.faults.policy import Action
     from pgguard.faults.sql import SqlText
-    from pgguard.session.verdicts import Kind, Limit, MessageSeen, RequestState, Sender
+    from pgguard.identity import Sender
+    from pgguard.session.verdicts import Kind, Limit, MessageSeen, RequestState
 
 
 OUTLINED: Final = "the details are missing because of an internal error; pgguard's log has more"

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 import trio
 
 from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
+from pgguard.identity import Sender
 from pgguard.proxy.losses import Loss, note
 from pgguard.proxy.upstream import DECLINED
-from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, Sender, Verdict
+from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, Verdict
 from pgguard.wire.fields import build_error_response
 from pgguard.wire.messages import FRONTEND, HEADER_SIZE, by_code, parse_header
 from pgguard.wire.startup import (

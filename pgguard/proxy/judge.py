@@ -24,6 +24,7 @@ from pgguard.faults.docket import Entered, Family
 from pgguard.faults.fault import SessionFacts
 from pgguard.faults.policy import Action, Policy
 from pgguard.faults.rejection import PLAIN_REJECTION, SQLSTATE, rejection
+from pgguard.identity import Sender
 from pgguard.proxy import looking
 from pgguard.proxy.alike import Alike, Waiting
 from pgguard.proxy.investigation import Evidence, Investigation, known_at_once
@@ -32,7 +33,7 @@ from pgguard.proxy.postponed import LateStacks, Outbox
 from pgguard.proxy.rollcall import call_roll
 from pgguard.proxy.turns import Allowance, Desk, Stint, Turns, Urgency, timed
 from pgguard.proxy.work import Work
-from pgguard.session.verdicts import AFTER_END, Kind, Sender, Verdict
+from pgguard.session.verdicts import AFTER_END, Kind, Verdict
 from pgguard.wire.fields import build_error_response
 
 if TYPE_CHECKING:

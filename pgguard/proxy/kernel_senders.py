@@ -6,27 +6,22 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING
 
-from pgguard.attribution.ebpf.account import Account, Accounts, Tally
+from pgguard.attribution.ebpf.account import Account, Accounts, Segment, Tally
 from pgguard.attribution.ebpf.bpf import BpfError
 from pgguard.attribution.ebpf.probe import connection_key
-from pgguard.session.verdicts import Sender
 
 if TYPE_CHECKING:
     from pgguard.attribution.ebpf.probe import SenderProbe
 
 
 class TcpAccount:
-    """One connection's account, and the last thread that it named, as the session core knows it."""
+    """One connection's account, and what the guard knows of it."""
 
-    __slots__ = ("account", "is_lost", "key", "named", "sender", "unread")
+    __slots__ = ("account", "is_lost", "key", "unread")
 
     def __init__(self, key: bytes, account: Account) -> None:
         self.key = key
         self.account = account
-        self.named: object = None
-        """What the account called the sender of the last bytes."""
-        self.sender: Sender | None = None
-        """The same for the session core: one object for as long as it is the same thread."""
         self.unread: tuple[int, int] | None = None
         """What lay unread when the bytes were sent that have just been read: see :meth:`Account.unread`."""
         self.is_lost = False
@@ -80,7 +75,7 @@ class KernelSenders:
         """What wasn't known of the connections that are closed, and what can't be: clauses, none if all was."""
         return [*self._probe.limits, *self._tally.remarks(self._probe.lost)]
 
-    def pieces(self, kernel_account: TcpAccount, size: int) -> list[tuple[int, Sender | None]]:
+    def pieces(self, kernel_account: TcpAccount, size: int) -> list[Segment]:
         """Tell who sent the bytes that have just been read, in pieces by different threads."""
         account = kernel_account.account
         if account.problem is not None and account.cookie is not None:
@@ -90,10 +85,4 @@ class KernelSenders:
             # They came after the last look at what was reported; their report was there before them.
             self.feed()
         kernel_account.unread = account.unread() if account.unread_sends else None
-        found: list[tuple[int, Sender | None]] = []
-        for length, sender in account.split(size):
-            if sender != kernel_account.named:
-                kernel_account.named = sender
-                kernel_account.sender = None if sender is None else Sender(sender.pid, sender.tid)
-            found.append((length, kernel_account.sender))
-        return found
+        return account.split(size)

@@ -20,9 +20,10 @@ from pgguard.attribution.drivers import tell_driver
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.runtime import Runtime
 from pgguard.faults.fault import SessionFacts
+from pgguard.identity import Sender
 from pgguard.proxy.losses import Loss, spared
 from pgguard.proxy.sightings import Sightings
-from pgguard.session.verdicts import Kind, Sender, Verdict
+from pgguard.session.verdicts import Kind, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -42,6 +42,7 @@ import trio
 
 from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
 from pgguard.faults.policy import Action
+from pgguard.identity import Sender
 from pgguard.proxy.aftermath import Aftermath
 from pgguard.proxy.judge import Ruling
 from pgguard.proxy.lateness import Lateness
@@ -51,7 +52,6 @@ from pgguard.proxy.session import End, Phase
 from pgguard.proxy.unread import ReadingAlarm
 from pgguard.session.session import FEW
 from pgguard.session.states import OWED, WANTED
-from pgguard.session.verdicts import Sender
 from pgguard.wire.fields import build_error_response
 from pgguard.wire.messages import HEADER_SIZE, LOOK_LIMIT
 

@@ -44,12 +44,12 @@ import trio
 from pgguard.attribution.attention import Attention
 from pgguard.attribution.evidence import Driver
 from pgguard.faults.catalogue import OVERLAP
+from pgguard.identity import Sender
 from pgguard.proxy import looking
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.turns import GLANCES, Stint, timed
 from pgguard.session import libpq
 from pgguard.session.states import WANTED
-from pgguard.session.verdicts import Sender
 from pgguard.wire.messages import READY_SIZE
 
 if TYPE_CHECKING:

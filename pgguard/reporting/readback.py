@@ -19,7 +19,8 @@ from pgguard.faults.catalogue import CATALOGUE, Advice, Severity
 from pgguard.faults.fault import Chapter, Culprit, Event, Fault, Request, Role, SessionFacts, Spread
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlText
-from pgguard.session.verdicts import Direction, Kind, Limit, MessageSeen, Party, RequestState, Sender
+from pgguard.identity import Sender
+from pgguard.session.verdicts import Direction, Kind, Limit, MessageSeen, Party, RequestState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

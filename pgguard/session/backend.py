@@ -93,8 +93,8 @@ class BackendStream:
         self._session = session
         self._ledger = session.ledger
 
-    def follow(self, buffer: bytearray, start: int, end: int, most: int, *, apart: bool) -> int:
-        """Follow ``buffer[start:end]``, messages that begin in ``most`` bytes; returns how far it is in order."""
+    def follow(self, chunk: bytes | bytearray, start: int, end: int, most: int, *, apart: bool) -> int:
+        """Follow ``chunk[start:end]``, messages that begin in ``most`` bytes; returns how far it is in order."""
         pos = start + self.rest
         ledger = self._ledger
         state = ledger.state
@@ -104,10 +104,10 @@ class BackendStream:
             last = start + most - 1
         code, length = -1, 0  # no message has been looked at
         while pos <= last:
-            code, length = parse_header(buffer, pos)
+            code, length = parse_header(chunk, pos)
             least, longest, follows = row[code]
             if follows == _SPECIAL or not least <= length <= longest:
-                if not self._special(buffer, pos, end, code, length):
+                if not self._special(chunk, pos, end, code, length):
                     break
                 if code == _READY_FOR_QUERY:
                     self._session.answer_ended = self._session.position + pos - start + READY_SIZE
@@ -123,7 +123,7 @@ class BackendStream:
                     if end - pos < READY_SIZE:
                         break  # its status is still to come
                     session = self._session
-                    session.transaction_status = chr(buffer[pos + HEADER_SIZE])
+                    session.transaction_status = chr(chunk[pos + HEADER_SIZE])
                     session.answer_ended = session.position + pos - start + READY_SIZE
                     state = ledger.pay()
                     if apart:
@@ -158,7 +158,7 @@ class BackendStream:
         verdict = session.judge(Kind.PROTOCOL_VIOLATION, reason, message, libpq=libpq.CLOSED)
         return replace(verdict, by=Party.SERVER, ends=True)
 
-    def _special(self, buffer: bytearray, pos: int, end: int, code: int, length: int) -> bool:
+    def _special(self, chunk: bytes | bytearray, pos: int, end: int, code: int, length: int) -> bool:
         """Take a message that takes more than its row.
 
         Returns False when it can't be taken: there is a verdict on it, the session is lost, or more of it is needed.
@@ -181,7 +181,7 @@ class BackendStream:
         follows = _FOLLOWS[ledger.state][code]
         while follows == _UNDUE and ledger.step_aside():
             follows = _FOLLOWS[ledger.state][code]
-        body = buffer[pos + HEADER_SIZE : pos + size] if well_formed else bytearray()
+        body = chunk[pos + HEADER_SIZE : pos + size] if well_formed else b""
         if code == _READY_FOR_QUERY:
             taken = self._ready_for_query(body, pos, follows)
         elif code == _ERROR_RESPONSE:
@@ -216,7 +216,7 @@ class BackendStream:
         else:
             ledger.state = follows
 
-    def _ready_for_query(self, status: bytearray, pos: int, follows: int) -> bool:
+    def _ready_for_query(self, status: bytes | bytearray, pos: int, follows: int) -> bool:
         ledger = self._ledger
         session = self._session
         if follows == _PAID:
@@ -236,7 +236,7 @@ class BackendStream:
             session.transaction_status = chr(status[0])
         return True
 
-    def _error_response(self, body: bytearray, pos: int, length: int, follows: int) -> bool:
+    def _error_response(self, body: bytes | bytearray, pos: int, length: int, follows: int) -> bool:
         ledger = self._ledger
         session = self._session
         severity = parse_severity(body)
@@ -266,7 +266,7 @@ class BackendStream:
             ledger.state = follows
         return True
 
-    def _refuse(self, body: bytearray, pos: int, length: int) -> None:
+    def _refuse(self, body: bytes | bytearray, pos: int, length: int) -> None:
         """Judge a login that is refused because no slot is left."""
         session = self._session
         fields = parse_fields(body)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from pgguard.identity import Sender
 from pgguard.session import libpq
 from pgguard.session.ledger import NOTHING
 from pgguard.session.session import ill_formed, seen, torn_end
 from pgguard.session.states import COPY_IN, IN_COPY_IN, NO_REQUEST, OWED, Owes
-from pgguard.session.verdicts import AFTER_END, Direction, Kind, MessageSeen, RequestState, Sender
+from pgguard.session.verdicts import AFTER_END, Direction, Kind, MessageSeen, RequestState
 from pgguard.wire.messages import FRONTEND, HEADER_SIZE, SMALL, UNKNOWN, by_code, parse_header
 
 if TYPE_CHECKING:
@@ -53,13 +54,13 @@ _TERMINATE_CODE: Final = ord("X")
 _FLUSHES: Final = b"H\0\0\0\4" * 64
 
 
-def _flushes_behind(buffer: bytearray, pos: int, end: int) -> int:
+def _flushes_behind(chunk: bytes | bytearray, pos: int, end: int) -> int:
     """How many bytes of more Flushes there are behind one: they ask for what has been asked for.
 
     The server needs less time for one than it takes to look at it here.
     """
     first = stop = pos + HEADER_SIZE
-    while buffer.startswith(_FLUSHES, stop, end):
+    while chunk.startswith(_FLUSHES, stop, end):
         stop += len(_FLUSHES)
     return stop - first
 
@@ -115,7 +116,7 @@ class FrontendStream:
         self._late_by: int | None = None
         """Who sent what was last followed after the end: the next messages of another begin with its own bytes."""
         self._statements = statements = session.statements
-        self._notes: dict[int, Callable[[Request, bytearray, int, int], Statement | Closing | None]] = {
+        self._notes: dict[int, Callable[[Request, bytes | bytearray, int, int], Statement | Closing | None]] = {
             _PARSE: statements.parse,
             _BIND: statements.bind,
             _DESCRIBE: statements.describe,
@@ -123,14 +124,16 @@ class FrontendStream:
         }
         """What is to be noted of a message that names a prepared statement."""
 
-    def follow(self, buffer: bytearray, start: int, end: int, sender: Sender | None, at: float, most: int) -> int:
-        """Follow ``buffer[start:end]``, messages that begin in ``most`` bytes; returns how far it is in order."""
+    def follow(
+        self, chunk: bytes | bytearray, start: int, end: int, sender: Sender | None, at: float, most: int
+    ) -> int:
+        """Follow ``chunk[start:end]``, messages that begin in ``most`` bytes; returns how far it is in order."""
         session = self._session
         ledger = self._ledger
         if session.over or self._swallowing:
-            return self._pass_by(buffer, start, end, sender)
+            return self._pass_by(chunk, start, end, sender)
         if (sender is not self._sender or self._held_by is not None) and not self._accept_sender(
-            buffer, start, end, sender
+            chunk, start, end, sender
         ):
             return start
         pos = start + self.rest
@@ -139,7 +142,7 @@ class FrontendStream:
             last = start + most - 1
         code, length = -1, 0  # no message has been looked at
         while pos <= last:
-            code, length = parse_header(buffer, pos)
+            code, length = parse_header(chunk, pos)
             least, longest, look = _SHAPES[code]
             if not least <= length <= longest and not self._accept_frame(pos, code, length):
                 break
@@ -150,12 +153,12 @@ class FrontendStream:
                 text = libpq.invalid_type(code, copy_in=True)
                 taken = self._out_of_place(pos, code, length, "while the server expected COPY data", text)
             elif _EXTENDED[code]:
-                taken = self._extended_message(buffer, pos, stop, code, length, at)
+                taken = self._extended_message(chunk, pos, stop, code, length, at)
             elif _SIMPLE[code]:
-                taken = self._simple_request(buffer, pos, stop, code, length, at)
+                taken = self._simple_request(chunk, pos, stop, code, length, at)
             else:
                 taken = self._unanswered_message(pos, code, length)
-                pos += _flushes_behind(buffer, pos, end) if code == _FLUSH else 0
+                pos += _flushes_behind(chunk, pos, end) if code == _FLUSH else 0
             if not taken:
                 break
             self.overruled = None
@@ -166,7 +169,7 @@ class FrontendStream:
             self.rest = 0
             self._held_by = sender if pos < end else None
             self._held = end - pos
-            return self._follow_late(buffer, pos, end, sender) if session.terminated else pos
+            return self._follow_late(chunk, pos, end, sender) if session.terminated else pos
         self.rest = pos - end
         self._held_by = None
         self.partial = seen(Direction.FRONTEND, _MESSAGES[code], code, length) if code >= 0 else self.partial
@@ -181,10 +184,10 @@ class FrontendStream:
         self._held_by = None
         self._held = 0
 
-    def _pass_by(self, buffer: bytearray, start: int, end: int, sender: Sender | None) -> int:
+    def _pass_by(self, chunk: bytes | bytearray, start: int, end: int, sender: Sender | None) -> int:
         """Go on with what has no effect: a message that is swallowed, up to its end, or what comes too late."""
         if not self._swallowing:
-            return self._follow_late(buffer, start, end, sender)
+            return self._follow_late(chunk, start, end, sender)
         passed = min(self.rest, end - start)
         self.rest -= passed
         self._swallowing = self.rest > 0
@@ -245,7 +248,7 @@ class FrontendStream:
             self._session.terminator = self._sender
         return True
 
-    def _follow_late(self, buffer: bytearray, start: int, end: int, sender: Sender | None) -> int:
+    def _follow_late(self, chunk: bytes | bytearray, start: int, end: int, sender: Sender | None) -> int:
         """Follow what comes when the session is over, and can have no effect: who else uses the connection still?
 
         Terminate is no use: several that have the connection open may all say it, as pg_basebackup and its child do
@@ -268,7 +271,7 @@ class FrontendStream:
             self.rest = 0
             return end
         while end - pos >= HEADER_SIZE:
-            code, length = parse_header(buffer, pos)
+            code, length = parse_header(chunk, pos)
             least, most, _ = _SHAPES[code]
             if code != _TERMINATE_CODE or not least <= length <= most:
                 self._late.add(pid)
@@ -333,17 +336,17 @@ class FrontendStream:
         )
         return True
 
-    def _simple_request(self, buffer: bytearray, pos: int, stop: int, code: int, length: int, at: float) -> bool:
+    def _simple_request(self, chunk: bytes | bytearray, pos: int, stop: int, code: int, length: int, at: float) -> bool:
         ledger = self._ledger
         session = self._session
         if ledger.state != NOTHING:
             busy = next((other for other in ledger.asked() if not self._elsewhere(other.sender)), None)
-            if busy is not None and self._overlaps(busy, buffer, pos, stop, length):
+            if busy is not None and self._overlaps(busy, chunk, pos, stop, length):
                 return False
         request = self._simple = session.new_request(code, at, self._sender)
         if code == _QUERY:
-            request.sql_cut = cut = buffer[stop - 1] != 0
-            request.sql = sql = buffer[pos + HEADER_SIZE : stop if cut else stop - 1]
+            request.sql_cut = cut = chunk[stop - 1] != 0
+            request.sql = sql = chunk[pos + HEADER_SIZE : stop if cut else stop - 1]
             if self._statements.watching:
                 self._statements.query(sql, cut=cut)
         else:
@@ -353,12 +356,14 @@ class FrontendStream:
         ledger.enter(_OWED[code], request)
         return True
 
-    def _extended_message(self, buffer: bytearray, pos: int, stop: int, code: int, length: int, at: float) -> bool:
+    def _extended_message(
+        self, chunk: bytes | bytearray, pos: int, stop: int, code: int, length: int, at: float
+    ) -> bool:
         owes = _OWED[code]
         target = 0
         named: Statement | Closing | None = None
         if _TARGETED[code]:
-            target = buffer[pos + HEADER_SIZE] if stop - pos > HEADER_SIZE else 0
+            target = chunk[pos + HEADER_SIZE] if stop - pos > HEADER_SIZE else 0
             if target == _STATEMENT and code == _DESCRIBE:
                 owes = _DESCRIBE_STATEMENT
             elif target not in b"SP":
@@ -372,7 +377,7 @@ class FrontendStream:
             request.add(code)
         else:
             busy = self._busy_with_simple()
-            if busy is not None and self._overlaps(busy, buffer, pos, stop, length):
+            if busy is not None and self._overlaps(busy, chunk, pos, stop, length):
                 return False
             continued = request is not None
             request = session.unsynced = session.new_request(code, at, self._sender)
@@ -387,7 +392,7 @@ class FrontendStream:
         elif target != _PORTAL and not ledger.skipping:
             note = self._notes.get(code)
             if note is not None:
-                named = note(request, buffer, pos + HEADER_SIZE, stop)
+                named = note(request, chunk, pos + HEADER_SIZE, stop)
         ledger.enter(owes, request, named)
         return True
 
@@ -412,13 +417,13 @@ class FrontendStream:
             return None
         return None if self._elsewhere(simple.sender) else simple
 
-    def _overlaps(self, busy: Request, buffer: bytearray, pos: int, stop: int, length: int) -> bool:
+    def _overlaps(self, busy: Request, chunk: bytes | bytearray, pos: int, stop: int, length: int) -> bool:
         """Whether a request sent before ``busy`` has been answered is a fault: a verdict, then."""
         session = self._session
         if self.overruled is not None:
             return False
         sender = self._sender
-        code = buffer[pos]
+        code = chunk[pos]
         message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
         session.verdict = session.judge(
             Kind.REQUEST_WHILE_BUSY,
@@ -427,7 +432,7 @@ class FrontendStream:
             pos,
             intruder=sender,
             requesters=session.senders.others(sender, first=busy.sender),
-            libpq=libpq.while_idle(libpq.first_answer(chr(code), buffer[pos + HEADER_SIZE : stop])),
+            libpq=libpq.while_idle(libpq.first_answer(chr(code), chunk[pos + HEADER_SIZE : stop])),
         )
         return True
 
@@ -473,7 +478,7 @@ class FrontendStream:
             return False
         return sender.pid != other.pid or (None not in (sender.tid, other.tid) and sender.tid != other.tid)
 
-    def _accept_sender(self, buffer: bytearray, start: int, end: int, sender: Sender | None) -> bool:
+    def _accept_sender(self, chunk: bytes | bytearray, start: int, end: int, sender: Sender | None) -> bool:
         """Take note that these bytes have another sender than the last: False when that is a verdict."""
         session = self._session
         held_by = self._held_by
@@ -491,13 +496,13 @@ class FrontendStream:
             first = held_by
             # Of a header that is torn itself only so much is known as there is of it.
             whole = self._held >= HEADER_SIZE
-            code, length = parse_header(buffer, start) if whole else (buffer[start], self._held - 1)
+            code, length = parse_header(chunk, start) if whole else (chunk[start], self._held - 1)
             message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
             torn = message.name
         elif end - start < HEADER_SIZE:
             return True  # too little to say what is sent: judged when more is there
         else:
-            code, length = parse_header(buffer, start)
+            code, length = parse_header(chunk, start)
             least, most, look = _SHAPES[code]
             if least <= length <= most and end - start < min(1 + length, look):
                 return True
@@ -511,7 +516,7 @@ class FrontendStream:
         self._sender = self._held_by = sender
         answer = None
         if torn is None and change.kind is Kind.SHARED_BY_PROCESSES and least <= length <= most:
-            answer = libpq.first_answer(chr(code), buffer[start + HEADER_SIZE : start + min(1 + length, look)])
+            answer = libpq.first_answer(chr(code), chunk[start + HEADER_SIZE : start + min(1 + length, look)])
         session.verdict = session.judge(
             change.kind,
             change.reason,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from pgguard.session.verdicts import RequestSeen, RequestState, Sender
+from pgguard.identity import Sender
+from pgguard.session.verdicts import RequestSeen, RequestState
 
 _MESSAGES_LIMIT: Final = 32
 
@@ -29,7 +30,7 @@ class Request:
         """An entry of the ledger has been paid for it."""
         self.ended: RequestState | None = None
         """``FAILED`` or ``SKIPPED``, if it ended badly."""
-        self.sql: bytearray | None = None
+        self.sql: bytes | bytearray | None = None
         self.sql_cut = False
 
     def add(self, code: int) -> None:

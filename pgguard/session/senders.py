@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
-    from pgguard.session.verdicts import Sender
+    from pgguard.identity import Sender
 
 
 _REMEMBERED: Final = 256

@@ -6,13 +6,14 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
+from pgguard.identity import Sender
 from pgguard.session import libpq as symptoms
 from pgguard.session.ledger import NOTHING, Ledger
 from pgguard.session.refusals import replication_asked
 from pgguard.session.requests import Request
 from pgguard.session.senders import Senders
 from pgguard.session.statements import Statements
-from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestSeen, Sender, Verdict
+from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestSeen, Verdict
 from pgguard.wire.messages import FRONTEND, HEADER_SIZE, by_code
 
 if TYPE_CHECKING:

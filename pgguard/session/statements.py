@@ -39,7 +39,7 @@ class Statement:
 
     __slots__ = ("cut", "epoch", "in_doubt", "name", "quiet", "refused", "sql")
 
-    def __init__(self, name: bytes, sql: bytearray | None, *, cut: bool, epoch: int) -> None:
+    def __init__(self, name: bytes, sql: bytes | bytearray | None, *, cut: bool, epoch: int) -> None:
         self.name = name
         """As much of it as the server tells names apart by."""
         self.sql = sql
@@ -59,7 +59,7 @@ class Named(Statement):
 
     __slots__ = ("closed", "is_new")
 
-    def __init__(self, name: bytes, sql: bytearray | None, *, cut: bool, epoch: int) -> None:
+    def __init__(self, name: bytes, sql: bytes | bytearray | None, *, cut: bool, epoch: int) -> None:
         super().__init__(name, sql, cut=cut, epoch=epoch)
         self.is_new = False
         """This session has made no statement of this name before, or closed it."""
@@ -100,7 +100,7 @@ class Statements:
 
     # What the client sends
 
-    def query(self, sql: bytearray, *, cut: bool) -> None:
+    def query(self, sql: bytes | bytearray, *, cut: bool) -> None:
         """A simple Query has been sent. It drops the unnamed statement: ``exec_simple_query()`` in ``postgres.c``."""
         if b"" in self._by_name:
             _drop_text(self._by_name[b""])
@@ -120,16 +120,16 @@ class Statements:
             self._count(_LOOK)
             self._run(None if cut else bytes(sql))
 
-    def parse(self, request: Request, buffer: bytearray, body: int, stop: int) -> Statement | None:
+    def parse(self, request: Request, chunk: bytes | bytearray, body: int, stop: int) -> Statement | None:
         """Keep the text of a Parse, whose body is a name, NUL, the text, NUL, and parameter types."""
-        text = buffer.find(0, body, stop) + 1
+        text = chunk.find(0, body, stop) + 1
         if text == 0:
             self._unsettle()
             return None
         stop = min(stop, text + TEXT_LIMIT)
-        terminator = buffer.find(0, text, stop)
+        terminator = chunk.find(0, text, stop)
         cut = terminator < 0
-        sql = buffer[text : stop if cut else terminator]
+        sql = chunk[text : stop if cut else terminator]
         if request.sql is None:
             request.sql, request.sql_cut = sql, cut
         statement: Statement
@@ -139,7 +139,7 @@ class Statements:
             _drop_text(before)
             self._by_name[b""] = statement = Statement(b"", sql, cut=cut, epoch=self._epoch)
         else:
-            name = bytes(buffer[body : min(text - 1, body + NAME_LENGTH)])
+            name = bytes(chunk[body : min(text - 1, body + NAME_LENGTH)])
             self._named = True
             before = self._by_name.pop(name, None)
             _drop_text(before)
@@ -156,39 +156,39 @@ class Statements:
             statement.quiet = not cut and judge(bytes(sql)).effect is Effect.NONE
         return statement
 
-    def bind(self, request: Request, buffer: bytearray, body: int, stop: int) -> Statement | None:
+    def bind(self, request: Request, chunk: bytes | bytearray, body: int, stop: int) -> Statement | None:
         """A Bind has been sent, whose body is a portal, NUL, a statement, NUL, and more.
 
         Returns the statement that it names, unless it isn't known. What it says will be executed.
         """
-        name = buffer.find(0, body, stop) + 1 if buffer[body] else body + 1
-        if 0 < name < stop and not buffer[name]:
+        name = chunk.find(0, body, stop) + 1 if chunk[body] else body + 1
+        if 0 < name < stop and not chunk[name]:
             found = self._by_name.get(b"")
         else:
-            end = buffer.find(0, name, stop) if name else -1
+            end = chunk.find(0, name, stop) if name else -1
             if end - name > NAME_LENGTH:
                 end = name + NAME_LENGTH
-            found = self._by_name.get(bytes(buffer[name:end])) if end >= 0 else None
+            found = self._by_name.get(bytes(chunk[name:end])) if end >= 0 else None
         if not isinstance(found, Statement):
             self._unsettle()
             return None
         if request.sql is None and not found.refused:
             request.sql, request.sql_cut = found.sql, found.cut
         if (not found.quiet or (found.refused and found.in_doubt)) and self._sure != _NEVER:
-            if buffer[body]:
+            if chunk[body]:
                 self._go_blind()  # a portal that has a name may be executed whenever
             else:
                 self._unsettle()
         return found
 
-    def describe(self, _: Request, buffer: bytearray, body: int, stop: int) -> Statement | None:
+    def describe(self, _: Request, chunk: bytes | bytearray, body: int, stop: int) -> Statement | None:
         """The Describe of a statement has been sent, whose body is ``S``, a name, and NUL; as :meth:`bind`."""
-        found = self._by_name.get(_name(buffer, body, stop))
+        found = self._by_name.get(_name(chunk, body, stop))
         return found if isinstance(found, Statement) else None
 
-    def close(self, _: Request, buffer: bytearray, body: int, stop: int) -> Closing:
+    def close(self, _: Request, chunk: bytes | bytearray, body: int, stop: int) -> Closing:
         """The Close of a statement has been sent, whose body is ``S``, a name, and NUL."""
-        name = _name(buffer, body, stop)
+        name = _name(chunk, body, stop)
         closing = Closing(self._epoch)
         self._named = self.watching = True
         _drop_text(self._by_name.pop(name, None))
@@ -269,8 +269,8 @@ def _drop_text(replaced: Statement | Closing | None) -> None:
         replaced.sql = None
 
 
-def _name(buffer: bytearray, body: int, stop: int) -> bytes:
+def _name(chunk: bytes | bytearray, body: int, stop: int) -> bytes:
     """The name in a Describe or Close, behind the byte that says what it is of."""
     start = body + 1
-    end = buffer.find(0, start, stop)
-    return bytes(buffer[start : min(end if end >= 0 else stop, start + NAME_LENGTH)])
+    end = chunk.find(0, start, stop)
+    return bytes(chunk[start : min(end if end >= 0 else stop, start + NAME_LENGTH)])

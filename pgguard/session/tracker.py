@@ -22,7 +22,8 @@ from pgguard.session.session import Session
 from pgguard.session.verdicts import Direction, Kind
 
 if TYPE_CHECKING:
-    from pgguard.session.verdicts import Sender, Verdict
+    from pgguard.identity import Sender
+    from pgguard.session.verdicts import Verdict
 
 _ABOUT_SENDERS: Final = frozenset({Kind.SHARED_BY_PROCESSES, Kind.INHERITED_CONNECTION})
 """Kinds of verdict that are not about a message, though one brings them about."""
@@ -52,26 +53,28 @@ class Tracker(Session):
         self._backend = BackendStream(self)
 
     def frontend(
-        self, buffer: bytearray, start: int, end: int, sender: Sender | None, at: float, most: int = maxsize
+        self, chunk: bytes | bytearray, start: int, end: int, sender: Sender | None, at: float, most: int = maxsize
     ) -> int:
-        """Follow a chunk of the client's, ``buffer[start:end]``; see the class for what is returned.
+        """Follow a chunk of the client's, ``chunk[start:end]``; see the class for what is returned.
 
         Args:
-            buffer: where the chunk is.
+            chunk: where it is.
             start: its beginning, in front of which nothing is looked at.
             end: its end.
             sender: who sent it, ``None`` if the kernel didn't say. The same sender is best given as the same object.
             at: now, in seconds since the epoch.
             most: only messages that begin in so many bytes are looked at.
         """
-        return self._frontend.follow(buffer, start, end, sender, at, most)
+        return self._frontend.follow(chunk, start, end, sender, at, most)
 
-    def backend(self, buffer: bytearray, start: int, end: int, most: int = maxsize, *, apart: bool = False) -> int:
-        """Follow a chunk of the server's, ``buffer[start:end]``; see the class for what is returned.
+    def backend(
+        self, chunk: bytes | bytearray, start: int, end: int, most: int = maxsize, *, apart: bool = False
+    ) -> int:
+        """Follow a chunk of the server's, ``chunk[start:end]``; see the class for what is returned.
 
         With ``apart`` it stops behind each answer: :attr:`at_answers_end` says so. ``most`` is as for the client's.
         """
-        return self._backend.follow(buffer, start, end, most, apart=apart)
+        return self._backend.follow(chunk, start, end, most, apart=apart)
 
     def expect_readers(self) -> None:
         """Say that several processes or threads have been seen to read the answers."""

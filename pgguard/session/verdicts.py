@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from pgguard.identity import Sender
 
 
 class Kind(StrEnum):
@@ -69,15 +72,6 @@ class RequestState(StrEnum):
 
 OUTSTANDING: Final = frozenset({RequestState.WAITING, RequestState.ANSWERING})
 """The states of a request that the server still owes an answer to."""
-
-
-class Sender(NamedTuple):
-    """The process, and where it is known the thread, that sent a chunk of bytes."""
-
-    pid: int
-    tid: int | None = None
-    sampled: bool = False
-    """The kernel didn't name it: it was seen to begin to wait for the answer."""
 
 
 class Limit(StrEnum):

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgguard.attribution.ebpf.account import Account, Accounts, Segment, Sender, Tally
+from pgguard.attribution.ebpf.account import Account, Accounts, Tally
 from pgguard.attribution.ebpf.assembler import R0, R1, R2, Assembler
 from pgguard.attribution.ebpf.programs import EVENT_SIZE, Kind
 from pgguard.attribution.ebpf.ring import Event, Ring
+from pgguard.identity import Sender
 
 KEY = b"k" * 36
 
@@ -36,33 +37,33 @@ def account_of(*events: Event) -> Account:
 def test_each_send_gets_its_sender_however_the_bytes_are_read() -> None:
     account = account_of(event(Kind.SENDING, 0, 5), event(Kind.SENDING, 5, 3, who=2), event(Kind.SENDING, 8, 2, who=2))
     assert account.split(0) == []
-    assert account.split(7) == [Segment(5, sender(1)), Segment(2, sender(2))]
-    assert account.split(3) == [Segment(3, sender(2))]
-    assert account.split(1) == [Segment(1, None)]
+    assert account.split(7) == [(5, sender(1)), (2, sender(2))]
+    assert account.split(3) == [(3, sender(2))]
+    assert account.split(1) == [(1, None)]
     assert account.opener == sender(1)
 
 
 def test_bytes_that_no_event_covers_shift_nothing() -> None:
     account = account_of(event(Kind.SENDING, 4, 2), event(Kind.UNCERTAIN, 6, 3), event(Kind.SENDING, 9, 1, who=2))
-    assert account.split(10) == [Segment(4, None), Segment(2, sender(1)), Segment(3, None), Segment(1, sender(2))]
+    assert account.split(10) == [(4, None), (2, sender(1)), (3, None), (1, sender(2))]
 
 
 def test_a_sender_outside_of_the_pid_namespace_is_unknown() -> None:
     account = account_of(event(Kind.SENDING, 0, 2, who=0), event(Kind.SENDING, 2, 2, who=3))
-    assert account.split(4) == [Segment(2, None), Segment(2, sender(3))]
+    assert account.split(4) == [(2, None), (2, sender(3))]
 
 
 def test_positions_need_more_than_32_bits() -> None:
     account = account_of()
     account.split(2**33)
     account.apply(event(Kind.SENDING, 2**33, 2))
-    assert account.split(2) == [Segment(2, sender(1))]
+    assert account.split(2) == [(2, sender(1))]
 
 
 def test_what_contradicts_itself_is_unknown() -> None:
     account = account_of(event(Kind.SENDING, 0, 10), event(Kind.SENDING, 4, 2, who=2))
     assert account.contradictions == 1
-    assert account.split(8) == [Segment(4, sender(1)), Segment(2, sender(2)), Segment(2, None)]
+    assert account.split(8) == [(4, sender(1)), (2, sender(2)), (2, None)]
 
 
 def test_two_that_send_by_turns_while_nobody_reads_take_bounded_memory() -> None:
@@ -77,12 +78,12 @@ def test_two_that_send_by_turns_while_nobody_reads_take_bounded_memory() -> None
     finally:
         tracemalloc.stop()
     assert taken < 1_000_000
-    assert account.split(10) == [Segment(5, sender(1)), Segment(5, sender(2))]
-    *known, rest = account.split(5 * sends - 10)
-    assert all(segment.sender == sender(1 + n % 2) for n, segment in enumerate(known))
-    assert rest.sender is None
+    assert account.split(10) == [(5, sender(1)), (5, sender(2))]
+    *known, (_, whose) = account.split(5 * sends - 10)
+    assert all(whose == sender(1 + n % 2) for n, (_, whose) in enumerate(known))
+    assert whose is None
     account.apply(event(Kind.SENDING, 5 * sends, 5, who=3))
-    assert account.split(5) == [Segment(5, sender(3))]
+    assert account.split(5) == [(5, sender(3))]
 
 
 def test_what_was_not_known_is_counted_and_said_at_the_end() -> None:
@@ -116,7 +117,7 @@ def test_another_connection_of_the_same_addresses_counts_for_nothing() -> None:
     )
     account = accounts.open(KEY)
     accounts.feed([event(Kind.SENDING, 2, 4, who=9, origin=8)])
-    assert account.split(6) == [Segment(2, sender(1)), Segment(4, None)]
+    assert account.split(6) == [(2, sender(1)), (4, None)]
 
 
 def test_a_connection_that_reuses_a_port_has_an_account_of_its_own() -> None:
@@ -130,20 +131,20 @@ def test_a_connection_that_reuses_a_port_has_an_account_of_its_own() -> None:
             event(Kind.SENDING, 0, 1, who=2, origin=9),
         ]
     )
-    assert first.split(2) == [Segment(2, sender(1))]
+    assert first.split(2) == [(2, sender(1))]
     second = accounts.open(KEY)
     accounts.close(KEY, first)
     accounts.feed([event(Kind.SENDING, 1, 1, who=3, origin=9)])
-    assert second.split(2) == [Segment(1, sender(2)), Segment(1, sender(3))]
+    assert second.split(2) == [(1, sender(2)), (1, sender(3))]
     accounts.close(KEY, second)
     accounts.feed([event(Kind.SENDING, 2, 1, who=3, origin=9)])
-    assert second.split(1) == [Segment(1, None)]
+    assert second.split(1) == [(1, None)]
 
 
 def test_without_the_guards_own_end_nothing_is_believed() -> None:
     accounts = Accounts()
     accounts.feed([event(Kind.OPENED), event(Kind.SENDING, 0, 2)])
-    assert accounts.open(KEY).split(2) == [Segment(2, None)]
+    assert accounts.open(KEY).split(2) == [(2, None)]
 
 
 def test_connections_that_are_never_accepted_take_bounded_memory() -> None:
@@ -193,8 +194,8 @@ def test_no_byte_ever_gets_a_wrong_name(stretches: list[Stretch], reads: list[in
         while events and number not in late and events[0][0] <= position + length:
             account.apply(events.pop(0)[1])
         found: list[int | None] = []
-        for segment in account.split(length):
-            found += [segment.sender.pid if segment.sender else None] * segment.length
+        for size, whose in account.split(length):
+            found += [whose.pid if whose else None] * size
         assert len(found) == length
         for index, who_found in enumerate(found, position):
             assert who_found in (truth[index], None)

@@ -27,11 +27,12 @@ from typing import Any
 import pytest
 
 from pgguard.attribution.ebpf import bpf
-from pgguard.attribution.ebpf.account import Account, Accounts, Sender
+from pgguard.attribution.ebpf.account import Account, Accounts
 from pgguard.attribution.ebpf.assembler import Assembler
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe, _find_cgroup, connection_key
 from pgguard.attribution.ebpf.programs import Kind, Way
 from pgguard.attribution.ebpf.ring import Event
+from pgguard.identity import Sender
 
 try:
     with SenderProbe([]) as best:
@@ -82,13 +83,13 @@ class Watched:
             length -= len(data)
             self.feed()
             at = 0
-            for segment in account.split(len(data)):
-                part = data[at : at + segment.length]
-                at += segment.length
-                if found and found[-1][1] == segment.sender:
-                    found[-1] = found[-1][0] + part, segment.sender
+            for size, sender in account.split(len(data)):
+                part = data[at : at + size]
+                at += size
+                if found and found[-1][1] == sender:
+                    found[-1] = found[-1][0] + part, sender
                 else:
-                    found.append((part, segment.sender))
+                    found.append((part, sender))
         return found
 
 
@@ -257,7 +258,7 @@ def test_every_byte_of_six_senders_in_three_processes(watched: Watched, mode: st
                         continue
                     rest = rest[taken:]
                     sent += taken
-        os.write(log_write, json.dumps([mark, *me(), sent]).encode() + b"\n")
+        os.write(log_write, json.dumps([mark, *me()[:2], sent]).encode() + b"\n")
 
     def process(first: int) -> None:
         threads = [threading.Thread(target=send_all, args=(mark,)) for mark in (first, first + 1)]
@@ -275,12 +276,12 @@ def test_every_byte_of_six_senders_in_three_processes(watched: Watched, mode: st
         while data := accepted.recv(1 << 18):
             watched.feed()
             at = 0
-            for segment in account.split(len(data)):
-                part = data[at : at + segment.length]
-                at += segment.length
+            for size, sender in account.split(len(data)):
+                part = data[at : at + size]
+                at += size
                 counts = Counter({part[0]: len(part)}) if part.count(part[0]) == len(part) else Counter(part)
                 for mark, count in counts.items():
-                    named[mark, segment.sender] += count
+                    named[mark, sender] += count
     for pid in pids:
         join(pid)
     entries = [json.loads(line) for line in log]
@@ -576,9 +577,9 @@ with SenderProbe([listener.getsockname()], blocking=True) as probe:
     assert accepted.recv(5) == b"hello"
     accounts.feed(probe.read())
     account = accounts.open(connection_key(accepted))
-    (segment,) = account.split(5)
-    assert segment.sender == account.opener
-    assert segment.sender.pid == int(child.communicate()[0])
+    ((_, sender),) = account.split(5)
+    assert sender == account.opener
+    assert sender.pid == int(child.communicate()[0])
     print("right")
 """
 
@@ -971,7 +972,7 @@ def test_a_client_that_does_not_block_is_in_the_map_until_it_does() -> None:
             client.send(b"x" * 10)
             assert accepted.recv(100) == b"x" * 10
             watched.feed()
-            assert account.split(10) == [(10, (os.getpid(), threading.get_native_id()))]
+            assert account.split(10) == [(10, me())]
             client.setblocking(True)
             client.send(b"y" * 10)
             assert accepted.recv(100) == b"y" * 10

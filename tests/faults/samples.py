@@ -12,7 +12,8 @@ from pgguard.faults.build import build_fault
 from pgguard.faults.fault import Fault, SessionFacts
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
-from pgguard.session.verdicts import Direction, Kind, MessageSeen, RequestSeen, RequestState, Sender, Verdict
+from pgguard.identity import Sender
+from pgguard.session.verdicts import Direction, Kind, MessageSeen, RequestSeen, RequestState, Verdict
 
 NOW = 1795348327.120402
 """2026-11-22T11:52:07.120402Z."""

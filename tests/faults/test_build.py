@@ -20,18 +20,9 @@ from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Role
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
+from pgguard.identity import Sender
 from pgguard.reporting.record import rfc3339, to_record
-from pgguard.session.verdicts import (
-    Direction,
-    Kind,
-    Limit,
-    MessageSeen,
-    Party,
-    Refusal,
-    RequestState,
-    Sender,
-    Verdict,
-)
+from pgguard.session.verdicts import Direction, Kind, Limit, MessageSeen, Party, Refusal, RequestState, Verdict
 from tests.faults.samples import (
     DATA_ROW,
     FACTS,

@@ -14,7 +14,8 @@ from pgguard.attribution.runtime import Language, Library, Runtime, Server
 from pgguard.faults.advice import advice_for
 from pgguard.faults.advice.closing import advice_on_closing
 from pgguard.faults.catalogue import CATALOGUE
-from pgguard.session.verdicts import Direction, Kind, MessageSeen, Sender
+from pgguard.identity import Sender
+from pgguard.session.verdicts import Direction, Kind, MessageSeen
 from tests.faults.samples import MASTER, WORKER_0, fault, verdict
 
 GENERAL = CATALOGUE[Kind.UNCLEAN_CLOSE].advice

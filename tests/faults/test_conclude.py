@@ -13,7 +13,8 @@ from pgguard.attribution.runtime import Language
 from pgguard.attribution.threads import Obstacle, Waits
 from pgguard.faults.catalogue import OVERLAP as OVERLAPPING
 from pgguard.faults.conclude import AT_ONCE, HARMLESS_GOODBYES, conclude, readers
-from pgguard.session.verdicts import AFTER_END, Kind, RequestState, Sender
+from pgguard.identity import Sender
+from pgguard.session.verdicts import AFTER_END, Kind, RequestState
 from tests.faults.samples import (
     FACTS,
     KERNEL,

@@ -16,8 +16,9 @@ from pgguard.attribution.threads import Sleep, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.culprits import find_culprits, foremost, known_processes, sender_evidence, tell_story
 from pgguard.faults.fault import Chapter, Culprit, Event, Role
+from pgguard.identity import Sender
 from pgguard.reporting.record import to_record
-from pgguard.session.verdicts import AFTER_END, Kind, Limit, Refusal, Sender, Verdict
+from pgguard.session.verdicts import AFTER_END, Kind, Limit, Refusal, Verdict
 from tests.faults.samples import (
     DATA_ROW,
     FACTS,

@@ -17,9 +17,10 @@ from pgguard.faults.build import build_instance
 from pgguard.faults.rejection import rejection
 from pgguard.faults.sql import SqlMode
 from pgguard.faults.text import discreet, discreet_setting
+from pgguard.identity import Sender
 from pgguard.reporting.console import print_fault
 from pgguard.reporting.record import to_record
-from pgguard.session.verdicts import Kind, Limit, Party, Refusal, RequestSeen, RequestState, Sender
+from pgguard.session.verdicts import Kind, Limit, Party, Refusal, RequestSeen, RequestState
 from tests.faults.samples import FACTS, KERNEL, NOW, OVERLAP, WORKER_0, WORKER_1, asleep, fault, process, verdict
 
 SECRET = "Geh3imnis"

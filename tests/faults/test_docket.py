@@ -25,8 +25,9 @@ from pgguard.faults.docket import EXPLAINED_BY, FAMILIES, FAULTS, FAULTS_PER_SES
 from pgguard.faults.fault import Fault, Role, Spread
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
+from pgguard.identity import Sender
 from pgguard.reporting.record import to_record
-from pgguard.session.verdicts import Kind, Limit, Party, Refusal, Sender, Verdict
+from pgguard.session.verdicts import Kind, Limit, Party, Refusal, Verdict
 from tests.faults.samples import (
     FACTS,
     KERNEL,

@@ -12,7 +12,8 @@ from pgguard.attribution.findings import Findings
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.policy import Action
 from pgguard.faults.rejection import rejection
-from pgguard.session.verdicts import Kind, Sender, Verdict
+from pgguard.identity import Sender
+from pgguard.session.verdicts import Kind, Verdict
 from tests.faults.samples import KERNEL, MASTER, OUTSTANDING, OVERLAP, WORKER_0, fault, process, verdict
 
 

@@ -15,8 +15,9 @@ from pgguard.attribution.threads import Waits
 from pgguard.faults.advice.tracing import TRACEABLE, tracing_for
 from pgguard.faults.causes import cause_key
 from pgguard.faults.sql import SqlMode
+from pgguard.identity import Sender
 from pgguard.reporting.record import to_record
-from pgguard.session.verdicts import Kind, Sender, Verdict
+from pgguard.session.verdicts import Kind, Verdict
 from tests.faults.samples import KERNEL, OUTSTANDING, OVERLAP, WORKER_1, fault, waiting
 
 TAGGED = b"SELECT 1 /*action='show',controller='users',source_location='app%2Fmodels%2Fuser.rb%3A23'*/"

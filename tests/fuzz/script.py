@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pgguard.session.verdicts import Sender
+from pgguard.identity import Sender
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -24,9 +24,9 @@ from pgguard.attribution.evidence import Process
 from pgguard.attribution.processes import read_process
 from pgguard.attribution.witness import Witness
 from pgguard.faults.policy import KindAction
+from pgguard.identity import Sender
 from pgguard.proxy.kernel_senders import KernelSenders
 from pgguard.proxy.session import ProxiedSession
-from pgguard.session.verdicts import Sender
 from tests.proxy.conftest import House, running, until
 from tests.proxy.fake_backend import BackendConnection, FakeBackend
 from tests.proxy.messages import (

@@ -18,9 +18,9 @@ from pgguard.attribution.attention import Attention
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.witness import Witness
+from pgguard.identity import Sender
 from pgguard.proxy import unread
 from pgguard.proxy.session import ProxiedSession
-from pgguard.session.verdicts import Sender
 from tests.attribution.puppets import THREADS, Puppet
 from tests.proxy.conftest import running, until
 from tests.proxy.messages import ANSWER, COLUMNS, LOGGED_IN, READY, SSL_REQUEST, message, query, startup

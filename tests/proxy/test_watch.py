@@ -18,11 +18,12 @@ from pgguard.attribution.runtime import Runtime, Server
 from pgguard.attribution.sockets import TcpClient
 from pgguard.attribution.threads import Sleep, Thread, Waiting, Waits
 from pgguard.attribution.witness import Opening, Witness
+from pgguard.identity import Sender
 from pgguard.proxy.losses import keep_going
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.watch import Watch
 from pgguard.session.tracker import Tracker
-from pgguard.session.verdicts import Kind, Sender
+from pgguard.session.verdicts import Kind
 from tests.proxy.conftest import running, until
 from tests.proxy.messages import ANSWER, LOGGED_IN, SELECTED, message, query
 

@@ -26,8 +26,9 @@ from pgguard.faults.causes import CAUSES
 from pgguard.faults.fault import OUTLINED, Spread
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
+from pgguard.identity import Sender
 from pgguard.reporting.console import BACKLOG, ConsoleSink, Given, print_fault, render, summary_line
-from pgguard.session.verdicts import Kind, Party, RequestState, Sender
+from pgguard.session.verdicts import Kind, Party, RequestState
 from tests.faults.samples import (
     DATA_ROW,
     FACTS,

@@ -31,6 +31,7 @@ from pgguard.faults.docket import Count
 from pgguard.faults.fault import Spread
 from pgguard.faults.rejection import rejection
 from pgguard.faults.sql import SqlMode
+from pgguard.identity import Sender
 from pgguard.proxy.addresses import TcpAddress
 from pgguard.proxy.upstream import UpstreamUnavailable
 from pgguard.reporting.console import print_fault, summary_line
@@ -38,7 +39,7 @@ from pgguard.reporting.jsonl import encode
 from pgguard.reporting.log import BoundedLog
 from pgguard.reporting.summary import summary_lines
 from pgguard.session.refusals import reason_of
-from pgguard.session.verdicts import AFTER_END, Kind, Limit, Refusal, Sender
+from pgguard.session.verdicts import AFTER_END, Kind, Limit, Refusal
 from tests.faults.samples import FACTS, NOW, OUTSTANDING, OVERLAP, QUERY, fault, process, verdict, waiting
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ import pytest
 
 from pgguard.faults.policy import Action
 from pgguard.faults.text import printable
+from pgguard.identity import Sender
 from pgguard.reporting.mermaid import ARROWS, LIMIT, diagram, label
-from pgguard.session.verdicts import Kind, Sender
+from pgguard.session.verdicts import Kind
 from tests.faults.samples import FACTS, KERNEL, OUTSTANDING, OVERLAP, WORKER_1, fault, verdict
 from tests.languages import npm_directory
 from tests.servers import not_installed

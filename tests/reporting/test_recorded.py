@@ -20,11 +20,12 @@ from pgguard.attribution.evidence import Evidence
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.docket import Docket
 from pgguard.faults.fault import Fault
+from pgguard.identity import Sender
 from pgguard.reporting import recorded
 from pgguard.reporting.jsonl import JsonLines, encode
 from pgguard.reporting.record import to_record
 from pgguard.reporting.recorded import Gatherer, Recording, RecordingError, read_recording
-from pgguard.session.verdicts import Kind, Sender
+from pgguard.session.verdicts import Kind
 from tests.faults.samples import FACTS, KERNEL, NOW, OVERLAP, TERMINATE, fault, process, verdict
 
 ORDINARY = json.loads(encode(fault(cause=1, run="a", id=1)))

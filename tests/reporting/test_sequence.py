@@ -13,10 +13,11 @@ from pgguard.attribution.evidence import Evidence
 from pgguard.faults.fault import Chapter, Event, Request, Role
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlText
+from pgguard.identity import Sender
 from pgguard.reporting.jsonl import encode
 from pgguard.reporting.readback import from_record
 from pgguard.reporting.sequence import LANES, Gap, LaneKind, Sequence, What, duration, sequence_of
-from pgguard.session.verdicts import Kind, RequestState, Sender
+from pgguard.session.verdicts import Kind, RequestState
 from tests.faults.samples import DATA_ROW, KERNEL, NOW, OVERLAP, TERMINATE, fault, process, verdict
 from tests.reporting.test_hostile_text import HOSTILE, hostile_faults
 

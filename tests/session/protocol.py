@@ -6,8 +6,9 @@ import struct
 from sys import maxsize
 from typing import TYPE_CHECKING
 
+from pgguard.identity import Sender
 from pgguard.session.tracker import Tracker
-from pgguard.session.verdicts import Direction, Kind, Sender, Verdict
+from pgguard.session.verdicts import Direction, Kind, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -134,7 +135,7 @@ class Conversation:
     def feed(self, direction: Direction, data: bytes, sender: Sender | None) -> list[Verdict]:
         tracker = self.tracker
         padding = b"\xff" * 3  # positions are not always those of the buffer
-        buffer = bytearray(padding + self._held[direction] + data + b"\xff" * 7)
+        buffer = padding + self._held[direction] + data + b"\xff" * 7
         pos, end = len(padding), len(buffer) - 7
         new: list[Verdict] = []
         while pos < end and tracker.lost is None:
@@ -151,7 +152,7 @@ class Conversation:
             assert tracker.verdict.start == pos or tracker.verdict.message is None
             new.append(tracker.verdict)
             tracker.overrule()
-        self._held[direction] = bytes(buffer[pos:end])
+        self._held[direction] = buffer[pos:end]
         self.verdicts += new
         return new
 

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from pgguard.session.verdicts import Direction, Kind, Sender
+from pgguard.identity import Sender
+from pgguard.session.verdicts import Direction, Kind
 from tests.session.protocol import BACKEND, LOGIN, MODEL, Conversation, query, spell
 
 START = len(LOGIN)
@@ -93,7 +94,7 @@ def test_it_does_not_matter_how_the_stream_is_cut(seed: int) -> None:
 def test_a_message_that_was_swallowed_is_in_no_answer() -> None:
     conversation = Conversation()
     tracker = conversation.tracker
-    stray = bytearray(BACKEND["D"])
+    stray = BACKEND["D"]
     assert tracker.backend(stray, 0, len(stray)) == 0
     tracker.swallow()
     assert tracker.backend(stray, 0, len(stray)) == len(stray)

@@ -181,7 +181,7 @@ def test_a_message_of_a_gigabyte_leaves_nothing() -> None:
     size = 1_000_000_000
     head = b"D" + struct.pack("!I", size) + bytes(65_531)
     assert conversation.backend(head) == []
-    piece = bytearray(1 << 20)
+    piece = bytes(1 << 20)
     left = size + 1 - len(head)
     tracker = conversation.tracker
     while left:

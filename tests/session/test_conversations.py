@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from pgguard.session.verdicts import Direction, Kind, Sender
+from pgguard.identity import Sender
+from pgguard.session.verdicts import Direction, Kind
 from pgguard.wire.messages import LOOK_LIMIT
 from tests.session.model import Recording, cuts, recordings, split_messages
 from tests.session.outcomes import named, outcome, told
@@ -331,7 +332,7 @@ def test_swallowed_goodbye_leaves_no_trace(recording: Recording, named: bool, cu
     owner, child = (MODEL, Sender(200, 200)) if named else (None, None)
     tracker = dropped.tracker
     tracker.asks_goodbye = not named
-    terminate = bytearray(FRONTEND["X"])
+    terminate = FRONTEND["X"]
     for direction, data in recording.runs():
         dropped.feed(direction, data, owner if direction is Direction.FRONTEND else None)
         if tracker.frontend_rest or dropped.held(Direction.FRONTEND):

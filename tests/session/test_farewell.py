@@ -17,7 +17,7 @@ def tracker(*said: bytes) -> Tracker:
     """A session in which the server has said the first of these, the client the second, and so on."""
     it = Tracker({"user": "someone"})
     for n, data in enumerate(said):
-        buffer = bytearray(data)
+        buffer = data
         if n % 2:
             it.frontend(buffer, 0, len(buffer), None, 0.0)
         else:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from pgguard.identity import Sender
 from pgguard.session.senders import Senders
 from pgguard.session.tracker import Tracker
-from pgguard.session.verdicts import AFTER_END, Direction, Kind, RequestState, Sender
+from pgguard.session.verdicts import AFTER_END, Direction, Kind, RequestState
 from tests.session.protocol import LOGIN, Conversation, error, kinds, message, query
 
 PARENT = Sender(4866, 4866)
@@ -28,11 +29,11 @@ class Relay:
 
     def __init__(self, sender: Sender | None = PARENT) -> None:
         self.tracker = Tracker({"user": "app"}, sender)
-        assert self.tracker.backend(bytearray(LOGIN), 0, len(LOGIN)) == len(LOGIN)
+        assert self.tracker.backend(LOGIN, 0, len(LOGIN)) == len(LOGIN)
 
     def send(self, data: bytes, sender: Sender | None) -> int:
         """Present a chunk; returns how much of it is in order."""
-        return self.tracker.frontend(bytearray(data), 0, len(data), sender, 1000.0)
+        return self.tracker.frontend(data, 0, len(data), sender, 1000.0)
 
     def swallows(self, data: bytes, sender: Sender | None) -> None:
         """Present a chunk whose only message is a foreign-terminate, and have it swallowed."""
@@ -323,7 +324,7 @@ class TestOfAnUnnamedSender:
     def test_behind_the_end_is_not_asked_about(self) -> None:
         relay = self.relay()
         goodbye = error("FATAL", "57P01")
-        assert relay.tracker.backend(bytearray(goodbye), 0, len(goodbye)) == len(goodbye)
+        assert relay.tracker.backend(goodbye, 0, len(goodbye)) == len(goodbye)
         assert relay.send(TERMINATE, None) == len(TERMINATE)
         assert relay.tracker.verdict is None
 
@@ -346,7 +347,7 @@ class TestSwallowed:
         for child in range(times):
             relay.swallows(TERMINATE, Sender(5000 + child))
         answer = b"".join(message(*one) for one in (("C", b"SELECT 1\0"), ("Z", b"I")))
-        assert relay.tracker.backend(bytearray(answer), 0, len(answer)) == len(answer)
+        assert relay.tracker.backend(answer, 0, len(answer)) == len(answer)
         assert relay.send(SELECT + TERMINATE, PARENT) == len(SELECT + TERMINATE)
         assert relay.tracker.verdict is None
         assert relay.tracker.terminated
@@ -402,12 +403,12 @@ class TestSwallowed:
             if relay.send(SELECT, sender) == 0:
                 relay.tracker.overrule()
                 assert relay.send(SELECT, sender) == len(SELECT)
-            assert relay.tracker.backend(bytearray(answer), 0, len(answer)) == len(answer)
+            assert relay.tracker.backend(answer, 0, len(answer)) == len(answer)
         assert relay.send(SELECT + TERMINATE, CHILD) == 0
         relay.tracker.overrule()
         assert relay.send(SELECT + TERMINATE, CHILD) == len(SELECT)
         relay.swallows(TERMINATE, CHILD)
-        assert relay.tracker.backend(bytearray(answer), 0, len(answer)) == len(answer)
+        assert relay.tracker.backend(answer, 0, len(answer)) == len(answer)
         assert not relay.tracker.over
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pgguard.identity import Sender
 from pgguard.session import libpq
-from pgguard.session.verdicts import Kind, RequestState, Sender
+from pgguard.session.verdicts import Kind, RequestState
 from pgguard.wire.messages import TEXT_LIMIT
 from tests.session.protocol import DESCRIBE_STATEMENT, Conversation, bind, message, parse, query
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from pgguard.identity import Sender
 from pgguard.session.refusals import Replication, replication_asked
 from pgguard.session.tracker import Tracker
-from pgguard.session.verdicts import Direction, Kind, Limit, Refusal, Sender, Verdict
+from pgguard.session.verdicts import Direction, Kind, Limit, Refusal, Verdict
 from tests.session.protocol import BACKEND, MODEL, Conversation, error, kinds, message
 
 FULL = error("FATAL", "53300")
@@ -16,7 +17,7 @@ def refused(routine: str | None, text: str = "non", **parameters: str) -> Verdic
     """The verdict on a login that was refused by that function of the server's, in those words."""
     tracker = Tracker({"user": "app", "database": "shop"} | parameters)
     fields = ["SFATAL", "VFATAL", "C53300", f"M{text}", "Fproc.c", "L1", *([f"R{routine}"] if routine else [])]
-    data = bytearray(message("E", "".join(f"{field}\0" for field in [*fields, ""]).encode()))
+    data = message("E", "".join(f"{field}\0" for field in [*fields, ""]).encode())
     assert tracker.backend(data, 0, len(data)) == 0
     assert tracker.verdict is not None
     assert tracker.verdict.kind is Kind.CONNECTION_EXHAUSTION

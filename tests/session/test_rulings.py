@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from pgguard.identity import Sender
 from pgguard.session.tracker import Tracker
-from pgguard.session.verdicts import Direction, Kind, Party, RequestState, Sender
+from pgguard.session.verdicts import Direction, Kind, Party, RequestState
 from tests.session.protocol import (
     BACKEND,
     FRONTEND,
@@ -22,7 +23,7 @@ from tests.session.protocol import (
 
 def logged_in() -> Tracker:
     tracker = Tracker({"user": "app"}, MODEL)
-    assert tracker.backend(bytearray(LOGIN), 0, len(LOGIN)) == len(LOGIN)
+    assert tracker.backend(LOGIN, 0, len(LOGIN)) == len(LOGIN)
     return tracker
 
 
@@ -30,7 +31,7 @@ class TestVerdicts:
     def test_stop_at_the_offending_message(self) -> None:
         """What stands in front of it is in order, and what stands behind it has not been looked at."""
         tracker = logged_in()
-        chunk = bytearray(BACKEND["N"] + BACKEND["D"] + BACKEND["C"])
+        chunk = BACKEND["N"] + BACKEND["D"] + BACKEND["C"]
         at = len(BACKEND["N"])
         assert tracker.backend(chunk, 0, len(chunk)) == at
         assert tracker.verdict is not None
@@ -41,7 +42,7 @@ class TestVerdicts:
     def test_fall_again_unless_ruled_on(self) -> None:
         """A message is not let through by being presented twice."""
         tracker = logged_in()
-        chunk = bytearray(BACKEND["C"])
+        chunk = BACKEND["C"]
         for _ in range(2):
             assert tracker.backend(chunk, 0, len(chunk)) == 0
             assert tracker.verdict is not None
@@ -50,7 +51,7 @@ class TestVerdicts:
 class TestOverrule:
     def test_is_for_one_message(self) -> None:
         tracker = logged_in()
-        chunk = bytearray(BACKEND["D"] + BACKEND["C"])
+        chunk = BACKEND["D"] + BACKEND["C"]
         assert tracker.backend(chunk, 0, len(chunk)) == 0
         tracker.overrule()
         assert tracker.verdict is None
@@ -142,7 +143,7 @@ class TestSwallow:
         """It never happened, however it comes; and in the middle of it no message could be put."""
         tracker = logged_in()
         stray = message("D", bytes(300))
-        chunk = bytearray(stray + BACKEND["N"])
+        chunk = stray + BACKEND["N"]
         stop = 20 if chunked else len(chunk)
         assert tracker.backend(chunk, 0, stop) == 0
         tracker.swallow()
@@ -158,12 +159,12 @@ class TestSwallow:
         """The session lives on, and its owner's next message is judged as if nothing had been."""
         tracker = logged_in()
         child = Sender(200)
-        terminate = bytearray(message("X"))
+        terminate = message("X")
         assert tracker.frontend(terminate, 0, 5, child, 0.0) == 0
         tracker.swallow()
         assert tracker.frontend(terminate, 0, 5, child, 0.0) == 5
         assert not tracker.terminated
-        select = bytearray(query("SELECT 1"))
+        select = query("SELECT 1")
         assert tracker.frontend(select, 0, len(select), MODEL, 0.0) == len(select)
         assert not tracker.idle
 
@@ -174,7 +175,7 @@ class TestSwallow:
     def test_message_of_which_a_part_is_forwarded(self) -> None:
         """Half a message can't be taken back."""
         tracker = logged_in()
-        insert = bytearray(query("x" * 5000))
+        insert = query("x" * 5000)
         assert tracker.frontend(insert, 0, 2000, MODEL, 0.0) == 2000
         assert tracker.frontend(insert, 0, 100, Sender(200), 0.0) == 0
         with pytest.raises(ValueError, match="in part"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pgguard.session.verdicts import Direction, Kind, RequestState, Sender
+from pgguard.identity import Sender
+from pgguard.session.verdicts import Direction, Kind, RequestState
 from tests.session.protocol import FRONTEND, Conversation, bind, kinds, parse, query
 
 PARENT = Sender(4866, 4866)

@@ -189,7 +189,7 @@ class TestLogin:
     def test_application_name_as_the_server_reports_it(self) -> None:
         tracker = Tracker({"user": "app", "application_name": "asked for"})
         assert tracker.application_name == "asked for"
-        data = bytearray(BACKEND["R"] + message("S", b"application_name\0granted\0") + BACKEND["Z"])
+        data = BACKEND["R"] + message("S", b"application_name\0granted\0") + BACKEND["Z"]
         assert tracker.backend(data, 0, len(data)) == len(data)
         assert tracker.application_name == "granted"
         assert tracker.database == tracker.user == "app", "the database is called like the user if none is named"
@@ -283,7 +283,8 @@ class TestHugeMessages:
         tracker = conversation.tracker
         size = self.GIGABYTE - 1024
         head = header.encode() + struct.pack("!I", size - 1)
-        chunk = bytearray(head.ljust(128 * 1024, b"x"))
+        chunk = head.ljust(128 * 1024, b"x")
+        rest = b"Xjunk" + chunk[5:]
         passed = 0
         while passed < size:
             end = min(len(chunk), size - passed)
@@ -295,7 +296,7 @@ class TestHugeMessages:
             assert done == end
             assert tracker.verdict is None
             passed += end
-            chunk[:5] = b"Xjunk"
+            chunk = rest
         if before:
             conversation.talk("< CZ" if direction is Direction.BACKEND and header == "D" else "")
         assert tracker.requests_seen()[-1].sql is None or len(tracker.requests_seen()[-1].sql or b"") <= 1024

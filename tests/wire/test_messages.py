@@ -82,4 +82,4 @@ def test_index_has_all_types_and_no_others() -> None:
 
 
 def test_header_is_read_where_it_stands() -> None:
-    assert parse_header(bytearray(b"??Z\xff\0\0\5"), 2) == (ord("Z"), 0xFF000005)
+    assert parse_header(b"??Z\xff\0\0\5", 2) == (ord("Z"), 0xFF000005)

@@ -25,25 +25,13 @@ import errno
 import os
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from pgguard.attribution.ebpf.programs import Kind
 from pgguard.attribution.ebpf.ring import Event
+from pgguard.identity import Sender
 
-
-class Sender(NamedTuple):
-    """A thread, in the guard's pid namespace."""
-
-    pid: int
-    tid: int
-
-
-class Segment(NamedTuple):
-    """A number of bytes in a row, and who sent them; ``None`` if that isn't known for certain."""
-
-    length: int
-    sender: Sender | None
-
+Segment = tuple[int, Sender | None]
+"""A number of bytes in a row, and who sent them; ``None`` if that isn't known for certain."""
 
 _SENDING = int(Kind.SENDING)
 _EARLY_CONNECTIONS = 2048
@@ -75,6 +63,8 @@ class Account:
         """Of the next byte to be read."""
         self._runs: deque[tuple[int, int, Sender]] = deque()
         """Where stretches of the stream begin and end, and whose they are, in order."""
+        self._latest: Sender | None = None
+        """The last that is known to have sent: one object for as long as it is the same thread."""
         self.opener: Sender | None = None
         """Who called connect(2); ``None`` if that isn't known."""
         self.problem: int | None = None
@@ -113,17 +103,14 @@ class Account:
             self.problem = errno.EWOULDBLOCK
 
     def _add(self, start: int, stop: int, pid: int, tid: int) -> None:
+        sender = self._latest
+        if sender is None or sender.pid != pid or sender.tid != tid:
+            sender = self._latest = Sender(pid, tid)
         # A client that is not read may send a million small messages: they are one stretch, and one object's.
-        if self._runs:
-            first, last, sender = self._runs[-1]
-            if sender.pid == pid and sender.tid == tid:
-                if last == start:
-                    self._runs[-1] = first, stop, sender
-                elif len(self._runs) < _RUNS:
-                    self._runs.append((start, stop, sender))
-                return
-        if len(self._runs) < _RUNS:
-            self._runs.append((start, stop, Sender(pid, tid)))
+        if self._runs and self._runs[-1][2] is sender and self._runs[-1][1] == start:
+            self._runs[-1] = self._runs[-1][0], stop, sender
+        elif len(self._runs) < _RUNS:
+            self._runs.append((start, stop, sender))
 
     def covers(self, length: int) -> bool:
         """Whether something has been said of the last of the next ``length`` bytes, or of what is behind it."""
@@ -148,7 +135,8 @@ class Account:
         """Tell who sent the next bytes that were read, ``length`` of them.
 
         Returns:
-            Segments of that length together, neighbours having different senders; none if the length is 0.
+            Segments of that length together, neighbours having different senders; none if the length is 0. A sender is
+            the same object for as long as it is the same thread.
         """
         position = self._position
         self._position = end = position + length
@@ -181,10 +169,10 @@ class Account:
 
 
 def _append(segments: list[Segment], length: int, sender: Sender | None) -> None:
-    if segments and segments[-1].sender == sender:
-        segments[-1] = Segment(segments[-1].length + length, sender)
+    if segments and segments[-1][1] == sender:
+        segments[-1] = segments[-1][0] + length, sender
     else:
-        segments.append(Segment(length, sender))
+        segments.append((length, sender))
 
 
 _REASONS = {
