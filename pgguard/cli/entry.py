@@ -8,6 +8,7 @@ end it from the very beginning.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -51,7 +52,8 @@ def main() -> None:
     streams.open_missing()
     streams.watch()
     tidy_environment()
-    from pgguard.cli.main import main as run  # noqa: PLC0415 - it takes most of a second
+    with importing():
+        from pgguard.cli.main import main as run  # noqa: PLC0415 - it takes a quarter of a second
 
     try:
         run()
@@ -60,6 +62,16 @@ def main() -> None:
             # It has done what it was told to, and ends with the status that it has.
             for number in (*ENDING, signal.SIGHUP, *UNUSED):
                 signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Look for no garbage meanwhile: what modules make lasts, and to go through it again and again takes a while."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _command() -> str | None:

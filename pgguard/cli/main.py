@@ -17,6 +17,7 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from pgguard.cli import options
+from pgguard.cli.entry import importing
 from pgguard.cli.explain import explain, software_names
 from pgguard.cli.statuses import CANNOT, STATUSES
 from pgguard.cli.streams import OutputError, drop_output
@@ -133,7 +134,8 @@ def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
     user: options.User = "",
 ) -> None:
     """Run the guard in front of one PostgreSQL, until Ctrl-C or SIGTERM."""
-    from pgguard.cli.serve import serve  # noqa: PLC0415 - whoever completes a command needn't wait for it
+    with importing():
+        from pgguard.cli.serve import serve  # noqa: PLC0415 - whoever completes a command needn't wait for it
 
     given = {
         "upstream": upstream,
@@ -190,8 +192,9 @@ def run_command(  # noqa: PLR0913, PLR0917 - one for each option
     linger: options.Linger = "",
 ) -> None:
     """Run a command behind a guard of its own."""
-    from pgguard.cli.outputs import Outputs  # noqa: PLC0415 - likewise
-    from pgguard.cli.run import Wishes, run, seconds_to_linger  # noqa: PLC0415 - likewise
+    with importing():
+        from pgguard.cli.outputs import Outputs  # noqa: PLC0415 - likewise
+        from pgguard.cli.run import Wishes, run, seconds_to_linger  # noqa: PLC0415 - likewise
 
     given = {
         "upstream": upstream,
