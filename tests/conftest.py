@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from pgguard.attribution import scout
 from pgguard.attribution.ebpf.probe import ProbeUnavailable
 from pgguard.attribution.transparency import start
+from pgguard.compiled import form
 from tests.guard_process import LIMITED, UNLIMITED, GuardProcess, running_guard
 from tests.servers import REQUIRE_ALL, Server, Transport, installations, not_installed, running_server
 
@@ -43,8 +44,21 @@ _RUNNING = {"puppet", "server", "pytester"}
 _AGAIN = 2
 
 
+_FORM = os.environ.get("PGGUARD_TESTED_FORM")
+"""``compiled`` or ``pure``, if the tests must run in this form."""
+
+
 def pytest_configure() -> None:
-    """Keep compiled modules, even where that isn't the custom: guards are started by the hundred."""
+    """Test what is meant to be tested; and keep bytecode, even where that isn't the custom, as many guards are started.
+
+    Raises:
+        pytest.UsageError: Other sources than these would be tested, or another form than is wanted.
+    """
+    found = form()
+    if found.stale or (found.compiled and found.pure) or _FORM not in {None, "compiled" if found.compiled else "pure"}:
+        raise pytest.UsageError(
+            f"pgguard is {found}: install it anew, with PGGUARD_BUILD={_FORM or 'pure or compiled'}"
+        )
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
 

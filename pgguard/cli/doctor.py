@@ -1,4 +1,4 @@
-"""``pgguard doctor``: which evidence is available here, and how to get the rest."""
+"""``pgguard doctor``: which evidence is available here, whether pgguard is compiled, and how to get the rest."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pgguard.attribution.capabilities import KERNEL_SENDERS, check
+from pgguard.attribution.capabilities import KERNEL_SENDERS, Capability, check
 from pgguard.attribution.privileges import ENTERING, LOADING, LOOKING, names
 from pgguard.cli.entry import unwinding
 from pgguard.cli.progress import progress
 from pgguard.cli.statuses import DONE, MISSING
+from pgguard.compiled import Form, form
 from pgguard.faults.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from pgguard.attribution.capabilities import Capability
 
 
 _RIGHTS: Final = (
@@ -36,17 +35,36 @@ _WIDTH: Final = 100
 
 
 def doctor(*, as_json: bool) -> int:
-    """Try every kind of evidence, print the results, and return the exit status.
+    """Try every kind of evidence, look how pgguard was built, print the results, and return the exit status.
 
     That is 0 if everything essential is available, else 1. Takes a second at most, unless something hangs.
     """
     with unwinding(), progress("Checking what this host allows"):
-        capabilities = check()
+        capabilities = [*check(), _compiled_code(form())]
     if as_json:
         print(json.dumps([_as_dict(capability) for capability in capabilities], indent=2))  # noqa: T201 - the answer
     else:
         _print(capabilities)
     return MISSING if _essential_missing(capabilities) else DONE
+
+
+def _compiled_code(found: Form) -> Capability:
+    """In which form the guard runs, as one more thing that may be missing."""
+    problem = remedy = None
+    if found.pure or found.stale:
+        problem = f"pgguard is {found}"
+        remedy = (
+            "install a C compiler and Python's headers (gcc and python3-dev on Debian), then pgguard again, with "
+            "PGGUARD_BUILD=compiled in the environment: if anything else is missing, that says what"
+        )
+    return Capability(
+        "compiled code",
+        "follows and forwards messages at a fraction of the CPU time",
+        essential=False,
+        unix_instead=False,
+        problem=problem,
+        remedy=remedy,
+    )
 
 
 def _as_dict(capability: Capability) -> dict[str, str | bool | list[str] | None]:

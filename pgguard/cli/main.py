@@ -21,6 +21,7 @@ from pgguard.cli.entry import importing
 from pgguard.cli.explain import explain, software_names
 from pgguard.cli.statuses import CANNOT, STATUSES
 from pgguard.cli.streams import OutputError, drop_output
+from pgguard.compiled import form
 from pgguard.faults.text import nearest, printable
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.secrets.text import may_hold_a_password, redact
@@ -93,7 +94,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(_NAME, version(_NAME))  # noqa: T201 - the answer
+        print(f"{_NAME} {version(_NAME)} ({form()})")  # noqa: T201 - the answer
         raise typer.Exit
 
 

@@ -21,6 +21,7 @@ import pytest
 from pgguard.cli.explain import software_names
 from pgguard.cli.progress import progress
 from pgguard.cli.statuses import STATUSES
+from pgguard.compiled import form
 from pgguard.faults.policy import Mode
 from pgguard.session.verdicts import Kind
 from tests.cli.pasted import pasted
@@ -34,7 +35,7 @@ COMMANDS = ("serve", "run", "report", "demo", "explain", "doctor")
 
 def test_version(tmp_path: Path) -> None:
     done = run("--version", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"pgguard {version('pgguard')}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"pgguard {version('pgguard')} ({form()})\n", "")
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from pgguard.attribution.transparency import Comparison
 from pgguard.cli import doctor as command
 from pgguard.cli.doctor import doctor
 from pgguard.cli.main import main
+from pgguard.compiled import Form, form
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.settings import Settings
 from tests.proxy.conftest import backend
@@ -49,6 +50,7 @@ NO_THREADS = Capability(
     remedy="sysctl kernel.yama.ptrace_scope=0 (it is 1), or run the guard as root with CAP_SYS_PTRACE "
     "(cap_add: [SYS_PTRACE] in compose)",
 )
+COMPILED = Form(("pgguard.session.ledger", "pgguard.session.tracker"), (), stale=False)
 HINT = "instead of a TCP port"
 
 
@@ -59,9 +61,13 @@ def _eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _say(
-    *capabilities: Capability, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    *capabilities: Capability,
+    form: Form = COMPILED,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> tuple[int, str]:
     monkeypatch.setattr(command, "check", lambda: capabilities)
+    monkeypatch.setattr(command, "form", lambda: form)
     status = doctor(as_json=False)
     return status, capsys.readouterr().out
 
@@ -86,6 +92,8 @@ def test_the_same_as_json(tmp_path: Path) -> None:
     assert {"name", "available", "essential", "purpose", "problem", "remedy", "unix_instead", "rights"} == set(
         checked[0]
     )
+    [compiled] = [one for one in checked if one["name"] == "compiled code"]
+    assert compiled["available"] == (str(form()) == "compiled by mypyc")
     rights = {one["name"]: one["rights"] for one in checked}
     assert rights["waiting threads"] == ["CAP_DAC_READ_SEARCH", "CAP_SYS_PTRACE"]
     assert rights["kernel senders on TCP"] == ["CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"]
@@ -101,9 +109,39 @@ def test_nothing_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert [line.rstrip() for line in said.splitlines()] == [
         "ok  /proc: names processes",
         "ok  kernel senders on Unix sockets: names senders",
+        "ok  compiled code: follows and forwards messages at a fraction of the CPU time",
         "",
         "Everything works.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("form", "problem"),
+    [
+        (Form((), COMPILED.compiled, stale=False), "pgguard is pure Python"),
+        (
+            Form(COMPILED.compiled[:1], COMPILED.compiled[1:], stale=False),
+            "pgguard is compiled by mypyc, but for pgguard.session.tracker",
+        ),
+        (
+            Form(COMPILED.compiled, (), stale=True),
+            "pgguard is compiled by mypyc, from sources that have changed since",
+        ),
+    ],
+    ids=["pure", "mixed", "stale"],
+)
+def test_it_says_how_pgguard_was_built(
+    form: Form, problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, said = _say(PROC, SENDERS, form=form, monkeypatch=monkeypatch, capsys=capsys)
+    assert status == 0
+    said = " ".join(said.split())
+    assert (
+        f"missing compiled code: follows and forwards messages at a fraction of the CPU time problem: {problem} "
+        in said
+    )
+    assert "PGGUARD_BUILD=compiled" in said
+    assert said.endswith("Everything essential works. Missing: compiled code.")
 
 
 def test_something_missing_that_is_not_essential(
@@ -118,6 +156,8 @@ def test_something_missing_that_is_not_essential(
         "           problem: the guard has no ptrace rights over it",
         "           fix: sysctl kernel.yama.ptrace_scope=0 (it is 1), or run the guard as",
         "           root with CAP_SYS_PTRACE (cap_add: [SYS_PTRACE] in compose)",
+        "ok       compiled code: follows and forwards messages at a fraction of the CPU",
+        "         time",
         "",
         "Everything essential works. Missing: waiting threads.",
         "If you can't fix that, have the application connect to a Unix socket (--listen",
