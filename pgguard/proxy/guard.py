@@ -125,7 +125,12 @@ class Guard:
         )
         self._unread = UnreadWatch(settings.unread_answer)
         self._sweep = Sweep(
-            self._judge, cancel=self._cancel, answered=self._answered, closed=self._forget, unread=self._unread
+            self._judge,
+            cancel=self._cancel,
+            answered=self._answered,
+            closed=self._forget,
+            stirred=self._stir,
+            unread=self._unread,
         )
         self._openers = None if witness is None else OpenerStacks(witness, settings.evidence_budget)
         self._watch = Watch(self._sessions, accuse=self._sweep.accuse)
@@ -496,6 +501,7 @@ class Guard:
     def _settle(self, session: ProxiedSession) -> None:
         """Do what is left to be done for a session that is over."""
         account = session.kernel_account
+        self._watch.leave(session)
         with spared(Loss.TIDINESS, session):
             self._judge.closed(session)
         with spared(Loss.TIDINESS, session):
@@ -586,6 +592,7 @@ class Guard:
         if untracked is not None and greeting.verdict is None:
             with spared(Loss.RECORD, session):
                 self._judge.lost(session, untracked, time.time())
+        self._watch.stir(session)
         self._sweep.add(session, rest)
 
     # What the sweep wants done
@@ -613,6 +620,11 @@ class Guard:
 
     def _answered(self, session: ProxiedSession) -> None:
         self._gate.leave(session.id)
+
+    def _stir(self, session: ProxiedSession) -> None:
+        """Its client has sent something, for the first time since one of the watches has found it at rest."""
+        self._unread.stir(session)
+        self._watch.stir(session)
 
     def _forget(self, session: ProxiedSession) -> None:
         """It is over, and its sockets are closed."""

@@ -108,8 +108,8 @@ class End:
         self.contested = False
         """The kernel doesn't say, and several have it open: who sends is found out before a request is forwarded."""
         self.attentive = False
-        """What comes next is of interest: a client's request, as its answer is to be looked after or the last one lies
-        unread; the server's first answer."""
+        """What comes next is of interest: a client's request, as nobody watches what is at rest, or as the last answer
+        lies unread; the server's first answer."""
         self.credentials: bytes | None = None
         """What it said last, undecoded."""
         self.sender: Sender | None = None
@@ -251,7 +251,7 @@ class ProxiedSession:
         self.client = End(client, is_client=True, names_senders=self.has_credentials)
         account = self.kernel_account
         self.client.kernel_account = None if account is None or account.is_lost else account
-        self.client.attentive = self.client_socket is not None
+        self.client.attentive = True
         self.server = End(server, is_client=False)
         self.server.attentive = True
         self.client.peer, self.server.peer = self.server, self.client

@@ -54,10 +54,8 @@ class Sightings:
         self.unused_since: tuple[int, float] | None = None
         """Since when nobody has used it, behind the request of this number, whose opener is known to have ended."""
         self.leak_told = False
-        self.idle_since: tuple[int, float] | None = None
-        """Since when it is idle in a transaction, behind the request of this number: in seconds for which transactions
-        have been looked at."""
-        self.idleness_told = False
+        self.idle_behind: int | None = None
+        """The number of the request behind which it was last found idle in a transaction."""
 
     def note_holders(self, holders: tuple[Process, ...], lasting: tuple[Process, ...]) -> None:
         """Take note of who has the client's socket open now, and who of them for longer than on the way to exec()."""

@@ -127,6 +127,7 @@ class Sweep:
         cancel: starts to cancel what a session's backend is doing, without waiting for it.
         answered: is told of every session that the server has begun to answer.
         closed: is told of every session whose sockets have been closed.
+        stirred: is told of a session whose client sends something for the first time since its ``attentive`` was set.
         unread: looks after what has been answered.
     """
 
@@ -137,19 +138,19 @@ class Sweep:
         cancel: Callable[[ProxiedSession], None],
         answered: Callable[[ProxiedSession], None],
         closed: Callable[[ProxiedSession], None],
+        stirred: Callable[[ProxiedSession], None],
         unread: UnreadWatch,
     ) -> None:
         self._judge = judge
         self._aftermath = Aftermath(self, judge, cancel=cancel)
         self._answered = answered
         self._closed = closed
+        self._stirred = stirred
         self._unread = unread
         self._watched: dict[int, Callable[[int], None]] = {}
         """By descriptor, who is told of the events of what isn't a session's own."""
         self._alarms: set[ReadingAlarm] = set()
         """What tells that a client has read."""
-        self._stirred: set[ProxiedSession] = set()
-        """Those whose clients have sent something since it was last asked."""
         self._lateness: Lateness | None = None
         """Of the thread that sweeps."""
         self._epoll = select.epoll()
@@ -383,14 +384,6 @@ class Sweep:
         if self._watched.pop(fd, None) is not None and not self._epoll.closed:
             self._epoll.unregister(fd)
 
-    def take_stirred(self) -> set[ProxiedSession]:
-        """The sessions that are followed and whose clients have sent something since this was last called.
-
-        Some may be over by now.
-        """
-        stirred, self._stirred = self._stirred, set()
-        return stirred
-
     # Into and out of the epoll
 
     def add(self, session: ProxiedSession, startup: bytes) -> None:
@@ -469,6 +462,7 @@ class Sweep:
             except Exception:
                 pieces = self._lose_account(end, account, size)
             if len(pieces) > 1:
+                self._stir(end)
                 self._cut(end, pieces)
                 self._examine_pieces(end, now)
                 return
@@ -550,7 +544,7 @@ class Sweep:
         if not end.is_client:
             self._answered(session)
             return False
-        self._unread.stir(session)
+        self._stirred(session)
         if tracker is None or begin != _HEADROOM or size < HEADER_SIZE or end.contested:
             return False
         if tracker.frontend_rest or self._buffer[begin] not in _WANTED:
@@ -624,6 +618,15 @@ class Sweep:
         with spared(Loss.EVIDENCE, session):
             await self._unread.until_read(session, _APART)
 
+    def _stir(self, end: End) -> None:
+        """A client sends for the first time since its last answer was looked after; several of its threads do."""
+        if end.attentive:
+            end.attentive = False
+            try:
+                self._stirred(end.session)
+            except Exception:
+                note(Loss.EVIDENCE, end.session)
+
     def _cut(self, end: End, pieces: list[tuple[int, Sender | None]]) -> None:
         """Keep what has been read in pieces, each of one sender."""
         at = _HEADROOM
@@ -663,7 +666,6 @@ class Sweep:
             return
         try:
             if end.is_client:
-                self._stirred.add(end.session)
                 done = tracker.frontend(self._buffer, begin, stop, end.sender, now, _REQUESTS_AT_ONCE)
             else:
                 done = tracker.backend(self._buffer, begin, stop, _ANSWERS_AT_ONCE, apart=end.late)

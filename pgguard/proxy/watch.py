@@ -1,10 +1,17 @@
 """The watch over what no message shows: who inherits connections, who outlives them, who waits, who does nothing.
 
 Each watch is a task that looks again and again and has a session judged in which it has found something. What it costs
-hardly grows with the number of sessions: heirs are looked for among new processes, for all sessions together; and for
-threads that wait it looks at a few sessions at a time, the less often the longer it has found nothing. Whatever there
-is to look at, a watch takes a share of a processor in the long run: when a round has cost too much, it is longer until
-the next.
+doesn't grow with the number of sessions that are idle: heirs are looked for among new processes, for all sessions
+together, and the other watches go through the sessions that are in use. Whatever there is to look at, a watch takes a
+share of a processor in the long run: when a round has cost too much, it is longer until the next.
+
+*In use* is a session that is new, or whose client has sent something since a watch has last found it at rest. The relay
+says so (:meth:`Watch.stir`), once: a watch that finds a session at rest forgets it, and sets its ``attentive``, so that it
+is told of what comes next. A watch that has nothing to look at sleeps until it is told of something.
+
+Who waits on a connection when no answer is due is looked at when it has just come to rest. It may change afterwards
+with nothing being sent, as a thread begins to wait for notifications: so some of the sessions that are at rest are
+looked at again each second, as many however many there are, in turns.
 """
 
 from __future__ import annotations
@@ -15,6 +22,7 @@ import time
 from dataclasses import replace
 from enum import Enum
 from functools import partial
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import trio
@@ -72,6 +80,8 @@ _EARLY_READERS: Final = 64
 _BUSY_AT_A_TIME: Final = 6
 _IDLE_AT_A_TIME: Final = 2
 """Sessions of which it is looked at once who waits, while an answer is due and while none is."""
+_CALM_INTERVAL: Final = 1.0
+"""Seconds between two looks at who waits on sessions that have been at rest for a while, :data:`_IDLE_AT_A_TIME`."""
 _READERS_SHARE: Final = 0.1
 _READERS_SAVINGS: Final = 0.5
 """The same for looking at who waits for answers."""
@@ -116,14 +126,39 @@ class Watch:
         left the inherited ones alone; the opener that was asked about last is the last one."""
         self._last_arrival = -math.inf
         self._arrived = trio.Event()
+        self._active: dict[ProxiedSession, None] = {}
+        """Those that are in use, for the watch over readers."""
+        self._calm: dict[ProxiedSession, float] = {}
+        """Those that it has found at rest, and when to look at each again; the first first."""
+        self._active_stirred = trio.Event()
         self._idleness = 0.0
         """Seconds for which a transaction may sit idle; 0: for ever."""
         self._idleness_limited = trio.Event()
+        self._moved: dict[ProxiedSession, None] = {}
+        """Those that are in use, for the watch over transactions."""
+        self._sitting: dict[ProxiedSession, float] = {}
+        """Those that it has found idle in a transaction, and since when; the first first. Times are seconds for which
+        transactions have been looked at."""
+        self._transactions_stirred = trio.Event()
 
     def arrival(self) -> None:
         """A client has come, and may soon fork."""
         self._last_arrival = time.monotonic()
         self._arrived.set()
+
+    def stir(self, session: ProxiedSession) -> None:
+        """A session is in use, as it has begun, or its client has sent something: the watches look at it."""
+        self._calm.pop(session, None)
+        self._active[session] = None
+        self._active_stirred.set()
+        if self._idleness:
+            self._moved[session] = None
+            self._transactions_stirred.set()
+
+    def leave(self, session: ProxiedSession) -> None:
+        """A session is over."""
+        for watched in (self._active, self._calm, self._moved, self._sitting):
+            watched.pop(session, None)
 
     # Heirs
 
@@ -267,10 +302,19 @@ class Watch:
 
     async def over_readers(self, witness: Witness) -> None:
         """Look whether several threads wait for one answer; until cancelled."""
-        allowance, pause = Allowance(_READERS_SHARE, _READERS_SAVINGS), _READERS_INTERVAL
+        allowance, pause, calm_next = Allowance(_READERS_SHARE, _READERS_SAVINGS), _READERS_INTERVAL, -math.inf
         while True:
+            if not self._active:
+                self._active_stirred = trio.Event()
+                calm_due = next(iter(self._calm.values()), math.inf)
+                with trio.move_on_at(max(calm_due, calm_next)):
+                    await self._active_stirred.wait()
             await trio.sleep(pause)
             due, cost = await self._due(witness)
+            now = trio.current_time()
+            if now >= calm_next and not due:
+                due = self._due_calm(witness, now)
+                calm_next = now + _CALM_INTERVAL
             if due:
                 cost += await self._look_at_readers(witness, due)
             early = time.monotonic() - self._last_arrival < _EARLY and len(self._sessions) <= _EARLY_READERS
@@ -279,16 +323,19 @@ class Watch:
             pause = max(interval, allowance.seconds_without())
 
     async def _due(self, witness: Witness) -> tuple[list[ProxiedSession], float]:
-        """The sessions that it is time to look at, those first that have waited for it the longest; and its cost."""
+        """Those in use that it is time to look at, those first that have waited for it the longest; and its cost."""
         now, stint = trio.current_time(), Stint()
         busy: list[ProxiedSession] = []
         idle: list[ProxiedSession] = []
-        for n, session in enumerate(list(self._sessions.values())):
+        for n, session in enumerate(list(self._active)):
             if not n % GLANCES:
                 await stint.rest()
             tracker, sightings = session.tracker, session.sightings
+            if tracker is None:
+                self._active.pop(session, None)
+                continue
             # Most have been looked at a moment ago, whether an answer is due by now or not.
-            if tracker is None or (sightings.watch_next > now and sightings.look_next > now) or session.client.waits:
+            if (sightings.watch_next > now and sightings.look_next > now) or session.client.waits:
                 continue
             try:
                 is_idle = tracker.idle
@@ -296,6 +343,8 @@ class Watch:
                     solitary_until = self._solitary_until(witness, session, now)
                     if solitary_until > now:
                         sightings.look_next = sightings.watch_next = solitary_until
+                        if is_idle:
+                            self._come_to_rest(session, now)
                     else:
                         (idle if is_idle else busy).append(session)
             except Exception:
@@ -311,6 +360,30 @@ class Watch:
         ]
         # There may not be the time for all of them.
         return [session for _, session in sorted(chosen, key=lambda one: one[0])], stint.spent
+
+    def _due_calm(self, witness: Witness, now: float) -> list[ProxiedSession]:
+        """Some of those at rest that it is time to look at again."""
+        due: list[ProxiedSession] = []
+        for session, at in list(islice(self._calm.items(), _IDLE_AT_A_TIME)):
+            if at > now:
+                break
+            del self._calm[session]
+            if session.tracker is None:
+                continue
+            self._calm[session] = now + _READERS_RARELY
+            with spared(Loss.EVIDENCE, session):
+                if session.tracker.idle and self._solitary_until(witness, session, now) <= now:
+                    due.append(session)
+        return due
+
+    def _come_to_rest(self, session: ProxiedSession, now: float) -> None:
+        """A session is at rest, and it is known who waits on it; but not of a new one, where that may change soon."""
+        if session.done.is_set() or time.monotonic() - session.arrived < _EARLY:
+            return
+        self._active.pop(session, None)
+        self._calm.pop(session, None)
+        self._calm[session] = now + _READERS_RARELY
+        session.client.attentive = True
 
     def _solitary_until(self, witness: Witness, session: ProxiedSession, now: float) -> float:
         """Until when a single thread is taken to be all that can wait on a connection; a time in the past: it isn't."""
@@ -344,6 +417,8 @@ class Watch:
             self._look_again_later(session, idle=look.idle)
             with spared(Loss.EVIDENCE, session):
                 self._note_threads(session, tracker, requests, look, seen)
+                if look.idle and session.tracker is tracker and tracker.idle and tracker.requests == requests:
+                    self._come_to_rest(session, trio.current_time())
         return seconds
 
     @staticmethod
@@ -386,8 +461,11 @@ class Watch:
 
     def limit_idleness(self, threshold: float) -> None:
         """Let transactions sit idle for that many seconds from now on; 0, and at first: for ever."""
+        if threshold and not self._idleness:
+            self._moved = dict.fromkeys(self._sessions.values())  # of which nobody has taken note meanwhile
         self._idleness = threshold
         self._idleness_limited.set()
+        self._transactions_stirred.set()
 
     async def over_transactions(self) -> None:
         """Look which transactions sit idle for longer than they may; until cancelled.
@@ -399,31 +477,55 @@ class Watch:
         while True:
             self._idleness_limited = trio.Event()
             threshold = self._idleness
+            if threshold and not self._moved and not self._sitting:
+                self._transactions_stirred = trio.Event()
+                await self._transactions_stirred.wait()
+                continue
             interval = min(_IDLE_INTERVAL, threshold * _IDLE_PRECISION) if threshold else math.inf
             with trio.move_on_after(interval):
                 await self._idleness_limited.wait()
                 continue
             now = trio.current_time()
             looked_for, looked = looked_for + min(now - looked, 2 * interval), now
-            stint = Stint()
-            for n, session in enumerate(list(self._sessions.values())):
-                with spared(Loss.EVIDENCE, session):
-                    self._note_idleness(session, looked_for, threshold)
-                if not n % GLANCES:
-                    await stint.rest()
+            await self._look_at_transactions(looked_for, threshold)
 
-    def _note_idleness(self, session: ProxiedSession, now: float, threshold: float) -> None:
-        tracker = session.tracker
+    async def _look_at_transactions(self, now: float, threshold: float) -> None:
+        stint = Stint()
+        for n, session in enumerate(list(self._moved)):
+            with spared(Loss.EVIDENCE, session):
+                self._note_idleness(session, now)
+            if not n % GLANCES:
+                await stint.rest()
+        for n, (session, _) in enumerate(list(takewhile(lambda one: now - one[1] >= threshold, self._sitting.items()))):
+            with spared(Loss.EVIDENCE, session):
+                self._note_long_idleness(session, threshold)
+            if not n % GLANCES:
+                await stint.rest()
+
+    def _note_idleness(self, session: ProxiedSession, now: float) -> None:
+        """See whether a session that is in use, or has been, sits idle in a transaction by now."""
+        tracker, sightings = session.tracker, session.sightings
+        if session not in self._moved or session.client.waits:
+            return
         if tracker is None or not tracker.in_transaction or not tracker.idle:
-            session.sightings.idle_since = None
-        elif session.sightings.idle_since is None or session.sightings.idle_since[0] != tracker.requests:
-            session.sightings.idle_since = tracker.requests, now
-            session.sightings.idleness_told = False
-        elif now - session.sightings.idle_since[1] >= threshold and not session.sightings.idleness_told:
-            if not session.client.is_drained:
-                return  # it has sent something, which is about to be read
+            sightings.idle_behind = None
+            self._sitting.pop(session, None)
+        elif sightings.idle_behind != tracker.requests:
+            sightings.idle_behind = tracker.requests
+            self._sitting.pop(session, None)
+            self._sitting[session] = now
+        if tracker is None or tracker.idle:
+            del self._moved[session]
+            session.client.attentive = True
+
+    def _note_long_idleness(self, session: ProxiedSession, threshold: float) -> None:
+        if session.tracker is None:
+            self._sitting.pop(session, None)
+        elif session in self._sitting and session not in self._moved and session.client.is_drained:
             reason = f"has left a transaction idle for more than {threshold:g} s"
-            session.sightings.idleness_told = self._accuse(session, session.concern(Kind.IDLE_IN_TRANSACTION, reason))
+            if self._accuse(session, session.concern(Kind.IDLE_IN_TRANSACTION, reason)):
+                self._sitting.pop(session, None)
+        # Otherwise it has sent something, which is about to be read.
 
 
 def _had_since(holding: Holding, session: ProxiedSession) -> float:

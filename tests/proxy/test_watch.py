@@ -8,6 +8,7 @@ import socket
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import pytest
 import trio
@@ -28,7 +29,7 @@ from tests.proxy.conftest import running, until
 from tests.proxy.messages import ANSWER, LOGGED_IN, SELECTED, message, query
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, ValuesView
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from trio.testing import MockClock
 
@@ -84,6 +85,8 @@ class Stage:
         evidence = Evidence.UNKNOWN if opener is None else Evidence.SOLE_HOLDER
         session.opening = Opening(address, number, opener, evidence, Holders(), Driver.LIBPQ, Runtime())
         self.sessions[number] = session
+        _stages[session] = self
+        self.watch.stir(session)
         return session
 
 
@@ -91,6 +94,9 @@ class Stage:
 def stage() -> Iterator[Stage]:
     with ExitStack() as stack:
         yield Stage(stack)
+
+
+_stages: WeakKeyDictionary[ProxiedSession, Stage] = WeakKeyDictionary()
 
 
 def is_contested(session: ProxiedSession) -> bool:
@@ -110,6 +116,7 @@ def answer(session: ProxiedSession, ready: bytes) -> None:
 def use(session: ProxiedSession, sender: Sender | None, *, at: float = 1000.0) -> None:
     """Have a request sent and answered."""
     assert session.tracker is not None
+    stir(session)
     data = bytearray(query("select 1"))
     if session.tracker.frontend(data, 0, len(data), sender, at) != len(data):
         session.tracker.overrule()
@@ -119,7 +126,15 @@ def use(session: ProxiedSession, sender: Sender | None, *, at: float = 1000.0) -
 
 def feed(session: ProxiedSession, data: bytes) -> None:
     assert session.tracker is not None
+    stir(session)
     session.tracker.frontend(bytearray(data), 0, len(data), None, 0.0)
+
+
+def stir(session: ProxiedSession) -> None:
+    """Do as the relay does with what a client sends."""
+    if session.client.attentive:
+        session.client.attentive = False
+        _stages[session].watch.stir(session)
 
 
 # Transactions, in trio's own time
@@ -300,6 +315,8 @@ class Scripted:
         """Those with a single thread."""
         self.fails = False
         self.looked: list[Collection[Process]] = []
+        self.glances = 0
+        """Looks at whether a process has a single thread, and at who waits while no answer is due."""
 
     def watch(self, inodes: Iterable[int], *, keep: Iterable[int]) -> dict[int, Holders]:
         assert set(inodes) <= set(keep)
@@ -315,9 +332,11 @@ class Scripted:
         return opening.opener is not None and opening.opener not in holders and opening.opener in self.gone
 
     def has_one_thread(self, process: Process) -> bool:
+        self.glances += 1
         return process in self.solitary
 
     def watchers(self, _: Opening, __: Collection[Process]) -> frozenset[Thread]:
+        self.glances += 1
         return self.watching
 
     def sleeps(self, process: Process) -> frozenset[Sleep]:
@@ -735,27 +754,16 @@ async def test_a_long_query_is_looked_at_less_and_less_often(
     assert len(witness.looked) - often <= 55
 
 
-class Counted(dict[int, ProxiedSession]):
-    """Sessions, of which there are none, that count how often they are gone through."""
-
-    rounds = 0
-
-    def values(self) -> ValuesView[ProxiedSession]:  # type: ignore[override]
-        self.rounds += 1
-        return super().values()
-
-
 async def test_it_is_looked_more_often_when_a_client_has_just_come(
-    autojump_clock: MockClock, nursery: trio.Nursery
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
 ) -> None:
-    sessions = Counted()
-    watch = Watch(sessions, accuse=lambda *_: True)
-    nursery.start_soon(watch.over_readers, cast("Witness", None))
+    ask(stage.session())
+    witness.solitary = {PARENT}
     await trio.sleep(1)
-    quiet, sessions.rounds = sessions.rounds, 0
-    watch.arrival()
+    quiet, witness.glances = witness.glances, 0
+    stage.watch.arrival()
     await trio.sleep(1)
-    assert sessions.rounds > 2 * quiet
+    assert witness.glances > 2 * quiet > 0
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -781,6 +789,39 @@ async def test_a_session_that_has_been_looked_at_very_often_is_looked_at_still(
     witness.waits = Waits((reader(PARENT, 1), reader(PARENT, 2)))
     await trio.sleep(10)
     assert set(stage.kinds) == {Kind.SHARED_BY_THREADS}
+
+
+# What it costs
+
+
+async def test_what_is_done_a_second_does_not_depend_on_how_many_sessions_are_idle(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    stage.watch.limit_idleness(10)
+    done: list[int] = []
+    for more in (20, 380):
+        for _ in range(more):
+            session = stage.session()
+            session.arrived -= 10
+            use(session, None)
+        await trio.sleep(60)
+        witness.glances = 0
+        await trio.sleep(60)
+        done.append(witness.glances)
+    assert 0 < done[1] <= done[0] * 1.1
+
+
+async def test_who_waits_on_a_session_that_is_idle_is_noticed_all_the_same(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    sessions = [stage.session() for _ in range(20)]
+    for session in sessions:
+        session.arrived -= 10
+        use(session, None)
+    await trio.sleep(60)
+    witness.watching = frozenset({reader(PARENT, 1).thread})
+    await trio.sleep(60)
+    assert all(session.sightings.watchers for session in sessions)
 
 
 # In a guard

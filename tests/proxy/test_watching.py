@@ -1,4 +1,4 @@
-"""Descriptors that aren't a session's own, in the relay's epoll; and which sessions have been used lately."""
+"""What the relay tells others: events of descriptors that aren't a session's own, and which sessions are used."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.proxy.messages import ANSWER, query
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pgguard.proxy.session import ProxiedSession
     from tests.proxy.conftest import House
 
 
@@ -83,19 +84,28 @@ async def test_what_is_wrong_with_one_that_is_told_costs_nobody_anything(
     house.guard._sweep.unwatch(near.fileno())
 
 
-async def test_the_sessions_are_known_whose_clients_have_sent_something(house: House) -> None:
+async def test_the_watches_are_told_when_a_session_is_used_that_has_been_at_rest(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client, server = await house.session()
     [session] = house.guard._sessions.values()
-    _, other_server = await house.session()
-    sweep = house.guard._sweep
-    assert len(sweep.take_stirred()) == 0
-    await client.send(query("select 1"))
-    await server.expect(query("select 1"))
-    assert sweep.take_stirred() == {session}
-    await other_server.send(b"N\0\0\0\5\0")
-    await server.send(ANSWER)
-    await client.expect(ANSWER)
-    assert not sweep.take_stirred()
-    await client.send(query("select 2"))
-    await server.expect(query("select 2"))
-    assert sweep.take_stirred() == {session}
+    assert session in house.guard._watch._active
+    told: list[ProxiedSession] = []
+    monkeypatch.setattr(house.guard._sweep, "_stirred", told.append)
+
+    async def converse() -> None:
+        await client.send(query("select 1"))
+        await server.expect(query("select 1"))
+        await server.send(ANSWER)
+        await client.expect(ANSWER)
+
+    session.client.attentive = True
+    await converse()
+    await converse()
+    assert told == [session]
+    session.client.attentive = True
+    await server.send(b"N\0\0\0\5\0")
+    await client.expect(b"N\0\0\0\5\0")
+    assert told == [session]
+    await converse()
+    assert told == [session, session]
