@@ -5,9 +5,9 @@ doesn't grow with the number of sessions that are idle: heirs are looked for amo
 together, and the other watches go through the sessions that are in use. Whatever there is to look at, a watch takes a
 share of a processor in the long run: when a round has cost too much, it is longer until the next.
 
-*In use* is a session that is new, or whose client has sent something since a watch has last found it at rest. The relay
-says so (:meth:`Watch.stir`), once: a watch that finds a session at rest forgets it, and sets its ``attentive``, so that it
-is told of what comes next. A watch that has nothing to look at sleeps until it is told of something.
+*In use* is a session that is new, or whose client has sent something since a watch has last found it at rest. The
+relay says so (:meth:`Watch.stir`), once: a watch that finds a session at rest forgets it, and sets its
+``attentive``, so that it is told of what comes next. A watch that has nothing to look at sleeps until then.
 
 Who waits on a connection when no answer is due is looked at when it has just come to rest. It may change afterwards
 with nothing being sent, as a thread begins to wait for notifications: so some of the sessions that are at rest are
