@@ -16,6 +16,7 @@ from pgguard.attribution import scout
 from pgguard.attribution.ebpf.probe import ProbeUnavailable
 from pgguard.attribution.transparency import start
 from pgguard.compiled import form
+from tests import warm
 from tests.guard_process import LIMITED, UNLIMITED, GuardProcess, running_guard
 from tests.servers import REQUIRE_ALL, Server, Transport, installations, not_installed, running_server
 
@@ -118,6 +119,19 @@ def _scout() -> Iterator[None]:
     scout.close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _warm() -> Iterator[None]:
+    """The processes that start guards are ended with the tests."""
+    yield
+    warm.close()
+
+
+@pytest.fixture(scope="session")
+def _heated() -> None:
+    """The one that starts the guards of most tests is there before any test, so that no test has left it."""
+    warm.heat()
+
+
 @pytest.fixture
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Of the tests that use this, one runs at a time, whatever workers there are: some crowd the machine for others."""
@@ -154,7 +168,7 @@ def transport(request: pytest.FixtureRequest) -> Transport:
 
 
 @pytest.fixture
-def start_guard(server: Server, request: pytest.FixtureRequest) -> Iterator[StartGuard]:
+def start_guard(server: Server, _heated: None, request: pytest.FixtureRequest) -> Iterator[StartGuard]:
     """Start guards that are stopped, and have to end well, when the test is over."""
     sampled = "transport" in request.fixturenames and request.getfixturevalue("transport") == "sampled"
     # Nobody but root has what is taken away.

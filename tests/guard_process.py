@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests import unlimited_guard
+from tests import unlimited_guard, warm
 from tests.servers import Address
 
 if TYPE_CHECKING:
@@ -31,12 +31,14 @@ LIMITED = (sys.executable, "-m", "pgguard")
 """What users run."""
 UNLIMITED = (sys.executable, "-P", unlimited_guard.__file__)
 """A guard that records every fault in full; ``-P``, as some directories beside it are named like Python's modules."""
+_WARM: dict[tuple[str, ...], str] = {LIMITED: "pgguard", UNLIMITED: unlimited_guard.__file__}
+"""Those that needn't import anything any more when they start: what is run."""
 
 
 class GuardProcess:
     """A running ``pgguard serve``."""
 
-    def __init__(self, process: subprocess.Popen[bytes], directory: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes] | warm.WarmGuard, directory: Path) -> None:
         self._process = process
         self._faults = directory / "faults.jsonl"
         self._log = directory / "stderr"
@@ -142,20 +144,25 @@ def running_guard(
     # Not pytest's tmp_path: the path of a Unix socket has at most 107 bytes, unix(7).
     with tempfile.TemporaryDirectory(prefix="pgguard-test-") as name:
         directory = Path(name)
-        command = [] if probe else ["setpriv", "--bounding-set=-net_admin"]
-        command += [*program, "serve", "--upstream", conninfo]
-        command += ["--listen", "127.0.0.1:0", "--listen", f"unix:{directory}:5432"]
-        command += ["--faults", str(directory / "faults.jsonl"), *options]
+        before = [] if probe else ["setpriv", "--bounding-set=-net_admin"]
+        arguments = ["serve", "--upstream", conninfo, "--listen", "127.0.0.1:0", "--listen", f"unix:{directory}:5432"]
+        arguments += ["--faults", str(directory / "faults.jsonl"), *options]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+        environment |= dict(environ or {})
+        # The directory is one where no pgguard.toml is.
+        process: subprocess.Popen[bytes] | warm.WarmGuard
         with (directory / "stderr").open("wb") as stderr:
-            process = subprocess.Popen(
-                command,
-                cwd=directory,  # where no pgguard.toml is
-                env=environment | dict(environ or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-            )
+            if (module := _WARM.get(tuple(program))) is not None:
+                process = warm.start(before, module, arguments, cwd=directory, env=environment, stderr=stderr)
+            else:
+                process = subprocess.Popen(
+                    [*before, *program, *arguments],
+                    cwd=directory,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                )
         try:
             guard = GuardProcess(process, directory)
             yield guard

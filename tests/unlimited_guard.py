@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from pgguard.cli.main import main
+from pgguard.cli.entry import main
 from pgguard.faults import causes, docket
 
 if __name__ == "__main__":
