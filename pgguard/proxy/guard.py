@@ -59,7 +59,7 @@ from pgguard.wire.fields import build_error_response
 from pgguard.wire.startup import PacketKind
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection
+    from collections.abc import Awaitable, Callable, Collection, Mapping
 
     from pgguard.attribution.ebpf.probe import SenderProbe
     from pgguard.attribution.sockets import ClientSocket
@@ -572,7 +572,8 @@ class Guard:
             if major == _TRACKED_MAJOR
             else f"the client speaks protocol {major}.{minor}, which pgguard can't follow"
         )
-        parameters, tracker = {}, None
+        parameters: Mapping[str, str] = {}
+        tracker = None
         try:
             parameters = packet.parameters
             tracker = None if untracked else Tracker(parameters, greeting.sender)

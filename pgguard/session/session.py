@@ -17,6 +17,8 @@ from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, Reques
 from pgguard.wire.messages import FRONTEND, HEADER_SIZE, by_code
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pgguard.wire.messages import Message
     from pgguard.wire.startup import CancelKey
 
@@ -45,7 +47,7 @@ class Session:
         sender: who sent the StartupMessage, if the kernel said so.
     """
 
-    def __init__(self, parameters: dict[str, str], sender: Sender | None) -> None:
+    def __init__(self, parameters: Mapping[str, str], sender: Sender | None) -> None:
         self.user: str | None = parameters.get("user")
         self.database: str | None = parameters.get("database") or self.user
         self.application_name: str | None = parameters.get("application_name") or None

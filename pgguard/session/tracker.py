@@ -22,6 +22,8 @@ from pgguard.session.session import Session
 from pgguard.session.verdicts import Direction, Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pgguard.identity import Sender
     from pgguard.session.verdicts import Verdict
 
@@ -47,7 +49,7 @@ class Tracker(Session):
         sender: who sent the StartupMessage, if the kernel said so.
     """
 
-    def __init__(self, parameters: dict[str, str], sender: Sender | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, str], sender: Sender | None = None) -> None:
         super().__init__(parameters, sender)
         self._frontend = FrontendStream(self, sender)
         self._backend = BackendStream(self)

@@ -6,8 +6,13 @@ Source: "Start-up" in "Message Flow" (protocol-flow) and ``ProcessStartupPacket(
 from __future__ import annotations
 
 from enum import Enum
+from functools import lru_cache
 from struct import Struct
-from typing import Final, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MAX_STARTUP_PACKET_LENGTH: Final = 10_000
 """Bytes behind the length word: ``libpq/pqcomm.h``."""
@@ -25,6 +30,9 @@ _GSSENC_REQUEST_CODE: Final = 80877104
 
 _VERSIONS: Final = frozenset({*range(1, 10), _CANCEL_REQUEST_CODE >> 16})
 """Major versions: 1 and 2 were, 3 is, and what 1234 asks for aren't versions ("Message Formats")."""
+
+_SHARED: Final = 512
+"""Bytes of a packet at most whose parameters are shared with those of equal ones; what clients send has about 100."""
 
 _HEAD: Final = Struct("!II")
 _INT32: Final = Struct("!I")
@@ -75,15 +83,25 @@ class StartupPacket(NamedTuple):
         return self.version[0] in _VERSIONS
 
     @property
-    def parameters(self) -> dict[str, str]:
-        """The parameters of a StartupMessage; what is malformed is left for the server to refuse."""
-        fields = self.packet[_HEAD.size :].split(b"\0")
-        names, values = fields[::2], fields[1::2]
-        return {
+    def parameters(self) -> Mapping[str, str]:
+        """The parameters of a StartupMessage, in order; what is malformed is left for the server to refuse."""
+        # The sessions of a pool have the same: 600 bytes each.
+        return (_shared_parameters if len(self.packet) <= _SHARED else _parameters)(self.packet)
+
+
+def _parameters(packet: bytes) -> Mapping[str, str]:
+    fields = packet[_HEAD.size :].split(b"\0")
+    names, values = fields[::2], fields[1::2]
+    return MappingProxyType(
+        {
             name.decode("utf-8", "replace"): value.decode("utf-8", "replace")
             for name, value in zip(names, values, strict=False)
             if name
         }
+    )
+
+
+_shared_parameters = lru_cache(maxsize=512)(_parameters)
 
 
 def parse_startup(data: bytes | bytearray) -> StartupPacket | None:

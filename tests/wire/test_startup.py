@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import given
@@ -68,6 +69,19 @@ def test_malformed_parameters_are_left_to_the_server(body: bytes, parameters: di
     assert parsed.parameters == parameters
 
 
+@pytest.mark.parametrize(("size", "shared"), [(100, True), (5000, False)])
+def test_parameters_of_equal_packets_are_kept_once(size: int, shared: bool) -> None:
+    """Those of all sessions of a pool; but nobody has many kilobytes kept that nobody else sends."""
+    body = b"user\0a\0options\0" + b"x" * size + b"\0\0"
+    first, second = parse_startup(packet(3 << 16, body)), parse_startup(packet(3 << 16, body))
+    assert first is not None
+    assert second is not None
+    assert first.parameters == second.parameters
+    assert (first.parameters is second.parameters) == shared
+    with pytest.raises(TypeError):
+        first.parameters["user"] = "b"  # type: ignore[index]
+
+
 @pytest.mark.parametrize("size", range(len(STARTUP)))
 def test_incomplete_packets_are_waited_for(size: int) -> None:
     assert parse_startup(STARTUP[:size]) is None
@@ -100,7 +114,7 @@ def test_any_bytes_are_parsed_refused_or_waited_for(data: bytes) -> None:
         return
     if parsed is not None:
         assert data.startswith(parsed.packet)
-        assert isinstance(parsed.parameters, dict)
+        assert isinstance(parsed.parameters, Mapping)
 
 
 @given(st.integers(0, 0xFFFFFFFF), st.binary(min_size=4, max_size=256))
