@@ -1,7 +1,7 @@
 """What becomes of a session that is over, while its client isn't: it is told, heard, waited for, and listened to.
 
-The sweep (:mod:`pgguard.proxy.sweep`) moves the bytes of a session as long as it is relayed. From then on it goes
-through the phases of :class:`pgguard.proxy.session.Phase`, and what they take is done here:
+The relay (:mod:`pgguard.proxy.relay`) moves the bytes of a session as long as it is relayed. From then on it goes
+through the phases of :class:`pgguard.proxy.ends.Phase`, and what they take is done here:
 
 *Rejecting*: the query that runs upstream is cancelled, the client is brought to the end of the message that it is just
 being sent, and told. If it asks for something more, as drivers do to clean up, it is told again.
@@ -21,15 +21,17 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVarTuple
 
 import trio
 
+from pgguard.proxy.ends import Phase
 from pgguard.proxy.losses import Loss, note, spared
-from pgguard.proxy.session import Phase
 from pgguard.session.farewell import Farewell, asks, farewell
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
+    from pgguard.proxy.ends import End
     from pgguard.proxy.judge import Judge, Ruling
-    from pgguard.proxy.session import End, ProxiedSession
+    from pgguard.proxy.relay import Relay
+    from pgguard.proxy.session import ProxiedSession
     from pgguard.session.verdicts import Verdict
 
 _LINGER: Final = 2.0
@@ -55,20 +57,21 @@ _HEARING: Final = 5.0
 Ts = TypeVarTuple("Ts")
 
 
-class Relay(Protocol):
-    """What the sweep does for a session that is over."""
+class Judging(Protocol):
+    """Whoever deals with verdicts, and with what takes time."""
 
     def start(self, session: ProxiedSession, function: Callable[[*Ts], Awaitable[None]], *args: *Ts) -> None:
         """Do for a session what takes time. What goes wrong with that leaves its bytes alone."""
 
+    async def have_ruled(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
+        """Have a verdict ruled on."""
+
+
+class Endings(Protocol):
+    """Whoever sees to the ends of streams, and closes what is over."""
+
     def finish(self, session: ProxiedSession) -> None:
         """Close both of its sockets; nothing happens if they are closed already."""
-
-    def take_out(self, session: ProxiedSession) -> None:
-        """Neither read from its sockets nor write to them any more."""
-
-    def send(self, client: End, words: bytes) -> None:
-        """Send a client something more, now or when there is room."""
 
     def pass_end_on(self, end: End) -> None:
         """End the stream to it, as everything has been written and its peer will send no more."""
@@ -76,21 +79,30 @@ class Relay(Protocol):
     def end_server_side(self, session: ProxiedSession) -> None:
         """Close the server's connection; the client gets what waits for it, then the end of its stream."""
 
-    async def have_ruled(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
-        """Have a verdict ruled on."""
-
 
 class Aftermath:
     """Sees sessions off that are over.
 
     Args:
         relay: moves the bytes.
+        endings: sees to the ends of streams.
+        judging: deals with verdicts.
         judge: rules on verdicts.
         cancel: starts to cancel what a session's backend is doing, without waiting for it.
     """
 
-    def __init__(self, relay: Relay, judge: Judge, *, cancel: Callable[[ProxiedSession], None]) -> None:
+    def __init__(
+        self,
+        relay: Relay,
+        endings: Endings,
+        judging: Judging,
+        judge: Judge,
+        *,
+        cancel: Callable[[ProxiedSession], None],
+    ) -> None:
         self._relay = relay
+        self._endings = endings
+        self._judging = judging
         self._judge = judge
         self._cancel = cancel
         self._listened: dict[ProxiedSession, None] = {}
@@ -113,8 +125,8 @@ class Aftermath:
     async def reject(self, session: ProxiedSession, ruling: Ruling) -> None:
         """Tell the client, cancel what runs upstream, close both connections."""
         self.cut_off(session)
-        session.phase = Phase.CONDEMNED
-        self._relay.take_out(session)
+        session.flow.phase = Phase.CONDEMNED
+        self._relay.take_out(session.flow)
         finished = False
         with spared(Loss.WORDS, session), trio.move_on_after(_LAST_WORDS), suppress(OSError, trio.ClosedResourceError):
             finished = await self._finish_message(session)
@@ -122,11 +134,11 @@ class Aftermath:
             return
         if finished and ruling.response is not None:
             last = self._farewell(session, ruling.response)
-            session.client.outgoing += last.words
+            session.client.append(last.words)
             if last.again:
                 session.farewell = last
-                self._relay.start(session, self._hear_out, session)
-        self._relay.end_server_side(session)
+                self._judging.start(session, self._hear_out, session)
+        self._endings.end_server_side(session)
 
     @staticmethod
     def _farewell(session: ProxiedSession, error: bytes) -> Farewell:
@@ -156,15 +168,16 @@ class Aftermath:
         client, server = session.client, session.server
         rest = session.inside_message
         while rest and not server.eof:
-            await trio.lowlevel.wait_readable(server.sock)
+            await trio.lowlevel.wait_readable(server.fd)
             data = server.sock.recv(min(rest, _READ))
             rest -= len(data)
-            server.eof = not data
-            client.outgoing += data
+            if not data:
+                server.end_stream()
+            client.append(data)
             while client.outgoing:
-                await trio.lowlevel.wait_writable(client.sock)
+                await trio.lowlevel.wait_writable(client.fd)
                 with suppress(BlockingIOError):
-                    del client.outgoing[: client.send(client.outgoing)]
+                    client.write()
         return not rest
 
     def hear(self, session: ProxiedSession, data: memoryview) -> None:
@@ -188,15 +201,15 @@ class Aftermath:
         if session.farewell is not None and not session.done.is_set():
             session.farewell = None
             if not session.client.outgoing:
-                self._relay.pass_end_on(session.client)
+                self._endings.pass_end_on(session.client)
 
     # Lingering and listening
 
     def end_of_stream(self, session: ProxiedSession) -> None:
         """The client has been sent everything, and the end of the stream: wait for it to close its side."""
         if session.phase is Phase.ENDED:
-            session.phase = Phase.LINGERING
-        self._relay.start(session, self._linger, session)
+            session.flow.phase = Phase.LINGERING
+        self._judging.start(session, self._linger, session)
 
     async def _linger(self, session: ProxiedSession) -> None:
         """Let a client that has been sent everything close its side.
@@ -221,29 +234,29 @@ class Aftermath:
                 patience = 0
         with trio.move_on_after(patience):
             await session.done.wait()
-        self._relay.finish(session)
+        self._endings.finish(session)
 
     def _listen(self, session: ProxiedSession) -> None:
         """Keep a session that is over, to hear who goes on to use its connection; the one kept longest makes room."""
         if not session.done.is_set():
             self._listened[session] = None
             if len(self._listened) > _LISTENED:
-                self._relay.finish(next(iter(self._listened)))
+                self._endings.finish(next(iter(self._listened)))
 
     def make_room(self) -> bool:
         """End the one that has been listened to for longest; False if there is none."""
         longest = next(iter(self._listened), None)
         if longest is not None:
-            self._relay.finish(longest)
+            self._endings.finish(longest)
         return longest is not None
 
     def stop_lingering(self, sessions: Iterable[ProxiedSession]) -> None:
         """Close those of the sessions that are over already, and from now on listen to none that is."""
         self.stopping = True
         for session in [session for session in sessions if session.phase is Phase.LINGERING]:
-            self._relay.finish(session)
+            self._endings.finish(session)
 
-    def note_late(self, end: End, buffer: bytearray, begin: int, stop: int, now: float) -> None:
+    def note_late(self, end: End, data: bytes, now: float) -> None:
         """Take what a client sends when its session is over as the server's host would, with an RST; judge who sends.
 
         PostgreSQL has closed its socket by then, and the kernel resets a connection on which something comes for nobody
@@ -254,22 +267,22 @@ class Aftermath:
         tracker = session.afterwards
         verdict = None
         if tracker is not None:
-            done = stop
+            done = len(data)
             with spared(Loss.STEP, session):
-                done = tracker.frontend(buffer, begin, stop, end.sender, now)
+                done = tracker.frontend(data, 0, len(data), end.sender, now)
             verdict = tracker.verdict
-            if verdict is None and done < stop:
-                end.held = bytes(memoryview(buffer)[done:stop])
+            if verdict is None and done < len(data):
+                end.held = data[done:]
                 return
         with suppress(OSError):
             end.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        self._relay.finish(session)
+        self._endings.finish(session)
         if verdict is not None:
-            self._relay.start(session, self._judge_late, session, verdict)
+            self._judging.start(session, self._judge_late, session, verdict)
 
     async def _judge_late(self, session: ProxiedSession, verdict: Verdict) -> None:
         """Have a verdict ruled on about a session of which nothing is left."""
-        await self._relay.have_ruled(session, verdict)
+        await self._judging.have_ruled(session, verdict)
 
 
 def _is_busy(session: ProxiedSession) -> bool:

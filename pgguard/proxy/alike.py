@@ -65,7 +65,7 @@ class Alike:
 
         Yields:
             Those that wait. When the block is left nobody joins them any more, and they are to be counted: see
-            :meth:`release`.
+            :meth:`resume`.
         """
         led: deque[Waiting] = deque()
         if likeness is None or likeness in self._led:

@@ -47,9 +47,10 @@ from pgguard.proxy.losses import Loss, keep_going, note, spared
 from pgguard.proxy.openers import OpenerStacks
 from pgguard.proxy.overview import snapshot
 from pgguard.proxy.registrar import Registrar
+from pgguard.proxy.relay import FAILED
 from pgguard.proxy.remedies import HOW_TO_RAISE
 from pgguard.proxy.session import ProxiedSession
-from pgguard.proxy.sweep import FAILED, Sweep
+from pgguard.proxy.sweep import Sweep
 from pgguard.proxy.turns import Turns, Urgency
 from pgguard.proxy.unread import UnreadWatch
 from pgguard.proxy.upstream import DECLINED, UpstreamUnavailable, ask, cancel_query, introduce, reason, relay_cancel
@@ -66,10 +67,10 @@ if TYPE_CHECKING:
     from pgguard.attribution.witness import Witness
     from pgguard.faults.docket import Docket
     from pgguard.proxy.addresses import Address, Upstream
+    from pgguard.proxy.ends import End
     from pgguard.proxy.greeting import Greeting
     from pgguard.proxy.kernel_senders import TcpAccount
     from pgguard.proxy.overview import SessionListener, SessionSnapshot
-    from pgguard.proxy.session import End
     from pgguard.proxy.settings import Settings
     from pgguard.proxy.unread import ReadingAlarm
     from pgguard.reporting.sinks import Fanout
@@ -241,7 +242,8 @@ class Guard:
 
     def use_probe(self, probe: SenderProbe) -> None:
         """Have the kernel name the senders on TCP connections that are made from now on; not closed by the guard."""
-        self._senders = self._sweep.senders = KernelSenders(probe)
+        self._senders = KernelSenders(probe)
+        self._sweep.name_senders(self._senders)
 
     def remarks(self) -> list[str]:
         """What the kernel couldn't say about senders on TCP: clauses for the end, none if all was known."""
@@ -501,7 +503,8 @@ class Guard:
     def _settle(self, session: ProxiedSession) -> None:
         """Do what is left to be done for a session that is over."""
         account = session.kernel_account
-        self._watch.leave(session)
+        with spared(Loss.TIDINESS, session):
+            self._watch.leave(session)
         with spared(Loss.TIDINESS, session):
             self._judge.closed(session)
         with spared(Loss.TIDINESS, session):
@@ -583,8 +586,7 @@ class Guard:
         self._sweep.hurry()
         server, session.upstream, rest = await introduce(self._upstream, packet.packet)
         session.settings = parameters
-        session.connect(_detach(sock), _detach(server), tracker)
-        session.client.sender = greeting.sender
+        session.connect(_detach(sock), _detach(server), tracker, sender=greeting.sender)
         session.preamble = len(greeting.before) * len(DECLINED)
         self._sessions[session.id] = session
         for watching in self._session_listeners:
@@ -593,7 +595,8 @@ class Guard:
         if untracked is not None and greeting.verdict is None:
             with spared(Loss.RECORD, session):
                 self._judge.lost(session, untracked, time.time())
-        self._watch.stir(session)
+        with spared(Loss.STEP, session):
+            self._watch.stir(session)
         self._sweep.add(session, rest)
 
     # What the sweep wants done

@@ -420,23 +420,23 @@ class Judge:
                     with spared(Loss.MEMORY, session):
                         self._docket.forget(session.id, pid)
 
-    async def sample(self, session: ProxiedSession) -> Verdict | None:
-        """Find out who has sent the request that is held of a contested session: the sender at its client's end.
+    async def sample(self, session: ProxiedSession) -> tuple[Sender | None, Verdict | None]:
+        """Find out who has sent the request that is held of a contested session.
 
         Returns:
-            A verdict, if another process is seen to wait on the connection as well. Never raises but for cancellation.
+            Who, if that is known; and a verdict, if another process is seen to wait on the connection as well. Never
+            raises but for cancellation.
         """
-        session.client.sender = None
         try:
             return await self._sample(session)
         except Exception:
             note(Loss.SENDER, session)
-            return None
+            return None, None
 
-    async def _sample(self, session: ProxiedSession) -> Verdict | None:
+    async def _sample(self, session: ProxiedSession) -> tuple[Sender | None, Verdict | None]:
         witness, opening, tracker = self._witness, session.opening, session.tracker
         if witness is None or opening is None or tracker is None or not self._sampling.has_any():
-            return None
+            return None, None
         began = time.monotonic()
         due = {
             (request.sender.pid, request.sender.tid)
@@ -456,7 +456,7 @@ class Judge:
             sample, blocked = await looking.look(look, limiter=self._threads)
         self._sampling.spend(time.monotonic() - began)
         if limit.cancelled_caught:
-            return None
+            return None, None
         before, session.sightings.asleep = session.sightings.asleep, sample.asleep
         session.sightings.sampled_asleep = sample.asleep
         session.sightings.waits = sample.waits
@@ -468,12 +468,11 @@ class Judge:
             for one in sample.waits.threads
             if due.isdisjoint({(one.thread.pid, one.thread.tid), (one.thread.pid, None)})
         )
-        if sample.pid is not None:
-            session.client.sender = Sender(sample.pid, sample.tid, sampled=True)
+        sender = None if sample.pid is None else Sender(sample.pid, sample.tid, sampled=True)
         found = readers(blocked, before, watchers=session.sightings.watchers, language=opening.runtime.language)
         if found is None or session.tracker is not tracker:
-            return None
-        return tracker.judge_readers(
+            return sender, None
+        return sender, tracker.judge_readers(
             found.kind,
             AT_ONCE,
             intruder=found.intruder,

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.stacks import Stacks
     from pgguard.faults.fault import Fault
-    from pgguard.proxy.session import Phase, ProxiedSession
+    from pgguard.proxy.ends import Phase
+    from pgguard.proxy.session import ProxiedSession
     from pgguard.proxy.work import Work
     from pgguard.reporting.sinks import Fanout
     from pgguard.session.tracker import Tracker

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import array
-import fcntl
 import math
-import socket
-import termios
 import time
-from collections import deque
-from contextlib import suppress
 from dataclasses import replace
-from enum import Enum
 from typing import TYPE_CHECKING, Final, Literal
 
 import trio
@@ -21,6 +14,7 @@ from pgguard.attribution.evidence import Driver
 from pgguard.attribution.runtime import Runtime
 from pgguard.faults.fault import SessionFacts
 from pgguard.identity import Sender
+from pgguard.proxy.ends import End, Flow, Phase, Writing
 from pgguard.proxy.losses import Loss, spared
 from pgguard.proxy.sightings import Sightings
 from pgguard.session.verdicts import Kind, Verdict
@@ -33,136 +27,20 @@ if TYPE_CHECKING:
     from pgguard.attribution.sockets import ClientSocket
     from pgguard.attribution.witness import Opening
     from pgguard.proxy.addresses import Address
+    from pgguard.proxy.ends import Socket
     from pgguard.proxy.kernel_senders import TcpAccount
     from pgguard.proxy.unread import Leftover
     from pgguard.session.farewell import Farewell
     from pgguard.session.tracker import Tracker
 
 
-_CHECK_SECONDS: Final = 75
-"""Seconds between two questions of the kernel's whether a client is there still: more than the 60 for which the kernel
-of the client keeps what is left of a socket that was closed (``tcp_fin_timeout``)."""
 _FRESH: Final = 1.0
 """Seconds for which a pid is certainly the same process's: no host gives out all the others in that time."""
 _SENDERS: Final = 256
 """Processes that have sent of which it is kept what was seen of them: the latest."""
 
 
-class Phase(Enum):
-    """How far a session has come, from when it is in the sweep."""
-
-    RELAYED = "what one side sends is passed on to the other"
-    CONDEMNED = "it is rejected, and out of the sweep until its client is at the end of the message it is being sent"
-    REJECTED = "the server's side is closed; the client gets what waits for it, and is heard until it ends too"
-    ENDED = "the server's side is closed; the client gets what waits for it"
-    LINGERING = "its client has been sent everything, and the end of the stream: what it still sends is for nobody"
-
-
-_DRAINING: Final = frozenset({Phase.REJECTED, Phase.ENDED, Phase.LINGERING})
-
-
-class End:
-    """One of a session's two sockets. The sweep reads it and writes it; nobody else does while it is in the sweep."""
-
-    __slots__ = (
-        "attentive",
-        "broken",
-        "choked",
-        "contested",
-        "credentials",
-        "eof",
-        "failure",
-        "fd",
-        "held",
-        "interest",
-        "is_client",
-        "kernel_account",
-        "late",
-        "names_senders",
-        "outgoing",
-        "peer",
-        "pieces",
-        "receive",
-        "receive_message",
-        "send",
-        "sender",
-        "session",
-        "sock",
-        "swallow",
-        "waits",
-    )
-
-    peer: End
-    session: ProxiedSession
-
-    def __init__(self, sock: socket.socket, *, is_client: bool, names_senders: bool = False) -> None:
-        sock.setblocking(False)
-        self.sock = sock
-        self.fd = sock.fileno()
-        self.receive = sock.recv_into
-        self.receive_message = sock.recvmsg_into
-        self.send = sock.send
-        self.is_client = is_client
-        self.names_senders = names_senders
-        """The kernel says with every read who sent it."""
-        self.contested = False
-        """The kernel doesn't say, and several have it open: who sends is found out before a request is forwarded."""
-        self.attentive = False
-        """What comes next is of interest: a client's request, as nobody watches what is at rest, or as the last answer
-        lies unread; the server's first answer."""
-        self.credentials: bytes | None = None
-        """What it said last, undecoded."""
-        self.sender: Sender | None = None
-        """The same, decoded."""
-        self.kernel_account: TcpAccount | None = None
-        """The kernel says who sent what was read, in this account."""
-        self.held = b""
-        """Bytes read from it that can't be judged, or that wait for a ruling."""
-        self.pieces: deque[tuple[bytes, Sender | None]] = deque()
-        """Bytes of other senders that were read behind those."""
-        self.swallow = 0
-        """Bytes of a dropped message that are still to come."""
-        self.outgoing = bytearray()
-        """Bytes that its socket had no room for. While there are any, its peer is not read."""
-        self.late = False
-        """The relay has been late for what was read from it: answers are kept apart, where several read them."""
-        self.waits = False
-        """It isn't read: what it has sent is being ruled on, or waits for its turn, for the answer in front of it to be
-        read, or for the server to answer what it has been sent."""
-        self.choked = False
-        """It is the server that it waits for."""
-        self.eof = False
-        """Nothing more will come from it."""
-        self.failure: int | None = None
-        """The system's number for why nothing more will, unless it has ended its stream."""
-        self.broken = False
-        """Nothing more can be written to it."""
-        self.interest: int | None = None
-        """The epoll events that it is registered for; ``None``: it isn't."""
-
-    def check_peer(self) -> None:
-        """Have the kernel find out whether who has ended a TCP stream is gone, or waits for what is still to come.
-
-        Both end it with the same FIN. But of a socket that was closed nothing is left after a minute, and a keepalive
-        probe is answered with an RST then; tcp(7), and ``tcp_keepalive_timer()`` in ``tcp_timer.c``. A server that has
-        fallen silent would otherwise be waited for on behalf of each client that has given up on it.
-        """
-        with suppress(OSError):
-            for option in (socket.TCP_KEEPINTVL, socket.TCP_KEEPIDLE):
-                self.sock.setsockopt(socket.IPPROTO_TCP, option, _CHECK_SECONDS)
-
-    @property
-    def is_drained(self) -> bool:
-        """Whether everything that has come from it has been read, and judged. A system call."""
-        if self.held or self.pieces:
-            return False
-        unread = array.array("i", [0])
-        fcntl.ioctl(self.fd, termios.FIONREAD, unread)  # tcp(7), unix(7)
-        return not unread[0]
-
-    def wants(self, event: int) -> bool:
-        """Whether it is registered for this one."""
-        return self.interest is not None and self.interest & event != 0
+_DRAINING: Final = frozenset({Phase.REJECTED, Phase.ENDED, Phase.LINGERING, Phase.CLOSED})
 
 
 class ProxiedSession:
@@ -212,23 +90,43 @@ class ProxiedSession:
         self.leftover: Leftover | None = None
         """Its last answer, while it isn't known to have been read."""
         self.upstream: Address | None = None
-        self.client: End
-        self.server: End
-        self.tracker: Tracker | None = None
-        """What follows it; ``None`` when it isn't followed, or not any more."""
+        self.flow = Flow()
+        """What the relay knows of it."""
         self.protocol: Tracker | None = None
-        """The same, kept for what it had learned when it lost its way."""
-        self.phase = Phase.RELAYED
+        """What follows it, kept for what it had learned when it lost its way."""
         self.afterwards: Tracker | None = None
         """What has followed it, when it is over: who uses the connection still?"""
         self.farewell: Farewell | None = None
         """What a client that was rejected is told again, if it asks for something before its stream ends."""
         self.heard = False
         """That client has sent something lately."""
-        self.client_gone = False
-        """The client can be neither read nor written any more."""
         self.done = trio.Event()
         """Both sockets are closed."""
+
+    @property
+    def client(self) -> End:
+        """The client's end."""
+        return self.flow.client
+
+    @property
+    def server(self) -> End:
+        """The server's."""
+        return self.flow.server
+
+    @property
+    def tracker(self) -> Tracker | None:
+        """What follows it; ``None`` when it isn't followed, or not any more."""
+        return self.flow.tracker
+
+    @property
+    def phase(self) -> Phase:
+        """How far it has come."""
+        return self.flow.phase
+
+    @property
+    def client_gone(self) -> bool:
+        """Whether the client can be neither read nor written any more."""
+        return self.client.writing is Writing.GONE
 
     @property
     def draining(self) -> bool:
@@ -246,17 +144,31 @@ class ProxiedSession:
         """The process and the thread that opened it, if the kernel has named them: without looking at anything."""
         return None if self.client_socket is None else self.client_socket.connected
 
-    def connect(self, client: socket.socket, server: socket.socket, tracker: Tracker | None) -> None:
-        """Give it its two sockets, which it owns from then on."""
-        self.client = End(client, is_client=True, names_senders=self.has_credentials)
+    def connect(self, client: Socket, server: Socket, tracker: Tracker | None, *, sender: Sender | None = None) -> None:
+        """Give it its two sockets, which it owns from then on.
+
+        Args:
+            client: the client's.
+            server: the one to the server.
+            tracker: what follows it; ``None`` if it can't be followed.
+            sender: who has sent the StartupMessage, if the kernel said so.
+        """
         account = self.kernel_account
-        self.client.kernel_account = None if account is None or account.is_lost else account
-        self.client.attentive = True
-        self.server = End(server, is_client=False)
-        self.server.attentive = True
-        self.client.peer, self.server.peer = self.server, self.client
-        self.client.session = self.server.session = self
-        self.tracker = self.protocol = tracker
+        flow = self.flow
+        flow.client = End(
+            self,
+            flow,
+            client,
+            is_client=True,
+            names_senders=self.has_credentials,
+            kernel_account=None if account is None or account.is_lost else account,
+            sender=sender,
+        )
+        flow.server = End(self, flow, server, is_client=False)
+        flow.client.peer, flow.server.peer = flow.server, flow.client
+        flow.client.attend()
+        flow.server.attend()
+        flow.tracker = self.protocol = tracker
         with spared(Loss.OPENER, self):
             self.tell_tracker()
 

@@ -57,7 +57,8 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.evidence import Process
     from pgguard.attribution.witness import Opening, Witness
-    from pgguard.proxy.session import End, ProxiedSession
+    from pgguard.proxy.ends import End
+    from pgguard.proxy.session import ProxiedSession
     from pgguard.session.tracker import Tracker
     from pgguard.session.verdicts import Verdict
 
@@ -311,7 +312,7 @@ class UnreadWatch:
     def _settle(self, session: ProxiedSession) -> None:
         """The last answer has been read to its end: the next request puts the session on the list again."""
         self._forget(session)
-        session.client.attentive = True
+        session.client.attend()
 
     async def _look(self, witness: Witness, due: list[_Look]) -> float:
         """Look at what lies unread; return what it has cost in seconds."""
@@ -366,7 +367,7 @@ class UnreadWatch:
         pause = self._interval
         if leftover.looks == 1:
             pause = _TICK
-            session.client.attentive = True  # what it sends next it may send on top of it
+            session.client.attend()  # what it sends next it may send on top of it
             if session.transport == "unix":
                 with contextlib.suppress(OSError):  # there are no descriptors to spare
                     leftover.alarm = self._set_alarm(session.client)
@@ -554,7 +555,7 @@ def _is_wanted(tracker: Tracker) -> bool:
 def _waiting(client: End) -> int:
     """Bytes for the client that it has no room for."""
     unsent = _queued(client, _SIOCOUTQNSD) if client.session.transport == "tcp" else 0
-    return len(client.outgoing) + unsent
+    return client.unsent + unsent
 
 
 def _has_all_been_read(session: ProxiedSession) -> bool:

@@ -6,8 +6,8 @@ together, and the other watches go through the sessions that are in use. Whateve
 share of a processor in the long run: when a round has cost too much, it is longer until the next.
 
 *In use* is a session that is new, or whose client has sent something since a watch has last found it at rest. The
-relay says so (:meth:`Watch.stir`), once: a watch that finds a session at rest forgets it, and sets its
-``attentive``, so that it is told of what comes next. A watch that has nothing to look at sleeps until then.
+relay says so (:meth:`Watch.stir`), once: a watch that finds a session at rest forgets it, and has its client attended
+to, so that it is told of what comes next. A watch that has nothing to look at sleeps until then.
 
 Who waits on a connection when no answer is due is looked at when it has just come to rest. It may change afterwards
 with nothing being sent, as a thread begins to wait for notifications: so some of the sessions that are at rest are
@@ -217,7 +217,7 @@ class Watch:
         if holders.processes:
             session.last_sole_holder = sole_holder(holders)
         lasting = frozenset(process.pid for process in heirs)
-        session.client.contested = len(lasting) > 1 and not session.names_senders
+        session.client.contest(len(lasting) > 1 and not session.names_senders)
         if len(lasting) > 1 and session.tracker is not None:
             session.tracker.expect_readers()
 
@@ -383,7 +383,7 @@ class Watch:
         self._active.pop(session, None)
         self._calm.pop(session, None)
         self._calm[session] = now + _READERS_RARELY
-        session.client.attentive = True
+        session.client.attend()
 
     def _solitary_until(self, witness: Witness, session: ProxiedSession, now: float) -> float:
         """Until when a single thread is taken to be all that can wait on a connection; a time in the past: it isn't."""
@@ -516,7 +516,7 @@ class Watch:
             self._sitting[session] = now
         if tracker is None or tracker.idle:
             del self._moved[session]
-            session.client.attentive = True
+            session.client.attend()
 
     def _note_long_idleness(self, session: ProxiedSession, threshold: float) -> None:
         if session.tracker is None:

@@ -75,8 +75,8 @@ class House:
     async def empty(self) -> None:
         """Wait until no session is left, and nothing of any."""
         await until(lambda: not self.guard.snapshot())
-        assert not self.guard._sweep._ends
-        assert not self.guard._sweep._sessions
+        assert not self.guard._sweep._relay._ends
+        assert not self.guard._sweep._endings._sessions
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -112,7 +112,7 @@ async def test_who_is_listened_to_makes_room(backend: FakeBackend, monkeypatch: 
         client, server = await house.session()
         await server.close()
         assert (await client.message()).fields["C"] == "08006"
-        await until(lambda: bool(house.guard._sweep._aftermath._listened))
+        await until(lambda: bool(house.guard._sweep._endings.aftermath._listened))
         monkeypatch.setattr(Admission, "_for_sessions", lambda _: 2)
         await house.session()
         assert await client.rest() == b""

@@ -213,7 +213,7 @@ async def test_over_a_unix_socket_that_others_have_open_it_is_told_when_it_goes_
         await family.log_in()
         await family.do("fork()")
         await family.end(goodbye=goodbye)
-        await until(lambda: bool(house.guard._sweep._aftermath._listened))
+        await until(lambda: bool(house.guard._sweep._endings.aftermath._listened))
         assert await family.do("goes_on()") == [expected[0], len(SELECT), *expected[2:]]
         await house.empty()
         assert errors(house) == []
@@ -231,7 +231,7 @@ async def test_a_child_that_goes_on_when_its_parent_has_said_terminate(
         await family.log_in()
         await family.do("lingering = fork()")
         await family.end(goodbye=False)
-        await until(lambda: bool(house.guard._sweep._aftermath._listened))
+        await until(lambda: bool(house.guard._sweep._endings.aftermath._listened))
         child, _ = await family.do(f"child_does(lambda: says({SELECT!r}))")
         await house.empty()
         if unix:
@@ -252,7 +252,7 @@ async def test_a_child_that_goes_on_when_the_server_has_ended_the_session(
         await family.log_in()
         await family.do("fork()")
         await family.end(goodbye=True)
-        await until(lambda: bool(house.guard._sweep._aftermath._listened))
+        await until(lambda: bool(house.guard._sweep._endings.aftermath._listened))
         child, _ = await family.do(f"child_does(lambda: says({SELECT!r}))")
         await until(lambda: any(fault.message is not None for fault in house.faults))
         [fault] = [fault for fault in house.faults if fault.message is not None]
@@ -268,7 +268,7 @@ async def test_a_child_that_only_says_terminate_as_well(
         await family.log_in()
         await family.do("fork()")
         await family.end(goodbye=goodbye)
-        await until(lambda: bool(house.guard._sweep._aftermath._listened))
+        await until(lambda: bool(house.guard._sweep._endings.aftermath._listened))
         await family.do(f"child_does(lambda: says({TERMINATE!r}))")
         await house.empty()
         assert [fault for fault in house.faults if fault.message is not None] == []
@@ -282,9 +282,9 @@ async def listened(house: House, application: Puppet) -> None:
     family = Family(house, application, unix=True)
     await family.log_in()
     await family.do("fork()")
-    number = len(house.guard._sweep._aftermath._listened)
+    number = len(house.guard._sweep._endings.aftermath._listened)
     await family.end(goodbye=False)
-    await until(lambda: len(house.guard._sweep._aftermath._listened) != number or number == 2)
+    await until(lambda: len(house.guard._sweep._endings.aftermath._listened) != number or number == 2)
 
 
 async def test_the_latest_are_listened_to(
@@ -298,7 +298,7 @@ async def test_the_latest_are_listened_to(
             )
             await listened(house, application)
         await until(lambda: not any(one.facts.id == 1 for one in house.guard.snapshot()))
-        await until(lambda: len(house.guard._sweep._aftermath._listened) == 2)
+        await until(lambda: len(house.guard._sweep._endings.aftermath._listened) == 2)
 
 
 async def test_nobody_is_listened_to_for_ever(

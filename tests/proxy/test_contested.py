@@ -166,7 +166,7 @@ async def test_requests_arrive_complete_and_in_order_whatever_the_sampling_says(
         client, server = await house.session()
         [session] = house.guard._sessions.values()
         await session.opening_known.wait()
-        session.client.contested = True
+        session.client.contest(True)
         pieces = script(rng)
 
         async def send() -> None:

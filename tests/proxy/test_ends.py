@@ -234,7 +234,7 @@ async def test_a_client_that_is_gone_is_not_kept_for_a_server_that_is_silent(
     house: House, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     """Over TCP its end looks like that of a client that has only said all; the kernel is asked to find out."""
-    monkeypatch.setattr("pgguard.proxy.session._CHECK_SECONDS", 1)
+    monkeypatch.setattr("pgguard.proxy.endings._CHECK_SECONDS", 1)
     if phase == "logs in":
         client = await house.connect()
         await client.send(startup())
@@ -256,7 +256,7 @@ async def test_a_client_that_is_gone_is_not_kept_for_a_server_that_is_silent(
 async def test_a_client_that_has_said_all_is_kept_for_as_long_as_it_waits(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgguard.proxy.session._CHECK_SECONDS", 1)
+    monkeypatch.setattr("pgguard.proxy.endings._CHECK_SECONDS", 1)
     client, server = await house.session()
     client.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)
     await client.send(query("select 1"))
@@ -313,7 +313,7 @@ async def test_a_client_that_stays_or_asks_has_not_only_looked(
         await server.send(ANSWER)
         await client.expect(ANSWER)
     else:
-        monkeypatch.setattr("pgguard.proxy.sweep._HEALTH_CHECK", 0.0)
+        monkeypatch.setattr("pgguard.proxy.endings._HEALTH_CHECK", 0.0)
     await client.close()
     await house.recorded("unclean-close")
 
@@ -322,17 +322,17 @@ async def test_a_client_that_is_gone_before_its_login_was_answered(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its end may be read after the answer has been written: that hits nobody, and the kernel says so."""
-    monkeypatch.setattr("pgguard.proxy.sweep._HEALTH_CHECK", 0.0)
+    monkeypatch.setattr("pgguard.proxy.endings._HEALTH_CHECK", 0.0)
     client = await house.connect()
     await client.send(startup())
     server = await house.backend.accept()
     await server.packet()
     [session] = house.guard._sessions.values()
-    house.guard._sweep._disarm(session.client)  # as if its end were still in the queue of the epoll
+    house.guard._sweep._relay.disarm(session.client)  # as if its end were still in the queue of the epoll
     await client.close()
     await server.send(LOGGED_IN)
     await until(lambda: session.protocol is not None and session.protocol.logged_in)
-    house.guard._sweep._arm(session.client)
+    house.guard._sweep._relay.arm(session.client)
     assert await server.rest() == b""
     await server.close()
     await house.empty()

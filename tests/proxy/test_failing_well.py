@@ -142,13 +142,13 @@ async def test_a_ruling_that_fails_is_made_plainly(backend: FakeBackend, monkeyp
         await is_rejected(house)
 
 
-async def test_an_error_that_nobody_foresaw_costs_one_session(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_that_nobody_foresaw_costs_one_session(house: House) -> None:
     other = await house.session()
-    with monkeypatch.context() as patch:
-        client, _ = await house.session()
-        patch.setattr(house.guard._sweep, "_examine", fail)
-        await client.send(query("select 1"))
-        await client.rest()
+    client, _ = await house.session()
+    session = max(house.guard._sessions.values(), key=lambda one: one.id)
+    session.client.receive = fail
+    await client.send(query("select 1"))
+    await client.rest()
     await converse(*other)
 
 
@@ -355,7 +355,7 @@ async def test_a_witness_that_fails_to_see_who_sends_costs_a_contested_session_n
             client, server = await house.session()
             [session] = house.guard._sessions.values()
             await session.opening_known.wait()
-            session.client.contested = True
+            session.client.contest(True)
             started = time.monotonic()
             for n in range(5):
                 request = query(f"select {n}" + " " * 300_000)

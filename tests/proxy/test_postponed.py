@@ -345,7 +345,7 @@ class _Tracker:
 
 def a_session() -> ProxiedSession:
     session = ProxiedSession(1, transport="unix", client_name=None, client_socket=None, opened_at=0.0)
-    session.tracker = _Tracker()  # type: ignore[assignment]
+    session.flow.tracker = _Tracker()  # type: ignore[assignment]
     return session
 
 
@@ -523,5 +523,5 @@ async def test_nothing_but_the_same_sleep_counts_in_a_session_that_is_not_follow
     )
     late.end()
     await late.over.wait()
-    session.tracker = None
+    session.flow.tracker = None
     assert late.added_to(Stacks()).again == {}

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgguard.attribution.witness import Witness
+from pgguard.proxy.ends import CHUNK as _CHUNK
 from pgguard.proxy.lateness import Lateness
-from pgguard.proxy.sweep import _CHUNK
 from pgguard.wire.messages import LOOK_LIMIT
 from tests.proxy.conftest import House, at_rest, running, until
 from tests.proxy.fake_backend import FakeBackend
@@ -274,7 +274,7 @@ async def test_a_relay_that_is_late_lets_answers_reach_several_readers_one_by_on
     backend: FakeBackend, unix: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever of them reads first would swallow both, and the other wait for ever."""
-    monkeypatch.setattr("pgguard.proxy.sweep._APART", 1000.0)
+    monkeypatch.setattr("pgguard.proxy.judging._APART", 1000.0)
     monkeypatch.setattr(Lateness, "has_grown", lambda _: True)
     async with running(backend, witness=Witness()) as house:
         client, server = await house.session(unix=unix)

@@ -15,8 +15,9 @@ from pgguard.attribution.runtime import Runtime
 from pgguard.attribution.sockets import TcpClient
 from pgguard.attribution.witness import Opening, Witness
 from pgguard.proxy.addresses import TcpAddress
+from pgguard.proxy.ends import Phase
 from pgguard.proxy.rollcall import Counted, call_roll, count
-from pgguard.proxy.session import Phase, ProxiedSession
+from pgguard.proxy.session import ProxiedSession
 from pgguard.session.tracker import Tracker
 from pgguard.session.verdicts import Limit, Refusal
 from tests.proxy.messages import LOGGED_IN, SELECTED, message, query
@@ -95,7 +96,7 @@ def test_who_has_not_got_in_or_is_on_its_way_out_does_not_count(hall: Hall) -> N
     hall.session(logged_in=False)
     hall.session(sent=TERMINATE)
     hall.session(upstream=THERE)
-    hall.session().phase = Phase.ENDED
+    hall.session().flow.phase = Phase.ENDED
     hall.session().protocol = None
     there = hall.session()
     assert hall.count(Limit.SERVER) == [there.id]
@@ -107,7 +108,7 @@ def test_what_each_does_is_told(hall: Hall) -> None:
     hall.session(sent=asked)
     hall.session(sent=asked, got=SELECTED + message("Z", b"T"))
     hall.session(sent=asked, got=SELECTED + message("Z", b"E"))
-    hall.session().tracker = None
+    hall.session().flow.tracker = None
     roll = call_roll(hall.sessions[0], Refusal(Limit.SERVER), hall.sessions)
     stuck = Activity.IDLE_IN_TRANSACTION
     assert [one.activity for one in roll] == [Activity.IDLE, Activity.BUSY, stuck, stuck, Activity.UNKNOWN]

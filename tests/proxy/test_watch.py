@@ -20,6 +20,7 @@ from pgguard.attribution.sockets import TcpClient
 from pgguard.attribution.threads import Sleep, Thread, Waiting, Waits
 from pgguard.attribution.witness import Opening, Witness
 from pgguard.identity import Sender
+from pgguard.proxy.ends import ATTENTIVE, Reading
 from pgguard.proxy.losses import keep_going
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.watch import Watch
@@ -132,8 +133,8 @@ def feed(session: ProxiedSession, data: bytes) -> None:
 
 def stir(session: ProxiedSession) -> None:
     """Do as the relay does with what a client sends."""
-    if session.client.attentive:
-        session.client.attentive = False
+    if session.client.heed & ATTENTIVE:
+        session.client.heed &= ~ATTENTIVE
         _stages[session].watch.stir(session)
 
 
@@ -252,7 +253,7 @@ async def test_a_session_that_is_not_followed_has_no_transactions(
     ask(session)
     answer(session, IN_TRANSACTION)
     await trio.sleep(5)
-    session.tracker = None
+    session.flow.tracker = None
     await trio.sleep(100)
     assert transactions.kinds == []
 
@@ -611,7 +612,7 @@ async def test_a_connection_that_an_heir_waits_on_is_not_leaked(
 async def test_of_a_session_that_is_not_followed_it_is_not_known_whether_it_is_used(
     stage: Stage, witness: Scripted, autojump_clock: MockClock
 ) -> None:
-    stage.session().tracker = None
+    stage.session().flow.tracker = None
     witness.holders, witness.gone = {CHILD: 0.0}, {PARENT}
     await trio.sleep(100)
     assert stage.kinds == []
@@ -735,10 +736,10 @@ async def test_nobody_is_looked_at_while_no_answer_is_due(
     await trio.sleep(100)
     assert witness.looked == []
     ask(session)
-    session.client.waits = True
+    session.client.reading = Reading.HELD
     await trio.sleep(100)
     assert witness.looked == []
-    session.client.waits, session.tracker = False, None
+    session.client.reading, session.flow.tracker = Reading.OPEN, None
     await trio.sleep(100)
     assert (witness.looked, stage.kinds) == ([], [])
 

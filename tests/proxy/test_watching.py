@@ -91,7 +91,7 @@ async def test_the_watches_are_told_when_a_session_is_used_that_has_been_at_rest
     [session] = house.guard._sessions.values()
     assert session in house.guard._watch._active
     told: list[ProxiedSession] = []
-    monkeypatch.setattr(house.guard._sweep, "_stirred", told.append)
+    monkeypatch.setattr(house.guard._sweep._judging, "_stirred", told.append)
 
     async def converse() -> None:
         await client.send(query("select 1"))
@@ -99,11 +99,11 @@ async def test_the_watches_are_told_when_a_session_is_used_that_has_been_at_rest
         await server.send(ANSWER)
         await client.expect(ANSWER)
 
-    session.client.attentive = True
+    session.client.attend()
     await converse()
     await converse()
     assert told == [session]
-    session.client.attentive = True
+    session.client.attend()
     await server.send(b"N\0\0\0\5\0")
     await client.expect(b"N\0\0\0\5\0")
     assert told == [session]

@@ -31,7 +31,7 @@ from pgguard.attribution.ebpf.programs import Kind as Report
 from pgguard.attribution.ebpf.ring import Event
 from pgguard.attribution.witness import Witness
 from pgguard.proxy import losses
-from pgguard.proxy.session import Phase
+from pgguard.proxy.ends import Phase
 from tests.proxy.conftest import House, running
 from tests.proxy.crossings import Crossing, Injected, Watcher, failing, unprotected_sites
 from tests.proxy.fake_backend import BackendConnection, FakeBackend
@@ -92,7 +92,7 @@ SHORT: Final = {
     "aftermath._ALONE": 0.01,
     "declined._SECOND_TRY": 0.02,
     "aftermath._LINGER": 0.05,
-    "sweep._APART": 0.01,
+    "judging._APART": 0.01,
     "aftermath._SILENCE": 0.02,
     "aftermath._HEARING": 0.1,
     "investigation._WAITING_BUDGET": 0.001,
@@ -279,9 +279,9 @@ async def more_than_is_kept_account_of(stage: Stage) -> None:
     """A client asks more than the ledger holds, and isn't read until some of it has been answered."""
     for name, value in {"FEW": 2, "_MOST_ENTRIES": 8, "_MOST_REQUESTS": 8}.items():
         stage.patch.setattr(f"pgguard.session.session.{name}", value)
-    stage.patch.setattr("pgguard.proxy.sweep.FEW", 2)
+    stage.patch.setattr("pgguard.proxy.relay.FEW", 2)
     for name in "_REQUESTS_AT_ONCE", "_REQUESTS_IN_DEPTH", "_ANSWERS_AT_ONCE":
-        stage.patch.setattr(f"pgguard.proxy.sweep.{name}", 3)
+        stage.patch.setattr(f"pgguard.proxy.relay.{name}", 3)
     client, server = await stage.session()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(client.send, SYNC * 40)
@@ -324,7 +324,7 @@ async def two_processes_in_the_end(stage: Stage) -> None:
         await stage.hears(server, TERMINATE)
         await server.close()
         await stage.ends(client)
-        await stage.until(lambda: bool(stage.house.guard._sweep._aftermath._listened))
+        await stage.until(lambda: bool(stage.house.guard._sweep._endings.aftermath._listened))
         await client.send(FIRST, child)
         await stage.recorded("shared-by-processes")
     client, server = await stage.session()
@@ -394,7 +394,7 @@ async def an_heir(stage: Stage) -> None:
     with heir(client), heir(client):
         await stage.recorded("inherited-connection")
         session = max(stage.house.guard._sessions.values(), key=lambda one: one.id)
-        session.client.contested = True
+        session.client.contest(True)
         await stage.converse(client, server)
         await stage.converse(client, server)
         await client.send(TERMINATE)
@@ -745,7 +745,15 @@ def work(address: Address) -> list[Any]:
         return rows + connection.execute("select sum(n), count(*) from t").fetchall()
 
 
-RELAYING: Final = {"proxy.aftermath", "proxy.greeting", "proxy.guard", "proxy.sweep"}
+RELAYING: Final = {
+    "proxy.aftermath",
+    "proxy.endings",
+    "proxy.greeting",
+    "proxy.guard",
+    "proxy.judging",
+    "proxy.relay",
+    "proxy.sweep",
+}
 """Where exceptions are all said. In a worker thread one may come when nobody waits for it any more."""
 
 ERRORS: Final = (

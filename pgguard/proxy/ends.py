@@ -1,0 +1,276 @@
+"""The two ends of a session: their sockets, what is on its way between them, and how far each has come.
+
+The relay (:mod:`pgguard.proxy.relay`) moves the bytes, and what ends a session (:mod:`pgguard.proxy.endings`,
+:mod:`pgguard.proxy.aftermath`) says what becomes of its ends. Others may say what they want to be told of, or have
+found out, by the methods here.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import termios
+from collections import deque
+from enum import Enum
+from typing import TYPE_CHECKING, Final, Protocol, final
+
+if TYPE_CHECKING:
+    from pgguard.identity import Sender
+    from pgguard.proxy.kernel_senders import TcpAccount
+    from pgguard.proxy.session import ProxiedSession
+    from pgguard.session.tracker import Tracker
+
+CHUNK: Final = 128 * 1024
+"""Bytes read at once at most, and so the most that one direction of a session buffers."""
+FEW: Final = 8 * 1024
+"""Bytes read at once of what sends little: what PostgreSQL sends at once, ``PQ_SEND_BUFFER_SIZE`` in ``pqcomm.c``."""
+
+ATTENTIVE: Final = 1
+"""A client's request is of interest, as nobody watches what is at rest, or as the last answer lies unread; or the
+server's first answer is."""
+CONTESTED: Final = 2
+"""Several have the client's end open, and the kernel doesn't say who of them sends: that is found out before a request
+is forwarded."""
+
+
+class Phase(Enum):
+    """How far a session has come, from when it is in the sweep."""
+
+    RELAYED = "what one side sends is passed on to the other"
+    CONDEMNED = "it is rejected, and out of the sweep until its client is at the end of the message it is being sent"
+    REJECTED = "the server's side is closed; the client gets what waits for it, and is heard until it ends too"
+    ENDED = "the server's side is closed; the client gets what waits for it"
+    LINGERING = "its client has been sent everything, and the end of the stream: what it still sends is for nobody"
+    CLOSED = "both sockets are closed"
+
+
+class Reading(Enum):
+    """How far an end's own stream has come, and what it waits for if it isn't read."""
+
+    OPEN = "it is read whenever it has something, as long as its peer has room for that"
+    HELD = "what it has sent is being looked into or ruled on, or waits for the answer in front of it to be read"
+    QUEUED = "what it has sent waits for its turn"
+    CHOKED = "it waits for the server to answer what it has been sent"
+    ENDING = "its stream has ended, and that is being ruled on"
+    ENDED = "its stream has ended"
+
+
+class Writing(Enum):
+    """Whether an end can be written to."""
+
+    OPEN = "it can, now or when there is room"
+    BROKEN = "nothing more can be written to it"
+    GONE = "its connection was reset: it can't be read any more either"
+
+
+_AT_ITS_END: Final = (Reading.ENDING, Reading.ENDED)
+
+
+class Socket(Protocol):
+    """What the relay does with a socket: see :class:`socket.socket`."""
+
+    def fileno(self) -> int:
+        """Tell its descriptor."""
+
+    def setblocking(self, flag: bool, /) -> None:
+        """Have it block, or not."""
+
+    def recv(self, size: int, /) -> bytes:
+        """Receive so many bytes at most."""
+
+    def recvmsg(self, size: int, ancillary: int, /) -> tuple[bytes, list[tuple[int, int, bytes]], int, object]:
+        """Receive bytes, and what the kernel says of them."""
+
+    def send(self, data: bytes | memoryview, /) -> int:
+        """Send as much as there is room for; returns how much that was."""
+
+    def shutdown(self, how: int, /) -> None:
+        """End the stream to the other side."""
+
+    def close(self) -> None:
+        """Close it."""
+
+    def setsockopt(self, level: int, option: int, value: int | bytes, /) -> None:
+        """Set an option."""
+
+    def getsockopt(self, level: int, option: int, /) -> int:
+        """Tell an option."""
+
+
+@final
+class Flow:
+    """What the relay knows of a session: its two ends, how far it has come, and what follows it."""
+
+    __slots__ = ("client", "phase", "server", "tracker")
+
+    client: End
+    server: End
+
+    def __init__(self) -> None:
+        self.tracker: Tracker | None = None
+        """``None`` when it isn't followed, or not any more."""
+        self.phase = Phase.RELAYED
+
+
+@final
+class End:
+    """One of a session's two sockets. The relay reads it and writes it; nobody else does while it is in the sweep."""
+
+    __slots__ = (
+        "credentials",
+        "failure",
+        "fd",
+        "flow",
+        "heed",
+        "held",
+        "interest",
+        "is_client",
+        "kernel_account",
+        "late",
+        "names_senders",
+        "outgoing",
+        "peer",
+        "pieces",
+        "reading",
+        "receive",
+        "receive_message",
+        "send",
+        "sender",
+        "session",
+        "size",
+        "sock",
+        "swallow",
+        "writing",
+        "written",
+    )
+
+    peer: End
+
+    def __init__(
+        self,
+        session: ProxiedSession,
+        flow: Flow,
+        sock: Socket,
+        *,
+        is_client: bool,
+        names_senders: bool = False,
+        kernel_account: TcpAccount | None = None,
+        sender: Sender | None = None,
+    ) -> None:
+        sock.setblocking(False)
+        self.session = session
+        self.flow = flow
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.receive = sock.recv
+        self.receive_message = sock.recvmsg
+        self.send = sock.send
+        self.is_client = is_client
+        self.names_senders = names_senders
+        """The kernel says with every read who sent it."""
+        self.kernel_account = kernel_account
+        """The kernel says who sent what was read, in this account."""
+        self.size = FEW
+        """How much of it is read at once."""
+        self.heed = 0
+        """Why what comes next isn't simply passed on: ::data:`ATTENTIVE`, :data:`CONTESTED`.."""
+        self.credentials: bytes | None = None
+        """What the kernel said last of who sends, undecoded."""
+        self.sender = sender
+        """Who has sent what was read last, as far as that is known."""
+        self.held = b""
+        """Bytes read from it that can't be judged, or that wait for a ruling."""
+        self.pieces: deque[tuple[bytes, Sender | None]] = deque()
+        """Bytes of other senders that were read behind those."""
+        self.swallow = 0
+        """Bytes of a dropped message that are still to come."""
+        self.outgoing = b""
+        """Bytes that its socket had no room for, from :attr:`written` on. While there are any, its peer isn't read."""
+        self.written = 0
+        """How many of those have been written since."""
+        self.late = False
+        """The relay has been late for what was read from it: answers are kept apart, where several read them."""
+        self.reading = Reading.OPEN
+        self.writing = Writing.OPEN
+        self.failure: int | None = None
+        """The system's number for why nothing more will come from it, unless it has ended its stream."""
+        self.interest = -1
+        """The epoll events that it is registered for; -1: it isn't."""
+
+    # What others want to know of it, or have found out
+
+    def attend(self) -> None:
+        """Have the request that comes next looked at."""
+        self.heed |= ATTENTIVE
+
+    def contest(self, several: bool) -> None:
+        """Say whether several have it open of whom the kernel doesn't say who sends."""
+        self.heed = self.heed | CONTESTED if several else self.heed & ~CONTESTED
+
+    @property
+    def contested(self) -> bool:
+        """Whether it is found out who sends before a request is forwarded."""
+        return self.heed & CONTESTED != 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether it isn't read, for a reason of its own: what it has sent is held, or its end is."""
+        return self.reading is not Reading.OPEN and self.reading is not Reading.ENDED
+
+    @property
+    def eof(self) -> bool:
+        """Whether nothing more will come from it."""
+        return self.reading in _AT_ITS_END
+
+    @property
+    def unsent(self) -> int:
+        """How many bytes wait for room in its socket."""
+        return len(self.outgoing) - self.written
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether everything that has come from it has been read, and judged. A system call."""
+        if self.held or self.pieces:
+            return False
+        unread = array.array("i", [0])
+        fcntl.ioctl(self.fd, termios.FIONREAD, unread)  # tcp(7), unix(7)
+        return not unread[0]
+
+    def wants(self, event: int) -> bool:
+        """Whether it is registered for this one."""
+        return self.interest > 0 and self.interest & event != 0
+
+    # What goes to it
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Have something more sent to it when there is room for that."""
+        self.outgoing = self.outgoing[self.written :] + data
+        self.written = 0
+
+    def write(self) -> None:
+        """Write what waits, as far as there is room.
+
+        Raises:
+            OSError: there is none, or it is broken.
+        """
+        self.written += self.send(memoryview(self.outgoing)[self.written :])
+        if self.written == len(self.outgoing):
+            self.drop_outgoing()
+
+    def drop_outgoing(self) -> None:
+        """Nothing waits to be written any more."""
+        self.outgoing = b""
+        self.written = 0
+
+    # Its own stream
+
+    def adapt(self, got: int) -> None:
+        """Read as much at once from now on as it seems to send, now that so much has come."""
+        if got >= self.size:
+            self.size = min(CHUNK, 4 * self.size)
+        elif got < self.size >> 3:
+            self.size = max(FEW, self.size >> 1)
+
+    def end_stream(self) -> None:
+        """Nothing more will come from it."""
+        self.reading = Reading.ENDED

@@ -1,0 +1,732 @@
+"""The relay: it moves the bytes of all sessions, and hands on whatever is unusual about them.
+
+It is plain, synchronous code, which :mod:`pgguard.proxy.sweep` calls again and again: one ``epoll_wait`` yields all
+sockets that are ready, each is read once, the session core follows what it had, and that is written to its peer at
+once. What takes more than that is others' affair: verdicts, and whatever has to be found out before something is
+forwarded (:mod:`pgguard.proxy.judging`), and the ends of streams (:mod:`pgguard.proxy.endings`).
+
+Back-pressure: what a socket has no room for is kept with it, and its peer is not read until it is gone. A session
+buffers at most one chunk in each direction. A client that makes more requests than the session core keeps account of
+(:meth:`pgguard.session.session.Session.fullness`) is not read either until the server has answered some. Answers are
+always read, as long as there is room for them on the way to the client.
+
+Slices: a chunk may hold tens of thousands of small messages, or one known fault after the other. Some of its messages
+are followed at once, and more as long as the round has taken less than a slice of time. What is left waits for its
+turn, one slice of one end in each round, behind all that has come meanwhile.
+
+In line: what may take long to deal with keeps nobody waiting whose turn would come behind it. That is the end of a
+stream, and while somebody is judged, or stands in line, whatever a client sends while an answer to it is due. These
+ends are taken out of the epoll, and dealt with one after the other, for a moment in each round. So when a process has
+been killed that had a thousand connections, or asks on all of them out of turn, others are served meanwhile.
+
+Holding: when a verdict falls on what one end has sent, that end isn't read until the ruling, and what it has sent
+waits. The other direction flows on: two answers that would have reached the client one after the other must not reach
+it together, or one of two readers swallows both, and the other waits for ever, in a program that would have ended
+without the guard.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final, Protocol, final
+
+from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
+from pgguard.identity import Sender
+from pgguard.proxy.ends import FEW as FEW_BYTES
+from pgguard.proxy.ends import Phase, Reading, Writing
+from pgguard.proxy.losses import Loss, note
+from pgguard.session.session import FEW
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pgguard.proxy.ends import End, Flow
+    from pgguard.proxy.kernel_senders import KernelSenders, TcpAccount
+    from pgguard.proxy.session import ProxiedSession
+    from pgguard.session.tracker import Tracker
+    from pgguard.session.verdicts import Verdict
+
+_EVENTS: Final = 32
+"""Sockets that are served before it is looked whether it is the turn of others: a verdict takes many times as long as a
+message that is in order."""
+_CROWD: Final = 256
+"""The same, while somebody is judged or stands in line: among many who are to do so one is looked for who isn't."""
+_PATIENCE: Final = 0.001
+"""Seconds to wait for the next event before it is said that there is nothing to do."""
+_HURRY: Final = 0.02
+"""Seconds for a client that arrives, or is judged, to get through trio's tasks."""
+_REQUESTS_AT_ONCE: Final = 1024
+_REQUESTS_IN_DEPTH: Final = 256
+_ANSWERS_AT_ONCE: Final = 2048
+_ANSWERS_IN_DEPTH: Final = 16384
+"""Bytes of which the messages are followed before it is looked at the clock: the first of a chunk, and those behind
+them. A message has five at least. A client's may stand behind thousands of others; most of a server's are rows."""
+_ROOM: Final = 0.5
+"""How full the ledger may be for a client to be read again that has filled it."""
+FAILED: Final = "pgguard had an internal error, and stopped checking this session: its log has more"
+
+_RELAYED: Final = Phase.RELAYED
+_OPEN: Final = Reading.OPEN
+_CHOKED: Final = Reading.CHOKED
+_ENDING: Final = Reading.ENDING
+_ENDED: Final = Reading.ENDED
+_WRITABLE: Final = Writing.OPEN
+_GONE: Final = Writing.GONE
+
+_IN: Final = select.EPOLLIN
+_OUT: Final = select.EPOLLOUT
+_OVER: Final = select.EPOLLHUP | select.EPOLLERR
+"""Reported whether it was asked for or not: epoll_ctl(2)."""
+_END: Final = select.EPOLLRDHUP
+"""The peer has ended its stream."""
+_ENDS: Final = _END | _OVER
+_TO_READ: Final = _IN | _OVER
+_TO_WRITE: Final = _OUT | _OVER
+_READS: Final = _IN | _END
+
+
+class Poll(Protocol):
+    """What the relay waits with: :class:`select.epoll`."""
+
+    def register(self, fd: int, eventmask: int, /) -> None:
+        """Report a descriptor's events."""
+
+    def modify(self, fd: int, eventmask: int, /) -> None:
+        """Report others of it."""
+
+    def unregister(self, fd: int, /) -> None:
+        """Report none any more."""
+
+    def poll(self, timeout: float, maxevents: int, /) -> list[tuple[int, int]]:
+        """Wait for events; returns descriptors, and what each is ready for."""
+
+
+class Judging(Protocol):
+    """Whoever deals with verdicts, and with what has to be found out before something is forwarded.
+
+    Nothing of it raises or takes long: what takes time is begun, and goes on when it is known.
+    """
+
+    def meet(self, end: End) -> None:
+        """Somebody else sends now than before: :attr:`End.sender`."""
+
+    def stir(self, client: End) -> None:
+        """A client has sent something, several of its threads or processes at once."""
+
+    def has_to_wait(self, end: End, data: bytes, *, whole: bool, now: float) -> bool:
+        """Look at what an end has sent of which something is of interest: :attr:`End.heed`.
+
+        Returns True if it waits until more is known; it is held then, and gone on with.
+
+        Args:
+            end: which.
+            data: what it has sent.
+            whole: nothing of it had been held back before.
+            now: in seconds since the epoch.
+        """
+
+    def is_late(self, server: End) -> bool:
+        """Whether the system has kept the relay waiting for a processor, lately."""
+
+    def settles(self, session: ProxiedSession, verdict: Verdict, now: float) -> bool:
+        """Deal with a verdict for which nothing needs to be held; False if something does, and it is left."""
+
+    def adjudicate(self, end: End, verdict: Verdict) -> None:
+        """Have a verdict ruled on that is about what is held of ``end``, and go on with it."""
+
+    def let_read(self, server: End) -> None:
+        """Let one of several readers take an answer before the next one follows, which is held."""
+
+    def let_last_be_read(self, server: End) -> None:
+        """Keep what has come in the meantime from catching up with an answer."""
+
+    def lost(self, session: ProxiedSession, reason: str, now: float) -> None:
+        """A session can't be followed any more."""
+
+
+class Endings(Protocol):
+    """Whoever sees to the ends of streams, and closes what is over. Nothing of it raises or takes long."""
+
+    def end_of_stream(self, end: End, *, reset: bool) -> None:
+        """Nothing more will come from ``end``; with ``reset`` its connection is broken."""
+
+    def pass_end_on(self, end: End) -> None:
+        """Everything has been written to ``end``, and its peer will send no more."""
+
+    def hear(self, end: End, data: memoryview) -> None:
+        """A client whose session is over has sent something."""
+
+    def note_late(self, end: End, data: bytes, now: float) -> None:
+        """A client has sent something that has been sent all there was, and the end of the stream."""
+
+    def finish(self, session: ProxiedSession) -> None:
+        """Close both sockets of a session."""
+
+
+@final
+class Relay:
+    """Moves the bytes of all sessions that have been added to it.
+
+    Args:
+        epoll: what it waits with.
+        wake: has :meth:`run` called, as something waits for its turn.
+        seconds: for which messages are followed before others get their turn.
+    """
+
+    _judging: Judging
+    _endings: Endings
+
+    def __init__(self, epoll: Poll, *, wake: Callable[[], None], seconds: float) -> None:
+        self._epoll = epoll
+        self._wake = wake
+        self._slice = seconds
+        self._slice_ends = 0.0
+        """When who still has something to be followed has to wait for its turn."""
+        self._ends: dict[int, End] = {}
+        """Those that are registered with the epoll, by descriptor."""
+        self._watched: dict[int, Callable[[int], None]] = {}
+        """By descriptor, who is told of the events of what isn't a session's own."""
+        self._backlog: deque[End] = deque()
+        """Those that wait for their turn, with something held."""
+        self._line: deque[End] = deque()
+        """Those that are read when it is their turn."""
+        self._hurried_until = 0.0
+        """When it may keep trio's other tasks waiting again."""
+        self._runs = False
+        self._senders: KernelSenders | None = None
+        """Who sends on TCP, where the kernel says it."""
+
+    def hand_on_to(self, judging: Judging, endings: Endings) -> None:
+        """Say who deals with what is unusual; before there is any session."""
+        self._judging = judging
+        self._endings = endings
+
+    def name_senders(self, senders: KernelSenders) -> None:
+        """Have the kernel say who sends on TCP, from now on."""
+        self._senders = senders
+
+    # Rounds
+
+    def run(self, until: float) -> bool:
+        """Move what there is to be moved.
+
+        Returns True when it is ``until``, in seconds of time.monotonic(), or somebody is in a hurry; False when there
+        has been nothing to do for a moment.
+        """
+        self._runs = True
+        try:
+            began = time.monotonic()
+            while self._go_round(began):
+                began = time.monotonic()
+                if began > until or began < self._hurried_until:
+                    return True
+            return False
+        finally:
+            self._runs = False
+
+    def _go_round(self, began: float) -> bool:
+        """Serve all that is ready, and one of those that wait for their turn; False if there is nothing."""
+        backlog, line, ends = self._backlog, self._line, self._ends
+        crowded = began < self._hurried_until or len(line) > 0
+        events = self._epoll.poll(0 if crowded or backlog else _PATIENCE, _CROWD if crowded else _EVENTS)
+        if not events and not backlog and not line:
+            return False
+        if crowded:
+            events = self._without_interrupters(events)
+        now = time.time()
+        self._slice_ends = time.monotonic() + self._slice
+        if self._senders is not None:
+            try:
+                self._senders.feed()
+            except Exception:
+                note(Loss.SENDER)
+        for fd, mask in events:
+            end = ends.get(fd)
+            if end is None:  # it has been held, or its session closed, by an earlier event, or it is another's
+                self._tell(fd, mask)
+                continue
+            try:
+                if mask == _IN:
+                    self._read(end, now)
+                else:
+                    self._read_and_flush(end, mask, now)
+            except Exception:
+                note(Loss.SESSION, end.session)
+                self._endings.finish(end.session)
+        if backlog:
+            self._take_turn(backlog.popleft())
+        if line:
+            self._read_in_line()
+        return True
+
+    def _tell(self, fd: int, mask: int) -> None:
+        """Tell whoever watches a descriptor of its events."""
+        on_event = self._watched.get(fd)
+        if on_event is not None:
+            try:
+                on_event(mask)
+            except Exception:
+                note(Loss.STEP)
+
+    def _read_and_flush(self, end: End, mask: int, now: float) -> None:
+        if mask & _ENDS and self._may_wait(end):
+            self._put_in_line(end)
+            mask &= ~_TO_READ
+        # That it is over is reported of an end whose peer is stuffed as well, and it must not be read for that.
+        if mask & _TO_READ and (end.wants(_IN) or end.reading is _ENDED):
+            self._read(end, now)
+        if mask & _TO_WRITE and end.wants(_OUT):
+            self.flush(end)
+
+    def _without_interrupters(self, events: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Put in line who has sent something while an answer to it is due; the other events are returned."""
+        others: list[tuple[int, int]] = []
+        for event in events:
+            end = self._ends.get(event[0])
+            if (
+                end is not None
+                and end.is_client
+                and event[1] == _IN
+                and _is_busy(end.flow, end.session)
+                and self._may_wait(end)
+            ):
+                self._put_in_line(end)
+            else:
+                others.append(event)
+        return others
+
+    def _may_wait(self, end: End) -> bool:
+        return end.wants(_IN) and end.flow.phase is _RELAYED
+
+    def _put_in_line(self, end: End) -> None:
+        end.reading = Reading.QUEUED
+        self.arm(end)
+        self._line.append(end)
+
+    def _read_in_line(self) -> None:
+        """Read who has waited for it for longest, and more of them as long as there is time for it."""
+        line = self._line
+        stops = time.monotonic() + self._slice
+        while line:
+            end = line.popleft()
+            if end.flow.phase is _RELAYED:
+                try:
+                    self.resume(end)
+                    if end.wants(_IN):
+                        self._slice_ends = time.monotonic() + self._slice
+                        self._read(end, time.time())
+                except Exception:
+                    note(Loss.SESSION, end.session)
+                    self._endings.finish(end.session)
+            if time.monotonic() > stops:
+                return
+
+    def _take_turn(self, end: End) -> None:
+        """Go on with an end that has waited for it, if its session is still relayed."""
+        if end.flow.phase is not _RELAYED:
+            return
+        self._slice_ends = time.monotonic() + self._slice
+        try:
+            self.go_on(end)
+            if end.late:
+                self._judging.let_last_be_read(end)
+        except Exception:
+            note(Loss.SESSION, end.session)
+            self._endings.finish(end.session)
+
+    def _queue(self, end: End) -> None:
+        """Have an end wait for its turn."""
+        self.hold(end, Reading.QUEUED)
+        self._backlog.append(end)
+        if not self._runs:
+            self._wake()
+
+    def hurry(self) -> None:
+        """Don't keep trio's other tasks waiting for a moment: a client waits for one of them."""
+        self._hurried_until = time.monotonic() + _HURRY
+
+    def queued(self) -> set[End]:
+        """Those that wait for their turn."""
+        return {*self._backlog, *self._line}
+
+    # Into and out of the epoll
+
+    def begin(self, flow: Flow, startup: bytes) -> None:
+        """Move a session's bytes; ``startup`` is what is still to be sent to the server of its StartupMessage."""
+        flow.server.append(startup)
+        self.arm(flow.server)
+        self.arm(flow.client)
+        self.flush(flow.server)
+
+    def watch(self, fd: int, events: int, on_event: Callable[[int], None]) -> None:
+        """Watch another descriptor, too: see :meth:`pgguard.proxy.sweep.Sweep.watch`."""
+        self._epoll.register(fd, events)
+        self._watched[fd] = on_event
+
+    def unwatch(self, fd: int) -> bool:
+        """Tell nobody of a descriptor's events any more; False if it isn't watched."""
+        return self._watched.pop(fd, None) is not None
+
+    def arm(self, end: End) -> None:
+        """Register for what can be done: reading unless the peer is stuffed, writing if something waits."""
+        if end.is_client and end.writing is _GONE:
+            # Gone for good, it would be reported again and again until what it sent has been written.
+            self.disarm(end)
+            return
+        interest = (0 if end.reading is not _OPEN or end.peer.outgoing else _READS) | (_OUT if end.outgoing else 0)
+        if not interest and end.reading is not _ENDED:
+            # Its peer is stuffed, or it is held. Whether it is over is found out when it is its turn to be read again.
+            self.disarm(end)
+        elif end.interest < 0:
+            self._epoll.register(end.fd, interest)
+            self._ends[end.fd] = end
+            end.interest = interest
+        elif end.interest != interest:
+            self._epoll.modify(end.fd, interest)
+            end.interest = interest
+
+    def disarm(self, end: End) -> None:
+        """Register for nothing of an end's any more."""
+        if end.interest >= 0:
+            self._epoll.unregister(end.fd)
+            del self._ends[end.fd]
+            end.interest = -1
+
+    def take_out(self, flow: Flow) -> None:
+        """Neither read from a session's sockets nor write to them any more."""
+        self.disarm(flow.client)
+        self.disarm(flow.server)
+
+    def hold(self, end: End, why: Reading) -> None:
+        """Read nothing more from ``end`` until :meth:`resume`; what goes to it goes on."""
+        end.reading = _ENDING if end.reading is _ENDED else why
+        self.arm(end)
+
+    def resume(self, end: End) -> None:
+        """Read an end again that was held."""
+        end.reading = _ENDED if end.reading is _ENDING or end.reading is _ENDED else _OPEN
+        self.arm(end)
+
+    # Bytes
+
+    def _read(self, end: End, now: float) -> None:
+        size = end.size
+        try:
+            if end.names_senders:
+                data, ancillary, _, _ = end.receive_message(size, CREDENTIALS_SPACE)
+                if ancillary and ancillary[0][2] != end.credentials:
+                    self._meet(end, self._named(end, ancillary[0][2]))
+            else:
+                data = end.receive(size)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            end.failure = error.errno
+            self._endings.end_of_stream(end, reset=True)
+            return
+        got = len(data)
+        if not got:
+            self._endings.end_of_stream(end, reset=end.reading is _ENDED)
+            return
+        if got == size or size > FEW_BYTES:
+            end.adapt(got)
+        account = end.kernel_account
+        if account is not None and not self._is_of_one(end, account, data, now):
+            return
+        whole = not end.held
+        if not whole:
+            data = end.held + data
+            end.held = b""
+        if end.heed or (account is not None and account.unread is not None):
+            if self._judging.has_to_wait(end, data, whole=whole, now=now):
+                return
+        elif not end.is_client:
+            tracker = end.flow.tracker
+            if tracker is not None and tracker.several_read:
+                end.late = self._judging.is_late(end)
+        self._examine(end, data, now)
+
+    def _is_of_one(self, end: End, account: TcpAccount, data: bytes, now: float) -> bool:
+        """Whether one alone has sent what has been read, who is met; otherwise it is dealt with, piece by piece."""
+        try:
+            pieces = [] if self._senders is None else self._senders.pieces(account, len(data))
+        except Exception:
+            note(Loss.SENDER, end.session)
+            # Who sends won't be known any more: the account may be of other bytes from now on.
+            account.is_lost = True
+            end.kernel_account = None
+            pieces = []
+        if len(pieces) > 1:
+            self._judging.stir(end)
+            at = 0
+            for length, sender in pieces:
+                end.pieces.append((data[at : at + length], sender))
+                at += length
+            self._examine_pieces(end, now)
+            return False
+        sender = pieces[0][1] if pieces else None
+        if sender is not end.sender:
+            self._meet(end, sender)
+        return True
+
+    def _named(self, end: End, credentials: bytes) -> Sender | None:
+        """Whom the kernel has named."""
+        end.credentials = credentials
+        try:
+            pid = sender_pid(credentials)
+            return None if pid is None else Sender(pid)
+        except Exception:
+            note(Loss.SENDER, end.session)
+            end.credentials = None
+            return None
+
+    def _meet(self, end: End, sender: Sender | None) -> None:
+        """Somebody else sends now than before."""
+        end.sender = sender
+        self._judging.meet(end)
+
+    def _examine_pieces(self, end: End, now: float) -> None:
+        """Follow what several have sent, one after the other, as far as it is in order and for a slice of time."""
+        first = True
+        while end.pieces:
+            if end.reading is not _OPEN:
+                return
+            if not first and time.monotonic() > self._slice_ends:
+                self._queue(end)
+                return
+            first = False
+            piece, sender = end.pieces.popleft()
+            self._meet(end, sender)
+            held, end.held = end.held, b""
+            self._examine(end, held + piece, now)
+
+    def go_on(self, end: End) -> None:
+        """Go on with what is held of ``end``."""
+        self.resume(end)
+        now = time.time()
+        held, end.held = end.held, b""
+        if held:
+            self._examine(end, held, now)
+        self._examine_pieces(end, now)
+
+    def _examine(self, end: End, data: bytes, now: float) -> None:
+        """Follow what an end has sent for a slice of time, and forward it as far as it is in order."""
+        tracker = end.flow.tracker
+        size = len(data)
+        if tracker is None:
+            self._pass_on(end, data, now)
+            return
+        try:
+            if end.is_client:
+                done = tracker.frontend(data, 0, size, end.sender, now, _REQUESTS_AT_ONCE)
+            else:
+                done = tracker.backend(data, 0, size, _ANSWERS_AT_ONCE, apart=end.late)
+        except Exception:
+            self._lose_track(end, now)
+            self._pass_on(end, data, now)
+            return
+        if done == size:
+            self._forward(end, data, 0, size)
+            if end.peer.reading is _CHOKED or (end.is_client and len(tracker.ledger.entries) >= FEW):
+                self._balance(end, tracker, now)
+        else:
+            self._examine_on(end, tracker, data, done, now)
+
+    def _examine_on(self, end: End, tracker: Tracker, data: bytes, done: int, now: float) -> None:
+        """Go on with what an end has sent, when some of it, or nothing, has been followed."""
+        stop = len(data)
+        pos = 0
+        while done != stop:
+            verdict = tracker.verdict
+            if verdict is not None:
+                if not self._judging.settles(end.session, verdict, now):
+                    self._set_aside(end, tracker, now)
+                    self._keep(end, data, done, Reading.HELD)
+                    self._judging.adjudicate(end, verdict)
+                    return
+                self._overrule(end, tracker, now)
+            elif tracker.lost is not None:
+                self.lose(end.flow, end.session, tracker.lost, now)
+            elif done != pos and end.late and self._ends_answer(end, tracker, now):
+                self.hurry()
+                self._keep(end, data, done, Reading.HELD)
+                self._judging.let_read(end)
+                return
+            elif done == pos:  # the rest is too little to be judged
+                self._forward(end, data, 0, done)
+                end.held = data[done:]
+                self._balance(end, tracker, now)
+                return
+            if end.flow.tracker is None:
+                self._pass_on(end, data, now)
+                return
+            if time.monotonic() > self._slice_ends or self._is_full(end, tracker, now):
+                self._keep(end, data, done, Reading.HELD)
+                self._balance(end, tracker, now)
+                if end.reading is not _CHOKED:
+                    self._queue(end)
+                return
+            pos = done
+            done = self._follow(end, tracker, data, pos, now)
+        self._forward(end, data, 0, stop)
+        self._balance(end, tracker, now)
+
+    def _follow(self, end: End, tracker: Tracker, data: bytes, pos: int, now: float) -> int:
+        """Follow some more messages; the position returned is how far they are in order."""
+        try:
+            if end.is_client:
+                return tracker.frontend(data, pos, len(data), end.sender, now, _REQUESTS_IN_DEPTH)
+            return tracker.backend(data, pos, len(data), _ANSWERS_IN_DEPTH, apart=end.late)
+        except Exception:
+            self._lose_track(end, now)
+            return len(data)
+
+    def _ends_answer(self, end: End, tracker: Tracker, now: float) -> bool:
+        try:
+            return tracker.at_answers_end
+        except Exception:
+            self._lose_track(end, now)
+            return False
+
+    def _pass_on(self, end: End, data: bytes, now: float) -> None:
+        """Deal with what an end has sent whose session isn't followed."""
+        if end.flow.phase is Phase.LINGERING:
+            self._endings.note_late(end, data, now)
+        else:
+            self._forward(end, data, 0, len(data))
+
+    def _keep(self, end: End, data: bytes, done: int, why: Reading) -> None:
+        """Forward what is in order, and hold an end with what is left of its chunk."""
+        self._forward(end, data, 0, done)
+        end.held = data[done:]
+        self.hold(end, why)
+
+    # What a client has the server owe it
+
+    def _is_full(self, end: End, tracker: Tracker, now: float) -> bool:
+        """Whether a client has the server owe it too much."""
+        try:
+            return end.is_client and tracker.fullness() >= 1
+        except Exception:
+            self._lose_track(end, now)
+            return False
+
+    def _balance(self, end: End, tracker: Tracker, now: float) -> None:
+        """Read a client no more that has the server owe it too much, and again when that has answered some of it."""
+        if tracker is not end.flow.tracker:
+            return  # it has failed, and nobody would say that there is room again
+        if end.is_client:
+            if self._is_full(end, tracker, now):
+                self.hold(end, _CHOKED)
+        elif end.peer.reading is _CHOKED and self._has_room(end, tracker, now):
+            self._queue(end.peer)
+
+    def _has_room(self, end: End, tracker: Tracker, now: float) -> bool:
+        try:
+            return tracker.fullness() <= _ROOM
+        except Exception:
+            self._lose_track(end, now)
+            return False
+
+    # Verdicts
+
+    def _overrule(self, end: End, tracker: Tracker, now: float) -> None:
+        try:
+            tracker.overrule()
+        except Exception:
+            self._lose_track(end, now)
+
+    def _set_aside(self, end: End, tracker: Tracker, now: float) -> None:
+        try:
+            tracker.set_aside()
+        except Exception:
+            self._lose_track(end, now)
+
+    def _lose_track(self, end: End, now: float) -> None:
+        """The tracker has failed."""
+        note(Loss.TRACKING, end.session)
+        self.lose(end.flow, end.session, FAILED, now)
+
+    def lose(self, flow: Flow, session: ProxiedSession, reason: str, now: float) -> None:
+        """Go on forwarding a session that can't be followed any more."""
+        if flow.tracker is None:
+            return
+        flow.tracker = None
+        if flow.client.reading is _CHOKED:
+            self._queue(flow.client)
+        self._judging.lost(session, reason, now)
+
+    # To the other side
+
+    def _forward(self, end: End, data: bytes, begin: int, stop: int) -> None:
+        """Send what an end has sent, ``data[begin:stop]``, to its peer."""
+        if end.swallow:
+            swallowed = min(end.swallow, stop - begin)
+            end.swallow -= swallowed
+            begin += swallowed
+        peer = end.peer
+        if begin == stop or peer.writing is not _WRITABLE:
+            return
+        if end.is_client and end.flow.phase is not _RELAYED:
+            self._endings.hear(end, memoryview(data)[begin:stop])
+            return
+        whole = begin == 0 and stop == len(data)
+        if peer.outgoing:
+            peer.append(data if whole else memoryview(data)[begin:stop])
+            return
+        try:
+            sent = peer.send(data) if whole else peer.send(memoryview(data)[begin:stop])
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            # The reading side tells the end of it: what the peer sent before it went is still to be read.
+            peer.writing = Writing.BROKEN
+            return
+        if begin + sent != stop:
+            peer.outgoing, peer.written = data[:stop], begin + sent
+            self.arm(peer)
+            self.arm(end)
+
+    def forward_held(self, end: End) -> bool:
+        """Send all that is held of ``end`` to its peer; False if there is nothing."""
+        held, end.held = end.held, b""
+        if held:
+            self._forward(end, held, 0, len(held))
+        return bool(held)
+
+    def send(self, end: End, words: bytes) -> None:
+        """Send an end something more, now or when there is room."""
+        end.append(words)
+        self.arm(end)
+        self.flush(end)
+
+    def flush(self, end: End) -> None:
+        """Write what waits for ``end``, and when it is all gone go on with what waited for that."""
+        if end.outgoing:
+            try:
+                end.write()
+            except BlockingIOError:
+                return
+            except OSError:
+                end.drop_outgoing()
+                if end.writing is _WRITABLE:
+                    end.writing = Writing.BROKEN
+            if end.outgoing:
+                return
+        if end.peer.reading is _ENDED:
+            self._endings.pass_end_on(end)
+        if end.flow.phase is not Phase.CLOSED:
+            self.arm(end)
+            if not (end.is_client and end.flow.phase is not _RELAYED):
+                self.arm(end.peer)
+
+
+def _is_busy(flow: Flow, session: ProxiedSession) -> bool:
+    """Whether the server owes its client an answer; False if that isn't known."""
+    try:
+        return flow.tracker is not None and not flow.tracker.idle
+    except Exception:
+        note(Loss.STEP, session)
+        return False
