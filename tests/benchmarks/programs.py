@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +25,8 @@ Hops = Literal["tcp", "unix"]
 
 _START_SECONDS = 40.0
 _LOAD = Path(__file__).parent / "load"
+_OTHER_DESCRIPTORS = 300
+"""What a proxy has open, or keeps back, beside the sessions' own."""
 FEW = 400
 """More sessions than are open at once where it isn't about many."""
 
@@ -112,20 +114,21 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("PG", "PYTHON"))}
 
 
-def allow_descriptors(count: int) -> None:
-    """Let this process, and what it starts, have so many descriptors open.
+def room_for_sessions() -> int:
+    """How many sessions a proxy can hold that is started from here: as many as there are pairs of descriptors.
 
-    Raises:
-        CannotMeasureError: the system's limit is lower.
+    The limit is raised first, as far as it goes.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft >= count:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, max(hard, count)))
-    except (OSError, ValueError) as error:
-        message = f"{count} open descriptors are needed, and {hard} allowed: as root, or after ulimit -n {count}"
-        raise CannotMeasureError(message) from error
+    for limit in (_nr_open(), resource.getrlimit(resource.RLIMIT_NOFILE)[1]):
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+            break
+    return (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OTHER_DESCRIPTORS) // 2
+
+
+def _nr_open() -> int:
+    """What no limit can be above: ``/proc/sys/fs/nr_open`` of proc(5), or what is enough."""
+    return min(1 << 17, int(Path("/proc/sys/fs/nr_open").read_text()))
 
 
 def accepts(contender: Contender, hops: Hops, client: str) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from tests.benchmarks.bench import one_core
 from tests.benchmarks.clock import cost, memory
-from tests.benchmarks.programs import allow_descriptors
+from tests.benchmarks.programs import room_for_sessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -31,8 +31,6 @@ _AT_REST: Final = 5
 """How often what idle sessions cost is read."""
 _REST_GOALS: Final = {2_000: 5.0, 10_000: 10.0}
 """Milliseconds of processor time a second, by the number of sessions."""
-_PER_SESSION: Final = 3
-"""Descriptors that a proxy holds for a session at most."""
 
 
 def exact(bench: Bench) -> None:
@@ -137,7 +135,10 @@ def crowd(bench: Bench) -> None:
 
 def _each_alone(bench: Bench, scenario: str, count: int, *, busy: int) -> None:
     """Start each contender in its turn, alone: what others' idle sessions cost would be in the way."""
-    allow_descriptors(_PER_SESSION * (count + busy))
+    goal = _REST_GOALS.get(count)
+    if (room := room_for_sessions() - busy) < count:
+        bench.results.remark(f"{scenario}: {room:,} idle sessions instead of {count:,}: ulimit -n allows no more")
+        count = room
     bench.results.remark(
         f"{scenario}: the server is the small program of the benchmark, as PostgreSQL would need {count:,} processes"
     )
@@ -148,14 +149,16 @@ def _each_alone(bench: Bench, scenario: str, count: int, *, busy: int) -> None:
                     bench.contender(name, server, "tcp", sessions=count + busy + 1) as contender,
                     bench.hold(contender, "tcp", count) as holder,
                 ):
-                    _look_at_idle(bench, scenario, contender, holder, count, busy)
+                    _look_at_idle(bench, scenario, contender, holder, count, busy, goal)
 
 
-def _look_at_idle(bench: Bench, scenario: str, contender: Contender, holder: Holder, count: int, busy: int) -> None:
+def _look_at_idle(
+    bench: Bench, scenario: str, contender: Contender, holder: Holder, count: int, busy: int, goal: float | None
+) -> None:
     """Measure while the sessions are open, and see that each of them still answers."""
     assert contender.pid is not None
     what = f"{count:,} idle sessions" + (f" before {busy} busy ones" if busy else "")
-    rest = bench.results.row(scenario, f"at rest: {what}", "ms/s", goal=_REST_GOALS.get(count), absolute=True)
+    rest = bench.results.row(scenario, f"at rest: {what}", "ms/s", goal=goal, absolute=True)
     size = bench.results.row(scenario, f"memory an idle session, of {count:,}", "kB", goal=5, absolute=True)
     begun = bench.results.row(scenario, f"CPU a session's beginning, {count:,} at once", "µs")
     empty, before = memory(contender.pid), cost(contender.pid)
