@@ -242,7 +242,7 @@ class Endings:
         session.afterwards, flow.tracker = flow.tracker, None
         client, server = flow.client, flow.server
         client.held = b""
-        client.pieces.clear()
+        client.pieces = None
         relay.disarm(server)
         server.sock.close()
         server.end_stream()

@@ -180,8 +180,8 @@ class End:
         """Who has sent what was read last, as far as that is known."""
         self.held = b""
         """Bytes read from it that can't be judged, or that wait for a ruling."""
-        self.pieces: deque[tuple[bytes, Sender | None]] = deque()
-        """Bytes of other senders that were read behind those."""
+        self.pieces: deque[tuple[bytes, Sender | None]] | None = None
+        """Bytes of other senders that were read behind those; ``None`` before there are any, for its 760 bytes."""
         self.swallow = 0
         """Bytes of a dropped message that are still to come."""
         self.outgoing = b""

@@ -460,6 +460,8 @@ class Relay:
             pieces = []
         if len(pieces) > 1:
             self._judging.stir(end)
+            if end.pieces is None:
+                end.pieces = deque()
             at = 0
             for length, sender in pieces:
                 end.pieces.append((data[at : at + length], sender))

@@ -7,8 +7,6 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal
 
-import trio
-
 from pgguard.attribution.drivers import tell_driver
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.runtime import Runtime
@@ -16,6 +14,7 @@ from pgguard.faults.fault import SessionFacts
 from pgguard.identity import Sender
 from pgguard.proxy.ends import End, Flow, Phase, Writing
 from pgguard.proxy.losses import Loss, spared
+from pgguard.proxy.milestone import Milestone
 from pgguard.proxy.sightings import Sightings
 from pgguard.session.verdicts import Kind, Verdict
 
@@ -46,6 +45,34 @@ _DRAINING: Final = frozenset({Phase.REJECTED, Phase.ENDED, Phase.LINGERING, Phas
 class ProxiedSession:
     """A client's connection, the upstream connection made for it, and the tracker of what passes between them."""
 
+    __slots__ = (
+        "afterwards",
+        "arrived",
+        "client_name",
+        "client_socket",
+        "done",
+        "farewell",
+        "flow",
+        "heard",
+        "id",
+        "kernel_account",
+        "last_sole_holder",
+        "leftover",
+        "met",
+        "opened_at",
+        "opening",
+        "opening_known",
+        "opening_stack",
+        "preamble",
+        "protocol",
+        "senders",
+        "settings",
+        "sightings",
+        "transport",
+        "upstream",
+        "want_opening",
+    )
+
     def __init__(
         self,
         number: int,
@@ -73,7 +100,7 @@ class ProxiedSession:
         :mod:`pgguard.proxy.openers`."""
         self.last_sole_holder: Process | None = None
         """The process that was alone with it when anybody was last seen to have it open."""
-        self.opening_known = trio.Event()
+        self.opening_known = Milestone()
         """It has been found out who opened it, or can't be."""
         self.want_opening: Callable[[ProxiedSession], None] | None = None
         """Says that somebody waits for that."""
@@ -100,7 +127,7 @@ class ProxiedSession:
         """What a client that was rejected is told again, if it asks for something before its stream ends."""
         self.heard = False
         """That client has sent something lately."""
-        self.done = trio.Event()
+        self.done = Milestone()
         """Both sockets are closed."""
 
     @property

@@ -14,12 +14,39 @@ if TYPE_CHECKING:
 _LATELY: Final = 2.0
 """Seconds after which a process that has let go of a connection has nothing to do any more with what happens to it."""
 
+# An empty frozenset takes 216 bytes, and isn't the same as any other: there are thousands of sessions.
+_NOBODY: Final[frozenset[int]] = frozenset()
+_NO_SLEEPS: Final[frozenset[Sleep]] = frozenset()
+_NO_THREADS: Final[frozenset[Thread]] = frozenset()
+_NO_WAITS: Final = Waits()
+
 
 class Sightings:
     """Written by the watch (:mod:`pgguard.proxy.watch`) and the sampling of requests, read by investigations.
 
     Times are trio's, unless said otherwise.
     """
+
+    __slots__ = (
+        "_lately",
+        "asleep",
+        "holders",
+        "holders_looked",
+        "idle_behind",
+        "idle_told",
+        "leak_told",
+        "loiterers",
+        "look_next",
+        "looks",
+        "sampled_asleep",
+        "settled_told",
+        "survivors",
+        "throughout",
+        "unused_since",
+        "waits",
+        "watch_next",
+        "watchers",
+    )
 
     def __init__(self) -> None:
         self.holders: tuple[Process, ...] = ()
@@ -28,22 +55,23 @@ class Sightings:
         """When that was."""
         self.survivors: tuple[Process, ...] = ()
         """Who went on to have it open when the connection had been ended, and the opener had let go."""
-        self._lately: dict[tuple[int, int], tuple[Process, float]] = {}
-        self.idle_told: frozenset[int] = frozenset()
-        self.settled_told: frozenset[int] = frozenset()
+        self._lately: tuple[tuple[Process, float], ...] = ()
+        """Those that had it open for longer than on the way to exec(), and when they were last seen to."""
+        self.idle_told: frozenset[int] = _NOBODY
+        self.settled_told: frozenset[int] = _NOBODY
         """The pids of the heirs that an inherited-connection has been recorded for: of those that had done nothing, and
         of those that had connections of their own."""
-        self.asleep: frozenset[Sleep] = frozenset()
+        self.asleep: frozenset[Sleep] = _NO_SLEEPS
         """The threads that were blocked on the socket when that was last looked at."""
-        self.sampled_asleep: frozenset[Sleep] = frozenset()
+        self.sampled_asleep: frozenset[Sleep] = _NO_SLEEPS
         """The same, when a request was last sampled."""
-        self.loiterers: frozenset[Thread] = frozenset()
+        self.loiterers: frozenset[Thread] = _NO_THREADS
         """Those of them that no answer was due to."""
-        self.waits = Waits()
+        self.waits = _NO_WAITS
         """The same, with all that was seen of them."""
-        self.throughout: frozenset[Sleep] = frozenset()
+        self.throughout: frozenset[Sleep] = _NO_SLEEPS
         """The sleeps that the threads of its only process were in when nothing that they had sent was left unread."""
-        self.watchers: frozenset[Thread] = frozenset()
+        self.watchers: frozenset[Thread] = _NO_THREADS
         """The threads that wait on the socket even when no answer is due."""
         self.look_next = 0.0
         """When to look again, whether several threads wait for one answer."""
@@ -61,9 +89,10 @@ class Sightings:
         """Take note of who has the client's socket open now, and who of them for longer than on the way to exec()."""
         now = time.monotonic()
         self.holders = holders
-        self._lately |= {(process.pid, process.started): (process, now) for process in lasting}
-        self._lately = {key: seen for key, seen in self._lately.items() if now - seen[1] < _LATELY}
+        lately = {(seen[0].pid, seen[0].started): seen for seen in self._lately}
+        lately |= {(process.pid, process.started): (process, now) for process in lasting}
+        self._lately = tuple(seen for seen in lately.values() if now - seen[1] < _LATELY)
 
     def late_holders(self) -> tuple[Process, ...]:
         """Who had the client's socket open lately, whether or not they have it still."""
-        return tuple(process for process, _ in self._lately.values())
+        return tuple(process for process, _ in self._lately)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from pgguard.attribution.sockets import ClientSocket
+    from pgguard.proxy.milestone import Milestone
     from pgguard.proxy.session import ProxiedSession
     from tests.proxy.conftest import House
     from tests.proxy.fake_backend import BackendConnection, FakeBackend
@@ -69,6 +70,11 @@ async def answer_both(client: Client, server: BackendConnection) -> None:
 NO_TIME: Any = {"evidence_budget": 0.0}
 
 
+def is_waited_for(milestone: Milestone) -> bool:
+    event = milestone._event
+    return event is not None and event.statistics().tasks_waiting > 0
+
+
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The look at the driver has all the time that a test may take; NO_TIME is for the others, which come too late."""
@@ -83,7 +89,7 @@ async def test_one_that_may_not_pipeline_is_rejected_however_late_it_is_known(
     witness = LateWitness(driver)
     async with guarded(backend, witness, **NO_TIME) as house:
         client, server, session = await ask_twice(house)
-        await until(lambda: session.opening_known.statistics().tasks_waiting > 0)
+        await until(lambda: is_waited_for(session.opening_known))
         await server.nothing()
         assert house.kinds == []
         witness.may_tell.set()
@@ -101,7 +107,7 @@ async def test_one_that_may_goes_on_with_what_it_has_sent(backend: FakeBackend, 
     witness = LateWitness(driver)
     async with guarded(backend, witness, **NO_TIME) as house:
         client, server, session = await ask_twice(house)
-        await until(lambda: session.opening_known.statistics().tasks_waiting > 0)
+        await until(lambda: is_waited_for(session.opening_known))
         witness.may_tell.set()
         await answer_both(client, server)
         assert [(fault.kind, fault.severity, fault.action) for fault in house.faults] == [

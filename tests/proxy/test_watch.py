@@ -8,7 +8,6 @@ import socket
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
 
 import pytest
 import trio
@@ -95,9 +94,10 @@ class Stage:
 def stage() -> Iterator[Stage]:
     with ExitStack() as stack:
         yield Stage(stack)
+    _stages.clear()
 
 
-_stages: WeakKeyDictionary[ProxiedSession, Stage] = WeakKeyDictionary()
+_stages: dict[ProxiedSession, Stage] = {}
 
 
 def is_contested(session: ProxiedSession) -> bool:
