@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
 
+PAUSES = {"sampled": "1", "probed": "0.2", "unix": "0.2"}
+"""Seconds between one event and the next: a guard that isn't told who sends looks 0.2 s after a goodbye who is there."""
 LANGUAGES = ["php-pdo", "php-pgsql", "ruby", "perl", "c"]
 """Those whose interpreters or libraries are not part of the test environment."""
 
@@ -63,7 +65,8 @@ def play(
     request: pytest.FixtureRequest,
 ) -> dict[str, int]:
     """Play a scenario and stop the guard, so that its record is complete."""
-    with running(program(language, scenario, request), guard.at(transport), directory) as played:
+    pause = {"PAUSE": PAUSES[transport]}
+    with running(program(language, scenario, request), guard.at(transport), directory, environ=pause) as played:
         said = played.read()
         played.wait()
     guard.stop()
@@ -145,7 +148,7 @@ def test_what_has_ended_is_not_rejected(start_guard: StartGuard, transport: Tran
     """Nothing is left to be."""
     guard = start_guard("--mode", "reject")
     command = (sys.executable, PROGRAMS / "goodbye.py", "daemon", "psycopg2")
-    with running(command, guard.at(transport), tmp_path) as program:
+    with running(command, guard.at(transport), tmp_path, environ={"PAUSE": PAUSES[transport]}) as program:
         said = program.read()
         program.wait()
     guard.stop()

@@ -80,7 +80,7 @@ async def test_who_goes_on_and_on_is_not_waited_for(house: House) -> None:
     going = True
 
     async def answer() -> None:
-        while going:
+        while True:  # until who asks has had the last one
             await server.expect(query("select 1"))
             await server.send(ANSWER)
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-PAUSE = 1.0
-"""Seconds after which whoever is left tries to go on: a guard that isn't told who sends looks 0.2 s after a goodbye."""
+PAUSE = float(os.environ["PAUSE"])
+"""Seconds after which whoever is left tries to go on."""
 
 
 class Family:
