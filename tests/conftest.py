@@ -31,6 +31,8 @@ _INSTALLATIONS = installations()
 
 _WITH_THE_SYSTEM = ("soak", "integration", "pytest_plugin", "proxy", "attribution")
 """The rooms whose tests may ask the kernel, those with the longest first."""
+_LONGEST_FIRST = (*_WITH_THE_SYSTEM, "cli", "fuzz", "session", "secrets", "reporting")
+"""All rooms with a file that takes seconds."""
 _PROGRAMS = {
     "multiprocessing",
     "subprocess",
@@ -90,7 +92,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _rank(room: str) -> int:
-    return _WITH_THE_SYSTEM.index(room) if room in _WITH_THE_SYSTEM else len(_WITH_THE_SYSTEM)
+    return _LONGEST_FIRST.index(room) if room in _LONGEST_FIRST else len(_LONGEST_FIRST)
 
 
 def _is_up_to_the_system(item: pytest.Item) -> bool:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
+
+Attribution = Literal["auto", "ebpf", "proc", "off"]
+"""How it is to be found out who: with all evidence that there is; not without the kernel's, or without that of processes;
+or not at all."""
 
 
 class Evidence(StrEnum):

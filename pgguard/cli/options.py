@@ -1,7 +1,8 @@
 """The options of whatever runs a guard, each declared once: what it is called, what it may say, what it means.
 
 Values stay text here: :mod:`pgguard.proxy.settings` reads them, those of the environment and of the configuration file
-alike, and says what is wrong with them.
+alike, and says what is wrong with them. It isn't imported here: that takes as long as all the rest of a command that
+needs no settings, and whoever presses TAB waits.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from pgguard.attribution import evidence
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.policy import Mode
 from pgguard.faults.sql import SqlMode
 from pgguard.faults.text import nearest
-from pgguard.proxy import settings
 from pgguard.proxy.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ Attribution = Annotated[
         "How to find out which process did it. auto: with all the evidence that this host allows. ebpf: the same, but "
         "refuse to start unless the kernel names senders on TCP. proc: the same, but refuse to start unless processes "
         "and their sockets can be looked up. off: don't find out. Default: auto.",
-        values=get_args(settings.Attribution),
+        values=get_args(evidence.Attribution),
     ),
 ]
 Sql = Annotated[

@@ -7,10 +7,11 @@ import pwd
 import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
+from pgguard.attribution.evidence import Attribution
 from pgguard.attribution.privileges import Account
 from pgguard.attribution.trust import TRUST_REMEDY, UntrustedError, open_trusted
 from pgguard.faults.catalogue import kind_hint
@@ -43,7 +44,6 @@ _EXPECTED: Final = {
 }
 """What a setting has to be, by the type of pydantic's error, where its own words are a programmer's."""
 
-Attribution = Literal["auto", "ebpf", "proc", "off"]
 Seconds = Annotated[float, Field(ge=0, le=3600)]
 
 

@@ -147,6 +147,13 @@ def test_completion_of_commands_options_and_values(tmp_path: Path) -> None:
     assert completed("pgguard serve --attribution e", tmp_path) == ["ebpf"]
     assert completed("pgguard report x --format ", tmp_path) == ["text", "junit", "github", "sarif"]
     assert completed("pgguard report x --fail-on w", tmp_path) == ["warning"]
+
+
+def test_completion_waits_for_nothing_that_it_has_no_use_for(tmp_path: Path) -> None:
+    """Half of what a guard imports."""
+    program = "import sys; import pgguard.cli.main; print({'psycopg', 'pydantic', 'trio'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
     assert completed("pgguard explain ", tmp_path) == list(Kind)
     assert completed("pgguard explain unr", tmp_path) == ["unread-answer"]
     assert completed("pgguard explain unread-answer --for ", tmp_path) == software_names()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
 
 PAUSES = {"sampled": "1", "probed": "0.2", "unix": "0.2"}
-"""Seconds between one event and the next: a guard that isn't told who sends looks 0.2 s after a goodbye who is there."""
+"""Seconds between events: a guard that isn't told who sends looks 0.2 s after a goodbye who is there."""
 LANGUAGES = ["php-pdo", "php-pgsql", "ruby", "perl", "c"]
 """Those whose interpreters or libraries are not part of the test environment."""
 
