@@ -7,8 +7,8 @@ from enum import StrEnum
 from typing import Literal
 
 Attribution = Literal["auto", "ebpf", "proc", "off"]
-"""How it is to be found out who: with all evidence that there is; not without the kernel's, or without that of processes;
-or not at all."""
+"""How it is to be found out who: with all evidence that there is; so, but not without the kernel's, or without that of
+processes; or not at all."""
 
 
 class Evidence(StrEnum):
