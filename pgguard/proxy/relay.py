@@ -53,8 +53,6 @@ _EVENTS: Final = 32
 message that is in order."""
 _CROWD: Final = 256
 """The same, while somebody is judged or stands in line: among many who are to do so one is looked for who isn't."""
-_PATIENCE: Final = 0.001
-"""Seconds to wait for the next event before it is said that there is nothing to do."""
 _HURRY: Final = 0.02
 """Seconds for a client that arrives, or is judged, to get through trio's tasks."""
 _REQUESTS_AT_ONCE: Final = 1024
@@ -209,16 +207,16 @@ class Relay:
 
     # Rounds
 
-    def run(self, until: float) -> bool:
-        """Move what there is to be moved.
+    def run(self, until: float, latest: float) -> bool:
+        """Move what there is to be moved; times are of time.monotonic().
 
-        Returns True when it is ``until``, in seconds of time.monotonic(), or somebody is in a hurry; False when there
-        has been nothing to do for a moment.
+        Returns True when it is ``until``, or somebody is in a hurry; False when it is ``latest``, and nothing has come
+        for so long that there was nothing to do any more.
         """
         self._runs = True
         try:
             began = time.monotonic()
-            while self._go_round(began):
+            while self._go_round(began, max(0.0, latest - began)):
                 began = time.monotonic()
                 if began > until or began < self._hurried_until:
                     return True
@@ -226,11 +224,11 @@ class Relay:
         finally:
             self._runs = False
 
-    def _go_round(self, began: float) -> bool:
+    def _go_round(self, began: float, patience: float) -> bool:
         """Serve all that is ready, and one of those that wait for their turn; False if there is nothing."""
         backlog, line, ends = self._backlog, self._line, self._ends
         crowded = began < self._hurried_until or len(line) > 0
-        events = self._epoll.poll(0 if crowded or backlog else _PATIENCE, _CROWD if crowded else _EVENTS)
+        events = self._epoll.poll(0.0 if crowded or backlog else patience, _CROWD if crowded else _EVENTS)
         if not events and not backlog and not line:
             return False
         if crowded:

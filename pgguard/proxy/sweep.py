@@ -4,6 +4,12 @@ A wake-up, an epoll_ctl and a task switch for each read are what make a proxy sl
 as long as there is something to do on any of them, or comes within a moment, the relay (:mod:`pgguard.proxy.relay`)
 goes on with it, synchronously. When there isn't, the task goes back to trio to sleep until one is ready. After
 :data:`_TURN` seconds it yields to trio's other tasks, whatever the load.
+
+What it waits for is waited for in one place: a wait in its own epoll costs 5 µs, and one in trio's ten times as much.
+How long it waits at most decides as well: below the kernel's tick, of 4 ms mostly, a timer has to be set anew for each
+wait, at 2.7 µs (epoll_wait(2) with 1 ms) or 1.3 (2 ms). So it is given all the time that there is for it. That is until
+trio's next deadline, which can't change as long as none of its tasks runs, and no longer than :data:`_LATEST`, in which
+other things may have happened that only trio hears of: a thread has finished, or a signal has come.
 """
 
 from __future__ import annotations
@@ -29,8 +35,10 @@ if TYPE_CHECKING:
     from pgguard.proxy.unread import UnreadWatch
     from pgguard.session.verdicts import Verdict
 
-_TURN: Final = 0.003
-"""Seconds after which trio's other tasks get a turn."""
+_TURN: Final = 0.001
+"""Seconds after which trio's other tasks get a turn, which costs 4 µs if they have nothing to do."""
+_LATEST: Final = 0.004
+"""Seconds for which they are kept waiting at most, when nothing comes any more."""
 _SLICE: Final = 0.00025
 """Seconds for which messages are followed before others get their turn."""
 
@@ -81,7 +89,7 @@ class Sweep:
                     self._asleep = True
                     await trio.lowlevel.wait_readable(self._epoll.fileno())
                     self._asleep = False
-                    while self._relay.run(time.monotonic() + _TURN):
+                    while self._take_turn():
                         await trio.lowlevel.checkpoint()
         finally:
             for session in self._endings.sessions:
@@ -91,6 +99,12 @@ class Sweep:
             self._epoll.close()
             os.close(self._wake)
             self._judging.close()
+
+    def _take_turn(self) -> bool:
+        """Have bytes moved until it is trio's other tasks' turn; False if there is nothing to do any more."""
+        now = time.monotonic()
+        due = trio.lowlevel.current_statistics().seconds_to_next_deadline
+        return self._relay.run(now + _TURN, now + min(_LATEST, max(_TURN, due)))
 
     def _wake_up(self) -> None:
         if self._asleep:

@@ -86,6 +86,8 @@ class FakePoll:
     def __init__(self) -> None:
         self.registered: dict[int, int] = {}
         self.rounds: deque[list[tuple[int, int]]] = deque()
+        self.waited = 0.0
+        """How long it may have waited last, in seconds."""
 
     def register(self, fd: int, eventmask: int) -> None:
         assert fd not in self.registered
@@ -99,6 +101,7 @@ class FakePoll:
         del self.registered[fd]
 
     def poll(self, timeout: float, maxevents: int) -> list[tuple[int, int]]:
+        self.waited = timeout
         events = self.rounds.popleft() if self.rounds else []
         return [(fd, mask & self.registered[fd]) for fd, mask in events if self.registered.get(fd, 0) & mask]
 
@@ -193,7 +196,8 @@ class Stage:
 
     def run(self, *rounds: list[tuple[int, int]]) -> bool:
         self.poll.rounds.extend(rounds)
-        return self.relay.run(time.monotonic() + 60)
+        now = time.monotonic()
+        return self.relay.run(now + 60, now + 61)
 
 
 @dataclass
@@ -235,11 +239,13 @@ def test_what_one_side_sends_reaches_the_other_in_one_piece(stage: Stage) -> Non
 def test_nothing_to_do_is_said_and_so_is_that_it_is_time_for_others(stage: Stage) -> None:
     scene = stage.session()
     assert not stage.run()
+    assert stage.poll.waited == pytest.approx(61, abs=30)
     stage.poll.rounds.append([(scene.client.fileno(), IN)])
-    assert stage.relay.run(0.0)
+    assert stage.relay.run(0.0, 0.0)
     stage.relay.hurry()
     stage.poll.rounds.append([(scene.client.fileno(), IN)])
     assert stage.run()
+    assert stage.poll.waited == 0
 
 
 @pytest.mark.parametrize("end", ["client", "server"])
@@ -330,11 +336,11 @@ def test_many_messages_wait_for_their_turn_behind_what_others_send() -> None:
     other.client.given.append(query("select 2"))
     scene.flow.client.size = CHUNK
     stage.poll.rounds.append([(scene.client.fileno(), IN)])
-    assert stage.relay.run(0.0)
+    assert stage.relay.run(0.0, 0.0)
     assert scene.flow.client.reading is Reading.QUEUED
     assert 0 < len(scene.server.sent) < len(many)
     stage.poll.rounds.append([(other.client.fileno(), IN)])
-    assert stage.relay.run(0.0)
+    assert stage.relay.run(0.0, 0.0)
     assert other.server.sent == query("select 2")
     stage.run()
     assert scene.server.sent == many
