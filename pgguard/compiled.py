@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 MODULES: Final = (
+    "pgguard.identity",
     "pgguard.wire.messages",
     "pgguard.session.backend",
     "pgguard.session.farewell",
@@ -32,12 +33,14 @@ MODULES: Final = (
     "pgguard.session.verdicts",
     "pgguard.attribution.ebpf.account",
     "pgguard.attribution.ebpf.ring",
+    "pgguard.proxy.ends",
     "pgguard.proxy.kernel_senders",
+    "pgguard.proxy.relay",
 )
 """What moves and follows bytes: the relay's inner loop, the session core, and who has sent what. ``pgguard.session`` is
 in it whole."""
 
-GROUP: Final = "pgguard.native_"
+_GROUP: Final = "pgguard.native_"
 _SUFFIX: Final = "__mypyc"
 """What mypyc adds to a group's name for that of its library."""
 
@@ -88,7 +91,7 @@ def group_name(root: Path) -> str:
     digest = sha256()
     for name in MODULES:
         digest.update((root / path_of(name)).read_bytes())
-    return f"{GROUP}{digest.hexdigest()[:16]}"
+    return f"{_GROUP}{digest.hexdigest()[:16]}"
 
 
 def path_of(module: str) -> str:

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -28,7 +27,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 _ROOT: Final = Path(__file__).parent.parent
 sys.path.insert(0, str(_ROOT))
 
-from pgguard.compiled import GROUP, MODULES, group_name, path_of  # noqa: E402 - the tree that is being built
+from pgguard.compiled import MODULES, group_name, path_of  # noqa: E402 - the tree that is being built
 
 VARIABLE: Final = "PGGUARD_BUILD"
 _AUTO: Final = "auto"
@@ -137,13 +136,9 @@ def _compiler() -> str | None:
 
 
 def _remove_extensions() -> None:
-    """Remove what an earlier installation has compiled, so that the sources are what runs."""
-    names = {path_of(module).removesuffix(".py") for module in MODULES}
-    for suffix in EXTENSION_SUFFIXES:
-        for path in [_ROOT / f"{name}{suffix}" for name in names]:
-            path.unlink(missing_ok=True)
-        for path in _ROOT.glob(f"{GROUP.replace('.', '/')}*{suffix}"):
-            path.unlink()
+    """Remove what earlier installations have compiled, by whatever list, so that the sources are what runs."""
+    for path in (_ROOT / "pgguard").rglob("*.so"):
+        path.unlink()
 
 
 def _add(built: Path, build_data: dict[str, Any], *, editable: bool) -> None:

@@ -49,14 +49,26 @@ async def converse(client: Client, server: BackendConnection) -> None:
     await client.expect(ANSWER)
 
 
-@pytest.mark.parametrize("method", ["frontend", "backend"])
+def break_tracker(session: ProxiedSession) -> None:
+    """Have a session's tracker raise IndexError at the next message: it is in a state that doesn't exist."""
+    assert session.tracker is not None
+    session.tracker.ledger.state = 1000
+
+
+@pytest.mark.parametrize("stream", ["frontend", "backend"])
 @pytest.mark.parametrize("mode", ["log", "reject"])
-async def test_a_tracker_that_fails(
-    backend: FakeBackend, mode: str, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_tracker_that_fails(backend: FakeBackend, mode: str, stream: str) -> None:
     async with running(backend, mode=mode) as house:
         client, server = await house.session()
-        monkeypatch.setattr(Tracker, method, fail)
+        [session] = house.guard._sessions.values()
+        if stream == "backend":
+            await client.send(query("select 1"))
+            await server.expect(query("select 1"))
+            break_tracker(session)
+            await server.send(ANSWER)
+            await client.expect(ANSWER)
+        else:
+            break_tracker(session)
         await converse(client, server)
         await converse(client, server)
         await client.close()
@@ -83,7 +95,8 @@ async def test_a_fault_of_which_nothing_can_be_said_is_recorded_plainly(
     monkeypatch.setattr("pgguard.proxy.judge.build_fault", fail)
     await server.send(COLUMNS)
     await client.expect(COLUMNS)
-    monkeypatch.setattr(Tracker, "frontend", fail)
+    [session] = house.guard._sessions.values()
+    break_tracker(session)
     await converse(client, server)
     await client.send(TERMINATE)
     await server.expect(TERMINATE)
