@@ -568,7 +568,9 @@ def test_an_heir_of_one_that_has_ended_is_read_though_its_new_parent_never_had_a
         f"    c = socket.create_connection({listener.getsockname()!r})\n"
         "    os.write(report[1], b'%20d' % os.fstat(c.fileno()).st_ino); os.read(hold[0], 1)\n"
         "    if os.fork() == 0:\n"
+        "        between = os.getpid()\n"
         "        if os.fork() == 0:\n"
+        "            while os.getppid() == between: time.sleep(0.001)\n"  # it has the connection open until then
         "            os.write(report[1], b'%20d' % os.getpid()); os.read(hold[0], 1)\n"
         "        os._exit(0)\n"
         "    os.wait(); os.read(hold[0], 1); os._exit(0)\n"

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
 
-PAUSES = {"sampled": "1", "probed": "0.2", "unix": "0.2"}
-"""Seconds between events: a guard that isn't told who sends looks 0.2 s after a goodbye who is there."""
+PAUSES = {"sampled": "1.8", "probed": "0.2", "unix": "0.2"}
+"""Seconds between events. A guard that isn't told who sends looks who is there every 0.6 s, and 0.2 s after a goodbye;
+after 2 s who has done nothing is a fault."""
 LANGUAGES = ["php-pdo", "php-pgsql", "ruby", "perl", "c"]
 """Those whose interpreters or libraries are not part of the test environment."""
 
