@@ -14,31 +14,35 @@ import errno
 import logging
 import math
 import os
-import socket
-from contextlib import contextmanager, suppress
+import select
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from pgguard.proxy.admission import too_many
-from pgguard.proxy.greeting import as_plain
 from pgguard.proxy.remedies import is_exhaustion, remedy
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    import socket
+    from collections.abc import Callable
 
     from pgguard.proxy.admission import Admission
+    from pgguard.proxy.arrival import Arrival
     from pgguard.proxy.listeners import Listener
+    from pgguard.proxy.reception import Reception
 
 _AT_A_TIME: Final = 4
-"""Clients that are let in before everybody else has a turn: each takes a good part of a millisecond to introduce, and
-so come some thousands a second, more than a server lets in."""
+"""Clients that are let in before others have a turn who have come before."""
 _PAUSE: Final = 0.1
 """Seconds to wait when nobody can be accepted, not even to be told why."""
 _COMPLAINTS: Final = 60.0
 """Seconds between two complaints that there is no room."""
 _GRACE: Final = 0.25
 """Seconds that a client has to say who it is, and to read that there is no room, if another one waits to be told."""
+_LOOK: Final = 0.05
+"""Seconds between two looks whether one has had them."""
 _IN_HAND: Final = 2
 """Descriptors to tell a client with: its own, and one to pass a cancel request on."""
 
@@ -51,25 +55,21 @@ class Door:
     Args:
         admission: says whether there is room.
         make_room: ends what is kept for evidence alone; returns False if there is nothing.
-        receive: takes a client in, which has been admitted.
-        turn_away: tells a client that wasn't, with what it is to be told. Both close its socket and raise nothing.
+        reception: takes clients in, those that have been admitted and those that are only to be told why not.
     """
 
-    def __init__(
-        self,
-        admission: Admission,
-        *,
-        make_room: Callable[[], bool],
-        receive: Callable[[trio.socket.SocketType, Listener], Awaitable[None]],
-        turn_away: Callable[[trio.socket.SocketType, Listener, bytes], Awaitable[None]],
-    ) -> None:
+    def __init__(self, admission: Admission, *, make_room: Callable[[], bool], reception: Reception) -> None:
         self._admission = admission
         self._make_room = make_room
-        self._receive = receive
-        self._turn_away = turn_away
-        self._turning_away: dict[trio.CancelScope, float] = {}
+        self._reception = reception
+        self._lobby = reception.lobby
+        self._listeners: list[Listener] = []
+        self._is_shut = False
+        """Nobody is accepted until there is room for that again."""
+        self._is_short = False
+        """Or until somebody has been told that there are no descriptors."""
+        self._turning_away: dict[Arrival, float] = {}
         """Those that are being told that there is no room, since when; the first first."""
-        self._changed = trio.Event()
         self._quiet_until = -math.inf
         self._in_hand: list[int] = []
 
@@ -78,39 +78,58 @@ class Door:
         while len(self._in_hand) < _IN_HAND:
             self._in_hand.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
-    def give_up(self) -> None:
-        """Close them."""
+    def _give_up(self) -> None:
         while self._in_hand:
             os.close(self._in_hand.pop())
 
+    def open(self, listeners: list[Listener]) -> None:
+        """Let clients in from now on. Raises OSError: the lobby has no room for that."""
+        self._listeners += listeners
+        self._unlock()
+
+    def close(self) -> None:
+        """Let nobody in any more. Nothing happens the second time."""
+        self._lock()
+        self._lobby.lift(self)
+        self._listeners.clear()
+        self._give_up()
+
     def somebody_left(self) -> None:
         """There may be room again."""
-        self._changed.set()
+        if self._is_shut and not self._is_short:
+            self._look_again()
 
-    async def open(self, listener: Listener, nursery: trio.Nursery) -> None:
-        """Let clients in until cancelled.
+    def _unlock(self) -> None:
+        self._is_shut = False
+        self._lobby.lift(self)
+        for listener in self._listeners:
+            self._lobby.watch(listener.socket.fileno(), select.EPOLLIN, partial(self._answer, listener))
 
-        Args:
-            listener: where they come.
-            nursery: of the tasks that receive them, or turn them away.
-        """
-        while True:
+    def _lock(self) -> None:
+        self._is_shut = True
+        for listener in self._listeners:
+            self._lobby.unwatch(listener.socket.fileno())
+
+    def _answer(self, listener: Listener, _: int) -> None:
+        """Let in who has come, or tell it that there is no room."""
+        for _ in range(_AT_A_TIME):
             if not self._can_answer():
-                await trio.lowlevel.wait_readable(listener.socket)
-                await self._until_it_can_be_answered()
+                self._lock()
+                self._lobby.give(self, _LOOK, self._look_again)
+                return
             try:
-                sock, _ = await listener.socket.accept()
-                self._let_in(sock, listener, nursery)
-                for _ in range(_AT_A_TIME - 1):
-                    if not self._can_answer():
-                        break
-                    self._let_in(_accept_at_once(listener.socket), listener, nursery)
+                sock, _ = listener.socket.accept()
             except BlockingIOError:
-                continue  # those were all
+                return  # those were all
             except OSError as error:
                 if is_exhaustion(error.errno):
-                    await self._without_descriptors(listener, error)
-                # Anything else is about the one connection, which is gone: accept(2), "Error handling".
+                    self._do_without_descriptors(listener, error)
+                    return
+                continue  # it is about the one connection, which is gone: accept(2), "Error handling"
+            sock.setblocking(False)
+            self._let_in(sock, listener)
+            if not self._lobby.has_time:
+                return
 
     def _has_room(self) -> bool:
         return self._admission.has_room() or (self._make_room() and self._admission.has_room())
@@ -118,68 +137,59 @@ class Door:
     def _can_answer(self) -> bool:
         return len(self._turning_away) < self._admission.turned_away_at_once or self._has_room()
 
-    async def _until_it_can_be_answered(self) -> None:
-        """Wait until there is room for a client, or for telling it that there is none."""
-        while not self._can_answer():
-            longest, since = next(iter(self._turning_away.items()))
-            if self._changed.is_set():
-                self._changed = trio.Event()
-            with trio.move_on_at(since + _GRACE) as limit:
-                await self._changed.wait()
-            if limit.cancelled_caught:
-                self._turning_away.pop(longest, None)
-                longest.cancel()
-
-    def _let_in(self, sock: trio.socket.SocketType, listener: Listener, nursery: trio.Nursery) -> None:
+    def _let_in(self, sock: socket.socket, listener: Listener) -> None:
         if self._has_room():
             self._admission.admit()
-            nursery.start_soon(self._receive, sock, listener)
+            if self._reception.receive(sock, listener) is None:
+                self._admission.vacate()
             return
         why = self._admission.why_full()
         self._complain(f"clients are turned away: {why}", errno.EMFILE)
-        scope = trio.CancelScope()
-        self._turning_away[scope] = trio.current_time()
-        nursery.start_soon(self._send_off, scope, sock, listener, too_many(why))
+        arrival = self._reception.receive(sock, listener, too_many(why), self._note_told)
+        if arrival is not None and not arrival.is_over:
+            self._turning_away[arrival] = trio.current_time()
 
-    async def _send_off(
-        self, scope: trio.CancelScope, sock: trio.socket.SocketType, listener: Listener, response: bytes
-    ) -> None:
-        try:
-            with scope:
-                await self._turn_away(sock, listener, response)
-        finally:
-            self._turning_away.pop(scope, None)
-            self._changed.set()
+    def _note_told(self, arrival: Arrival) -> None:
+        if self._turning_away.pop(arrival, None) is not None:
+            self.somebody_left()
 
-    async def _without_descriptors(self, listener: Listener, error: OSError) -> None:
-        """Tell one client that there is no descriptor for it, with those in hand."""
+    def _look_again(self) -> None:
+        """Open again if there is room for a client, or for telling it that there is none."""
+        now = trio.current_time()
+        while not self._can_answer():
+            longest, since = next(iter(self._turning_away.items()))
+            if now < since + _GRACE:
+                self._lobby.give(self, _LOOK, self._look_again)
+                return
+            del self._turning_away[longest]
+            longest.leave()
+        self._unlock()
+
+    def _do_without_descriptors(self, listener: Listener, error: OSError) -> None:
+        """Tell one client that there is no descriptor for it, with those in hand, and then open again."""
         number = error.errno or 0
         why = os.strerror(number)
         self._complain(f"can't accept connections: {why}", number)
-        with self._given_up():
-            try:
-                sock = _accept_at_once(listener.socket)
-            except OSError:
-                await trio.sleep(_PAUSE)
-            else:
-                await self._turn_away(sock, listener, too_many(why, remedy(number)))
-
-    @contextmanager
-    def _given_up(self) -> Iterator[None]:
-        self.give_up()
+        self._lock()
+        self._is_short = True
+        self._give_up()
         try:
-            yield
-        finally:
+            sock, _ = listener.socket.accept()
+        except OSError:
+            self._lobby.give(self, _PAUSE, self._recover)
+            return
+        sock.setblocking(False)
+        if self._reception.receive(sock, listener, too_many(why, remedy(number)), self._recover) is None:
+            self._recover()
+
+    def _recover(self, _: Arrival | None = None) -> None:
+        self._is_short = False
+        if self._listeners:  # else it has been closed meanwhile
             with suppress(OSError):  # next time, perhaps
                 self.take_in_hand()
+            self._unlock()
 
     def _complain(self, what: str, number: int) -> None:
         if trio.current_time() >= self._quiet_until:
             self._quiet_until = trio.current_time() + _COMPLAINTS
             logger.error("%s. %s", what, remedy(number))
-
-
-def _accept_at_once(listener: trio.socket.SocketType) -> trio.socket.SocketType:
-    """Accept a client that is there already. Raises OSError: BlockingIOError if there is none."""
-    sock, _ = as_plain(listener, socket.socket.accept)
-    return trio.socket.from_stdlib_socket(sock)

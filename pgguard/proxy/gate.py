@@ -36,31 +36,57 @@ class Gate:
         self._is_slow = is_slow
         self._inside: dict[int, float] = {}
         """When each has gone in, in seconds of trio's clock; the first first."""
-        self._turn = trio.Lock()
-        """Whoever has it is the next one to go in."""
-        self._left = trio.Event()
+        self._line: dict[int, Callable[[], None]] = {}
+        """Who waits, and what is to be called when it is in; the first first."""
+        self._has_line = trio.Event()
 
-    async def enter(self, number: int) -> None:
-        """Wait for one's turn; no checkpoint if nobody has to wait.
+    def ask(self, number: int, is_in: Callable[[], None]) -> bool:
+        """Ask to be let in.
 
         Args:
             number: a session's.
+            is_in: is called when one is let in that isn't at once. It must not block, nor come back to the gate.
+
+        Returns:
+            Whether one is let in at once, or is in already.
         """
-        if len(self._inside) < _AT_ONCE and not self._turn.locked():
+        if number in self._inside:
+            return True
+        if len(self._inside) < _AT_ONCE:  # nobody waits then
             self._inside[number] = trio.current_time()
-            return
-        async with self._turn:
-            while len(self._inside) >= _AT_ONCE:
-                oldest = next(iter(self._inside))
-                self._left = trio.Event()
-                with trio.move_on_at(self._inside[oldest] + _PATIENCE) as limit:
-                    await self._left.wait()
-                if limit.cancelled_caught:
-                    self.leave(oldest)
-                    self._is_slow()
-            self._inside[number] = trio.current_time()
+            return True
+        self._line[number] = is_in
+        self._has_line.set()
+        return False
+
+    async def enter(self, number: int) -> None:
+        """:meth:`ask`, and wait for it; no checkpoint if nobody has to wait."""
+        turn = trio.Event()
+        if not self.ask(number, turn.set):
+            try:
+                await turn.wait()
+            except BaseException:
+                self.leave(number)
+                raise
 
     def leave(self, number: int) -> None:
         """The server has answered, or the client is gone. Does nothing the second time."""
-        if self._inside.pop(number, None) is not None:
-            self._left.set()
+        if self._inside.pop(number, None) is None:
+            self._line.pop(number, None)
+        while self._line and len(self._inside) < _AT_ONCE:
+            following = next(iter(self._line))
+            self._inside[following] = trio.current_time()
+            self._line.pop(following)()
+
+    async def keep(self) -> None:
+        """See to it that who isn't answered keeps nobody waiting, until cancelled."""
+        while True:
+            if not self._line:
+                self._has_line = trio.Event()
+                await self._has_line.wait()
+                continue
+            oldest, since = next(iter(self._inside.items()))
+            await trio.sleep_until(since + _PATIENCE)
+            if self._line and self._inside.get(oldest) == since:
+                self.leave(oldest)
+                self._is_slow()

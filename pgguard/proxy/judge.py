@@ -577,6 +577,8 @@ class Judge:
         if verdict.kind is Kind.CONNECTION_EXHAUSTION:
             counted = call_roll(session, verdict.refusal, self._sessions())
             budget = _ROLL_CALL_BUDGET
+            for one in counted:
+                one.session.ask_for_opening()  # all are looked up together
             with trio.move_on_after(budget):
                 for one in counted:
                     await one.session.wait_for_opening()

@@ -114,7 +114,8 @@ class _Place:
 class Listener:
     """One listening socket, and what is left behind by it in the file system."""
 
-    def __init__(self, sock: trio.socket.SocketType, address: Address, place: _Place | None = None) -> None:
+    def __init__(self, sock: socket.socket, address: Address, place: _Place | None = None) -> None:
+        sock.setblocking(False)
         self.socket = sock
         self.address = address
         """Where it really listens: with the port that the system chose if none was given."""
@@ -171,7 +172,7 @@ async def open_listeners(address: Address, *, pass_credentials: bool) -> list[Li
     listeners = []
     for listener in opened:
         host, port = listener.socket.getsockname()[:2]
-        listeners.append(Listener(listener.socket, TcpAddress(host, port)))
+        listeners.append(Listener(socket.socket(fileno=listener.socket.detach()), TcpAddress(host, port)))
     return listeners
 
 
@@ -209,7 +210,7 @@ def _open_unix(address: UnixAddress, *, pass_credentials: bool) -> Listener:
         sock.close()
         _leave(place)
         raise
-    return Listener(trio.socket.from_stdlib_socket(sock), address, place)
+    return Listener(sock, address, place)
 
 
 def _leave(place: _Place | None) -> None:

@@ -11,6 +11,7 @@ the server's log: ``PID 2147483647 in cancel request did not match any process``
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
@@ -22,8 +23,8 @@ import trio
 
 from pgguard.attribution.sockets import peer_pid
 from pgguard.proxy.addresses import TcpAddress
-from pgguard.proxy.greeting import as_plain
-from pgguard.proxy.upstream import connect_to
+from pgguard.proxy.errors import LeadsBackError
+from pgguard.proxy.upstream import UpstreamUnavailable, connect_to, reason
 from pgguard.wire.startup import CancelKey
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ _AGAIN: Final = 1.0
 """Seconds after which it is tried again whether a loop is still there, when a client comes."""
 _SUSPICIONS: Final = 10.0
 """Seconds between two marks for which a slow server is the only reason."""
+
+logger = logging.getLogger(__name__)
 
 
 class LoopWatch:
@@ -64,16 +67,46 @@ class LoopWatch:
         """Whether a packet is the mark that was sent last."""
         return packet == self._mark
 
-    def is_from_here(self, sock: trio.socket.SocketType) -> bool:
+    def is_from_here(self, sock: socket.socket) -> bool:
         """Whether a client that has brought the mark is the guard itself. Raises OSError if it is gone."""
         if sock.family == socket.AF_UNIX:
-            return as_plain(sock, peer_pid) == os.getpid()
+            return peer_pid(sock) == os.getpid()
         return _name(sock.getpeername()) in self._sent_from
 
     def came_back(self, how: str) -> None:
         """The mark has arrived."""
         self.found = how
         self._back.set()
+
+    async def find(self) -> str | None:
+        """Find out whether connections to the server come back to the guard, which has to be serving.
+
+        Returns what is wrong, for people, or ``None``. Takes as long as the server takes to ignore a CancelRequest.
+        """
+        found = await self.seek()
+        return None if found is None else f"--upstream {self._upstream}: {found}: name PostgreSQL's own address"
+
+    def what_is_unreachable(self) -> str | None:
+        """What to say of addresses that could not be connected to when it was last looked for a loop."""
+        failures = self.unreachable
+        if not failures:
+            return None
+        where = ", ".join(f"{address} ({reason(error)})" for address, error in failures.items())
+        outlook = (
+            "so clients get an error: check that it is running there, and that --upstream is right"
+            if len(failures) == len(self._upstream.addresses)
+            else "so only its other addresses are used"
+        )
+        return f"PostgreSQL can't be reached at {where}, {outlook}"
+
+    async def refuse(self) -> None:
+        """Let nobody through who would come back.
+
+        Raises:
+            UpstreamUnavailable: a mark has come back, and still does.
+        """
+        if self.found is not None and (found := await self.seek_again()) is not None:
+            raise UpstreamUnavailable([(self._upstream, LeadsBackError(found))])
 
     async def seek(self) -> str | None:
         """Find out; returns :attr:`found`. A server that can't be reached, or doesn't answer, leads nowhere."""
@@ -98,12 +131,14 @@ class LoopWatch:
             return self.found
         return await self.seek()
 
-    async def suspect(self) -> str | None:
-        """As :meth:`seek`, if it is worth another line in the server's log; ``None`` if it isn't."""
+    async def suspect(self) -> None:
+        """Look for a loop as the server doesn't answer, if it is worth another line in its log; say so if there is."""
         if self._looking.locked() or trio.current_time() - self._suspected < _SUSPICIONS:
-            return None
+            return
         self._suspected = trio.current_time()
-        return await self.seek()
+        found = await self.seek()
+        if found is not None:
+            logger.error("clients are refused until this is corrected: --upstream %s: %s", self._upstream, found)
 
     async def _send_to_all(self, done: trio.CancelScope) -> None:
         async with trio.open_nursery() as nursery:

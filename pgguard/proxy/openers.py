@@ -105,25 +105,24 @@ class OpenerStacks:
         """Keep clients waiting for no longer than this from now on."""
         self._budget = budget
 
-    async def look(self, session: ProxiedSession) -> None:
-        """See where a session is being opened, if that is to be known of it.
-
-        To be called when its client waits for the answer to its start-up packet. Never raises but for cancellation.
-        """
+    def wants(self, session: ProxiedSession) -> bool:
+        """Whether it is to be seen where a session is being opened; to be asked once."""
         if not (self._has_py_spy or self._witness.asks_ruby) or not self._budget or session.client_socket is None:
-            return
+            return False
         while self._taken:
             self._allowance.spend(self._taken.popleft())
         if not self._allowance.has_any():
-            return
+            return False
         connected = session.connected
         if connected is not None:
-            if connected[0] != os.getpid() and self._opens(connected[0]):
-                await self._look(session)
-        elif time.monotonic() >= self._unnamed_next:
-            await self._look(session)
+            return connected[0] != os.getpid() and self._opens(connected[0])
+        return time.monotonic() >= self._unnamed_next
 
-    async def _look(self, session: ProxiedSession) -> None:
+    async def look(self, session: ProxiedSession) -> None:
+        """See where a session is being opened of which that :meth:`wants` to be known.
+
+        To be called when its client waits for the answer to its start-up packet. Never raises but for cancellation.
+        """
         until = time.monotonic() + self._budget - _LAST_WORDS
         with spared(Loss.OPENER, session), trio.move_on_after(self._budget):
             await session.wait_for_opening()

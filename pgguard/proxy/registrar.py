@@ -4,15 +4,15 @@ Most often nobody asks who opened a connection, and it may be gone before anybod
 soon after it has connected: later on it may have ended, or others may hold the connection as well. So
 
 - while few come, each is looked at as it comes;
-- when many come at once, they are looked at together, a few times a second: one walk through ``/proc`` tells about all
-  of them, and what the walks take of a processor is bounded;
+- when many come, those are looked at together that are there still, a few times a second: one walk through ``/proc``
+  tells about all of them, and what the walks take of a processor is bounded. One that comes and goes meanwhile costs
+  next to nothing;
 - a session that somebody waits to know about is looked at now;
 - a session that is over, and had nothing wrong with it, isn't looked at any more.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 
 _AT_ONCE: Final = 256
 """Sessions that are looked at together, at most."""
-_SHARE: Final = 0.05
-_SAVINGS: Final = 0.02
-"""Of a processor, what looking takes in the long run while nobody waits for it; and seconds of it that it may take at
-once: enough for some that come together."""
+_SHARE: Final = 0.005
+_SAVINGS: Final = 0.04
+"""Of a processor, what looking at each as it comes takes in the long run; and seconds of it that it may take at once:
+enough for a hundred."""
+_PAUSE: Final = 0.3
+_LONGEST_PAUSE: Final = 1.0
+"""Seconds after which those are looked at who have come meanwhile: longer, if the last look has taken long."""
 
 
 class Registrar:
@@ -48,13 +51,16 @@ class Registrar:
         self._wanted: dict[int, ProxiedSession] = {}
         """Those of them that somebody waits to know about."""
         self._changed = trio.Event()
+        self._is_idle = False
+        """It waits for the next one to come."""
         self._allowance = Allowance(_SHARE, _SAVINGS)
 
     def enroll(self, session: ProxiedSession) -> None:
         """Have it found out who opened a session, which has a client socket to look up."""
         self._waiting[session.id] = session
         session.want_opening = self._want
-        self._changed.set()
+        if self._is_idle:
+            self._changed.set()
 
     def strike_off(self, session: ProxiedSession) -> None:
         """A session is over: nobody asks any more, unless somebody has done so already."""
@@ -79,13 +85,18 @@ class Registrar:
             self._changed.set()
 
     async def _until_it_is_time(self) -> None:
-        while not self._wanted:
-            seconds = self._allowance.seconds_without() if self._waiting else math.inf
-            if not seconds:
-                return
+        while not self._wanted and not (self._waiting and self._allowance.has_any()):
             self._changed = trio.Event()
-            with trio.move_on_after(seconds):
+            if not self._waiting:
+                self._is_idle = True
                 await self._changed.wait()
+                self._is_idle = False
+                continue
+            seconds = min(max(_PAUSE, self._allowance.seconds_without()), _LONGEST_PAUSE)
+            with trio.move_on_after(seconds) as limit:
+                await self._changed.wait()
+            if limit.cancelled_caught and self._waiting:
+                return
 
     def _next(self) -> list[ProxiedSession]:
         """Take out those who are next: whom somebody waits to know about, and the others if there is time for them."""

@@ -353,10 +353,14 @@ class Relay:
 
     def begin(self, flow: Flow, startup: bytes) -> None:
         """Move a session's bytes; ``startup`` is what is still to be sent to the server of its StartupMessage."""
-        flow.server.append(startup)
-        self.arm(flow.server)
-        self.arm(flow.client)
-        self.flush(flow.server)
+        client, server = flow.client, flow.server
+        if client.pieces:  # what it has sent behind that
+            self._queue(client)
+        server.append(startup)
+        self.flush(server)
+        if server.outgoing:
+            self.arm(server)
+            self.arm(client)
 
     def watch(self, fd: int, events: int, on_event: Callable[[int], None]) -> None:
         """Watch another descriptor, too: see :meth:`pgguard.proxy.sweep.Sweep.watch`."""

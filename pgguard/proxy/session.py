@@ -201,9 +201,13 @@ class ProxiedSession:
 
     async def wait_for_opening(self) -> None:
         """Wait until it is known who opened it, or that it can't be known; that isn't put off any more."""
+        self.ask_for_opening()
+        await self.opening_known.wait()
+
+    def ask_for_opening(self) -> None:
+        """Have it found out who opened it as soon as can be, also if it is over by then."""
         if self.want_opening is not None and not self.opening_known.is_set():
             self.want_opening(self)
-        await self.opening_known.wait()
 
     def tell_tracker(self) -> None:
         """Tell what follows the session what attribution knows and the kernel doesn't say with each read."""

@@ -124,6 +124,10 @@ class Sweep:
         self._endings.begin(session)
         self._relay.begin(session.flow, startup)
 
+    def finish(self, session: ProxiedSession) -> None:
+        """Close both sockets of a session; nothing happens if they are closed already."""
+        self._endings.finish(session)
+
     def accuse(self, session: ProxiedSession, verdict: Verdict) -> bool:
         """Have a verdict ruled on that no message has brought about. Nothing is held for it.
 

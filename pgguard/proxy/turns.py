@@ -4,7 +4,6 @@ A thousand sessions can be misused at one moment: a process that has a thousand 
 of them costs trio's thread a millisecond for its ruling and record, and worker threads several for evidence. So
 
 - rulings take turns: trio's thread works on one between two turns of the sweep, the most urgent first (:class:`Turns`);
-- so do clients that have said what they want, before they are introduced to the server;
 - a few threads take evidence, for whoever is most urgent, and who comes when too many wait goes without
   (:class:`Desk`);
 - what looking costs is bounded over time (:class:`Allowance`). It is the processor's time that counts: on a machine
@@ -83,11 +82,6 @@ class Turns(_Places):
             yield
         finally:
             self._pass_on()
-
-    async def step(self, urgency: Urgency) -> None:
-        """Wait for a turn that lasts until one's next checkpoint."""
-        await self._take(urgency)
-        self._pass_on()
 
     async def _take(self, urgency: Urgency) -> None:
         if not self._free:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import functools
-import ipaddress
 import os
 import socket
 import stat
@@ -16,10 +13,12 @@ import trio
 
 from pgguard.faults.text import printable, shorten
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, Upstream
+from pgguard.proxy.dialling import BACKLOG_PAUSE, Dial, Progress, family_of, is_direct
 from pgguard.proxy.losses import Loss, spared
 from pgguard.proxy.remedies import hints, is_want
 from pgguard.wire.fields import parse_fields, parse_severity
 from pgguard.wire.messages import HEADER_SIZE
+from pgguard.wire.startup import DECLINED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,16 +33,12 @@ _REFUSAL_LIMIT: Final = 16 * 1024
 """Bytes in which it does."""
 _REASON_LENGTH: Final = 200
 """Characters of a server's own words that are passed on, at most."""
-DECLINED: Final = b"N"
-"""The answer to a request for encryption that there is none."""
 _ERROR_RESPONSE: Final = b"E"
 _CANNOT_CONNECT_NOW: Final = "57P03"
 _NOT_NOW_SECONDS: Final = 1.0
 """For a server to say so, where there is another one to go on to."""
 _ENCRYPTS: Final = (b"S", b"G")
-"""And that there is: SSLRequest and GSSENCRequest in "Message Flow"."""
-_BACKLOG_PAUSE: Final = 0.01
-"""Seconds to wait for room in the backlog of a Unix socket."""
+"""The answer to a request for encryption that there is some: SSLRequest and GSSENCRequest in "Message Flow"."""
 
 
 class UpstreamUnavailable(OSError):
@@ -55,7 +50,10 @@ class UpstreamUnavailable(OSError):
 
     def __init__(self, failures: Sequence[tuple[Address | Upstream, BaseException]]) -> None:
         self.failures = failures
-        super().__init__(printable("; ".join(f"{address}: {reason(error)}" for address, error in failures)))
+        told = "no address of it can be connected to"
+        with spared(Loss.WORDS):
+            told = printable("; ".join(f"{address}: {reason(error)}" for address, error in failures))
+        super().__init__(told)
         self.exhausted = any(is_want(error, ipv4=_is_ipv4(address)) for address, error in failures)
         """One of them failed because this host had run out of something: descriptors, memory, local ports."""
 
@@ -171,74 +169,30 @@ async def connect_to(address: Address, seconds: float) -> trio.socket.SocketType
         UnicodeError: it is no name that the DNS could know.
     """
     with trio.move_on_after(seconds):
-        return await (_connect_unix(address) if isinstance(address, UnixAddress) else _connect_tcp(address))
+        if isinstance(address, TcpAddress) and not is_direct(address):
+            return await _connect_by_name(address)
+        return await _connect_directly(address)
     raise TimeoutError(f"no answer within {seconds:g} s")
 
 
-async def _connect_tcp(address: TcpAddress) -> trio.socket.SocketType:
-    family = _family(address.host)
-    if family is None:
-        sock = (await trio.open_tcp_stream(address.host, address.port)).socket
-    else:
-        sock = await _connect_by_number(family, address)
-    # What PostgreSQL and libpq set on each connection: a peer that vanished is found out in the end.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+async def _connect_by_name(address: TcpAddress) -> trio.socket.SocketType:
+    sock = (await trio.open_tcp_stream(address.host, address.port)).socket
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # as of what is dialled
     return sock
 
 
-@functools.cache
-def _family(host: str) -> socket.AddressFamily | None:
-    """The kind of a host's address; ``None`` if it is a name, or is of a certain interface: it has to be looked up."""
-    try:
-        number = ipaddress.ip_address(host)
-    except ValueError:
-        return None
-    if number.version == 4:
-        return socket.AF_INET
-    return None if "%" in host else socket.AF_INET6
-
-
-async def _connect_by_number(family: socket.AddressFamily, address: TcpAddress) -> trio.socket.SocketType:
+async def _connect_directly(address: Address) -> trio.socket.SocketType:
     """Connect without a task, which trio takes for each of the addresses that a name may have. Raises OSError."""
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    dial = Dial(address)
     try:
-        sock.setblocking(False)
-        await _finish_connecting(sock, (address.host, address.port))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return trio.socket.from_stdlib_socket(sock)
-    except BaseException:
-        sock.close()
-        raise
-
-
-async def _finish_connecting(sock: socket.socket, target: tuple[str, int]) -> None:
-    """Connect a socket; no checkpoint if the server is on this host. Raises OSError."""
-    error = sock.connect_ex(target)
-    if error == errno.EINPROGRESS:
-        # On one host it is connected by now: it is asked once more before it is waited for.
-        error = sock.connect_ex(target)
-    if error == errno.EALREADY:
-        await trio.lowlevel.wait_writable(sock)
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if error not in (0, errno.EISCONN):
-        raise OSError(error, os.strerror(error))
-
-
-async def _connect_unix(address: UnixAddress) -> trio.socket.SocketType:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        while True:
-            try:
-                sock.connect(address.path)
-            except BlockingIOError:
-                # Nothing has been begun, as it has with TCP: the server's backlog is full, connect(2).
-                await trio.sleep(_BACKLOG_PAUSE)
+        while (progress := dial.step()) is not Progress.MADE:
+            if progress is Progress.UNDER_WAY:
+                await trio.lowlevel.wait_writable(dial.sock)
             else:
-                await trio.lowlevel.checkpoint()
-                return trio.socket.from_stdlib_socket(sock)
+                await trio.sleep(BACKLOG_PAUSE)
+        return trio.socket.from_stdlib_socket(dial.sock)
     except BaseException:
-        sock.close()
+        dial.close()
         raise
 
 
@@ -258,7 +212,7 @@ def reason(error: BaseException) -> str:
 
 def _is_ipv4(address: Address | Upstream) -> bool:
     """Whether it certainly is one: a name may stand for addresses of several kinds."""
-    return isinstance(address, TcpAddress) and _family(address.host) == socket.AF_INET
+    return isinstance(address, TcpAddress) and family_of(address.host) == socket.AF_INET
 
 
 async def relay_cancel(upstream: Upstream, packet: bytes) -> None:

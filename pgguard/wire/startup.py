@@ -21,6 +21,9 @@ RECEIVE_BUFFER: Final = 8192
 """Bytes that PostgreSQL takes from a socket at once, ``PQ_RECV_BUFFER_SIZE`` in ``pqcomm.c``. What of them it doesn't
 want is thrown away when it closes; if there are more, the kernel resets the connection."""
 
+DECLINED: Final = b"N"
+"""The answer to a request for encryption that there is none: SSLRequest and GSSENCRequest in "Message Flow"."""
+
 TLS_HANDSHAKE: Final = 0x16
 """The first byte of a TLS ClientHello: TLS without SSLRequest, ``sslnegotiation=direct``."""
 
@@ -120,12 +123,6 @@ def parse_startup(data: bytes | bytearray) -> StartupPacket | None:
     packet = bytes(data[:length])
     code = _HEAD.unpack_from(packet)[1]
     return StartupPacket(_KINDS.get(code, PacketKind.STARTUP_MESSAGE), packet, code)
-
-
-def startup_bytes_missing(data: bytes | bytearray) -> int:
-    """How many bytes to read for an incomplete start-up packet, so that nothing behind it is read."""
-    length = int.from_bytes(data[:4], "big") if len(data) >= 4 else 4
-    return length - len(data)
 
 
 class CancelKey(NamedTuple):

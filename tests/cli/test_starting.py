@@ -271,10 +271,10 @@ async def test_a_client_that_leaves_as_there_is_no_tls_is_told_of_once(
     async with running(backend) as house:
         for _ in range(2):
             await (await ask(house.port, *requests)).close()
-        await until(lambda: bool(said_of_tls(caplog)) and not house.guard._declined._left)
+        await until(lambda: bool(said_of_tls(caplog)) and not house.guard._reception.declined._left)
         await (await ask(house.port, *requests)).close()
-        await until(lambda: house.guard.sessions == 3 and not house.guard._present)
-        await until(lambda: not house.guard._declined._left)
+        await until(lambda: house.guard.sessions == 3 and not house.guard._roster.present)
+        await until(lambda: not house.guard._reception.declined._left)
         assert house.kinds == []
     [said] = said_of_tls(caplog)
     what = "TLS" if SSL_REQUEST in requests else "GSSAPI encryption"
@@ -305,7 +305,7 @@ async def test_who_goes_on_says_goodbye_or_does_not_read_the_answer_does_not_ins
                 if answered:
                     await trio.to_thread.run_sync(lambda: cancelled.recv(1, socket.MSG_PEEK))
         await until(lambda: house.guard.sessions == 4)
-        await until(lambda: not house.guard._declined._left)
+        await until(lambda: not house.guard._reception.declined._left)
         await trio.sleep(0.2)
     assert said_of_tls(caplog) == []
 
@@ -315,9 +315,9 @@ async def test_who_comes_again_without_does_not_insist(backend: FakeBackend, cap
     """As pgx does with its default, sslmode=prefer."""
     async with running(backend) as house:
         await (await ask(house.port, SSL_REQUEST)).close()
-        await until(lambda: bool(house.guard._declined._left))
+        await until(lambda: bool(house.guard._reception.declined._left))
         client, server = await house.session()
-        await until(lambda: not house.guard._declined._left)
+        await until(lambda: not house.guard._reception.declined._left)
         await part(client, server)
     assert said_of_tls(caplog) == []
 

@@ -15,7 +15,7 @@ import pytest
 from pgguard.attribution.drivers import driver_of, tell_driver
 from pgguard.attribution.evidence import Driver
 from pgguard.attribution.runtime import Library, Runtime, runtime_of
-from pgguard.wire.startup import PacketKind, StartupPacket, parse_startup, startup_bytes_missing
+from pgguard.wire.startup import RECEIVE_BUFFER, PacketKind, StartupPacket, parse_startup
 from tests.integration.running import PROGRAMS, interpreter, named, running
 from tests.languages import go_program, node_directory
 from tests.servers import Address, not_installed
@@ -109,7 +109,7 @@ def _startup(connection: socket.socket) -> StartupPacket:
     while True:
         data = b""
         while (packet := parse_startup(data)) is None:
-            more = connection.recv(startup_bytes_missing(data))
+            more = connection.recv(RECEIVE_BUFFER)
             assert more, f"it ended behind {data!r}"
             data += more
         if packet.kind is PacketKind.STARTUP_MESSAGE:

@@ -8,7 +8,6 @@ from contextlib import suppress
 
 import trio
 
-from pgguard.proxy.greeting import as_plain
 from tests.proxy.messages import ANSWER, LOGGED_IN, SECONDS, TERMINATE, Client, Peer, query, startup
 
 MARK = bytes.fromhex("00000010 04d2162e 7fffffff")
@@ -95,7 +94,7 @@ class FakeBackend:
         """Whether it is from a guard that has just been started, and sees whether it is in front of itself."""
         await trio.lowlevel.wait_readable(sock)
         with suppress(OSError):
-            return as_plain(sock, lambda plain: plain.recv(len(MARK), socket.MSG_PEEK)) == MARK
+            return await sock.recv(len(MARK), socket.MSG_PEEK) == MARK
         return False
 
     async def accept_nobody(self, seconds: float = 0.05) -> None:

@@ -86,12 +86,12 @@ async def test_a_system_without_descriptors(
 async def test_no_descriptor_for_the_server(house: House, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """It isn't the server that is the matter."""
 
-    async def fail(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError(number, "")
 
     client = await house.connect()
     with monkeypatch.context() as patch:
-        patch.setattr("pgguard.proxy.upstream._connect_tcp", fail)
+        patch.setattr("pgguard.proxy.dialling.Dial.step", fail)
         await client.send(startup())
         fields = (await client.message()).fields
         assert fields["C"] == "53300"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
 import trio
 import trio.lowlevel
 
 from pgguard.proxy.gate import Gate
-from tests.proxy.messages import LOGGED_IN, startup
+from tests.proxy.messages import LOGGED_IN, SECONDS, startup
 
 if TYPE_CHECKING:
     from tests.proxy.conftest import House
@@ -20,65 +21,87 @@ AT_ONCE = 64
 class Crowd:
     """Clients at a gate, each of which goes in and, if it is answered, out after that many seconds."""
 
-    def __init__(self, gate: Gate, *, answered_after: float | None) -> None:
-        self._gate = gate
+    def __init__(self, *, answered_after: float | None) -> None:
+        self._gate = Gate(lambda: self.slow.append(None))
         self._answered_after = answered_after
+        self.slow: list[None] = []
         self.entered: list[tuple[float, int]] = []
         self.inside = self.most = 0
 
     async def come(self, size: int) -> None:
-        async with trio.open_nursery() as nursery:
-            for number in range(size):
-                nursery.start_soon(self._come, number)
-                await trio.lowlevel.checkpoint()
+        async with trio.open_nursery() as keeping:
+            keeping.start_soon(self._gate.keep)
+            async with trio.open_nursery() as nursery:
+                for number in range(size):
+                    nursery.start_soon(self._come, number)
+                    await trio.lowlevel.checkpoint()
+            keeping.cancel_scope.cancel()
 
     async def _come(self, number: int) -> None:
-        await self._gate.enter(number)
-        self.entered.append((trio.current_time(), number))
-        self.inside += 1
-        self.most = max(self.most, self.inside)
+        is_in = trio.Event()
+
+        def go_in() -> None:
+            self.entered.append((trio.current_time(), number))
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            is_in.set()
+
+        if self._gate.ask(number, go_in):
+            go_in()
+        await is_in.wait()
         if self._answered_after is not None:
             await trio.sleep(self._answered_after)
+            self.inside -= 1
             self._gate.leave(number)
             self._gate.leave(number)
-        self.inside -= 1
 
 
 async def test_in_their_order_and_no_more_than_so_many_at_once(autojump_clock: object) -> None:
     del autojump_clock
-    slow: list[None] = []
-    crowd = Crowd(Gate(lambda: slow.append(None)), answered_after=0.01)
+    crowd = Crowd(answered_after=0.01)
     started = trio.current_time()
     await crowd.come(1000)
     assert crowd.most == AT_ONCE
     assert [number for _, number in crowd.entered] == list(range(1000))
     assert trio.current_time() - started < 1000 / AT_ONCE * 0.01 + 0.1
-    assert not slow
+    assert not crowd.slow
 
 
 async def test_a_server_that_does_not_answer_lets_so_many_through_each_second(autojump_clock: object) -> None:
     del autojump_clock
-    slow: list[None] = []
-    crowd = Crowd(Gate(lambda: slow.append(None)), answered_after=None)
+    crowd = Crowd(answered_after=None)
     started = trio.current_time()
     await crowd.come(5 * AT_ONCE)
     assert trio.current_time() - started < 4.5
     assert [number for _, number in crowd.entered] == list(range(5 * AT_ONCE))
-    assert slow
+    assert crowd.slow
 
 
-async def test_who_gives_up_makes_way(autojump_clock: object) -> None:
-    del autojump_clock
+@pytest.mark.parametrize("waits", [True, False])
+async def test_who_gives_up_makes_way(waits: bool) -> None:
+    """In line, cancelled; or of who asks and goes."""
     gate = Gate(lambda: None)
     for number in range(AT_ONCE):
         await gate.enter(number)
-    with trio.move_on_after(0.1) as impatient:
-        await gate.enter(1000)
-    assert impatient.cancelled_caught
-    gate.leave(1000)
+    if waits:
+        with trio.move_on_after(0.01) as impatient:
+            await gate.enter(1000)
+        assert impatient.cancelled_caught
+    else:
+        assert not gate.ask(1000, lambda: None)
+        gate.leave(1000)
     gate.leave(0)
-    with trio.fail_after(0.1):
+    with trio.fail_after(SECONDS):
         await gate.enter(1001)
+
+
+async def test_who_is_in_is_in() -> None:
+    """Who looks up first where to go, and asks once more."""
+    gate = Gate(lambda: None)
+    for number in range(AT_ONCE):
+        assert gate.ask(number, lambda: None)
+    assert gate.ask(0, lambda: None)
+    assert not gate.ask(1000, lambda: None)
 
 
 async def test_the_next_ones_are_introduced_when_the_first_have_been_answered(house: House) -> None:

@@ -132,7 +132,7 @@ class ToldHouse:
 
     @property
     def senders(self) -> KernelSenders:
-        senders = self.house.guard._senders
+        senders = self.house.guard._roster.senders
         assert senders is not None
         return senders
 
@@ -685,7 +685,7 @@ async def test_an_account_does_not_stay_of_a_client_that_is_gone_before_it_is_as
         raise OSError(107, "Transport endpoint is not connected")
 
     async with told(backend) as house:
-        monkeypatch.setattr("pgguard.proxy.guard.client_socket", gone)
+        monkeypatch.setattr("pgguard.proxy.roster.client_socket", gone)
         client = await house.connect()
         await client.close()
         await until(lambda: house.house.guard.sessions == 1 and not house.senders._accounts._open)
@@ -822,7 +822,7 @@ async def test_a_client_that_connected_before_the_probe_and_is_accepted_after_it
 async def test_many_connections_leave_no_account_and_no_event_behind(house: House) -> None:
     with SenderProbe(house.guard.tcp_listeners()) as probe:
         house.guard.use_probe(probe)
-        senders = house.guard._senders
+        senders = house.guard._roster.senders
         assert senders is not None
         for number in range(150):
             if number % 3 == 0:

@@ -84,7 +84,8 @@ def opened(
 
 async def looks(where: OpenerStacks, *sessions: ProxiedSession) -> list[bool]:
     for session in sessions:
-        await where.look(session)
+        if where.wants(session):
+            await where.look(session)
     return [session.opening_stack == FRAMES for session in sessions]
 
 
@@ -141,7 +142,7 @@ async def test_without_a_budget_nobody_waits(seeing: Seeing) -> None:
 
 async def test_without_py_spy_nobody_waits(seeing: Seeing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openers, "find_py_spy", lambda: None)
-    await stacks(seeing).look(opening(4000))
+    assert await looks(stacks(seeing), opened(4000)) == [False]
     assert seeing.pids == []
 
 

@@ -86,16 +86,38 @@ async def test_those_that_come_together_are_looked_at_together(registrar: Regist
 
 
 async def test_what_has_cost_too_much_is_made_up_for(registrar: Registrar, book: Book) -> None:
-    """Those who come meanwhile wait, and are looked at together then."""
-    book.costs = 0.03
+    """Those who come meanwhile wait, and are looked at together then; who has gone by then costs nothing."""
+    book.costs = module._SAVINGS + 0.01
     await known(*enroll(registrar, 1))
     rested = trio.current_time()
     book.costs = 0.0
-    later = enroll(registrar, 2, 3, 4)
+    later = enroll(registrar, *range(2, 100))
+    for one in later[3:]:
+        registrar.strike_off(one)
     await known(*later)
     assert book.looks == [1, 3]
-    spent, savings = 0.03, module._SAVINGS
-    assert trio.current_time() - rested >= (spent - savings) / module._SHARE * 0.5
+    assert trio.current_time() - rested >= module._PAUSE * 0.9
+    assert trio.current_time() - rested < 30
+
+
+async def test_who_comes_and_goes_meanwhile_wakes_nobody(
+    registrar: Registrar, book: Book, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PAUSE", FAR)
+    monkeypatch.setattr(module, "_LONGEST_PAUSE", FAR)
+    book.costs = module._SAVINGS + 0.01
+    await known(*enroll(registrar, 1))
+    [first] = enroll(registrar, 2)
+    await trio.testing.wait_all_tasks_blocked()
+    waits = registrar._changed
+    for number in range(3, 1000):
+        [one] = enroll(registrar, number)
+        registrar.strike_off(one)
+    await trio.testing.wait_all_tasks_blocked()
+    assert registrar._changed is waits
+    assert not waits.is_set()
+    await first.wait_for_opening()
+    assert book.looks == [1, 1]
 
 
 async def test_who_is_waited_for_is_looked_at_at_once_and_the_others_wait_on(

@@ -49,22 +49,6 @@ async def test_one_turn_is_taken_in_each_round_of_the_loop(rounds: Rounds, numbe
     assert len(set(taken)) == len(taken) == number
 
 
-async def test_one_step_is_taken_in_each_round_of_the_loop(rounds: Rounds) -> None:
-    """It lasts until the next checkpoint; what comes behind that takes as many rounds as it likes."""
-    turns, taken = Turns(), list[int]()
-
-    async def work() -> None:
-        for _ in range(3):
-            await turns.step(Urgency.MESSAGE)
-            taken.append(rounds.number)
-            await trio.lowlevel.checkpoint()
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(10):
-            nursery.start_soon(work)
-    assert len(set(taken)) == len(taken) == 30
-
-
 async def test_others_have_their_turn_in_between() -> None:
     turns, order = Turns(), list[str]()
 

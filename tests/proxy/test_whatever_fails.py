@@ -101,7 +101,7 @@ SHORT: Final = {
     "investigation._RETURNING": 0.0,
     "investigation._STAYING_BUDGET": 0.001,
     "investigation._ENDING_BUDGET": 0.001,
-    "guard._LAST_CANCEL": 0.05,
+    "reception._LAST_CANCEL": 0.05,
     "judge._SAMPLING_BUDGET": 0.002,
     "losses._PAUSE": 0.01,
 }
@@ -543,7 +543,7 @@ async def arrivals_of_all_kinds(stage: Stage) -> None:
     await client.send(SSL_REQUEST)
     await stage.hears(client, b"N")
     await client.close()
-    await stage.until(lambda: bool(stage.house.guard._declined._told))
+    await stage.until(lambda: bool(stage.house.guard._reception.declined._told))
     client = await stage.connect()
     await client.send(SSL_REQUEST)
     await stage.hears(client, b"N")
@@ -566,6 +566,50 @@ async def arrivals_of_all_kinds(stage: Stage) -> None:
     await stage.hears(server, startup((2, 0)))
     await server.close()
     await stage.ends(client)
+
+
+@play(probe=True)
+async def arrivals_that_come_to_nothing(stage: Stage) -> None:
+    """The server isn't there; there is no room, for one after the other; there is no descriptor. One says nothing."""
+
+    def fail(number: int) -> Callable[..., Any]:
+        def failing(*_: Any) -> Any:
+            raise OSError(number, os.strerror(number))
+
+        return failing
+
+    async def is_told(client: Client, sqlstate: str) -> None:
+        assert (await client.message()).fields["C"] == sqlstate
+        await stage.ends(client)
+
+    with stage.patch.context() as patch:
+        patch.setattr("pgguard.proxy.dialling.Dial.step", fail(errno.ECONNREFUSED))
+        client = await stage.connect()
+        await client.send(startup())
+        await is_told(client, "08001")
+    with stage.patch.context() as patch:
+        patch.setattr("pgguard.proxy.admission.Admission.turned_away_at_once", 1)
+        patch.setattr("pgguard.proxy.admission.Admission._for_sessions", lambda _: 0)
+        patch.setattr("pgguard.proxy.door._GRACE", 0.02)
+        patch.setattr("pgguard.proxy.door._LOOK", 0.01)
+        silent = await stage.connect()
+        client = await stage.connect()
+        await stage.ends(silent)
+        await client.send(startup())
+        await is_told(client, "53300")
+    with stage.patch.context() as patch:
+        accept = socket.socket.accept
+
+        def accepting(listener: socket.socket) -> Any:
+            door = stage.house.guard._door
+            return fail(errno.EMFILE)() if door._in_hand else accept(listener)
+
+        patch.setattr(socket.socket, "accept", accepting)
+        client = await stage.connect()
+        await client.send(startup())
+        await is_told(client, "53300")
+        await client.close()
+    await stage.connect()
 
 
 # Running them
@@ -643,7 +687,7 @@ def _tasks() -> set[trio.lowlevel.Task]:
 
     root = trio.lowlevel.current_root_task()
     assert root is not None
-    lasting = ("Guard.serve", "Sweep.run", "keep_going")
+    lasting = ("Guard.serve", "Sweep.run", "Reception.run", "keep_going")
     return {task for task in walk(root) if task.name.endswith(lasting)}
 
 
@@ -748,11 +792,13 @@ def work(address: Address) -> list[Any]:
 
 RELAYING: Final = {
     "proxy.aftermath",
+    "proxy.arrival",
     "proxy.endings",
-    "proxy.greeting",
     "proxy.guard",
     "proxy.judging",
+    "proxy.reception",
     "proxy.relay",
+    "proxy.roster",
     "proxy.sweep",
 }
 """Where exceptions are all said. In a worker thread one may come when nobody waits for it any more."""

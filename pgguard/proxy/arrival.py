@@ -1,0 +1,508 @@
+"""One client on its way from the door to the sweep.
+
+It comes from one state to the next as its sockets become ready, in the sweep's round and without a task of its own:
+
+=================  =================================================================================================
+heard              what it says is read, until it is known what it wants (:mod:`pgguard.proxy.greeting`)
+in line            it waits for its turn to be let through to the server (:mod:`pgguard.proxy.gate`)
+being connected    the server is dialled (:mod:`pgguard.proxy.dialling`)
+introduced         the sweep has it
+seen off           it is told the last that it gets, and given a moment to read it and to close
+=================  =================================================================================================
+
+What isn't the common way may take longer, and is done in a task: a cancel request, a request for encryption that the
+server is to refuse, a host that has to be looked up, several hosts, whatever is to be recorded of it, a look where in
+its program it is opened. Meanwhile nobody listens to it.
+
+Whatever happens to a client while it arrives happens to it alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import select
+import socket
+import sys
+import termios
+from collections import deque
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
+from pgguard.faults.text import named
+from pgguard.identity import Sender
+from pgguard.proxy.admission import too_many
+from pgguard.proxy.dialling import BACKLOG_PAUSE, Dial, Progress
+from pgguard.proxy.greeting import Conversation, Dismissal, Step, refusal
+from pgguard.proxy.losses import Loss, note, spared
+from pgguard.proxy.relay import FAILED
+from pgguard.proxy.upstream import UpstreamUnavailable, ask, introduce, relay_cancel
+from pgguard.session.tracker import Tracker
+from pgguard.wire.fields import build_error_response
+from pgguard.wire.startup import DECLINED, RECEIVE_BUFFER, PacketKind
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
+
+    from pgguard.proxy.greeting import Greeting
+    from pgguard.proxy.listeners import Listener
+    from pgguard.proxy.reception import Reception
+    from pgguard.proxy.session import ProxiedSession
+    from pgguard.session.verdicts import Verdict
+
+_UNAVAILABLE: Final = build_error_response("pgguard: could not connect to the server", sqlstate="08001")
+"""For a client that can't be told why."""
+_FAREWELL: Final = 2.0
+"""Seconds for a client that is refused to read why."""
+_INTRODUCTION: Final = 0.25
+"""Seconds to find out who has brought a mark back."""
+_TRACKED_MAJOR: Final = 3
+_IN: Final = select.EPOLLIN
+_OUT: Final = select.EPOLLOUT
+_REST: Final = 65536
+"""Bytes that are read at once of what a client still says that is seen off."""
+
+logger = logging.getLogger(__name__)
+
+
+class Arrival:
+    """A client that has been accepted.
+
+    Args:
+        reception: what it takes to receive it.
+        sock: its socket, which doesn't block.
+        session: what it is to become.
+        listener: where it has come.
+        response: what it is told as there is no room for it; ``None``: there is.
+        on_over: is called when nothing becomes of it, and its socket is closed.
+    """
+
+    __slots__ = (
+        "_awaits",
+        "_dial",
+        "_errand",
+        "_from",
+        "_greeting",
+        "_heard",
+        "_is_over",
+        "_last_words",
+        "_next",
+        "_on_over",
+        "_reception",
+        "_response",
+        "_sock",
+        "_talk",
+        "session",
+    )
+
+    def __init__(
+        self,
+        reception: Reception,
+        sock: socket.socket,
+        session: ProxiedSession,
+        listener: Listener,
+        response: bytes | None,
+        on_over: Callable[[Arrival], None] | None,
+    ) -> None:
+        self._reception = reception
+        self._sock = sock
+        self.session = session
+        self._from = listener
+        self._response = response
+        self._on_over = on_over
+        self._next: Callable[[], None] = self._hear
+        """The step to be taken when what it waits for has come about."""
+        self._awaits = 0
+        """The events of its socket that it waits for."""
+        self._talk = Conversation()
+        self._heard: list[tuple[int, Sender | None]] = []
+        """Who has sent what was read last, in pieces."""
+        self._greeting: Greeting
+        """What it wants, once it has been heard."""
+        self._dial: Dial | None = None
+        """The connection to the server, while it is being made."""
+        self._errand: trio.CancelScope | None = None
+        """Of the task that does something for it."""
+        self._last_words = b""
+        self._is_over = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has been handed over, or its socket is closed."""
+        return self._is_over
+
+    def begin(self, seconds: float) -> None:
+        """Hear what it wants. It has so many seconds to say it."""
+        self._reception.lobby.give(self, seconds, self._come_too_late)
+        self.go_on()
+
+    def go_on(self, _: int = 0) -> None:
+        """Take the next step, if any is left to be taken."""
+        if not self._is_over:
+            try:
+                self._next()
+            except Exception as error:
+                self._note(error)
+
+    def _note(self, error: Exception) -> None:
+        """Do what is left to be done after an exception, which is being handled."""
+        if isinstance(error, UpstreamUnavailable):
+            self._turn_back(error)
+        elif isinstance(error, OSError | trio.BrokenResourceError):
+            logger.info("session %d: %s: %s", self.session.id, _who(self.session), error)
+            self.leave()
+        else:
+            note(Loss.ARRIVAL, self.session)
+            self.leave()
+
+    def _turn_back(self, error: UpstreamUnavailable) -> None:
+        """Tell it that the server can't be connected to."""
+        logger.warning("session %d: could not connect to the server: %s", self.session.id, error)
+        words = _UNAVAILABLE
+        with spared(Loss.WORDS, self.session):
+            words = _unavailable(error)
+        try:
+            self._see_off(words)
+        except OSError:
+            self.leave()
+
+    def _wait(self, events: int, step: Callable[[], None]) -> None:
+        """Take a step as soon as the client's socket is ready for it."""
+        self._next = step
+        if self._awaits != events:
+            self._reception.lobby.watch(self._sock.fileno(), events, self.go_on)
+            self._awaits = events
+
+    def _wait_no_more(self) -> None:
+        if self._awaits:
+            self._reception.lobby.unwatch(self._sock.fileno())
+            self._awaits = 0
+
+    def _take_time(self, errand: Callable[[], Awaitable[None]]) -> None:
+        """Have something done in a task that takes more than a step."""
+        self._wait_no_more()
+        self._reception.lobby.lift(self)
+        self._reception.start(self._run, errand)
+
+    async def _run(self, errand: Callable[[], Awaitable[None]]) -> None:
+        if self._is_over:
+            return
+        with trio.CancelScope() as self._errand:
+            try:
+                await errand()
+            except Exception as error:
+                self._note(error)
+
+    def leave(self) -> None:
+        """Close its socket: nothing becomes of it. Nothing happens the second time."""
+        if not self._is_over:
+            self._end()
+            self._sock.close()
+            self._reception.forget(self, is_admitted=self._response is None)
+            if self._on_over is not None:
+                self._on_over(self)
+
+    def _end(self) -> None:
+        """Nothing more is done for it here."""
+        self._is_over = True
+        self._reception.lobby.lift(self)
+        self._wait_no_more()
+        self._hang_up()
+        if self._errand is not None:
+            self._errand.cancel()
+
+    # Heard
+
+    def _come_too_late(self) -> None:
+        logger.info("session %d: %s did not send a startup packet in time", self.session.id, _who(self.session))
+        self.leave()
+
+    def _hear(self) -> None:
+        """Read what it says, and do as it wants when it is known what that is."""
+        try:
+            chunk = self._receive()
+        except BlockingIOError:
+            self._wait(_IN, self._hear)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ECONNRESET, errno.ETIMEDOUT):
+                raise
+            self._part(has_read_all=False)
+            return
+        if not chunk:
+            self._part(has_read_all=_has_read_all(self._sock))
+            return
+        outcome = self._talk.hear(chunk, self._heard[0][1])
+        if isinstance(outcome, Step):
+            if outcome is Step.DECLINE:
+                self._sock.send(DECLINED)
+            self._wait(_IN, self._hear)
+        elif isinstance(outcome, Dismissal):
+            self._dismiss(outcome)
+        else:
+            self._greeting = outcome
+            self._reception.lobby.lift(self)
+            self._wait_no_more()
+            if outcome.verdict is None:
+                self._oblige()
+            else:
+                self._take_time(partial(self._rule, outcome.verdict, self._oblige))
+
+    def _receive(self) -> bytes:
+        """What comes next; no bytes: the client has closed. Raises OSError."""
+        session = self.session
+        if session.has_credentials:
+            chunk, ancillary, _, _ = self._sock.recvmsg(RECEIVE_BUFFER, CREDENTIALS_SPACE)
+            credentials = ancillary[0][2] if ancillary else None
+        else:
+            chunk, credentials = self._sock.recv(RECEIVE_BUFFER), None
+        self._heard = [(len(chunk), None)]
+        account, senders = session.kernel_account, self._reception.roster.senders
+        try:
+            if credentials is not None:
+                pid = sender_pid(credentials)
+                self._heard = [(len(chunk), None if pid is None else Sender(pid))]
+            elif chunk and senders is not None and account is not None and not account.is_lost:
+                self._heard = senders.pieces(account, len(chunk))
+        except Exception:
+            note(Loss.SENDER, session)
+            if account is not None:
+                account.is_lost = True
+        return chunk
+
+    def _part(self, *, has_read_all: bool) -> None:
+        """It has closed its side."""
+        if self._talk.is_halfway:
+            logger.info("session %d: the client left after an incomplete startup packet", self.session.id)
+        self._dismiss(self._talk.end(has_read_all=has_read_all))
+
+    def _dismiss(self, dismissal: Dismissal) -> None:
+        reception = self._reception
+        if dismissal.insists_on is not None:
+            self.session.ask_for_opening()
+            reception.start(reception.declined.consider, self.session, dismissal.insists_on)
+        if dismissal.verdict is None:
+            self.leave()
+        else:
+            self._take_time(partial(self._rule, dismissal.verdict, self.leave))
+
+    async def _rule(self, verdict: Verdict, then: Callable[[], None]) -> None:
+        """Have something recorded of it, and go on."""
+        await self._reception.judge.rule_surely(self.session, verdict)
+        then()
+
+    def _oblige(self) -> None:
+        """Do as it wants."""
+        reception, packet = self._reception, self._greeting.packet
+        if packet.kind is PacketKind.CANCEL_REQUEST:
+            self._take_time(self._pass_cancel_on)
+        elif self._response is not None:
+            self._see_off(refusal(self._greeting) if packet.encrypts else self._response)
+        elif not packet.encrypts and reception.wants_to_look(self.session):
+            self._take_time(self._be_looked_at)
+        else:
+            self._line_up()
+
+    async def _be_looked_at(self) -> None:
+        """Let it be seen where in its program it is opened."""
+        await self._reception.look(self.session)
+        self._line_up()
+
+    async def _pass_cancel_on(self) -> None:
+        reception, session, packet = self._reception, self.session, self._greeting.packet.packet
+        if reception.loops.recognizes(packet):
+            await self._note_loop()
+        else:
+            await reception.cancel_gate.enter(session.id)
+            try:
+                await reception.loops.refuse()
+                await relay_cancel(reception.upstream, packet)
+            finally:
+                reception.cancel_gate.leave(session.id)
+        self.leave()
+
+    async def _note_loop(self) -> None:
+        """A mark has come round."""
+        loops = self._reception.loops
+        if loops.is_from_here(self._sock):
+            loops.came_back("that is where pgguard itself listens")
+        else:
+            bringer = await _bringer(self.session)
+            loops.came_back(f"it leads back to {self._from.address}, where pgguard itself listens, through {bringer}")
+
+    # In line
+
+    def _line_up(self) -> None:
+        """Wait for its turn to be let through to the server."""
+        self._next = self._connect
+        if self._reception.gate.ask(self.session.id, self._come_in):
+            self._connect()
+
+    def _come_in(self) -> None:
+        self._reception.lobby.in_turn(self.go_on)
+
+    # Being connected
+
+    def _connect(self) -> None:
+        reception = self._reception
+        if self._greeting.packet.encrypts or not reception.is_direct or reception.loops.found is not None:
+            self._take_time(self._connect_at_leisure)
+        else:
+            self._dial_on()
+
+    def _dial_on(self) -> None:
+        """Come closer to the one address that the server has."""
+        lobby, upstream = self._reception.lobby, self._reception.upstream
+        [address] = upstream.addresses
+        try:
+            if self._dial is None:
+                self._dial = Dial(address)
+            progress = self._dial.step()
+        except OSError as error:
+            raise UpstreamUnavailable([(address, error)]) from error
+        if progress is Progress.MADE:
+            self.session.upstream = address
+            self._introduce(self._dial.sock, self._greeting.packet.packet)
+            return
+        if self._next != self._dial_on:
+            self._next = self._dial_on
+            lobby.give(self, upstream.connect_timeout, self._give_up)
+        if progress is Progress.NO_ROOM:
+            lobby.give(self._dial, BACKLOG_PAUSE, self.go_on)
+        else:
+            lobby.watch(self._dial.sock.fileno(), _OUT, self.go_on)
+
+    def _give_up(self) -> None:
+        upstream = self._reception.upstream
+        error = TimeoutError(f"no answer within {upstream.connect_timeout:g} s")
+        self._turn_back(UpstreamUnavailable([(upstream.addresses[0], error)]))
+
+    def _hang_up(self) -> None:
+        """Give up the connection to the server."""
+        if self._dial is not None:
+            self._reception.lobby.lift(self._dial)
+            self._reception.lobby.unwatch(self._dial.sock.fileno())
+            self._dial.close()
+            self._dial = None
+
+    async def _connect_at_leisure(self) -> None:
+        """Where a name has to be looked up, there are several hosts, or the server is to refuse it."""
+        reception, greeting = self._reception, self._greeting
+        packet = greeting.packet.packet
+        await reception.loops.refuse()
+        if greeting.packet.encrypts:
+            answer = await ask(reception.upstream, greeting.before, packet + greeting.behind)
+            self._see_off(refusal(greeting) if answer is None else answer)
+        else:
+            found, self.session.upstream, rest = await introduce(reception.upstream, packet)
+            server = socket.socket(fileno=found.detach())
+            try:
+                self._introduce(server, rest)
+            except BaseException:
+                server.close()
+                raise
+
+    # Introduced
+
+    def _introduce(self, server: socket.socket, rest: bytes) -> None:
+        """Hand it over to the sweep; what of its packet is still to be sent to the server goes along."""
+        reception, session, greeting = self._reception, self.session, self._greeting
+        packet = greeting.packet
+        if not greeting.before:
+            reception.declined.arrived_plain(session)
+        major, minor = packet.version
+        untracked = (
+            None
+            if major == _TRACKED_MAJOR
+            else f"the client speaks protocol {major}.{minor}, which pgguard can't follow"
+        )
+        parameters: Mapping[str, str] = {}
+        tracker = None
+        try:
+            parameters = packet.parameters
+            tracker = None if untracked else Tracker(parameters, greeting.sender)
+        except Exception:
+            note(Loss.TRACKING, session)
+            untracked = FAILED
+        session.settings = parameters
+        session.connect(self._sock, server, tracker, sender=greeting.sender)
+        if greeting.behind:
+            session.client.pieces = deque(_last(greeting.behind, self._heard))
+        session.preamble = len(greeting.before) * len(DECLINED)
+        if self._dial is not None:
+            reception.lobby.unwatch(server.fileno())
+            reception.lobby.lift(self._dial)
+            self._dial = None
+        self._end()
+        reception.hand_over(self, rest, untracked if greeting.verdict is None else None)
+
+    # Seen off
+
+    def _see_off(self, words: bytes) -> None:
+        """Tell it the last that it gets, and give it a moment to read it and to close."""
+        self._hang_up()
+        self._reception.gate.leave(self.session.id)
+        self._last_words = words
+        self._reception.lobby.give(self, _FAREWELL, self.leave)
+        self._tell()
+
+    def _tell(self) -> None:
+        with suppress(BlockingIOError):
+            self._last_words = self._last_words[self._sock.send(self._last_words) :]
+        if self._last_words:
+            self._wait(_OUT, self._tell)
+        else:
+            self._sock.shutdown(socket.SHUT_WR)
+            self._wait(_IN, self._listen_out)
+
+    def _listen_out(self) -> None:
+        """Throw away what it still says: were it left unread, the kernel would reset the connection."""
+        with suppress(BlockingIOError):
+            if not self._sock.recv(_REST):
+                self.leave()
+
+
+def _last(behind: bytes, heard: list[tuple[int, Sender | None]]) -> Iterator[tuple[bytes, Sender | None]]:
+    """What stands at the end of what was heard, in pieces of one sender each."""
+    begin = len(behind) - sum(size for size, _ in heard)
+    for size, sender in heard:
+        end = begin + size
+        if end > 0:
+            yield behind[max(0, begin) : end], sender
+        begin = end
+
+
+def _has_read_all(sock: socket.socket) -> bool:
+    """Whether a client that has closed its side had read all that was sent to it.
+
+    If it closes with something unread, the kernel resets the connection: that isn't seen here. What hadn't come yet
+    when it closed isn't acknowledged: SIOCOUTQ in tcp(7). On a Unix socket there is no way in between.
+    """
+    if sock.family == socket.AF_UNIX:
+        return True
+    return not int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
+def _who(session: ProxiedSession) -> str:
+    return session.client_name or "a client on a Unix socket"
+
+
+async def _bringer(session: ProxiedSession) -> str:
+    """Who has brought a mark round, as far as it can be told quickly."""
+    if session.client_socket is not None:
+        with trio.move_on_after(_INTRODUCTION):
+            await session.wait_for_opening()
+    opener = None if session.opening is None else session.opening.opener
+    return _who(session) if opener is None else named(opener.pid, opener)
+
+
+def _unavailable(error: UpstreamUnavailable) -> bytes:
+    if error.exhausted:
+        return too_many(str(error), error.hint)
+    text = f"pgguard: could not connect to the server: {error}"
+    return build_error_response(text, sqlstate="08001", hint=error.hint)

@@ -1,0 +1,215 @@
+"""What it takes to receive clients, from when they are accepted until the sweep has them, or they are gone."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import TYPE_CHECKING, Final, TypeVarTuple
+
+import trio
+
+from pgguard.proxy.arrival import Arrival
+from pgguard.proxy.declined import DeclinedClients
+from pgguard.proxy.dialling import is_direct
+from pgguard.proxy.gate import Gate
+from pgguard.proxy.lobby import Lobby
+from pgguard.proxy.losses import Loss, keep_going, note, spared
+from pgguard.proxy.upstream import UpstreamUnavailable, cancel_query
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable, Callable
+
+    from pgguard.proxy.addresses import Upstream
+    from pgguard.proxy.judge import Judge
+    from pgguard.proxy.listeners import Listener
+    from pgguard.proxy.loops import LoopWatch
+    from pgguard.proxy.openers import OpenerStacks
+    from pgguard.proxy.roster import Roster
+    from pgguard.proxy.session import ProxiedSession
+    from pgguard.proxy.sweep import Sweep
+
+_LAST_CANCEL: Final = 1.0
+"""Seconds in which queries are cancelled whose sessions are cut off as the guard ends."""
+_HASTE: Final = 2.0
+"""Seconds for a client to say who it is that is to be told that there is no room."""
+
+Ts = TypeVarTuple("Ts")
+
+logger = logging.getLogger(__name__)
+
+
+class Reception:
+    """Receives clients.
+
+    Args:
+        upstream: the server.
+        roster: who is here.
+        sweep: takes those over who have been introduced to the server.
+        judge: rules on what is wrong with others.
+        loops: whether the server is the guard itself.
+        openers: sees where some are opened; ``None`` with attribution off.
+        seconds: for a client to say who it is.
+        over: is told of each that had been admitted, and of which nothing became.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        *,
+        roster: Roster,
+        sweep: Sweep,
+        judge: Judge,
+        loops: LoopWatch,
+        openers: OpenerStacks | None,
+        seconds: float,
+        over: Callable[[ProxiedSession], None],
+    ) -> None:
+        self.upstream = upstream
+        self.is_direct = len(upstream.addresses) == 1 and is_direct(upstream.addresses[0])
+        """The server has one address, and nothing has to be looked up to connect to it."""
+        self.roster = roster
+        self.judge = judge
+        self.loops = loops
+        self.lobby = Lobby(sweep)
+        self.gate = Gate(self._suspect_loop)
+        self.cancel_gate = Gate(self._suspect_loop)
+        self.declined = DeclinedClients()
+        self._nursery: trio.Nursery
+        """For what takes time."""
+        self._sweep = sweep
+        self._openers = openers
+        self._seconds = seconds
+        self._over = over
+        self._is_ending = False
+        self._arrivals: set[Arrival] = set()
+
+    def limit(self, seconds: float) -> None:
+        """Give those who come from now on so many seconds to say who they are."""
+        self._seconds = seconds
+
+    def end(self) -> None:
+        """The guard is about to end."""
+        self._is_ending = True
+
+    def open(self, nursery: trio.Nursery) -> None:
+        """Be ready for clients. What takes time is done in tasks of the nursery's."""
+        self._nursery = nursery
+        self.lobby.open()
+
+    async def run(self) -> None:
+        """Keep the time, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for task in self.lobby.run, self.gate.keep, self.cancel_gate.keep:
+                nursery.start_soon(keep_going, task)
+
+    def close(self) -> None:
+        """Let everybody go who is arriving."""
+        for arrival in list(self._arrivals):
+            arrival.leave()
+        self.lobby.close()
+
+    def start(self, function: Callable[[*Ts], Awaitable[None]], *args: *Ts) -> None:
+        """Have done in a task what takes time. A client waits for it."""
+        self._sweep.hurry()
+        self._nursery.start_soon(function, *args)
+
+    def receive(
+        self,
+        sock: socket.socket,
+        listener: Listener,
+        response: bytes | None = None,
+        on_over: Callable[[Arrival], None] | None = None,
+    ) -> Arrival | None:
+        """Take in a client that has been accepted. What goes wrong with that is no affair of anybody else's.
+
+        Args:
+            sock: its socket.
+            listener: where it has come.
+            response: what it is told, if there is no room for it.
+            on_over: is called when it has been told.
+
+        Returns:
+            The client, unless it is gone already.
+        """
+        try:
+            session = self.roster.come(sock, listener, is_admitted=response is None)
+        except Exception as error:
+            if not isinstance(error, OSError):  # gone before it could be asked who it was
+                note(Loss.ARRIVAL)
+            sock.close()
+            return None
+        arrival = Arrival(self, sock, session, listener, response, on_over)
+        self._arrivals.add(arrival)
+        arrival.begin(self._seconds if response is None else min(_HASTE, self._seconds))
+        return arrival
+
+    def wants_to_look(self, session: ProxiedSession) -> bool:
+        """Whether it is to be seen where in its program a session is opened, before it is connected."""
+        try:
+            return self._openers is not None and self._openers.wants(session)
+        except Exception:
+            note(Loss.OPENER, session)
+            return False
+
+    async def look(self, session: ProxiedSession) -> None:
+        """See where in its program a session is opened."""
+        if self._openers is not None:
+            with spared(Loss.OPENER, session):
+                await self._openers.look(session)
+
+    def hand_over(self, arrival: Arrival, rest: bytes, untracked: str | None) -> None:
+        """A client has been introduced to the server: the sweep takes it over.
+
+        Args:
+            arrival: the client.
+            rest: what is still to be sent to the server of its StartupMessage.
+            untracked: why it isn't followed, if that is to be recorded.
+        """
+        session = arrival.session
+        self._arrivals.discard(arrival)
+        try:
+            self.roster.enter(session)
+            if untracked is not None:
+                with spared(Loss.RECORD, session):
+                    self.judge.lost(session, untracked, time.time())
+            self._sweep.add(session, rest)
+        except Exception:
+            note(Loss.ARRIVAL, session)
+            self._sweep.finish(session)
+
+    def forget(self, arrival: Arrival, *, is_admitted: bool) -> None:
+        """A client's socket is closed, and nothing has become of it."""
+        self._arrivals.discard(arrival)
+        if is_admitted:
+            self._over(arrival.session)
+        else:
+            self.roster.settle(arrival.session)
+
+    async def cancel_query(self, session: ProxiedSession) -> None:
+        """Cancel what the server is doing for a session, as soon as it is its turn to ask for that."""
+        key = session.protocol.cancel_key if session.protocol is not None else None
+        if key is None or session.upstream is None:
+            return
+        if not self._is_ending:
+            await self.cancel_gate.enter(session.id)
+        try:
+            # A guard that ends waits for it for a moment, and for no longer.
+            seconds = _LAST_CANCEL if self._is_ending else math.inf
+            with trio.CancelScope(shield=self._is_ending, deadline=trio.current_time() + seconds):
+                await cancel_query(session.upstream, self.upstream.connect_timeout, key)
+        except UpstreamUnavailable as error:
+            logger.warning("session %d: its query could not be cancelled: %s", session.id, error)
+        except Exception:
+            note(Loss.STEP, session)
+        finally:
+            self.cancel_gate.leave(session.id)
+
+    def _suspect_loop(self) -> None:
+        """The server doesn't answer: is that because it is the guard that has been connected to?"""
+        self._nursery.start_soon(self._look_for_loop)
+
+    async def _look_for_loop(self) -> None:
+        with spared(Loss.STEP):
+            await self.loops.suspect()

@@ -1,0 +1,166 @@
+"""Who is here: each client from when it has come until nothing of it is left."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from pgguard.attribution.sockets import TcpClient, client_socket
+from pgguard.faults.build import discreet_facts
+from pgguard.proxy.addresses import TcpAddress
+from pgguard.proxy.losses import Loss, note
+from pgguard.proxy.session import ProxiedSession
+
+if TYPE_CHECKING:
+    from pgguard.attribution.sockets import ClientSocket
+    from pgguard.proxy.judge import Judge
+    from pgguard.proxy.kernel_senders import KernelSenders, TcpAccount
+    from pgguard.proxy.listeners import Listener
+    from pgguard.proxy.overview import SessionListener
+    from pgguard.proxy.registrar import Registrar
+    from pgguard.proxy.watch import Watch
+
+_GONE: Final = frozenset({errno.ENOTCONN, errno.EINVAL, errno.ECONNRESET, errno.EPIPE})
+"""What the kernel says of a connection that has been reset before it was accepted."""
+
+
+class Roster:
+    """Knows the sessions, and has each looked after from its beginning to its end.
+
+    Args:
+        sessions: those that the sweep has, by their numbers: kept here.
+        judge: rules on verdicts.
+        watch: looks for what no message shows.
+        registrar: finds out who opened them; ``None`` with attribution off.
+    """
+
+    def __init__(
+        self, sessions: dict[int, ProxiedSession], *, judge: Judge, watch: Watch, registrar: Registrar | None
+    ) -> None:
+        self.sessions = sessions
+        self.present: set[int] = set()
+        """The numbers of those that have been admitted: also of those on their way to the sweep."""
+        self.last_number = 0
+        """How many clients have come so far."""
+        self.senders: KernelSenders | None = None
+        """Who sends on TCP, where the kernel says it."""
+        self._judge = judge
+        self._watch = watch
+        self._registrar = registrar
+        self._listeners: list[SessionListener] = []
+
+    def tell(self, listener: SessionListener) -> None:
+        """Have somebody told of each session that is opened or closed from now on."""
+        self._listeners.append(listener)
+
+    def come(self, sock: socket.socket, listener: Listener, *, is_admitted: bool) -> ProxiedSession:
+        """Take note of a client that has just been accepted.
+
+        Raises:
+            OSError: it is gone before it could be asked who it was.
+        """
+        self.last_number += 1
+        try:
+            self._watch.arrival()
+        except Exception:
+            note(Loss.STEP)
+        client_name = None
+        if isinstance(listener.address, TcpAddress):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            host, port = sock.getpeername()[:2]
+            client_name = str(TcpAddress(host, port))
+        kernel_account = self._open_account(sock) if client_name is not None and is_admitted else None
+        session = ProxiedSession(
+            self.last_number,
+            transport=listener.transport,
+            client_name=client_name,
+            client_socket=_describe(sock, kernel_account) if self._registrar is not None and is_admitted else None,
+            opened_at=time.time(),
+        )
+        session.kernel_account = kernel_account
+        if self._registrar is not None and session.client_socket is not None:
+            self._registrar.enroll(session)
+        if is_admitted:
+            self.present.add(session.id)
+        return session
+
+    def _open_account(self, sock: socket.socket) -> TcpAccount | None:
+        if self.senders is None:
+            return None
+        try:
+            return self.senders.open(sock)
+        except Exception as error:
+            _note_unless_gone(error, Loss.SENDER)
+            return None
+
+    def enter(self, session: ProxiedSession) -> None:
+        """Its client has been introduced to the server."""
+        self.sessions[session.id] = session
+        try:
+            self._watch.stir(session)
+        except Exception:
+            note(Loss.STEP, session)
+        for listener in self._listeners:
+            try:
+                listener.opened(discreet_facts(session.facts()))
+            except Exception:
+                note(Loss.STEP, session)
+
+    def leave(self, session: ProxiedSession) -> bool:
+        """It is over, and its sockets are closed; False if that has been said before."""
+        if session.id not in self.present:
+            return False
+        self.present.remove(session.id)
+        self.settle(session)
+        if self.sessions.pop(session.id, None) is not None:
+            for listener in self._listeners:
+                try:
+                    listener.closed(discreet_facts(session.facts()))
+                except Exception:
+                    note(Loss.STEP, session)
+        return True
+
+    def settle(self, session: ProxiedSession) -> None:
+        """Do what is left to be done for one that is over."""
+        try:
+            self._watch.leave(session)
+        except Exception:
+            note(Loss.TIDINESS, session)
+        try:
+            self._judge.closed(session)
+        except Exception:
+            note(Loss.TIDINESS, session)
+        try:
+            if self._registrar is not None:
+                self._registrar.strike_off(session)
+        except Exception:
+            note(Loss.TIDINESS, session)
+        account = session.kernel_account
+        if self.senders is not None and account is not None:
+            try:
+                self.senders.close(account)
+            except Exception:
+                note(Loss.TIDINESS, session)
+
+
+def _describe(sock: socket.socket, kernel_account: TcpAccount | None) -> ClientSocket | None:
+    """Write down whose socket is at the other end, and who connected it if that is known."""
+    try:
+        client = client_socket(sock)
+    except Exception as error:
+        _note_unless_gone(error, Loss.OPENER)
+        return None
+    opener = None if kernel_account is None else kernel_account.account.opener
+    if opener is None or not isinstance(client, TcpClient):
+        return client
+    return replace(client, connected_by=opener.pid, connected_on=opener.tid)
+
+
+def _note_unless_gone(error: Exception, loss: Loss) -> None:
+    """A client that is gone already is not looked at, and will be found out to be gone."""
+    if not isinstance(error, OSError) or error.errno not in _GONE:
+        note(loss)
