@@ -188,26 +188,37 @@ class SockDiag:
 
     def _tcp_socket(self, client: TcpClient) -> tuple[int, int] | None:
         """The inode of the client's socket, and what lies unread in it."""
+        # Where no connection matches, the kernel falls back to a listener on the client's address and port.
+        return self._inet_socket(
+            (client.address, client.port), (client.guard_address, client.guard_port), client.interface
+        )
+
+    def listener_inode(self, address: bytes, port: int) -> int | None:
+        """Find the inode of the socket that accepts connections to an address of this host, whatever it is bound to.
+
+        Args:
+            address: 4 or 16 bytes in network order.
+            port: the port.
+
+        Returns:
+            ``None`` if nothing listens there, in this network namespace.
+        """
+        found = self._inet_socket((address, port), (bytes(len(address)), 0), 0)
+        return None if found is None else found[0]
+
+    def _inet_socket(self, own: tuple[bytes, int], peer: tuple[bytes, int], interface: int) -> tuple[int, int] | None:
+        """The inode of a TCP socket of exactly these ports, by its own address and its peer's; and what is unread."""
         # To the kernel an IPv4-mapped address is the IPv4 address, whichever family either end's socket has.
-        family = socket.AF_INET if len(client.address) == 4 else socket.AF_INET6
-        ports = client.port.to_bytes(2, "big"), client.guard_port.to_bytes(2, "big")
+        family = socket.AF_INET if len(own[0]) == 4 else socket.AF_INET6
+        ports = own[1].to_bytes(2, "big"), peer[1].to_bytes(2, "big")
         answer = self._ask(
             _INET_REQUEST.pack(
-                family,
-                socket.IPPROTO_TCP,
-                0,
-                _ALL_STATES,
-                *ports,
-                client.address,
-                client.guard_address,
-                client.interface,
-                _NO_COOKIE,
+                family, socket.IPPROTO_TCP, 0, _ALL_STATES, *ports, own[0], peer[0], interface, _NO_COOKIE
             )
         )
         if answer is None:
             return None
         port, peer_port, _, _, unread, inode = _INET_ANSWER.unpack_from(answer)
-        # Where no connection matches, the kernel falls back to a listener on the client's address and port.
         if (port, peer_port) != ports:
             return None
         # A connection that its owner has closed lives on without an inode until the last byte is acknowledged.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +19,9 @@ from pgguard.cli.progress import progress
 from pgguard.cli.statuses import DONE, MISSING
 from pgguard.compiled import Form, form
 from pgguard.faults.text import printable
+from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.settings import load_settings
+from pgguard.proxy.shortcut import advice_on, shortcut
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +44,7 @@ def doctor(*, as_json: bool) -> int:
     That is 0 if everything essential is available, else 1. Takes a second at most, unless something hangs.
     """
     with unwinding(), progress("Checking what this host allows"):
-        capabilities = [*check(), _compiled_code(form())]
+        capabilities = [*check(), _compiled_code(form()), *_shortcuts()]
     if as_json:
         print(json.dumps([_as_dict(capability) for capability in capabilities], indent=2))  # noqa: T201 - the answer
     else:
@@ -65,6 +69,27 @@ def _compiled_code(found: Form) -> Capability:
         problem=problem,
         remedy=remedy,
     )
+
+
+def _shortcuts() -> list[Capability]:
+    """What there is to say of the way to the server that ``serve`` would guard: nothing, if it is the shortest."""
+    try:
+        upstream = load_settings({"upstream": os.environ.get("PGGUARD_UPSTREAM", "")}, None).server()
+    except ConfigurationError:
+        return []  # it says so when it is started
+    found = shortcut(upstream)
+    if found is None:
+        return []
+    return [
+        Capability(
+            "Unix socket to the server",
+            "reaches the server with less CPU time than TCP",
+            essential=False,
+            unix_instead=False,
+            problem=f"the guard reaches it at {upstream}, and it also listens at {found}",
+            remedy=advice_on(found),
+        )
+    ]
 
 
 def _as_dict(capability: Capability) -> dict[str, str | bool | list[str] | None]:

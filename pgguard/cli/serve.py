@@ -18,6 +18,7 @@ from pgguard.proxy.addresses import unused_database_url
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.losses import Loss, keep_going, remarks, spared
 from pgguard.proxy.settings import Settings, load_settings, mistyped_variables, reload_settings
+from pgguard.proxy.shortcut import advice_on, shortcut
 from pgguard.reporting.console import ConsoleSink
 from pgguard.reporting.jsonl import JsonLines
 from pgguard.reporting.log import BoundedLog
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.capabilities import Capability
     from pgguard.attribution.privileges import Account
+    from pgguard.proxy.addresses import Upstream
     from pgguard.running import RunningGuard
 
 logger = logging.getLogger(__name__)
@@ -266,6 +268,7 @@ async def _until_signalled(
                     orders.begin(guard)
                     nursery.start_soon(keep_going, tend, Loss.STEP, tended)
                     nursery.start_soon(keep_going, orders.reload, guard)
+                    nursery.start_soon(_point_out_shortcut, guard.upstream)
                     await guard.wait_ended()
             except Exception as error:
                 failures.append(error)  # to be raised as it is, and not in a group
@@ -293,6 +296,14 @@ def _announce(guard: RunningGuard, settings: Settings) -> None:
     source = "" if settings.source is None else f"; settings are from {settings.source}"
     logger.info("PostgreSQL is at %s%s", guard.upstream, source)
     logger.info("ready on %s", ", ".join(map(str, guard.addresses)))
+
+
+async def _point_out_shortcut(upstream: Upstream) -> None:
+    """Say how the server can be reached with less effort, if that is certain. Never raises but for cancellation."""
+    with spared(Loss.WORDS):
+        found = await trio.to_thread.run_sync(shortcut, upstream, abandon_on_cancel=True)
+        if found is not None:
+            logger.info("the server also has a Unix socket, which takes less CPU time: %s", advice_on(found))
 
 
 def lacking_evidence(missing: Sequence[Capability]) -> str | None:

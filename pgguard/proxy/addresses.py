@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 DEFAULT_PORT: Final = 5432
-_SOCKET_DIRECTORIES: Final = ("/var/run/postgresql", "/tmp")  # noqa: S108 - where Debian's and PostgreSQL's own libpq look
+SOCKET_DIRECTORIES: Final = ("/var/run/postgresql", "/tmp")  # noqa: S108 - where Debian's and PostgreSQL's own libpq look
 _ATTRIBUTES: Final = frozenset({"read-write", "read-only", "primary", "standby", "prefer-standby"})
 """What ``target_session_attrs`` may ask for, but for ``any``: "Parameter Key Words" in the chapter on libpq."""
 _NO_HOST: Final = re.compile(r"[@/?#\s]")
@@ -311,7 +311,7 @@ def _hosts(settings: Mapping[str, str]) -> list[str]:
 
 def _default_address(port: int) -> Address:
     """The socket that libpq would use where no host is given, or TCP to this host if there is no such socket."""
-    for directory in _SOCKET_DIRECTORIES:
+    for directory in SOCKET_DIRECTORIES:
         address = UnixAddress(directory, port)
         if Path(address.path).exists():
             return address

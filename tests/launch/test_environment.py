@@ -54,7 +54,7 @@ def test_libpqs_variables_that_lead_to_the_server() -> None:
 
 def test_libpqs_defaults_that_lead_to_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing has to be set: a program that only uses libpq's defaults would have gone there."""
-    monkeypatch.setattr("pgguard.proxy.addresses._SOCKET_DIRECTORIES", (str(tmp_path),))
+    monkeypatch.setattr("pgguard.proxy.addresses.SOCKET_DIRECTORIES", (str(tmp_path),))
     here = {"DATABASE_URL": "postgresql:///app"}
     led = {"DATABASE_URL": "postgresql://127.0.0.1:40123/app"}
     for environment, upstream in (({}, HERE), ({"PGPORT": "5433"}, TcpAddress("localhost", 5433))):
@@ -68,7 +68,7 @@ def test_a_url_without_a_place_follows_libpqs_variables_to_a_socket(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Active Record would find none in a parameter, and Go none in the place of the host."""
-    monkeypatch.setattr("pgguard.proxy.addresses._SOCKET_DIRECTORIES", (str(tmp_path),))
+    monkeypatch.setattr("pgguard.proxy.addresses.SOCKET_DIRECTORIES", (str(tmp_path),))
     (tmp_path / ".s.PGSQL.5432").touch()
     here = UnixAddress(str(tmp_path), 5432)
     environment = {"URL": "postgresql://app:pw@/app?pool=5"}

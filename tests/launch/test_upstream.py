@@ -21,7 +21,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith("PG") or name == "DATABASE_URL":
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("pgguard.proxy.addresses._SOCKET_DIRECTORIES", (str(tmp_path),))
+    monkeypatch.setattr("pgguard.proxy.addresses.SOCKET_DIRECTORIES", (str(tmp_path),))
 
 
 def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
