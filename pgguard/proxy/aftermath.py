@@ -180,7 +180,7 @@ class Aftermath:
                     client.write()
         return not rest
 
-    def hear(self, session: ProxiedSession, data: memoryview) -> None:
+    def hear(self, session: ProxiedSession, data: bytes) -> None:
         """Take note of what a client says that was rejected, and tell it again if it asks for something."""
         session.heard = True
         last = session.farewell

@@ -252,7 +252,7 @@ class Endings:
 
     # What is said of those that are over
 
-    def hear(self, end: End, data: memoryview) -> None:
+    def hear(self, end: End, data: bytes) -> None:
         """A client whose session is over has sent something."""
         if end.session.farewell is not None:
             self.aftermath.hear(end.session, data)

@@ -172,7 +172,7 @@ def _message(data: bytes) -> MessageSeen | None:
     """The message of a later phase that the bytes begin with, if they do."""
     if len(data) < HEADER_SIZE:
         return None
-    code, length = parse_header(data, 0)
+    code, length = parse_header(bytes(data[:HEADER_SIZE]), 0)
     message = _MESSAGES[code]
     if not message.least <= length <= min(message.most, _FIRST):
         return None

@@ -153,7 +153,7 @@ class Endings(Protocol):
     def pass_end_on(self, end: End) -> None:
         """Everything has been written to ``end``, and its peer will send no more."""
 
-    def hear(self, end: End, data: memoryview) -> None:
+    def hear(self, end: End, data: bytes) -> None:
         """A client whose session is over has sent something."""
 
     def note_late(self, end: End, data: bytes, now: float) -> None:
@@ -674,7 +674,7 @@ class Relay:
         if begin == stop or peer.writing is not _WRITABLE:
             return
         if end.is_client and end.flow.phase is not _RELAYED:
-            self._endings.hear(end, memoryview(data)[begin:stop])
+            self._endings.hear(end, data[begin:stop])
             return
         whole = begin == 0 and stop == len(data)
         if peer.outgoing:

@@ -85,7 +85,7 @@ def farewell(session: Session, error: bytes, asked: str | None = None) -> Farewe
     return Farewell(words, again=_CLEAN_UPS)
 
 
-def asks(data: memoryview) -> bool:
+def asks(data: bytes) -> bool:
     """Whether bytes that a client has sent are a request: whole messages, of which the first can be answered.
 
     That they begin with a message isn't known: a client that was interrupted may go on with what it was sending.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, final
 
 from pgguard.identity import Sender
 from pgguard.session import libpq
@@ -14,7 +14,7 @@ from pgguard.session.verdicts import AFTER_END, Direction, Kind, MessageSeen, Re
 from pgguard.wire.messages import FRONTEND, HEADER_SIZE, SMALL, UNKNOWN, by_code, parse_header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from mypy_extensions import i64
 
     from pgguard.session.requests import Request
     from pgguard.session.session import Session
@@ -24,12 +24,21 @@ if TYPE_CHECKING:
 # The tables, compiled for the loop: lists indexed by type byte instead of dictionaries of characters.
 
 _MESSAGES: Final = by_code(FRONTEND)
-_SHAPES: Final = [(message.least, message.most, message.look) for message in _MESSAGES]
-"""The limits of the length word, and how many bytes are looked at."""
-_OWED: Final = [int(OWED.get(chr(code), Owes.NOTHING)) for code in range(256)]
-_SIMPLE: Final = [chr(code) in "QF" for code in range(256)]
-_EXTENDED: Final = [chr(code) in "PBCDES" for code in range(256)]
-_TARGETED: Final = [chr(code) in "CD" for code in range(256)]
+_UNANSWERED: Final = 0
+_SIMPLE: Final = 1
+_EXTENDED: Final = 2
+
+
+def _way(code: str) -> int:
+    """How a message is taken."""
+    return _SIMPLE if code in "QF" else _EXTENDED if code in "PBCDES" else _UNANSWERED
+
+
+_SHAPES: Final[list[tuple[i64, i64, i64, i64]]] = [
+    (message.least, message.most, message.look, _way(chr(code))) for code, message in enumerate(_MESSAGES)
+]
+"""The limits of the length word, how many bytes are looked at, and how it is taken."""
+_OWED: Final[list[i64]] = [int(OWED.get(chr(code), Owes.NOTHING)) for code in range(256)]
 _COPYING_IN: Final = [state in COPY_IN for state in Owes]
 _IN_COPY_IN: Final = [chr(code) in IN_COPY_IN for code in range(256)]
 
@@ -41,6 +50,7 @@ _BIND: Final = ord("B")
 _CLOSE: Final = ord("C")
 _COPY_DATA: Final = ord("d")
 _DESCRIBE: Final = ord("D")
+_EXECUTE: Final = ord("E")
 _FLUSH: Final = ord("H")
 _PARSE: Final = ord("P")
 _PASSWORD_MESSAGE: Final = ord("p")
@@ -51,10 +61,16 @@ _PORTAL: Final = ord("P")
 _TERMINATE_CODE: Final = ord("X")
 
 
+_NOBODY: Final[frozenset[int | None]] = frozenset()
 _FLUSHES: Final = b"H\0\0\0\4" * 64
 
 
-def _flushes_behind(chunk: bytes | bytearray, pos: int, end: int) -> int:
+def _seen(code: i64, length: i64) -> MessageSeen:
+    """One of these messages for a verdict."""
+    return seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+
+
+def _flushes_behind(chunk: bytes, pos: i64, end: i64) -> int:
     """How many bytes of more Flushes there are behind one: they ask for what has been asked for.
 
     The server needs less time for one than it takes to look at it here.
@@ -65,6 +81,7 @@ def _flushes_behind(chunk: bytes | bytearray, pos: int, end: int) -> int:
     return stop - first
 
 
+@final
 class FrontendStream:
     """Follows the client's messages of one session; see :class:`pgguard.session.tracker.Tracker`.
 
@@ -74,36 +91,39 @@ class FrontendStream:
     """
 
     __slots__ = (
+        "_code",
         "_fed",
         "_held",
         "_held_by",
         "_late",
         "_late_by",
         "_ledger",
-        "_notes",
+        "_length",
         "_sender",
         "_session",
         "_simple",
         "_statements",
         "_swallowing",
         "overruled",
-        "partial",
         "rest",
     )
 
     def __init__(self, session: Session, sender: Sender | None) -> None:
-        self.rest = 0
+        self.rest: i64 = 0
         """Bytes still to come of a message that has been judged."""
-        self.partial: MessageSeen | None = None
+        self._code: i64 = 0
+        self._length: i64 = 0
+        """The type and the length word of the last of which there were any."""
         self.overruled: Kind | None = None
         """The next message is to be taken whatever is wrong with it: the kind of the verdict that was overruled."""
         self._session = session
         self._ledger = session.ledger
+        self._statements = session.statements
         self._sender = sender
         """Who sent the chunk that is being followed; ``None`` if the kernel didn't say."""
         self._held_by: Sender | None = None
         """Who sent the bytes that were left with the caller."""
-        self._held = 0
+        self._held: i64 = 0
         """How many they were."""
         self._swallowing = False
         """What is still to come of a message is kept from the server."""
@@ -111,22 +131,14 @@ class FrontendStream:
         """The last simple Query or FunctionCall."""
         self._fed: Request | None = None
         """The request that stood first when the last CopyData was sent, until CopyDone or CopyFail is."""
-        self._late: set[int | None] = set()
+        self._late: frozenset[int | None] = _NOBODY
         """The pids of those that have used the connection after its end: judged once each."""
         self._late_by: int | None = None
         """Who sent what was last followed after the end: the next messages of another begin with its own bytes."""
-        self._statements = statements = session.statements
-        self._notes: dict[int, Callable[[Request, bytes | bytearray, int, int], Statement | Closing | None]] = {
-            _PARSE: statements.parse,
-            _BIND: statements.bind,
-            _DESCRIBE: statements.describe,
-            _CLOSE: statements.close,
-        }
-        """What is to be noted of a message that names a prepared statement."""
 
-    def follow(
-        self, chunk: bytes | bytearray, start: int, end: int, sender: Sender | None, at: float, most: int
-    ) -> int:
+    def follow(  # noqa: C901, PLR0912 - as of the server's stream
+        self, chunk: bytes, start: i64, end: i64, sender: Sender | None, at: float, most: i64
+    ) -> i64:
         """Follow ``chunk[start:end]``, messages that begin in ``most`` bytes; returns how far it is in order."""
         session = self._session
         ledger = self._ledger
@@ -140,10 +152,11 @@ class FrontendStream:
         last = end - HEADER_SIZE
         if last - start >= most:
             last = start + most - 1
-        code, length = -1, 0  # no message has been looked at
+        code: i64 = -1  # no message has been looked at
+        length: i64 = 0
         while pos <= last:
             code, length = parse_header(chunk, pos)
-            least, longest, look = _SHAPES[code]
+            least, longest, look, way = _SHAPES[code]
             if not least <= length <= longest and not self._accept_frame(pos, code, length):
                 break
             stop = pos + (look if length >= look else 1 + length)
@@ -152,9 +165,9 @@ class FrontendStream:
             if _COPYING_IN[ledger.state] and not _IN_COPY_IN[code] and ledger.copying_in:
                 text = libpq.invalid_type(code, copy_in=True)
                 taken = self._out_of_place(pos, code, length, "while the server expected COPY data", text)
-            elif _EXTENDED[code]:
+            elif way == _EXTENDED:
                 taken = self._extended_message(chunk, pos, stop, code, length, at)
-            elif _SIMPLE[code]:
+            elif way == _SIMPLE:
                 taken = self._simple_request(chunk, pos, stop, code, length, at)
             else:
                 taken = self._unanswered_message(pos, code, length)
@@ -172,19 +185,20 @@ class FrontendStream:
             return self._follow_late(chunk, pos, end, sender) if session.terminated else pos
         self.rest = pos - end
         self._held_by = None
-        self.partial = seen(Direction.FRONTEND, _MESSAGES[code], code, length) if code >= 0 else self.partial
+        if code >= 0:
+            self._code, self._length = code, length
         return end
 
     def swallow(self, message: MessageSeen) -> None:
         """Pass over a message that was judged, as if it had never been sent, by whomever."""
         self.rest = message.size
         self._swallowing = True
-        self.partial = message
+        self._code, self._length = ord(message.type or "\0"), message.size - 1
         self._sender = self._session.senders.latest
         self._held_by = None
         self._held = 0
 
-    def _pass_by(self, chunk: bytes | bytearray, start: int, end: int, sender: Sender | None) -> int:
+    def _pass_by(self, chunk: bytes, start: i64, end: i64, sender: Sender | None) -> int:
         """Go on with what has no effect: a message that is swallowed, up to its end, or what comes too late."""
         if not self._swallowing:
             return self._follow_late(chunk, start, end, sender)
@@ -206,7 +220,7 @@ class FrontendStream:
         open_request = self._ledger.works()
         if self.rest or held_back:
             open_request = True
-            reason, message = torn_end("client", self.rest, self.partial, held_back)
+            reason, message = torn_end("client", self.rest, _seen(self._code, self._length), held_back)
             verdicts.append(session.judge(Kind.PROTOCOL_VIOLATION, reason, message, 0, intruder=self._sender))
         if open_request:
             when = "in the middle of a request"
@@ -230,7 +244,7 @@ class FrontendStream:
 
     # Messages
 
-    def _unanswered_message(self, pos: int, code: int, length: int) -> bool:
+    def _unanswered_message(self, pos: i64, code: i64, length: i64) -> bool:
         """Take a message that nothing is owed for; False when there is a verdict on it instead."""
         if code in b"dcf":
             return self._copy_message(pos, code, length)
@@ -248,7 +262,7 @@ class FrontendStream:
             self._session.terminator = self._sender
         return True
 
-    def _follow_late(self, chunk: bytes | bytearray, start: int, end: int, sender: Sender | None) -> int:
+    def _follow_late(self, chunk: bytes, start: i64, end: i64, sender: Sender | None) -> int:
         """Follow what comes when the session is over, and can have no effect: who else uses the connection still?
 
         Terminate is no use: several that have the connection open may all say it, as pg_basebackup and its child do
@@ -272,10 +286,10 @@ class FrontendStream:
             return end
         while end - pos >= HEADER_SIZE:
             code, length = parse_header(chunk, pos)
-            least, most, _ = _SHAPES[code]
+            least, most, _, _ = _SHAPES[code]
             if code != _TERMINATE_CODE or not least <= length <= most:
-                self._late.add(pid)
-                session.verdict = self._judge_late(seen(Direction.FRONTEND, _MESSAGES[code], code, length), pos, sender)
+                self._late |= {pid}
+                session.verdict = self._judge_late(_seen(code, length), pos, sender)
                 return pos
             pos += 1 + length
         self.rest = max(0, pos - end)
@@ -284,7 +298,7 @@ class FrontendStream:
             self._held = end - pos
         return min(pos, end)
 
-    def _judge_late(self, message: MessageSeen, pos: int, sender: Sender | None) -> Verdict:
+    def _judge_late(self, message: MessageSeen, pos: i64, sender: Sender | None) -> Verdict:
         senders = self._session.senders
         if self._session.terminated or sender is None:
             kind, reason = Kind.SHARED_BY_PROCESSES, AFTER_END
@@ -296,7 +310,7 @@ class FrontendStream:
         )
         return replace(verdict, ends=True)
 
-    def _is_foreign_goodbye(self, pos: int, length: int) -> bool:
+    def _is_foreign_goodbye(self, pos: i64, length: i64) -> bool:
         """Whether a Terminate is one that whoever sent it may have no right to: a verdict, then."""
         session = self._session
         sender = self._sender
@@ -306,14 +320,14 @@ class FrontendStream:
         session.verdict = session.judge(
             Kind.FOREIGN_TERMINATE,
             "Terminate came from a process other than the one that opened the connection",
-            seen(Direction.FRONTEND, _MESSAGES[_TERMINATE_CODE], _TERMINATE_CODE, length),
+            _seen(_TERMINATE_CODE, length),
             pos,
             intruder=sender,
             libpq=libpq.CLOSED,
         )
         return True
 
-    def _cuts_copy_short(self, pos: int, length: int) -> bool:
+    def _cuts_copy_short(self, pos: i64, length: i64) -> bool:
         """Whether a Terminate comes in the middle of copy data: a verdict, then.
 
         The server takes it for an error, and none of what it has read is kept: ``CopyGetData()`` in
@@ -321,7 +335,7 @@ class FrontendStream:
         """
         session = self._session
         ledger = self._ledger
-        if ledger.state == _COPY_BOTH or not ledger.copying_in or ledger.entries[0][1] is not self._fed:
+        if ledger.state == _COPY_BOTH or not ledger.copying_in or ledger.first() is not self._fed:
             return False
         # One from a stranger has been judged. One of which nobody knows who sent it may have been acquitted.
         if self.overruled is not None and (self.overruled is not Kind.FOREIGN_TERMINATE or self._sender is not None):
@@ -329,14 +343,14 @@ class FrontendStream:
         session.verdict = session.judge(
             Kind.UNCLEAN_CLOSE,
             "Terminate came in the middle of COPY data, which the server throws away",
-            seen(Direction.FRONTEND, _MESSAGES[_TERMINATE_CODE], _TERMINATE_CODE, length),
+            _seen(_TERMINATE_CODE, length),
             pos,
             intruder=self._sender,
             open_request=True,
         )
         return True
 
-    def _simple_request(self, chunk: bytes | bytearray, pos: int, stop: int, code: int, length: int, at: float) -> bool:
+    def _simple_request(self, chunk: bytes, pos: i64, stop: i64, code: i64, length: i64, at: float) -> bool:
         ledger = self._ledger
         session = self._session
         if ledger.state != NOTHING:
@@ -356,17 +370,16 @@ class FrontendStream:
         ledger.enter(_OWED[code], request)
         return True
 
-    def _extended_message(
-        self, chunk: bytes | bytearray, pos: int, stop: int, code: int, length: int, at: float
+    def _extended_message(  # noqa: C901, PLR0912 - as above
+        self, chunk: bytes, pos: i64, stop: i64, code: i64, length: i64, at: float
     ) -> bool:
         owes = _OWED[code]
-        target = 0
-        named: Statement | Closing | None = None
-        if _TARGETED[code]:
+        target: i64 = 0
+        if code == _DESCRIBE or code == _CLOSE:  # noqa: SIM109, PLR1714 - in a tuple takes longer
             target = chunk[pos + HEADER_SIZE] if stop - pos > HEADER_SIZE else 0
-            if target == _STATEMENT and code == _DESCRIBE:
-                owes = _DESCRIBE_STATEMENT
-            elif target not in b"SP":
+            if target == _STATEMENT:
+                owes = _DESCRIBE_STATEMENT if code == _DESCRIBE else owes
+            elif target != _PORTAL:
                 why = "with neither a statement nor a portal to act on"
                 if not self._out_of_place(pos, code, length, why, None):
                     return False
@@ -376,32 +389,40 @@ class FrontendStream:
         if request is not None and (request.sender is self._sender or not self._another(request.sender)):
             request.add(code)
         else:
-            busy = self._busy_with_simple()
+            busy = None if self._simple is None else self._busy_with_simple()
             if busy is not None and self._overlaps(busy, chunk, pos, stop, length):
                 return False
             continued = request is not None
             request = session.unsynced = session.new_request(code, at, self._sender)
             if code != _SYNC and not continued:
                 session.copy_over = False
+        named: Statement | Closing | None = None
         if code == _SYNC:
             session.unsynced = None
             ledger.skipping = False
             if _COPYING_IN[ledger.state] and ledger.copying_in:
                 ledger.enter_in_copy(request)
                 return True
-        elif target != _PORTAL and not ledger.skipping:
-            note = self._notes.get(code)
-            if note is not None:
-                named = note(request, chunk, pos + HEADER_SIZE, stop)
+        elif code != _EXECUTE and target != _PORTAL and not ledger.skipping:
+            statements = self._statements
+            body = pos + HEADER_SIZE
+            if code == _BIND:
+                named = statements.bind(request, chunk, body, stop)
+            elif code == _PARSE:
+                named = statements.parse(request, chunk, body, stop)
+            elif code == _DESCRIBE:
+                named = statements.describe(chunk, body, stop)
+            else:
+                named = statements.close(chunk, body, stop)
         ledger.enter(owes, request, named)
         return True
 
-    def _copy_message(self, pos: int, code: int, length: int) -> bool:
+    def _copy_message(self, pos: i64, code: i64, length: i64) -> bool:
         """CopyData, CopyDone or CopyFail: in place while a COPY is, or may be, or has just been, going on."""
         ledger = self._ledger
         if ledger.may_copy_in:
             if code == _COPY_DATA:
-                self._fed = ledger.entries[0][1]
+                self._fed = ledger.first()
             else:
                 self._fed = None
                 ledger.end_copy_data()
@@ -417,14 +438,14 @@ class FrontendStream:
             return None
         return None if self._elsewhere(simple.sender) else simple
 
-    def _overlaps(self, busy: Request, chunk: bytes | bytearray, pos: int, stop: int, length: int) -> bool:
+    def _overlaps(self, busy: Request, chunk: bytes, pos: i64, stop: i64, length: i64) -> bool:
         """Whether a request sent before ``busy`` has been answered is a fault: a verdict, then."""
         session = self._session
         if self.overruled is not None:
             return False
         sender = self._sender
         code = chunk[pos]
-        message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+        message = _seen(code, length)
         session.verdict = session.judge(
             Kind.REQUEST_WHILE_BUSY,
             f"{message.name} was sent before the answer to request {busy.n} ({busy.messages}) was complete",
@@ -436,23 +457,23 @@ class FrontendStream:
         )
         return True
 
-    def _out_of_place(self, pos: int, code: int, length: int, why: str, text: str | None) -> bool:
+    def _out_of_place(self, pos: i64, code: i64, length: i64, why: str, text: str | None) -> bool:
         """A message that is not allowed here: a verdict, unless that has been overruled."""
         session = self._session
         if self.overruled is not None:
             return True
-        message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+        message = _seen(code, length)
         reason = f"the client sent {message.name} {why}"
         session.verdict = session.judge(
             Kind.PROTOCOL_VIOLATION, reason, message, pos, intruder=self._sender, libpq=text
         )
         return False
 
-    def _accept_frame(self, pos: int, code: int, length: int) -> bool:
+    def _accept_frame(self, pos: i64, code: i64, length: i64) -> bool:
         """Judge a message of unknown type or impossible length: True to go on with it all the same."""
         session = self._session
         known = _MESSAGES[code] is not UNKNOWN
-        message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+        message = _seen(code, length)
         what = ill_formed(message, length, known=known)
         if self.overruled is not None:
             framed = known and HEADER_SIZE - 1 <= length <= max(_MESSAGES[code].most, SMALL)
@@ -478,7 +499,7 @@ class FrontendStream:
             return False
         return sender.pid != other.pid or (None not in (sender.tid, other.tid) and sender.tid != other.tid)
 
-    def _accept_sender(self, chunk: bytes | bytearray, start: int, end: int, sender: Sender | None) -> bool:
+    def _accept_sender(self, chunk: bytes, start: i64, end: i64, sender: Sender | None) -> bool:
         """Take note that these bytes have another sender than the last: False when that is a verdict."""
         session = self._session
         held_by = self._held_by
@@ -489,27 +510,27 @@ class FrontendStream:
         torn = None
         least = length = most = look = code = 0
         first = session.senders.latest
-        if self.rest and self.partial is not None:
-            message = self.partial
+        if self.rest:
+            message = _seen(self._code, self._length)
             torn = message.name
         elif split:
             first = held_by
             # Of a header that is torn itself only so much is known as there is of it.
             whole = self._held >= HEADER_SIZE
             code, length = parse_header(chunk, start) if whole else (chunk[start], self._held - 1)
-            message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+            message = _seen(code, length)
             torn = message.name
         elif end - start < HEADER_SIZE:
             return True  # too little to say what is sent: judged when more is there
         else:
             code, length = parse_header(chunk, start)
-            least, most, look = _SHAPES[code]
+            least, most, look, _ = _SHAPES[code]
             if least <= length <= most and end - start < min(1 + length, look):
                 return True
             if code == _TERMINATE_CODE and (session.senders.is_strange(sender) or self._waiting(sender) is None):
                 self._sender = sender
                 return True  # not a use, but an end: judged as such, or when somebody goes on
-            message = seen(Direction.FRONTEND, _MESSAGES[code], code, length)
+            message = _seen(code, length)
         waiting = self._waiting(sender)
         session.several_read = True
         change = session.senders.change(sender, waiting=waiting, torn=torn, first=first if torn else waiting)
@@ -531,7 +552,7 @@ class FrontendStream:
     def _waiting(self, sender: Sender) -> Sender | None:
         """The first other process that an answer is due to; the last, if it is the opener that doesn't wait for it."""
         opener = self._session.senders.opener
-        entries = self._ledger.entries
+        entries = list(self._ledger.queue())
         for owes, request, _ in reversed(entries) if opener is not None and opener.pid == sender.pid else entries:
             if owes == _LOGIN or owes not in NO_REQUEST:
                 other = request.sender

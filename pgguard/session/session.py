@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
@@ -19,11 +18,13 @@ from pgguard.wire.messages import FRONTEND, HEADER_SIZE, by_code
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mypy_extensions import i64
+
     from pgguard.wire.messages import Message
     from pgguard.wire.startup import CancelKey
 
 _RECENT: Final = 8
-"""Requests that are remembered beyond their answer, for the timeline of a record."""
+"""Requests that are remembered beyond their answer, for the timeline of a record; a power of two."""
 _OUTSTANDING: Final = 16
 """Unanswered requests that a verdict shows."""
 FEW: Final = 256
@@ -47,7 +48,40 @@ class Session:
         sender: who sent the StartupMessage, if the kernel said so.
     """
 
-    def __init__(self, parameters: Mapping[str, str], sender: Sender | None) -> None:
+    __slots__ = (
+        "_compact_at",
+        "_different",
+        "_recent",
+        "answer_began",
+        "answer_ended",
+        "application_name",
+        "asks_goodbye",
+        "cancel_key",
+        "copied",
+        "copy_over",
+        "database",
+        "goodbye",
+        "last_request",
+        "ledger",
+        "left",
+        "lost",
+        "over",
+        "pipelines",
+        "position",
+        "replication",
+        "requests",
+        "senders",
+        "several_read",
+        "statements",
+        "terminated",
+        "terminator",
+        "transaction_status",
+        "unsynced",
+        "user",
+        "verdict",
+    )
+
+    def __init__(self, parameters: Mapping[str, str], sender: Sender | None) -> None:  # noqa: PLR0915 - all there is
         self.user: str | None = parameters.get("user")
         self.database: str | None = parameters.get("database") or self.user
         self.application_name: str | None = parameters.get("application_name") or None
@@ -73,7 +107,7 @@ class Session:
         self.asks_goodbye = False
         """A Terminate of which nobody knows who sent it is a foreign-terminate until it has been looked into."""
 
-        self.ledger = Ledger(Request(0, 0.0, sender, "", at_rest=True))
+        self.ledger = Ledger(Request(0, 0.0, sender, 0, True))
         self.senders = Senders(sender)
         self.statements = Statements()
         self.unsynced: Request | None = None
@@ -86,18 +120,21 @@ class Session:
         """Several read the answers, as far as that is known."""
         self.pipelines = False
         """The client has made a request while another one was outstanding."""
-        self.requests = 0
+        self.requests: i64 = 0
         """How many the client has made."""
         self._compact_at = _MOST_ENTRIES
         """Entries at which those that are alike are put together, while no answer has been asked for."""
         self._different = 0
         """How many of them were not alike then."""
-        self._recent: deque[Request] = deque(maxlen=_RECENT)
-        self.position = 0
+        self._recent: list[Request] = []
+        """The latest of them, in a ring."""
+        self.last_request: Request | None = None
+        """The latest that has been made."""
+        self.position: i64 = 0
         """Bytes of the server's stream that are in order, and have been forwarded."""
-        self.answer_began = 0
+        self.answer_began: i64 = 0
         """Where in it the answer to the first request begins that was made when nothing was outstanding."""
-        self.answer_ended = 0
+        self.answer_ended: i64 = 0
         """Where in it the last ReadyForQuery ended."""
 
     def introduce(self, opener: Sender, *, asks_goodbye: bool) -> None:
@@ -130,21 +167,20 @@ class Session:
         """Whether the last answer is complete, and nothing of another request has been sent."""
         return self.ledger.state == NOTHING and self.unsynced is None and self.requests > 0
 
-    @property
-    def last_request(self) -> Request | None:
-        """The latest that has been made."""
-        return self._recent[-1] if self._recent else None
-
-    def new_request(self, code: int, at: float, sender: Sender | None) -> Request:
+    def new_request(self, code: i64, at: float, sender: Sender | None) -> Request:
         """A message has been sent that begins a request."""
-        self.requests += 1
+        before = self.requests
+        self.requests = before + 1
         at_rest = self.ledger.state == NOTHING
         if at_rest:
             self.answer_began = self.position
         else:
             self.pipelines = True
-        request = Request(self.requests, at, sender, chr(code), at_rest=at_rest)
-        self._recent.append(request)
+        request = self.last_request = Request(before + 1, at, sender, code, at_rest)
+        if before < _RECENT:
+            self._recent.append(request)
+        else:
+            self._recent[before & _RECENT - 1] = request
         return request
 
     def fullness(self) -> float:
@@ -157,10 +193,10 @@ class Session:
         place half a megabyte.
         """
         ledger = self.ledger
-        count = len(ledger.entries)
+        count = ledger.count
         if count < FEW or ledger.copying_in:
             return 0.0
-        head = ledger.entries[0][1]
+        head = ledger.first()
         if head is not self.unsynced:
             return max(count / _MOST_ENTRIES, (self.requests - head.n) / _MOST_REQUESTS)
         if count < _MOST_ENTRIES:

@@ -16,12 +16,14 @@ server refuses or discards of it is known, at the latest, when its error about a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, final
 
 from pgguard.session.quiet import SIMPLY_QUIET, Effect, judge
 from pgguard.wire.messages import NAME_LENGTH, TEXT_LIMIT
 
 if TYPE_CHECKING:
+    from mypy_extensions import i64
+
     from pgguard.session.requests import Request
 
 _LIMIT: Final = 256
@@ -39,7 +41,7 @@ class Statement:
 
     __slots__ = ("cut", "epoch", "in_doubt", "name", "quiet", "refused", "sql")
 
-    def __init__(self, name: bytes, sql: bytes | bytearray | None, *, cut: bool, epoch: int) -> None:
+    def __init__(self, name: bytes, sql: bytes | None, *, cut: bool, epoch: int) -> None:
         self.name = name
         """As much of it as the server tells names apart by."""
         self.sql = sql
@@ -54,12 +56,13 @@ class Statement:
         """If it is refused, its name may stand for a text that doesn't."""
 
 
+@final
 class Named(Statement):
     """One with a name, and whether that was free."""
 
     __slots__ = ("closed", "is_new")
 
-    def __init__(self, name: bytes, sql: bytes | bytearray | None, *, cut: bool, epoch: int) -> None:
+    def __init__(self, name: bytes, sql: bytes | None, *, cut: bool, epoch: int) -> None:
         super().__init__(name, sql, cut=cut, epoch=epoch)
         self.is_new = False
         """This session has made no statement of this name before, or closed it."""
@@ -67,6 +70,7 @@ class Named(Statement):
         """The Close, if that is so."""
 
 
+@final
 class Closing:
     """The Close of a statement; of the unnamed one also a simple Query, which drops it."""
 
@@ -79,6 +83,7 @@ class Closing:
         self.in_doubt = False
 
 
+@final
 class Statements:
     """The prepared statements by name; the oldest is forgotten when they get too many."""
 
@@ -100,7 +105,7 @@ class Statements:
 
     # What the client sends
 
-    def query(self, sql: bytes | bytearray, *, cut: bool) -> None:
+    def query(self, sql: bytes, *, cut: bool) -> None:
         """A simple Query has been sent. It drops the unnamed statement: ``exec_simple_query()`` in ``postgres.c``."""
         if b"" in self._by_name:
             _drop_text(self._by_name[b""])
@@ -118,9 +123,9 @@ class Statements:
         )
         if not simply:
             self._count(_LOOK)
-            self._run(None if cut else bytes(sql))
+            self._run(None if cut else sql)
 
-    def parse(self, request: Request, chunk: bytes | bytearray, body: int, stop: int) -> Statement | None:
+    def parse(self, request: Request, chunk: bytes, body: i64, stop: i64) -> Statement | None:
         """Keep the text of a Parse, whose body is a name, NUL, the text, NUL, and parameter types."""
         text = chunk.find(0, body, stop) + 1
         if text == 0:
@@ -139,7 +144,7 @@ class Statements:
             _drop_text(before)
             self._by_name[b""] = statement = Statement(b"", sql, cut=cut, epoch=self._epoch)
         else:
-            name = bytes(chunk[body : min(text - 1, body + NAME_LENGTH)])
+            name = chunk[body : min(text - 1, body + NAME_LENGTH)]
             self._named = True
             before = self._by_name.pop(name, None)
             _drop_text(before)
@@ -153,22 +158,17 @@ class Statements:
             statement.in_doubt = not isinstance(before, Statement) or before.in_doubt or not before.quiet
         if self._sure != _NEVER:
             self._count(1)
-            statement.quiet = not cut and judge(bytes(sql)).effect is Effect.NONE
+            statement.quiet = not cut and judge(sql).effect is Effect.NONE
         return statement
 
-    def bind(self, request: Request, chunk: bytes | bytearray, body: int, stop: int) -> Statement | None:
+    def bind(self, request: Request, chunk: bytes, body: i64, stop: i64) -> Statement | None:
         """A Bind has been sent, whose body is a portal, NUL, a statement, NUL, and more.
 
         Returns the statement that it names, unless it isn't known. What it says will be executed.
         """
         name = chunk.find(0, body, stop) + 1 if chunk[body] else body + 1
-        if 0 < name < stop and not chunk[name]:
-            found = self._by_name.get(b"")
-        else:
-            end = chunk.find(0, name, stop) if name else -1
-            if end - name > NAME_LENGTH:
-                end = name + NAME_LENGTH
-            found = self._by_name.get(bytes(chunk[name:end])) if end >= 0 else None
+        end = chunk.find(0, name, stop) if name else -1
+        found = self._by_name.get(chunk[name : min(end, name + NAME_LENGTH)]) if end >= 0 else None
         if not isinstance(found, Statement):
             self._unsettle()
             return None
@@ -181,12 +181,12 @@ class Statements:
                 self._unsettle()
         return found
 
-    def describe(self, _: Request, chunk: bytes | bytearray, body: int, stop: int) -> Statement | None:
+    def describe(self, chunk: bytes, body: i64, stop: i64) -> Statement | None:
         """The Describe of a statement has been sent, whose body is ``S``, a name, and NUL; as :meth:`bind`."""
         found = self._by_name.get(_name(chunk, body, stop))
         return found if isinstance(found, Statement) else None
 
-    def close(self, _: Request, chunk: bytes | bytearray, body: int, stop: int) -> Closing:
+    def close(self, chunk: bytes, body: i64, stop: i64) -> Closing:
         """The Close of a statement has been sent, whose body is ``S``, a name, and NUL."""
         name = _name(chunk, body, stop)
         closing = Closing(self._epoch)
@@ -269,8 +269,8 @@ def _drop_text(replaced: Statement | Closing | None) -> None:
         replaced.sql = None
 
 
-def _name(chunk: bytes | bytearray, body: int, stop: int) -> bytes:
+def _name(chunk: bytes, body: i64, stop: i64) -> bytes:
     """The name in a Describe or Close, behind the byte that says what it is of."""
     start = body + 1
     end = chunk.find(0, start, stop)
-    return bytes(chunk[start : min(end if end >= 0 else stop, start + NAME_LENGTH)])
+    return chunk[start : min(end if end >= 0 else stop, start + NAME_LENGTH)]

@@ -14,7 +14,7 @@ connection in :mod:`pgguard.session.senders`.
 from __future__ import annotations
 
 from sys import maxsize
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, final
 
 from pgguard.session.backend import BackendStream
 from pgguard.session.frontend import FrontendStream
@@ -31,6 +31,7 @@ _ABOUT_SENDERS: Final = frozenset({Kind.SHARED_BY_PROCESSES, Kind.INHERITED_CONN
 """Kinds of verdict that are not about a message, though one brings them about."""
 
 
+@final
 class Tracker(Session):
     """The protocol state of one session, from its StartupMessage on.
 
@@ -49,13 +50,15 @@ class Tracker(Session):
         sender: who sent the StartupMessage, if the kernel said so.
     """
 
+    __slots__ = ("_backend", "_frontend")
+
     def __init__(self, parameters: Mapping[str, str], sender: Sender | None = None) -> None:
         super().__init__(parameters, sender)
         self._frontend = FrontendStream(self, sender)
         self._backend = BackendStream(self)
 
     def frontend(
-        self, chunk: bytes | bytearray, start: int, end: int, sender: Sender | None, at: float, most: int = maxsize
+        self, chunk: bytes, start: int, end: int, sender: Sender | None, at: float, most: int = maxsize
     ) -> int:
         """Follow a chunk of the client's, ``chunk[start:end]``; see the class for what is returned.
 
@@ -69,14 +72,12 @@ class Tracker(Session):
         """
         return self._frontend.follow(chunk, start, end, sender, at, most)
 
-    def backend(
-        self, chunk: bytes | bytearray, start: int, end: int, most: int = maxsize, *, apart: bool = False
-    ) -> int:
+    def backend(self, chunk: bytes, start: int, end: int, most: int = maxsize, *, apart: bool = False) -> int:
         """Follow a chunk of the server's, ``chunk[start:end]``; see the class for what is returned.
 
         With ``apart`` it stops behind each answer: :attr:`at_answers_end` says so. ``most`` is as for the client's.
         """
-        return self._backend.follow(chunk, start, end, most, apart=apart)
+        return self._backend.follow(chunk, start, end, most, apart)
 
     def expect_readers(self) -> None:
         """Say that several processes or threads have been seen to read the answers."""

@@ -11,7 +11,12 @@ DataRow of a gigabyte costs as much as one of a byte.
 from __future__ import annotations
 
 from struct import Struct
-from typing import Final, NamedTuple
+from types import FunctionType
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    # What is annotated so is a number of the processor's when it is compiled. Uncompiled, nobody looks at annotations.
+    from mypy_extensions import i64
 
 HEADER_SIZE: Final = 5
 """Bytes of the type byte and the length word."""
@@ -44,8 +49,19 @@ LONG: Final = 0x7FFFFFFF
 _TOKEN: Final = 65_535  # PG_MAX_AUTH_TOKEN_LENGTH, libpq/auth.h
 _CANCEL_KEY: Final = 256  # the longest secret of protocol 3.2
 
-parse_header = Struct("!BI").unpack_from
-"""``parse_header(buffer, offset)`` is the type byte and the length word."""
+
+def parse_header(chunk: bytes, pos: i64) -> tuple[i64, i64]:
+    """The type byte and the length word of the message at a position."""
+    code: i64 = chunk[pos]
+    length: i64 = chunk[pos + 1]
+    for part in range(2, HEADER_SIZE):
+        length = length << 8 | chunk[pos + part]
+    return code, length
+
+
+if isinstance(parse_header, FunctionType):
+    # Byte by byte it takes 3 ns compiled, where a Struct takes 70; uncompiled 130, where a Struct takes 45.
+    globals()["parse_header"] = Struct("!BI").unpack_from
 
 
 class Message(NamedTuple):

@@ -74,7 +74,7 @@ def test_what_is_judged_otherwise_when_cut_otherwise_is_found(monkeypatch: pytes
     """A core that takes a piece of a header for something that is in order."""
     follow = Tracker.frontend
 
-    def careless(self: Tracker, buffer: bytes | bytearray, start: int, end: int, *rest: Any) -> int:
+    def careless(self: Tracker, buffer: bytes, start: int, end: int, *rest: Any) -> int:
         return end if end - start < HEADER_SIZE else follow(self, buffer, start, end, *rest)
 
     steps = [Step(Do.CLIENT, 1, STARTUP), Step(Do.SERVER, 0, LOGIN), Step(Do.CLIENT, 1, query("SELECT 1"))]

@@ -155,7 +155,7 @@ class Others:
     def pass_end_on(self, end: End) -> None:
         self.told.append("pass_end_on")
 
-    def hear(self, end: End, data: memoryview) -> None:
+    def hear(self, end: End, data: bytes) -> None:
         self.told.append("hear")
 
     def note_late(self, end: End, data: bytes, now: float) -> None:

@@ -47,9 +47,9 @@ class Hall:
         session = ProxiedSession(number, transport="tcp", client_name="here:1", client_socket=None, opened_at=0.0)
         tracker = Tracker({"user": "app", "database": "shop"} | said)
         if logged_in:
-            tracker.backend(bytearray(LOGGED_IN), 0, len(LOGGED_IN))
-        tracker.frontend(bytearray(sent), 0, len(sent), None, 0.0)
-        tracker.backend(bytearray(got), 0, len(got))
+            tracker.backend(LOGGED_IN, 0, len(LOGGED_IN))
+        tracker.frontend(sent, 0, len(sent), None, 0.0)
+        tracker.backend(got, 0, len(got))
         ends = [self._stack.enter_context(end) for end in socket.socketpair()]
         session.connect(ends[0], ends[1], tracker)
         session.upstream = upstream

@@ -464,7 +464,7 @@ def is_suspect(session: ProxiedSession, last: bytes, now: str) -> bool:
     """Whether a session with an unread answer to ``last`` is suspect when it sends ``now``."""
     feed(session, last)
     assert session.tracker is not None
-    answer = bytearray(ANSWERS[last])
+    answer = ANSWERS[last]
     session.tracker.backend(answer, 0, len(answer))
     session.leftover = unread.Leftover(session.tracker.requests, since=0.0, next=0.0, looked=0.0, size=10)
     return unread.UnreadWatch(5.0).is_suspect(session, ord(now))
@@ -507,10 +507,10 @@ def test_another_process_that_sends_is_told_as_one_that_shares_the_connection(
         session = stage.session()
         session.client.sender = sender
         assert session.tracker is not None
-        session.tracker.frontend(bytearray(), 0, 0, Sender(7, 7), 0.0)
-        data = bytearray(FIRST)
+        session.tracker.frontend(b"", 0, 0, Sender(7, 7), 0.0)
+        data = FIRST
         session.tracker.frontend(data, 0, len(data), Sender(7, 7), 0.0)
-        answer = bytearray(ANSWER)
+        answer = ANSWER
         session.tracker.backend(answer, 0, len(answer))
         session.leftover = unread.Leftover(1, since=0.0, next=0.0, looked=0.0, size=10)
         assert unread.UnreadWatch(5.0).is_suspect(session, ord("Q")) is suspect
@@ -521,9 +521,9 @@ async def test_a_request_on_top_of_an_answer_is_about_the_time_when_that_was_lef
     tracker = session.tracker
     assert tracker is not None
     for at, asked in ((5.0, FIRST), (7.0, PARSE)):
-        data = bytearray(asked)
+        data = asked
         tracker.frontend(data, 0, len(data), Sender(7, 7), at)
-        answer = bytearray(ANSWERS[asked])
+        answer = ANSWERS[asked]
         tracker.backend(answer, 0, len(answer))
     verdict = unread.UnreadWatch(5.0).sent_on_top(session, tracker, unread.Unread(10), FIRST)
     assert verdict.since == 7.0
@@ -570,7 +570,7 @@ async def watched(
     feed(session, FIRST)
     watch.stir(session)
     assert session.tracker is not None
-    answer = bytearray(ANSWER)
+    answer = ANSWER
     session.tracker.backend(answer, 0, len(answer))
     return session, onlooker
 

@@ -76,7 +76,7 @@ class Stage:
         number = len(self.sessions) + 1
         session = ProxiedSession(number, transport="tcp", client_name="here:1", client_socket=None, opened_at=0.0)
         tracker = Tracker({"user": "app"})
-        tracker.backend(bytearray(LOGGED_IN), 0, len(LOGGED_IN))
+        tracker.backend(LOGGED_IN, 0, len(LOGGED_IN))
         (client, self.clients[number]), (server, other) = socket.socketpair(), socket.socketpair()
         for sock in (client, self.clients[number], server, other):
             self._stack.enter_context(sock)
@@ -109,7 +109,7 @@ def ask(session: ProxiedSession) -> None:
 
 
 def answer(session: ProxiedSession, ready: bytes) -> None:
-    data = bytearray(SELECTED + ready)
+    data = SELECTED + ready
     assert session.tracker is not None
     session.tracker.backend(data, 0, len(data))
 
@@ -118,7 +118,7 @@ def use(session: ProxiedSession, sender: Sender | None, *, at: float = 1000.0) -
     """Have a request sent and answered."""
     assert session.tracker is not None
     stir(session)
-    data = bytearray(query("select 1"))
+    data = query("select 1")
     if session.tracker.frontend(data, 0, len(data), sender, at) != len(data):
         session.tracker.overrule()
         session.tracker.frontend(data, 0, len(data), sender, at)
@@ -128,7 +128,7 @@ def use(session: ProxiedSession, sender: Sender | None, *, at: float = 1000.0) -
 def feed(session: ProxiedSession, data: bytes) -> None:
     assert session.tracker is not None
     stir(session)
-    session.tracker.frontend(bytearray(data), 0, len(data), None, 0.0)
+    session.tracker.frontend(data, 0, len(data), None, 0.0)
 
 
 def stir(session: ProxiedSession) -> None:
@@ -465,7 +465,7 @@ async def test_an_heir_that_has_used_the_connection_is_not_the_watchs_affair(
     """The session core speaks up with its first message."""
     session = stage.session()
     assert session.tracker is not None
-    data = bytearray(query("select 1"))
+    data = query("select 1")
     session.tracker.frontend(data, 0, len(data), Sender(CHILD.pid), 0.0)
     witness.holders = {PARENT: trio.current_time(), CHILD: trio.current_time()}
     witness.have_own = {CHILD}

@@ -24,7 +24,7 @@ def outcome(tracker: Tracker) -> tuple[object, ...]:
         tracker.ledger.skipping,
         tracker.copy_over,
         tracker.unsynced is None,
-        [(owes, request.n) for owes, request, _ in tracker.ledger.entries],
+        [(owes, request.n) for owes, request, _ in tracker.ledger.queue()],
         [(r.n, r.messages, r.sql, r.sql_cut, r.state) for r in tracker.requests_seen()],
     )
 

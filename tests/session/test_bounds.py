@@ -196,4 +196,4 @@ def test_a_message_of_a_gigabyte_leaves_nothing() -> None:
 def test_most_that_is_asked_for_by_nobody_is_what_stands_in_the_ledger() -> None:
     conversation = Conversation()
     pipeline(conversation, endless(FRONTEND["B"], FRONTEND["E"]))
-    assert len(conversation.tracker.ledger.entries) <= _MOST_UNASKED + CHUNK
+    assert conversation.tracker.ledger.count <= _MOST_UNASKED + CHUNK

@@ -196,7 +196,7 @@ def test_slices_of_pieces_make_no_difference(data: st.DataObject, runs: list[Run
 def test_slices_stand_between_what_the_other_side_says(data: st.DataObject, most: int) -> None:
     """What is left of a chunk may wait, and the other direction goes on meanwhile."""
     recording = data.draw(recordings(most=3))
-    left = {Direction.FRONTEND: bytearray(), Direction.BACKEND: bytearray()}
+    left = {Direction.FRONTEND: b"", Direction.BACKEND: b""}
     tracker = Conversation().tracker
     expected = outcome(play(recording.events).tracker)
     for direction, stream in recording.runs():
@@ -207,13 +207,13 @@ def test_slices_stand_between_what_the_other_side_says(data: st.DataObject, most
             assert tracker.verdict is None
             if not done:
                 break
-            del left[Direction.FRONTEND][:done]
+            left[Direction.FRONTEND] = left[Direction.FRONTEND][done:]
         while left[Direction.BACKEND]:
             done = tracker.backend(left[Direction.BACKEND], 0, len(left[Direction.BACKEND]), most)
             assert tracker.verdict is None
             if not done:
                 break
-            del left[Direction.BACKEND][:done]
+            left[Direction.BACKEND] = left[Direction.BACKEND][done:]
     rest = left[Direction.FRONTEND]
     assert tracker.frontend(rest, 0, len(rest), MODEL, 0.0) == len(rest)
     assert outcome(tracker)[:-1] == expected[:-1]
@@ -227,7 +227,7 @@ NOT_ASYNCHRONOUS = sorted(set(BACKEND) - set("NSA"))
 
 def certain(conversation: Conversation) -> bool:
     """Nothing is left of a Sync that may have been discarded."""
-    return not conversation.tracker.ledger.entries
+    return not conversation.tracker.ledger.count
 
 
 @thoroughly

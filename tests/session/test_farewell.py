@@ -80,4 +80,4 @@ def test_it_is_repeated_for_the_clean_up_of_a_transaction_and_of_a_pool() -> Non
     ],
 )
 def test_only_whole_requests_are_answered_again(data: bytes, expected: bool) -> None:
-    assert asks(memoryview(data)) is expected
+    assert asks(data) is expected

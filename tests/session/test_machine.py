@@ -296,7 +296,7 @@ class Guarded(RuleBasedStateMachine):
         if self.over:
             return
         assert tracker.idle is not bool(self.due)
-        assert sum(owes != Owes.COPY_END for owes, *_ in tracker.ledger.entries) == len(self.due)
+        assert sum(owes != Owes.COPY_END for owes, *_ in tracker.ledger.queue()) == len(self.due)
         assert tracker.ledger.skipping is self.skipping
         assert tracker.ledger.copying_in is self.copying
         assert (tracker.unsynced is None) is (self.unsynced is None)
