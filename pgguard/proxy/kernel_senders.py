@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 from pgguard.attribution.ebpf.account import Account, Accounts, Segment, Tally
 from pgguard.attribution.ebpf.bpf import BpfError
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.ebpf.probe import SenderProbe
 
 
+@final
 class TcpAccount:
     """One connection's account, and what the guard knows of it."""
 
@@ -33,6 +34,7 @@ class TcpAccount:
         return self.account.cookie is not None and self.account.problem is None and not self.is_lost
 
 
+@final
 class KernelSenders:
     """The accounts of all TCP connections.
 
@@ -75,14 +77,23 @@ class KernelSenders:
         """What wasn't known of the connections that are closed, and what can't be: clauses, none if all was."""
         return [*self._probe.limits, *self._tally.remarks(self._probe.lost)]
 
+    def take(self, kernel_account: TcpAccount, size: int) -> bool:
+        """Tell whether the bytes that have just been read are all one's: :attr:`Account.sender`'s, then.
+
+        If they aren't, :meth:`Account.split` is to be asked.
+        """
+        account = kernel_account.account
+        if account.problem is not None:
+            if account.cookie is not None:
+                self._probe.release(account.cookie)
+                account.cookie = None
+        elif not account.covers(size):
+            # They came after the last look at what was reported; their report was there before them.
+            self.feed()
+        kernel_account.unread = account.unread()
+        return account.take(size)
+
     def pieces(self, kernel_account: TcpAccount, size: int) -> list[Segment]:
         """Tell who sent the bytes that have just been read, in pieces by different threads."""
         account = kernel_account.account
-        if account.problem is not None and account.cookie is not None:
-            self._probe.release(account.cookie)
-            account.cookie = None
-        if not account.covers(size) and account.problem is None:
-            # They came after the last look at what was reported; their report was there before them.
-            self.feed()
-        kernel_account.unread = account.unread() if account.unread_sends else None
-        return account.split(size)
+        return [(size, account.sender)] if self.take(kernel_account, size) else account.split(size)

@@ -42,6 +42,7 @@ from pgguard.session.session import FEW
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pgguard.attribution.ebpf.account import Segment
     from pgguard.proxy.ends import End, Flow
     from pgguard.proxy.kernel_senders import KernelSenders, TcpAccount
     from pgguard.proxy.session import ProxiedSession
@@ -452,25 +453,31 @@ class Relay:
 
     def _is_of_one(self, end: End, account: TcpAccount, data: bytes, now: float) -> bool:
         """Whether one alone has sent what has been read, who is met; otherwise it is dealt with, piece by piece."""
+        sender: Sender | None = None
+        pieces: list[Segment] = []
         try:
-            pieces = [] if self._senders is None else self._senders.pieces(account, len(data))
+            if self._senders is not None:
+                if self._senders.take(account, len(data)):
+                    sender = account.account.sender
+                else:
+                    pieces = account.account.split(len(data))
         except Exception:
             note(Loss.SENDER, end.session)
             # Who sends won't be known any more: the account may be of other bytes from now on.
             account.is_lost = True
             end.kernel_account = None
-            pieces = []
         if len(pieces) > 1:
             self._judging.stir(end)
             if end.pieces is None:
                 end.pieces = deque()
             at = 0
-            for length, sender in pieces:
-                end.pieces.append((data[at : at + length], sender))
+            for length, whose in pieces:
+                end.pieces.append((data[at : at + length], whose))
                 at += length
             self._examine_pieces(end, now)
             return False
-        sender = pieces[0][1] if pieces else None
+        if pieces:
+            sender = pieces[0][1]
         if sender is not end.sender:
             self._meet(end, sender)
         return True

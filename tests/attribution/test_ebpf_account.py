@@ -21,7 +21,7 @@ KEY = b"k" * 36
 
 
 def event(kind: Kind, position: int = 0, size: int = 0, who: int = 1, origin: int = 7, key: bytes = KEY) -> Event:
-    return Event(position, size, kind, who, who, origin, key)
+    return position, size, kind, who, who, origin, key, 0, 0
 
 
 def sender(who: int) -> Sender:
@@ -250,7 +250,7 @@ class FakeRing:
         return int.from_bytes(os.pread(self.file, 8, 0), "little")
 
     def read(self) -> list[int]:
-        return [found.position for found in self.ring.read()]
+        return [position for position, *_ in self.ring.read()]
 
     def close(self) -> None:
         self.ring.close()
@@ -294,11 +294,11 @@ def test_the_ring_wraps_around_and_passes_over_what_is_not_ready() -> None:
 
 
 def sent(position: int, size: int, read: int, received: int) -> Event:
-    return event(Kind.SENDING, position, size)._replace(read=read, received=received)
+    return (*event(Kind.SENDING, position, size)[:7], read, received)
 
 
 def accepted(first: int) -> Event:
-    return event(Kind.ACCEPTED)._replace(read=first)
+    return (*event(Kind.ACCEPTED)[:7], first, 0)
 
 
 def test_what_lay_unread_is_told_of_the_byte_that_was_sent_then() -> None:
@@ -335,4 +335,4 @@ def test_a_client_that_pipelines_takes_a_bounded_amount_of_memory() -> None:
     account = account_of(accepted(0))
     for n in range(10_000):
         account.apply(sent(n * 10, 10, 0, 5 + n))
-    assert len(account.unread_sends) <= 64
+    assert len(account._unread_sends or ()) <= 64

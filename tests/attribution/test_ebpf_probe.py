@@ -58,7 +58,7 @@ class Watched:
 
     def feed(self) -> list[Event]:
         events = self.probe.read()
-        self.kinds.update(Kind(event.kind) for event in events)
+        self.kinds.update(Kind(event[2]) for event in events)
         self.accounts.feed(events)
         return events
 
@@ -915,7 +915,7 @@ with SenderProbe([listener.getsockname()], blocking=True) as probe:
         client.send(b"b")
         os._exit(0)
     os.wait()
-    found = [event.pid for event in probe.read() if event.kind in (Kind.OPENED, Kind.SENDING)]
+    found = [event[4] for event in probe.read() if event[2] in (Kind.OPENED, Kind.SENDING)]
     assert os.getpid() < 10, os.getpid()
     assert found == [os.getpid(), os.getpid(), pid], found
     print("right")

@@ -86,7 +86,7 @@ class Reports:
 
     def _report(self, key: bytes, kind: Kind, position: int, size: int, sender: Sender) -> None:
         assert sender.tid is not None
-        self._events.append(Event(position, size, kind, sender.tid, sender.pid, origin=1, key=key))
+        self._events.append((position, size, kind, sender.tid, sender.pid, 1, key, 0, 0))
 
 
 class Told(Client):

@@ -117,8 +117,10 @@ class Probe:
     def __init__(self) -> None:
         self._events: list[Event] = []
 
-    def say(self, key: bytes, kind: Report, who: int, position: int = 0, size: int = 0, **more: int) -> None:
-        self._events.append(Event(position, size, kind, who, who, ORIGIN, key, **more))
+    def say(
+        self, key: bytes, kind: Report, who: int, position: int = 0, size: int = 0, read: int = 0, received: int = 0
+    ) -> None:
+        self._events.append((position, size, kind, who, who, ORIGIN, key, read, received))
 
     def read(self) -> list[Event]:
         events, self._events = self._events, []

@@ -24,16 +24,25 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final, final
 
 from pgguard.attribution.ebpf.programs import Kind
 from pgguard.attribution.ebpf.ring import Event
 from pgguard.identity import Sender
 
+if TYPE_CHECKING:
+    from mypy_extensions import i64
+
 Segment = tuple[int, Sender | None]
 """A number of bytes in a row, and who sent them; ``None`` if that isn't known for certain."""
 
-_SENDING = int(Kind.SENDING)
+_OPENED: Final = int(Kind.OPENED)
+_ACCEPTED: Final = int(Kind.ACCEPTED)
+_UNWATCHED: Final = int(Kind.UNWATCHED)
+_SENDING: Final = int(Kind.SENDING)
+_WATCHED: Final = int(Kind.WATCHED)
+_BLOCKING: Final = int(Kind.BLOCKING)
+
 _EARLY_CONNECTIONS = 2048
 _EARLY_EVENTS = 32
 """Connections, and events of each, that are kept for a connection to be accepted; beyond that, senders are unknown. A
@@ -49,6 +58,7 @@ ones say nothing new."""
 _MODULO = (1 << 32) - 1
 
 
+@final
 class Account:
     """One connection's: see the module for the rules.
 
@@ -56,15 +66,38 @@ class Account:
         origin: see the attribute.
     """
 
+    __slots__ = (
+        "_earlier",
+        "_pid",
+        "_position",
+        "_start",
+        "_stop",
+        "_tid",
+        "_unread_sends",
+        "contradictions",
+        "cookie",
+        "first_answer",
+        "opener",
+        "origin",
+        "problem",
+        "sender",
+    )
+
     def __init__(self, origin: int | None = None) -> None:
         self.origin = origin
         """The sequence number of its first byte; ``None`` if it isn't known, and nothing will be."""
-        self._position = 0
+        self._position: i64 = 0
         """Of the next byte to be read."""
-        self._runs: deque[tuple[int, int, Sender]] = deque()
-        """Where stretches of the stream begin and end, and whose they are, in order."""
-        self._latest: Sender | None = None
-        """The last that is known to have sent: one object for as long as it is the same thread."""
+        self._start: i64 = 0
+        self._stop: i64 = 0
+        """Where the last stretch of the stream begins and ends of which it is known whose it is. A client that waits
+        for its answers has no more than that one to be read, and while it is the same thread it makes no object."""
+        self._pid: i64 = 0
+        self._tid: i64 = 0
+        self.sender: Sender | None = None
+        """Whose that stretch is: one object for as long as it is the same thread."""
+        self._earlier: deque[tuple[int, int, Sender | None]] | None = None
+        """The stretches in front of it that haven't been read, in order, once there have been any."""
         self.opener: Sender | None = None
         """Who called connect(2); ``None`` if that isn't known."""
         self.problem: int | None = None
@@ -73,48 +106,82 @@ class Account:
         """Under which the probe watches the connection."""
         self.first_answer: int | None = None
         """The sequence number of the guard's first byte; ``None`` if it isn't known."""
-        self.unread_sends: deque[tuple[int, int, int]] = deque(maxlen=_UNREAD_EVENTS)
+        self._unread_sends: deque[tuple[int, int, int]] | None = None
         """Sends by those that hadn't read all that they had received: where in the stream, how far they had read, and
-        what they had received."""
+        what they had received; once there have been any."""
         self.contradictions = 0
         """How often two threads were said to have sent the same bytes, as it happens if something that is assumed
         doesn't hold (:mod:`programs`). Those that are still to be read are unknown then."""
 
     def apply(self, event: Event) -> None:
         """Take an event of this connection into account, in the order in which they were read."""
-        if event.origin != self.origin:
+        position, size, kind, tid, pid, origin, _, read, received = event
+        if origin != self.origin:
             return
-        if event.kind == _SENDING:
-            if self._runs and self._runs[-1][1] > event.position:
-                self._contradict(event.position)
-            if event.read != event.received:
-                self.unread_sends.append((event.position, event.read, event.received))
-            if event.pid:  # else a thread that the guard's pid namespace doesn't have
-                self._add(event.position, event.position + event.size, event.pid, event.tid)
-        elif event.kind == Kind.ACCEPTED:
-            self.first_answer = event.read
-        elif event.kind == Kind.OPENED:
-            self.opener = Sender(event.pid, event.tid) if event.pid else None
-        elif event.kind == Kind.UNWATCHED:
-            self.problem = event.size
-        elif event.kind == Kind.WATCHED:
-            self.cookie = event.position
-        elif event.kind == Kind.BLOCKING:
+        if kind == _SENDING:
+            if read != received:
+                self._note_unread(position, read, received)
+            self._add(position, position + size, pid, tid)
+        elif kind == _ACCEPTED:
+            self.first_answer = read
+        elif kind == _OPENED:
+            self.opener = Sender(pid, tid) if pid else None
+        elif kind == _UNWATCHED:
+            self.problem = size
+        elif kind == _WATCHED:
+            self.cookie = position
+        elif kind == _BLOCKING:
             self.problem = errno.EWOULDBLOCK
 
-    def _add(self, start: int, stop: int, pid: int, tid: int) -> None:
-        sender = self._latest
-        if sender is None or sender.pid != pid or sender.tid != tid:
-            sender = self._latest = Sender(pid, tid)
-        # A client that is not read may send a million small messages: they are one stretch, and one object's.
-        if self._runs and self._runs[-1][2] is sender and self._runs[-1][1] == start:
-            self._runs[-1] = self._runs[-1][0], stop, sender
-        elif len(self._runs) < _RUNS:
-            self._runs.append((start, stop, sender))
+    def _note_unread(self, position: int, read: int, received: int) -> None:
+        if self._unread_sends is None:
+            self._unread_sends = deque(maxlen=_UNREAD_EVENTS)
+        self._unread_sends.append((position, read, received))
 
-    def covers(self, length: int) -> bool:
+    def _add(self, start: i64, stop: i64, pid: i64, tid: i64) -> None:
+        if self._stop > start and self._stop > self._position:
+            self._contradict(start)
+        if not pid:  # a thread that the guard's pid namespace doesn't have
+            return
+        if pid == self._pid and tid == self._tid:
+            # A client that is not read may send a million small messages: they are one stretch, and one object's.
+            if self._stop == start:
+                self._stop = stop
+                return
+            if not self._keep_last():
+                return
+        else:
+            if not self._keep_last():
+                return
+            self._pid, self._tid, self.sender = pid, tid, Sender(pid, tid)
+        self._start, self._stop = start, stop
+
+    def _keep_last(self) -> bool:
+        """Make room for another stretch: False if they are too many."""
+        if self._stop > self._position:
+            if self._earlier is None:
+                self._earlier = deque()
+            if len(self._earlier) >= _RUNS - 1:
+                return False
+            self._earlier.append((self._start, self._stop, self.sender))
+        return True
+
+    def _contradict(self, position: i64) -> None:
+        """Forget what is said of the bytes from a position on."""
+        self.contradictions += 1
+        while self._stop > position:
+            if self._start < position:
+                self._stop = position
+            elif self._earlier:
+                self._start, self._stop, self.sender = self._earlier.pop()
+                if self.sender is not None:
+                    self._pid, self._tid = self.sender.pid, self.sender.tid or 0
+            else:
+                self._stop = self._start = 0
+
+    def covers(self, length: i64) -> bool:
         """Whether something has been said of the last of the next ``length`` bytes, or of what is behind it."""
-        return bool(self._runs) and self._runs[-1][1] >= self._position + length
+        return self._stop >= self._position + length
 
     def unread(self) -> tuple[int, int] | None:
         """What lay unread when the byte that is to be read next was sent, if it was the first of a send.
@@ -123,7 +190,9 @@ class Account:
             How far its sender had read, and how far received: positions in what the guard has sent, modulo 2**32.
             ``None`` if it had read everything, or that isn't known.
         """
-        unread = self.unread_sends
+        unread = self._unread_sends
+        if not unread:
+            return None
         while unread and unread[0][0] < self._position:
             unread.popleft()
         if not unread or unread[0][0] != self._position or self.first_answer is None:
@@ -131,41 +200,45 @@ class Account:
         _, read, received = unread.popleft()
         return read - self.first_answer & _MODULO, received - self.first_answer & _MODULO
 
-    def split(self, length: int) -> list[Segment]:
+    def take(self, length: i64) -> bool:
+        """Tell whether the next bytes that were read, ``length`` of them, are all one's.
+
+        Returns:
+            True if they are :attr:`sender`'s, and have been counted. If it is False, :meth:`split` has to tell.
+        """
+        stop = self._position + length
+        if self._earlier or self._start > self._position or self._stop < stop:
+            return False
+        self._position = stop
+        return True
+
+    def split(self, length: i64) -> list[Segment]:
         """Tell who sent the next bytes that were read, ``length`` of them.
 
         Returns:
             Segments of that length together, neighbours having different senders; none if the length is 0. A sender is
             the same object for as long as it is the same thread.
         """
-        position = self._position
-        self._position = end = position + length
+        position: int = self._position
+        end: int = position + length
+        self._position = end
         segments: list[Segment] = []
-        runs = self._runs
-        while runs and position < end:
-            start, stop, sender = runs[0]
-            if start >= end:
+        earlier = self._earlier
+        while position < end:
+            start, stop, sender = earlier[0] if earlier else (self._start, self._stop, self.sender)
+            if start >= end or (not earlier and stop <= position):
                 break
             if start > position:
                 _append(segments, start - position, None)
                 position = start
-            if stop <= end:
-                runs.popleft()
             if stop > position:
-                stop = min(stop, end)
-                _append(segments, stop - position, sender)
-                position = stop
+                _append(segments, min(stop, end) - position, sender)
+                position = min(stop, end)
+            if earlier and stop <= end:
+                earlier.popleft()
         if position < end:
             _append(segments, end - position, None)
         return segments
-
-    def _contradict(self, position: int) -> None:
-        """Forget what is said of the bytes from a position on."""
-        self.contradictions += 1
-        while self._runs and self._runs[-1][1] > position:
-            start, _, sender = self._runs.pop()
-            if start < position:
-                self._runs.append((start, position, sender))
 
 
 def _append(segments: list[Segment], length: int, sender: Sender | None) -> None:
@@ -185,6 +258,7 @@ _REASONS = {
 """Why the kernel doesn't watch a connection, by :attr:`Account.problem`."""
 
 
+@final
 class Tally:
     """What became of all connections so far."""
 
@@ -231,21 +305,24 @@ class Tally:
         return remarks
 
 
+@final
 class Accounts:
     """The accounts of all connections, by their keys (:func:`~pgguard.attribution.ebpf.probe.connection_key`)."""
 
+    __slots__ = ("_early", "_open")
+
     def __init__(self) -> None:
-        self._open: dict[bytes, tuple[int, Account]] = {}
-        """With their origins."""
+        self._open: dict[bytes, Account] = {}
+        """Those whose origin is known."""
         self._early: OrderedDict[bytes, list[Event]] = OrderedDict()
         """Events of connections that weren't accepted yet, oldest first."""
 
-    def feed(self, events: Iterable[Event]) -> None:
+    def feed(self, events: list[Event]) -> None:
         """Apply events, each to its connection's account."""
         for event in events:
-            found = self._open.get(event.key)
-            if found is not None and found[0] == event.origin:
-                found[1].apply(event)
+            account = self._open.get(event[6])
+            if account is not None and account.origin == event[5]:
+                account.apply(event)
             else:
                 self._keep(event)
 
@@ -257,10 +334,10 @@ class Accounts:
         """
         early = self._early.pop(key, [])
         self._open.pop(key, None)
-        origin = next((event.origin for event in reversed(early) if event.kind == Kind.ACCEPTED), None)
+        origin = next((event[5] for event in reversed(early) if event[2] == _ACCEPTED), None)
         account = Account(origin)
         if origin is not None:
-            self._open[key] = origin, account
+            self._open[key] = account
             for event in early:
                 account.apply(event)
         return account
@@ -268,18 +345,19 @@ class Accounts:
     def close(self, key: bytes, account: Account) -> None:
         """End an account; nothing happens if a later connection has taken its place."""
         found = self._open.get(key)
-        if found is not None and found[1] is account:
+        if found is account:
             del self._open[key]
         elif found is None:
             self._early.pop(key, None)
 
     def _keep(self, event: Event) -> None:
-        events = self._early.setdefault(event.key, [])
-        if event.kind == Kind.OPENED:
+        kind, origin, key = event[2], event[5], event[6]
+        events = self._early.setdefault(key, [])
+        if kind == _OPENED:
             # A new connection: what is there already is of one that was never accepted, or of one elsewhere. The
             # guard's own end may have been reported by another processor, and read, before this event was ready.
-            events[:] = [early for early in events if early.origin == event.origin]
-            self._early.move_to_end(event.key)
+            events[:] = [early for early in events if early[5] == origin]
+            self._early.move_to_end(key)
         if len(events) < _EARLY_EVENTS:  # what is left out then is unknown
             events.append(event)
         while len(self._early) > _EARLY_CONNECTIONS:

@@ -23,45 +23,38 @@ import mmap
 import platform
 import struct
 import threading
-from typing import NamedTuple
+from typing import Final, final
 
 from pgguard.attribution.ebpf.programs import EVENT_SIZE, KEY_SIZE
 
-_BUSY = 1 << 31
+_BUSY: Final = 1 << 31
 """``BPF_RINGBUF_BUSY_BIT``."""
-_DISCARDED = 1 << 30
+_DISCARDED: Final = 1 << 30
 """``BPF_RINGBUF_DISCARD_BIT``."""
-_HEADER = 8
+_HEADER: Final = 8
 """``BPF_RINGBUF_HDR_SZ``."""
 
-_EVENT = struct.Struct(f"=QIIIII4x{KEY_SIZE}sII4x")
-_WEAKLY_ORDERED = platform.machine() != "x86_64"
+_unpack: Final = struct.Struct(f"=QIIIII4x{KEY_SIZE}sII4x").unpack_from
+_WEAKLY_ORDERED: Final = platform.machine() != "x86_64"
 
 
-class Event(NamedTuple):
-    """Something that happened to a connection; what :class:`~pgguard.attribution.ebpf.programs.Kind` says."""
+Event = tuple[int, int, int, int, int, int, bytes, int, int]
+"""Something that happened to a connection; what its ``kind`` says. A plain tuple, which is made in half the time:
 
-    position: int
-    """Of the next byte in what the client sends over this connection, from 0."""
-    size: int
-    kind: int
-    """A :class:`~pgguard.attribution.ebpf.programs.Kind`; a plain number, as making one of it takes longer than all
-    the rest."""
-    tid: int
-    """The thread that ran, in the guard's pid namespace (of the initial one: any thread there is); else 0."""
-    pid: int
-    """Its process; 0 likewise."""
-    origin: int
-    """The TCP sequence number of the first byte. Two connections of one key differ in it, but for one in 2**32."""
-    key: bytes
-    """Which connection: see :func:`~pgguard.attribution.ebpf.probe.connection_key`."""
-    read: int = 0
-    """Of a send, the sequence number of the next byte that its process would have read, in the other direction; of the
-    guard's own end (``ACCEPTED``) that of its first byte."""
-    received: int = 0
-    """Of a send, the sequence number of the next byte that was to come."""
+0. ``position`` of the next byte in what the client sends over this connection, from 0;
+1. ``size``;
+2. ``kind``, a :class:`~pgguard.attribution.ebpf.programs.Kind`, as a plain number;
+3. ``tid`` of the thread that ran, in the guard's pid namespace (of the initial one: any thread there is); else 0;
+4. ``pid`` of its process; 0 likewise;
+5. ``origin``, the TCP sequence number of the first byte. Two connections of one key differ in it, but for one in 2**32;
+6. ``key``, which connection: see :func:`~pgguard.attribution.ebpf.probe.connection_key`;
+7. ``read``: of a send, the sequence number of the next byte that its process would have read, in the other direction;
+   of the guard's own end (``ACCEPTED``) that of its first byte;
+8. ``received``: of a send, the sequence number of the next byte that was to come.
+"""
 
 
+@final
 class Ring:
     """Reads events from a ring buffer; for one thread.
 
@@ -138,7 +131,7 @@ class Ring:
         elif not header & _DISCARDED and length == EVENT_SIZE:
             if _WEAKLY_ORDERED:
                 self._fence()
-            events.append(Event._make(_EVENT.unpack_from(self._data, at + _HEADER)))
+            events.append(_unpack(self._data, at + _HEADER))
         return _HEADER + (length + 7 & ~7)
 
     def _fence(self) -> None:
