@@ -194,18 +194,28 @@ def _function(value: Any) -> FunctionType | None:
 
 def _places(code: CodeType) -> Iterator[tuple[Any, str, Any]]:
     """Where a function is kept: modules and classes, under which name, as what."""
+    modules = tuple(name for name in sys.modules if name.partition(".")[0] == "pgguard")
+    for holder, name in _kept(modules).get(code, ()):
+        yield holder, name, vars(holder)[name]
+
+
+@functools.cache
+def _kept(modules: tuple[str, ...]) -> dict[CodeType, list[tuple[Any, str]]]:
+    """Where each function of these modules is kept."""
+    kept: dict[CodeType, list[tuple[Any, str]]] = {}
     classes = set()
-    for module in [one for name, one in sys.modules.items() if name.partition(".")[0] == "pgguard"]:
+    for module in map(sys.modules.__getitem__, modules):
         for name, value in list(vars(module).items()):
             if inspect.isclass(value) and value.__module__.startswith("pgguard"):
                 classes.add(value)
-            elif isinstance(value, FunctionType) and inspect.unwrap(value).__code__ is code:
-                yield module, name, value
+            elif isinstance(value, FunctionType):
+                kept.setdefault(inspect.unwrap(value).__code__, []).append((module, name))
     for holder in classes:
         for name, value in list(vars(holder).items()):
             function = _function(value)
-            if function is not None and function.__code__ is code:
-                yield holder, name, value
+            if function is not None:
+                kept.setdefault(function.__code__, []).append((holder, name))
+    return kept
 
 
 # In the code
