@@ -180,7 +180,7 @@ def test_a_hand_over_is_only_a_warning(guard: GuardProcess, transport: Transport
     with scenario("handed_over", guard.at(transport)) as (parent, child):
         found = guard.wait_for("inherited-connection")
         assert found[-1]["severity"] == "warning"
-        assert pids_named(found[-1]) == {parent, child}, found
+        assert pids_named(found[-1]) == {parent, child}, json.dumps(found)
         named = {culprit["pid"] for culprit in found[0]["culprits"] if culprit["evidence"] == "kernel-sender"}
         assert named == (set() if transport == "sampled" else {parent, child})
     guard.assert_no_faults(except_kinds={"inherited-connection"})
@@ -211,7 +211,7 @@ def test_an_heir_that_does_nothing_is_warned_of(guard: GuardProcess, transport: 
     with scenario("idle_heir", guard.at(transport)) as (parent, child):
         [found] = guard.wait_for("inherited-connection")
     assert found["severity"] == "warning"
-    assert pids_named(found) == {parent, child}, found
+    assert pids_named(found) == {parent, child}, json.dumps(found)
 
 
 @named_transport

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
-from tests.guard_process import running_guard
+from tests.guard_process import UNLIMITED, running_guard
 from tests.integration.intruder import Intruder, require_intruders
 from tests.integration.running import PROGRAMS, Program, interpreter, running
 from tests.languages import go_program, node_directory
@@ -105,7 +105,8 @@ def command(driver: str, directory: Path) -> list[str | Path]:
 @pytest.fixture(scope="module")
 def rejecting(server: Server) -> Iterator[GuardProcess]:
     require_intruders()
-    with running_guard(server.unix, "--mode", "reject") as guard:
+    # Of who intrudes, which is the tests' own process, it isn't known each time all that it runs, and so what it needs.
+    with running_guard(server.unix, "--mode", "reject", program=UNLIMITED) as guard:
         yield guard
 
 
