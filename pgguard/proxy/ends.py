@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from pgguard.session.tracker import Tracker
 
 CHUNK: Final = 128 * 1024
-"""Bytes read at once at most, and so the most that one direction of a session buffers."""
-FEW: Final = 8 * 1024
-"""Bytes read at once of what sends little: what PostgreSQL sends at once, ``PQ_SEND_BUFFER_SIZE`` in ``pqcomm.c``."""
+"""Bytes read at once at most, and so the most that one direction of a session buffers. That less comes mostly costs
+nothing: what is left of a chunk goes back to where it was taken from (2.03 µs for a send and a receive of 75 bytes,
+asked for as 128 KiB or as 480 bytes)."""
 
 ATTENTIVE: Final = 1
 """A client's request is of interest, as nobody watches what is at rest, or as the last answer lies unread; or the
@@ -137,7 +137,6 @@ class End:
         "send",
         "sender",
         "session",
-        "size",
         "sock",
         "swallow",
         "writing",
@@ -170,8 +169,6 @@ class End:
         """The kernel says with every read who sent it."""
         self.kernel_account = kernel_account
         """The kernel says who sent what was read, in this account."""
-        self.size = FEW
-        """How much of it is read at once."""
         self.heed = 0
         """Why what comes next isn't simply passed on: ::data:`ATTENTIVE`, :data:`CONTESTED`.."""
         self.credentials: bytes | None = None
@@ -263,13 +260,6 @@ class End:
         self.written = 0
 
     # Its own stream
-
-    def adapt(self, got: int) -> None:
-        """Read as much at once from now on as it seems to send, now that so much has come."""
-        if got >= self.size:
-            self.size = min(CHUNK, 4 * self.size)
-        elif got < self.size >> 3:
-            self.size = max(FEW, self.size >> 1)
 
     def end_stream(self) -> None:
         """Nothing more will come from it."""

@@ -28,14 +28,13 @@ without the guard.
 from __future__ import annotations
 
 import select
-import time
 from collections import deque
+from time import monotonic, time
 from typing import TYPE_CHECKING, Final, Protocol, final
 
 from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
 from pgguard.identity import Sender
-from pgguard.proxy.ends import FEW as FEW_BYTES
-from pgguard.proxy.ends import Phase, Reading, Writing
+from pgguard.proxy.ends import CHUNK, Phase, Reading, Writing
 from pgguard.proxy.losses import Loss, note
 from pgguard.session.session import FEW
 
@@ -216,9 +215,9 @@ class Relay:
         """
         self._runs = True
         try:
-            began = time.monotonic()
+            began = monotonic()
             while self._go_round(began, max(0.0, latest - began)):
-                began = time.monotonic()
+                began = monotonic()
                 if began > until or began < self._hurried_until:
                     return True
             return False
@@ -234,8 +233,8 @@ class Relay:
             return False
         if crowded:
             events = self._without_interrupters(events)
-        now = time.time()
-        self._slice_ends = time.monotonic() + self._slice
+        now = time()
+        self._slice_ends = monotonic() + self._slice
         if self._senders is not None:
             try:
                 self._senders.feed()
@@ -307,26 +306,26 @@ class Relay:
     def _read_in_line(self) -> None:
         """Read who has waited for it for longest, and more of them as long as there is time for it."""
         line = self._line
-        stops = time.monotonic() + self._slice
+        stops = monotonic() + self._slice
         while line:
             end = line.popleft()
             if end.flow.phase is _RELAYED:
                 try:
                     self.resume(end)
                     if end.wants(_IN):
-                        self._slice_ends = time.monotonic() + self._slice
-                        self._read(end, time.time())
+                        self._slice_ends = monotonic() + self._slice
+                        self._read(end, time())
                 except Exception:
                     note(Loss.SESSION, end.session)
                     self._endings.finish(end.session)
-            if time.monotonic() > stops:
+            if monotonic() > stops:
                 return
 
     def _take_turn(self, end: End) -> None:
         """Go on with an end that has waited for it, if its session is still relayed."""
         if end.flow.phase is not _RELAYED:
             return
-        self._slice_ends = time.monotonic() + self._slice
+        self._slice_ends = monotonic() + self._slice
         try:
             self.go_on(end)
             if end.late:
@@ -344,7 +343,7 @@ class Relay:
 
     def hurry(self) -> None:
         """Don't keep trio's other tasks waiting for a moment: a client waits for one of them."""
-        self._hurried_until = time.monotonic() + _HURRY
+        self._hurried_until = monotonic() + _HURRY
 
     def queued(self) -> set[End]:
         """Those that wait for their turn."""
@@ -415,26 +414,22 @@ class Relay:
     # Bytes
 
     def _read(self, end: End, now: float) -> None:
-        size = end.size
         try:
             if end.names_senders:
-                data, ancillary, _, _ = end.receive_message(size, CREDENTIALS_SPACE)
+                data, ancillary, _, _ = end.receive_message(CHUNK, CREDENTIALS_SPACE)
                 if ancillary and ancillary[0][2] != end.credentials:
                     self._meet(end, self._named(end, ancillary[0][2]))
             else:
-                data = end.receive(size)
+                data = end.receive(CHUNK)
         except BlockingIOError:
             return
         except OSError as error:
             end.failure = error.errno
             self._endings.end_of_stream(end, reset=True)
             return
-        got = len(data)
-        if not got:
+        if not data:
             self._endings.end_of_stream(end, reset=end.reading is _ENDED)
             return
-        if got == size or size > FEW_BYTES:
-            end.adapt(got)
         account = end.kernel_account
         if account is not None and not self._is_of_one(end, account, data, now):
             return
@@ -504,7 +499,7 @@ class Relay:
         while end.pieces:
             if end.reading is not _OPEN:
                 return
-            if not first and time.monotonic() > self._slice_ends:
+            if not first and monotonic() > self._slice_ends:
                 self._queue(end)
                 return
             first = False
@@ -516,7 +511,7 @@ class Relay:
     def go_on(self, end: End) -> None:
         """Go on with what is held of ``end``."""
         self.resume(end)
-        now = time.time()
+        now = time()
         held, end.held = end.held, b""
         if held:
             self._examine(end, held, now)
@@ -573,7 +568,7 @@ class Relay:
             if end.flow.tracker is None:
                 self._pass_on(end, data, now)
                 return
-            if time.monotonic() > self._slice_ends or self._is_full(end, tracker, now):
+            if monotonic() > self._slice_ends or self._is_full(end, tracker, now):
                 self._keep(end, data, done, Reading.HELD)
                 self._balance(end, tracker, now)
                 if end.reading is not _CHOKED:
