@@ -48,6 +48,35 @@ def test_bytes_that_no_event_covers_shift_nothing() -> None:
     assert account.split(10) == [(4, None), (2, sender(1)), (3, None), (1, sender(2))]
 
 
+def test_bytes_of_one_sender_are_taken_as_such_and_all_others_are_left_to_be_split() -> None:
+    account = account_of(event(Kind.SENDING, 0, 5), event(Kind.SENDING, 5, 3), event(Kind.SENDING, 8, 2, who=2))
+    assert not account.take(9)
+    assert account.split(9) == [(8, sender(1)), (1, sender(2))]
+    assert account.take(1)
+    assert account.sender == sender(2)
+    assert not account.take(1), "nothing has been said of it"
+    assert account.split(1) == [(1, None)]
+    account.apply(event(Kind.SENDING, 12, 1, who=2))
+    assert not account.take(2), "nothing has been said of the first"
+    assert account.split(2) == [(1, None), (1, sender(2))]
+
+
+def test_a_thread_that_goes_on_is_one_object_and_little_is_kept_of_it() -> None:
+    account = account_of()
+    named = set()
+    tracemalloc.start()
+    try:
+        for n in range(10_000):
+            account.apply(event(Kind.SENDING, 5 * n, 5, who=3))
+            assert account.take(5)
+            named.add(id(account.sender))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(named) == 1
+    assert taken < 1000
+
+
 def test_a_sender_outside_of_the_pid_namespace_is_unknown() -> None:
     account = account_of(event(Kind.SENDING, 0, 2, who=0), event(Kind.SENDING, 2, 2, who=3))
     assert account.split(4) == [(2, None), (2, sender(3))]

@@ -197,3 +197,32 @@ def test_most_that_is_asked_for_by_nobody_is_what_stands_in_the_ledger() -> None
     conversation = Conversation()
     pipeline(conversation, endless(FRONTEND["B"], FRONTEND["E"]))
     assert conversation.tracker.ledger.count <= _MOST_UNASKED + CHUNK
+
+
+def test_of_what_has_been_paid_little_is_kept_while_more_is_owed() -> None:
+    """A client that never waits for its last answer leaves one in the ledger at any time."""
+    conversation = Conversation()
+    conversation.frontend("S" * 3)
+    for _ in range(1000):
+        conversation.frontend("S")
+        conversation.backend("Z")
+    ledger = conversation.tracker.ledger
+    assert ledger.count == 3
+    assert len(ledger.entries) < 100
+    conversation.backend("ZZZ")
+    assert conversation.tracker.idle
+    assert not ledger.entries
+    assert conversation.verdicts == []
+
+
+def test_an_idle_session_takes_little_memory() -> None:
+    """What only some sessions need is made when it is needed."""
+    number = 100
+    tracemalloc.start()
+    try:
+        sessions = [Conversation().tracker for _ in range(number)]
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert all(session.logged_in for session in sessions)
+    assert taken < number * 2000
