@@ -1,10 +1,11 @@
 """A guard with its sinks, started and ended: for whoever runs one, on the command line or inside a program.
 
-What it takes, in this order: the listeners are opened, the kernel is asked to name senders, rights that aren't needed
-any more are given up, it is found out which evidence is available, and whether the guard stands in front of itself.
+What it takes, in this order: the kernel is asked to tell of forks, the listeners are opened, the kernel is asked to
+name senders, rights that aren't needed any more are given up, it is found out which evidence is available, and whether
+the guard stands in front of itself.
 
 Rights are given up for good, by the whole process, and by all that it starts afterwards. So that is done only where the
-process is there for the guard alone, and says so. No thread is started before that, as rights are a thread's own.
+process is there for the guard alone, and says so. No thread is left by then, as rights are a thread's own.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from pgguard.attribution import privileges, scout
-from pgguard.attribution.capabilities import check, without_tcp_senders
+from pgguard.attribution.capabilities import check, without_fork_events, without_tcp_senders
 from pgguard.attribution.ebpf.probe import ProbeUnavailable
+from pgguard.attribution.forks import ForkEvents, ForksUnavailable
 from pgguard.attribution.privileges import Right, RightsError
 from pgguard.attribution.ruby.pipes import RubyPipes
 from pgguard.attribution.transparency import start as start_probe
@@ -204,12 +206,13 @@ async def running_guard(
             only then that the guard is in front of itself.
     """
     docket = Docket()
-    witness = None if settings.attribution == "off" else Witness(ruby)
-    guard = Guard(settings, sinks=sinks, docket=docket, witness=witness)
+    missing: list[Capability] = []
     with ExitStack() as stack:
+        forks = None if settings.attribution == "off" else _listen_for_forks(stack, missing)
+        witness = None if settings.attribution == "off" else Witness(ruby, forks)
+        guard = Guard(settings, sinks=sinks, docket=docket, witness=witness)
         addresses = await guard.listen()
         stack.callback(guard.close)
-        missing: list[Capability] = []
         probe = _start_probe(settings.attribution, guard.tcp_listeners(), missing)
         if probe is not None:
             stack.callback(probe.close)
@@ -323,6 +326,20 @@ def _missing_capabilities(settings: Settings) -> list[Capability]:
                     "or use --attribution auto"
                 )
     return missing
+
+
+def _listen_for_forks(stack: ExitStack, missing: list[Capability]) -> ForkEvents | None:
+    """Have the kernel tell of forks, if it does.
+
+    Args:
+        stack: closes it.
+        missing: where it is added if it doesn't.
+    """
+    try:
+        return stack.enter_context(ForkEvents())
+    except ForksUnavailable as error:
+        missing.append(without_fork_events(error.problem, error.remedy))
+        return None
 
 
 def _start_probe(

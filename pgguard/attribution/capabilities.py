@@ -23,8 +23,9 @@ from pgguard.attribution.descriptors import find_sockets, link_to, list_processe
 from pgguard.attribution.ebpf.account import Accounts
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, connection_key, scope_remedy
 from pgguard.attribution.evidence import Process
+from pgguard.attribution.forks import ForkEvents, ForksUnavailable
 from pgguard.attribution.namespaces import ask_in_namespace, in_a_new_thread, read_tables
-from pgguard.attribution.privileges import ENTERING, LOADING, LOOKING, Right, rights
+from pgguard.attribution.privileges import ENTERING, LOADING, LOOKING, TELLING, Right, rights
 from pgguard.attribution.processes import read_process
 from pgguard.attribution.senders import CREDENTIALS_SPACE, ask_for_credentials, sender_pid
 from pgguard.attribution.sockets import SockDiag, TcpClient, client_socket
@@ -86,7 +87,7 @@ class Capability:
     """The one thing to do about the problem, an imperative; ``None`` exactly if there is none."""
     rights: tuple[str, ...] = ()
     """The Linux capabilities that it takes, where clients are other users'. A guard that is started as root keeps them;
-    those for the kernel's probe only until it has that."""
+    those for the kernel's probe and its fork events only until it has these."""
 
     @property
     def available(self) -> bool:
@@ -103,6 +104,8 @@ KERNEL_SENDERS = "kernel senders on Unix sockets"
 """The capability that makes up for the lack of others."""
 TCP_SENDERS = "kernel senders on TCP"
 """The one that the kernel's probe gives."""
+FORK_EVENTS = "fork events"
+"""The one that :mod:`pgguard.attribution.forks` gives."""
 
 
 class _Missing(Exception):
@@ -144,7 +147,7 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
     """Try everything that attribution needs from this host, the essential first.
 
     Args:
-        probe: try the kernel's probe of TCP senders too, which whoever goes on to use it needn't.
+        probe: try the kernel's probe of TCP senders and its fork events too, which whoever has these needn't.
 
     It starts child processes and takes some tenths of a second, and a few seconds at the very worst; nothing is left
     behind. What is found holds for the calling process: it depends on its user, capabilities, namespaces and sandbox.
@@ -190,6 +193,7 @@ def check(*, probe: bool = True) -> tuple[Capability, ...]:
                 rights=LOOKING,
                 takes_proc=True,
             ),
+            *([_FORK_EVENTS] if probe else []),
             _Check(
                 "clients' pid namespace",
                 "sees every process on this host",
@@ -237,6 +241,32 @@ def without_tcp_senders(problem: str, remedy: str, *, altogether: bool = True) -
     """
     name = TCP_SENDERS if altogether else f"some {TCP_SENDERS}"
     return Capability(name, _TCP_SENDERS.purpose, essential=False, unix_instead=True, problem=problem, remedy=remedy)
+
+
+def without_fork_events(problem: str, remedy: str) -> Capability:
+    """The lack of :data:`FORK_EVENTS`; arguments as of :func:`without_tcp_senders`."""
+    lacking = f"{problem}; all processes are listed instead, again and again"
+    return Capability(
+        FORK_EVENTS, _FORK_EVENTS.purpose, essential=False, unix_instead=False, problem=lacking, remedy=remedy
+    )
+
+
+def _try_fork_events() -> None:
+    try:
+        ForkEvents().close()
+    except ForksUnavailable as error:
+        lacking = without_fork_events(error.problem, error.remedy)
+        raise _Missing(lacking.problem or error.problem, error.remedy) from error
+
+
+_FORK_EVENTS = _Check(
+    FORK_EVENTS,
+    "tells of each new process, which may have inherited a connection",
+    _try_fork_events,
+    "run a kernel that is built with CONFIG_PROC_EVENTS",
+    rights=TELLING,
+    takes_proc=True,
+)
 
 
 def _try_tcp_senders() -> str | None:

@@ -5,13 +5,18 @@ machine. What keeps that rare is how a process comes to have somebody else's con
 after the connection was opened, from a process that has it. Every heir is therefore a process that is *new*,
 and a new process has its whole inheritance from the moment on at which it becomes visible. So:
 
-- Whatever is asked, processes that have appeared in the last seconds are looked at, if they can be heirs: of a process
-  it is read once who its parent is. A parent that has had no connection has none to leave, unless it has adopted the
-  child: an orphan goes to an ancestor of the parent that it had, see ``PR_SET_CHILD_SUBREAPER`` in prctl(2). So a
-  new process can be an heir if its parent has had a connection, or is an ancestor of one that has, or is gone, or is
-  new and can be an heir itself; and so can whoever has a parent that can't be looked at.
+- Whatever is asked, processes that have appeared in the last seconds are looked at, if they can be heirs. A parent
+  that has had no connection has none to leave, unless it has adopted the child: an orphan goes to an ancestor of the
+  parent that it had, see ``PR_SET_CHILD_SUBREAPER`` in prctl(2); and with ``CLONE_PARENT``, see clone(2), a child is
+  its parent's sibling. So a new process can be an heir if its parent has had a connection, or is an ancestor of one
+  that has, or is gone, or is new and can be an heir itself; and so can whoever has a parent that can't be looked at.
+- Of new processes, and of their parents, the kernel tells: :mod:`pgguard.attribution.forks`. Where it doesn't, all
+  processes are listed each time, and of a new one it is read once who its parent is. They are listed too where it has
+  told of more than there was room for, and now and then in any case, as it may fall silent.
 - The process that opened a connection is searched for once, first among those that opened others.
-- From then on, what has been seen is only seen again: one readlink(2) for each holder and connection.
+- From then on, what has been seen is only seen again: one readlink(2) for each holder and connection that is asked
+  about. None is as long as its opener is alone with it: that it lets go of it shows in the connection's end, and who
+  comes by it in a new process (:meth:`HolderWatch.watch`).
 
 A descriptor can also be handed to an old process, through ``SCM_RIGHTS`` or pidfd_getfd(2). No database driver does
 that; :meth:`HolderWatch.walk`, which looks at every process, sees it all the same.
@@ -36,16 +41,19 @@ other if nobody has them open.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pgguard.attribution.descriptors import find_sockets, has_socket, is_shortage, link_to, list_processes
 from pgguard.attribution.evidence import Process
+from pgguard.attribution.forks import ForkEvents
 from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook, read_stat
 
 _NEW = 5.0
@@ -55,8 +63,21 @@ first asked about, and that from a process's start to its first connection makes
 _TURN = 0.02
 """Seconds for which one waits for another that looks for all."""
 
-_KEPT = 15.0
-"""Seconds for which a connection is remembered that nobody asks about."""
+_KEPT = 30.0
+"""Seconds for which a connection is remembered that nobody asks about, and that nobody has said is to be kept."""
+
+LASTING = 0.2
+"""Seconds for which a process must have a socket open to count as its heir: a child on its way to exec() has it open
+for less. New processes that may be heirs are looked at when they are that old, unless somebody asks before."""
+
+_LISTING = 30.0
+"""Seconds after which all processes are listed in any case."""
+_UNLISTED = 4096
+"""New processes that the kernel has told of after which they are as well, as many may be gone by then."""
+_SILENCE = 1.0
+"""Seconds after which the kernel should have told of a new process."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +86,13 @@ class Holding:
 
     process: Process
     since: float
-    """When it was first seen to have it open, never to be seen without it since: seconds of time.monotonic()."""
+    """When it was first seen to have it open, never to be seen without it since; or, if it is younger than the
+    connection, and so has inherited it, when it was first known to be there. Seconds of time.monotonic()."""
     seen: float
     """When it was last seen to have it open.
 
     A child between its fork and its exec has every socket of its parent open for a moment, close-on-exec or not.
-    Only who has been seen twice, some time apart, is there to stay.
+    Only who has had it for some time is there to stay.
     """
 
 
@@ -88,7 +110,7 @@ class Holders:
         return tuple(holding.process for holding in self.holdings)
 
     def lasting(self, seconds: float) -> tuple[Process, ...]:
-        """Who was seen to have it open at two moments at least ``seconds`` apart."""
+        """Who has had it open for at least ``seconds``."""
         return tuple(holding.process for holding in self.holdings if holding.seen - holding.since >= seconds)
 
 
@@ -114,18 +136,51 @@ def is_younger(started: int, opened: float) -> bool:
     return started > opened * TICKS_PER_SECOND
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Seen:
-    """A process in the list of processes."""
+    """A process that is there, or was lately; another one that has its pid has another object."""
 
-    entry: int
-    """The inode of ``/proc/PID``: another one when the pid has been reused."""
+    entry: int | None
+    """The inode of ``/proc/PID``: another one when the pid has been reused. ``None``: it hasn't been listed yet."""
     at: float
-    """When it was first listed, seconds of time.monotonic(); long ago for those that were there at the start."""
+    """When it was forked, or first listed: seconds of time.monotonic(); long ago for those that were there at the
+    start."""
     read: float = -math.inf
     """When a reading of its descriptors began that looked for every connection known by then."""
-    parent: int | None = None
-    """Its parent's pid when it was first looked for; ``None`` before that."""
+
+
+class _Newcomers:
+    """The processes that are new, by their parents."""
+
+    def __init__(self) -> None:
+        self._children: dict[int, list[int]] = {}
+        self._came: deque[tuple[float, int, int]] = deque()
+        """When each was heard of, its pid and its parent's; the first first."""
+
+    def add(self, pid: int, parent: int, now: float) -> None:
+        """Take note of one."""
+        self._children.setdefault(parent, []).append(pid)
+        self._came.append((now, pid, parent))
+
+    def forget(self, before: float) -> None:
+        """Forget those that were heard of before a moment."""
+        while self._came and self._came[0][0] < before:
+            _, pid, parent = self._came.popleft()
+            siblings = self._children[parent]
+            siblings.remove(pid)
+            if not siblings:
+                del self._children[parent]
+
+    def descendants(self, is_ancestor: Callable[[int], bool]) -> list[int]:
+        """Those among whose ancestors there is a certain one, the elder first."""
+        found: dict[int, None] = {}
+        parents = [parent for parent in self._children if is_ancestor(parent)]
+        for parent in parents:
+            for pid in self._children.get(parent, ()):
+                if pid not in found:
+                    found[pid] = None
+                    parents.append(pid)
+        return list(found)
 
 
 class _Unreadable(NamedTuple):
@@ -147,8 +202,7 @@ class _Hold(NamedTuple):
     """One descriptor of one process."""
 
     process: Process
-    entry: int
-    """As in :class:`_Seen`."""
+    of: _Seen
     fd: str
     since: float
     seen: float
@@ -163,8 +217,8 @@ class _Connection:
     """In seconds of CLOCK_BOOTTIME."""
     known: float
     """When it was first asked about."""
-    asked: float
-    """When it was last asked about."""
+    kept: bool = False
+    """It is remembered until it is over."""
     searched: bool = False
     """Its opener has been searched for: until then, heirs may be all that is known."""
     walked: float = -math.inf
@@ -182,28 +236,55 @@ class HolderWatch:
 
     Without a descriptor left, nobody new is found; whether those that are known have a socket open still is seen all
     the same, as readlink(2) and stat(2) take none.
+
+    Args:
+        book: remembers processes.
+        forks: tells of new processes, and is closed by whoever has opened it; ``None``: they are listed.
     """
 
-    def __init__(self, book: ProcessBook) -> None:
+    def __init__(self, book: ProcessBook, forks: ForkEvents | None = None) -> None:
         self._book = book
+        self._forks = forks
         self._lock = threading.Lock()
         self._seen: dict[int, _Seen] = {}
         self._unreadable: dict[int, _Unreadable] = {}
         self._clients: dict[int, frozenset[int]] = {}
         """Processes that have had a connection of ours open, the latest last; with their own pids and those of their
         ancestors when that was first seen."""
+        self._kin: Counter[int] = Counter()
+        """Those pids and those of the unreadable ones' lineages, and how often each is there."""
+        self._newcomers = _Newcomers()
+        self._to_look_at = False
+        """There are newcomers that :meth:`watch` hasn't looked at."""
         self._connections: dict[int, _Connection] = {}
-        self._links: Mapping[str, int] | None = None
-        """Their inodes, each under what the link of a descriptor says; ``None`` if they have changed since."""
+        self._passing: OrderedDict[int, float] = OrderedDict()
+        """Those that aren't kept, and when each was last asked about; the first first."""
+        self._links: dict[str, int] = {}
+        """The connections' inodes, each under what the link of a descriptor says."""
+        self._links_now: Mapping[str, int] | None = None
+        """The same, not to be changed; ``None`` if they have changed since."""
+        self._latest = -math.inf
+        """When the last of the connections became known."""
+        self._changed: set[int] = set()
+        """Those whose holders are others than when :meth:`watch` was last called."""
         self._held: dict[int, set[int]] = {}
         """By pid, the inodes of those of them that a process holds."""
+        self._missed: set[int] = set()
+        """The pids of those that couldn't be looked at for want of descriptors."""
         self._hidden = False
         """Other users' processes aren't even listed: ``hidepid``, see proc(5); or none is, as no descriptor is left."""
         self._listed = -math.inf
         """When the processes were last listed."""
+        self._unlisted = 0
+        """New processes that the kernel has told of since."""
+        self._updated = -math.inf
+        """Since when all that had come by then are known."""
         self._crowd = threading.Lock()
         """Held by the one of several that looks for all of them."""
-        for pid in self._list(time.monotonic() - _NEW):
+        self._list(told=False)
+        self._newcomers = _Newcomers()
+        for pid, seen in list(self._seen.items()):
+            seen.at = -math.inf
             self._read(pid, {})
 
     def find(
@@ -231,39 +312,72 @@ class HolderWatch:
             with self._one_for_all():
                 return self._find_for_all(opened, likely, since)
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
-        new = self._begin(opened)
+        self._begin(opened, listing=not openers)
         unsearched = self._unsearched(opened)
         if any(now - opened[inode] > _NEW for inode in unsearched):
             return self.walk(opened)
-        self._look(opened, [*likely, *(self._possible_heirs(new, likely) if openers else new)])
+        looked_at = [*likely, *(self._possible_heirs(likely) if openers else self._new())]
+        self._look(opened, looked_at)
         held = {inode for inode, _ in self._holds(opened)}
-        self._search({inode: opened[inode] for inode in unsearched | (opened.keys() - held)}, skip=new)
+        self._search({inode: opened[inode] for inode in unsearched | (opened.keys() - held)}, skip=looked_at)
         return self._report(opened)
 
-    def watch(self, inodes: Iterable[int], *, keep: Iterable[int] = ()) -> dict[int, Holders]:
-        """Look again at who holds sockets that :meth:`find` was asked for; to be called every few seconds.
+    def has_news(self) -> bool:
+        """Whether :meth:`watch` may find something new. Takes a microsecond, and waits for nobody."""
+        forks = self._forks
+        return forks is None or self._to_look_at or forks.are_there() or time.monotonic() - self._listed > _LISTING
 
-        Takes a time that depends on how many processes are new and how many holders are known, and very little on
-        how many processes there are. A new process is read once, and again when there are new connections: what it
-        has inherited, it has from its first moment on.
+    def watch(
+        self,
+        inodes: Iterable[int],
+        *,
+        keep: Mapping[int, float] | None = None,
+        over: Iterable[int] = (),
+        age: float = 0.0,
+    ) -> dict[int, Holders]:
+        """Look who has inherited a connection, and look again at who holds some of them.
+
+        To be called again and again while :meth:`has_news`. Takes a time that depends on how many processes are new,
+        and how many holders the connections have that are asked about, and neither on how many processes there are nor
+        on how many connections. A new process is read once, and again when there are new connections: what it has
+        inherited, it has from its first moment on.
 
         Args:
-            inodes: the sockets. One that isn't known has an empty entry.
-            keep: others that will be asked about later on. One that is in neither for 15 seconds is forgotten.
+            inodes: the sockets that are asked about. One that isn't known has an empty entry.
+            keep: others that are to be watched from now on until they are ``over``, and when their connections were
+                opened, in seconds of CLOCK_BOOTTIME.
+            over: those of them that are so no more.
+            age: seconds after which new processes are looked at: of those that are younger there is still news.
+
+        Returns:
+            An entry for each that was asked about, and for each of which somebody has become, or ceased to be, a holder
+            since this was last called.
         """
-        asked = list(inodes)
+        self._update()
+        self._note_asked(keep or {}, time.monotonic(), keep=True)
+        self._forget(over)
+        self._read_missed()
+        now = time.monotonic()
         with self._lock:
-            known = {inode: c.opened for inode in asked if (c := self._connections.get(inode))}
-            kept = {inode: c.opened for inode in keep if (c := self._connections.get(inode))}
-            latest = max((c.known for c in self._connections.values()), default=0.0)
-        for pid in self._possible_heirs(self._begin(known | kept)):
-            self._read_for_all(pid, latest)
-        self._look(known, ())
+            self._to_look_at = False
+            latest, seen = self._latest, self._seen
+        for pid in self._possible_heirs():
+            if (one := seen.get(pid)) is not None and one.at + age > now:
+                self._to_look_at = True
+            else:
+                self._read_for_all(pid, latest)
+        with self._lock:
+            self._newcomers.forget(now - _NEW)
+        asked = dict.fromkeys(inodes)
+        self._look(asked, ())
+        with self._lock:
+            changed, self._changed = self._changed, set()
+            asked |= dict.fromkeys(inode for inode in changed if inode in self._connections)
         return self._report(asked)
 
     def walk(self, opened: Mapping[int, float]) -> dict[int, Holders]:
         """Find the holders of sockets by looking at every process; arguments and answer are those of :meth:`find`."""
-        self._begin(opened)
+        self._begin(opened, listing=True)
         with self._lock:
             everybody = list(self._seen)
         self._look(opened, everybody)
@@ -276,7 +390,7 @@ class HolderWatch:
         with self._one_for_all():
             since = self._note_asked({inode: opened}, since)
             if not asked.keys() <= self._seen.keys():
-                self._list(time.monotonic())
+                self._list()
             for pid in asked:
                 self._read_for_all(pid, since)
             return tuple(hold.process for _, hold in self._holds([inode]) if hold.process.pid in asked)
@@ -294,12 +408,10 @@ class HolderWatch:
     def _find_for_all(self, opened: Mapping[int, float], likely: Iterable[int], since: float) -> dict[int, Holders]:
         """As :meth:`find`; what is read is read for every connection that is known."""
         since = self._note_asked(opened, since)
-        now = time.monotonic()
-        with self._lock:
-            new = None if self._listed < since else self._new(now)
-        if new is None:
-            new = self._list(now)
-        for pid in dict.fromkeys([*likely, *new, *(hold.process.pid for _, hold in self._holds(opened))]):
+        if self._updated < since:
+            self._update()
+        heirs = self._possible_heirs(likely)
+        for pid in dict.fromkeys([*likely, *heirs, *(hold.process.pid for _, hold in self._holds(opened))]):
             self._read_for_all(pid, since)
         missing = self._unsearched(opened) | (opened.keys() - {inode for inode, _ in self._holds(opened)})
         if not self._were_walked(missing, since):
@@ -313,6 +425,8 @@ class HolderWatch:
 
     def _walk_for_all(self, since: float) -> None:
         """Look for every known connection in every process."""
+        if self._listed < since:
+            self._list()
         with self._lock:
             everybody = dict.fromkeys([*reversed(self._clients), *reversed(self._seen)])
             looked_for = list(self._connections.values())
@@ -332,7 +446,9 @@ class HolderWatch:
             seen = self._seen.get(pid)
             if seen is not None and seen.read >= since:
                 return seen.read
-            wanted = self._all_links()
+            if self._links_now is None:
+                self._links_now = dict(self._links)
+            wanted = self._links_now
         self._read(pid, wanted)
         with self._lock:
             if seen is not None and pid not in self._unreadable:
@@ -356,54 +472,71 @@ class HolderWatch:
         """
         return tuple(hold.process for _, hold in self._holds([inode]) if self._confirm(inode, hold))
 
-    def _begin(self, opened: Mapping[int, float]) -> list[int]:
-        """Take note of what is asked, and of who has come and gone; return the pids that are new."""
-        now = time.monotonic()
-        new = self._list(now)
-        self._note_asked(opened, now)
-        return new
+    def _begin(self, opened: Mapping[int, float], *, listing: bool) -> None:
+        """Take note of what is asked, and of who has come; and of who has gone, if all are listed."""
+        if listing:
+            self._list()
+        else:
+            self._update()
+        self._note_asked(opened, time.monotonic())
+        self._read_missed()
 
-    def _note_asked(self, opened: Mapping[int, float], since: float) -> float:
+    def _read_missed(self) -> None:
+        """Look again at who couldn't be looked at for want of descriptors."""
+        for pid in list(self._missed):
+            self._read_for_all(pid, self._latest)
+
+    def _note_asked(self, opened: Mapping[int, float], since: float, *, keep: bool = False) -> float:
         """Take note of what is asked; return since when there can be an answer: when the last of it became known."""
         now = time.monotonic()
         with self._lock:
             for inode, at in opened.items():
                 connection = self._connections.get(inode)
                 if connection is None:
-                    connection = self._connections[inode] = _Connection(at, now, now)
-                    self._links = None
-                connection.asked = now
+                    connection = self._connections[inode] = _Connection(at, now)
+                    self._links[link_to(inode)] = inode
+                    self._links_now = None
+                    self._latest = now
+                connection.kept = connection.kept or keep
+                if connection.kept:
+                    self._passing.pop(inode, None)
+                else:
+                    self._passing[inode] = now
+                    self._passing.move_to_end(inode)
                 since = max(since, connection.known)
-            for inode in [inode for inode, known in self._connections.items() if now - known.asked > _KEPT]:
-                for pid in self._connections.pop(inode).holds:
-                    self._release(pid, inode)
-                self._links = None
+            while self._passing:
+                inode, asked = next(iter(self._passing.items()))
+                if now - asked <= _KEPT:
+                    break
+                self._forget_one(inode)
         return since
 
-    def _possible_heirs(self, new: Iterable[int], clients: Iterable[int] = ()) -> list[int]:
+    def _forget(self, inodes: Iterable[int]) -> None:
+        with self._lock:
+            for inode in inodes:
+                self._forget_one(inode)
+
+    def _forget_one(self, inode: int) -> None:
+        """With the lock."""
+        self._passing.pop(inode, None)
+        connection = self._connections.pop(inode, None)
+        if connection is not None:
+            del self._links[link_to(inode)]
+            self._links_now = None
+            for pid in connection.holds:
+                self._release(pid, inode)
+
+    def _possible_heirs(self, clients: Iterable[int] = ()) -> list[int]:
         """Those of new processes that can have inherited a connection; see the head of this module.
 
         Args:
-            new: their pids.
-            clients: others that have connections, beside those that are known to.
+            clients: processes that have connections, beside those that are known to.
         """
-        kin: set[int] = set()
         with self._lock:
-            kin.update(*self._clients.values(), *(one.lineage for one in self._unreadable.values()))
-            seen = {pid: one for pid in new if (one := self._seen.get(pid)) is not None}
-            there = set(self._seen)
-        kin.update(*[_known_lineage(pid) for pid in clients if pid not in kin])
-        kin |= {0, 1, os.getpid()}  # who runs a guard may have connections too
-        for pid, one in seen.items():
-            if one.parent is None:
-                one.parent = _parent(pid)
-
-        def can_be(pid: int) -> bool:
-            """A parent is older than its child: so this ends."""
-            parent = seen[pid].parent
-            return parent is None or parent in kin or parent not in there or (parent in seen and can_be(parent))
-
-        return [pid for pid in seen if can_be(pid)]
+            unknown = [pid for pid in clients if pid not in self._kin]
+        others = {0, 1, os.getpid()}.union(*map(_known_lineage, unknown))  # who runs a guard may have connections too
+        with self._lock:
+            return self._newcomers.descendants(lambda pid: pid in self._kin or pid in others)
 
     def _release(self, pid: int, inode: int) -> None:
         """A process doesn't hold a connection any more. With the lock."""
@@ -411,35 +544,110 @@ class HolderWatch:
         if not self._held[pid]:
             del self._held[pid]
 
-    def _all_links(self) -> Mapping[str, int]:
-        """Every known connection's inode under its link, not to be changed. With the lock."""
-        if self._links is None:
-            self._links = {link_to(inode): inode for inode in self._connections}
-        return self._links
+    def _new(self) -> list[int]:
+        """All that were listed first in the last seconds."""
+        since = time.monotonic() - _NEW
+        with self._lock:
+            return [pid for pid, seen in self._seen.items() if seen.at > since]
 
-    def _list(self, now: float) -> list[int]:
+    def _update(self) -> None:
+        """Take note of who has come."""
+        began = time.monotonic()
+        if self._forks is None or began - self._listed > _LISTING:
+            self._list()
+            return
+        with self._lock:
+            told = self._take_forks()
+            if told and self._unlisted < _UNLISTED:
+                self._updated = began
+                return
+        self._list(told=told)
+
+    def _take_forks(self) -> bool:
+        """Take note of those that the kernel has told of; whether that was all. With the lock."""
+        if self._forks is None:
+            return False
+        try:
+            forks, lost = self._forks.take()
+        except OSError:
+            self._do_without_events()
+            return False
+        now = time.monotonic()
+        for pid, parent, at in forks:
+            self._drop(pid)
+            self._seen[pid] = _Seen(None, at)
+            self._newcomers.add(pid, parent, now)
+        if forks:
+            self._to_look_at = True
+        self._unlisted += len(forks)
+        if lost:
+            # Who has a pid now may be another one than was told.
+            for pid in [pid for pid, seen in self._seen.items() if seen.entry is None]:
+                self._drop(pid)
+        return not lost
+
+    def _do_without_events(self) -> None:
+        """List the processes from now on. With the lock."""
+        self._forks = None
+        logger.warning("the kernel does not tell of new processes any more: the guard lists all of them instead")
+
+    def _list(self, *, told: bool = True) -> None:
+        """Take note of who has come and gone, by listing all processes.
+
+        Args:
+            told: the kernel has told of all that have come, if it does.
+        """
         # Locked while listing: an older list that is compared after a newer one would undo it.
         with self._lock:
+            told = self._take_forks() and told
             began = time.monotonic()
             try:
                 listed = list_processes()
                 self._hidden = 1 not in listed
-                self._listed = began
+                self._listed = self._updated = began
+                self._unlisted = 0
             except OSError:
                 listed = self._without_listing()
                 self._hidden = True
+                self._listed = -math.inf
+            # Who has been listed, and was forked meanwhile, is told of now.
+            told = self._take_forks() and told
             listed.pop(os.getpid(), None)
-            for pid in self._seen.keys() - listed.keys():
+            for pid in [pid for pid, seen in self._seen.items() if pid not in listed and seen.at <= began]:
                 self._drop(pid)
+            new: list[tuple[int, bool]] = []
             for pid, entry in listed.items():
                 seen = self._seen.get(pid)
-                if seen is None or seen.entry != entry:
+                if seen is None:
+                    new.append((pid, told))
+                elif seen.entry is None:
+                    seen.entry = entry
+                elif seen.entry != entry:
                     self._drop(pid)
-                    self._seen[pid] = _Seen(entry, now)
-            return self._new(now)
+                    new.append((pid, False))  # it may be the same process still
+            for pid, _ in new:
+                self._seen[pid] = _Seen(listed[pid], began)
+            for pid, was_told in new:
+                self._note_newcomer(pid, began, told=was_told)
 
-    def _new(self, now: float) -> list[int]:
-        return [pid for pid, seen in self._seen.items() if now - seen.at < _NEW]
+    def _note_newcomer(self, pid: int, now: float, *, told: bool) -> None:
+        """Take note of a process that was listed for the first time. With the lock.
+
+        Args:
+            pid: the process.
+            now: when.
+            told: the kernel should have told of it, if it does.
+        """
+        stat = None
+        with contextlib.suppress(OSError):
+            stat = read_stat(pid)
+        parent = 0 if stat is None or stat.ppid not in self._seen else stat.ppid
+        self._newcomers.add(pid, parent, now)
+        self._to_look_at = True
+        if told and stat is not None and self._forks is not None:
+            age = time.clock_gettime(time.CLOCK_BOOTTIME) - stat.started / TICKS_PER_SECOND
+            if age > _SILENCE:
+                self._do_without_events()
 
     def _without_listing(self) -> dict[int, int]:
         """Those of the processes known that are still there, as :func:`list_processes` lists them."""
@@ -450,9 +658,26 @@ class HolderWatch:
         return there
 
     def _drop(self, pid: int) -> None:
+        """A process is gone, or its pid is another's. With the lock."""
         self._seen.pop(pid, None)
-        self._unreadable.pop(pid, None)
-        self._clients.pop(pid, None)
+        self._set_unreadable(pid, None)
+        self._lose_kin(self._clients.pop(pid, ()))
+
+    def _set_unreadable(self, pid: int, unreadable: _Unreadable | None) -> None:
+        """With the lock."""
+        before = self._unreadable.pop(pid, None)
+        if before is not None:
+            self._lose_kin(before.lineage)
+        if unreadable is not None:
+            self._unreadable[pid] = unreadable
+            self._kin.update(unreadable.lineage)
+
+    def _lose_kin(self, lineage: Iterable[int]) -> None:
+        """With the lock."""
+        for pid in lineage:
+            self._kin[pid] -= 1
+            if not self._kin[pid]:
+                del self._kin[pid]
 
     def _look(self, inodes: Iterable[int], pids: Iterable[int]) -> None:
         """Look for the sockets in ``pids``, and see their known holders again.
@@ -492,8 +717,12 @@ class HolderWatch:
         """
         found = {inode for inode, hold in self._holds(opened) if is_older(hold.process.started, opened[inode])}
         wanted = {link_to(inode): inode for inode in opened if inode not in found}
-        with self._lock:
-            order = dict.fromkeys([*reversed(self._clients), *reversed(self._seen)])
+        order: dict[int, None] = {}
+        if wanted:
+            if self._forks is not None:
+                self._list()
+            with self._lock:
+                order = dict.fromkeys([*reversed(self._clients), *reversed(self._seen)])
         for pid in order:
             if not wanted:
                 break
@@ -527,10 +756,12 @@ class HolderWatch:
                 raise
             # What it was seen to hold it may hold still.
             self._note_unreadable(pid)
+            self._missed.add(pid)
             return {}
         else:
             with self._lock:
-                self._unreadable.pop(pid, None)
+                self._set_unreadable(pid, None)
+        self._missed.discard(pid)
         process = self._book.look(pid) if found else None
         return self._note(pid, process, wanted, found, began)
 
@@ -549,12 +780,17 @@ class HolderWatch:
                 before = connection.holds.pop(pid, None)
                 if process is not None and seen is not None and inode in found:
                     same = before is not None and before.process.started == process.started
-                    since = before.since if before is not None and same else now
-                    connection.holds[pid] = _Hold(process, seen.entry, found[inode], since, began)
+                    if before is not None and same:
+                        since = before.since
+                    else:
+                        since = seen.at if is_younger(process.started, connection.opened) else now
+                        self._changed.add(inode)
+                    connection.holds[pid] = _Hold(process, seen, found[inode], since, began)
                     self._held.setdefault(pid, set()).add(inode)
                     noted[inode] = process
                 elif before is not None:
                     self._release(pid, inode)
+                    self._changed.add(inode)
         if noted:
             self._note_client(pid)
         return noted
@@ -568,8 +804,9 @@ class HolderWatch:
         if lineage is None:
             lineage = _known_lineage(pid)
             with self._lock:
-                if pid in self._seen:
+                if pid in self._seen and pid not in self._clients:
                     self._clients[pid] = lineage
+                    self._kin.update(lineage)
 
     def _note_unreadable(self, pid: int) -> None:
         try:
@@ -579,8 +816,8 @@ class HolderWatch:
             unreadable = _Unreadable(None, frozenset())
         with self._lock:
             # What it descends from is best known when it is first seen: later on its parent may be gone.
-            if pid in self._seen:
-                self._unreadable.setdefault(pid, unreadable)
+            if pid in self._seen and pid not in self._unreadable:
+                self._set_unreadable(pid, unreadable)
 
     def _holds(self, inodes: Iterable[int]) -> list[tuple[int, _Hold]]:
         with self._lock:
@@ -596,7 +833,7 @@ class HolderWatch:
         pid = hold.process.pid
         with self._lock:
             seen = self._seen.get(pid)
-        return seen is not None and seen.entry == hold.entry and has_socket(pid, hold.fd, inode)
+        return seen is hold.of and has_socket(pid, hold.fd, inode)
 
     def _report(self, inodes: Iterable[int], since: float = math.inf) -> dict[int, Holders]:
         holds: dict[int, list[_Hold]] = {inode: [] for inode in inodes}
@@ -638,26 +875,29 @@ def _are_all(holders: Collection[Process], opened: float, unreadable: Mapping[in
         if not elders.isdisjoint(unreadable) or not elders.isdisjoint((None, 1)):
             return False
         family.update(elder for elder in elders if elder is not None)
-    return not any(process.may_be_heir(family, opened) for process in unreadable.values())
+    return not any(
+        process.may_be_heir(family, opened) and not _is_gone(pid, process.started)
+        for pid, process in unreadable.items()
+    )
+
+
+def _is_gone(pid: int, started: int | None) -> bool:
+    """Whether a process has certainly ended, or holds no files any more."""
+    with contextlib.suppress(OSError):
+        stat = read_stat(pid)
+        return stat is None or stat.holds_no_files or started not in {None, stat.started}
+    return False
 
 
 def _elder(pid: int, opened: float) -> int | None:
     """Return the nearest ancestor that is older than the connection; ``None`` if that can't be told."""
-    with contextlib.suppress(PermissionError):
+    with contextlib.suppress(OSError):
         stat = read_stat(pid)
         while stat is not None and stat.ppid:
             pid = stat.ppid
             stat = read_stat(pid)
             if stat is not None and is_older(stat.started, opened):
                 return pid
-    return None
-
-
-def _parent(pid: int) -> int | None:
-    """Return the pid of a process's parent; ``None`` if it can't be told."""
-    with contextlib.suppress(OSError):
-        stat = read_stat(pid)
-        return None if stat is None else stat.ppid
     return None
 
 

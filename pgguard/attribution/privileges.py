@@ -54,6 +54,10 @@ ENTERING = frozenset({Right.CAP_SYS_ADMIN})
 LOADING = frozenset({Right.CAP_BPF, Right.CAP_NET_ADMIN, Right.CAP_PERFMON})
 """What loads the kernel's probe, and isn't needed any more when it is there: bpf(2)."""
 
+TELLING = frozenset({Right.CAP_NET_ADMIN})
+"""What has the kernel tell of forks, before Linux 6.6, and isn't needed any more when it does:
+:mod:`pgguard.attribution.forks`."""
+
 _VERSION = 0x20080522
 """``_LINUX_CAPABILITY_VERSION_3``: two halves of 32 bits."""
 _HEADER = struct.Struct("=Ii")

@@ -16,6 +16,7 @@ from pgguard.attribution.drivers import driver_of
 from pgguard.attribution.evidence import Driver, Evidence, Process
 from pgguard.attribution.fates import Fate, fate_of
 from pgguard.attribution.findings import Findings
+from pgguard.attribution.forks import ForkEvents
 from pgguard.attribution.frames import Frame
 from pgguard.attribution.holders import Holders, HolderWatch, is_older, is_younger, sole_holder
 from pgguard.attribution.namespaces import NetworkNamespaces
@@ -79,16 +80,17 @@ class Witness:
 
     Args:
         ruby: asks Ruby processes what their threads do; ``None``: they aren't asked.
+        forks: tells of new processes; ``None``: they are looked for. Not closed here.
 
     Its methods read ``/proc`` and ask the kernel: they never wait for a client, but may take milliseconds, and so
     are for worker threads. They raise nothing for what can't be found out.
     """
 
-    def __init__(self, ruby: RubyPipes | None = None) -> None:
+    def __init__(self, ruby: RubyPipes | None = None, forks: ForkEvents | None = None) -> None:
         self._ruby = ruby
         self._book = ProcessBook()
         self._vigil = Vigil()
-        self._watch = HolderWatch(self._book)
+        self._watch = HolderWatch(self._book, forks)
         self._namespaces = NetworkNamespaces()
         self._lock = threading.Lock()
         self._clients: OrderedDict[tuple[int, int], tuple[Driver, Runtime]] = OrderedDict()
@@ -188,13 +190,24 @@ class Witness:
             return Holders()
         return self._watch.walk({opening.inode: opening.client.opened})[opening.inode]
 
-    def watch(self, inodes: Iterable[int], *, keep: Iterable[int] = ()) -> dict[int, Holders]:
+    def has_news(self) -> bool:
+        """Whether :meth:`watch` may find a new holder: see :meth:`HolderWatch.has_news`. For any thread."""
+        return self._watch.has_news()
+
+    def watch(
+        self,
+        inodes: Iterable[int],
+        *,
+        keep: Mapping[int, float] | None = None,
+        over: Iterable[int] = (),
+        age: float = 0.0,
+    ) -> dict[int, Holders]:
         """Find out who has become, and who still is, a holder of the sockets of live connections, by inode.
 
-        To be called every second or two with all of them: a connection that is left out for 15 seconds, of ``keep``
-        too, is forgotten, and after that its holders are unknown here. See :meth:`HolderWatch.watch` for what it costs.
+        See :meth:`HolderWatch.watch`. A connection that isn't kept is forgotten half a minute after it has last been
+        asked about, and after that its holders are unknown here.
         """
-        return self._watch.watch(inodes, keep=keep)
+        return self._watch.watch(inodes, keep=keep, over=over, age=age)
 
     def findings(self, opening: Opening, senders: Iterable[Process] = (), *, since: float | None = None) -> Findings:
         """Gather what is known about a connection's client now.

@@ -101,7 +101,7 @@ class Roster:
         """Its client has been introduced to the server."""
         self.sessions[session.id] = session
         try:
-            self._watch.stir(session)
+            self._watch.enter(session)
         except Exception:
             note(Loss.STEP, session)
         for listener in self._listeners:

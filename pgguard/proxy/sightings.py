@@ -28,7 +28,8 @@ class Sightings:
     """
 
     __slots__ = (
-        "_lately",
+        "_lasting",
+        "_let_go",
         "asleep",
         "holders",
         "holders_looked",
@@ -55,8 +56,10 @@ class Sightings:
         """When that was."""
         self.survivors: tuple[Process, ...] = ()
         """Who went on to have it open when the connection had been ended, and the opener had let go."""
-        self._lately: tuple[tuple[Process, float], ...] = ()
-        """Those that had it open for longer than on the way to exec(), and when they were last seen to."""
+        self._lasting: tuple[Process, ...] = ()
+        """Those that had it open for longer than on the way to exec()."""
+        self._let_go: tuple[tuple[Process, float], ...] = ()
+        """Those that had once, lately, and when they were found not to any more."""
         self.idle_told: frozenset[int] = _NOBODY
         self.settled_told: frozenset[int] = _NOBODY
         """The pids of the heirs that an inherited-connection has been recorded for: of those that had done nothing, and
@@ -88,11 +91,12 @@ class Sightings:
     def note_holders(self, holders: tuple[Process, ...], lasting: tuple[Process, ...]) -> None:
         """Take note of who has the client's socket open now, and who of them for longer than on the way to exec()."""
         now = time.monotonic()
-        self.holders = holders
-        lately = {(seen[0].pid, seen[0].started): seen for seen in self._lately}
-        lately |= {(process.pid, process.started): (process, now) for process in lasting}
-        self._lately = tuple(seen for seen in lately.values() if now - seen[1] < _LATELY)
+        keys = {(process.pid, process.started) for process in lasting}
+        gone = [(one, now) for one in self._lasting if (one.pid, one.started) not in keys]
+        gone += [(one, at) for one, at in self._let_go if (one.pid, one.started) not in keys and now - at < _LATELY]
+        self.holders, self._lasting, self._let_go = holders, lasting, tuple(gone)
 
     def late_holders(self) -> tuple[Process, ...]:
         """Who had the client's socket open lately, whether or not they have it still."""
-        return tuple(process for process, _ in self._lately)
+        now = time.monotonic()
+        return (*self._lasting, *(process for process, at in self._let_go if now - at < _LATELY))

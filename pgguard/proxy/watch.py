@@ -2,7 +2,8 @@
 
 Each watch is a task that looks again and again and has a session judged in which it has found something. What it costs
 doesn't grow with the number of sessions that are idle: heirs are looked for among new processes, for all sessions
-together, and the other watches go through the sessions that are in use. Whatever there is to look at, a watch takes a
+together, and the other watches go through the sessions that are in use. Who has a session's socket open is looked at
+again only while that is not its opener alone. Whatever there is to look at, a watch takes a
 share of a processor in the long run: when a round has cost too much, it is longer until the next.
 
 *In use* is a session that is new, or whose client has sent something since a watch has last found it at rest. The
@@ -23,11 +24,11 @@ from dataclasses import replace
 from enum import Enum
 from functools import partial
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import trio
 
-from pgguard.attribution.holders import sole_holder
+from pgguard.attribution.holders import LASTING, sole_holder
 from pgguard.attribution.threads import Thread, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE, readers
 from pgguard.faults.docket import TICK
@@ -60,9 +61,8 @@ _HOLDS_AT_A_TIME: Final = 1500
 _EARLY: Final = 2.0
 """Seconds after a connection is opened in which it is looked at more often: a server that opens it before it forks
 does so soon."""
-_LASTING: Final = 0.2
-"""Seconds for which a process must have a socket open to count as its heir: a child on its way to exec() has it open
-for less."""
+_OVER: Final = 256
+"""Sessions that are over after which attribution is told so, if there is nothing else to be looked at."""
 _OPENERS: Final = 1024
 """Processes of which it is remembered that a child has followed the advice."""
 UNUSED: Final = 5.0
@@ -126,6 +126,18 @@ class Watch:
         left the inherited ones alone; the opener that was asked about last is the last one."""
         self._last_arrival = -math.inf
         self._arrived = trio.Event()
+        self._unfiled: dict[ProxiedSession, None] = {}
+        """Those of which the watch over heirs doesn't know yet who opened them."""
+        self._filed: dict[int, ProxiedSession] = {}
+        """The others, as far as their clients' sockets are known, by the sockets' inodes."""
+        self._openings: dict[int, Opening] = {}
+        """Who opened these; for worker threads too."""
+        self._shared: dict[int, ProxiedSession] = {}
+        """Those of them of which it is looked at again and again who has them open: not the opener alone."""
+        self._kept: dict[int, float] = {}
+        """The inodes of those that attribution is to be told to watch, and when their connections were opened."""
+        self._over: list[int] = []
+        """The inodes of those that it need not watch any more."""
         self._active: dict[ProxiedSession, None] = {}
         """Those that are in use, for the watch over readers."""
         self._calm: dict[ProxiedSession, float] = {}
@@ -144,10 +156,15 @@ class Watch:
     def arrival(self) -> None:
         """A client has come, and may soon fork."""
         self._last_arrival = time.monotonic()
+
+    def enter(self, session: ProxiedSession) -> None:
+        """A session begins."""
+        self._unfiled[session] = None
         self._arrived.set()
+        self.stir(session)
 
     def stir(self, session: ProxiedSession) -> None:
-        """A session is in use, as it has begun, or its client has sent something: the watches look at it."""
+        """A session's client has sent something: it is in use, and the watches look at it."""
         self._calm.pop(session, None)
         self._active[session] = None
         self._active_stirred.set()
@@ -157,8 +174,15 @@ class Watch:
 
     def leave(self, session: ProxiedSession) -> None:
         """A session is over."""
-        for watched in (self._active, self._calm, self._moved, self._sitting):
+        watched: dict[ProxiedSession, Any]
+        for watched in (self._unfiled, self._active, self._calm, self._moved, self._sitting):
             watched.pop(session, None)
+        inode = None if session.opening is None else session.opening.inode
+        if inode is not None and self._filed.get(inode) is session:
+            del self._filed[inode], self._openings[inode]
+            self._shared.pop(inode, None)
+            if self._kept.pop(inode, None) is None:
+                self._over.append(inode)
 
     # Heirs
 
@@ -166,29 +190,39 @@ class Watch:
         """Look who has inherited connections, and who has outlived them; until cancelled."""
         allowance, pause = Allowance(_HEIRS_SHARE, _HEIRS_SAVINGS), _EARLY_INTERVAL
         while True:
-            if time.monotonic() - self._last_arrival >= _EARLY:
-                self._arrived = trio.Event()
-                with trio.move_on_after(_HEIRS_INTERVAL - _EARLY_INTERVAL):
+            self._arrived = trio.Event()
+            if not self._unfiled and time.monotonic() - self._last_arrival >= _EARLY:
+                with trio.move_on_after(max(pause, _HEIRS_INTERVAL) if self._filed else math.inf):
                     await self._arrived.wait()
-            await trio.sleep(pause)
+                    await trio.sleep(pause)
+            else:
+                await trio.sleep(pause)
             allowance.spend(await self._look_for_heirs(witness))
             pause = max(_EARLY_INTERVAL, allowance.seconds_without())
 
     async def _look_for_heirs(self, witness: Witness) -> float:
-        """Look once, at those sessions that have waited for it the longest; return what it has cost in seconds."""
-        known = {s.opening.inode: s for s in self._sessions.values() if s.opening and s.opening.inode}
-        if not known:
+        """Look once, if there may be something to see; return what it has cost in seconds."""
+        self._file()
+        if not (self._shared or self._kept or len(self._over) >= _OVER or (self._filed and witness.has_news())):
             return 0.0
-        watched = self._heirs_due(known)
-        openings = {inode: s.opening for inode, s in watched.items() if s.opening}
+        watched = self._heirs_due()
         suspects = frozenset(inode for inode, session in watched.items() if self._may_be_leaked(session))
+        keep, self._kept = self._kept, {}
+        over, self._over = self._over, []
         now = trio.current_time()
-        (found, have_opened, orphans), seconds = await looking.look(
-            timed, partial(_look_at_heirs, witness, openings, suspects, known.keys())
-        )
+        try:
+            (found, have_opened, orphans), seconds = await looking.look(
+                timed, partial(_look_at_heirs, witness, tuple(watched), suspects, self._openings, keep, over)
+            )
+        except BaseException:
+            self._kept |= {inode: opened for inode, opened in keep.items() if inode in self._filed}
+            self._over += over
+            raise
         stint = Stint()
         for inode, holders in found.items():
-            session = watched[inode]
+            session = self._filed.get(inode)
+            if session is None:
+                continue
             session.sightings.holders_looked = now
             with spared(Loss.EVIDENCE, session):
                 self._note_holders(session, holders)
@@ -199,12 +233,24 @@ class Watch:
             await stint.rest()
         return seconds + stint.spent
 
-    @staticmethod
-    def _heirs_due(known: dict[int, ProxiedSession]) -> dict[int, ProxiedSession]:
-        """As many sessions, by inode, as are looked at in one round."""
+    def _file(self) -> None:
+        """Take those in of whom it is known by now who opened them, or that it can't be known."""
+        for session in [one for one in self._unfiled if one.opening_known.is_set() or one.client_socket is None]:
+            del self._unfiled[session]
+            opening = session.opening
+            if opening is None or opening.inode is None:
+                continue
+            self._filed[opening.inode] = session
+            self._openings[opening.inode] = opening
+            self._kept[opening.inode] = opening.client.opened
+            with spared(Loss.EVIDENCE, session):
+                self._note_holders(session, opening.holders)
+
+    def _heirs_due(self) -> dict[int, ProxiedSession]:
+        """As many sessions, by inode, as are looked at in one round: those first that have waited the longest."""
         due: dict[int, ProxiedSession] = {}
         holds = 0
-        for inode, session in sorted(known.items(), key=lambda one: one[1].sightings.holders_looked):
+        for inode, session in sorted(self._shared.items(), key=lambda one: one[1].sightings.holders_looked):
             holds += max(1, len(session.sightings.holders))
             if due and holds > _HOLDS_AT_A_TIME:
                 break
@@ -212,17 +258,29 @@ class Watch:
         return due
 
     def _note_holders(self, session: ProxiedSession, holders: Holders) -> None:
-        heirs = holders.lasting(_LASTING)
-        session.sightings.note_holders(holders.processes, heirs)
-        if holders.processes:
+        opening, processes = session.opening, holders.processes
+        if opening is None or opening.inode is None or session.done.is_set():
+            return
+        # It need not be looked again as long as nobody is seen to have it open, or the opener alone is: who comes by it
+        # then is a new process. But who else has it open may let go of it, and then or before that the opener may end.
+        if not processes or (len(processes) == 1 and _is_opener(processes[0], opening)):
+            self._shared.pop(opening.inode, None)
+        else:
+            self._shared[opening.inode] = session
+        heirs = tuple(
+            holding.process
+            for holding in holders.holdings
+            if holding.seen - holding.since >= LASTING or _is_opener(holding.process, opening)
+        )
+        session.sightings.note_holders(processes, heirs)
+        if processes:
             session.last_sole_holder = sole_holder(holders)
-        lasting = frozenset(process.pid for process in heirs)
-        session.client.contest(len(lasting) > 1 and not session.names_senders)
-        if len(lasting) > 1 and session.tracker is not None:
+        session.client.contest(len(heirs) > 1 and not session.names_senders)
+        if len(heirs) > 1 and session.tracker is not None:
             session.tracker.expect_readers()
 
     def _note_heirs(self, session: ProxiedSession, holders: Holders, have_opened: frozenset[int]) -> None:
-        lasting = {process.pid for process in holders.lasting(_LASTING)}
+        lasting = {process.pid for process in holders.lasting(LASTING)}
         opening, tracker, sightings = session.opening, session.tracker, session.sightings
         if len(lasting) < 2 or opening is None:
             return
@@ -280,7 +338,7 @@ class Watch:
         unused = sightings.unused_since is not None and sightings.unused_since[0] == tracker.requests
         if not unused or orphan is _Orphan.WAITED_FOR:
             sightings.unused_since = tracker.requests, trio.current_time()
-        elif orphan is _Orphan.LEFT_ALONE and holders.lasting(_LASTING):
+        elif orphan is _Orphan.LEFT_ALONE and holders.lasting(LASTING):
             if is_used(holders.processes, tracker.senders.pids, tracker.requests_seen()):
                 return
             idleness = f"has not been used for more than {UNUSED:g} s"
@@ -536,6 +594,14 @@ def _had_since(holding: Holding, session: ProxiedSession) -> float:
     return time.time() - (time.monotonic() - holding.since)
 
 
+def _is_opener(process: Process, opening: Opening) -> bool:
+    """Whether a process has opened a connection, or nobody is known to have."""
+    opener = opening.opener
+    if opener is None:
+        return opening.connected is None
+    return (process.pid, process.started) == (opener.pid, opener.started)
+
+
 class _Look(NamedTuple):
     """What is to be looked at: who waits on one connection."""
 
@@ -602,22 +668,28 @@ class _Orphan(Enum):
 
 
 def _look_at_heirs(
-    witness: Witness, openings: Mapping[int, Opening], suspects: Collection[int], known: Collection[int]
+    witness: Witness,
+    inodes: Collection[int],
+    suspects: Collection[int],
+    openings: Mapping[int, Opening],
+    keep: Mapping[int, float],
+    over: Collection[int],
 ) -> tuple[dict[int, Holders], frozenset[int], dict[int, _Orphan]]:
     """Find out who has sockets open, who has connections of its own, and which sockets have outlived their opener.
 
-    In a worker thread. Of the ``suspects`` among these last it is looked at whether somebody waits on them. ``known``
-    are the sockets of all sessions.
+    In a worker thread. Of the ``suspects`` among these last it is looked at whether somebody waits on them. For the
+    other arguments, and for which sockets are found, see :meth:`Witness.watch`; ``openings`` says who opened each.
     """
-    found = witness.watch(openings, keep=known)
+    found = witness.watch(inodes, keep=keep, over=over, age=LASTING)
     have_opened = witness.have_opened(process for holders in found.values() for process in holders.processes)
+    known = {inode: opening for inode in found if (opening := openings.get(inode)) is not None}
     orphans = {
         inode: _Orphan.SEEN
-        for inode, holders in found.items()
-        if holders.processes and witness.has_lost_opener(openings[inode], holders.processes)
+        for inode, opening in known.items()
+        if found[inode].processes and witness.has_lost_opener(opening, found[inode].processes)
     }
     for inode in orphans.keys() & suspects:
-        waits, _ = witness.look(openings[inode], found[inode].processes)
+        waits, _ = witness.look(known[inode], found[inode].processes)
         waited_for = any(one.readable for one in waits.threads)
         orphans[inode] = _Orphan.WAITED_FOR if waited_for else _Orphan.LEFT_ALONE
     return found, have_opened, orphans

@@ -379,6 +379,7 @@ class TestNamespaces:
         assert first.endswith(f"; {remedy}")
         assert others == [
             f"other users' processes: it needs /proc; {remedy}",
+            f"fork events: it needs /proc; {remedy}",
             f"clients' pid namespace: it needs /proc; {remedy}",
             f"other network namespaces: it needs /proc; {remedy}",
             f"waiting threads: it needs /proc; {remedy}",

@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import array
+import logging
 import os
 import resource
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pgguard.attribution.descriptors import find_sockets, link_to
 from pgguard.attribution.evidence import Process
-from pgguard.attribution.holders import Holders, HolderWatch
+from pgguard.attribution.forks import Fork, ForkEvents, ForksUnavailable
+from pgguard.attribution.holders import LASTING, Holders, HolderWatch
 from pgguard.attribution.processes import ProcessBook
 from tests.attribution.puppets import Puppet, outlive_a_tick
 
@@ -27,6 +31,21 @@ INODE = "os.fstat({}.fileno()).st_ino"
 def listener() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener
+
+
+@pytest.fixture(params=["told", "listed"], autouse=True)
+def forks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkEvents | None]:
+    """Where the kernel tells of new processes, what does; every watch here gets it."""
+    if request.param == "listed":
+        yield None
+        return
+    try:
+        events = ForkEvents()
+    except ForksUnavailable as error:
+        pytest.skip(str(error))
+    with events:
+        monkeypatch.setattr(sys.modules[__name__], "HolderWatch", partial(HolderWatch, forks=events))
+        yield events
 
 
 def _now() -> float:
@@ -559,7 +578,7 @@ def test_an_heir_of_one_that_has_ended_is_read_though_its_new_parent_never_had_a
     """Init, or whatever adopts orphans in its place, is an ancestor of the client."""
     outer = puppet()
     watch = HolderWatch(ProcessBook())
-    outer.do("ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)")  # PR_SET_CHILD_SUBREAPER
+    outer.do("import time; ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)")  # PR_SET_CHILD_SUBREAPER
     outer.do(
         "report, hold = os.pipe(), os.pipe()\n"
         "client = os.fork()\n"
@@ -592,7 +611,7 @@ def _sockets(pid: int) -> list[int]:
     return [int(link.removeprefix("socket:[").rstrip("]")) for link in links if link.startswith("socket:")]
 
 
-def test_a_connection_that_is_only_kept_is_not_looked_at_and_not_forgotten(
+def test_a_connection_that_is_kept_is_not_looked_at_and_not_forgotten(
     listener: socket.socket, puppet: Puppets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = puppet()
@@ -601,10 +620,131 @@ def test_a_connection_that_is_only_kept_is_not_looked_at_and_not_forgotten(
     clock, passed = time.monotonic, [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock() + passed[0])
     with ExitStack() as accepted:
-        [kept, forgotten] = _connections(client, listener, accepted, "cd")
-        watch.find(dict.fromkeys([kept, forgotten], _now()))
+        [kept, over, forgotten] = _connections(client, listener, accepted, "cde")
+        opened = dict.fromkeys([kept, over, forgotten], _now())
+        watch.find(opened)
+        assert watch.watch([], keep={kept: opened[kept], over: opened[over]}).keys() == opened.keys()
         for _ in range(3):
-            passed[0] += 10
-            assert watch.watch([], keep=[kept]) == {}
-        found = watch.watch([kept, forgotten])
-        assert [_pids(found[inode]) for inode in (kept, forgotten)] == [{client.pid}, set()]
+            passed[0] += 20
+            assert watch.watch([]) == {}
+        found = watch.watch([kept, over, forgotten], over=[over])
+        assert [_pids(found[inode]) for inode in (kept, over, forgotten)] == [{client.pid}, set(), set()]
+
+
+# New processes
+
+
+def test_who_has_inherited_a_connection_is_told_without_being_asked_and_once(
+    listener: socket.socket, puppet: Puppets
+) -> None:
+    client = puppet()
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    with ExitStack() as accepted:
+        inodes = _connections(client, listener, accepted, "cdef")
+        opened = dict.fromkeys(inodes, _now())
+        watch.find(opened)
+        watch.watch([], keep=opened)
+        child = client.do("fork(d.close)")
+        assert watch.has_news()
+        told = watch.watch([])
+        assert told.keys() == opened.keys() - {inodes[1]}
+        assert all(_pids(holders) == {client.pid, child} for holders in told.values())
+        assert watch.watch([]) == {}
+        client.do(f"release({child})")
+        assert _pids(watch.watch(inodes)[inodes[0]]) == {client.pid}
+
+
+def test_a_new_process_is_looked_at_when_it_is_past_its_exec_and_has_had_what_it_has_since_its_fork(
+    listener: socket.socket, puppet: Puppets, readings: Readings
+) -> None:
+    client = puppet()
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    with client.connect(listener):
+        inode, opened = client.do(INODE.format("c")), _now()
+        watch.find({inode: opened})
+        watch.watch([], keep={inode: opened})
+        outlive_a_tick()
+        began = time.monotonic()
+        child = client.do("fork()")
+        assert watch.watch([], age=60.0) == {}
+        assert child not in readings.pids
+        assert watch.has_news()
+        while not (told := watch.watch([], age=LASTING)):
+            time.sleep(0.01)
+        assert time.monotonic() - began >= LASTING
+        assert readings.pids.count(child) == 1
+        assert child in {process.pid for process in told[inode].lasting(LASTING)}
+
+
+def test_what_is_done_does_not_depend_on_how_many_connections_there_are(
+    listener: socket.socket, puppet: Puppets, readings: Readings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = puppet()
+    outlive_a_tick()
+    watch = HolderWatch(ProcessBook())
+    with ExitStack() as accepted:
+        inodes = _connections(client, listener, accepted, "abcdefghijklmnopqrstuvw")
+        opened = dict.fromkeys(inodes, _now())
+        watch.find(opened)
+        watch.watch([], keep=opened)
+        readings.pids.clear()
+        monkeypatch.delattr("pgguard.attribution.holders.has_socket")
+        for _ in range(20):
+            assert watch.watch([], age=LASTING) == {}
+        assert client.pid not in readings.pids
+
+
+def test_heirs_of_whom_the_kernel_could_not_tell_are_found_all_the_same(
+    listener: socket.socket, puppet: Puppets, forks: ForkEvents | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was no room for more events: it says so, and all processes are listed once."""
+    client = puppet()
+    watch = HolderWatch(ProcessBook())
+    with client.connect(listener):
+        inode = client.do(INODE.format("c"))
+        watch.find({inode: _now()})
+        child = client.do("fork()")
+        if forks is not None:
+            lost: list[tuple[list[Fork], bool]] = [([], True)]
+            take = forks.take
+            take()
+            monkeypatch.setattr(forks, "take", lambda: lost.pop() if lost else take())
+        assert _pids(watch.watch([inode])[inode]) == {client.pid, child}
+        heir = client.do("fork()")
+        assert _pids(watch.watch([inode])[inode]) == {client.pid, child, heir}
+
+
+def test_processes_are_listed_from_the_moment_on_at_which_the_kernel_is_found_to_have_fallen_silent(
+    listener: socket.socket,
+    puppet: Puppets,
+    forks: ForkEvents | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if forks is None:
+        pytest.skip("it never spoke")
+    client = puppet()
+    watch = HolderWatch(ProcessBook())
+    with client.connect(listener):
+        inode, opened = client.do(INODE.format("c")), _now()
+        watch.find({inode: opened})
+        watch.watch([], keep={inode: opened})
+        child = client.do("fork()")
+        time.sleep(1.1)
+        forks.take()
+        nothing: tuple[list[Fork], bool] = ([], False)
+        monkeypatch.setattr(forks, "take", lambda: nothing)
+        monkeypatch.setattr(forks, "are_there", lambda: False)
+        assert _pids(watch.watch([inode])[inode]) == {client.pid}
+        assert not watch.has_news()
+        clock = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 60)
+        assert watch.has_news()
+        with caplog.at_level(logging.WARNING):
+            assert _pids(watch.watch([inode])[inode]) == {client.pid, child}
+        assert "the kernel does not tell of new processes any more" in caplog.text
+        heir = client.do("fork()")
+        assert watch.has_news()
+        assert _pids(watch.watch([inode])[inode]) == {client.pid, child, heir}

@@ -29,7 +29,7 @@ from tests.proxy.conftest import running, until
 from tests.proxy.messages import ANSWER, LOGGED_IN, SELECTED, message, query
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from trio.testing import MockClock
 
@@ -86,7 +86,7 @@ class Stage:
         session.opening = Opening(address, number, opener, evidence, Holders(), Driver.LIBPQ, Runtime())
         self.sessions[number] = session
         _stages[session] = self
-        self.watch.stir(session)
+        self.watch.enter(session)
         return session
 
 
@@ -315,16 +315,30 @@ class Scripted:
         self.solitary: set[Process] = set()
         """Those with a single thread."""
         self.fails = False
+        self.seen: dict[Process, float] = {}
+        """The holders when they were last looked at."""
+        self.kept: set[int] = set()
+        self.looks = 0
+        """Sockets of which it was looked at who has them open."""
         self.looked: list[Collection[Process]] = []
         self.glances = 0
         """Looks at whether a process has a single thread, and at who waits while no answer is due."""
 
-    def watch(self, inodes: Iterable[int], *, keep: Iterable[int]) -> dict[int, Holders]:
-        assert set(inodes) <= set(keep)
+    def has_news(self) -> bool:
+        return self.holders != self.seen
+
+    def watch(
+        self, inodes: Iterable[int], *, keep: Mapping[int, float], over: Iterable[int], age: float
+    ) -> dict[int, Holders]:
+        assert age
         if self.fails:
             raise RuntimeError("injected")
+        self.kept = (self.kept | keep.keys()) - set(over)
+        asked = set(inodes) if self.holders == self.seen else self.kept | set(inodes)
+        self.seen = dict(self.holders)
+        self.looks += len(asked)
         holdings = tuple(Holding(one, since, trio.current_time()) for one, since in self.holders.items())
-        return {inode: Holders(holdings, self.complete and bool(holdings)) for inode in inodes}
+        return {inode: Holders(holdings, self.complete and bool(holdings)) for inode in asked}
 
     def have_opened(self, processes: Iterable[Process]) -> frozenset[int]:
         return frozenset(process.pid for process in processes if process in self.have_own)
@@ -799,6 +813,7 @@ async def test_what_is_done_a_second_does_not_depend_on_how_many_sessions_are_id
     stage: Stage, witness: Scripted, autojump_clock: MockClock
 ) -> None:
     stage.watch.limit_idleness(10)
+    witness.holders = {PARENT: 0.0}
     done: list[int] = []
     for more in (20, 380):
         for _ in range(more):
@@ -806,8 +821,9 @@ async def test_what_is_done_a_second_does_not_depend_on_how_many_sessions_are_id
             session.arrived -= 10
             use(session, None)
         await trio.sleep(60)
-        witness.glances = 0
+        witness.glances = witness.looks = 0
         await trio.sleep(60)
+        assert witness.looks == 0
         done.append(witness.glances)
     assert 0 < done[1] <= done[0] * 1.1
 
