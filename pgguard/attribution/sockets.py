@@ -13,6 +13,7 @@ import socket
 import struct
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 _NETLINK_SOCK_DIAG = 4
@@ -135,6 +136,7 @@ def _last_sent(accepted: socket.socket) -> float:
     return milliseconds / 1000
 
 
+@lru_cache(maxsize=256)  # many connections are from, and to, the same: 37 bytes each
 def _packed(family: int, host: str) -> bytes:
     return socket.inet_pton(family, host.partition("%")[0])
 

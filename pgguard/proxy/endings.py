@@ -113,7 +113,7 @@ class Endings:
         self.aftermath.cut_off(session)
         if tracker is not None and not _is_inside_message(session) and not session.client.outgoing:
             with suppress(OSError):
-                session.client.send(farewell)
+                session.client.sock.send(farewell)
         self.finish(session)
 
     def finish(self, session: ProxiedSession) -> None:

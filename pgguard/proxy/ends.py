@@ -132,9 +132,6 @@ class End:
         "peer",
         "pieces",
         "reading",
-        "receive",
-        "receive_message",
-        "send",
         "sender",
         "session",
         "sock",
@@ -161,9 +158,6 @@ class End:
         self.flow = flow
         self.sock = sock
         self.fd = sock.fileno()
-        self.receive = sock.recv
-        self.receive_message = sock.recvmsg
-        self.send = sock.send
         self.is_client = is_client
         self.names_senders = names_senders
         """The kernel says with every read who sent it."""
@@ -250,7 +244,7 @@ class End:
         Raises:
             OSError: there is none, or it is broken.
         """
-        self.written += self.send(memoryview(self.outgoing)[self.written :])
+        self.written += self.sock.send(memoryview(self.outgoing)[self.written :])
         if self.written == len(self.outgoing):
             self.drop_outgoing()
 

@@ -54,11 +54,12 @@ class Registrar:
         self._is_idle = False
         """It waits for the next one to come."""
         self._allowance = Allowance(_SHARE, _SAVINGS)
+        self._on_want = self._want  # one for all sessions, of 64 bytes
 
     def enroll(self, session: ProxiedSession) -> None:
         """Have it found out who opened a session, which has a client socket to look up."""
         self._waiting[session.id] = session
-        session.want_opening = self._want
+        session.want_opening = self._on_want
         if self._is_idle:
             self._changed.set()
 

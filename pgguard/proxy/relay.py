@@ -416,11 +416,11 @@ class Relay:
     def _read(self, end: End, now: float) -> None:
         try:
             if end.names_senders:
-                data, ancillary, _, _ = end.receive_message(CHUNK, CREDENTIALS_SPACE)
+                data, ancillary, _, _ = end.sock.recvmsg(CHUNK, CREDENTIALS_SPACE)
                 if ancillary and ancillary[0][2] != end.credentials:
                     self._meet(end, self._named(end, ancillary[0][2]))
             else:
-                data = end.receive(CHUNK)
+                data = end.sock.recv(CHUNK)
         except BlockingIOError:
             return
         except OSError as error:
@@ -683,7 +683,7 @@ class Relay:
             peer.append(data if whole else memoryview(data)[begin:stop])
             return
         try:
-            sent = peer.send(data) if whole else peer.send(memoryview(data)[begin:stop])
+            sent = peer.sock.send(data if whole else memoryview(data)[begin:stop])
         except BlockingIOError:
             sent = 0
         except OSError:

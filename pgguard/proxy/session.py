@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Literal
 
 from pgguard.attribution.drivers import tell_driver
@@ -37,8 +38,7 @@ _FRESH: Final = 1.0
 """Seconds for which a pid is certainly the same process's: no host gives out all the others in that time."""
 _SENDERS: Final = 256
 """Processes that have sent of which it is kept what was seen of them: the latest."""
-
-
+_NOBODY: Final[Mapping[int, Process]] = MappingProxyType({})
 _DRAINING: Final = frozenset({Phase.REJECTED, Phase.ENDED, Phase.LINGERING, Phase.CLOSED})
 
 
@@ -46,6 +46,7 @@ class ProxiedSession:
     """A client's connection, the upstream connection made for it, and the tracker of what passes between them."""
 
     __slots__ = (
+        "_met",
         "afterwards",
         "arrived",
         "client_name",
@@ -58,7 +59,6 @@ class ProxiedSession:
         "kernel_account",
         "last_sole_holder",
         "leftover",
-        "met",
         "opened_at",
         "opening",
         "opening_known",
@@ -108,10 +108,10 @@ class ProxiedSession:
         """What its client asked for as it connected: the parameters of its StartupMessage, in their order."""
         self.kernel_account: TcpAccount | None = None
         """The kernel's account of who sends on its TCP connection."""
-        self.senders: dict[int, Process] = {}
+        self.senders: Mapping[int, Process] = _NOBODY
         """The processes that the kernel has named as senders, as they were when they were first looked at: the latest.
         Written by :meth:`remember` and :meth:`forget` alone."""
-        self.met: dict[int, float] = {}
+        self._met: dict[int, float] | None = None
         """The pids of those that have sent on it, and when one last began to, in seconds of time.monotonic()."""
         self.sightings = Sightings()
         self.leftover: Leftover | None = None
@@ -226,21 +226,27 @@ class ProxiedSession:
         Returns True if that one isn't known, or hasn't begun to for so long that the pid may be another's by now.
         """
         now = time.monotonic()
-        before = self.met.get(pid, -math.inf)
-        if before == -math.inf and len(self.met) >= _SENDERS:
-            self.met.clear()
-        self.met[pid] = now
+        if self._met is None:
+            self._met = {}
+        before = self._met.get(pid, -math.inf)
+        if before == -math.inf and len(self._met) >= _SENDERS:
+            self._met.clear()
+        self._met[pid] = now
         return now - before > _FRESH
 
     def forget(self, pid: int) -> Process | None:
         """Take a process that has sent for unknown until it has been looked at again; returns what was seen of it."""
-        return self.senders.pop(pid, None)
+        known = self.senders.get(pid)
+        if known is not None:
+            self.senders = {other: process for other, process in self.senders.items() if other != pid}
+        return known
 
     def remember(self, processes: Mapping[int, Process]) -> None:
         """Keep what was seen of processes that have sent, by pid."""
-        self.senders |= processes
-        while len(self.senders) > _SENDERS:
-            del self.senders[next(iter(self.senders))]
+        senders = {**self.senders, **processes}
+        while len(senders) > _SENDERS:
+            del senders[next(iter(senders))]
+        self.senders = senders
 
     def concern(self, kind: Kind, reason: str) -> Verdict:
         """Say that something is wrong with it that no message of its shows."""

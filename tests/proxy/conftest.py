@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import socket
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.witness import Witness
     from pgguard.faults.fault import Fault
+    from pgguard.proxy.ends import End
 
 
 class ListSink:
@@ -77,6 +79,18 @@ class House:
         await until(lambda: not self.guard.snapshot())
         assert not self.guard._sweep._relay._ends
         assert not self.guard._sweep._endings._sessions
+
+
+def fail_to_read(end: End, error: Exception) -> None:
+    """Have reading one end of a session fail from now on."""
+
+    class Failing(socket.socket):
+        def recv(self, *_: int) -> bytes:
+            raise error
+
+    sock = end.sock
+    assert isinstance(sock, socket.socket)
+    end.sock = Failing(fileno=sock.detach())
 
 
 async def until(condition: Callable[[], bool]) -> None:

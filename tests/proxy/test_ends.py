@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from pgguard.proxy.aftermath import _LINGER
-from tests.proxy.conftest import House, until
+from tests.proxy.conftest import House, fail_to_read, until
 from tests.proxy.messages import (
     ANSWER,
     COLUMNS,
@@ -143,15 +143,11 @@ async def test_a_server_that_goes_while_idle(house: House, how: str) -> None:
     await house.empty()
 
 
-async def test_a_server_that_nothing_is_heard_of_any_more(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_nothing_is_heard_of_any_more(house: House) -> None:
     """The kernel says so when its keepalive probes have gone unanswered; it is no crash of the server's."""
     client, server = await house.session()
     [session] = house.guard._sessions.values()
-
-    def fail(*_: object, **__: object) -> int:
-        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-
-    monkeypatch.setattr(session.server, "receive", fail)
+    fail_to_read(session.server, TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
     await server.send(READY)
     error = await client.message()
     assert error.fields["C"] == "08006"

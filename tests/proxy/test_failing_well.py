@@ -16,7 +16,7 @@ from pgguard.proxy.session import ProxiedSession
 from pgguard.reporting.record import to_record
 from pgguard.reporting.sinks import Fanout
 from pgguard.session.tracker import Tracker
-from tests.proxy.conftest import House, running, until
+from tests.proxy.conftest import House, fail_to_read, running, until
 from tests.proxy.messages import ANSWER, COLUMNS, FAILED, TERMINATE, message, query
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ async def test_an_error_that_nobody_foresaw_costs_one_session(house: House) -> N
     other = await house.session()
     client, _ = await house.session()
     session = max(house.guard._sessions.values(), key=lambda one: one.id)
-    session.client.receive = fail
+    fail_to_read(session.client, ZeroDivisionError("injected"))
     await client.send(query("select 1"))
     await client.rest()
     await converse(*other)
