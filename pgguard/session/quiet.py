@@ -118,7 +118,8 @@ class Judgement(NamedTuple):
     name: bytes = b""
 
 
-_QUIET: Final = Judgement(Effect.NONE)
+QUIET: Final = Judgement(Effect.NONE)
+"""What is judged of every text that leaves them alone."""
 _ANY: Final = Judgement(Effect.ANY)
 _WHAT_LASTS: Final = Judgement(Effect.LASTING)
 
@@ -130,7 +131,7 @@ def judge(text: bytes) -> Judgement:
     if (match := _ONE_NAME.match(text)) is not None and text.rstrip(b"; \t\r\n").find(b";") < 0:
         return Judgement(Effect.ONE_NAME, folded(match[1] or match[2]))
     if _is_quiet(lowered):
-        return _QUIET
+        return QUIET
     return _WHAT_LASTS if _LASTING.search(lowered) else _ANY
 
 

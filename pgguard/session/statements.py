@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, final
 
-from pgguard.session.quiet import SIMPLY_QUIET, Effect, judge
+from pgguard.session.quiet import QUIET, SIMPLY_QUIET, Effect, judge
 from pgguard.wire.messages import NAME_LENGTH, TEXT_LIMIT
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Statement:
 
     __slots__ = ("cut", "epoch", "in_doubt", "name", "quiet", "refused", "sql")
 
-    def __init__(self, name: bytes, sql: bytes | None, *, cut: bool, epoch: int) -> None:
+    def __init__(self, name: bytes, sql: bytes | None, cut: bool, epoch: int) -> None:
         self.name = name
         """As much of it as the server tells names apart by."""
         self.sql = sql
@@ -62,8 +62,8 @@ class Named(Statement):
 
     __slots__ = ("closed", "is_new")
 
-    def __init__(self, name: bytes, sql: bytes | None, *, cut: bool, epoch: int) -> None:
-        super().__init__(name, sql, cut=cut, epoch=epoch)
+    def __init__(self, name: bytes, sql: bytes | None, cut: bool, epoch: int) -> None:
+        super().__init__(name, sql, cut, epoch)
         self.is_new = False
         """This session has made no statement of this name before, or closed it."""
         self.closed: Closing | None = None
@@ -127,7 +127,7 @@ class Statements:
 
     def parse(self, request: Request, chunk: bytes, body: i64, stop: i64) -> Statement | None:
         """Keep the text of a Parse, whose body is a name, NUL, the text, NUL, and parameter types."""
-        text = chunk.find(0, body, stop) + 1
+        text = body + 1 if body < stop and not chunk[body] else chunk.find(0, body, stop) + 1
         if text == 0:
             self._unsettle()
             return None
@@ -142,13 +142,13 @@ class Statements:
         if text == body + 1:
             before = self._by_name.get(b"")
             _drop_text(before)
-            self._by_name[b""] = statement = Statement(b"", sql, cut=cut, epoch=self._epoch)
+            self._by_name[b""] = statement = Statement(b"", sql, cut, self._epoch)
         else:
             name = chunk[body : min(text - 1, body + NAME_LENGTH)]
             self._named = True
             before = self._by_name.pop(name, None)
             _drop_text(before)
-            statement = named = Named(name, sql, cut=cut, epoch=self._epoch)
+            statement = named = Named(name, sql, cut, self._epoch)
             if isinstance(before, Closing):
                 named.closed = before
             named.is_new = not isinstance(before, Statement)
@@ -158,7 +158,7 @@ class Statements:
             statement.in_doubt = not isinstance(before, Statement) or before.in_doubt or not before.quiet
         if self._sure != _NEVER:
             self._count(1)
-            statement.quiet = not cut and judge(sql).effect is Effect.NONE
+            statement.quiet = not cut and judge(sql) is QUIET
         return statement
 
     def bind(self, request: Request, chunk: bytes, body: i64, stop: i64) -> Statement | None:
@@ -166,16 +166,23 @@ class Statements:
 
         Returns the statement that it names, unless it isn't known. What it says will be executed.
         """
-        name = chunk.find(0, body, stop) + 1 if chunk[body] else body + 1
-        end = chunk.find(0, name, stop) if name else -1
-        found = self._by_name.get(chunk[name : min(end, name + NAME_LENGTH)]) if end >= 0 else None
+        # A message may end in front of its body, if what was said of its length has been overruled.
+        has_portal = body < stop and chunk[body] != 0
+        name = chunk.find(0, body, stop) + 1 if has_portal else body + 1
+        if 0 < name < stop and not chunk[name]:
+            found = self._by_name.get(b"")
+        else:
+            end = chunk.find(0, name, stop) if name else -1
+            if end - name > NAME_LENGTH:
+                end = name + NAME_LENGTH
+            found = self._by_name.get(chunk[name:end]) if end >= 0 else None
         if not isinstance(found, Statement):
             self._unsettle()
             return None
         if request.sql is None and not found.refused:
             request.sql, request.sql_cut = found.sql, found.cut
         if (not found.quiet or (found.refused and found.in_doubt)) and self._sure != _NEVER:
-            if chunk[body]:
+            if has_portal:
                 self._go_blind()  # a portal that has a name may be executed whenever
             else:
                 self._unsettle()
@@ -227,7 +234,7 @@ class Statements:
         """A text will be executed; ``None`` if it isn't known whole."""
         effect, name = (Effect.ANY, b"") if sql is None else judge(sql)
         if effect is Effect.ONE_NAME:
-            unsure = Named(name, None, cut=False, epoch=self._epoch)
+            unsure = Named(name, None, False, self._epoch)
             unsure.refused = unsure.in_doubt = True
             _drop_text(self._by_name.pop(name, None))
             self._keep(name, unsure)

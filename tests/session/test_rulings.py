@@ -7,6 +7,7 @@ import pytest
 from pgguard.identity import Sender
 from pgguard.session.tracker import Tracker
 from pgguard.session.verdicts import Direction, Kind, Party, RequestState
+from pgguard.wire.messages import HEADER_SIZE
 from tests.session.protocol import (
     BACKEND,
     FRONTEND,
@@ -431,3 +432,18 @@ def test_what_the_client_sends_and_leaves_undone_is_the_clients() -> None:
 def test_a_connection_refused_for_want_of_slots_is_over_and_not_the_servers_doing() -> None:
     [verdict] = Conversation(login=False).backend(message("E", b"SFATAL\0VFATAL\0C53300\0\0"))
     assert (verdict.kind, verdict.by, verdict.ends) == (Kind.CONNECTION_EXHAUSTION, Party.CLIENT, True)
+
+
+@pytest.mark.parametrize("letter", sorted(FRONTEND.keys() | {"F", "p", "f"}))
+@pytest.mark.parametrize("behind", [b"", b"\xff"])
+def test_a_message_without_a_body_may_be_overruled_at_the_end_of_a_chunk(letter: str, behind: bytes) -> None:
+    tracker = Conversation().tracker
+    chunk, done = message(letter) + behind, 0
+    for _ in range(3):
+        done = tracker.frontend(chunk, 0, HEADER_SIZE, None, 0.0)
+        if done == HEADER_SIZE:
+            break
+        assert tracker.verdict is not None
+        tracker.overrule()
+    assert done == HEADER_SIZE
+    assert tracker.lost is None
