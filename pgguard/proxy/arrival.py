@@ -401,6 +401,7 @@ class Arrival:
         else:
             found, self.session.upstream, rest = await introduce(reception.upstream, packet)
             server = socket.socket(fileno=found.detach())
+            server.setblocking(False)
             try:
                 self._introduce(server, rest)
             except BaseException:

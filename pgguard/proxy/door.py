@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from pgguard.proxy.admission import Admission
     from pgguard.proxy.arrival import Arrival
-    from pgguard.proxy.listeners import Listener
+    from pgguard.proxy.listeners import Listener, Peer
     from pgguard.proxy.reception import Reception
 
 _AT_A_TIME: Final = 4
@@ -113,12 +113,13 @@ class Door:
     def _answer(self, listener: Listener, _: int) -> None:
         """Let in who has come, or tell it that there is no room."""
         for _ in range(_AT_A_TIME):
-            if not self._can_answer():
+            has_room = self._has_room()
+            if not has_room and not self._can_tell:
                 self._lock()
                 self._lobby.give(self, _LOOK, self._look_again)
                 return
             try:
-                sock, _ = listener.socket.accept()
+                sock, peer = listener.socket.accept()
             except BlockingIOError:
                 return  # those were all
             except OSError as error:
@@ -127,25 +128,27 @@ class Door:
                     return
                 continue  # it is about the one connection, which is gone: accept(2), "Error handling"
             sock.setblocking(False)
-            self._let_in(sock, listener)
+            self._let_in(sock, peer, listener, has_room=has_room)
             if not self._lobby.has_time:
                 return
 
     def _has_room(self) -> bool:
         return self._admission.has_room() or (self._make_room() and self._admission.has_room())
 
-    def _can_answer(self) -> bool:
-        return len(self._turning_away) < self._admission.turned_away_at_once or self._has_room()
+    @property
+    def _can_tell(self) -> bool:
+        """Whether one more can be told that there is no room."""
+        return len(self._turning_away) < self._admission.turned_away_at_once
 
-    def _let_in(self, sock: socket.socket, listener: Listener) -> None:
-        if self._has_room():
+    def _let_in(self, sock: socket.socket, peer: Peer, listener: Listener, *, has_room: bool) -> None:
+        if has_room:
             self._admission.admit()
-            if self._reception.receive(sock, listener) is None:
+            if self._reception.receive(sock, peer, listener) is None:
                 self._admission.vacate()
             return
         why = self._admission.why_full()
         self._complain(f"clients are turned away: {why}", errno.EMFILE)
-        arrival = self._reception.receive(sock, listener, too_many(why), self._note_told)
+        arrival = self._reception.receive(sock, peer, listener, too_many(why), self._note_told)
         if arrival is not None and not arrival.is_over:
             self._turning_away[arrival] = trio.current_time()
 
@@ -156,7 +159,7 @@ class Door:
     def _look_again(self) -> None:
         """Open again if there is room for a client, or for telling it that there is none."""
         now = trio.current_time()
-        while not self._can_answer():
+        while not self._can_tell and not self._has_room():
             longest, since = next(iter(self._turning_away.items()))
             if now < since + _GRACE:
                 self._lobby.give(self, _LOOK, self._look_again)
@@ -174,12 +177,12 @@ class Door:
         self._is_short = True
         self._give_up()
         try:
-            sock, _ = listener.socket.accept()
+            sock, peer = listener.socket.accept()
         except OSError:
             self._lobby.give(self, _PAUSE, self._recover)
             return
         sock.setblocking(False)
-        if self._reception.receive(sock, listener, too_many(why, remedy(number)), self._recover) is None:
+        if self._reception.receive(sock, peer, listener, too_many(why, remedy(number)), self._recover) is None:
             self._recover()
 
     def _recover(self, _: Arrival | None = None) -> None:

@@ -67,13 +67,10 @@ _AT_ITS_END: Final = (Reading.ENDING, Reading.ENDED)
 
 
 class Socket(Protocol):
-    """What the relay does with a socket: see :class:`socket.socket`."""
+    """What the relay does with a socket, which doesn't block: see :class:`socket.socket`."""
 
     def fileno(self) -> int:
         """Tell its descriptor."""
-
-    def setblocking(self, flag: bool, /) -> None:
-        """Have it block, or not."""
 
     def recv(self, size: int, /) -> bytes:
         """Receive so many bytes at most."""
@@ -153,7 +150,6 @@ class End:
         kernel_account: TcpAccount | None = None,
         sender: Sender | None = None,
     ) -> None:
-        sock.setblocking(False)
         self.session = session
         self.flow = flow
         self.sock = sock

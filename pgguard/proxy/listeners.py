@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.trust import Leader
 
+Peer = tuple[Any, ...]
+"""The address of a client: of a TCP connection a host and a port, and more with IPv6; of a Unix one nothing."""
+
 BACKLOG: Final = 4096
 """Clients that may wait to be accepted. The kernel makes it ``net.core.somaxconn`` if that is less: listen(2)."""
 _CONNECT_PROBE_TIMEOUT: Final = 1.0
@@ -116,6 +119,10 @@ class Listener:
 
     def __init__(self, sock: socket.socket, address: Address, place: _Place | None = None) -> None:
         sock.setblocking(False)
+        if isinstance(address, TcpAddress):
+            # Those that are accepted have them from it: sk_clone_lock() in net/core/sock.c, and tcp(7).
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.socket = sock
         self.address = address
         """Where it really listens: with the port that the system chose if none was given."""

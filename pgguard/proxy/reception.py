@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pgguard.proxy.addresses import Upstream
     from pgguard.proxy.judge import Judge
-    from pgguard.proxy.listeners import Listener
+    from pgguard.proxy.listeners import Listener, Peer
     from pgguard.proxy.loops import LoopWatch
     from pgguard.proxy.openers import OpenerStacks
     from pgguard.proxy.roster import Roster
@@ -118,6 +118,7 @@ class Reception:
     def receive(
         self,
         sock: socket.socket,
+        peer: Peer,
         listener: Listener,
         response: bytes | None = None,
         on_over: Callable[[Arrival], None] | None = None,
@@ -125,19 +126,19 @@ class Reception:
         """Take in a client that has been accepted. What goes wrong with that is no affair of anybody else's.
 
         Args:
-            sock: its socket.
+            sock: its socket, which doesn't block.
+            peer: its address, as accept(2) tells it.
             listener: where it has come.
             response: what it is told, if there is no room for it.
             on_over: is called when it has been told.
 
         Returns:
-            The client, unless it is gone already.
+            The client; ``None`` if that has failed, and its socket is closed.
         """
         try:
-            session = self.roster.come(sock, listener, is_admitted=response is None)
-        except Exception as error:
-            if not isinstance(error, OSError):  # gone before it could be asked who it was
-                note(Loss.ARRIVAL)
+            session = self.roster.come(sock, peer, listener, is_admitted=response is None)
+        except Exception:
+            note(Loss.ARRIVAL)
             sock.close()
             return None
         arrival = Arrival(self, sock, session, listener, response, on_over)

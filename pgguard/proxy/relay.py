@@ -15,9 +15,10 @@ are followed at once, and more as long as the round has taken less than a slice 
 turn, one slice of one end in each round, behind all that has come meanwhile.
 
 In line: what may take long to deal with keeps nobody waiting whose turn would come behind it. That is the end of a
-stream, and while somebody is judged, or stands in line, whatever a client sends while an answer to it is due. These
-ends are taken out of the epoll, and dealt with one after the other, for a moment in each round. So when a process has
-been killed that had a thousand connections, or asks on all of them out of turn, others are served meanwhile.
+stream, unless there is time left in this round, and while somebody is judged, or stands in line, whatever a client
+sends while an answer to it is due. These ends are taken out of the epoll, and dealt with one after the other, for a
+moment in each round. So when a process has been killed that had a thousand connections, or asks on all of them out of
+turn, others are served meanwhile.
 
 Holding: when a verdict falls on what one end has sent, that end isn't read until the ruling, and what it has sent
 waits. The other direction flows on: two answers that would have reached the client one after the other must not reach
@@ -269,12 +270,14 @@ class Relay:
                 note(Loss.STEP)
 
     def _read_and_flush(self, end: End, mask: int, now: float) -> None:
-        if mask & _ENDS and self._may_wait(end):
+        if mask & _ENDS and self._may_wait(end) and (self._line or monotonic() > self._slice_ends):
             self._put_in_line(end)
             mask &= ~_TO_READ
         # That it is over is reported of an end whose peer is stuffed as well, and it must not be read for that.
         if mask & _TO_READ and (end.wants(_IN) or end.reading is _ENDED):
             self._read(end, now)
+            if mask & _ENDS and end.reading is _OPEN and end.wants(_IN):
+                self._read(end, now)  # most often nothing but the end is behind what it has said last
         if mask & _TO_WRITE and end.wants(_OUT):
             self.flush(end)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import socket
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -15,10 +14,12 @@ from pgguard.proxy.losses import Loss, note
 from pgguard.proxy.session import ProxiedSession
 
 if TYPE_CHECKING:
+    import socket
+
     from pgguard.attribution.sockets import ClientSocket
     from pgguard.proxy.judge import Judge
     from pgguard.proxy.kernel_senders import KernelSenders, TcpAccount
-    from pgguard.proxy.listeners import Listener
+    from pgguard.proxy.listeners import Listener, Peer
     from pgguard.proxy.overview import SessionListener
     from pgguard.proxy.registrar import Registrar
     from pgguard.proxy.watch import Watch
@@ -56,12 +57,8 @@ class Roster:
         """Have somebody told of each session that is opened or closed from now on."""
         self._listeners.append(listener)
 
-    def come(self, sock: socket.socket, listener: Listener, *, is_admitted: bool) -> ProxiedSession:
-        """Take note of a client that has just been accepted.
-
-        Raises:
-            OSError: it is gone before it could be asked who it was.
-        """
+    def come(self, sock: socket.socket, peer: Peer, listener: Listener, *, is_admitted: bool) -> ProxiedSession:
+        """Take note of a client that has just been accepted, from an address that accept(2) has told."""
         self.last_number += 1
         try:
             self._watch.arrival()
@@ -69,10 +66,7 @@ class Roster:
             note(Loss.STEP)
         client_name = None
         if isinstance(listener.address, TcpAddress):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            host, port = sock.getpeername()[:2]
-            client_name = str(TcpAddress(host, port))
+            client_name = str(TcpAddress(*peer[:2]))
         kernel_account = self._open_account(sock) if client_name is not None and is_admitted else None
         session = ProxiedSession(
             self.last_number,

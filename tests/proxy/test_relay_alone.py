@@ -40,9 +40,6 @@ class FakeSocket:
     def fileno(self) -> int:
         return self._fd
 
-    def setblocking(self, flag: bool) -> None:
-        assert not flag
-
     def recv(self, size: int) -> bytes:
         if not self.given:
             raise BlockingIOError

@@ -875,6 +875,7 @@ STARTS: Final = {
     "proxy.conninfo",
     "proxy.settings",
     "proxy.listeners",
+    "proxy.shortcut",
 }
 """What is done before there is a session, where an exception is to end the guard: with a message."""
 STARTING: Final = {"__init__", "listen", "use_probe", "find_loop"}
