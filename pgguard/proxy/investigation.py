@@ -15,7 +15,7 @@ from pgguard.attribution.stacks import Stacks, Wanted
 from pgguard.attribution.threads import Waits
 from pgguard.faults.build import build_fault
 from pgguard.faults.conclude import conclude
-from pgguard.faults.culprits import known_processes, last_holder
+from pgguard.faults.culprits import MOST, known_processes, last_holder
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode
 from pgguard.proxy.losses import Loss, spared
@@ -186,7 +186,10 @@ class Investigation:
         if client is None or connected is None:
             return
         intruder = self._verdict.intruder
-        holders = self._witness.holding(client, [connected[0], *self._named()], since=self._since)
+        # Who has inherited it has been seen with it a moment ago; without that there would be no verdict.
+        heirs = self._session.sightings.holders if self._verdict.kind is Kind.INHERITED_CONNECTION else ()
+        named = [connected[0], *self._named(), *(process.pid for process in heirs[: MOST + 1])]
+        holders = self._witness.holding(client, named, since=self._since)
         opening = self._session.opening
         if not holders and intruder is not None and opening is not None:
             # For want of descriptors nothing may be to be seen, but for what was seen before.
