@@ -154,7 +154,7 @@ class Arrival:
         if isinstance(error, UpstreamUnavailable):
             self._turn_back(error)
         elif isinstance(error, OSError | trio.BrokenResourceError):
-            logger.info("session %d: %s: %s", self.session.id, _who(self.session), error)
+            logger.info("session %d: %s: %s", self.session.id, _client_of(self.session), error)
             self.leave()
         else:
             note(Loss.ARRIVAL, self.session)
@@ -219,7 +219,7 @@ class Arrival:
     # Heard
 
     def _come_too_late(self) -> None:
-        logger.info("session %d: %s did not send a startup packet in time", self.session.id, _who(self.session))
+        logger.info("session %d: %s did not send a startup packet in time", self.session.id, _client_of(self.session))
         self.leave()
 
     def _hear(self) -> None:
@@ -489,7 +489,7 @@ def _has_read_all(sock: socket.socket) -> bool:
     return not int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
-def _who(session: ProxiedSession) -> str:
+def _client_of(session: ProxiedSession) -> str:
     return session.client_name or "a client on a Unix socket"
 
 
@@ -499,7 +499,7 @@ async def _bringer(session: ProxiedSession) -> str:
         with trio.move_on_after(_INTRODUCTION):
             await session.wait_for_opening()
     opener = None if session.opening is None else session.opening.opener
-    return _who(session) if opener is None else named(opener.pid, opener)
+    return _client_of(session) if opener is None else named(opener.pid, opener)
 
 
 def _unavailable(error: UpstreamUnavailable) -> bytes:
