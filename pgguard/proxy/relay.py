@@ -380,7 +380,9 @@ class Relay:
             # Gone for good, it would be reported again and again until what it sent has been written.
             self.disarm(end)
             return
-        interest = (0 if end.reading is not _OPEN or end.peer.outgoing else _READS) | (_OUT if end.outgoing else 0)
+        interest = 0 if end.reading is not _OPEN or end.peer.outgoing else _READS  # itself, and no number of each end's
+        if end.outgoing:
+            interest |= _OUT
         if not interest and end.reading is not _ENDED:
             # Its peer is stuffed, or it is held. Whether it is over is found out when it is its turn to be read again.
             self.disarm(end)

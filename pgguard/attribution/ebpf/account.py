@@ -153,7 +153,9 @@ class Account:
         else:
             if not self._keep_last():
                 return
-            self._pid, self._tid, self.sender = pid, tid, Sender(pid, tid)
+            opener = self.opener
+            known = opener is not None and opener.pid == pid and opener.tid == tid
+            self._pid, self._tid, self.sender = pid, tid, opener if known else Sender(pid, tid)
         self._start, self._stop = start, stop
 
     def _keep_last(self) -> bool:
