@@ -102,6 +102,8 @@ SHORT: Final = {
     "investigation._STAYING_BUDGET": 0.001,
     "investigation._ENDING_BUDGET": 0.001,
     "reception._LAST_CANCEL": 0.05,
+    "registrar._PAUSE": 0.01,
+    "registrar._LONGEST_PAUSE": 0.01,
     "judge._SAMPLING_BUDGET": 0.002,
     "losses._PAUSE": 0.01,
 }
