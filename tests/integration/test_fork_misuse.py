@@ -170,8 +170,11 @@ def test_a_third_process_is_an_error(guard: GuardProcess, transport: Transport) 
 @sampled_transport
 def test_a_third_process_that_nobody_names_is_among_the_holders(guard: GuardProcess, transport: Transport) -> None:
     with scenario("third_process", guard.at(transport)) as pids:
+        # Who is seen to have it later than the other one is told of anew.
         found = guard.wait_for("inherited-connection")
-        assert pids_named(found[-1]) == set(pids)
+        if pids_named(found[-1]) != set(pids):
+            found = guard.wait_for("inherited-connection", count=len(found) + 1)
+        assert pids_named(found[-1]) == set(pids), json.dumps(found)
 
 
 @every_transport
