@@ -383,10 +383,13 @@ class UnreadWatch:
         """Who awaits an answer."""
         asking: _Asking = {}
         for session in self._listed.values():
-            if session.tracker is not None and not session.tracker.at_rest and not session.done.is_set():
-                asker = _asker(session)
-                if asker is not None:
-                    asking.setdefault(asker.pid, []).append(asker)
+            try:
+                if session.tracker is not None and not session.tracker.at_rest and not session.done.is_set():
+                    asker = _asker(session)
+                    if asker is not None:
+                        asking.setdefault(asker.pid, []).append(asker)
+            except Exception:
+                note(Loss.EVIDENCE, session)
         return asking
 
     def _abandoned(self, session: ProxiedSession, tracker: Tracker, leftover: Leftover) -> Verdict:
