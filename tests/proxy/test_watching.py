@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 from contextlib import ExitStack
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from pgguard.proxy import losses
 from tests.proxy.conftest import until
@@ -109,3 +112,27 @@ async def test_the_watches_are_told_when_a_session_is_used_that_has_been_at_rest
     assert told == [session]
     await converse()
     assert told == [session, session]
+
+
+async def test_trios_other_tasks_wait_for_a_moment_at_most_and_not_beyond_their_next_deadline(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = house.guard._sweep
+    turns: list[tuple[float, float]] = []
+
+    def run(until: float, latest: float) -> bool:
+        turns.append((until, latest))
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "_relay", SimpleNamespace(run=run))
+        patch.setattr("pgguard.proxy.sweep._LATEST", 400.0)
+        with trio.CancelScope(deadline=trio.current_time() + 200):  # noqa: ASYNC100 - there is a deadline
+            patch.setattr("pgguard.proxy.sweep._TURN", 1.0)
+            assert not sweep._take_turn()
+            after = time.monotonic()
+            patch.setattr("pgguard.proxy.sweep._TURN", 300.0)
+            assert not sweep._take_turn()
+    (until, latest), (later, no_later) = turns
+    assert until <= latest <= after + 200
+    assert later == no_later
