@@ -119,8 +119,8 @@ class Watch:
     ) -> None:
         self._sessions = sessions
         self._accuse = accuse
-        self._solitary: dict[tuple[int, int], float] = {}
-        """By pid and start, until when a process is taken to have a single thread."""
+        self._solitary: dict[tuple[int, int], tuple[bool, float]] = {}
+        """By pid and start, whether a process is taken to have a single thread, and until when."""
         self._settled_parents: dict[tuple[int, int], set[int]] = {}
         """By an opener's pid and start, the pids of those who have had a child that opened connections of its own and
         left the inherited ones alone; the opener that was asked about last is the last one."""
@@ -453,12 +453,12 @@ class Watch:
         if len(session.sightings.holders) > 1:
             return 0.0
         key = opener.pid, opener.started
-        if (known := self._solitary.get(key, 0.0)) > now:
-            return known
-        if len(self._solitary) > _SOLITARY:
-            self._solitary.clear()
-        self._solitary[key] = until if witness.has_one_thread(opener) else 0.0
-        return self._solitary[key]
+        known = self._solitary.get(key)
+        if known is None or known[1] <= now:
+            if len(self._solitary) > _SOLITARY:
+                self._solitary.clear()
+            known = self._solitary[key] = witness.has_one_thread(opener), until
+        return known[1] if known[0] else 0.0
 
     async def _look_at_readers(self, witness: Witness, due: list[ProxiedSession]) -> float:
         """Look at some sessions, as far as there is time; return what it has cost in seconds."""

@@ -828,6 +828,18 @@ async def test_what_is_done_a_second_does_not_depend_on_how_many_sessions_are_id
     assert 0 < done[1] <= done[0] * 1.1
 
 
+async def test_a_process_is_asked_once_for_all_of_its_sessions_whether_it_has_one_thread(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    for _ in range(30):
+        session = stage.session()
+        session.arrived -= 10
+        ask(session)
+    await trio.sleep(1.9)
+    assert witness.looked
+    assert 0 < witness.glances <= 2
+
+
 async def test_who_waits_on_a_session_that_is_idle_is_noticed_all_the_same(
     stage: Stage, witness: Scripted, autojump_clock: MockClock
 ) -> None:
