@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pgguard.compiled import form
 from tests.fuzz.corpus import DIRECTORY
 from tests.servers import not_installed
 
@@ -47,4 +48,5 @@ def test_conversations_guided_by_coverage(tmp_path: Path) -> None:
     executed = re.search(r"number_of_executed_units: (\d+)", done.stderr)
     assert executed is not None, done.stderr
     assert int(executed[1]) > len(list(DIRECTORY.iterdir()))
-    assert re.search(r"cov: [1-9]\d\d", done.stderr), "the core isn't instrumented"
+    # Compiled code is fuzzed as well, but what of it is reached can't be seen.
+    assert form().compiled or re.search(r"cov: [1-9]\d\d", done.stderr), "the core isn't instrumented"
