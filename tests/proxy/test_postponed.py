@@ -26,6 +26,7 @@ from pgguard.proxy.postponed import LateStacks, Outbox
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.work import Work
 from pgguard.reporting.sinks import Fanout
+from pgguard.session.tracker import Tracker
 from tests.attribution.puppets import Puppet
 from tests.faults.samples import OVERLAP
 from tests.faults.samples import fault as sample
@@ -336,16 +337,10 @@ SLEEP, ANOTHER = Sleep(THREAD, 10), Sleep(THREAD, 12)
 FRAMES = (Frame("load_user", "/srv/app.py", 7, application=True),)
 
 
-class _Tracker:
-    """Counts what has passed."""
-
-    position = 100
-    requests = 2
-
-
 def a_session() -> ProxiedSession:
     session = ProxiedSession(1, transport="unix", client_name=None, client_socket=None, opened_at=0.0)
-    session.flow.tracker = _Tracker()  # type: ignore[assignment]
+    session.flow.tracker = tracker = Tracker({"user": "app"})
+    tracker.position, tracker.requests = 100, 2
     return session
 
 
