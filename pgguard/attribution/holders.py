@@ -350,8 +350,8 @@ class HolderWatch:
             age: seconds after which new processes are looked at: of those that are younger there is still news.
 
         Returns:
-            An entry for each that was asked about, and for each of which somebody has become, or ceased to be, a holder
-            since this was last called.
+            An entry for each that was asked about or is to be kept, and for each of which somebody has become, or
+            ceased to be, a holder since this was last called.
         """
         self._update()
         self._note_asked(keep or {}, time.monotonic(), keep=True)
@@ -360,6 +360,7 @@ class HolderWatch:
         now = time.monotonic()
         with self._lock:
             self._to_look_at = False
+            self._changed.update(keep or ())
             latest, seen = self._latest, self._seen
         for pid in self._possible_heirs():
             if (one := seen.get(pid)) is not None and one.at + age > now:

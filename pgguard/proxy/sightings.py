@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +31,7 @@ class Sightings:
     __slots__ = (
         "_lasting",
         "_let_go",
+        "_looked",
         "asleep",
         "holders",
         "holders_looked",
@@ -59,7 +61,9 @@ class Sightings:
         self._lasting: tuple[Process, ...] = ()
         """Those that had it open for longer than on the way to exec()."""
         self._let_go: tuple[tuple[Process, float], ...] = ()
-        """Those that had once, lately, and when they were found not to any more."""
+        """Those that had once, lately, and when they may have let go of it."""
+        self._looked = -math.inf
+        """When it was last looked who had, in seconds of time.monotonic()."""
         self.idle_told: frozenset[int] = _NOBODY
         self.settled_told: frozenset[int] = _NOBODY
         """The pids of the heirs that an inherited-connection has been recorded for: of those that had done nothing, and
@@ -92,9 +96,11 @@ class Sightings:
         """Take note of who has the client's socket open now, and who of them for longer than on the way to exec()."""
         now = time.monotonic()
         keys = {(process.pid, process.started) for process in lasting}
-        gone = [(one, now) for one in self._lasting if (one.pid, one.started) not in keys]
+        # When it was looked at long ago, it isn't known when they let go, but that was seen soon after it.
+        since = max(self._looked, now - _LATELY / 2)
+        gone = [(one, since) for one in self._lasting if (one.pid, one.started) not in keys]
         gone += [(one, at) for one, at in self._let_go if (one.pid, one.started) not in keys and now - at < _LATELY]
-        self.holders, self._lasting, self._let_go = holders, lasting, tuple(gone)
+        self.holders, self._lasting, self._let_go, self._looked = holders, lasting, tuple(gone), now
 
     def late_holders(self) -> tuple[Process, ...]:
         """Who had the client's socket open lately, whether or not they have it still."""

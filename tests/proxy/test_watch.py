@@ -334,7 +334,7 @@ class Scripted:
         if self.fails:
             raise RuntimeError("injected")
         self.kept = (self.kept | keep.keys()) - set(over)
-        asked = set(inodes) if self.holders == self.seen else self.kept | set(inodes)
+        asked = set(inodes) | keep.keys() if self.holders == self.seen else self.kept | set(inodes)
         self.seen = dict(self.holders)
         self.looks += len(asked)
         holdings = tuple(Holding(one, since, trio.current_time()) for one, since in self.holders.items())
