@@ -403,6 +403,16 @@ async def test_a_connection_that_two_processes_have_open_for_a_while_is_inherite
     assert session.sightings.holders == (PARENT, CHILD)
 
 
+async def test_an_heir_that_was_found_before_the_session_was_known_is_told_all_the_same(
+    stage: Stage, witness: Scripted, autojump_clock: MockClock
+) -> None:
+    witness.holders = {PARENT: 0.0, CHILD: 0.0}
+    witness.seen = dict(witness.holders)
+    session = stage.session()
+    await trio.sleep(5)
+    assert is_contested(session)
+
+
 async def test_one_inheritance_is_told_once_and_the_next_heir_again(
     stage: Stage, witness: Scripted, autojump_clock: MockClock
 ) -> None:
