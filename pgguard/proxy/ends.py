@@ -160,7 +160,7 @@ class End:
         self.kernel_account = kernel_account
         """The kernel says who sent what was read, in this account."""
         self.heed = 0
-        """Why what comes next isn't simply passed on: ::data:`ATTENTIVE`, :data:`CONTESTED`.."""
+        """Why what comes next isn't simply passed on: :data:`ATTENTIVE`, :data:`CONTESTED`."""
         self.credentials: bytes | None = None
         """What the kernel said last of who sends, undecoded."""
         self.sender = sender

@@ -6,7 +6,7 @@ encryption:
 - SSLRequest and GSSENCRequest are answered ``N``, one of each.
 - A whole StartupMessage or CancelRequest goes to the server, which decides about it, whatever it says.
 - What the server is to refuse in words is answered in its own: a request for encryption that comes again, or with bytes
-  behind it that didn't wait for the answer. :mod:`pgguard.proxy.errands` asks it.
+  behind it that didn't wait for the answer. :func:`pgguard.proxy.upstream.ask` has it say so.
 - Whatever can't be a start-up packet is read, as far as PostgreSQL reads it. Then the connection is closed without an
   answer, and the server hears nothing of it. PostgreSQL says so in its log alone.
 

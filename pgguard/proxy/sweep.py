@@ -195,17 +195,6 @@ class Sweep:
         """
         self._relay.watch(fd, events, on_event)
 
-    def rewatch(self, fd: int, events: int) -> None:
-        """Watch a descriptor of :meth:`watch` for other events from now on.
-
-        One whose events were edges, or that was to be told of one alone, is told anew of what is so already.
-
-        Raises:
-            OSError: it isn't watched: epoll_ctl(2).
-            ValueError: the sweep has ended.
-        """
-        self._epoll.modify(fd, events)
-
     def unwatch(self, fd: int) -> None:
         """Watch a descriptor no more; nothing happens if it isn't watched. No event that has come is told any more."""
         if self._relay.unwatch(fd) and not self._epoll.closed:

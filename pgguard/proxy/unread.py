@@ -121,7 +121,7 @@ class ReadingAlarm:
         end: the guard's end.
 
     Raises:
-        OSError: there are no descriptors left.
+        OSError: there are no descriptors left, or no room in the set: epoll_ctl(2).
     """
 
     def __init__(self, watching: Watching, alarms: set[ReadingAlarm], end: End) -> None:
@@ -130,8 +130,12 @@ class ReadingAlarm:
         self._fd = os.dup(end.fd)
         self.events = 0
         """How often it has gone off: once when it was set, and then when something was read."""
+        try:
+            watching.watch(self._fd, select.EPOLLOUT | select.EPOLLET, self._go_off)
+        except BaseException:
+            os.close(self._fd)
+            raise
         alarms.add(self)
-        watching.watch(self._fd, select.EPOLLOUT | select.EPOLLET, self._go_off)
 
     def _go_off(self, _: int) -> None:
         self.events += 1

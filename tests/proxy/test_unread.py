@@ -1,8 +1,9 @@
-# ruff: noqa: ARG001 - a clock has to be among a test's own arguments
+# ruff: noqa: ARG001, ARG002 - a clock has to be among a test's own arguments, and a fake takes what the real one does
 """Answers that are left unread, by real processes: told when they have lain for long, or something is sent on top."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from contextlib import ExitStack, asynccontextmanager
@@ -527,6 +528,28 @@ async def test_a_request_on_top_of_an_answer_is_about_the_time_when_that_was_lef
         tracker.backend(answer, 0, len(answer))
     verdict = unread.UnreadWatch(5.0).sent_on_top(session, tracker, unread.Unread(10), FIRST)
     assert verdict.since == 7.0
+
+
+class Full:
+    """An epoll set that has no room for another descriptor."""
+
+    def watch(self, fd: int, events: int, on_event: Callable[[int], None]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def unwatch(self, fd: int) -> None:
+        raise AssertionError
+
+
+async def test_an_alarm_that_can_not_be_set_keeps_no_descriptor_and_is_not_counted(stage: Stage) -> None:
+    session = stage.session()
+    alarms: set[unread.ReadingAlarm] = set()
+    spare = os.dup(session.client.fd)
+    os.close(spare)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        unread.ReadingAlarm(Full(), alarms, session.client)
+    assert not alarms
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        os.fstat(spare)
 
 
 # How time is counted, in trio's own
