@@ -89,12 +89,14 @@ class Evidence:
         session.sightings.asleep |= self.asleep
 
 
-def known_at_once(session: ProxiedSession) -> Findings:
+def known_at_once(session: ProxiedSession, verdict: Verdict) -> Findings:
     """What is known of a session's client without looking: who opened it too, where the kernel has named that."""
     senders = dict(session.senders)
     opening = session.opening
+    # When there is time for a look it may be forgotten who had it open, and the opener would pass for the only one.
+    departed = session.sightings.late_holders() if verdict.kind is Kind.UNCLEAN_CLOSE else ()
     if opening is None:
-        return Findings(connected=session.connected, senders=senders, driver=session.driver)
+        return Findings(connected=session.connected, senders=senders, driver=session.driver, departed=departed)
     runtimes = {} if opening.opener is None else {opening.opener.pid: opening.runtime}
     return Findings(
         opener=opening.opener,
@@ -105,6 +107,7 @@ def known_at_once(session: ProxiedSession) -> Findings:
         runtimes=runtimes,
         last_sole_holder=session.last_sole_holder,
         survivors=session.sightings.survivors,
+        departed=departed,
         opening_stack=session.opening_stack,
     )
 
@@ -166,10 +169,11 @@ class Investigation:
 
     def note_known(self) -> None:
         """Take over what is known by now of the session's client without looking."""
-        findings, known = self._findings, known_at_once(self._session)
+        findings, known = self._findings, known_at_once(self._session, self._verdict)
         self._findings = replace(
             known,
             senders={**self._evidence.met, **known.senders},
+            departed=tuple(dict.fromkeys((*findings.departed, *known.departed))),
             holders=findings.holders,
             holders_complete=findings.holders_complete,
             thread_names=findings.thread_names,
@@ -286,6 +290,7 @@ class Investigation:
             throughout=session.sightings.throughout if self._is_small() else frozenset(),
             watchers=session.sightings.watchers,
             survivors=session.sightings.survivors,
+            departed=self._findings.departed,
             last_sole_holder=session.last_sole_holder,
             opening_stack=session.opening_stack,
             declared=declared(None if protocol is None else protocol.application_name, texts),
@@ -308,7 +313,7 @@ class Investigation:
 
     def _look_at_the_closer(self, opening: Opening) -> None:
         """Find out what has become of who had a connection open that has ended, and tell it from being cut off."""
-        departed = self._gone(self._session.sightings.late_holders())
+        departed = self._gone((*self._findings.departed, *self._session.sightings.late_holders()))
         self._findings = replace(self._findings, departed=departed, was_reset=self._session.client_gone)
         pid = last_holder(self._verdict, self._findings)
         if pid is not None and self._verdict.message is None:

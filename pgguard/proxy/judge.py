@@ -296,7 +296,7 @@ class Judge:
         """What can be said of a verdict without looking; ``None`` if that isn't even whether it is a fault."""
         if _is_doubtful(verdict):
             return None
-        findings = _known_at_once(session)
+        findings = _known_at_once(session, verdict)
         concluded = self._conclude(session, verdict, findings)
         return None if concluded is None else Waiting(session, verdict, concluded, findings, now)
 
@@ -366,7 +366,7 @@ class Judge:
         with spared(Loss.RECORD, session):
             opener = findings.opener
             if verdict.refusal is not None:
-                findings = _known_at_once(session)  # of who was refused more may be known by now
+                findings = _known_at_once(session, verdict)  # of who was refused more may be known by now
             elif opener is not None and opener.pid in openers:
                 findings = replace(findings, senders={opener.pid: openers[opener.pid], **findings.senders})
             if self._is_explained(session, concluded, self._docket.is_explained):
@@ -516,7 +516,7 @@ class Judge:
         """Record that a session is no longer followed. Never raises."""
         verdict = Verdict(kind=Kind.UNTRACKED, reason=reason, message=None, requests=())
         with spared(Loss.RECORD, session):
-            self._enter(session, verdict, _known_at_once(session), now)
+            self._enter(session, verdict, _known_at_once(session, verdict), now)
 
     async def settled(self) -> None:
         """Wait until the faults are known, counted and recorded that were being judged when this was called."""
@@ -551,7 +551,7 @@ class Judge:
         self, session: ProxiedSession, verdict: Verdict, urgency: Urgency, began: float, late: LateStacks
     ) -> Findings:
         """What can be found out within the budget. What goes wrong meanwhile is left out, and changes no ruling."""
-        evidence = Evidence(_known_at_once(session), late=late)
+        evidence = Evidence(_known_at_once(session, verdict), late=late)
         with spared(Loss.EVIDENCE, session):
             await self._investigate(session, verdict, evidence, urgency, began)
         with spared(Loss.EVIDENCE, session):
@@ -571,7 +571,7 @@ class Judge:
         if self._depends_on_the_driver(session, verdict):
             with trio.move_on_after(_DRIVER_BUDGET):
                 await session.wait_for_opening()
-            evidence.findings = _known_at_once(session)  # which it rests on if there is no time for a look
+            evidence.findings = _known_at_once(session, verdict)  # which it rests on if there is no time for a look
         counted: tuple[Counted, ...] = ()
         budget = self._evidence_budget
         if verdict.kind is Kind.CONNECTION_EXHAUSTION:
@@ -721,7 +721,7 @@ class Judge:
         """What the record of a repeat says of itself, by what was known then, or is known by now. Never raises."""
         try:
             if findings is None:
-                findings = _known_at_once(session)
+                findings = _known_at_once(session, verdict)
             concluded = self._conclude(session, verdict, findings) or verdict
             return build_instance(concluded, _facts(session), findings, sql_mode=self._sql_mode)
         except Exception:
@@ -754,7 +754,7 @@ class Judge:
     def _count_again(self, session: ProxiedSession, verdict: Verdict, now: float) -> None:
         with spared(Loss.RECORD, session):
             # Later on their pids may be others'. Of who was refused more may be known by then.
-            findings = _known_at_once(session) if verdict.refusal is None else None
+            findings = _known_at_once(session, verdict) if verdict.refusal is None else None
             instance = partial(self._instance, session, verdict, findings)
             by_others = _is_by_others(session, verdict)
             record = self._docket.repeat(session.id, verdict, at=now, instance=instance, by_others=by_others)
@@ -875,9 +875,9 @@ def _least_known(session: ProxiedSession) -> Findings:
         return Findings()
 
 
-def _known_at_once(session: ProxiedSession) -> Findings:
+def _known_at_once(session: ProxiedSession, verdict: Verdict) -> Findings:
     try:
-        return known_at_once(session)
+        return known_at_once(session, verdict)
     except Exception:
         note(Loss.EVIDENCE, session)
         return _least_known(session)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pgguard.attribution.findings import Findings
+from pgguard.faults.culprits import last_holder
 from pgguard.faults.docket import Docket
-from pgguard.proxy.investigation import Evidence, Investigation
+from pgguard.proxy.investigation import Evidence, Investigation, known_at_once
+from pgguard.proxy.sightings import Sightings
 from pgguard.session.verdicts import Kind
 from tests.faults.samples import MASTER, WORKER_0, WORKER_1, verdict
 
@@ -51,3 +53,27 @@ def test_heirs_that_the_watch_has_seen_are_looked_at_first(kind: Kind, named: tu
     found.look_at_named()
     assert evidence.findings.holders == named
     assert not evidence.findings.holders_complete, "there may be others"
+
+
+@pytest.mark.parametrize(("kind", "closer"), [(Kind.UNCLEAN_CLOSE, WORKER_0.pid), (Kind.FOREIGN_TERMINATE, None)])
+def test_who_had_a_connection_last_is_known_when_there_is_time_for_a_look(kind: Kind, closer: int | None) -> None:
+    """The watch has seen the heir alone with it, and then nobody, for longer than it remembers."""
+    sightings = Sightings()
+    sightings.note_holders((WORKER_0,), (WORKER_0,))
+    session: Any = SimpleNamespace(
+        senders={},
+        opening=SimpleNamespace(opener=MASTER, runtime=None, evidence=None, connected=None),
+        connected=None,
+        driver=None,
+        last_sole_holder=None,
+        opening_stack=None,
+        sightings=sightings,
+    )
+    ended = verdict(kind)
+    evidence = Evidence(known_at_once(session, ended))
+    session.sightings = Sightings()
+    witness: Any = HurriedWitness()
+    found = Investigation(witness, session, ended, evidence, (), 0.25, Docket(), account=lambda _: None)
+    found.note_known()
+    assert last_holder(ended, evidence.findings) == (closer or MASTER.pid)
+    assert bool(evidence.findings.departed) is (closer is not None)

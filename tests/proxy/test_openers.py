@@ -11,7 +11,9 @@ import trio
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.attribution.witness import Witness
 from pgguard.proxy.investigation import known_at_once
+from pgguard.session.verdicts import Kind
 from tests.attribution.puppets import THREADS, Puppet
+from tests.faults.samples import verdict
 from tests.proxy.conftest import running, until
 from tests.proxy.messages import LOGGED_IN, TERMINATE, startup
 
@@ -74,7 +76,7 @@ async def test_a_goodbye_is_foreign_though_nobody_has_found_the_opener(
                 server = await log_in(house, application, house_address)
                 [session] = house.guard._sessions.values()
                 assert session.opening is None
-                known = known_at_once(session)
+                known = known_at_once(session, verdict(Kind.UNREAD_ANSWER))
                 assert (known.opener_pid, known.opener) == (application.pid, None)
                 if child_says:
                     child = await trio.to_thread.run_sync(application.do, f"fork(lambda: c.sendall({child_says!r}))")
