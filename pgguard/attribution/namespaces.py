@@ -52,7 +52,7 @@ _SECONDS = 0.05
 _MEMBERS = 4
 """Processes that are remembered of each namespace, as ways in, in case that some of them end."""
 
-_TABLE_LIMIT = 1 << 20
+TABLE_LIMIT = 1 << 20
 """Bytes of a table of sockets that are read: some seven thousand sockets, for which the kernel takes 10 ms and more."""
 
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -263,7 +263,7 @@ def _read_tables(pid: int, clients: Sequence[TcpClient]) -> list[tuple[int, int]
     sockets: list[tuple[int, int] | None] = [None] * len(clients)
     for name in "tcp", "tcp6":
         with contextlib.suppress(FileNotFoundError), Path(f"/proc/{pid}/net/{name}").open("rb") as file:
-            lines, _, _ = file.read(_TABLE_LIMIT).rpartition(b"\n")  # the last one may be cut off
+            lines, _, _ = file.read(TABLE_LIMIT).rpartition(b"\n")  # the last one may be cut off
             for line in lines.splitlines()[1:]:
                 fields = line.split(maxsplit=10)
                 if len(fields) > 9 and (n := wanted.get(b"%b %b" % (fields[1], fields[2]), -1)) >= 0:

@@ -323,6 +323,7 @@ class TestPythonStacks:
 
 
 class TestNamespaces:
+    @pytest.mark.usefixtures("_few_sockets")
     def test_without_the_right_to_enter_network_namespaces_their_tables_do(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

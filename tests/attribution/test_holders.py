@@ -718,6 +718,7 @@ def test_heirs_of_whom_the_kernel_could_not_tell_are_found_all_the_same(
         assert _pids(watch.watch([inode])[inode]) == {client.pid, child, heir}
 
 
+@pytest.mark.parametrize("forks", ["told"], indirect=True)
 def test_processes_are_listed_from_the_moment_on_at_which_the_kernel_is_found_to_have_fallen_silent(
     listener: socket.socket,
     puppet: Puppets,
@@ -725,8 +726,7 @@ def test_processes_are_listed_from_the_moment_on_at_which_the_kernel_is_found_to
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    if forks is None:
-        pytest.skip("it never spoke")
+    assert forks is not None
     client = puppet()
     watch = HolderWatch(ProcessBook())
     with client.connect(listener):

@@ -192,6 +192,7 @@ def test_they_are_named() -> None:
     assert privileges.has_any()
 
 
+@pytest.mark.usefixtures("_few_sockets")
 def test_what_is_kept_in_reserve_enters_other_network_namespaces() -> None:
     """As the guard goes about it, in a thread of its own."""
     if Right.CAP_SYS_ADMIN not in rights():

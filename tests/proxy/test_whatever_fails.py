@@ -459,6 +459,17 @@ async def an_answer_unread(stage: Stage) -> None:
     await server.send(ANSWER)
     with heir(client):
         await stage.recorded("unread-answer")
+    sessions = stage.house.guard._sessions.values()
+    unread = max(sessions, key=lambda one: one.id)
+    other, its_server = await stage.session()
+    asks = max(sessions, key=lambda one: one.id)
+    await stage.until(lambda: asks.opening is not None)
+    await other.send(FIRST)
+    await stage.hears(its_server, FIRST)
+    looks = 0 if unread.leftover is None else unread.leftover.looks
+    await stage.until(lambda: unread.leftover is None or unread.leftover.looks > looks + 1)
+    await its_server.send(ANSWER)
+    await stage.hears(other, ANSWER)
     await client.send(SECOND)
     await stage.hears(server, SECOND)
     await server.send(ANSWER)
@@ -519,8 +530,9 @@ async def late_for_two_answers(stage: Stage) -> None:
 async def refused_for_want_of_slots(stage: Stage) -> None:
     holder, its_server = await stage.session()
     session = max(stage.house.guard._sessions.values(), key=lambda one: one.id)
+    stage.patch.setattr("pgguard.proxy.judge._ROLL_CALL_BUDGET", 1.0)  # a look that is watched takes much longer
     with heir(holder):
-        await stage.until(lambda: bool(session.sightings.holders))
+        await stage.until(lambda: session.opening is not None and bool(session.sightings.holders))
         for _ in range(2):
             client = await stage.connect()
             await client.send(startup())
