@@ -37,6 +37,7 @@ import select
 import struct
 import termios
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import trio
@@ -69,7 +70,10 @@ _FIRST: Final = 0.025
 _FIRST_REPORTED: Final = 0.25
 """The same where the kernel reports of each send what was unread, so that only a warning takes a look."""
 _AT_A_TIME: Final = 32
-"""Sessions that are looked at in one round: those that have waited the longest come first."""
+"""Sessions that are looked at in one round."""
+_IN_A_ROUND: Final = 256
+"""Sessions of which it is seen in one round whether it is time to look at them: so that what a round takes doesn't grow
+with how many have just been used."""
 _SHARE_OF_PROCESSOR: Final = 0.05
 """Of a processor, what looking takes at most."""
 _INTERVAL: Final = 0.5
@@ -219,6 +223,9 @@ class UnreadWatch:
         self._set_alarm: Callable[[End], ReadingAlarm]
         self._witness: Witness | None = None
         self._listed: dict[int, ProxiedSession] = {}
+        """By number: first whose turn is next."""
+        self._asking: _Asking | None = None
+        """Who awaits an answer, if that has been found out since others had their turn."""
         self._stirred = trio.Event()
 
     def limit(self, threshold: float) -> None:
@@ -259,12 +266,18 @@ class UnreadWatch:
             pause = max(_TICK, cost / _SHARE_OF_PROCESSOR)
 
     async def _due(self, now: float) -> tuple[list[_Look], float]:
-        """What it is time to look at, that first which has waited the longest; and what finding it has cost."""
+        """What it is time to look at; and what finding it has cost.
+
+        All sessions on the list have their turn, one after the other: who has had it is the last again.
+        """
         due: list[_Look] = []
         stint = Stint()
-        for n, session in enumerate(list(self._listed.values())):
+        for n, session in enumerate(list(islice(self._listed.values(), _IN_A_ROUND))):
             if not n % GLANCES:
                 await stint.rest()
+            if self._listed.pop(session.id, None) is None:
+                continue  # it has been forgotten meanwhile
+            self._listed[session.id] = session
             try:
                 look = self._due_look(session, now)
             except Exception:
@@ -273,8 +286,9 @@ class UnreadWatch:
             else:
                 if look is not None:
                     due.append(look)
-        due.sort(key=lambda look: look.leftover.next)
-        return due[:_AT_A_TIME], stint.spent
+                    if len(due) == _AT_A_TIME:
+                        break
+        return due, stint.spent
 
     def _due_look(self, session: ProxiedSession, now: float) -> _Look | None:
         """What is to be looked at of a session now, if anything is."""
@@ -327,27 +341,27 @@ class UnreadWatch:
                 self._forget(look.session)
             raise
         now, stint = trio.current_time(), Stint()
-        asking = self._asking()
+        self._asking = None
         for look, size, attention in zip(due, sizes, attentions, strict=True):
             try:
-                self._take_in(look, size, attention, now, asking)
+                self._take_in(look, size, attention, now)
             except Exception:
                 note(Loss.EVIDENCE, look.session)
                 self._forget(look.session)
             if await stint.rest():
-                asking = self._asking()
+                self._asking = None
         return seconds + stint.spent
 
-    def _take_in(self, look: _Look, size: int | None, attention: Attention, now: float, asking: _Asking) -> None:
+    def _take_in(self, look: _Look, size: int | None, attention: Attention, now: float) -> None:
         session, tracker, leftover = look.session, look.tracker, look.leftover
         if session.leftover is not leftover or leftover.requests != tracker.requests or not tracker.at_rest:
             return
         if size is None:
             self._forget(session)
         elif tracker.position == look.position:  # else something came meanwhile: the next round will tell
-            self._note(look, size + _waiting(session.client), attention, now, asking)
+            self._note(look, size + _waiting(session.client), attention, now)
 
-    def _note(self, look: _Look, unread: int, attention: Attention, now: float, asking: _Asking) -> None:
+    def _note(self, look: _Look, unread: int, attention: Attention, now: float) -> None:
         session, tracker, leftover = look.session, look.tracker, look.leftover
         read = tracker.position - unread
         size = _size(tracker, read)
@@ -357,7 +371,7 @@ class UnreadWatch:
         passed = min(now - leftover.looked, 2 * self._interval)
         if attention is Attention.STOPPED or (leftover.size and leftover.read != read):
             leftover.silence = 0.0
-        elif look.closely and _awaits_another(session, asking):
+        elif look.closely and self._awaits_another(session):
             pass  # it may well read this one when it has got the other
         elif attention is Attention.ELSEWHERE or not look.closely:
             leftover.silence += passed
@@ -383,8 +397,19 @@ class UnreadWatch:
             if idle and not tracker.pipelines and _is_wanted(tracker):
                 leftover.told = self._accuse(session, self._abandoned(session, tracker, leftover))
 
-    def _asking(self) -> _Asking:
-        """Who awaits an answer."""
+    def _awaits_another(self, session: ProxiedSession) -> bool:
+        """Whether the client awaits an answer on another connection, as one does that asks several servers at once.
+
+        Its own session is at rest, and so isn't among those on which one is awaited.
+        """
+        asker = _asker(session)
+        if asker is None:
+            return False
+        if self._asking is None:
+            self._asking = self._find_asking()
+        return any(_is_same(asker, other) for other in self._asking.get(asker.pid, ()))
+
+    def _find_asking(self) -> _Asking:
         asking: _Asking = {}
         for session in self._listed.values():
             try:
@@ -538,15 +563,6 @@ def _asker(session: ProxiedSession) -> Sender | None:
         return last.sender
     opening = session.opening
     return None if opening is None or opening.opener is None else Sender(opening.opener.pid)
-
-
-def _awaits_another(session: ProxiedSession, asking: _Asking) -> bool:
-    """Whether the client awaits an answer on another connection, as one does that asks several servers at once.
-
-    Its own session is at rest, and so isn't among those on which one is awaited.
-    """
-    asker = _asker(session)
-    return asker is not None and any(_is_same(asker, other) for other in asking.get(asker.pid, ()))
 
 
 def _is_same(one: Sender, other: Sender) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections import Counter
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from pgguard.attribution.witness import Witness
 from pgguard.identity import Sender
 from pgguard.proxy import unread
 from pgguard.proxy.session import ProxiedSession
+from pgguard.session.verdicts import Kind
 from tests.attribution.puppets import THREADS, Puppet
 from tests.proxy.conftest import running, until
 from tests.proxy.messages import ANSWER, COLUMNS, LOGGED_IN, READY, SSL_REQUEST, message, query, startup
@@ -600,6 +602,41 @@ async def watched(
 
 def no_alarm(_: Any) -> Any:
     raise OSError
+
+
+async def test_what_a_round_takes_does_not_grow_with_how_many_have_just_been_used(
+    stage: Stage, autojump_clock: MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
+    monkeypatch.setattr(unread, "_IN_A_ROUND", 8)
+    monkeypatch.setattr(unread, "_AT_A_TIME", 4)
+    onlooker = Onlooker()
+    witness = cast("Witness", SimpleNamespace(unread=onlooker.unread, attention=onlooker.see))
+    watch = unread.UnreadWatch(10.0)
+    gone_through: Counter[float] = Counter()
+    due_look = watch._due_look
+
+    def counted(session: ProxiedSession, now: float) -> Any:
+        gone_through[trio.current_time()] += 1
+        return due_look(session, now)
+
+    monkeypatch.setattr(watch, "_due_look", counted)
+    nursery.start_soon(partial(watch.run, witness, accuse=stage.accuse, set_alarm=no_alarm))
+    await trio.testing.wait_all_tasks_blocked()
+    sessions = [stage.session() for _ in range(40)]
+    for session in sessions:
+        session.transport = "unix"
+        session.client.sock.send(ANSWER)
+        feed(session, FIRST)
+        watch.stir(session)
+        assert session.tracker is not None
+        session.tracker.backend(ANSWER, 0, len(ANSWER))
+    await trio.sleep(5)
+    assert max(gone_through.values()) <= 8
+    assert all(session.leftover is not None and session.leftover.looks > 1 for session in sessions), "each has its turn"
+    await trio.sleep(15)
+    assert {verdict.kind for verdict in stage.accused} == {Kind.UNREAD_ANSWER}
+    assert len(stage.accused) == len(sessions)
 
 
 async def test_it_is_told_when_it_is_time(
