@@ -24,6 +24,7 @@ from pgguard.cli.streams import OutputError, drop_output
 from pgguard.compiled import form
 from pgguard.faults.text import nearest, printable
 from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.remedies import is_exhaustion, remedy
 from pgguard.secrets.text import may_hold_a_password, redact
 from pgguard.session.verdicts import Kind
 
@@ -329,6 +330,11 @@ def _run() -> int:
         status: int = app(prog_name=_NAME, standalone_mode=False)
     except ConfigurationError as error:
         _complain(str(error))
+        return CANNOT
+    except OSError as error:
+        if not is_exhaustion(error.errno):
+            raise
+        _complain(f"{os.strerror(error.errno)}: {remedy(error.errno)}")
         return CANNOT
     except RuntimeError as error:
         if str(error) != _NO_THREAD:

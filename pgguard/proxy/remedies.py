@@ -9,7 +9,7 @@ import errno
 import os
 import socket
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeGuard
 
 from pgguard.proxy.errors import LeadsBackError
 
@@ -108,7 +108,7 @@ def remedy(number: int) -> str:
     return _EXHAUSTION[number]
 
 
-def is_exhaustion(number: int | None) -> bool:
+def is_exhaustion(number: int | None) -> TypeGuard[int]:
     """Whether a system call failed as there was no descriptor left, or no memory for one: socket(2), accept(2)."""
     return number in _EXHAUSTION
 

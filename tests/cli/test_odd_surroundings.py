@@ -240,3 +240,15 @@ async def test_a_log_on_a_disk_that_was_full_goes_on_and_says_what_is_missing(
     rest = log.read_text()[size:]
     assert re.match(r"pgguard: S\npgguard: [12] reports? or lines? could not be printed here: File too large\n", rest)
     assert rest.endswith("\npgguard: 0 sessions, no faults\n")
+
+
+@pytest.mark.parametrize("descriptors", [8, 11, 14])
+def test_with_too_few_descriptors_to_begin_with_the_limit_to_raise_is_named(descriptors: int, tmp_path: Path) -> None:
+    command = ["prlimit", f"--nofile={descriptors}", sys.executable, "-m", "pgguard", "serve", "--upstream", "port=1"]
+    done = subprocess.run(
+        [*command, "--listen", "127.0.0.1:0"], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("pgguard: Too many open files: ")
+    assert "ulimit -n" in done.stderr
+    assert done.stderr.count("\n") == 1
