@@ -293,7 +293,8 @@ class Arrival:
 
     async def _rule(self, verdict: Verdict, then: Callable[[], None]) -> None:
         """Have something recorded of it, and go on."""
-        await self._reception.judge.rule_surely(self.session, verdict)
+        with spared(Loss.RECORD, self.session):  # an OSError of that isn't the client's
+            await self._reception.judge.rule_surely(self.session, verdict)
         then()
 
     def _oblige(self) -> None:
