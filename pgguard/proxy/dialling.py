@@ -11,6 +11,7 @@ import functools
 import ipaddress
 import os
 import socket
+from contextlib import suppress
 from enum import Enum
 from typing import Final
 
@@ -31,6 +32,25 @@ class Progress(Enum):
 def is_direct(address: Address) -> bool:
     """Whether nothing has to be looked up to connect to it."""
     return isinstance(address, UnixAddress) or family_of(address.host) is not None
+
+
+def is_on_this_host(address: Address) -> bool:
+    """Whether it is certain that a server at an address shares this host's processors.
+
+    A name that has to be looked up isn't, but for ``localhost``: RFC 6761.
+    """
+    if isinstance(address, UnixAddress) or address.host == "localhost":
+        return True
+    family = family_of(address.host)
+    if family is None:
+        return False
+    if ipaddress.ip_address(address.host).is_loopback:
+        return True
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        # Sends nothing. The kernel reaches an address of its own from that very address.
+        sock.connect((address.host, address.port))
+        return bool(sock.getsockname()[0] == sock.getpeername()[0])
+    return False
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import trio
 
 from pgguard.proxy.arrival import Arrival
 from pgguard.proxy.declined import DeclinedClients
-from pgguard.proxy.dialling import is_direct
+from pgguard.proxy.dialling import is_direct, is_on_this_host
 from pgguard.proxy.gate import Gate
 from pgguard.proxy.lobby import Lobby
 from pgguard.proxy.losses import Loss, keep_going, note, spared
@@ -73,8 +73,9 @@ class Reception:
         self.judge = judge
         self.loops = loops
         self.lobby = Lobby(sweep)
-        self.gate = Gate(self._suspect_loop)
-        self.cancel_gate = Gate(self._suspect_loop)
+        is_here = any(map(is_on_this_host, upstream.addresses))
+        self.gate = Gate(self._suspect_loop, shares_processors=is_here)
+        self.cancel_gate = Gate(self._suspect_loop, shares_processors=is_here)
         self.declined = DeclinedClients()
         self._nursery: trio.Nursery
         """For what takes time."""
