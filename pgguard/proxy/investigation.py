@@ -98,10 +98,14 @@ def known_at_once(session: ProxiedSession, verdict: Verdict) -> Findings:
     if opening is None:
         return Findings(connected=session.connected, senders=senders, driver=session.driver, departed=departed)
     runtimes = {} if opening.opener is None else {opening.opener.pid: opening.runtime}
+    # Who has inherited it has been seen with it a moment ago; without that there would be no verdict.
+    heirs = session.sightings.holders if verdict.kind is Kind.INHERITED_CONNECTION else ()
     return Findings(
         opener=opening.opener,
         opener_evidence=opening.evidence,
         connected=opening.connected,
+        holders=heirs or None,
+        holders_complete=not heirs,
         senders=senders,
         driver=session.driver,
         runtimes=runtimes,
@@ -190,7 +194,6 @@ class Investigation:
         if client is None or connected is None:
             return
         intruder = self._verdict.intruder
-        # Who has inherited it has been seen with it a moment ago; without that there would be no verdict.
         heirs = self._session.sightings.holders if self._verdict.kind is Kind.INHERITED_CONNECTION else ()
         named = [connected[0], *self._named(), *(process.pid for process in heirs[: MOST + 1])]
         holders = self._witness.holding(client, named, since=self._since)

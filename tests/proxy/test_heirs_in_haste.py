@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pgguard.attribution.evidence import Driver
+from pgguard.attribution.evidence import Evidence as Strength
 from pgguard.attribution.findings import Findings
-from pgguard.faults.culprits import last_holder
+from pgguard.faults.culprits import find_culprits, last_holder
 from pgguard.faults.docket import Docket
 from pgguard.proxy.investigation import Evidence, Investigation, known_at_once
 from pgguard.proxy.sightings import Sightings
@@ -53,6 +55,24 @@ def test_heirs_that_the_watch_has_seen_are_looked_at_first(kind: Kind, named: tu
     found.look_at_named()
     assert evidence.findings.holders == named
     assert not evidence.findings.holders_complete, "there may be others"
+
+
+def test_heirs_that_the_watch_has_seen_are_named_though_there_is_no_time_for_a_look() -> None:
+    sightings = Sightings()
+    sightings.note_holders((MASTER, WORKER_0), (MASTER, WORKER_0))
+    session: Any = SimpleNamespace(
+        senders={},
+        opening=SimpleNamespace(opener=MASTER, runtime=None, evidence=Strength.SOLE_HOLDER, connected=None),
+        connected=None,
+        driver=Driver.LIBPQ,
+        last_sole_holder=None,
+        opening_stack=None,
+        sightings=sightings,
+    )
+    inherited = verdict(Kind.INHERITED_CONNECTION)
+    culprits = find_culprits(inherited, known_at_once(session, inherited))
+    assert {one.pid for one in culprits} == {MASTER.pid, WORKER_0.pid}
+    assert known_at_once(session, verdict(Kind.FOREIGN_TERMINATE)).holders is None, "they may have let go by now"
 
 
 @pytest.mark.parametrize(("kind", "closer"), [(Kind.UNCLEAN_CLOSE, WORKER_0.pid), (Kind.FOREIGN_TERMINATE, None)])
