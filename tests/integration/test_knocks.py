@@ -76,7 +76,10 @@ def test_a_real_query_is_cancelled(guard: GuardProcess, version: tuple[int, int]
         login = _until(client, READY)
         at = login.rindex(b"K\0\0")
         key = login[at + 5 : at + 1 + int.from_bytes(login[at + 1 : at + 5], "big")]
-        client.sendall(query("SELECT pg_sleep(60)"))
+        # A request that comes before the server has begun would cancel nothing.
+        client.sendall(query("DO $$ BEGIN RAISE NOTICE 'begun'; PERFORM pg_sleep(60); END $$"))
+        notice = _until(client, b"\0\0")
+        assert b"Mbegun\0" in notice, notice
         for secret in (bytes(len(key) - 4), key[4:]):  # the first one is wrong, and no answer to either says so
             with socket.create_connection((guard.tcp.host, guard.tcp.port), timeout=_SECONDS) as other:
                 other.sendall(cancel_request(int.from_bytes(key[:4], "big"), secret))

@@ -194,7 +194,7 @@ def test_six_senders_of_three_processes_every_request_of_every_record_right_or_u
     )
     assert found.wrong == []
     assert found.total > 300
-    assert len(found.threads) > 50
+    assert len(found.threads) > 30  # of sixty; on a busy machine some have nothing wrong with them
     assert found.unknown < 0.3 * found.total  # where the buffer was full: the guard may be late
     for fault in guard.faults():
         for culprit in fault["culprits"]:
