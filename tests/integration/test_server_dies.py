@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,12 @@ def _until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
+
+
+def _is_up(server: Server) -> bool:
+    with suppress(psycopg.OperationalError), psycopg.connect(server.unix.conninfo, connect_timeout=int(_SECONDS)):
+        return True
+    return False
 
 
 def _stuffed(server: Server, backend: int) -> bool:
@@ -92,8 +98,7 @@ def test_killed_in_the_middle_of_a_row(mortal: Server, tmp_path: Path, mode: str
             assert "server closed the connection unexpectedly" in str(program.read()["error"])
             [fault] = guard.wait_for("protocol-violation")
             _assert_it_was_the_servers(guard, program, fault)
-    with psycopg.connect(mortal.unix.conninfo, connect_timeout=int(_SECONDS)):
-        pass
+    _until(lambda: _is_up(mortal), "the server never came back")
 
 
 def test_told_to_end_in_the_middle_of_a_row(server: Server, guard: GuardProcess, tmp_path: Path) -> None:
@@ -126,7 +131,7 @@ def test_a_client_that_has_gone_first_is_not_left_by_the_server(guard: GuardProc
         while received < 1_000_000:
             received += len(client.recv(65536))
         client.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(ConnectionResetError):
+        with suppress(ConnectionResetError):
             while client.recv(65536):
                 pass
     guard.wait_for("unclean-close")
