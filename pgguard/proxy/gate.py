@@ -28,8 +28,8 @@ _AT_ONCE: Final = 64
 """Clients that are on their way to a server elsewhere: fewer than its backlog holds, more than it can work on."""
 _PATIENCE: Final = 1.0
 """Seconds for which one of them may keep another waiting: as long as the first SYN has for its answer."""
-_PROCESSES: Final = 3
-"""Clients for each processor that are on their way to a server on this host: one works while others wait for files."""
+_PROCESSES: Final = 2
+"""Clients that are on their way to a server on this host, at least: one for each processor where there are more."""
 _PROCESS_PATIENCE: Final = 0.1
 """Seconds for which one of those may: a process needs some milliseconds of processor to answer. One that takes longer
 waits for something else."""
@@ -47,7 +47,7 @@ class Gate:
 
     def __init__(self, is_slow: Callable[[], None], *, shares_processors: bool) -> None:
         self._is_slow = is_slow
-        processes = _PROCESSES * len(os.sched_getaffinity(0))
+        processes = max(_PROCESSES, len(os.sched_getaffinity(0)))
         self._at_once = min(processes, _AT_ONCE) if shares_processors else _AT_ONCE
         self._patience = _PROCESS_PATIENCE if shares_processors else _PATIENCE
         self._inside: dict[int, float] = {}

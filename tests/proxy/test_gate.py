@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.proxy.messages import Client
 
 AT_ONCE = 64
-PROCESSES = min(3 * len(os.sched_getaffinity(0)), AT_ONCE)
+PROCESSES = min(max(2, len(os.sched_getaffinity(0))), AT_ONCE)
 
 
 class Crowd:
