@@ -914,6 +914,8 @@ async def test_a_pid_that_another_process_has_by_now_names_that_one_or_nobody(
         for who in (job, PARENT, job, PARENT):
             await take_turns(who)
         await until(lambda: "shared-by-processes" in house.house.kinds)
+        await until(lambda: house.only_session.senders.get(pid) == first)
+        await house.house.guard.settled()  # what is looked at later on is another process
         told_before = len(house.house.faults)
         assert "the-first-job" in repr(house.house.faults)
         monkeypatch.undo()
