@@ -216,6 +216,7 @@ class Relay:
         """
         self._runs = True
         try:
+            self._hear_of_senders()
             began = monotonic()
             while self._go_round(began, max(0.0, latest - began)):
                 began = monotonic()
@@ -224,6 +225,14 @@ class Relay:
             return False
         finally:
             self._runs = False
+
+    def _hear_of_senders(self) -> None:
+        """Take in who has sent what, so that there is room for more of that; what is read asks for itself."""
+        if self._senders is not None:
+            try:
+                self._senders.feed()
+            except Exception:
+                note(Loss.SENDER)
 
     def _go_round(self, began: float, patience: float) -> bool:
         """Serve all that is ready, and one of those that wait for their turn; False if there is nothing."""
@@ -236,11 +245,6 @@ class Relay:
             events = self._without_interrupters(events)
         now = time()
         self._slice_ends = monotonic() + self._slice
-        if self._senders is not None:
-            try:
-                self._senders.feed()
-            except Exception:
-                note(Loss.SENDER)
         for fd, mask in events:
             end = ends.get(fd)
             if end is None:  # it has been held, or its session closed, by an earlier event, or it is another's

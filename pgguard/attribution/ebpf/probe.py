@@ -60,7 +60,7 @@ from pgguard.attribution.ebpf.programs import (
     Programs,
     Way,
 )
-from pgguard.attribution.ebpf.ring import Event, Ring
+from pgguard.attribution.ebpf.ring import Ring
 from pgguard.attribution.privileges import LOADING, Right, rights
 
 _RING_SIZE = 1 << 20
@@ -164,6 +164,8 @@ class SenderProbe:
             here. In a container that usually is the container itself: see :func:`scope_remedy`."""
             self._listeners = self._sockets = -1
             self._ring = self._load(stack, cgroup, max_connections)
+            self.read = self._ring.read
+            """Takes the events that there are: :meth:`Ring.read` itself, as it is called for every chunk."""
             self._known: set[bytes] = set()
             try:
                 for host, port in addresses:
@@ -245,10 +247,6 @@ class SenderProbe:
                 "watching them would let a signal interrupt their reads: --attribution ebpf watches them anyway"
             )
         return tuple(limits)
-
-    def read(self) -> list[Event]:
-        """Take the events that there are: see :meth:`Ring.read`, which this is."""
-        return self._ring.read()
 
     @property
     def lost(self) -> int:
