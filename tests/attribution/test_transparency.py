@@ -20,6 +20,7 @@ from pgguard.attribution import transparency
 from pgguard.attribution.ebpf import bpf
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, SenderProbe
 from pgguard.attribution.ebpf.programs import Way
+from pgguard.attribution.ebpf.ring import Ring
 from pgguard.attribution.transparency import BEHAVIOURS, Behaviour, Comparison, Pair, compare, start
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ class TestStart:
 
     def test_nobody_is_watched_where_it_can_not_be_tried(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(transparency, "_SECONDS", 0.05)
-        monkeypatch.setattr(SenderProbe, "read", lambda _: [])
+        monkeypatch.setattr(Ring, "read", lambda _: [])
         with pytest.raises(
             ProbeUnavailable, match=r"pgguard could not test whether .* \(.*a connection is not watched"
         ):
