@@ -98,8 +98,7 @@ def known_at_once(session: ProxiedSession, verdict: Verdict) -> Findings:
     if opening is None:
         return Findings(connected=session.connected, senders=senders, driver=session.driver, departed=departed)
     runtimes = {} if opening.opener is None else {opening.opener.pid: opening.runtime}
-    # Who has inherited it has been seen with it a moment ago; without that there would be no verdict.
-    heirs = session.sightings.holders if verdict.kind is Kind.INHERITED_CONNECTION else ()
+    heirs = _seen_heirs(session, verdict)
     return Findings(
         opener=opening.opener,
         opener_evidence=opening.evidence,
@@ -114,6 +113,11 @@ def known_at_once(session: ProxiedSession, verdict: Verdict) -> Findings:
         departed=departed,
         opening_stack=session.opening_stack,
     )
+
+
+def _seen_heirs(session: ProxiedSession, verdict: Verdict) -> tuple[Process, ...]:
+    """Who has an inherited connection open: that was seen a moment ago, as without it there would be no verdict."""
+    return session.sightings.holders if verdict.kind is Kind.INHERITED_CONNECTION else ()
 
 
 class Investigation:
@@ -194,7 +198,7 @@ class Investigation:
         if client is None or connected is None:
             return
         intruder = self._verdict.intruder
-        heirs = self._session.sightings.holders if self._verdict.kind is Kind.INHERITED_CONNECTION else ()
+        heirs = _seen_heirs(self._session, self._verdict)
         named = [connected[0], *self._named(), *(process.pid for process in heirs[: MOST + 1])]
         holders = self._witness.holding(client, named, since=self._since)
         opening = self._session.opening
