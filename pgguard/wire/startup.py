@@ -24,8 +24,14 @@ want is thrown away when it closes; if there are more, the kernel resets the con
 DECLINED: Final = b"N"
 """The answer to a request for encryption that there is none: SSLRequest and GSSENCRequest in "Message Flow"."""
 
+ACCEPTED: Final = b"S"
+"""The answer to SSLRequest that a TLS handshake may follow."""
+
 TLS_HANDSHAKE: Final = 0x16
 """The first byte of a TLS ClientHello: TLS without SSLRequest, ``sslnegotiation=direct``."""
+
+PROTOCOL: Final = "postgresql"
+"""What follows TLS, as both sides agree in the handshake (ALPN): "SSL Session Encryption" in "Message Flow"."""
 
 _CANCEL_REQUEST_CODE: Final = 80877102
 _SSL_REQUEST_CODE: Final = 80877103
@@ -39,6 +45,9 @@ _SHARED: Final = 512
 
 _HEAD: Final = Struct("!II")
 _INT32: Final = Struct("!I")
+
+SSL_REQUEST: Final = _HEAD.pack(_HEAD.size, _SSL_REQUEST_CODE)
+"""An SSLRequest."""
 
 
 class InvalidStartupPacket(ValueError):
