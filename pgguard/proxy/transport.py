@@ -1,0 +1,388 @@
+"""What a connection is carried by: TLS, without a socket. Bytes in, bytes out, and no clock.
+
+An end of a session (:class:`pgguard.proxy.ends.End`) that has no :class:`Tls` is plain: what its socket receives is
+what its peer has said. One that has is read and written by way of it, in the same round of the relay:
+
+====================  =======================================  =================================================
+what the relay does   plain                                    TLS
+====================  =======================================  =================================================
+receive               ``recv``                                 ``recv``, then :meth:`Tls.open` what has come
+send                  ``send``                                 :meth:`Tls.seal` it, then ``send`` that
+say what it must      nothing                                  send :meth:`Tls.words`, after each :meth:`Tls.open`
+wait for              the socket                               the socket
+end its stream        ``shutdown``                             send :meth:`Tls.farewell`, then ``shutdown``
+====================  =======================================  =================================================
+
+*Nothing waits in between.* All that can be decrypted of what has been received is returned at once. What is left is the
+beginning of one record, and no more; epoll, which knows nothing of it, needn't. As nothing that is to be sent is kept
+either, renegotiations and key updates, for which reads write and writes read, are nothing more than :meth:`Tls.words`.
+
+*Senders belong to what was encrypted.* The kernel says who sent which bytes of the stream that it carries. So a piece
+of that by one sender is opened at a time, and a record is whose bytes have completed it. Of one that several have sent
+:attr:`Tls.mixed` says so.
+
+*Handshakes* (:class:`Handshake`) are the same for clients and for servers.
+
+Records: RFC 8446, chapter 5, and RFC 5246, chapter 6: five bytes of header, type, version and length.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, NamedTuple, final
+
+if TYPE_CHECKING:
+    from pgguard.identity import Sender
+
+_HEADER: Final = 5
+_FIRST_TYPE: Final = 20
+_LAST_TYPE: Final = 24
+_MAJOR: Final = 3
+"""What a record's header begins with: its type, and the major version of all versions of TLS."""
+_MOST: Final = 16384 + 2048
+"""Bytes of a record at most behind its header: TLSCiphertext.length in RFC 5246."""
+_PLAIN: Final = 16384
+"""Bytes that a record carries at most."""
+_AT_ONCE: Final = _HEADER + _MOST
+"""Bytes that OpenSSL is given at once: it keeps a buffer as large as the most that it has been given."""
+_OVERHEAD: Final = {"TLSv1.3": 17}
+_MOST_OVERHEAD: Final = 80
+"""How many bytes more a record has than it says, by the version of TLS: in 1.3 a type and a tag. Before, there are
+ciphers with an explicit IV of 16 bytes, a MAC of 48 and padding of 16."""
+_MARKS: Final = 16
+"""How often something was sent of which it is known which bytes it has become."""
+_ALERTS: Final = ("SSLV3_ALERT_", "TLSV1_ALERT_", "TLSV13_ALERT_", "SSL/TLS_ALERT_")
+"""How the names of those errors begin that the other side has found, and says so: ``sslerr.h``."""
+
+
+class Failure(NamedTuple):
+    """Why nothing more that the other side sends can be decrypted."""
+
+    reason: str
+    """In OpenSSL's words, as in ``SSL error: decryption failed or bad record mac``."""
+    is_told: bool
+    """It is the other side that has failed, and says so in an alert: this record."""
+    size: int
+    """Bytes of the record."""
+    sender: Sender | None
+    """Who has completed it, if that is known."""
+    begun_by: Sender | None
+    """Who else has sent the beginning of it, if somebody has."""
+
+
+class HandshakeFailed(OSError):
+    """There will be no TLS on a connection; the message says why.
+
+    Args:
+        error: what has gone wrong.
+        words: what the other side is to be sent still: an alert.
+    """
+
+    def __init__(self, error: Exception, words: bytes) -> None:
+        super().__init__(_reason(error))
+        self.error = error
+        """As the ssl module raised it: an :class:`ssl.SSLCertVerificationError` says which check has failed."""
+        self.words = words
+
+
+@final
+class Tls:
+    """One side of a TLS connection, from when the handshake is over: made by :class:`Handshake`.
+
+    Args:
+        incoming: what the other side has sent, for OpenSSL.
+        outgoing: what it is to be sent, from OpenSSL.
+        ssl_object: between the two.
+        before: how many bytes the other side has been sent in front of the handshake.
+    """
+
+    __slots__ = (
+        "_begun_by",
+        "_has_ended",
+        "_incoming",
+        "_marks",
+        "_outgoing",
+        "_plain_sent",
+        "_rest",
+        "_sent",
+        "closed_by",
+        "failure",
+        "is_closed",
+        "mixed",
+        "ssl_object",
+    )
+
+    def __init__(
+        self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, ssl_object: ssl.SSLObject, before: int
+    ) -> None:
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self.ssl_object = ssl_object
+        """What is known of the connection: its version, cipher, certificates, protocol. Not to be read or written."""
+        self._rest = b""
+        """The beginning of a record that isn't whole yet."""
+        self._begun_by: Sender | None = None
+        """Who has sent the first of it, if that is known."""
+        self.mixed: Sender | None = None
+        """Who has sent the beginning of a record that somebody else has completed, as :meth:`open` was called last."""
+        self.is_closed = False
+        """The other side has said that it will send no more: ``close_notify``."""
+        self.closed_by: Sender | None = None
+        """Who has, if that is known."""
+        self.failure: Failure | None = None
+        self._has_ended = False
+        """The farewell has been said."""
+        self._sent = before
+        """Bytes that the other side has been sent, or is to be."""
+        self._plain_sent = 0
+        """Of those, what was said in them."""
+        self._marks: deque[tuple[int, int, int, int]] = deque(maxlen=_MARKS)
+        """Where what was said last begins and ends: in what was sent, and in what was said."""
+
+    # What comes
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more can be read from the other side."""
+        return self.is_closed or self.failure is not None
+
+    @property
+    def halfway(self) -> int:
+        """How many bytes there are of a record that has begun, and hasn't ended."""
+        return len(self._rest)
+
+    def take(self, raw: bytes, sender: Sender | None) -> bytes:
+        """Whole records of what has been received, for OpenSSL; what is left is kept in front of what comes next."""
+        self.mixed = None
+        had = len(self._rest) > 0
+        if had:
+            raw = self._rest + raw
+        whole = _whole(raw)
+        first = self._begun_by if had else sender
+        if whole and first is not None and sender is not None and first != sender:
+            self.mixed = first
+        self._begun_by = sender if whole else first
+        if whole == len(raw):
+            self._rest = b""
+            return raw
+        self._rest = raw[whole:]
+        return raw[:whole]
+
+    def open(self, raw: bytes, sender: Sender | None = None) -> bytes:
+        """Decrypt what has been received; returns what it says, all of it, which is nothing if no record is whole.
+
+        When the other side has ended, or its stream is broken, :attr:`is_over` says so, and what comes then is thrown
+        away; what was said before that is returned.
+
+        Args:
+            raw: what has been received, as one sender's.
+            sender: whose, if that is known.
+        """
+        if self.is_over:
+            return b""
+        records = self.take(raw, sender)
+        said: list[bytes] = []
+        pos, end = 0, len(records)
+        while True:
+            if pos < end:
+                stop = end if end - pos <= _AT_ONCE else pos + _whole(records[pos : pos + _AT_ONCE])
+                self._incoming.write(records if pos == 0 and stop == end else records[pos:stop])
+                pos = stop
+            why = self._read(said)
+            if why is not None:
+                record = _record_before(records, pos - self._incoming.pending)
+                begun_by = self.mixed if record.start == 0 else None
+                told = (why.reason or "").startswith(_ALERTS)
+                self.failure = Failure(_reason(why), told, len(record), sender, begun_by)
+            if self.is_closed:
+                self.closed_by = sender
+            if pos == end or self.is_over:
+                break
+        return said[0] if len(said) == 1 else b"".join(said)
+
+    def _read(self, said: list[bytes]) -> ssl.SSLError | None:
+        """Decrypt what OpenSSL has been given; returns what went wrong, if anything has."""
+        try:
+            while self._incoming.pending:
+                data = self.ssl_object.read(_PLAIN)
+                if not data:
+                    self.is_closed = True
+                    break
+                said.append(data)
+        except ssl.SSLWantReadError:
+            pass  # the last record had nothing to say to whoever reads: a session ticket, or new keys
+        except ssl.SSLZeroReturnError:
+            self.is_closed = True
+        except ssl.SSLError as error:
+            return error
+        return None
+
+    def says_no_more_than(self, size: int, raw: bytes) -> bool:
+        """Whether none of the records that have been received says more than so many bytes, whatever they say.
+
+        OpenSSL makes none larger than it has to. Where it isn't known how much that is, this is True of some that do.
+        """
+        overhead = _OVERHEAD.get(self.ssl_object.version() or "", _MOST_OVERHEAD)
+        pos = 0
+        while len(raw) - pos >= _HEADER:
+            length = int.from_bytes(raw[pos + 3 : pos + _HEADER], "big")
+            if length > size + overhead:
+                return False
+            pos += _HEADER + length
+        return True
+
+    # What goes
+
+    def seal(self, data: bytes | memoryview) -> bytes:
+        """Encrypt something; returns what is to be sent: nothing if the connection has failed or was ended.
+
+        What :meth:`words` would have returned stands in front of it.
+        """
+        size, done = len(data), 0
+        sealed: list[bytes] = []
+        began = self._sent + self._outgoing.pending
+        try:
+            while done < size:
+                # It makes one record, and says how much is in it.
+                done += self.ssl_object.write(data if not done else memoryview(data)[done:])
+                sealed.append(self._outgoing.read())
+        except ssl.SSLError:
+            pass  # it is of no use any more
+        whole = sealed[0] if len(sealed) == 1 else b"".join(sealed)
+        if done:
+            self._sent += len(whole)
+            self._plain_sent += done
+            self._marks.append((began, self._sent, self._plain_sent - done, self._plain_sent))
+        return whole
+
+    def words(self) -> bytes:
+        """What is to be sent on TLS's own account: an alert, say. Mostly nothing, and nothing after the farewell."""
+        if not self._outgoing.pending:
+            return b""
+        words = self._outgoing.read()
+        if self._has_ended:
+            return b""
+        self._sent += len(words)
+        return words
+
+    def farewell(self) -> bytes:
+        """What is to be sent last: that no more will come. It may be read from still."""
+        with suppress(ssl.SSLError):  # it doesn't wait for the other side's, or is of no use any more
+            self.ssl_object.unwrap()
+        words = self.words()
+        self._has_ended = True
+        return words
+
+    # How much of it has been read
+
+    def unread_at(self, position: int) -> int:
+        """How many bytes of what has been said hasn't been read by who has read what was sent up to a position.
+
+        Args:
+            position: in all that the other side has been sent, from its first byte on, modulo 2**32.
+        """
+        return self.unread(_signed(self._sent - position))
+
+    def unread(self, size: int) -> int:
+        """How many bytes of what has been said hasn't been read by who hasn't read the last bytes that were sent.
+
+        A record is read when it has been read to its end. Of what was said a while ago it isn't known which bytes it
+        has become: it counts as read.
+
+        Args:
+            size: how many of those; they may be none.
+        """
+        position = self._sent - size
+        for began, ended, said_from, said_to in reversed(self._marks):
+            if position >= ended:
+                return self._plain_sent - said_to
+            if position >= began:
+                said = said_to - said_from
+                records = -(-said // _PLAIN)  # all are as long as can be but the last
+                record = _PLAIN + (ended - began - said) // records
+                return self._plain_sent - said_from - (position - began) // record * _PLAIN
+        return self._plain_sent - self._marks[0][2] if self._marks else 0
+
+
+class Handshake:
+    """A TLS handshake with the other side of a connection.
+
+    Args:
+        context: what is demanded and shown.
+        server_side: the other side is a client.
+        hostname: of a server, the name that it goes by: it is told, and checked as the context says.
+        before: how many bytes the other side has been sent in front of it.
+
+    Raises:
+        ValueError: the name can't be a host's.
+    """
+
+    def __init__(
+        self, context: ssl.SSLContext, *, server_side: bool, hostname: str | None = None, before: int = 0
+    ) -> None:
+        self._incoming = ssl.MemoryBIO()
+        outgoing = ssl.MemoryBIO()
+        ssl_object = context.wrap_bio(self._incoming, outgoing, server_side=server_side, server_hostname=hostname)
+        self.tls = Tls(self._incoming, outgoing, ssl_object, before)
+        """What comes of it, to be used when it is done. What has come behind it has to be opened, before it is waited
+        for more: :meth:`Tls.open` with no bytes."""
+        self.is_done = False
+
+    def hear(self, raw: bytes = b"", sender: Sender | None = None) -> bytes:
+        """Take what the other side has sent, as one sender's; returns what it is to be sent.
+
+        A client begins with nothing having been sent. A step may take a millisecond, for a signature.
+
+        Raises:
+            HandshakeFailed: there will be no TLS.
+        """
+        tls = self.tls
+        self._incoming.write(tls.take(raw, sender))
+        try:
+            tls.ssl_object.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            raise HandshakeFailed(error, tls.words()) from error
+        else:
+            self.is_done = True
+        return tls.words()
+
+
+def _whole(raw: bytes) -> int:
+    """How many bytes are whole records; all of them, if what comes next can't be one: OpenSSL is to say so."""
+    pos, size = 0, len(raw)
+    while size - pos >= _HEADER:
+        length = raw[pos + 3] << 8 | raw[pos + 4]
+        if raw[pos + 1] != _MAJOR or length > _MOST or not _FIRST_TYPE <= raw[pos] <= _LAST_TYPE:
+            return size
+        if size - pos - _HEADER < length:
+            break
+        pos += _HEADER + length
+    return pos
+
+
+def _record_before(raw: bytes, end: int) -> range:
+    """Where the record is that ends at a position, or goes on beyond it."""
+    start = stop = 0
+    while stop < end:
+        start = stop
+        stop = start + _HEADER + int.from_bytes(raw[start + 3 : start + _HEADER], "big")
+    return range(start, min(stop, len(raw)))
+
+
+def _reason(error: Exception) -> str:
+    """What has gone wrong, in OpenSSL's words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate verify failed: {error.verify_message}"
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return error.reason.replace("_", " ").lower()
+    return str(error)
+
+
+def _signed(number: int) -> int:
+    """What a small difference is that has been taken modulo 2**32."""
+    number &= 0xFFFFFFFF
+    return number - 0x100000000 if number >> 31 else number
