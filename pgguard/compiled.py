@@ -36,6 +36,7 @@ MODULES: Final = (
     "pgguard.proxy.ends",
     "pgguard.proxy.kernel_senders",
     "pgguard.proxy.relay",
+    "pgguard.proxy.transport",
 )
 """What moves and follows bytes: the relay's inner loop, the session core, and who has sent what. ``pgguard.session`` is
 in it whole."""

@@ -56,6 +56,7 @@ _LIBPQ: Final = {
     Kind.FOREIGN_TERMINATE: libpq.CLOSED,
     Kind.CONNECTION_EXHAUSTION: "FATAL:  sorry, too many clients already",
     Kind.PROTOCOL_VIOLATION: libpq.lost_synchronization("D", 1 << 30),
+    Kind.TLS_CORRUPTION: libpq.BAD_RECORD,
 }
 """For each kind that has one an example of what libpq prints for it, or passes on from the server."""
 

@@ -30,6 +30,7 @@ from pgguard.faults.text import DECLARED_LENGTH, discreet, discreet_setting, pri
 from pgguard.secrets.commands import redact_name
 from pgguard.secrets.names import is_secret_name
 from pgguard.secrets.text import HIDDEN, redact
+from pgguard.session.libpq import CLOSED, CLOSED_BY_TLS
 from pgguard.session.verdicts import Direction, Kind, Party, Verdict
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def build_fault(
         reason=_in_one_line(verdict.reason),
         session=_session(facts),
         message=verdict.message,
-        libpq=_libpq(verdict, findings),
+        libpq=_libpq(verdict, findings, facts),
         culprits=culprits,
         sent_by=verdict.author if verdict.message is not None else None,
         requests=tuple(_request(request, findings, sql_mode) for request in verdict.requests),
@@ -205,10 +206,12 @@ def likeness_of(verdict: Verdict, findings: Findings) -> Family | None:
     )
 
 
-def _libpq(verdict: Verdict, findings: Findings) -> str | None:
+def _libpq(verdict: Verdict, findings: Findings, facts: SessionFacts) -> str | None:
     """What libpq prints: of another driver's users only what it repeats after the server, as they all do."""
     repeats = verdict.kind is Kind.SESSION_STATE_LOST
-    return verdict.libpq if repeats or findings.driver in _MAY_BE_LIBPQ else None
+    if not repeats and findings.driver not in _MAY_BE_LIBPQ:
+        return None
+    return CLOSED_BY_TLS if facts.tls and verdict.libpq == CLOSED else verdict.libpq
 
 
 def _verdict(verdict: Verdict) -> Verdict:

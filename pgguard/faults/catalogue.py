@@ -570,6 +570,33 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         ),
     ),
     Entry(
+        Kind.TLS_CORRUPTION,
+        Severity.ERROR,
+        "error",
+        "two processes use one TLS session",
+        "The client's TLS stream failed its integrity check. A TLS session numbers its records, and encrypts each with "
+        "the next number. Two processes that have the same one use the same numbers, so the second one's record can't "
+        "be decrypted, and the session is over for both: one finds 'decryption failed or bad record mac' or 'bad "
+        "record mac' in its log, the other one 'SSL SYSCALL error: EOF detected' or 'SSL connection has been closed "
+        "unexpectedly'.",
+        "A process opened the connection and then forked. The child inherits the connection's socket, and a copy of "
+        "the TLS library's state: keys and counters. Preforking servers that preload the application (Puma, Unicorn, "
+        "gunicorn, uWSGI, Celery, multiprocessing) do this whenever loading it runs a query. Without TLS the same is "
+        "shared-by-processes, which nobody notices for longer.",
+        Advice(
+            "Close the pool before forking",
+            "A connection belongs to the process that opened it; a fork copies its socket and its TLS session to the "
+            "child. Disconnect in the parent just before the fork (before_fork in Puma and Unicorn), or connect in "
+            "each worker after it (post_fork in gunicorn, worker_process_init in Celery), so that every process has a "
+            "pool of its own. In the child, forget an inherited pool without closing it: SQLAlchemy's "
+            "engine.dispose(close=False); a normal close would end the parent's session. To turn TLS off only hides "
+            "it.",
+            sources=(_LIBPQ_FORK,),
+        ),
+        # TLS has failed: nothing that the client is told can be read by it.
+        can_reject=False,
+    ),
+    Entry(
         Kind.UNTRACKED,
         Severity.INFO,
         "info",

@@ -21,6 +21,12 @@ have been another process than the opener if the opener leaves the socket open
 message that comes out of turn, or it that is seen to wait beside another, the intruder is whoever else has used the
 connection, the latest first.
 
+*A TLS stream that fails its integrity check.* Two processes that use one TLS session bring that about, and so do two
+threads that use it at once, as OpenSSL's are not locked. Where the kernel has named who sent, and it was one process
+alone that nobody else shares the connection with, it was neither, or the threads: where it isn't the threads of a
+runtime that moves what it does from one to the other, with a lock. If it is the client that has found corrupt what it
+was sent, then nobody has done anything wrong.
+
 *The opener says Terminate, as it may, and somebody goes on.* That one has shared the connection, whether or not it had
 used it before. Where the kernel doesn't name who goes on, it is certainly not the opener if that has let go; and who
 else it is, is known if there was one other process when it had. Who has the connection open afterwards says nothing, as
@@ -36,7 +42,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pgguard.attribution.runtime import Language
 from pgguard.faults.catalogue import OVERLAP
 from pgguard.identity import Sender
-from pgguard.session.verdicts import AFTER_END, Kind
+from pgguard.session.verdicts import AFTER_END, TLS_ALERT, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -54,6 +60,8 @@ HARMLESS_GOODBYES: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Programs whose children's Terminate is known to do no harm, by the name of the process that opened the connection."""
 
+
+_BY_PROCESSES: Final = frozenset({Kind.SHARED_BY_PROCESSES, Kind.TLS_CORRUPTION})
 
 AT_ONCE: Final = "waited for an answer on one connection at the same time"
 """The reason of a verdict on those who read from one connection: what they did."""
@@ -116,13 +124,15 @@ def _weigh(verdict: Verdict, findings: Findings) -> Verdict | None:
             return verdict if _is_foreign(verdict, findings) else None
         case Kind.SHARED_BY_PROCESSES if verdict.reason == AFTER_END:
             return verdict if _goes_on(verdict, findings) else None
+        case Kind.TLS_CORRUPTION:
+            return _corruption(verdict, findings)
         case _:
             return verdict
 
 
 def _spare_the_opener(verdict: Verdict, opener: int | None) -> Verdict:
     """Who opened the connection has a right to it, and somebody else hasn't."""
-    if verdict.kind is not Kind.SHARED_BY_PROCESSES or opener is None:
+    if verdict.kind not in _BY_PROCESSES or opener is None:
         return verdict
     intruder = verdict.intruder
     if intruder is None:
@@ -191,6 +201,18 @@ def _sleeper(verdict: Verdict, findings: Findings) -> Waiting | None:
     if len(asleep) != 1 or asleep[0].thread in findings.watchers:
         return None
     return asleep[0] if findings.restless.get(sole.pid) else None
+
+
+def _corruption(verdict: Verdict, findings: Findings) -> Verdict | None:
+    named = [sender for sender in (verdict.intruder, *verdict.requesters) if sender is not None]
+    kernel_names = bool(named) and not any(sender.sampled for sender in named)
+    pids = {sender.pid for sender in named} | {holder.pid for holder in findings.holders or ()}
+    is_told = verdict.message is not None and verdict.message.name == TLS_ALERT
+    if len(pids) > 1 or not (kernel_names or (is_told and findings.sole_holder is not None)):
+        return verdict
+    if len({sender.tid for sender in named if sender.tid is not None}) > 1 and OVERLAP[findings.driver].threads_tell:
+        return replace(verdict, kind=Kind.SHARED_BY_THREADS)
+    return None if is_told else replace(verdict, kind=Kind.PROTOCOL_VIOLATION, requesters=())
 
 
 def _is_foreign(verdict: Verdict, findings: Findings) -> bool:

@@ -3,9 +3,9 @@
 ``intruder``
     The sender of the offending message, where it is known; or if that is who opened the connection, and has a right to
     it, the latest other one that has used it. Where the sender isn't known, but the client sent the message: the one
-    process that has the socket open, if there is exactly one; of a Terminate, the one that has had it open and hasn't
-    any more; of what comes behind the opener's Terminate, the only one that still had it open then; otherwise an
-    intruder without a pid, and the holders say among whom to look.
+    process that has the socket open, if there is exactly one, and it doesn't take two; of a Terminate, the one that has
+    had it open and hasn't any more; of what comes behind the opener's Terminate, the only one that still had it open
+    then; otherwise an intruder without a pid, and the holders say among whom to look.
 ``requester``
     Every other sender on the connection, the one whose turn it was first.
 ``closer``
@@ -174,6 +174,8 @@ class _Bench:
         elif self._verdict.reason == AFTER_END:
             if len(survivors := self._findings.survivors) == 1:
                 return self._process(Role.INTRUDER, survivors[0], Evidence.SOCKET_HOLDER)
+        elif self._verdict.kind is Kind.TLS_CORRUPTION:
+            pass  # it takes two, and who is left has as much right to it
         elif (sole := self._findings.sole_holder) is not None:
             return self._process(self._user(sole.pid), sole, Evidence.SOLE_HOLDER)
         return Culprit(Role.INTRUDER, None, None, Evidence.UNKNOWN, None)

@@ -62,9 +62,9 @@ _SERVER: Final = 0
 
 EXPLAINED_BY: Final[Mapping[Kind, frozenset[Kind]]] = MappingProxyType(
     {
-        Kind.INHERITED_CONNECTION: frozenset({Kind.SHARED_BY_PROCESSES, Kind.FOREIGN_TERMINATE}),
+        Kind.INHERITED_CONNECTION: frozenset({Kind.SHARED_BY_PROCESSES, Kind.FOREIGN_TERMINATE, Kind.TLS_CORRUPTION}),
         Kind.UNREAD_ANSWER: frozenset({Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS}),
-        Kind.UNCLEAN_CLOSE: frozenset({Kind.SHARED_BY_PROCESSES}),
+        Kind.UNCLEAN_CLOSE: frozenset({Kind.SHARED_BY_PROCESSES, Kind.FOREIGN_TERMINATE, Kind.TLS_CORRUPTION}),
         Kind.REQUEST_WHILE_BUSY: frozenset({Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS}),
     }
 )

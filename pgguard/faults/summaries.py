@@ -11,7 +11,7 @@ from pgguard.attribution.fates import State
 from pgguard.faults.conclude import AT_ONCE
 from pgguard.faults.fault import Culprit, Role
 from pgguard.faults.text import all_named, listed, named
-from pgguard.session.verdicts import OUTSTANDING, Kind, Party, Verdict
+from pgguard.session.verdicts import OUTSTANDING, TLS_ALERT, TLS_RECORD, Kind, Party, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +50,8 @@ def _shared_by_processes(verdict: Verdict, findings: Findings, culprits: tuple[C
 def _shared_by_threads(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ...]) -> str:
     if verdict.reason == AT_ONCE:
         return f"{_readers(culprits)} {verdict.reason}"
+    if verdict.message is not None and verdict.message.name in (TLS_RECORD, TLS_ALERT):
+        return f"{_readers(culprits)} use one TLS session: {verdict.reason}"
     intruder, requester = (
         next((f"thread {one.tid}" for one in culprits if one.role is role and one.tid is not None), None)
         for role in (Role.INTRUDER, Role.REQUESTER)
@@ -114,11 +116,24 @@ def _violation(verdict: Verdict, _: Findings, culprits: tuple[Culprit, ...]) -> 
     return f"{who}: {did}" if did == verdict.reason else f"{who} {did}"
 
 
-def _ended(_: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
+def _corrupt(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
+    users = {
+        culprit.pid: named(culprit.pid, culprit.process)
+        for culprit in culprits
+        if culprit.pid is not None and culprit.role in (Role.INTRUDER, Role.REQUESTER)
+    }
+    holders = findings.holders or ()
+    if len(users) < 2 and len(holders) > 1:
+        return f"{all_named(holders)} have one TLS session open: {verdict.reason}"
+    return f"{listed(list(users.values()))} use one TLS session: {verdict.reason}" if len(users) > 1 else verdict.reason
+
+
+def _ended(verdict: Verdict, findings: Findings, culprits: tuple[Culprit, ...]) -> str:
     owner = _opener(findings) or "another process"
+    what = "Terminate" if verdict.message is None else verdict.message.name
     if not culprits or culprits[0].pid is None:
-        return f"a process other than {owner}, which opened the connection, sent Terminate on it"
-    return f"{_who(culprits)} sent Terminate on the connection that {owner} opened"
+        return f"a process other than {owner}, which opened the connection, sent {what} on it"
+    return f"{_who(culprits)} sent {what} on the connection that {owner} opened"
 
 
 def _leaked(verdict: Verdict, findings: Findings, _: tuple[Culprit, ...]) -> str:
@@ -249,6 +264,7 @@ _SUMMARIES: Final = MappingProxyType[Kind, Callable[["Verdict", "Findings", tupl
         Kind.LEAKED_CONNECTION: _leaked,
         Kind.CONNECTION_EXHAUSTION: _exhausted,
         Kind.PROTOCOL_VIOLATION: _violation,
+        Kind.TLS_CORRUPTION: _corrupt,
     }
 )
 """Of the other kinds, the reason says it all."""

@@ -24,10 +24,12 @@ import trio
 from pgguard.proxy.ends import Phase
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.session.farewell import Farewell, asks, farewell
+from pgguard.session.verdicts import TLS_RECORD, Direction, MessageSeen
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
+    from pgguard.identity import Sender
     from pgguard.proxy.ends import End
     from pgguard.proxy.judge import Judge, Ruling
     from pgguard.proxy.relay import Relay
@@ -169,11 +171,12 @@ class Aftermath:
         rest = session.inside_message
         while rest and not server.eof:
             await trio.lowlevel.wait_readable(server.fd)
-            data = server.sock.recv(min(rest, _READ))
-            rest -= len(data)
-            if not data:
-                server.end_stream()
-            client.append(data)
+            with suppress(BlockingIOError):  # TLS has had something to say, and the server hasn't
+                data = server.receive(min(rest, _READ))[:rest]
+                rest -= len(data)
+                if not data:
+                    server.end_stream()
+                client.append(data)
             while client.outgoing:
                 await trio.lowlevel.wait_writable(client.fd)
                 with suppress(BlockingIOError):
@@ -274,6 +277,27 @@ class Aftermath:
             if verdict is None and done < len(data):
                 end.held = data[done:]
                 return
+        self._reset(end, verdict)
+
+    def note_unreadable(self, end: End, sender: Sender | None, size: int) -> None:
+        """The same of something that can't be decrypted: whoever else has ended the session has ended TLS as well.
+
+        Args:
+            end: the client's.
+            sender: who has sent it, if that is known.
+            size: how many bytes.
+        """
+        session = end.session
+        verdict = None
+        if session.afterwards is not None:
+            with spared(Loss.STEP, session):
+                message = MessageSeen(Direction.FRONTEND, None, TLS_RECORD, size)
+                verdict = session.afterwards.judge_late(message, sender)
+        self._reset(end, verdict)
+
+    def _reset(self, end: End, verdict: Verdict | None) -> None:
+        """Do as the kernel does where nobody is left, and have a verdict ruled on if there is one."""
+        session = end.session
         with suppress(OSError):
             end.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._endings.finish(session)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVarTuple
 import trio
 
 from pgguard.proxy.aftermath import Aftermath
+from pgguard.proxy.corruption import last_words
 from pgguard.proxy.ends import Phase, Reading, Writing
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.relay import FAILED
@@ -25,6 +26,7 @@ from pgguard.wire.fields import build_error_response
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from pgguard.identity import Sender
     from pgguard.proxy.ends import End
     from pgguard.proxy.judge import Judge, Ruling
     from pgguard.proxy.relay import Relay
@@ -113,7 +115,9 @@ class Endings:
         self.aftermath.cut_off(session)
         if tracker is not None and not _is_inside_message(session) and not session.client.outgoing:
             with suppress(OSError):
-                session.client.sock.send(farewell)
+                session.client.append(farewell)
+                session.client.write()
+                session.client.end_writing()
         self.finish(session)
 
     def finish(self, session: ProxiedSession) -> None:
@@ -160,15 +164,17 @@ class Endings:
 
     def _last_verdicts(self, end: End) -> list[Verdict]:
         session = end.session
-        tracker = session.tracker
-        if tracker is None:
-            return []
+        tracker, tls = session.tracker, end.tls
         try:
+            told = last_words(session, tls) if tls is not None and end.is_client else []
+            if tracker is None or (tls is not None and tls.failure is not None and not tls.failure.is_told):
+                return told  # how it would have gone on can't be known, nor what is left of a message
+            held_back = len(end.held) + (0 if tls is None else tls.halfway)
             if end.is_client:
                 # An error in writing to a socket that was reset is not told again in reading it.
                 reset = end.writing is not Writing.OPEN or (not tracker.requests and self._has_only_looked(end))
-                return tracker.frontend_eof(len(end.held), reset=reset)
-            return tracker.backend_eof(len(end.held))
+                return [*told, *tracker.frontend_eof(held_back, reset=reset)]
+            return tracker.backend_eof(held_back)
         except Exception:
             note(Loss.TRACKING, session)
             self._relay.lose(session.flow, session, FAILED, time.time())
@@ -183,7 +189,9 @@ class Endings:
 
     def after_end(self, end: End) -> None:
         """All that can be said about the end of ``end``'s stream is said: let its peer know."""
-        session = end.session
+        session, tls = end.session, end.tls
+        if tls is not None:
+            self._relay.say_for(end, tls)
         was_inside = _is_inside_message(session)
         torn = self._relay.forward_held(end) or was_inside
         if not end.is_client and not session.draining:
@@ -203,8 +211,10 @@ class Endings:
             return
         if session.farewell is not None:
             return  # it may ask for something more
+        source = end.peer.tls
         try:
-            end.sock.shutdown(socket.SHUT_WR)
+            # A stream that was cut off looks to the other side as it does here.
+            end.end_writing(cleanly=source is None or source.is_closed or not end.peer.eof)
         except OSError:
             end.writing = Writing.BROKEN
         if session.draining:
@@ -227,7 +237,7 @@ class Endings:
                     build_error_response(
                         f"pgguard: the server at {session.upstream} closed the connection unexpectedly",
                         sqlstate="08006",
-                        detail=why_it_ended(session.server.failure),
+                        detail=_why_it_ended(session.server),
                         hint="Look into the server's log at this time.",
                     )
                 )
@@ -260,6 +270,18 @@ class Endings:
     def note_late(self, end: End, data: bytes, now: float) -> None:
         """A client has sent something that has been sent all there was, and the end of the stream."""
         self.aftermath.note_late(end, data, now)
+
+    def note_unreadable(self, end: End, sender: Sender | None, size: int) -> None:
+        """The same of something that can't be decrypted, and says more than that there is nothing more."""
+        self.aftermath.note_unreadable(end, sender, size)
+
+
+def _why_it_ended(server: End) -> str:
+    tls = server.tls
+    if tls is not None and tls.failure is not None:
+        told = "The server says that what it was sent is corrupt" if tls.failure.is_told else "What it sent is corrupt"
+        return f"{told}: {tls.failure.reason}."
+    return why_it_ended(server.failure)
 
 
 def _is_inside_message(session: ProxiedSession) -> bool:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import array
 import fcntl
+import socket
 import termios
 from collections import deque
+from contextlib import suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Protocol, final
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from pgguard.identity import Sender
     from pgguard.proxy.kernel_senders import TcpAccount
     from pgguard.proxy.session import ProxiedSession
+    from pgguard.proxy.transport import Tls
     from pgguard.session.tracker import Tracker
 
 CHUNK: Final = 128 * 1024
@@ -133,6 +136,7 @@ class End:
         "session",
         "sock",
         "swallow",
+        "tls",
         "writing",
         "written",
     )
@@ -149,10 +153,13 @@ class End:
         names_senders: bool = False,
         kernel_account: TcpAccount | None = None,
         sender: Sender | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self.session = session
         self.flow = flow
         self.sock = sock
+        self.tls = tls
+        """What its bytes are encrypted with; ``None`` when they are plain."""
         self.fd = sock.fileno()
         self.is_client = is_client
         self.names_senders = names_senders
@@ -172,7 +179,8 @@ class End:
         self.swallow = 0
         """Bytes of a dropped message that are still to come."""
         self.outgoing = b""
-        """Bytes that its socket had no room for, from :attr:`written` on. While there are any, its peer isn't read."""
+        """Bytes that its socket had no room for, from :attr:`written` on, encrypted if they are to be. While there are
+        any, its peer isn't read."""
         self.written = 0
         """How many of those have been written since."""
         self.late = False
@@ -217,7 +225,7 @@ class End:
     @property
     def is_drained(self) -> bool:
         """Whether everything that has come from it has been read, and judged. A system call."""
-        if self.held or self.pieces:
+        if self.held or self.pieces or (self.tls is not None and self.tls.halfway):
             return False
         unread = array.array("i", [0])
         fcntl.ioctl(self.fd, termios.FIONREAD, unread)  # tcp(7), unix(7)
@@ -227,10 +235,35 @@ class End:
         """Whether it is registered for this one."""
         return self.interest > 0 and self.interest & event != 0
 
+    @property
+    def is_stuffed(self) -> bool:
+        """Whether so much waits for room in its socket that TLS must not have more to say to it, for what it sends."""
+        return self.tls is not None and self.unsent > 2 * CHUNK
+
+    # What comes from it
+
+    def receive(self, size: int) -> bytes:
+        """Receive about so many bytes at most; none: its stream has ended.
+
+        Raises:
+            OSError: there are none (BlockingIOError), or it is broken.
+        """
+        data = self.sock.recv(size)
+        if self.tls is None or not data:
+            return data
+        data = self.tls.open(data)
+        if not data and not self.tls.is_over:
+            raise BlockingIOError
+        return data
+
     # What goes to it
 
     def append(self, data: bytes | memoryview) -> None:
         """Have something more sent to it when there is room for that."""
+        self.append_raw(data if self.tls is None else self.tls.seal(data))
+
+    def append_raw(self, data: bytes | memoryview) -> None:
+        """The same, of what is encrypted already."""
         self.outgoing = self.outgoing[self.written :] + data
         self.written = 0
 
@@ -248,6 +281,22 @@ class End:
         """Nothing waits to be written any more."""
         self.outgoing = b""
         self.written = 0
+
+    def end_writing(self, *, cleanly: bool = True) -> None:
+        """End the stream to it, when everything has been written.
+
+        Args:
+            cleanly: say so with TLS as well; otherwise it looks as if it had been cut off.
+
+        Raises:
+            OSError: it is broken.
+        """
+        if self.tls is not None and cleanly:
+            words = self.tls.farewell()
+            if words:
+                with suppress(BlockingIOError):
+                    self.sock.send(words)
+        self.sock.shutdown(socket.SHUT_WR)
 
     # Its own stream
 

@@ -904,7 +904,7 @@ def _facts(session: ProxiedSession) -> SessionFacts:
             client=session.client_name,
             backend_pid=None,
             opened_at=session.opened_at,
-            tls=False,
+            tls=session.is_encrypted,
         )
 
 

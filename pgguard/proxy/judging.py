@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeVarTuple
 import trio
 
 from pgguard.faults.policy import Action
+from pgguard.proxy.corruption import mixture
 from pgguard.proxy.endings import Endings
 from pgguard.proxy.ends import ATTENTIVE, End, Phase, Reading
 from pgguard.proxy.judge import Ruling
@@ -25,6 +26,7 @@ from pgguard.wire.messages import HEADER_SIZE
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from pgguard.identity import Sender
     from pgguard.proxy.judge import Judge
     from pgguard.proxy.relay import Relay
     from pgguard.proxy.session import ProxiedSession
@@ -148,6 +150,14 @@ class Judging:
                 self._stirred(client.session)
             except Exception:
                 note(Loss.EVIDENCE, client.session)
+
+    def note_mixed(self, end: End, begun_by: Sender, sender: Sender) -> None:
+        """A record of TLS was begun by one process, and completed by another: however that came about, both use it."""
+        session = end.session
+        try:
+            self.accuse(session, mixture(session, begun_by, sender))
+        except Exception:
+            note(Loss.SENDER, session)
 
     def has_to_wait(self, end: End, data: bytes, *, whole: bool, now: float) -> bool:
         """Look at what an end has sent of which something is of interest; True if it waits until more is known."""
@@ -279,7 +289,7 @@ class Judging:
         await self._until_read(server.session)
         if server.session.phase is Phase.RELAYED:
             server.late = False
-            self._relay.resume(server)
+            self._relay.go_on(server)
 
     async def _until_read(self, session: ProxiedSession) -> None:
         with spared(Loss.EVIDENCE, session):

@@ -38,6 +38,7 @@ from pgguard.identity import Sender
 from pgguard.proxy.ends import CHUNK, Phase, Reading, Writing
 from pgguard.proxy.losses import Loss, note
 from pgguard.session.session import FEW
+from pgguard.wire.messages import HEADER_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.ends import End, Flow
     from pgguard.proxy.kernel_senders import KernelSenders, TcpAccount
     from pgguard.proxy.session import ProxiedSession
+    from pgguard.proxy.transport import Tls
     from pgguard.session.tracker import Tracker
     from pgguard.session.verdicts import Verdict
 
@@ -64,6 +66,8 @@ _ANSWERS_IN_DEPTH: Final = 16384
 them. A message has five at least. A client's may stand behind thousands of others; most of a server's are rows."""
 _ROOM: Final = 0.5
 """How full the ledger may be for a client to be read again that has filled it."""
+_BYE: Final = HEADER_SIZE
+"""Bytes of a Terminate. Whoever else has the connection open may say it as well, and does no harm."""
 FAILED: Final = "pgguard had an internal error, and stopped checking this session: its log has more"
 
 _RELAYED: Final = Phase.RELAYED
@@ -126,6 +130,9 @@ class Judging(Protocol):
             now: in seconds since the epoch.
         """
 
+    def note_mixed(self, end: End, begun_by: Sender, sender: Sender) -> None:
+        """A record of TLS was begun by one process, and completed by another."""
+
     def is_late(self, server: End) -> bool:
         """Whether the system has kept the relay waiting for a processor, lately."""
 
@@ -159,6 +166,9 @@ class Endings(Protocol):
 
     def note_late(self, end: End, data: bytes, now: float) -> None:
         """A client has sent something that has been sent all there was, and the end of the stream."""
+
+    def note_unreadable(self, end: End, sender: Sender | None, size: int) -> None:
+        """The same of something that can't be decrypted, and says more than that there is nothing more."""
 
     def finish(self, session: ProxiedSession) -> None:
         """Close both sockets of a session."""
@@ -361,7 +371,7 @@ class Relay:
     def begin(self, flow: Flow, startup: bytes) -> None:
         """Move a session's bytes; ``startup`` is what is still to be sent to the server of its StartupMessage."""
         client, server = flow.client, flow.server
-        if client.pieces:  # what it has sent behind that
+        if client.pieces or (client.tls is not None and client.tls.is_over):  # what it has sent behind that
             self._queue(client)
         server.append(startup)
         self.flush(server)
@@ -384,7 +394,8 @@ class Relay:
             # Gone for good, it would be reported again and again until what it sent has been written.
             self.disarm(end)
             return
-        interest = 0 if end.reading is not _OPEN or end.peer.outgoing else _READS  # itself, and no number of each end's
+        is_read = end.reading is _OPEN and not end.peer.outgoing and not end.is_stuffed
+        interest = _READS if is_read else 0  # itself, and no number of each end's
         if end.outgoing:
             interest |= _OUT
         if not interest and end.reading is not _ENDED:
@@ -422,9 +433,12 @@ class Relay:
 
     # Bytes
 
-    def _read(self, end: End, now: float) -> None:
+    def _read(self, end: End, now: float) -> None:  # noqa: C901, PLR0912 - a call for one costs each message
+        tls = end.tls
         try:
-            if end.names_senders:
+            if tls is not None:
+                data = self._receive_encrypted(end, tls, now)
+            elif end.names_senders:
                 data, ancillary, _, _ = end.sock.recvmsg(CHUNK, CREDENTIALS_SPACE)
                 if ancillary and ancillary[0][2] != end.credentials:
                     self._meet(end, self._named(end, ancillary[0][2]))
@@ -440,7 +454,7 @@ class Relay:
             self._endings.end_of_stream(end, reset=end.reading is _ENDED)
             return
         account = end.kernel_account
-        if account is not None and not self._is_of_one(end, account, data, now):
+        if account is not None and tls is None and not self._is_of_one(end, account, data, now):
             return
         whole = not end.held
         if not whole:
@@ -454,6 +468,97 @@ class Relay:
             if tracker is not None and tracker.several_read:
                 end.late = self._judging.is_late(end)
         self._examine(end, data, now)
+        if tls is not None:
+            self._end_encrypted(end, tls)
+
+    def _receive_encrypted(self, end: End, tls: Tls, now: float) -> bytes:
+        """Receive what one has sent, who is met, and decrypt it; no bytes: its stream has ended.
+
+        Raises:
+            OSError: nothing is to be followed now (BlockingIOError), or the connection is broken.
+        """
+        raw = end.sock.recv(CHUNK)
+        if not raw:
+            return raw
+        account = end.kernel_account
+        sender = end.sender
+        if account is not None:
+            pieces = self._whose(end, account, len(raw))
+            if len(pieces) > 1:
+                self._open_pieces(end, tls, raw, pieces, now)
+                raise BlockingIOError
+            sender = pieces[0][1]
+        data = self._open(end, tls, raw, sender)
+        if tls.failure is None:  # otherwise it is told when that has been ruled on
+            self.say_for(end, tls)
+        if not data:
+            if end.flow.phase is not Phase.CLOSED:
+                self._end_encrypted(end, tls)
+            raise BlockingIOError
+        if sender is not end.sender:
+            self._meet(end, sender)
+        return data
+
+    def _whose(self, end: End, account: TcpAccount, size: int) -> list[Segment]:
+        """Who has sent what has been read."""
+        try:
+            if self._senders is not None:
+                return self._senders.pieces(account, size)
+        except Exception:
+            self._lose_account(end, account)
+        return [(size, None)]
+
+    def _open_pieces(self, end: End, tls: Tls, raw: bytes, pieces: list[Segment], now: float) -> None:
+        """Decrypt what several have sent, and follow it."""
+        self._judging.stir(end)
+        if end.pieces is None:
+            end.pieces = deque()
+        at = 0
+        for length, whose in pieces:
+            data = self._open(end, tls, raw[at : at + length], whose)
+            if end.flow.phase is Phase.CLOSED:
+                return
+            if data:
+                end.pieces.append((data, whose))
+            at += length
+        if tls.failure is None:
+            self.say_for(end, tls)
+        self._examine_pieces(end, now)
+
+    def _open(self, end: End, tls: Tls, raw: bytes, sender: Sender | None) -> bytes:
+        """Decrypt what one has sent."""
+        if tls.is_over or end.flow.phase is Phase.LINGERING:
+            return self._open_late(end, tls, raw, sender)
+        data = tls.open(raw, sender)
+        begun_by = tls.mixed
+        if begun_by is not None and sender is not None and begun_by.pid != sender.pid and tls.failure is None:
+            self._judging.note_mixed(end, begun_by, sender)
+        return data
+
+    def _open_late(self, end: End, tls: Tls, raw: bytes, sender: Sender | None) -> bytes:
+        """Decrypt what is sent by a client whose session is over, if it can be."""
+        data = tls.open(raw, sender)
+        if not data and tls.is_over and end.flow.phase is Phase.LINGERING and not tls.says_no_more_than(_BYE, raw):
+            self._endings.note_unreadable(end, sender, len(raw))
+        return data
+
+    def say_for(self, end: End, tls: Tls) -> None:
+        """Send what TLS has to say because of what has come."""
+        words = tls.words()
+        if words and end.writing is _WRITABLE:
+            end.append_raw(words)
+            self.arm(end)
+            self.flush(end)
+
+    def _end_encrypted(self, end: End, tls: Tls) -> None:
+        """See to the end of a stream that TLS has told, when everything in front of it has been dealt with.
+
+        Whoever has said Terminate says that as well, and others may have the connection open still.
+        """
+        if tls.is_over and end.reading is _OPEN and not end.pieces:
+            if end.is_client and tls.failure is None and _is_terminated(end.flow):
+                return
+            self._endings.end_of_stream(end, reset=False)
 
     def _is_of_one(self, end: End, account: TcpAccount, data: bytes, now: float) -> bool:
         """Whether one alone has sent what has been read, who is met; otherwise it is dealt with, piece by piece."""
@@ -466,10 +571,7 @@ class Relay:
                 else:
                     pieces = account.account.split(len(data))
         except Exception:
-            note(Loss.SENDER, end.session)
-            # Who sends won't be known any more: the account may be of other bytes from now on.
-            account.is_lost = True
-            end.kernel_account = None
+            self._lose_account(end, account)
         if len(pieces) > 1:
             self._judging.stir(end)
             if end.pieces is None:
@@ -485,6 +587,13 @@ class Relay:
         if sender is not end.sender:
             self._meet(end, sender)
         return True
+
+    @staticmethod
+    def _lose_account(end: End, account: TcpAccount) -> None:
+        """Who sends won't be known any more: the account may be of other bytes from now on."""
+        note(Loss.SENDER, end.session)
+        account.is_lost = True
+        end.kernel_account = None
 
     def _named(self, end: End, credentials: bytes) -> Sender | None:
         """Whom the kernel has named."""
@@ -516,6 +625,8 @@ class Relay:
             self._meet(end, sender)
             held, end.held = end.held, b""
             self._examine(end, held + piece, now)
+        if end.tls is not None:
+            self._end_encrypted(end, end.tls)
 
     def go_on(self, end: End) -> None:
         """Go on with what is held of ``end``."""
@@ -688,8 +799,8 @@ class Relay:
             self._endings.hear(end, data[begin:stop])
             return
         whole = begin == 0 and stop == len(data)
-        if peer.outgoing:
-            peer.append(data if whole else memoryview(data)[begin:stop])
+        if peer.outgoing or peer.tls is not None:
+            self._append(end, peer, data if whole else memoryview(data)[begin:stop])
             return
         try:
             sent = peer.sock.send(data if whole else memoryview(data)[begin:stop])
@@ -701,6 +812,24 @@ class Relay:
             return
         if begin + sent != stop:
             peer.outgoing, peer.written = data[:stop], begin + sent
+            self.arm(peer)
+            self.arm(end)
+
+    def _append(self, end: End, peer: End, data: bytes | memoryview) -> None:
+        """Have ``peer`` sent what ``end`` has: at once, unless something waits in front of it."""
+        waits = len(peer.outgoing) > 0
+        peer.append(data)
+        if waits or not peer.outgoing:
+            return
+        try:
+            peer.write()
+        except BlockingIOError:
+            pass
+        except OSError:
+            peer.drop_outgoing()
+            peer.writing = Writing.BROKEN
+            return
+        if peer.outgoing:
             self.arm(peer)
             self.arm(end)
 
@@ -736,6 +865,12 @@ class Relay:
             self.arm(end)
             if not (end.is_client and end.flow.phase is not _RELAYED):
                 self.arm(end.peer)
+
+
+def _is_terminated(flow: Flow) -> bool:
+    """Whether a client's session is over, by its own doing or the server's."""
+    tracker = flow.tracker
+    return flow.phase is not _RELAYED or (tracker is not None and tracker.terminated)
 
 
 def _is_busy(flow: Flow, session: ProxiedSession) -> bool:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.addresses import Address
     from pgguard.proxy.ends import Socket
     from pgguard.proxy.kernel_senders import TcpAccount
+    from pgguard.proxy.transport import Tls
     from pgguard.proxy.unread import Leftover
     from pgguard.session.farewell import Farewell
     from pgguard.session.tracker import Tracker
@@ -56,6 +57,7 @@ class ProxiedSession:
         "flow",
         "heard",
         "id",
+        "is_encrypted",
         "kernel_account",
         "last_sole_holder",
         "leftover",
@@ -116,6 +118,8 @@ class ProxiedSession:
         self.sightings = Sightings()
         self.leftover: Leftover | None = None
         """Its last answer, while it isn't known to have been read."""
+        self.is_encrypted = False
+        """Its client speaks TLS."""
         self.upstream: Address | None = None
         self.flow = Flow()
         """What the relay knows of it."""
@@ -171,7 +175,16 @@ class ProxiedSession:
         """The process and the thread that opened it, if the kernel has named them: without looking at anything."""
         return None if self.client_socket is None else self.client_socket.connected
 
-    def connect(self, client: Socket, server: Socket, tracker: Tracker | None, *, sender: Sender | None = None) -> None:
+    def connect(
+        self,
+        client: Socket,
+        server: Socket,
+        tracker: Tracker | None,
+        *,
+        sender: Sender | None = None,
+        client_tls: Tls | None = None,
+        server_tls: Tls | None = None,
+    ) -> None:
         """Give it its two sockets, which it owns from then on.
 
         Args:
@@ -179,6 +192,8 @@ class ProxiedSession:
             server: the one to the server.
             tracker: what follows it; ``None`` if it can't be followed.
             sender: who has sent the StartupMessage, if the kernel said so.
+            client_tls: what the client's connection is encrypted with; ``None``: it is plain.
+            server_tls: likewise, the server's.
         """
         account = self.kernel_account
         flow = self.flow
@@ -190,8 +205,10 @@ class ProxiedSession:
             names_senders=self.has_credentials,
             kernel_account=None if account is None or account.is_lost else account,
             sender=sender,
+            tls=client_tls,
         )
-        flow.server = End(self, flow, server, is_client=False)
+        flow.server = End(self, flow, server, is_client=False, tls=server_tls)
+        self.is_encrypted = client_tls is not None
         flow.client.peer, flow.server.peer = flow.server, flow.client
         flow.client.attend()
         flow.server.attend()
@@ -293,5 +310,5 @@ class ProxiedSession:
             client=self.client_name,
             backend_pid=protocol.cancel_key.backend_pid if protocol and protocol.cancel_key else None,
             opened_at=self.opened_at,
-            tls=False,
+            tls=self.is_encrypted,
         )

@@ -6,8 +6,10 @@ always, the session leaves the list until its next request. So what this costs d
 a session that is idle costs nothing, and one that is busy without a pause isn't looked at.
 
 *What is unread.* All positions are in the server's stream, of which the session core knows where the last answer begins
-and ends. So a notification, notice or parameter that came behind the answer and isn't read is no answer; nor is a
-ReadyForQuery alone, which some client may leave to be read with the next answer.
+and ends. The kernel counts the bytes that a connection carries; how many of the server's are in them, if they are
+encrypted, :meth:`pgguard.proxy.transport.Tls.unread` knows. So a notification, notice or parameter that came behind the
+answer and isn't read is no answer; nor is a ReadyForQuery alone, which some client may leave to be read with the next
+answer.
 
 *A warning* takes an answer of which nothing has been read, by a client that has been at rest for as long as the
 threshold says: all its threads slept and none waited for this socket (:mod:`pgguard.attribution.attention`). Whoever
@@ -359,7 +361,7 @@ class UnreadWatch:
         if size is None:
             self._forget(session)
         elif tracker.position == look.position:  # else something came meanwhile: the next round will tell
-            self._note(look, size + _waiting(session.client), attention, now)
+            self._note(look, _meant(session, size + _waiting(session.client)), attention, now)
 
     def _note(self, look: _Look, unread: int, attention: Attention, now: float) -> None:
         session, tracker, leftover = look.session, look.tracker, look.leftover
@@ -515,7 +517,7 @@ class UnreadWatch:
             return Unread(0)
         if size is None or session.done.is_set() or tracker.position != position or session.leftover is not leftover:
             return Unread(0)
-        return Unread(_size(tracker, position - size - _waiting(session.client)))
+        return Unread(_size(tracker, position - _meant(session, size + _waiting(session.client))))
 
     def sent_on_top(self, session: ProxiedSession, tracker: Tracker, unread: Unread, pending: bytes) -> Verdict:
         """Say that a request has been sent on top of an answer.
@@ -541,8 +543,18 @@ def _unread_at(unread: tuple[int, int] | None, session: ProxiedSession, tracker:
     """How much of the last answer hadn't been read, by the kernel's account of a send."""
     if unread is None:
         return Unread(0)
-    read, received = (_signed(position - session.preamble - tracker.answer_ended) for position in unread)
+    tls = session.client.tls
+    if tls is not None:
+        read, received = (tracker.position - tls.unread_at(position) - tracker.answer_ended for position in unread)
+    else:
+        read, received = (_signed(position - session.preamble - tracker.answer_ended) for position in unread)
     return Unread(_size(tracker, tracker.answer_ended + read), arrived=received >= 0)
+
+
+def _meant(session: ProxiedSession, size: int) -> int:
+    """How many bytes of the server's are in the last ones that its client was sent."""
+    tls = session.client.tls
+    return size if tls is None else tls.unread(size)
 
 
 def _signed(number: int) -> int:

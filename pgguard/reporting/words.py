@@ -48,7 +48,13 @@ _ROLES: Final = {
     Role.HOLDER: "Also open in",
 }
 _TRESPASSES: Final = frozenset(
-    {Kind.SHARED_BY_PROCESSES, Kind.SHARED_BY_THREADS, Kind.INHERITED_CONNECTION, Kind.FOREIGN_TERMINATE}
+    {
+        Kind.SHARED_BY_PROCESSES,
+        Kind.SHARED_BY_THREADS,
+        Kind.INHERITED_CONNECTION,
+        Kind.FOREIGN_TERMINATE,
+        Kind.TLS_CORRUPTION,
+    }
 )
 """Kinds whose intruder has no business on the connection. That of others has misused what may well be its own."""
 _SENT_BY: Final = "Sent by"

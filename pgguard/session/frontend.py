@@ -269,11 +269,7 @@ class FrontendStream:
         when they exit, and only the first does harm.
         """
         session = self._session
-        last = session.terminator if session.terminated else session.senders.latest
-        if sender is None:
-            pid, strange = None, session.asks_goodbye and session.terminated
-        else:
-            pid, strange = sender.pid, last is not None and last.pid != sender.pid
+        pid = None if sender is None else sender.pid
         pos = start
         if self._held_by is not None and self._held_by.pid != pid:
             pos += self._held
@@ -281,7 +277,7 @@ class FrontendStream:
             pos += self.rest
         self._late_by = pid
         self._held_by = None
-        if not strange or pid in self._late:
+        if not self._is_late(sender):
             self.rest = 0
             return end
         while end - pos >= HEADER_SIZE:
@@ -298,6 +294,21 @@ class FrontendStream:
             self._held = end - pos
         return min(pos, end)
 
+    def _is_late(self, sender: Sender | None) -> bool:
+        """Whether somebody who uses the connection after the session's end has no right to, and isn't known to."""
+        session = self._session
+        if sender is None:
+            return session.asks_goodbye and session.terminated and None not in self._late
+        last = session.terminator if session.terminated else session.senders.latest
+        return last is not None and last.pid != sender.pid and sender.pid not in self._late
+
+    def judge_late(self, message: MessageSeen, sender: Sender | None) -> Verdict | None:
+        """The verdict on what has come after the session's end and can't be followed, if it is one on its sender."""
+        if not self._is_late(sender):
+            return None
+        self._late |= {None if sender is None else sender.pid}
+        return self._judge_late(message, 0, sender)
+
     def _judge_late(self, message: MessageSeen, pos: i64, sender: Sender | None) -> Verdict:
         senders = self._session.senders
         if self._session.terminated or sender is None:
@@ -312,20 +323,28 @@ class FrontendStream:
 
     def _is_foreign_goodbye(self, pos: i64, length: i64) -> bool:
         """Whether a Terminate is one that whoever sent it may have no right to: a verdict, then."""
-        session = self._session
-        sender = self._sender
-        asked = session.asks_goodbye if sender is None else session.senders.is_strange(sender)
-        if self.overruled is not None or not asked:
+        if self.overruled is not None:
             return False
-        session.verdict = session.judge(
+        verdict = self.judge_goodbye(_seen(_TERMINATE_CODE, length), pos, self._sender)
+        if verdict is None:
+            return False
+        self._session.verdict = verdict
+        return True
+
+    def judge_goodbye(self, message: MessageSeen, pos: i64, sender: Sender | None) -> Verdict | None:
+        """The verdict on what ends the session, if whoever sent it may have no right to."""
+        session = self._session
+        asked = session.asks_goodbye if sender is None else session.senders.is_strange(sender)
+        if not asked:
+            return None
+        return session.judge(
             Kind.FOREIGN_TERMINATE,
-            "Terminate came from a process other than the one that opened the connection",
-            _seen(_TERMINATE_CODE, length),
+            f"{message.name} came from a process other than the one that opened the connection",
+            message,
             pos,
             intruder=sender,
             libpq=libpq.CLOSED,
         )
-        return True
 
     def _cuts_copy_short(self, pos: i64, length: i64) -> bool:
         """Whether a Terminate comes in the middle of copy data: a verdict, then.

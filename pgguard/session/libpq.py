@@ -27,6 +27,13 @@ _NO_ROWS: Final = frozenset(
 CLOSED: Final = "server closed the connection unexpectedly"
 """What libpq prints when the server ends the session of a client that hasn't said Terminate: ``fe-misc.c``."""
 
+CLOSED_BY_TLS: Final = "SSL connection has been closed unexpectedly"
+"""The same, where TLS has been ended as well: ``fe-secure-openssl.c``, pgtls_read()."""
+
+BAD_RECORD: Final = "SSL error: decryption failed or bad record mac"
+"""What libpq prints when a record fails its integrity check, in OpenSSL's words: ``sslerr.h``, and pgtls_read() in
+``fe-secure-openssl.c``."""
+
 IN_PROGRESS: Final = "another command is already in progress"
 """What libpq says when a command is to be sent and the last answer has not been read to its end: ``fe-exec.c``,
 PQsendQueryStart()."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pgguard.identity import Sender
-    from pgguard.session.verdicts import Verdict
+    from pgguard.session.verdicts import MessageSeen, Verdict
 
 _ABOUT_SENDERS: Final = frozenset({Kind.SHARED_BY_PROCESSES, Kind.INHERITED_CONNECTION})
 """Kinds of verdict that are not about a message, though one brings them about."""
@@ -104,6 +104,19 @@ class Tracker(Session):
         """The server's stream has ended, with ``held_back`` bytes left over that were too few to be judged."""
         verdict = self._backend.end(held_back)
         return [] if verdict is None else [verdict]
+
+    def judge_goodbye(self, message: MessageSeen, sender: Sender | None) -> Verdict | None:
+        """Say whether ``sender``, ``None`` if that isn't known, may have no right to end the session as it does."""
+        return self._frontend.judge_goodbye(message, 0, sender)
+
+    def judge_late(self, message: MessageSeen, sender: Sender | None) -> Verdict | None:
+        """Say whether ``sender``, ``None`` if that isn't known, is another one than who has ended the session.
+
+        Args:
+            message: what it has sent since, which can't be followed. A use of the connection, not another end.
+            sender: who.
+        """
+        return self._frontend.judge_late(message, sender)
 
     def set_aside(self) -> Verdict:
         """Take :attr:`verdict` away while it is ruled on: the other direction may be followed meanwhile.

@@ -31,11 +31,18 @@ class Kind(StrEnum):
     CONNECTION_EXHAUSTION = "connection-exhaustion"
     SESSION_STATE_LOST = "session-state-lost"
     PROTOCOL_VIOLATION = "protocol-violation"
+    TLS_CORRUPTION = "tls-corruption"
     UNTRACKED = "untracked"
 
 
 AFTER_END: Final = "after another process had ended the session"
 """The reason of a verdict on who uses a connection on which somebody else has said Terminate."""
+
+
+TLS_RECORD: Final = "TLS record"
+TLS_ALERT: Final = "TLS alert"
+CLOSE_NOTIFY: Final = "close_notify"
+"""What stands for a message where TLS has had to do with something that isn't one."""
 
 
 class Direction(StrEnum):
@@ -104,7 +111,7 @@ class MessageSeen:
 
     direction: Direction
     type: str | None
-    """The type byte as a character; ``None`` for the untyped packets of the start-up phase."""
+    """The type byte as a character; ``None`` for the untyped packets of the start-up phase, and for TLS's records."""
     name: str
     """The message's name in the PostgreSQL documentation."""
     size: int

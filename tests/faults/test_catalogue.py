@@ -28,6 +28,7 @@ SEVERITIES = {
     Kind.SESSION_STATE_LOST: Severity.WARNING,
     Kind.CONNECTION_EXHAUSTION: Severity.ERROR,
     Kind.PROTOCOL_VIOLATION: Severity.ERROR,
+    Kind.TLS_CORRUPTION: Severity.ERROR,
     Kind.UNTRACKED: Severity.INFO,
 }
 
@@ -105,7 +106,7 @@ def test_only_messages_that_nobody_waits_for_can_be_dropped() -> None:
 
 
 def test_a_client_that_has_gone_or_is_being_refused_can_not_be_told() -> None:
-    cannot = {Kind.UNCLEAN_CLOSE, Kind.CONNECTION_EXHAUSTION, Kind.UNTRACKED}
+    cannot = {Kind.UNCLEAN_CLOSE, Kind.CONNECTION_EXHAUSTION, Kind.TLS_CORRUPTION, Kind.UNTRACKED}
     assert {kind for kind in Kind if not CATALOGUE[kind].can_reject} == cannot
 
 

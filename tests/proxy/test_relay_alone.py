@@ -8,6 +8,7 @@ import select
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,6 +19,9 @@ from pgguard.proxy.session import ProxiedSession
 from pgguard.session.tracker import Tracker
 from pgguard.session.verdicts import Verdict
 from tests.proxy.messages import ANSWER, COLUMNS, LOGGED_IN, query, row
+
+if TYPE_CHECKING:
+    from pgguard.proxy.transport import Tls
 
 IN, OUT, ENDED = select.EPOLLIN, select.EPOLLOUT, select.EPOLLRDHUP
 RESET = ConnectionResetError(104, "reset")
@@ -128,6 +132,9 @@ class Others:
         end.heed = 0
         return self.waits
 
+    def note_mixed(self, end: End, begun_by: Sender, sender: Sender) -> None:
+        self.told.append(f"mixed {begun_by.pid} {sender.pid}")
+
     def is_late(self, server: End) -> bool:
         return self.late
 
@@ -160,6 +167,9 @@ class Others:
     def note_late(self, end: End, data: bytes, now: float) -> None:
         self.told.append("note_late")
 
+    def note_unreadable(self, end: End, sender: Sender | None, size: int) -> None:
+        self.told.append(f"note_unreadable {None if sender is None else sender.pid}")
+
     def finish(self, session: ProxiedSession) -> None:
         session.flow.phase = Phase.CLOSED
         self.told.append("finish")
@@ -179,15 +189,16 @@ class Stage:
     def wake(self) -> None:
         self.woken += 1
 
-    def session(self, *, tracked: bool = True) -> Scene:
+    def session(self, *, tracked: bool = True, client_tls: Tls | None = None, server_tls: Tls | None = None) -> Scene:
         number = next(self._fds)
         session = ProxiedSession(number, transport="tcp", client_name="here:1", client_socket=None, opened_at=0.0)
         client, server = FakeSocket(next(self._fds)), FakeSocket(next(self._fds))
-        session.connect(client, server, Tracker({"user": "u"}) if tracked else None)
+        tracker = Tracker({"user": "u"}) if tracked else None
+        session.connect(client, server, tracker, client_tls=client_tls, server_tls=server_tls)
         self.relay.begin(session.flow, b"")
         scene = Scene(self, session, client, server)
         session.client.heed = session.server.heed = 0
-        if tracked:
+        if tracked and client_tls is None and server_tls is None:
             scene.server_sends(LOGGED_IN)
             assert scene.client.sent == LOGGED_IN
             scene.client.sent = b""

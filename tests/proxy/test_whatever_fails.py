@@ -11,6 +11,7 @@ import ast
 import errno
 import os
 import socket
+import ssl
 import struct
 import subprocess
 import time
@@ -33,6 +34,7 @@ from pgguard.attribution.witness import Witness
 from pgguard.compiled import form
 from pgguard.proxy import losses
 from pgguard.proxy.ends import Phase
+from pgguard.proxy.session import ProxiedSession
 from tests.proxy.conftest import House, running
 from tests.proxy.crossings import Crossing, Injected, Watcher, failing, unprotected_sites
 from tests.proxy.fake_backend import BackendConnection, FakeBackend
@@ -52,6 +54,7 @@ from tests.proxy.messages import (
     query,
     startup,
 )
+from tests.proxy.tls_peers import Peer as TlsPeer
 from tests.servers import Address, Server, installations, not_installed, running_server
 
 if TYPE_CHECKING:
@@ -420,6 +423,117 @@ def heir(client: Client) -> Iterator[int]:
     finally:
         process.kill()
         process.wait()
+
+
+RECORD: Final = 22
+"""Bytes that a record of TLS 1.3 has beyond what it says."""
+
+
+@dataclass
+class Encrypted:
+    """A session with TLS on both sides, of which the handshakes are over."""
+
+    stage: Stage
+    client: NamedClient
+    server: BackendConnection
+    theirs: TlsPeer
+    """What the client speaks TLS with."""
+    servers: TlsPeer
+
+    async def client_hears(self, expected: bytes) -> None:
+        assert self.theirs.hear(await self.client.receive(len(expected) + RECORD)) == expected
+        self.stage.heard.append(expected)
+
+    async def server_hears(self, expected: bytes) -> None:
+        assert self.servers.hear(await self.server.receive(len(expected) + RECORD)) == expected
+        self.stage.heard.append(expected)
+
+    async def server_sends(self, data: bytes) -> None:
+        await self.server.send(self.servers.say(data))
+
+    async def converse(self) -> None:
+        await self.client.send(self.theirs.say(FIRST))
+        await self.server_hears(FIRST)
+        await self.server_sends(ANSWER)
+        await self.client_hears(ANSWER)
+
+
+async def encrypted(stage: Stage) -> Encrypted:
+    theirs, servers = TlsPeer(server_side=False), TlsPeer(server_side=True)
+    connect = ProxiedSession.connect
+
+    def connecting(session: ProxiedSession, *args: Any, **kwargs: Any) -> None:
+        connect(session, *args, **kwargs | {"client_tls": theirs.tls, "server_tls": servers.tls})
+
+    with stage.patch.context() as patch:
+        patch.setattr("pgguard.proxy.session.ProxiedSession.connect", connecting)
+        client = await stage.connect()
+        await client.send(startup())
+        server = await stage.house.backend.accept()
+        assert isinstance(client, NamedClient)
+        session = Encrypted(stage, client, server, theirs, servers)
+        await session.server_hears(startup())
+    await session.server_sends(LOGGED_IN)
+    await session.client_hears(LOGGED_IN)
+    await session.converse()
+    return session
+
+
+@play(probe=True)
+async def two_processes_with_tls(stage: Stage) -> None:
+    """They send parts of one record, or one record each; or one has sent what the other has, and the stream breaks."""
+    session = await encrypted(stage)
+    raw = session.theirs.say(FIRST)
+    await session.client.send(raw, os.getpid(), stage.child)
+    await session.server_hears(FIRST)
+    await stage.recorded("shared-by-processes")
+    await session.server_sends(ANSWER)
+    await session.client_hears(ANSWER)
+    other = await encrypted(stage)
+    await other.client.send(other.theirs.say(FIRST) + other.theirs.say(FIRST), os.getpid(), stage.child)
+    await other.server_hears(FIRST)
+    await other.server_hears(FIRST)
+    await other.server_sends(LET_GO)
+    await other.server.close()
+    await other.client_hears(LET_GO)
+    await session.client.send(raw, stage.child)
+    await stage.ends(session.server)
+    await session.server.close()
+    await stage.recorded("tls-corruption")
+    with pytest.raises(ssl.SSLError, match="bad record mac"):
+        session.theirs.hear(await session.client.rest())
+
+
+@play(probe=True)
+async def two_processes_in_the_end_with_tls(stage: Stage) -> None:
+    """One of them ends the connection, and the other goes on with a record that can't be read; or only ends TLS."""
+    session = await encrypted(stage)
+    with heir(session.client) as child:
+        await session.client.send(session.theirs.say(TERMINATE) + session.theirs.end())
+        await session.server_hears(TERMINATE)
+        await session.server.close()
+        await session.client.rest()
+        await stage.until(lambda: bool(stage.house.guard._sweep._endings.aftermath._listened))
+        await session.client.send(bytes([23, 3, 3, 0, 50]) + bytes(50), child)
+        await stage.recorded("shared-by-processes")
+    other = await encrypted(stage)
+    await other.client.send(other.theirs.end(), stage.child)
+    await stage.recorded("foreign-terminate", "unclean-close")
+    await other.server.rest()
+    await other.server.close()
+
+
+@play(probe=True, mode="reject")
+async def out_of_place_rejected_with_tls(stage: Stage) -> None:
+    session = await encrypted(stage)
+    await session.client.send(session.theirs.say(FIRST))
+    await session.server_hears(FIRST)
+    await session.server_sends(COLUMNS[:7])
+    await session.client_hears(COLUMNS[:7])
+    await session.client.send(session.theirs.say(message("p", b"out of place\0")))
+    await stage.until(lambda: bool(stage.entered))
+    await session.server_sends(COLUMNS[7:])
+    await session.server.rest()
 
 
 @play(idle_in_transaction=0.02)

@@ -69,7 +69,13 @@ class Answer(NamedTuple):
 
 
 TAKEN_ALONG: Final = frozenset(
-    {Kind.SHARED_BY_PROCESSES, Kind.INHERITED_CONNECTION, Kind.FOREIGN_TERMINATE, Kind.LEAKED_CONNECTION}
+    {
+        Kind.SHARED_BY_PROCESSES,
+        Kind.INHERITED_CONNECTION,
+        Kind.FOREIGN_TERMINATE,
+        Kind.LEAKED_CONNECTION,
+        Kind.TLS_CORRUPTION,
+    }
 )
 """The kinds that come of a fork."""
 

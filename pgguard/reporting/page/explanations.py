@@ -53,6 +53,10 @@ CONSEQUENCES: Final = {
     Kind.PROTOCOL_VIOLATION: (
         "Whoever reads this can't tell where the next message begins, so the connection can't be used any more."
     ),
+    Kind.TLS_CORRUPTION: (
+        "Each of them loses the session, with whatever it was doing in it, and until then one can be given the other's "
+        "answers."
+    ),
     Kind.UNTRACKED: "The session works as it did, but pgguard doesn't see what goes wrong in it.",
 }
 """What each kind leads to, in one sentence."""

@@ -1,0 +1,88 @@
+"""What TLS tells of a client's stream when it ends that the messages in it don't.
+
+A TLS session is one state in two copies when a process forks that has one: keys, and a counter for each direction. Each
+record is encrypted with the next number. So what one process sends is in order for as long as it is the only one that
+sends; as soon as the other one does, it repeats a number, and the record fails its integrity check here. Likewise when
+one of them has read what the other one takes for the next record: that client's own TLS says so in an alert.
+
+What a failed record said can't be known. Who sent it can, as its bytes are counted as any others.
+
+A child that closes what it has inherited says Terminate, and that TLS is over (``close_notify``), with the numbers that
+are its parent's: both are in order, and are judged by who sent them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from pgguard.session import libpq
+from pgguard.session.verdicts import CLOSE_NOTIFY, TLS_ALERT, TLS_RECORD, Direction, Kind, MessageSeen, Verdict
+
+if TYPE_CHECKING:
+    from pgguard.identity import Sender
+    from pgguard.proxy.session import ProxiedSession
+    from pgguard.proxy.transport import Failure, Tls
+
+_CORRUPT: Final = ("bad record mac", "decryption failed")
+"""How the alerts end with which a client says that what it was sent is corrupt: RFC 5246, 7.2.2."""
+_CLOSE_NOTIFY_SIZE: Final = 2
+"""Bytes of an alert: its level and what it says."""
+
+
+def last_words(session: ProxiedSession, tls: Tls) -> list[Verdict]:
+    """What is wrong with the end of a client's stream by what TLS tells of it."""
+    failure, tracker = tls.failure, session.tracker
+    if failure is not None:
+        if failure.is_told and not failure.reason.endswith(_CORRUPT):
+            return []
+        return [_corruption(session, failure)]
+    if tls.is_closed and tracker is not None and not tracker.terminated:
+        message = MessageSeen(Direction.FRONTEND, None, CLOSE_NOTIFY, _CLOSE_NOTIFY_SIZE)
+        verdict = tracker.judge_goodbye(message, tls.closed_by)
+        return [] if verdict is None else [replace(verdict, ends=True)]
+    return []
+
+
+def mixture(session: ProxiedSession, begun_by: Sender, sender: Sender) -> Verdict:
+    """Two processes have sent parts of one record."""
+    reason = "in the middle of another process's TLS record"
+    tracker = session.protocol
+    if tracker is None:
+        return Verdict(Kind.SHARED_BY_PROCESSES, reason, None, (), sender, (begun_by,))
+    requesters = tracker.senders.others(sender, first=begun_by)
+    return tracker.judge(Kind.SHARED_BY_PROCESSES, reason, intruder=sender, requesters=requesters)
+
+
+def _corruption(session: ProxiedSession, failure: Failure) -> Verdict:
+    """Two, as it seems, use one TLS session: whoever has sent its last record, and who has used it before."""
+    name = TLS_ALERT if failure.is_told else TLS_RECORD
+    message = MessageSeen(Direction.FRONTEND, None, name, failure.size)
+    if failure.is_told:
+        reason = f"what the client was sent failed its integrity check, as it says ({failure.reason})"
+    elif failure.begun_by is not None:
+        reason = f"a TLS record that two had sent parts of failed its integrity check ({failure.reason})"
+    else:
+        reason = f"a TLS record failed its integrity check ({failure.reason})"
+    intruder, requesters = _users(session, failure)
+    tracker = session.protocol
+    if tracker is None:
+        verdict = Verdict(Kind.TLS_CORRUPTION, reason, message, (), intruder, requesters)
+    else:
+        verdict = tracker.judge(Kind.TLS_CORRUPTION, reason, message, intruder=intruder, requesters=requesters)
+    return replace(verdict, libpq=libpq.BAD_RECORD, ends=True)
+
+
+def _users(session: ProxiedSession, failure: Failure) -> tuple[Sender | None, tuple[Sender, ...]]:
+    """Who has used a TLS session that somebody else uses too, and who that is, the one who did so last first."""
+    tracker, sender = session.protocol, failure.sender
+    others: tuple[Sender, ...]
+    if tracker is None:
+        others = () if failure.begun_by is None else (failure.begun_by,)
+    else:
+        last = None if tracker.last_request is None else tracker.last_request.sender
+        others = tracker.senders.others(sender, first=failure.begun_by or last)
+    if failure.is_told and sender is not None:
+        # Whoever finds what it was sent corrupt isn't the one who has read the rest of it.
+        return (others[0], (sender, *others[1:])) if others else (None, (sender,))
+    return sender, others
