@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from contextlib import ExitStack, asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
@@ -62,6 +62,17 @@ _TENDING: Final = 1.0
 logger = logging.getLogger(__name__)
 
 
+class _Course(NamedTuple):
+    """How a guard goes on that accepts connections."""
+
+    everything: trio.CancelScope
+    """Is cancelled to end it at once."""
+    looked: trio.Event
+    """It has been looked at the server."""
+    ended: trio.Event
+    """It has been stopped, and no session is left."""
+
+
 class RunningGuard:
     """A guard that accepts connections; made by :func:`running_guard`.
 
@@ -69,8 +80,7 @@ class RunningGuard:
         guard: That guard.
         docket: Counts its faults.
         sinks: Where they go.
-        everything: What is cancelled to end it at once.
-        ended: Set when it has been stopped and no session is left.
+        course: How it goes on.
         addresses: Where it listens, with the ports that the system has chosen.
         missing: What attribution, where it is wanted, lacks on this host.
         warnings: What else is to be said as it starts: sentences.
@@ -81,8 +91,7 @@ class RunningGuard:
         guard: Guard,
         docket: Docket,
         sinks: Fanout,
-        everything: trio.CancelScope,
-        ended: trio.Event,
+        course: _Course,
         *,
         addresses: Sequence[Address],
         missing: Sequence[Capability],
@@ -91,8 +100,7 @@ class RunningGuard:
         self._guard = guard
         self._docket = docket
         self._sinks = sinks
-        self._everything = everything
-        self._ended = ended
+        self._course = course
         self.addresses = tuple(addresses)
         self.missing = tuple(missing)
         self.warnings = tuple(warnings)
@@ -168,11 +176,20 @@ class RunningGuard:
 
     def cut_off(self) -> None:
         """End at once, whatever its sessions are doing; the block is cancelled too."""
-        self._everything.cancel()
+        self._course.everything.cancel()
+
+    @property
+    def encryption(self) -> str | None:
+        """How the server is connected to, where there may be TLS, as far as that is known: a few words for people."""
+        return self._guard.encryption()
+
+    async def wait_looked(self) -> None:
+        """Wait until it is known how the server is connected to, or that it can't be."""
+        await self._course.looked.wait()
 
     async def wait_ended(self) -> None:
         """Wait until it has been stopped and no session is left."""
-        await self._ended.wait()
+        await self._course.ended.wait()
 
 
 @asynccontextmanager
@@ -227,18 +244,13 @@ async def running_guard(
         said = (settings.remark, *guard.listener_remarks, guard.upstream.remark, room)
         warnings = [remark for remark in said if remark is not None]
         stack.callback(_account, docket, sinks)
-        async with _serving(guard, ruby) as (everything, ended):
-            yield RunningGuard(
-                guard, docket, sinks, everything, ended, addresses=addresses, missing=missing, warnings=warnings
-            )
+        async with _serving(guard, ruby) as course:
+            yield RunningGuard(guard, docket, sinks, course, addresses=addresses, missing=missing, warnings=warnings)
 
 
 @asynccontextmanager
-async def _serving(guard: Guard, ruby: RubyPipes | None) -> AsyncIterator[tuple[trio.CancelScope, trio.Event]]:
-    """Serve, unless it is found out that the guard is in front of itself: that raises ConfigurationError.
-
-    Yields what is cancelled to end everything at once, and what is set when the guard has been stopped and is done.
-    """
+async def _serving(guard: Guard, ruby: RubyPipes | None) -> AsyncIterator[_Course]:
+    """Serve, unless it is found out that the guard is in front of itself: that raises ConfigurationError."""
     ended = trio.Event()
     loops: list[str] = []
     failures: list[Exception] = []
@@ -267,7 +279,7 @@ async def _serving(guard: Guard, ruby: RubyPipes | None) -> AsyncIterator[tuple[
             await looked.wait()
         if not loops:
             try:
-                yield nursery.cancel_scope, ended
+                yield _Course(nursery.cancel_scope, looked, ended)
             except Exception as error:
                 failures.append(error)  # to be raised as it is, and not in a group
             guard.stop()

@@ -106,6 +106,12 @@ def peer_pid(accepted: socket.socket) -> int:
     return int(pid)
 
 
+def peer_user(connected: socket.socket) -> int:
+    """The uid of who called listen(2) at the far end of a Unix socket. Raises OSError: it can't be asked."""
+    _, uid, _ = struct.unpack("=iII", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(uid)
+
+
 def client_socket(accepted: socket.socket) -> ClientSocket:
     """Describe the far end of a socket that has just been accepted and not been written to. Doesn't block.
 

@@ -269,6 +269,8 @@ async def _until_signalled(
                     nursery.start_soon(keep_going, tend, Loss.STEP, tended)
                     nursery.start_soon(keep_going, orders.reload, guard)
                     nursery.start_soon(_point_out_shortcut, guard.upstream)
+                    if guard.encryption is None:
+                        nursery.start_soon(_tell_encryption, guard)
                     await guard.wait_ended()
             except Exception as error:
                 failures.append(error)  # to be raised as it is, and not in a group
@@ -294,8 +296,17 @@ def _announce(guard: RunningGuard, settings: Settings) -> None:
     if (lacking := lacking_evidence(guard.missing)) is not None:
         logger.warning("%s", lacking)
     source = "" if settings.source is None else f"; settings are from {settings.source}"
-    logger.info("PostgreSQL is at %s%s", guard.upstream, source)
+    encryption = "" if guard.encryption is None else f", {guard.encryption}"
+    logger.info("PostgreSQL is at %s%s%s", guard.upstream, encryption, source)
     logger.info("ready on %s", ", ".join(map(str, guard.addresses)))
+
+
+async def _tell_encryption(guard: RunningGuard) -> None:
+    """Say how the server is connected to, when that is known; it has taken longer than the guard waits to be ready."""
+    with spared(Loss.WORDS):
+        await guard.wait_looked()
+        if guard.encryption is not None:
+            logger.info("PostgreSQL at %s is connected to %s", guard.upstream, guard.encryption)
 
 
 async def _point_out_shortcut(upstream: Upstream) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +16,7 @@ from psycopg import pq
 from pgguard.attribution.trust import TRUST_REMEDY, distrust_path
 from pgguard.proxy.conninfo import read_connection_string
 from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.server_tls import ServerTls, SslMode, TlsSettings, read_tls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,14 @@ class TcpAddress:
 
     host: str
     port: int
+    named: str | None = field(default=None, compare=False)
+    """By which name it is known, where the host is a number that was given beside it (``hostaddr``): nothing if there
+    is none. ``None``: by the host."""
+
+    @property
+    def certified_name(self) -> str:
+        """The name that its certificate has to be for; empty if nobody has said one."""
+        return self.host if self.named is None else self.named
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -66,6 +75,10 @@ class Upstream:
     addresses: tuple[Address, ...]
     connect_timeout: float
     """Seconds for each address."""
+    tls: ServerTls | None = field(default=None, compare=False)
+    """How connections over TCP are encrypted; ``None``: they aren't."""
+    peer: str = ""
+    """The user that a server on a Unix socket has to run as: ``requirepeer``; nothing: any."""
     remark: str | None = None
     """What was made of what the user wrote, where that has to be said."""
 
@@ -131,19 +144,38 @@ def parse_upstream(conninfo: str) -> Upstream:
     Only where the server is matters; user, database and password are each client's own.
 
     Raises:
-        ConfigurationError: it can't be read, or asks for encryption, which the guard doesn't speak to the server. The
-            message holds no password.
+        ConfigurationError: it can't be read, or a file that it names can't. The message holds no password.
     """
     read = read_connection_string(conninfo)
     given = read.settings
-    with _service(given.pop("service", None)):
+    # What libpq takes for granted depends on both: sslmode is verify-full with sslrootcert=system.
+    with _variable("PGSERVICE", given.pop("service", None)), _variable("PGSSLROOTCERT", given.get("sslrootcert")):
         defaults = _defaults()
     settings = defaults | given
-    _refuse_encryption(settings)
+    tls = read_tls(settings)
     addresses = tuple(addresses_of(settings, may_be_shown=not read.may_hold_secrets))
     remarks = filter(None, (read.remark, _remark_on_attributes(settings.get("target_session_attrs", ""))))
     timeout = _connect_timeout(settings, may_be_shown=not read.may_hold_secrets)
-    return Upstream(addresses, timeout, "; ".join(remarks) or None)
+    return Upstream(
+        addresses,
+        timeout,
+        _tls_to(addresses, tls),
+        settings.get("requirepeer") or "",
+        "; ".join(remarks) or None,
+    )
+
+
+def _tls_to(addresses: Sequence[Address], settings: TlsSettings) -> ServerTls | None:
+    """What it takes for TLS to these addresses. Raises ConfigurationError."""
+    over_tcp = [address for address in addresses if isinstance(address, TcpAddress)]
+    if settings.mode is SslMode.DISABLE or not over_tcp:
+        return None
+    if settings.mode is SslMode.VERIFY_FULL and not all(address.certified_name for address in over_tcp):
+        raise ConfigurationError(
+            "--upstream: sslmode=verify-full checks the server's name, and there is only its address (hostaddr): give "
+            "its name, too, as host=NAME"
+        )
+    return ServerTls(settings)
 
 
 def unused_database_url(upstream: Upstream, listening: Sequence[Address]) -> str | None:
@@ -204,20 +236,20 @@ def _defaults() -> dict[str, str]:
 
 
 @contextmanager
-def _service(name: str | None) -> Iterator[None]:
-    """Let libpq look a service up: it does so for its defaults alone, and takes the name from the environment."""
-    if name is None:
+def _variable(name: str, value: str | None) -> Iterator[None]:
+    """Let libpq know something of what was given, if it was, for its defaults: of that it looks at variables alone."""
+    if value is None:
         yield
         return
-    before = os.environ.get("PGSERVICE")
-    os.environ["PGSERVICE"] = name
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ["PGSERVICE"]
+            del os.environ[name]
         else:
-            os.environ["PGSERVICE"] = before
+            os.environ[name] = before
 
 
 def _trust_service_files() -> None:
@@ -247,21 +279,6 @@ def _check_service() -> None:
         attempt.finish()
 
 
-def _refuse_encryption(settings: dict[str, str]) -> None:
-    sslmode = settings.get("sslmode", "")
-    if sslmode in {"require", "verify-ca", "verify-full"}:
-        raise ConfigurationError(
-            f"--upstream: sslmode={sslmode} asks for TLS, which pgguard doesn't speak to servers yet: use "
-            "sslmode=prefer or disable, and only over a network that you trust or a Unix socket"
-        )
-    if sslmode not in {"", "disable", "allow", "prefer"}:
-        raise ConfigurationError("--upstream: there is no such sslmode: use disable, allow or prefer")
-    if settings.get("sslnegotiation") == "direct":
-        raise ConfigurationError("--upstream: sslnegotiation=direct asks for TLS: leave it out, with sslmode=disable")
-    if settings.get("gssencmode") == "require":
-        raise ConfigurationError("--upstream: gssencmode=require asks for GSSAPI encryption: use gssencmode=disable")
-
-
 def addresses_of(settings: Mapping[str, str], *, may_be_shown: bool) -> Iterator[Address]:
     """Where the hosts and ports of a connection string's settings lead, in order; none is libpq's default.
 
@@ -280,22 +297,25 @@ def addresses_of(settings: Mapping[str, str], *, may_be_shown: bool) -> Iterator
         raise ConfigurationError(
             f"--upstream: {len(ports)} ports for {len(hosts)} hosts: give one port, or one for each host"
         )
-    for host, text in zip(hosts, ports, strict=True):
+    for (host, name), text in zip(hosts, ports, strict=True):
         port = _port(text or str(DEFAULT_PORT), "--upstream", may_be_shown=may_be_shown)
         if host.startswith(("/", "@")):
             yield UnixAddress(host, port)
         elif host:
-            yield TcpAddress(_checked_host(host), port)
+            yield TcpAddress(_checked_host(host), port, None if name is None else _checked_host(name))
         else:
             yield _default_address(port)
 
 
-def _hosts(settings: Mapping[str, str]) -> list[str]:
-    """The hosts in order, each by its address where that is given: ``connectOptions2()`` in ``fe-connect.c``."""
+def _hosts(settings: Mapping[str, str]) -> list[tuple[str, str | None]]:
+    """The hosts in order, each by its address where that is given: ``connectOptions2()`` in ``fe-connect.c``.
+
+    Beside an address stands the host's name, or nothing if it isn't given.
+    """
     hosts = (settings.get("host") or "").split(",")
     addresses = (settings.get("hostaddr") or "").split(",")
     if not any(addresses):
-        return hosts
+        return [(host, None) for host in hosts]
     if any(hosts) and len(hosts) != len(addresses):
         raise ConfigurationError(
             f"--upstream: {len(addresses)} addresses (hostaddr) for {len(hosts)} hosts: give one for each host"
@@ -306,7 +326,10 @@ def _hosts(settings: Mapping[str, str]) -> list[str]:
         except ValueError:
             raise ConfigurationError("--upstream: hostaddr is not an IP address: give a name as host=NAME") from None
     names = hosts if any(hosts) else [""] * len(addresses)
-    return [address or name for address, name in zip(addresses, names, strict=True)]
+    return [
+        (address, "" if name.startswith(("/", "@")) else name) if address else (name, None)
+        for address, name in zip(addresses, names, strict=True)
+    ]
 
 
 def _default_address(port: int) -> Address:

@@ -49,6 +49,7 @@ from pgguard.wire.startup import DECLINED, RECEIVE_BUFFER, PacketKind
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
 
+    from pgguard.proxy.addresses import Address
     from pgguard.proxy.greeting import Greeting
     from pgguard.proxy.listeners import Listener
     from pgguard.proxy.reception import Reception
@@ -361,27 +362,36 @@ class Arrival:
         lobby, upstream = self._reception.lobby, self._reception.upstream
         [address] = upstream.addresses
         try:
-            if self._dial is None:
-                self._dial = Dial(address)
-            progress = self._dial.step()
+            dial = self._dial
+            if dial is None:
+                dial = self._dial = Dial(address, upstream, self._greeting.packet.packet)
+            while (progress := dial.step()) is Progress.ANEW:
+                lobby.unwatch(dial.sock.fileno())
+                dial.renew()
         except OSError as error:
             raise UpstreamUnavailable([(address, error)]) from error
         if progress is Progress.MADE:
-            self.session.upstream = address
-            self._introduce(self._dial.sock, self._greeting.packet.packet)
+            self._introduce(dial, address)
             return
         if self._next != self._dial_on:
             self._next = self._dial_on
             lobby.give(self, upstream.connect_timeout, self._give_up)
         if progress is Progress.NO_ROOM:
-            lobby.give(self._dial, BACKLOG_PAUSE, self.go_on)
+            lobby.give(dial, BACKLOG_PAUSE, self.go_on)
         else:
-            lobby.watch(self._dial.sock.fileno(), _OUT, self.go_on)
+            lobby.watch(dial.sock.fileno(), _IN if progress is Progress.WAITING else _OUT, self.go_on)
 
     def _give_up(self) -> None:
-        upstream = self._reception.upstream
+        """There is no more time to connect it."""
+        upstream, dial = self._reception.upstream, self._dial
+        [address] = upstream.addresses
+        if dial is not None:
+            self._reception.lobby.unwatch(dial.sock.fileno())
+            if dial.settle():
+                self._introduce(dial, address)
+                return
         error = TimeoutError(f"no answer within {upstream.connect_timeout:g} s")
-        self._turn_back(UpstreamUnavailable([(upstream.addresses[0], error)]))
+        self._turn_back(UpstreamUnavailable([(address, error)]))
 
     def _hang_up(self) -> None:
         """Give up the connection to the server."""
@@ -400,20 +410,15 @@ class Arrival:
             answer = await ask(reception.upstream, greeting.before, packet + greeting.behind)
             self._see_off(refusal(greeting) if answer is None else answer)
         else:
-            found, self.session.upstream, rest = await introduce(reception.upstream, packet)
-            server = socket.socket(fileno=found.detach())
-            server.setblocking(False)
-            try:
-                self._introduce(server, rest)
-            except BaseException:
-                server.close()
-                raise
+            self._dial, address = await introduce(reception.upstream, packet)
+            self._introduce(self._dial, address)
 
     # Introduced
 
-    def _introduce(self, server: socket.socket, rest: bytes) -> None:
-        """Hand it over to the sweep; what of its packet is still to be sent to the server goes along."""
+    def _introduce(self, dial: Dial, address: Address) -> None:
+        """Hand it over to the sweep, with the connection that has been made to the server."""
         reception, session, greeting = self._reception, self.session, self._greeting
+        session.upstream = address
         packet = greeting.packet
         if not greeting.before:
             reception.declined.arrived_plain(session)
@@ -432,16 +437,15 @@ class Arrival:
             note(Loss.TRACKING, session)
             untracked = FAILED
         session.settings = parameters
-        session.connect(self._sock, server, tracker, sender=greeting.sender)
+        session.connect(self._sock, dial.sock, tracker, sender=greeting.sender, server_tls=dial.tls)
         if greeting.behind:
             session.client.pieces = deque(_last(greeting.behind, self._heard))
         session.preamble = len(greeting.before) * len(DECLINED)
-        if self._dial is not None:
-            reception.lobby.unwatch(server.fileno())
-            reception.lobby.lift(self._dial)
-            self._dial = None
+        reception.lobby.unwatch(dial.sock.fileno())
+        reception.lobby.lift(dial)
+        self._dial = None
         self._end()
-        reception.hand_over(self, rest, untracked if greeting.verdict is None else None)
+        reception.hand_over(self, dial, untracked if greeting.verdict is None else None)
 
     # Seen off
 

@@ -16,7 +16,7 @@ import re
 import ssl
 import stat
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
 from pgguard.attribution.trust import TRUST_REMEDY, UntrustedError, open_regular, open_trusted
 from pgguard.faults.text import printable, shorten
@@ -35,6 +35,7 @@ _REVOCATIONS: Final = re.compile(r"[0-9a-f]{8}\.r\d+")
 """What lists of revocations are called in a directory: openssl-rehash(1)."""
 _MISMATCH: Final = frozenset({"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"})
 """OpenSSL's reasons if a key is another certificate's: ``x509err.h``."""
+_CALLED: Final = {"x509": "certificate", "crl": "certificate revocation list (CRL)"}
 _SHOWN: Final = 100
 """Characters of a name in a certificate that are shown, at most."""
 
@@ -48,7 +49,7 @@ class CertificateError(ValueError):
 
 def add_roots(context: ssl.SSLContext, path: Path) -> None:
     """Trust the certificates in a file, and those that they have signed. Raises CertificateError."""
-    _load(context, path, _read_trusted(path, "root certificates"), "certificate")
+    _load(context, path, _read_trusted(path, "root certificates"), "x509")
 
 
 def add_revocations(context: ssl.SSLContext, path: Path) -> None:
@@ -57,7 +58,7 @@ def add_revocations(context: ssl.SSLContext, path: Path) -> None:
     Raises:
         CertificateError: it can't be read, or holds none.
     """
-    _load(context, path, _read_trusted(path, "revoked certificates"), "certificate revocation list (CRL)")
+    _load(context, path, _read_trusted(path, "revoked certificates"), "crl")
     context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_CHAIN
 
 
@@ -112,7 +113,7 @@ def add_identity(context: ssl.SSLContext, certificate: Path, key: Path, password
 def read_certificate(path: Path) -> bytes:
     """What a file of certificates says, in PEM form. Raises CertificateError."""
     content = _read(path, "certificate", _open)
-    _load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), path, content, "certificate")
+    _load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), path, content, "x509")
     return content
 
 
@@ -173,12 +174,16 @@ def _as_file(content: bytes) -> Iterator[str]:
         os.close(fd)
 
 
-def _load(context: ssl.SSLContext, path: Path, content: bytes, what: str) -> None:
-    try:
-        with _as_file(content) as name:
+def _load(context: ssl.SSLContext, path: Path, content: bytes, what: Literal["x509", "crl"]) -> None:
+    """Take up what a file holds of certificates (``x509``), or lists of revoked ones (``crl``)."""
+    # By itself OpenSSL is content with either.
+    scratch = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    with _as_file(content) as name, suppress(OSError):  # ssl.SSLError is one, and of an empty file another
+        scratch.load_verify_locations(cafile=name)
+        if scratch.cert_store_stats()[what]:
             context.load_verify_locations(cafile=name)
-    except OSError as error:  # ssl.SSLError is one, and of an empty file another
-        raise CertificateError(f"{path} holds no {what} in PEM form: name another file") from error
+            return
+    raise CertificateError(f"{path} holds no {_CALLED[what]} in PEM form: name another file")
 
 
 def _pem_forms(content: bytes) -> Iterator[bytes]:

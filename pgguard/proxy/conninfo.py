@@ -21,6 +21,7 @@ from psycopg import pq
 
 from pgguard.faults.text import listed
 from pgguard.proxy.errors import ConfigurationError, NotPostgresError
+from pgguard.proxy.server_tls import SslMode
 
 _NATIVE: Final = frozenset({"postgresql", "postgres"})
 SCHEMES: Final = _NATIVE | {"ecto", "pg", "postgis", "pgsql", "psql", "timescale", "timescaledb", "timescalegis"}
@@ -42,15 +43,16 @@ _SERVER_TYPES: Final = {
     "secondary": "standby",
     "preferSecondary": "prefer-standby",
 }
-_NO_TLS: Final = frozenset({"false", "0", "off", "no", "disable", "allow", "prefer"})
-"""Values of ``ssl`` that don't insist on it: pgjdbc's, asyncpg's, node-postgres's."""
+_TRANSLATED_VALUES: Final = {"target_session_attrs": _SERVER_TYPES, "sslmode": {"no-verify": "require"}}
+"""Values of other libraries', pgjdbc's and node-postgres's, by libpq's keywords."""
+_MODES: Final = {mode: str(mode) for mode in SslMode} | dict.fromkeys(("false", "0", "off", "no"), "prefer")
+"""Values of ``ssl`` by the ``sslmode`` that they are; any other insists: pgjdbc's, asyncpg's, node-postgres's."""
 _OWN: Final = frozenset(
     {
         "user",
         "password",
         "dbname",
         "passfile",
-        "sslpassword",
         "oauth_client_secret",
         "scram_client_key",
         "scram_server_key",
@@ -153,6 +155,7 @@ def _parameters(query: str) -> tuple[dict[str, str], list[str]]:
     """A URL's parameters: those about the server as they stand there, and which libpq hasn't."""
     known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
     kept: dict[str, str] = {}
+    implied: dict[str, str] = {}
     unknown: list[str] = []
     for pair in filter(None, query.split("&")):
         name, equals, value = pair.partition("=")
@@ -162,13 +165,14 @@ def _parameters(query: str) -> tuple[dict[str, str], list[str]]:
         if name in _OWN:
             continue
         if name == "ssl":
-            kept.setdefault("sslmode", "prefer" if unquote(value).lower() in _NO_TLS else "require")
+            implied = {"sslmode": _MODES.get(unquote(value).lower(), "require")}
         elif name not in known:
             unknown.append(name)
         elif name in kept:
             raise ConfigurationError(f"--upstream: {name} is given twice: give several values separated by commas")
         else:
-            kept[name] = _SERVER_TYPES.get(value, value) if name == "target_session_attrs" else value
+            kept[name] = _TRANSLATED_VALUES.get(name, {}).get(value, value)
+    kept = implied | kept
     if unknown and _MAY_HOLD_SECRETS.search(query):
         # A & in a password makes a parameter of what is behind it.
         return kept, ["parameters that libpq doesn't know"]

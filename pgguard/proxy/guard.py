@@ -348,6 +348,10 @@ class Guard:
         """What to say of addresses that could not be connected to when it was last looked for a loop."""
         return self._loops.what_is_unreachable()
 
+    def encryption(self) -> str | None:
+        """How the server is connected to, where there may be TLS, as far as that is known: a few words for people."""
+        return self._loops.how_it_is_encrypted()
+
     # What the sweep wants done
 
     def _cancel(self, session: ProxiedSession) -> None:

@@ -17,14 +17,16 @@ import os
 import secrets
 import socket
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from pgguard.attribution.sockets import peer_pid
 from pgguard.proxy.addresses import TcpAddress
-from pgguard.proxy.errors import LeadsBackError
-from pgguard.proxy.upstream import UpstreamUnavailable, connect_to, reason
+from pgguard.proxy.errors import LeadsBackError, UnfitServerError
+from pgguard.proxy.remedies import hints
+from pgguard.proxy.upstream import UpstreamUnavailable, dial_to, post, reason
 from pgguard.wire.startup import CancelKey
 
 if TYPE_CHECKING:
@@ -62,6 +64,8 @@ class LoopWatch:
         """How a mark came back, as a clause about the server's address; ``None``: none has."""
         self.unreachable: dict[Address, Exception] = {}
         """The addresses that could not be connected to when it was looked last, and why."""
+        self.encryption: dict[Address, str] = {}
+        """How the others are connected to, where there may be TLS: a few words for people."""
 
     def recognizes(self, packet: bytes) -> bool:
         """Whether a packet is the mark that was sent last."""
@@ -92,12 +96,18 @@ class LoopWatch:
         if not failures:
             return None
         where = ", ".join(f"{address} ({reason(error)})" for address, error in failures.items())
-        outlook = (
-            "so clients get an error: check that it is running there, and that --upstream is right"
-            if len(failures) == len(self._upstream.addresses)
-            else "so only its other addresses are used"
-        )
-        return f"PostgreSQL can't be reached at {where}, {outlook}"
+        if len(failures) < len(self._upstream.addresses):
+            return f"PostgreSQL can't be reached at {where}, so only its other addresses are used"
+        unfit = [error for error in failures.values() if isinstance(error, UnfitServerError)]
+        remedies = " ".join(dict.fromkeys(hint for error in unfit for hint in hints(error, unix=False, ipv4=False)))
+        advice = remedies.removesuffix(".") or "check that it is running there, and that --upstream is right"
+        return f"PostgreSQL can't be reached at {where}, so clients get an error: {advice}"
+
+    def how_it_is_encrypted(self) -> str | None:
+        """What is to be said of TLS to the server, as far as that is known: a few words for people."""
+        if len(set(self.encryption.values())) > 1:
+            return "; ".join(f"{address} {said}" for address, said in self.encryption.items())
+        return next(iter(self.encryption.values()), None)
 
     async def refuse(self) -> None:
         """Let nobody through who would come back.
@@ -114,6 +124,7 @@ class LoopWatch:
             self._mark = CancelKey(_NOBODY, secrets.token_bytes(4)).packet
             self._sent_from.clear()
             self.unreachable.clear()
+            self.encryption.clear()
             self._back = trio.Event()
             with trio.move_on_after(_SECONDS):
                 async with trio.open_nursery() as nursery:
@@ -148,17 +159,18 @@ class LoopWatch:
 
     async def _send(self, address: Address) -> None:
         """Send the mark and wait until whoever has got it is done with it."""
+        seconds = min(_SECONDS * _CONNECTING, self._upstream.connect_timeout)
         try:
-            sock = await connect_to(address, _SECONDS * _CONNECTING)
+            dial = await dial_to(address, replace(self._upstream, connect_timeout=seconds))
         except (OSError, UnicodeError) as error:
             self.unreachable[address] = error
             return
-        with suppress(OSError, trio.BrokenResourceError), sock:
-            if sock.family != socket.AF_UNIX:
-                self._sent_from.add(_name(sock.getsockname()))
-            await trio.SocketStream(sock).send_all(self._mark)
-            while await sock.recv(1024):
-                pass
+        if (encryption := dial.encryption) is not None:
+            self.encryption[address] = encryption
+        if dial.sock.family != socket.AF_UNIX:
+            self._sent_from.add(_name(dial.sock.getsockname()))
+        with suppress(OSError, trio.BrokenResourceError):
+            await post(dial, self._mark)
 
 
 def _name(address: tuple[str, int]) -> str:

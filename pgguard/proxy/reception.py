@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from pgguard.proxy.addresses import Upstream
+    from pgguard.proxy.dialling import Dial
     from pgguard.proxy.judge import Judge
     from pgguard.proxy.listeners import Listener, Peer
     from pgguard.proxy.loops import LoopWatch
@@ -161,12 +162,12 @@ class Reception:
             with spared(Loss.OPENER, session):
                 await self._openers.look(session)
 
-    def hand_over(self, arrival: Arrival, rest: bytes, untracked: str | None) -> None:
+    def hand_over(self, arrival: Arrival, dial: Dial, untracked: str | None) -> None:
         """A client has been introduced to the server: the sweep takes it over.
 
         Args:
             arrival: the client.
-            rest: what is still to be sent to the server of its StartupMessage.
+            dial: the connection to the server, which is the session's by now.
             untracked: why it isn't followed, if that is to be recorded.
         """
         session = arrival.session
@@ -176,7 +177,7 @@ class Reception:
             if untracked is not None:
                 with spared(Loss.RECORD, session):
                     self.judge.lost(session, untracked, time.time())
-            self._sweep.add(session, rest)
+            self._sweep.add(session, dial.unsent, dial.answer)
         except Exception:
             note(Loss.ARRIVAL, session)
             self._sweep.finish(session)
@@ -200,7 +201,7 @@ class Reception:
             # A guard that ends waits for it for a moment, and for no longer.
             seconds = _LAST_CANCEL if self._is_ending else math.inf
             with trio.CancelScope(shield=self._is_ending, deadline=trio.current_time() + seconds):
-                await cancel_query(session.upstream, self.upstream.connect_timeout, key)
+                await cancel_query(self.upstream, session.upstream, key)
         except UpstreamUnavailable as error:
             logger.warning("session %d: its query could not be cancelled: %s", session.id, error)
         except Exception:

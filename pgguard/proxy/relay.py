@@ -368,8 +368,14 @@ class Relay:
 
     # Into and out of the epoll
 
-    def begin(self, flow: Flow, startup: bytes) -> None:
-        """Move a session's bytes; ``startup`` is what is still to be sent to the server of its StartupMessage."""
+    def begin(self, flow: Flow, startup: bytes, answer: bytes = b"") -> None:
+        """Move a session's bytes.
+
+        Args:
+            flow: it.
+            startup: what is still to be sent to the server of its StartupMessage.
+            answer: what has been read of what the server has said to that.
+        """
         client, server = flow.client, flow.server
         if client.pieces or (client.tls is not None and client.tls.is_over):  # what it has sent behind that
             self._queue(client)
@@ -378,6 +384,12 @@ class Relay:
         if server.outgoing:
             self.arm(server)
             self.arm(client)
+        if answer:
+            now = time()
+            if not self._judging.has_to_wait(server, answer, whole=True, now=now):
+                self._examine(server, answer, now)
+        if server.tls is not None and flow.phase is _RELAYED:
+            self._end_encrypted(server, server.tls)
 
     def watch(self, fd: int, events: int, on_event: Callable[[int], None]) -> None:
         """Watch another descriptor, too: see :meth:`pgguard.proxy.sweep.Sweep.watch`."""

@@ -11,7 +11,7 @@ import socket
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeGuard
 
-from pgguard.proxy.errors import LeadsBackError
+from pgguard.proxy.errors import LeadsBackError, Problem, UnfitServerError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,6 +90,71 @@ _NAME_UNKNOWN_NOW: Final = "The DNS server doesn't answer: check it, and the net
 _OWN_ADDRESS: Final = "Name PostgreSQL's own address in --upstream or PGGUARD_UPSTREAM."
 _NOT_NOW: Final = "The server itself refuses connections just now: try again in a moment."
 
+_IN_UPSTREAM: Final = "in --upstream or PGGUARD_UPSTREAM"
+_UNFIT: Final[Mapping[Problem, str]] = MappingProxyType(
+    {
+        Problem.NO_TLS: (
+            "Set ssl = on in postgresql.conf, with ssl_cert_file and ssl_key_file, and reload the server. Or, over a "
+            f"network that you trust, set sslmode=prefer or sslmode=disable {_IN_UPSTREAM}."
+        ),
+        Problem.NO_ANSWER: f"What answers there may not be PostgreSQL. {_CHECK}",
+        Problem.HUNG_UP: (
+            "Look into the server's log at this time. sslnegotiation=direct needs PostgreSQL 17 or a proxy that knows "
+            f"it: leave it out {_IN_UPSTREAM} otherwise."
+        ),
+        Problem.VERSION: (
+            f"Set ssl_min_protocol_version and ssl_max_protocol_version {_IN_UPSTREAM} so that they include one of the "
+            "server's (the settings of the same names in postgresql.conf); this host's OpenSSL may forbid old ones."
+        ),
+        Problem.HANDSHAKE: "Look into the server's log at this time: it may say more.",
+        Problem.NO_ALPN: f"Leave sslnegotiation=direct out {_IN_UPSTREAM}: it needs PostgreSQL 17 or newer.",
+        Problem.UNKNOWN_CA: (
+            f"Name the file with the certificate of the CA that has signed it: sslrootcert=PATH {_IN_UPSTREAM}; or "
+            "sslrootcert=system, if it is a public CA. The server has to send the certificates in between, too: append "
+            "them to its ssl_cert_file."
+        ),
+        Problem.EXPIRED: (
+            "Renew the server's certificate (ssl_cert_file and ssl_key_file) and reload the server; or correct this "
+            "host's clock."
+        ),
+        Problem.NOT_YET_VALID: "Correct this host's clock, or the server's certificate (ssl_cert_file).",
+        Problem.REVOKED: (
+            f"Have the server's certificate renewed; or name a newer list of revoked certificates: sslcrl=PATH "
+            f"{_IN_UPSTREAM}."
+        ),
+        Problem.NO_REVOCATIONS: (
+            "Each CA between the server's certificate and the root needs a current list: put all of them into sslcrl "
+            f"or sslcrldir {_IN_UPSTREAM} (libpq's default is ~/.postgresql/root.crl), or name none."
+        ),
+        Problem.BAD_CERTIFICATE: "Have another certificate made for the server (ssl_cert_file).",
+        Problem.WRONG_NAME: (
+            f"Connect by a name that is in the certificate: host=NAME {_IN_UPSTREAM}, with hostaddr=ADDRESS beside it "
+            "if the name leads elsewhere; or have a certificate made for this name (subjectAltName). sslmode=verify-ca "
+            "checks no name."
+        ),
+        Problem.CERTIFICATE_DEMANDED: (
+            f"Name a certificate that the server accepts, and its key: sslcert=PATH and sslkey=PATH {_IN_UPSTREAM}. "
+            "The clients' own can't be passed on."
+        ),
+        Problem.CERTIFICATE_REFUSED: (
+            f"Check the certificate in sslcert {_IN_UPSTREAM} (libpq's default is ~/.postgresql/postgresql.crt): the "
+            "CA that has signed it must be in the server's ssl_ca_file, and it must be valid now."
+        ),
+        Problem.CERTIFICATE_NOT_ASKED: (
+            "Set ssl_ca_file in postgresql.conf, so that the server asks for certificates; or leave "
+            f"sslcertmode=require out {_IN_UPSTREAM}."
+        ),
+        Problem.REFUSED: (
+            "Look into the server's pg_hba.conf: hostssl lines are for connections with TLS, hostnossl lines for those "
+            f"without. sslmode {_IN_UPSTREAM} decides which there are."
+        ),
+        Problem.WRONG_USER: (
+            f"Check that PostgreSQL is what listens there, and as which user it runs: requirepeer {_IN_UPSTREAM}."
+        ),
+    }
+)
+"""When a server is connected to, but isn't used: mostly for its TLS."""
+
 _ENDED: Final = (
     "It sent no error first. That happens when a server crashes or is shut down at once (pg_ctl stop -m immediate); if "
     "it can, it sends a warning that says which. A failover or a network device in between can have the same effect."
@@ -137,8 +202,8 @@ def hints(error: BaseException, *, unix: bool, ipv4: bool) -> list[str]:
         return [_NAME_UNKNOWN_NOW if error.errno == socket.EAI_AGAIN else _NO_NAME]
     if isinstance(error, UnicodeError):
         return [_NO_NAME]
-    if isinstance(error, LeadsBackError):
-        return [_OWN_ADDRESS]
+    if isinstance(error, UnfitServerError | LeadsBackError):
+        return [_UNFIT[error.problem] if isinstance(error, UnfitServerError) else _OWN_ADDRESS]
     number = error.errno if isinstance(error, OSError) else None
     if number is None and isinstance(error, TimeoutError):
         number = errno.ETIMEDOUT

@@ -116,13 +116,19 @@ class Sweep:
         """Have the kernel say who sends on TCP, from now on."""
         self._relay.name_senders(senders)
 
-    def add(self, session: ProxiedSession, startup: bytes) -> None:
-        """Take a session over; ``startup`` is what is still to be sent to the server of its StartupMessage."""
+    def add(self, session: ProxiedSession, startup: bytes, answer: bytes) -> None:
+        """Take a session over.
+
+        Args:
+            session: it.
+            startup: what is still to be sent to the server of its StartupMessage.
+            answer: what has been read of what the server has said to that.
+        """
         if self._epoll.closed:  # the guard was cancelled while the session was being set up
             self._endings.finish(session)
             return
         self._endings.begin(session)
-        self._relay.begin(session.flow, startup)
+        self._relay.begin(session.flow, startup, answer)
 
     def finish(self, session: ProxiedSession) -> None:
         """Close both sockets of a session; nothing happens if they are closed already."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import stat
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from pgguard.faults.text import printable, shorten
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, Upstream
-from pgguard.proxy.dialling import BACKLOG_PAUSE, Dial, Progress, family_of, is_direct
+from pgguard.proxy.dialling import BACKLOG_PAUSE, CANNOT_CONNECT_NOW, Dial, Progress, family_of, is_direct
+from pgguard.proxy.errors import UnfitServerError
 from pgguard.proxy.losses import Loss, spared
 from pgguard.proxy.remedies import hints, is_want
 from pgguard.wire.fields import parse_fields, parse_severity
@@ -21,7 +24,7 @@ from pgguard.wire.messages import HEADER_SIZE
 from pgguard.wire.startup import DECLINED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pgguard.wire.startup import CancelKey
 
@@ -34,7 +37,6 @@ _REFUSAL_LIMIT: Final = 16 * 1024
 _REASON_LENGTH: Final = 200
 """Characters of a server's own words that are passed on, at most."""
 _ERROR_RESPONSE: Final = b"E"
-_CANNOT_CONNECT_NOW: Final = "57P03"
 _NOT_NOW_SECONDS: Final = 1.0
 """For a server to say so, where there is another one to go on to."""
 _ENCRYPTS: Final = (b"S", b"G")
@@ -93,21 +95,16 @@ def _is_barred(path: str) -> bool:
 
 
 async def connect_upstream(upstream: Upstream) -> tuple[trio.socket.SocketType, Address]:
-    """Connect to the first address that accepts, in the order in which they are given.
+    """Connect to the first address that accepts, in the order in which they are given; without TLS.
 
     Raises:
         UpstreamUnavailable: none does.
     """
-    failures: list[tuple[Address, BaseException]] = []
-    for address in upstream.addresses:
-        try:
-            return await connect_to(address, upstream.connect_timeout), address
-        except (OSError, UnicodeError) as error:  # UnicodeError: no name that the DNS could know
-            failures.append((address, error))
-    raise UpstreamUnavailable(failures)
+    dial, address = await _dial_first(upstream, is_plain=True)
+    return trio.socket.from_stdlib_socket(dial.sock), address
 
 
-async def introduce(upstream: Upstream, startup: bytes) -> tuple[trio.socket.SocketType, Address, bytes]:
+async def introduce(upstream: Upstream, startup: bytes) -> tuple[Dial, Address]:
     """Connect a client to the first address that accepts, and that doesn't turn everybody away just now.
 
     A server that is starting, stopping or recovering says so at once (57P03). Where several hosts are given libpq goes
@@ -118,82 +115,113 @@ async def introduce(upstream: Upstream, startup: bytes) -> tuple[trio.socket.Soc
         startup: the client's StartupMessage.
 
     Returns:
-        The connection, of whose answer nothing has been read; where it leads; and what of ``startup`` is still to be
-        sent.
+        The connection, with what has been read of the first answer; and where it leads.
 
     Raises:
         UpstreamUnavailable: no address can be connected to.
     """
+    return await _dial_first(upstream, startup)
+
+
+async def _dial_first(upstream: Upstream, startup: bytes = b"", *, is_plain: bool = False) -> tuple[Dial, Address]:
     *others, last = upstream.addresses
     failures: list[tuple[Address, BaseException]] = []
-    for address in others:
+    for address in upstream.addresses:
         try:
-            sock = await connect_to(address, upstream.connect_timeout)
-            try:
-                rest, refusal = await _start(sock, startup)
-            except BaseException:
-                sock.close()
-                raise
-            if refusal is None:
-                return sock, address, rest
-            sock.close()
-            failures.append((address, ConnectionRefusedError(refusal)))
-        except (OSError, UnicodeError) as error:
+            dial = await dial_to(address, upstream, startup, listens=bool(others), is_plain=is_plain)
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name that the DNS could know
             failures.append((address, error))
-    try:
-        sock, address = await connect_upstream(replace(upstream, addresses=(last,)))
-    except UpstreamUnavailable as error:
-        raise UpstreamUnavailable([*failures, *error.failures]) from None
-    return sock, address, startup
+            continue
+        refusal = _refusal(dial.answer) if address is not last else None
+        if refusal is None:
+            return dial, address
+        dial.close()
+        failures.append((address, ConnectionRefusedError(refusal)))
+    raise UpstreamUnavailable(failures)
 
 
-async def _start(sock: trio.socket.SocketType, startup: bytes) -> tuple[bytes, str | None]:
-    """Begin a session; returns what is still to be sent, and in whose words the server turns everybody away if it does.
-
-    It is waited for the answer for a moment, and left unread.
-    """
-    with trio.move_on_after(_NOT_NOW_SECONDS):
-        startup = startup[await sock.send(startup) :]
-        with suppress(OSError):  # whoever reads it next is told again that it has ended
-            answer = await sock.recv(_REFUSAL_LIMIT, socket.MSG_PEEK)
-            if answer[:1] == _ERROR_RESPONSE and parse_severity(answer[HEADER_SIZE:]).sqlstate == _CANNOT_CONNECT_NOW:
-                return startup, parse_fields(answer[HEADER_SIZE:]).get("M", _CANNOT_CONNECT_NOW)
-    return startup, None
+def _refusal(answer: bytes) -> str | None:
+    """In whose words a server turns everybody away just now, if it does."""
+    if answer[:1] != _ERROR_RESPONSE or parse_severity(answer[HEADER_SIZE:]).sqlstate != CANNOT_CONNECT_NOW:
+        return None
+    return parse_fields(answer[HEADER_SIZE:]).get("M", CANNOT_CONNECT_NOW)
 
 
-async def connect_to(address: Address, seconds: float) -> trio.socket.SocketType:
+async def dial_to(
+    address: Address,
+    upstream: Upstream,
+    startup: bytes = b"",
+    *,
+    listens: bool = False,
+    is_plain: bool = False,
+) -> Dial:
     """Connect to one address.
 
+    Args:
+        address: where to.
+        upstream: how.
+        startup: the client's StartupMessage, if it is for a client.
+        listens: there is another address to go on to: its answer is waited for, for a moment.
+        is_plain: without TLS, whatever the upstream says.
+
     Raises:
-        OSError: it can't be connected to, or not within so many seconds (TimeoutError).
+        OSError: it can't be connected to, or not in time (TimeoutError), or isn't used (UnfitServerError).
         UnicodeError: it is no name that the DNS could know.
     """
-    with trio.move_on_after(seconds):
-        if isinstance(address, TcpAddress) and not is_direct(address):
-            return await _connect_by_name(address)
-        return await _connect_directly(address)
-    raise TimeoutError(f"no answer within {seconds:g} s")
-
-
-async def _connect_by_name(address: TcpAddress) -> trio.socket.SocketType:
-    sock = (await trio.open_tcp_stream(address.host, address.port)).socket
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # as of what is dialled
-    return sock
-
-
-async def _connect_directly(address: Address) -> trio.socket.SocketType:
-    """Connect without a task, which trio takes for each of the addresses that a name may have. Raises OSError."""
-    dial = Dial(address)
+    dial: Dial | None = None
+    is_made = False
     try:
-        while (progress := dial.step()) is not Progress.MADE:
-            if progress is Progress.UNDER_WAY:
-                await trio.lowlevel.wait_writable(dial.sock)
+        with trio.move_on_after(upstream.connect_timeout):
+            make = partial(Dial, address, upstream, startup, listens=listens, is_plain=is_plain)
+            if isinstance(address, TcpAddress) and not is_direct(address):
+                dial = await _dial_by_name(address, make)
             else:
-                await trio.sleep(BACKLOG_PAUSE)
-        return trio.socket.from_stdlib_socket(dial.sock)
+                dial = make()
+            await _go_on(dial, _NOT_NOW_SECONDS if listens else math.inf)
+            is_made = True
+        is_made = is_made or (dial is not None and dial.settle())
+    finally:
+        if dial is not None and not is_made:
+            dial.close()
+    if dial is None or not is_made:
+        raise TimeoutError(f"no answer within {upstream.connect_timeout:g} s")
+    return dial
+
+
+async def _dial_by_name(address: TcpAddress, make: Callable[..., Dial]) -> Dial:
+    stream = await trio.open_tcp_stream(address.host, address.port)
+    sock = socket.socket(fileno=stream.socket.detach())
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # as of what is dialled
+        return make(sock=sock)
     except BaseException:
-        dial.close()
+        sock.close()
         raise
+
+
+async def _go_on(dial: Dial, patience: float) -> None:
+    """Go on with a connection without a task, which trio takes for each of the addresses that a name may have.
+
+    Args:
+        dial: the connection.
+        patience: seconds to wait for the first answer. Without it the connection is made as well.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    while (progress := dial.step()) is not Progress.MADE:
+        if progress is Progress.UNDER_WAY:
+            await trio.lowlevel.wait_writable(dial.sock)
+        elif progress is Progress.WAITING:
+            with trio.move_on_after(patience) as limit:
+                await trio.lowlevel.wait_readable(dial.sock)
+            if limit.cancelled_caught and dial.settle():
+                return
+        elif progress is Progress.ANEW:
+            dial.renew()
+        else:
+            await trio.sleep(BACKLOG_PAUSE)
 
 
 def reason(error: BaseException) -> str:
@@ -202,6 +230,8 @@ def reason(error: BaseException) -> str:
         return error.strerror or str(error)
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
+    if isinstance(error, UnfitServerError):
+        return printable(str(error))
     if isinstance(error.__cause__, BaseExceptionGroup):  # trio's, of all that a name resolves to
         return ", ".join(dict.fromkeys(reason(cause) for cause in error.__cause__.exceptions))
     told = type(error).__name__
@@ -228,19 +258,31 @@ async def relay_cancel(upstream: Upstream, packet: bytes) -> None:
     failures: list[tuple[Address, BaseException]] = []
     for address in upstream.addresses:
         try:
-            sock = await connect_to(address, upstream.connect_timeout)
-            with sock, trio.fail_after(_CANCEL_TIMEOUT):
-                await trio.SocketStream(sock).send_all(packet)
-                while await sock.recv(1024):
-                    pass
+            with trio.fail_after(upstream.connect_timeout + _CANCEL_TIMEOUT):
+                await post(await dial_to(address, upstream), packet)
         except trio.TooSlowError:
             failures.append((address, TimeoutError(f"the CancelRequest was not taken within {_CANCEL_TIMEOUT:g} s")))
-        except ConnectionResetError:
-            continue  # an end of the connection as well as any
         except (OSError, UnicodeError, trio.BrokenResourceError) as error:
             failures.append((address, error))
     if len(failures) == len(upstream.addresses):
         raise UpstreamUnavailable(failures)
+
+
+async def post(dial: Dial, packet: bytes) -> None:
+    """Send a packet that is answered with nothing but the end of the connection, and wait for that.
+
+    Args:
+        dial: a connection that has been made; it is closed.
+        packet: that.
+
+    Raises:
+        trio.BrokenResourceError: it couldn't be sent.
+    """
+    with trio.socket.from_stdlib_socket(dial.sock) as sock:
+        await trio.SocketStream(sock).send_all(packet if dial.tls is None else dial.tls.seal(packet))
+        with suppress(ConnectionResetError):  # an end of the connection as well as any
+            while await sock.recv(1024):
+                pass
 
 
 async def ask(upstream: Upstream, before: Sequence[bytes], last: bytes) -> bytes | None:
@@ -252,12 +294,15 @@ async def ask(upstream: Upstream, before: Sequence[bytes], last: bytes) -> bytes
         last: what it refuses the client for; a request for encryption that is declined first, or is one too many.
 
     Returns:
-        All that it says to ``last``, until it ends the connection. ``None``: it would offer encryption, or does not
-        behave like a server: it says something else before, or nothing in time, or resets the connection.
+        All that it says to ``last``, until it ends the connection. ``None``: it would offer encryption, or is not to be
+        sent anything without, or does not behave like a server: it says something else before, or nothing in time, or
+        resets the connection.
 
     Raises:
         UpstreamUnavailable: no address can be connected to.
     """
+    if upstream.tls is not None and not upstream.tls.settings.may_be_plain:
+        return None
     sock, _ = await connect_upstream(upstream)
     stream = trio.SocketStream(sock)
     said = bytearray()
@@ -276,10 +321,15 @@ async def ask(upstream: Upstream, before: Sequence[bytes], last: bytes) -> bytes
     return bytes(said) or None
 
 
-async def cancel_query(address: Address, connect_timeout: float, key: CancelKey) -> None:
+async def cancel_query(upstream: Upstream, address: Address, key: CancelKey) -> None:
     """Cancel what runs on the backend with this key.
+
+    Args:
+        upstream: how to connect to it.
+        address: where it is.
+        key: that.
 
     Raises:
         UpstreamUnavailable: the server has not taken the request.
     """
-    await relay_cancel(Upstream((address,), connect_timeout), key.packet)
+    await relay_cancel(replace(upstream, addresses=(address,)), key.packet)

@@ -295,7 +295,13 @@ def test_a_guard_that_insists_on_the_probe_says_what_is_missing_and_the_one_thin
 def _running(wrapper: list[str], backend: FakeBackend) -> Iterator[Spawned]:
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
-        arguments = ("serve", "--listen", "127.0.0.1:0", "--upstream", f"host=127.0.0.1 port={backend.port}")
+        arguments = (
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--upstream",
+            f"host=127.0.0.1 port={backend.port} sslmode=disable",
+        )
         command_line = _wrapped(wrapper, *arguments, cwd=Path(name))
         with subprocess.Popen(command_line, cwd=name, env=environment(), stderr=subprocess.PIPE) as process:
             try:

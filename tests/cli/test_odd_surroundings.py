@@ -194,7 +194,7 @@ async def test_a_guard_goes_on_whatever_its_streams_are(
     streams: str, backend: FakeBackend, short_directory: Path
 ) -> None:
     """And its faults are recorded."""
-    upstream = f"host=127.0.0.1 port={backend.port}"
+    upstream = f"host=127.0.0.1 port={backend.port} sslmode=disable"
     guard = [sys.executable, "-m", "pgguard", "serve", "--upstream", upstream, "--listen", f"unix:{short_directory}:1"]
     command = ["sh", "-c", f'exec "$@" {ODD[streams]}', "sh", *guard, "--faults", "faults.jsonl"]
     path = short_directory / ".s.PGSQL.1"
@@ -220,7 +220,7 @@ async def test_a_log_on_a_disk_that_was_full_goes_on_and_says_what_is_missing(
 ) -> None:
     """The disk is full when its file may not grow: setrlimit(2), RLIMIT_FSIZE."""
     log = tmp_path / "log"
-    upstream = f"host=127.0.0.1 port={backend.port}"
+    upstream = f"host=127.0.0.1 port={backend.port} sslmode=disable"
     command = [sys.executable, "-m", "pgguard", "serve", "--upstream", upstream, "--listen", "127.0.0.1:0"]
     with log.open("wb") as stderr, launched(command, tmp_path, stderr=stderr) as process:
         try:

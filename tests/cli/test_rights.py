@@ -86,7 +86,7 @@ async def _converse(guard: Spawned, backend: FakeBackend) -> None:
 
 @needs_root
 async def test_root_keeps_what_it_looks_with_on_all_threads(backend: FakeBackend, tmp_path: Path) -> None:
-    with spawned(f"host=127.0.0.1 port={backend.port}", cwd=tmp_path) as guard:
+    with spawned(f"host=127.0.0.1 port={backend.port} sslmode=disable", cwd=tmp_path) as guard:
         await _converse(guard, backend)
         found = _threads(guard)
         said = _end(guard)
@@ -102,7 +102,7 @@ async def test_root_keeps_what_it_looks_with_on_all_threads(backend: FakeBackend
 async def test_as_a_containers_root_it_does_with_what_it_has(backend: FakeBackend, tmp_path: Path) -> None:
     """Docker gives CAP_DAC_OVERRIDE to root, and not the weaker CAP_DAC_READ_SEARCH."""
     wrapper = ["setpriv", "--bounding-set=-dac_read_search"]
-    upstream = f"host=127.0.0.1 port={backend.port}"
+    upstream = f"host=127.0.0.1 port={backend.port} sslmode=disable"
     with _wrapped(wrapper, "--user", "nobody", "--upstream", upstream, cwd=tmp_path) as guard:
         await _converse(guard, backend)
         found = _threads(guard)
@@ -140,7 +140,7 @@ async def test_it_becomes_another_user_on_all_threads(by: str, backend: FakeBack
     options = ["--user", "nobody"] if by == "option" else []
     in_environment = "nobody" if by == "environment" else ""
     faults = tmp_path / "faults.jsonl"
-    upstream = f"host=127.0.0.1 port={backend.port}"
+    upstream = f"host=127.0.0.1 port={backend.port} sslmode=disable"
     with spawned(upstream, *options, "--faults", str(faults), cwd=tmp_path, PGGUARD_USER=in_environment) as guard:
         await _converse(guard, backend)
         found = _threads(guard)
@@ -180,7 +180,7 @@ async def test_an_evidence_that_it_insists_on_is_tried_with_the_rights_that_it_k
     except ProbeUnavailable as unavailable:
         pytest.skip(str(unavailable))
     options = ["--user", "nobody", "--attribution", "ebpf", "--listen", "0.0.0.0:0"]
-    with spawned(f"host=127.0.0.1 port={backend.port}", *options, cwd=tmp_path) as guard:
+    with spawned(f"host=127.0.0.1 port={backend.port} sslmode=disable", *options, cwd=tmp_path) as guard:
         await _converse(guard, backend)
         said = _end(guard)
     assert "here: kernel senders on TCP" not in said

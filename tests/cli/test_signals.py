@@ -116,7 +116,7 @@ def test_a_guard_that_is_not_ready_yet_ends_at_once(number: signal.Signals, tmp_
 
 
 def upstream(backend: FakeBackend) -> str:
-    return f"host=127.0.0.1 port={backend.port}"
+    return f"host=127.0.0.1 port={backend.port} sslmode=disable"
 
 
 async def test_what_means_nothing_is_said_and_ends_nothing(backend: FakeBackend, tmp_path: Path) -> None:

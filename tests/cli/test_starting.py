@@ -50,7 +50,7 @@ def end(guard: Spawned) -> str:
 @pytest.mark.parametrize("attribution", ["auto", "off"])
 async def test_three_lines_at_most(backend: FakeBackend, attribution: str, tmp_path: Path) -> None:
     (tmp_path / "pgguard.toml").write_text(f"attribution = '{attribution}'\n")
-    with spawned(f"host=127.0.0.1 port={backend.port}", cwd=tmp_path) as guard:
+    with spawned(f"host=127.0.0.1 port={backend.port} sslmode=disable", cwd=tmp_path) as guard:
         said = lines(guard)
         end(guard)
     assert len(said) == 2 + any("evidence" in line for line in said)
@@ -117,7 +117,7 @@ async def test_it_says_why(upstream: str, why: str) -> None:
 
 async def test_of_several_servers_those_that_can_not_be_reached(backend: FakeBackend, tmp_path: Path) -> None:
     port = port_of_nobody()
-    with spawned(f"host=127.0.0.1,127.0.0.1 port={port},{backend.port}", cwd=tmp_path) as guard:
+    with spawned(f"host=127.0.0.1,127.0.0.1 port={port},{backend.port} sslmode=disable", cwd=tmp_path) as guard:
         await backend.close_mark()
         await trio.to_thread.run_sync(
             guard.wait_for,
@@ -128,7 +128,7 @@ async def test_of_several_servers_those_that_can_not_be_reached(backend: FakeBac
 
 
 async def test_of_a_server_that_can_be_reached_nothing_is_said(backend: FakeBackend, tmp_path: Path) -> None:
-    with spawned(f"host=127.0.0.1 port={backend.port}", cwd=tmp_path) as guard:
+    with spawned(f"host=127.0.0.1 port={backend.port} sslmode=disable", cwd=tmp_path) as guard:
         await backend.close_mark()
         assert "reached" not in end(guard)
 

@@ -251,7 +251,7 @@ def test_the_next_of_several_hosts_is_taken(server: Server, deaf: Address) -> No
     with socket.create_server(("127.0.0.1", 0)) as listener:
         first = listener.getsockname()[1]
     ports = f"{first},{deaf.port},{server.tcp.port}"
-    with running_guard(f"host=127.0.0.1,127.0.0.1,127.0.0.1 port={ports} connect_timeout=1") as guard:
+    with running_guard(f"host=127.0.0.1,127.0.0.1,127.0.0.1 port={ports} connect_timeout=1 sslmode=disable") as guard:
         with psycopg.connect(guard.tcp.conninfo) as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
             with (

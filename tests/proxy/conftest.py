@@ -125,7 +125,7 @@ async def running(
             backend = FakeBackend()
             backend.close()
         settings = {
-            "upstream": f"host=127.0.0.1 port={backend.port} connect_timeout=5",
+            "upstream": f"host=127.0.0.1 port={backend.port} sslmode=disable connect_timeout=5",
             "listen": ["127.0.0.1:0", f"unix:{directory}:1"],
         } | settings
         docket = Docket()

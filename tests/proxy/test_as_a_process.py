@@ -41,7 +41,7 @@ MB = 1_000_000
 
 
 def upstream(backend: FakeBackend) -> str:
-    return f"host=127.0.0.1 port={backend.port}"
+    return f"host=127.0.0.1 port={backend.port} sslmode=disable"
 
 
 async def connect(guard: Spawned, backend: FakeBackend) -> Client:

@@ -32,7 +32,7 @@ async def test_a_working_directory_that_never_answers(
         hung_files(short_directory) as files,
         Puppet() as first,
         Puppet() as second,
-        spawned(f"host=127.0.0.1 port={backend.port}", "--faults", str(faults), cwd=tmp_path) as guard,
+        spawned(f"host=127.0.0.1 port={backend.port} sslmode=disable", "--faults", str(faults), cwd=tmp_path) as guard,
     ):
         for puppet in first, second:
             # It must not look for modules there itself.

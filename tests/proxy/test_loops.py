@@ -185,7 +185,7 @@ async def test_one_that_comes_about_later(backend: FakeBackend, nursery: trio.Nu
     """Clients are told, connections stay few, and when it is gone the guard serves again by itself."""
     forwarder = Forwarder(backend.port)
     await nursery.start(forwarder.run)
-    with spawned(f"host=127.0.0.1 port={forwarder.port}", cwd=tmp_path) as guard:
+    with spawned(f"host=127.0.0.1 port={forwarder.port} sslmode=disable", cwd=tmp_path) as guard:
         await converse(*await backend.session(guard.port))
         before = forwarder.connections
         forwarder.target = guard.port
@@ -211,7 +211,7 @@ async def test_cancel_requests_in_a_loop(backend: FakeBackend, nursery: trio.Nur
     """They need no login to go round."""
     forwarder = Forwarder(backend.port)
     await nursery.start(forwarder.run)
-    with spawned(f"host=127.0.0.1 port={forwarder.port}", cwd=tmp_path) as guard:
+    with spawned(f"host=127.0.0.1 port={forwarder.port} sslmode=disable", cwd=tmp_path) as guard:
         await backend.close_mark()
         forwarder.target = guard.port
         before = forwarder.connections

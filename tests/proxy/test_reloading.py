@@ -66,7 +66,7 @@ async def misuse(client: Client, server: BackendConnection) -> None:
 
 def start(backend: FakeBackend, directory: Path, *options: str) -> tuple[str, ...]:
     return (
-        f"host=127.0.0.1 port={backend.port}",
+        f"host=127.0.0.1 port={backend.port} sslmode=disable",
         *("--faults", str(directory / "faults.jsonl"), "--attribution", "off", *options),
     )
 

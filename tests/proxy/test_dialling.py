@@ -1,0 +1,551 @@
+"""How the server is connected to with TLS, and what comes of what goes wrong, with one that does what a test says."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import ssl
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from pgguard.proxy.addresses import TcpAddress
+from tests.proxy.conftest import House, running
+from tests.proxy.fake_backend import BackendConnection, FakeBackend
+from tests.proxy.messages import (
+    COLUMNS,
+    LOGGED_IN,
+    ONE_ROW,
+    READY,
+    SELECTED,
+    SSL_REQUEST,
+    TERMINATE,
+    cancel_request,
+    message,
+    query,
+    startup,
+)
+from tests.tls.certificates import Authority, self_signed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.tls.certificates import Pair
+
+STARTUP = startup(user="someone")
+LONG_ANSWER = COLUMNS + ONE_ROW * 100_000 + SELECTED + READY
+REFUSED = message("E", b"SFATAL\0VFATAL\0C28000\0Mno pg_hba.conf entry\0\0")
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("certificates"), "authority")
+
+
+@pytest.fixture(scope="module")
+def pair(authority: Authority) -> Pair:
+    return authority.issue("server", "server", ("localhost", "127.0.0.1"))
+
+
+@pytest.fixture(autouse=True)
+def _no_files_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def _context(pair: Pair, *, alpn: bool = True, most: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.cert, pair.key)
+    context.maximum_version = most
+    if alpn:
+        context.set_alpn_protocols(["postgresql"])
+    return context
+
+
+async def _shake_hands(server: BackendConnection, context: ssl.SSLContext) -> ssl.SSLObject:
+    """Speak TLS from now on."""
+    plain = server.stream
+    stream = trio.SSLStream(plain, context, server_side=True, https_compatible=True)
+    try:
+        await stream.do_handshake()
+    except trio.BrokenResourceError:
+        with suppress(trio.BrokenResourceError):
+            await plain.send_all(stream._outgoing.read())  # the alert, which trio doesn't send
+        await plain.aclose()
+        raise
+    server.stream = stream  # type: ignore[assignment]
+    found = stream._ssl_object
+    assert isinstance(found, ssl.SSLObject)
+    return found
+
+
+async def _encrypt(backend: FakeBackend, pair: Pair, **more: object) -> BackendConnection:
+    """Accept a connection, and have it encrypted."""
+    server = await backend.accept()
+    await server.expect(SSL_REQUEST)
+    await server.send(b"S")
+    await _shake_hands(server, _context(pair, **more))  # type: ignore[arg-type]
+    return server
+
+
+def _where(backend: FakeBackend, rest: str) -> str:
+    return f"host=127.0.0.1 port={backend.port} connect_timeout=5 {rest}"
+
+
+async def _said_to_client(house: House) -> dict[str, str]:
+    client = await house.connect()
+    await client.send(STARTUP)
+    return (await client.message()).fields
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("mode", ["prefer", "require", "verify-ca", "verify-full"])
+@pytest.mark.parametrize("most", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_session_over_tls(
+    backend: FakeBackend, pair: Pair, authority: Authority, mode: str, host: str, most: ssl.TLSVersion
+) -> None:
+    where = f"host={host} port={backend.port} sslmode={mode} sslrootcert={authority.cert}"
+    async with running(backend, upstream=where) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        server = await _encrypt(backend, pair, most=most)
+        await server.expect(STARTUP)
+        await server.send(LOGGED_IN)
+        await client.expect(LOGGED_IN)
+        await client.send(query("select 1"))
+        await server.expect(query("select 1"))
+        await server.send(LONG_ANSWER)
+        await client.expect(LONG_ANSWER)
+        await client.send(TERMINATE)
+        await server.expect(TERMINATE)
+        assert house.kinds == []
+
+
+async def test_prefer_goes_on_without_on_the_same_connection(backend: FakeBackend) -> None:
+    async with running(backend, upstream=_where(backend, "")) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        server = await backend.accept()
+        await server.expect(SSL_REQUEST)
+        await server.send(b"N")
+        await server.expect(STARTUP)
+        await server.send(LOGGED_IN)
+        await client.expect(LOGGED_IN)
+        await backend.accept_nobody()
+
+
+async def test_disable_and_allow_ask_for_none(backend: FakeBackend) -> None:
+    for mode in "disable", "allow":
+        async with running(backend, upstream=_where(backend, f"sslmode={mode}")) as house:
+            client = await house.connect()
+            await client.send(STARTUP)
+            server = await backend.accept()
+            await server.expect(STARTUP)
+            await server.send(LOGGED_IN)
+            await client.expect(LOGGED_IN)
+
+
+@pytest.mark.parametrize("mode", ["require", "verify-ca"])
+async def test_a_server_without_tls(backend: FakeBackend, mode: str, authority: Authority) -> None:
+    where = _where(backend, f"sslmode={mode} sslrootcert={authority.cert}")
+    async with running(backend, upstream=where) as house, trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def decline() -> None:
+            server = await backend.accept()
+            await server.expect(SSL_REQUEST)
+            await server.send(b"N")
+            assert await server.rest() == b"", "it is told nothing more"
+
+        said = await _said_to_client(house)
+    assert said["C"] == "08001"
+    assert said["M"].endswith(f"127.0.0.1:{backend.port}: server does not support SSL, but SSL was required")
+    assert "Set ssl = on in postgresql.conf" in said["H"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"E", "server sent an error response during SSL exchange"),
+        (b"X", "received invalid response to SSL negotiation: b'X'"),
+        (b"", "it closed the connection when it was asked for TLS"),
+    ],
+)
+async def test_a_server_that_does_not_say_whether_it_has_tls(backend: FakeBackend, answer: bytes, says: str) -> None:
+    """As libpq the guard tries nothing else then."""
+    async with running(backend, upstream=_where(backend, "")) as house, trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def reply() -> None:
+            server = await backend.accept()
+            await server.expect(SSL_REQUEST)
+            await server.send(answer)
+            await server.close()
+
+        said = await _said_to_client(house)
+        await backend.accept_nobody()
+    assert says in said["M"]
+
+
+async def test_what_comes_behind_the_answer_in_the_clear_is_not_believed(backend: FakeBackend) -> None:
+    """CVE-2021-23222."""
+    async with running(backend, upstream=_where(backend, "sslmode=require")) as house, trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def smuggle() -> None:
+            server = await backend.accept()
+            await server.expect(SSL_REQUEST)
+            await server.send(b"S" + LOGGED_IN)
+            await server.rest()
+
+        said = await _said_to_client(house)
+    assert said["C"] == "08001"
+    assert "SSL error: wrong version number" in said["M"]
+
+
+async def _refuse(server: BackendConnection) -> None:
+    await server.expect(STARTUP)
+    await server.send(REFUSED[:9])
+    await trio.sleep(0.01)
+    await server.send(REFUSED[9:])
+
+
+async def test_prefer_tries_without_if_it_is_refused_with(backend: FakeBackend, pair: Pair) -> None:
+    """``hostnossl``: the server says so only when it knows who the client is."""
+    async with running(backend, upstream=_where(backend, "")) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        await _refuse(await _encrypt(backend, pair))
+        server = await backend.accept()
+        await server.expect(STARTUP)
+        await server.send(LOGGED_IN)
+        await client.expect(LOGGED_IN)
+
+
+async def test_allow_tries_with_tls_if_it_is_refused_without(backend: FakeBackend, pair: Pair) -> None:
+    """``hostssl``."""
+    async with running(backend, upstream=_where(backend, "sslmode=allow")) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        await _refuse(await backend.accept())
+        server = await _encrypt(backend, pair)
+        await server.expect(STARTUP)
+        await server.send(LOGGED_IN)
+        await client.expect(LOGGED_IN)
+
+
+@pytest.mark.parametrize("then", ["is down", "declines", "refuses"])
+async def test_who_is_refused_both_ways_is_told_so_by_the_server(backend: FakeBackend, pair: Pair, then: str) -> None:
+    async with running(backend, upstream=_where(backend, "sslmode=allow")) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        first = await backend.accept()
+        if then == "is down":
+            backend.close()
+        await _refuse(first)
+        if then == "declines":
+            server = await backend.accept()
+            await server.expect(SSL_REQUEST)
+            await server.send(b"N")
+        elif then == "refuses":
+            await _refuse(await _encrypt(backend, pair))
+        await client.expect(REFUSED)
+
+
+@pytest.mark.parametrize("sqlstate", ["53300", "57P03", "57P01"])
+async def test_what_has_nothing_to_do_with_tls_is_passed_on(backend: FakeBackend, pair: Pair, sqlstate: str) -> None:
+    error = message("E", f"SFATAL\0VFATAL\0C{sqlstate}\0Mnot now\0\0".encode())
+    async with running(backend, upstream=_where(backend, "")) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        server = await _encrypt(backend, pair)
+        await server.expect(STARTUP)
+        await server.send(error)
+        await client.expect(error)
+        await backend.accept_nobody()
+
+
+async def test_with_require_there_is_nothing_to_try(backend: FakeBackend, pair: Pair) -> None:
+    async with running(backend, upstream=_where(backend, "sslmode=require")) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        server = await _encrypt(backend, pair)
+        await _refuse(server)
+        await client.expect(REFUSED)
+        await server.close()
+        assert await client.rest() == b""
+
+
+async def test_an_error_that_comes_later_is_passed_on(backend: FakeBackend, pair: Pair) -> None:
+    """The client has had a part in what led to it."""
+    request = message("R", b"\0\0\0\3")
+    async with running(backend, upstream=_where(backend, "")) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        server = await _encrypt(backend, pair)
+        await server.expect(STARTUP)
+        await server.send(request)
+        await client.expect(request)
+        await client.send(message("p", b"wrong\0"))
+        await server.expect(message("p", b"wrong\0"))
+        await server.send(REFUSED)
+        await client.expect(REFUSED)
+        await backend.accept_nobody()
+
+
+async def test_prefer_tries_without_if_the_handshake_fails(backend: FakeBackend, tmp_path: Path) -> None:
+    """Also if that is for a certificate that isn't trusted, where there are roots: as libpq."""
+    foreign = self_signed(tmp_path, "foreign", "localhost", ["localhost"])
+    where = _where(backend, f"sslrootcert={foreign.cert}")
+    other = self_signed(tmp_path, "other", "localhost", ["localhost"])
+    async with running(backend, upstream=where) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        with pytest.raises(trio.BrokenResourceError):
+            await _encrypt(backend, other)
+        server = await backend.accept()
+        await server.expect(STARTUP)
+        await server.send(LOGGED_IN)
+        await client.expect(LOGGED_IN)
+
+
+async def test_a_first_answer_that_does_not_come_is_not_waited_for_for_ever(backend: FakeBackend, pair: Pair) -> None:
+    async with running(backend, upstream=_where(backend, "connect_timeout=1")) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        server = await _encrypt(backend, pair)
+        await server.expect(STARTUP)
+        await client.nothing(1.3)
+        await server.send(LOGGED_IN)
+        await client.expect(LOGGED_IN)
+
+
+@pytest.mark.parametrize(
+    ("names", "lasts", "settings", "says", "advises"),
+    [
+        (("localhost",), 30, "sslmode=verify-ca", "unable to get local issuer certificate", "sslrootcert=PATH"),
+        (("localhost",), -1, "sslmode=verify-ca", "certificate has expired", "Renew the server's certificate"),
+        (("elsewhere.example",), 30, "sslmode=verify-full", 'does not match host name "localhost"', "host=NAME"),
+        ((), 30, "sslmode=verify-full", 'does not match host name "localhost"', "host=NAME"),
+        (("localhost",), 30, "sslmode=verify-ca revoked", "certificate revoked", "sslcrl=PATH"),
+        (("localhost",), 30, "sslmode=require ssl_min_protocol_version=TLSv1.3", "alert protocol version", "ssl_min_"),
+    ],
+)
+async def test_what_is_wrong_with_the_server_is_said_with_what_to_do(
+    backend: FakeBackend,
+    tmp_path: Path,
+    names: tuple[str, ...],
+    lasts: int,
+    settings: str,
+    says: str,
+    advises: str,
+) -> None:
+    authority, other = Authority(tmp_path, "authority"), Authority(tmp_path, "other")
+    pair = authority.issue("server", "db", names, lasts=lasts)
+    trusted = other if "issuer" in says else authority
+    settings = settings.replace("revoked", f"sslcrl={authority.revoke('list', pair)}")
+    where = f"host=localhost hostaddr=127.0.0.1 port={backend.port} {settings} sslrootcert={trusted.cert}"
+    async with running(backend, upstream=where) as house, trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def fail() -> None:
+            with suppress(trio.BrokenResourceError):
+                server = await _encrypt(backend, pair, most=ssl.TLSVersion.TLSv1_2)
+                assert await server.rest() == b"", "it is told nothing more"
+
+        said = await _said_to_client(house)
+    assert said["C"] == "08001"
+    assert says in said["M"]
+    assert "\n" not in said["M"]
+    assert advises in said["H"]
+    if "alert" not in says:
+        assert "its certificate (for db" in said["M"]
+        assert ", signed by authority, valid until " in said["M"]
+
+
+async def test_direct_negotiation(backend: FakeBackend, pair: Pair) -> None:
+    where = _where(backend, "sslmode=require sslnegotiation=direct")
+    async with running(backend, upstream=where) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        server = await backend.accept()
+        assert (await _shake_hands(server, _context(pair))).selected_alpn_protocol() == "postgresql"
+        await server.expect(STARTUP)
+        await server.send(LOGGED_IN)
+        await client.expect(LOGGED_IN)
+
+
+@pytest.mark.parametrize("how", ["no ALPN", "closes"])
+async def test_direct_negotiation_with_a_server_that_does_not_know_it(
+    backend: FakeBackend, pair: Pair, how: str
+) -> None:
+    where = _where(backend, "sslmode=require sslnegotiation=direct")
+    async with running(backend, upstream=where) as house, trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def serve() -> None:
+            server = await backend.accept()
+            if how == "closes":
+                await server.receive(8)
+                await server.close()
+            else:
+                await _shake_hands(server, _context(pair, alpn=False))
+                await server.rest()
+
+        said = await _said_to_client(house)
+    assert ("without ALPN" if how == "no ALPN" else "closed the connection") in said["M"] or "reset" in said["M"]
+    assert "sslnegotiation=direct" in said["H"]
+
+
+async def test_a_name_is_told_and_an_address_is_not(backend: FakeBackend, pair: Pair) -> None:
+    for host, expected in ("localhost", "localhost"), ("127.0.0.1", None):
+        told: list[str | None] = []
+        context = _context(pair)
+        context.sni_callback = lambda _, name, __, told=told: told.append(name)
+        where = f"host={host} hostaddr=127.0.0.1 port={backend.port} sslmode=require"
+        async with running(backend, upstream=where) as house:
+            client = await house.connect()
+            await client.send(STARTUP)
+            server = await backend.accept()
+            await server.expect(SSL_REQUEST)
+            await server.send(b"S")
+            await _shake_hands(server, context)
+            await server.expect(STARTUP)
+        assert told == [expected]
+
+
+@pytest.mark.parametrize("asked", [ssl.CERT_NONE, ssl.CERT_REQUIRED])
+@pytest.mark.parametrize("shown", ["", "allow", "require", "disable"])
+@pytest.mark.parametrize("most", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_the_certificate_that_the_server_is_shown(
+    backend: FakeBackend, pair: Pair, authority: Authority, asked: ssl.VerifyMode, shown: str, most: ssl.TLSVersion
+) -> None:
+    """In TLS 1.3 the server says only after the handshake that it wants one."""
+    own = authority.issue("own", "client")
+    where = _where(backend, "sslmode=require")
+    if shown:
+        where += f" sslcert={own.cert} sslkey={own.key} sslcertmode={shown}"
+    context = _context(pair, most=most)
+    context.verify_mode = asked
+    context.load_verify_locations(authority.cert)
+    seen: list[object] = []
+    fits = shown == "allow" or (shown == "require" and asked) or (shown in {"", "disable"} and not asked)
+    async with running(backend, upstream=where) as house, trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def serve() -> None:
+            server = await backend.accept()
+            await server.expect(SSL_REQUEST)
+            await server.send(b"S")
+            try:
+                seen.append((await _shake_hands(server, context)).getpeercert())
+                await server.expect(STARTUP)
+            except (trio.BrokenResourceError, AssertionError):
+                assert not fits
+            else:
+                await server.send(LOGGED_IN)
+                await server.rest()
+
+        client = await house.connect()
+        await client.send(STARTUP)
+        if fits:
+            await client.expect(LOGGED_IN)
+            assert bool(seen[0]) is bool(asked and shown in {"allow", "require"})
+        else:
+            said = (await client.message()).fields
+            if shown == "require":
+                assert "server did not request an SSL certificate" in said["M"]
+                assert "ssl_ca_file" in said["H"]
+            else:
+                assert "Name a certificate that the server accepts" in said["H"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_cancel_request_is_encrypted_too(backend: FakeBackend, pair: Pair) -> None:
+    packet = cancel_request(4711, b"key!")
+    async with running(backend, upstream=_where(backend, "sslmode=require")) as house:
+        client = await house.connect()
+        await client.send(packet)
+        server = await _encrypt(backend, pair)
+        await server.expect(packet)
+        await client.nothing()
+        await server.close()
+        assert await client.rest() == b""
+
+
+async def test_of_several_hosts_the_one_is_used_whose_certificate_is_in_order(
+    backend: FakeBackend, pair: Pair, authority: Authority, tmp_path: Path
+) -> None:
+    foreign = self_signed(tmp_path, "foreign", "localhost", ["localhost"])
+    second = FakeBackend()
+    await second.listen()
+    where = f"host=127.0.0.1,127.0.0.1 port={backend.port},{second.port} sslmode=verify-ca sslrootcert={authority.cert}"
+    async with running(backend, upstream=where) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        with pytest.raises(trio.BrokenResourceError):
+            await _encrypt(backend, foreign)
+        server = await _encrypt(second, pair)
+        await server.expect(STARTUP)
+        await server.send(LOGGED_IN)
+        await client.expect(LOGGED_IN)
+    await second.close_all()
+
+
+@pytest.mark.parametrize("required", ["its own", "another"])
+async def test_whose_socket_it_has_to_be(short_directory: Path, backend: FakeBackend, required: str) -> None:
+    """``requirepeer``, for Unix sockets."""
+    listener = trio.socket.socket(trio.socket.AF_UNIX)
+    await listener.bind(f"{short_directory}/.s.PGSQL.9")
+    listener.listen()
+    backend._socket.close()
+    backend._socket = listener
+    own = pwd.getpwuid(os.geteuid()).pw_name
+    user = own if required == "its own" else "somebody"
+    async with running(backend, upstream=f"host={short_directory} port=9 requirepeer={user}") as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        if user == own:
+            server = await backend.accept()
+            await server.expect(STARTUP)
+        else:
+            said = (await client.message()).fields
+            assert f'requirepeer specifies "somebody", but actual peer user name is "{own}"' in said["M"]
+            assert "requirepeer in --upstream" in said["H"]
+
+
+async def test_how_the_server_is_connected_to_is_known_at_the_start(
+    backend: FakeBackend, pair: Pair, authority: Authority
+) -> None:
+    where = _where(backend, f"sslmode=verify-full sslrootcert={authority.cert}")
+    async with running(backend, upstream=where) as house, trio.open_nursery() as nursery:
+        nursery.start_soon(house.guard.find_loop)
+        sock, _ = await backend._socket.accept()
+        server = BackendConnection(trio.SocketStream(sock))
+        await server.expect(SSL_REQUEST)
+        await server.send(b"S")
+        await _shake_hands(server, _context(pair))
+        assert (await server.packet())[4:8] == bytes.fromhex("04d2162e")
+        await server.close()
+    assert house.guard.encryption() == (
+        "by TLSv1.3 with TLS_AES_256_GCM_SHA384, its certificate and its name are verified"
+    )
+
+
+async def test_why_it_can_not_be_connected_to_is_said_at_the_start(backend: FakeBackend) -> None:
+    async with running(backend, upstream=_where(backend, "sslmode=require")) as house, trio.open_nursery() as nursery:
+        nursery.start_soon(house.guard.find_loop)
+        sock, _ = await backend._socket.accept()
+        server = BackendConnection(trio.SocketStream(sock))
+        await server.expect(SSL_REQUEST)
+        await server.send(b"N")
+        await server.close()
+    said = house.guard.unreachable()
+    assert said is not None
+    assert f"127.0.0.1:{backend.port} (server does not support SSL, but SSL was required)" in said
+    assert "so clients get an error: Set ssl = on" in said
+
+
+def test_an_address_is_the_same_whatever_it_is_called() -> None:
+    assert TcpAddress("192.0.2.1", 1, named="a") == TcpAddress("192.0.2.1", 1, named="b")
