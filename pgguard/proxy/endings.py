@@ -146,6 +146,8 @@ class Endings:
         session = end.session
         first = not end.eof
         end.end_stream()
+        if session.login is not None and not end.is_client:
+            end.held += session.end_login()
         if end.is_client and first and not reset and session.transport == "tcp":
             _check_peer(end)
         if end.is_client and reset:

@@ -34,6 +34,8 @@ server's first answer is."""
 CONTESTED: Final = 2
 """Several have the client's end open, and the kernel doesn't say who of them sends: that is found out before a request
 is forwarded."""
+LOGIN: Final = 4
+"""It is seen how a login goes, as something may be edited of it: :mod:`pgguard.proxy.scram`."""
 
 
 class Phase(Enum):
@@ -167,7 +169,7 @@ class End:
         self.kernel_account = kernel_account
         """The kernel says who sent what was read, in this account."""
         self.heed = 0
-        """Why what comes next isn't simply passed on: :data:`ATTENTIVE`, :data:`CONTESTED`."""
+        """Why what comes next isn't simply passed on: :data:`ATTENTIVE`, :data:`CONTESTED`, :data:`LOGIN`."""
         self.credentials: bytes | None = None
         """What the kernel said last of who sends, undecoded."""
         self.sender = sender
@@ -201,6 +203,10 @@ class End:
     def contest(self, several: bool) -> None:
         """Say whether several have it open of whom the kernel doesn't say who sends."""
         self.heed = self.heed | CONTESTED if several else self.heed & ~CONTESTED
+
+    def watch_login(self, watched: bool) -> None:
+        """Say whether it is to be seen how its login goes on."""
+        self.heed = self.heed | LOGIN if watched else self.heed & ~LOGIN
 
     @property
     def contested(self) -> bool:

@@ -15,7 +15,7 @@ import trio
 from pgguard.faults.policy import Action
 from pgguard.proxy.corruption import mixture
 from pgguard.proxy.endings import Endings
-from pgguard.proxy.ends import ATTENTIVE, End, Phase, Reading
+from pgguard.proxy.ends import ATTENTIVE, LOGIN, End, Phase, Reading
 from pgguard.proxy.judge import Ruling
 from pgguard.proxy.lateness import Lateness
 from pgguard.proxy.losses import Loss, note, spared
@@ -166,6 +166,8 @@ class Judging:
             attended = end.heed & ATTENTIVE or (account is not None and account.unread is not None)
             if attended and self._attend(end, data, whole=whole, now=now):
                 return True
+            if end.heed & LOGIN and self._log_in(end, data, whole=whole):
+                return True
             if end.contested and self._begins_request(end, data):
                 self._hold(end, data)
                 self.start(session, self._sample, end)
@@ -175,6 +177,32 @@ class Judging:
             end.held = b""
             self._relay.resume(end)
         return False
+
+    def _log_in(self, end: End, data: bytes, *, whole: bool) -> bool:
+        """See how a login goes on; True if it has been gone on with, or more of what the server has sent is needed."""
+        session = end.session
+        login = session.login
+        if login is None:
+            return False
+        kept = login.kept
+        edited = data
+        try:
+            if end.is_client:
+                login.from_client(data, again=not whole)
+            else:
+                edited = login.from_server(data)
+            is_over = login.is_over
+        except Exception:
+            note(Loss.TRACKING, session)
+            edited = data if end.is_client else kept + data
+            is_over = True
+        if is_over:
+            session.end_login()
+        if edited == data:
+            return False
+        end.held = edited
+        self._relay.go_on(end)
+        return True
 
     def _hold(self, end: End, data: bytes) -> None:
         end.held = data

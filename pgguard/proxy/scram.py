@@ -28,7 +28,6 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
-from pgguard.faults.text import shorten
 from pgguard.wire.fields import build_error_response, parse_fields
 from pgguard.wire.messages import HEADER_SIZE, SHORT, parse_header
 from pgguard.wire.sasl import AUTHENTICATION, SASL, SASL_HEAD, Channel, authentication_code, channel_of, without_binding
@@ -161,7 +160,7 @@ class Login:
             "set channel_binding=disable in the client",
             sqlstate=_REFUSED,
             detail=f"The client and the server have TLS, but not with each other. The server refused the login: "
-            f"{shorten(fields.get('M', ''), _SHOWN)}",
+            f"{fields.get('M', '')[:_SHOWN]}",
             hint="Set channel_binding=disable (pgjdbc: channelBinding=disable; node-postgres: enableChannelBinding: "
             "false). Or have pgguard show its clients the server's own certificate (--tls-cert, --tls-key), so that "
             "what they bind is what the server expects.",

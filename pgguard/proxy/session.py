@@ -16,6 +16,7 @@ from pgguard.identity import Sender
 from pgguard.proxy.ends import End, Flow, Phase, Writing
 from pgguard.proxy.losses import Loss, spared
 from pgguard.proxy.milestone import Milestone
+from pgguard.proxy.scram import Login, stands_between
 from pgguard.proxy.sightings import Sightings
 from pgguard.session.verdicts import Kind, Verdict
 
@@ -61,6 +62,7 @@ class ProxiedSession:
         "kernel_account",
         "last_sole_holder",
         "leftover",
+        "login",
         "opened_at",
         "opening",
         "opening_known",
@@ -106,6 +108,8 @@ class ProxiedSession:
         """It has been found out who opened it, or can't be."""
         self.want_opening: Callable[[ProxiedSession], None] | None = None
         """Says that somebody waits for that."""
+        self.login: Login | None = None
+        """What edits its login, until that is over."""
         self.settings: Mapping[str, str] = {}
         """What its client asked for as it connected: the parameters of its StartupMessage, in their order."""
         self.kernel_account: TcpAccount | None = None
@@ -215,6 +219,25 @@ class ProxiedSession:
         flow.tracker = self.protocol = tracker
         with spared(Loss.OPENER, self):
             self.tell_tracker()
+
+    def see_login(self, shown: bytes | None) -> None:
+        """Have its login edited, if what the client would bind of TLS isn't what the server expects.
+
+        Args:
+            shown: the certificate that the client has been shown, in DER; ``None``: it has no TLS.
+        """
+        tls = self.server.tls
+        if tls is not None and stands_between(shown, tls.ssl_object.getpeercert(binary_form=True) or b""):
+            self.login = Login()
+            self.client.watch_login(True)
+            self.server.watch_login(True)
+
+    def end_login(self) -> bytes:
+        """Edit nothing more of its login; returns what has been kept of the server's stream, and is to be passed on."""
+        login, self.login = self.login, None
+        self.client.watch_login(False)
+        self.server.watch_login(False)
+        return b"" if login is None else login.leave()
 
     async def wait_for_opening(self) -> None:
         """Wait until it is known who opened it, or that it can't be known; that isn't put off any more."""
