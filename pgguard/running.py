@@ -111,6 +111,11 @@ class RunningGuard:
         return self._guard.upstream
 
     @property
+    def offered(self) -> str | None:
+        """The certificate that clients are shown over TCP, for people; ``None``: they are offered no TLS."""
+        return self._guard.offered
+
+    @property
     def sessions(self) -> int:
         """How many clients have connected so far."""
         return self._guard.sessions
@@ -169,6 +174,17 @@ class RunningGuard:
             ConfigurationError: They contradict themselves; nothing has changed.
         """
         self._guard.reload(settings)
+
+    async def renew_certificate(self) -> str | None:
+        """Read the certificate again that clients are shown, for those that come from now on.
+
+        Returns:
+            What it is now, for people, if it is another one.
+
+        Raises:
+            ConfigurationError: It can't be shown; the one before goes on to be.
+        """
+        return await self._guard.renew_certificate()
 
     def stop(self) -> None:
         """Accept nobody any more, and end when the sessions are done or the settings' ``shutdown_timeout`` is over."""
@@ -241,7 +257,7 @@ async def running_guard(
             _open(ruby)
         missing += await _look_around(settings)
         room = guard.look_for_room()
-        said = (settings.remark, *guard.listener_remarks, guard.upstream.remark, room)
+        said = (settings.remark, settings.tls_remark, *guard.listener_remarks, guard.upstream.remark, room)
         warnings = [remark for remark in said if remark is not None]
         stack.callback(_account, docket, sinks)
         async with _serving(guard, ruby) as course:

@@ -44,7 +44,7 @@ def doctor(*, as_json: bool) -> int:
     That is 0 if everything essential is available, else 1. Takes a second at most, unless something hangs.
     """
     with unwinding(), progress("Checking what this host allows"):
-        capabilities = [*check(), _compiled_code(form()), *_shortcuts()]
+        capabilities = [*check(), _compiled_code(form()), *_shortcuts(), *_offered()]
     if as_json:
         print(json.dumps([_as_dict(capability) for capability in capabilities], indent=2))  # noqa: T201 - the answer
     else:
@@ -90,6 +90,28 @@ def _shortcuts() -> list[Capability]:
             remedy=advice_on(found),
         )
     ]
+
+
+def _offered() -> list[Capability]:
+    """The TLS that ``serve`` would offer its clients, if it is to."""
+    given = {
+        name: os.environ.get(f"PGGUARD_{name.upper()}", "") for name in ("listen", "tls_cert", "tls_key", "tls_ca")
+    }
+    problem = remedy = None
+    purpose = "encrypts the connections of clients that ask for it over TCP"
+    try:
+        settings = load_settings({**given, "listen": given["listen"].split()}, None)
+    except ConfigurationError:
+        return []  # it says so when it is started
+    try:
+        offer = settings.tls()
+    except ConfigurationError as error:
+        problem, _, remedy = str(error).rpartition(": ")
+    else:
+        if offer is None:
+            return []
+        purpose = f"{purpose}, with {offer.certificate.said}"
+    return [Capability("TLS for clients", purpose, essential=False, unix_instead=False, problem=problem, remedy=remedy)]
 
 
 def _as_dict(capability: Capability) -> dict[str, str | bool | list[str] | None]:

@@ -114,7 +114,7 @@ def _root(
     cls=_Command,
     help="Run the guard in front of one PostgreSQL, until Ctrl-C or SIGTERM.\n\n"
     "Open sessions may then finish; a second Ctrl-C or SIGTERM, or SIGQUIT, ends them at once. SIGHUP reopens the "
-    "file that faults are written to, and rereads the configuration file.",
+    "file that faults are written to, and rereads the configuration file and the certificate.",
     epilog=_examples(
         "pgguard serve --upstream postgresql://db.example.com",
         "pgguard serve --upstream 'host=db.example.com port=5432' \\\n  --faults faults.jsonl --mode reject",
@@ -125,6 +125,9 @@ def _root(
 def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
     upstream: options.Upstream = "",
     listen: options.Listen = None,
+    tls_cert: options.TlsCert = "",
+    tls_key: options.TlsKey = None,
+    tls_ca: options.TlsCa = None,
     mode: options.ModeChoice = "",
     faults: options.Faults = None,
     config: options.Config = None,
@@ -142,6 +145,9 @@ def serve_command(  # noqa: PLR0913, PLR0917 - one for each option
     given = {
         "upstream": upstream,
         "listen": listen,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "tls_ca": tls_ca,
         "mode": mode,
         "faults": faults,
         "attribution": attribution,
@@ -175,6 +181,9 @@ def run_command(  # noqa: PLR0913, PLR0917 - one for each option
     ] = None,
     upstream: options.Upstream = "",
     listen: options.Listen = None,
+    tls_cert: options.TlsCert = "",
+    tls_key: options.TlsKey = None,
+    tls_ca: options.TlsCa = None,
     mode: options.ModeChoice = "",
     faults: options.Faults = None,
     config: options.Config = None,
@@ -201,6 +210,9 @@ def run_command(  # noqa: PLR0913, PLR0917 - one for each option
     given = {
         "upstream": upstream,
         "listen": listen,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "tls_ca": tls_ca,
         "mode": mode,
         "faults": faults,
         "attribution": attribution,

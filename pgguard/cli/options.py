@@ -104,6 +104,25 @@ Listen = Annotated[
         "the environment variable, separate addresses by spaces. Default: 127.0.0.1:6544; in run, a free port.",
     ),
 ]
+TlsCert = Annotated[
+    str,
+    _option(
+        "tls-cert",
+        "PATH",
+        "Offer TLS to clients over TCP, with the certificate in this file (PEM; those that vouch for it behind it). "
+        "self-signed: with one made at the start, for clients that don't check it (sslmode=require). Default: no TLS.",
+        values=["self-signed"],
+    ),
+]
+TlsKey = Annotated[Path | None, _option("tls-key", "PATH", "The private key of the certificate.")]
+TlsCa = Annotated[
+    Path | None,
+    _option(
+        "tls-ca",
+        "PATH",
+        "Ask clients for a certificate, and refuse those that one of these CAs hasn't signed. Default: don't ask.",
+    ),
+]
 ModeChoice = Annotated[
     str,
     _option(

@@ -72,7 +72,7 @@ class _Voice:
 
 
 class _Reloader:
-    """Does what SIGHUP asks for: reopens the file of faults, and reads the configuration anew.
+    """Does what SIGHUP asks for: reopens the file of faults, and reads configuration and certificate anew.
 
     Args:
         settings: Those that the guard has been started with.
@@ -90,10 +90,22 @@ class _Reloader:
         self._recorder = recorder
 
     async def reload(self, guard: RunningGuard) -> None:
-        """Reload a guard's settings, and say what has been changed, and what can't be; with an error nothing is.
+        """Reload a guard's settings and its certificate, and say what has been changed, and what can't be.
 
-        Never raises but for cancellation.
+        With an error nothing is changed of what it is about. Never raises but for cancellation.
         """
+        await self._reload_settings(guard)
+        try:
+            renewed = await guard.renew_certificate()
+        except ConfigurationError as error:
+            logger.error("SIGHUP: new clients are shown the old certificate: %s", error)  # noqa: TRY400 - likewise
+        except Exception:
+            logger.exception("SIGHUP: new clients are shown the old certificate")
+        else:
+            if renewed is not None:
+                logger.info("SIGHUP: new clients are shown %s", renewed)
+
+    async def _reload_settings(self, guard: RunningGuard) -> None:
         try:
             reloaded = await trio.to_thread.run_sync(
                 reload_settings, self._settings, self._given, self._config, abandon_on_cancel=True
@@ -161,8 +173,8 @@ class _Orders:
                 self._hung_up.set()
             else:
                 bounded.warning(
-                    "%s is ignored: SIGHUP reopens the --faults file and rereads the configuration file, SIGTERM stops "
-                    "pgguard",
+                    "%s is ignored: SIGHUP reopens the --faults file and rereads the configuration file and the "
+                    "certificate, SIGTERM stops pgguard",
                     name_of(number),
                 )
 
@@ -288,7 +300,7 @@ async def _until_signalled(
 
 
 def _announce(guard: RunningGuard, settings: Settings) -> None:
-    """Say what is wrong, and then in three lines at most what is to be known of a guard that runs."""
+    """Say what is wrong, and then in a few lines what is to be known of a guard that runs."""
     for warning in (*guard.warnings, *mistyped_variables()):
         logger.warning("%s", warning)
     if not settings.upstream and (unused := unused_database_url(guard.upstream, guard.addresses)) is not None:
@@ -298,6 +310,8 @@ def _announce(guard: RunningGuard, settings: Settings) -> None:
     source = "" if settings.source is None else f"; settings are from {settings.source}"
     encryption = "" if guard.encryption is None else f", {guard.encryption}"
     logger.info("PostgreSQL is at %s%s%s", guard.upstream, encryption, source)
+    if guard.offered is not None:
+        logger.info("clients are offered TLS over TCP, with %s", guard.offered)
     logger.info("ready on %s", ", ".join(map(str, guard.addresses)))
 
 

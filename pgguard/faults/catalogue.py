@@ -208,8 +208,8 @@ SETTLED_ADVICE: Final = Advice(
 STRANGERS_ADVICE: Final = Advice(
     "Find out what connects to this port, and why",
     "pgguard closed the connection without an answer, as PostgreSQL would. A health check should connect and close, or "
-    "run pg_isready; a load balancer must not send the PROXY protocol; and a client that requires TLS must be set to "
-    "sslmode=disable or prefer.",
+    "run pg_isready; a load balancer must not send the PROXY protocol; and a client that requires TLS must be offered "
+    "it (--tls-cert), or set to sslmode=disable or prefer.",
     sources=(_ISREADY,),
 )
 """What to change about a protocol-violation before login that isn't PostgreSQL's protocol at all."""

@@ -3,7 +3,8 @@
 It comes from one state to the next as its sockets become ready, in the sweep's round and without a task of its own:
 
 =================  =================================================================================================
-heard              what it says is read, until it is known what it wants (:mod:`pgguard.proxy.greeting`)
+heard              what it says is read, until it is known what it wants (:mod:`pgguard.proxy.greeting`); if it may
+                   have TLS, and wants it, there is a handshake in between (:mod:`pgguard.proxy.transport`)
 in line            it waits for its turn to be let through to the server (:mod:`pgguard.proxy.gate`)
 being connected    the server is dialled (:mod:`pgguard.proxy.dialling`)
 introduced         the sweep has it
@@ -38,22 +39,25 @@ from pgguard.faults.text import named
 from pgguard.identity import Sender
 from pgguard.proxy.admission import too_many
 from pgguard.proxy.dialling import BACKLOG_PAUSE, Dial, Progress
-from pgguard.proxy.greeting import Conversation, Dismissal, Step, refusal
+from pgguard.proxy.greeting import Conversation, Dismissal, Encryption, Step, refusal
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.relay import FAILED
+from pgguard.proxy.transport import Handshake, HandshakeFailed
 from pgguard.proxy.upstream import UpstreamUnavailable, ask, introduce, relay_cancel
 from pgguard.session.tracker import Tracker
 from pgguard.wire.fields import build_error_response
-from pgguard.wire.startup import DECLINED, RECEIVE_BUFFER, PacketKind
+from pgguard.wire.startup import ACCEPTED, DECLINED, PROTOCOL, RECEIVE_BUFFER, PacketKind
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from pgguard.proxy.addresses import Address
     from pgguard.proxy.greeting import Greeting
     from pgguard.proxy.listeners import Listener
+    from pgguard.proxy.offer import Certificate
     from pgguard.proxy.reception import Reception
     from pgguard.proxy.session import ProxiedSession
+    from pgguard.proxy.transport import Tls
     from pgguard.session.verdicts import Verdict
 
 _UNAVAILABLE: Final = build_error_response("pgguard: could not connect to the server", sqlstate="08001")
@@ -65,8 +69,22 @@ _INTRODUCTION: Final = 0.25
 _TRACKED_MAJOR: Final = 3
 _IN: Final = select.EPOLLIN
 _OUT: Final = select.EPOLLOUT
+_TERMINATE: Final = b"X\0\0\0\x04"
 _REST: Final = 65536
 """Bytes that are read at once of what a client still says that is seen off."""
+
+_UNTRUSTED: Final = "it doesn't trust the certificate that it is shown: set its sslrootcert, or sslmode=require"
+_MEANINGS: Final = (
+    ("alert unknown ca", _UNTRUSTED),
+    ("alert bad certificate", _UNTRUSTED),
+    ("alert certificate unknown", _UNTRUSTED),
+    ("alert certificate expired", "the certificate that it is shown has expired"),
+    ("certificate verify failed", "its own certificate isn't from a CA in --tls-ca"),
+    ("unsupported protocol", "it doesn't know TLS 1.2 or later"),
+    ("wrong version number", "that was no TLS"),
+    ("http request", "that was HTTP"),
+)
+"""What OpenSSL's reasons mean where they don't say it; ``alert`` is what the client has said: ``sslerr.h``."""
 
 logger = logging.getLogger(__name__)
 
@@ -86,18 +104,24 @@ class Arrival:
     __slots__ = (
         "_awaits",
         "_dial",
+        "_encryption",
         "_errand",
         "_from",
         "_greeting",
+        "_handshake",
         "_heard",
         "_is_over",
         "_last_words",
         "_next",
+        "_offer",
         "_on_over",
         "_reception",
         "_response",
+        "_shown",
         "_sock",
         "_talk",
+        "_tls",
+        "_unsaid",
         "session",
     )
 
@@ -120,9 +144,21 @@ class Arrival:
         """The step to be taken when what it waits for has come about."""
         self._awaits = 0
         """The events of its socket that it waits for."""
-        self._talk = Conversation()
+        self._offer = reception.offer if session.transport == "tcp" else None
+        """The TLS that it can have."""
+        self._talk = Conversation(offers_tls=self._offer is not None)
         self._heard: list[tuple[int, Sender | None]] = []
         """Who has sent what was read last, in pieces."""
+        self._unsaid = b""
+        """What it is still to be told, before it is listened to again."""
+        self._encryption: Encryption
+        """How it has asked for TLS, if it has."""
+        self._handshake: Handshake | None = None
+        """While that goes on."""
+        self._tls: Tls | None = None
+        """What it speaks by, if it has TLS."""
+        self._shown: bytes | None = None
+        """The certificate that it has been shown, in DER."""
         self._greeting: Greeting
         """What it wants, once it has been heard."""
         self._dial: Dial | None = None
@@ -203,6 +239,11 @@ class Arrival:
         """Close its socket: nothing becomes of it. Nothing happens the second time."""
         if not self._is_over:
             self._end()
+            tls = self._tls
+            last = self._unsaid if tls is None else self._unsaid + tls.farewell()
+            if last:
+                with suppress(OSError):
+                    self._sock.send(last)
             self._sock.close()
             self._reception.forget(self, is_admitted=self._response is None)
             if self._on_over is not None:
@@ -226,7 +267,7 @@ class Arrival:
     def _hear(self) -> None:
         """Read what it says, and do as it wants when it is known what that is."""
         try:
-            chunk = self._receive()
+            chunk = self._take_in()
         except BlockingIOError:
             self._wait(_IN, self._hear)
             return
@@ -237,12 +278,21 @@ class Arrival:
             return
         if not chunk:
             self._part(has_read_all=_has_read_all(self._sock))
-            return
+        elif self._handshake is not None:
+            self._go_on_with_handshake(self._handshake, _pieces(chunk, self._heard))
+        elif self._tls is not None:
+            self._decrypt(self._tls, _pieces(chunk, self._heard))
+        else:
+            self._understand(chunk)
+
+    def _understand(self, chunk: bytes) -> None:
+        """Take in what it has said."""
         outcome = self._talk.hear(chunk, self._heard[0][1])
         if isinstance(outcome, Step):
-            if outcome is Step.DECLINE:
-                self._sock.send(DECLINED)
-            self._wait(_IN, self._hear)
+            self._reply(DECLINED if outcome is Step.DECLINE else b"")
+        elif isinstance(outcome, Encryption):
+            if self._offer is not None:
+                self._begin_handshake(outcome, self._offer.certificate)
         elif isinstance(outcome, Dismissal):
             self._dismiss(outcome)
         else:
@@ -254,7 +304,78 @@ class Arrival:
             else:
                 self._take_time(partial(self._rule, outcome.verdict, self._oblige))
 
-    def _receive(self) -> bytes:
+    def _reply(self, words: bytes) -> None:
+        """Tell it something, if there is anything, and listen to what it says then."""
+        self._unsaid += words if self._tls is None or not words else self._tls.seal(words)
+        self._speak()
+
+    def _speak(self) -> None:
+        if self._unsaid:
+            with suppress(BlockingIOError):
+                self._unsaid = self._unsaid[self._sock.send(self._unsaid) :]
+        self._wait(*((_OUT, self._speak) if self._unsaid else (_IN, self._hear)))
+
+    # TLS
+
+    def _begin_handshake(self, encryption: Encryption, certificate: Certificate) -> None:
+        """It goes on with a handshake, in which it is shown a certificate."""
+        answer = b"" if encryption.request is None else ACCEPTED
+        before = self._talk.declined * len(DECLINED) + len(answer)
+        self._encryption = encryption
+        self._shown = certificate.der
+        self._unsaid = answer
+        self._handshake = Handshake(certificate.context, server_side=True, before=before)
+        self._go_on_with_handshake(self._handshake, _pieces(encryption.begun, self._heard))
+
+    def _go_on_with_handshake(self, handshake: Handshake, pieces: list[tuple[bytes, Sender | None]]) -> None:
+        """Go on with the handshake by what has come, in pieces of one sender each."""
+        behind: list[tuple[bytes, Sender | None]] = []
+        for raw, sender in pieces:
+            if handshake.is_done:
+                behind.append((raw, sender))
+                continue
+            try:
+                self._unsaid += handshake.hear(raw, sender)
+            except HandshakeFailed as error:
+                if raw.startswith(_TERMINATE):
+                    self.leave()  # it has changed its mind, as a health check that has seen that there is somebody
+                else:
+                    self._refuse_tls(error)
+                return
+        if not handshake.is_done:
+            self._speak()
+            return
+        self._handshake = None
+        self._tls = tls = handshake.tls
+        self.session.is_encrypted = True
+        if self._encryption.request is None and tls.ssl_object.selected_alpn_protocol() != PROTOCOL:
+            self._dismiss(self._encryption.without_protocol)
+        else:
+            self._decrypt(tls, behind or [(b"", None)])
+
+    def _refuse_tls(self, error: HandshakeFailed) -> None:
+        """There is no TLS, and nothing else."""
+        client, why = _client_of(self.session), _explained(str(error))
+        logger.warning("session %d: no TLS with %s: %s", self.session.id, client, why)
+        failed = self._encryption.failed
+        if failed.verdict is None:
+            self._see_off(error.words)
+        else:
+            self._take_time(partial(self._rule, failed.verdict, partial(self._see_off, error.words)))
+
+    def _decrypt(self, tls: Tls, pieces: list[tuple[bytes, Sender | None]]) -> None:
+        """Take in what it has said by TLS."""
+        said = [(tls.open(raw, sender), sender) for raw, sender in pieces]
+        self._unsaid += tls.words()
+        self._heard = [(len(data), sender) for data, sender in said if data]
+        if self._heard:
+            self._understand(b"".join(data for data, _ in said))
+        elif tls.is_over:
+            self._part(has_read_all=True)
+        else:
+            self._speak()
+
+    def _take_in(self) -> bytes:
         """What comes next; no bytes: the client has closed. Raises OSError."""
         session = self.session
         if session.has_credentials:
@@ -303,8 +424,10 @@ class Arrival:
         reception, packet = self._reception, self._greeting.packet
         if packet.kind is PacketKind.CANCEL_REQUEST:
             self._take_time(self._pass_cancel_on)
+        elif packet.encrypts and (self._response is not None or self._talk.is_encrypted):
+            self._see_off(refusal(self._greeting))
         elif self._response is not None:
-            self._see_off(refusal(self._greeting) if packet.encrypts else self._response)
+            self._see_off(self._response)
         elif not packet.encrypts and reception.wants_to_look(self.session):
             self._take_time(self._be_looked_at)
         else:
@@ -341,16 +464,16 @@ class Arrival:
 
     def _line_up(self) -> None:
         """Wait for its turn to be let through to the server."""
-        self._next = self._connect
+        self._next = self._be_connected
         if self._reception.gate.ask(self.session.id, self._come_in):
-            self._connect()
+            self._be_connected()
 
     def _come_in(self) -> None:
         self._reception.lobby.in_turn(self.go_on)
 
     # Being connected
 
-    def _connect(self) -> None:
+    def _be_connected(self) -> None:
         reception = self._reception
         if self._greeting.packet.encrypts or not reception.is_direct or reception.loops.found is not None:
             self._take_time(self._connect_at_leisure)
@@ -420,7 +543,7 @@ class Arrival:
         reception, session, greeting = self._reception, self.session, self._greeting
         session.upstream = address
         packet = greeting.packet
-        if not greeting.before:
+        if not greeting.before and self._tls is None:
             reception.declined.arrived_plain(session)
         major, minor = packet.version
         untracked = (
@@ -437,9 +560,15 @@ class Arrival:
             note(Loss.TRACKING, session)
             untracked = FAILED
         session.settings = parameters
-        session.connect(self._sock, dial.sock, tracker, sender=greeting.sender, server_tls=dial.tls)
+        session.connect(
+            self._sock, dial.sock, tracker, sender=greeting.sender, client_tls=self._tls, server_tls=dial.tls
+        )
+        if self._unsaid:
+            session.client.append_raw(self._unsaid)
+        with spared(Loss.TRACKING, session):
+            session.see_login(self._shown)
         if greeting.behind:
-            session.client.pieces = deque(_last(greeting.behind, self._heard))
+            session.client.pieces = deque(_pieces(greeting.behind, self._heard))
         session.preamble = len(greeting.before) * len(DECLINED)
         reception.lobby.unwatch(dial.sock.fileno())
         reception.lobby.lift(dial)
@@ -453,7 +582,9 @@ class Arrival:
         """Tell it the last that it gets, and give it a moment to read it and to close."""
         self._hang_up()
         self._reception.gate.leave(self.session.id)
-        self._last_words = words
+        tls = self._tls
+        self._last_words = self._unsaid + (words if tls is None else tls.seal(words) + tls.farewell())
+        self._unsaid = b""
         self._reception.lobby.give(self, _FAREWELL, self.leave)
         self._tell()
 
@@ -473,14 +604,16 @@ class Arrival:
                 self.leave()
 
 
-def _last(behind: bytes, heard: list[tuple[int, Sender | None]]) -> Iterator[tuple[bytes, Sender | None]]:
+def _pieces(behind: bytes, heard: list[tuple[int, Sender | None]]) -> list[tuple[bytes, Sender | None]]:
     """What stands at the end of what was heard, in pieces of one sender each."""
+    pieces = []
     begin = len(behind) - sum(size for size, _ in heard)
     for size, sender in heard:
         end = begin + size
         if end > 0:
-            yield behind[max(0, begin) : end], sender
+            pieces.append((behind[max(0, begin) : end], sender))
         begin = end
+    return pieces
 
 
 def _has_read_all(sock: socket.socket) -> bool:
@@ -512,3 +645,9 @@ def _unavailable(error: UpstreamUnavailable) -> bytes:
         return too_many(str(error), error.hint)
     text = f"pgguard: could not connect to the server: {error}"
     return build_error_response(text, sqlstate="08001", hint=error.hint)
+
+
+def _explained(reason: str) -> str:
+    """Why a client has no TLS, in OpenSSL's words, and what these mean."""
+    meaning = next((meaning for words, meaning in _MEANINGS if words in reason), None)
+    return reason if meaning is None else f"{reason} ({meaning})"

@@ -30,10 +30,13 @@ _AT_ONCE: Final = 16
 _CAUSES: Final = 64
 """Programs and hosts of which it is said."""
 _WANTED: Final[Mapping[PacketKind, tuple[str, str]]] = {
-    PacketKind.SSL_REQUEST: ("TLS", "sslmode=prefer or sslmode=disable"),
-    PacketKind.GSSENC_REQUEST: ("GSSAPI encryption", "gssencmode=disable"),
+    PacketKind.SSL_REQUEST: (
+        "TLS",
+        "set sslmode=prefer or sslmode=disable in the client, or offer it TLS over TCP (--tls-cert)",
+    ),
+    PacketKind.GSSENC_REQUEST: ("GSSAPI encryption", "set gssencmode=disable in the client"),
 }
-"""What each request asks for, and what to set in a client so that it doesn't insist."""
+"""What each request asks for, and what to do so that its client doesn't insist."""
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ class DeclinedClients:
         with spared(Loss.STEP, session):
             self._say(left, *_WANTED[wanted])
 
-    def _say(self, left: _Left, what: str, setting: str) -> None:
+    def _say(self, left: _Left, what: str, remedy: str) -> None:
         session = left.session
         cause = _cause(session)
         if cause in self._told or len(left.plain) > _AT_ONCE:
@@ -85,12 +88,11 @@ class DeclinedClients:
             return
         self._told.add(cause)
         logger.warning(
-            "session %d: %s asked for %s, and hung up when told that pgguard doesn't offer it yet: "
-            "set %s in the client",
+            "session %d: %s asked for %s, and hung up when told that there is none: %s",
             session.id,
             _who(session),
             what,
-            setting,
+            remedy,
         )
 
 

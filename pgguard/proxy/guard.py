@@ -83,6 +83,7 @@ class Guard:
         self._settings = settings
         self._upstream = settings.server()
         self._addresses = settings.addresses()
+        self._offer = settings.tls()
         self._listeners: list[Listener] = []
         self._witness = witness
         self._sessions: dict[int, ProxiedSession] = {}
@@ -124,6 +125,7 @@ class Guard:
             seconds=settings.startup_timeout,
             over=self._forget,
         )
+        self._reception.offer_tls(self._offer)
         self._admission = Admission(evidence=witness is not None, extras=lambda: self._sweep.alarms)
         self._door = Door(self._admission, make_room=self._sweep.make_room, reception=self._reception)
 
@@ -131,6 +133,11 @@ class Guard:
     def upstream(self) -> Upstream:
         """Where PostgreSQL is."""
         return self._upstream
+
+    @property
+    def offered(self) -> str | None:
+        """The certificate that clients are shown, for people; ``None``: they are offered no TLS."""
+        return None if self._offer is None else self._offer.certificate.said
 
     @property
     def sessions(self) -> int:
@@ -279,6 +286,20 @@ class Guard:
         self._reception.limit(settings.startup_timeout)
         self._watch.limit_idleness(settings.idle_in_transaction)
         self._unread.limit(settings.unread_answer)
+
+    async def renew_certificate(self) -> str | None:
+        """Read the certificate again that clients are shown, for those that come from now on.
+
+        Returns:
+            What it is now, for people, if it is another one.
+
+        Raises:
+            ConfigurationError: it can't be shown; the one before goes on to be.
+        """
+        if self._offer is None:
+            return None
+        found = await trio.to_thread.run_sync(self._offer.read_again, abandon_on_cancel=True)
+        return found.said if found is not None and self._offer.show(found) else None
 
     def stop(self) -> None:
         """Accept nobody any more, and end when the sessions are done, or after the settings' ``shutdown_timeout``.

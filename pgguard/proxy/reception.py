@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.judge import Judge
     from pgguard.proxy.listeners import Listener, Peer
     from pgguard.proxy.loops import LoopWatch
+    from pgguard.proxy.offer import Offer
     from pgguard.proxy.openers import OpenerStacks
     from pgguard.proxy.roster import Roster
     from pgguard.proxy.session import ProxiedSession
@@ -68,6 +69,8 @@ class Reception:
         over: Callable[[ProxiedSession], None],
     ) -> None:
         self.upstream = upstream
+        self.offer: Offer | None = None
+        """The TLS that clients are offered over TCP; ``None`` for none."""
         self.is_direct = len(upstream.addresses) == 1 and is_direct(upstream.addresses[0])
         """The server has one address, and nothing has to be looked up to connect to it."""
         self.roster = roster
@@ -86,6 +89,10 @@ class Reception:
         self._over = over
         self._is_ending = False
         self._arrivals: set[Arrival] = set()
+
+    def offer_tls(self, offer: Offer | None) -> None:
+        """Offer clients that come from now on TLS over TCP; ``None``: none."""
+        self.offer = offer
 
     def limit(self, seconds: float) -> None:
         """Give those who come from now on so many seconds to say who they are."""

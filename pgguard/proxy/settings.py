@@ -18,13 +18,15 @@ from pgguard.faults.catalogue import kind_hint
 from pgguard.faults.policy import KindAction, Mode, Policy, PolicyError
 from pgguard.faults.sql import SqlMode
 from pgguard.faults.text import nearest, shorten
-from pgguard.proxy.addresses import Address, Upstream, parse_listen, parse_upstream
+from pgguard.proxy.addresses import Address, TcpAddress, Upstream, parse_listen, parse_upstream
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.secrets.text import may_hold_a_password, redact
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from pgguard.proxy.offer import Offer
 
 DEFAULT_CONFIG: Final = Path("pgguard.toml")
 DEFAULT_LISTEN: Final = "127.0.0.1:6544"
@@ -63,6 +65,11 @@ class Settings(BaseModel):
     upstream: str = ""
     """A libpq connection string; empty: what libpq's own variables say."""
     listen: Annotated[list[str], Field(min_length=1)] = [DEFAULT_LISTEN]
+    tls_cert: str = ""
+    """The certificate that clients are shown, or ``self-signed``; empty: they are offered no TLS."""
+    tls_key: Path | None = None
+    tls_ca: Path | None = None
+    """The CAs that clients' certificates are to be from; ``None``: they are asked for none."""
     mode: Mode = Mode.LOG
     faults: Path | None = None
     attribution: Attribution = "auto"
@@ -125,6 +132,37 @@ class Settings(BaseModel):
     def server(self) -> Upstream:
         """Where PostgreSQL is."""
         return parse_upstream(self.upstream)
+
+    def tls(self) -> Offer | None:
+        """The TLS that clients are offered, from the files that there are now; ``None`` for none."""
+        if not self.tls_cert:
+            for option, path in (("--tls-key", self.tls_key), ("--tls-ca", self.tls_ca)):
+                if path is not None:
+                    raise ConfigurationError(
+                        f"{option} {path}: --tls-cert is missing: name the certificate's file, too"
+                    )
+            return None
+        if self.tls_remark is not None:
+            return None
+        # What it takes to read certificates takes longer to import than all else here.
+        from pgguard.proxy.offer import SELF_SIGNED, Files, Offer  # noqa: PLC0415
+
+        if self.tls_cert == SELF_SIGNED:
+            if self.tls_key is not None:
+                raise ConfigurationError(f"--tls-key {self.tls_key}: --tls-cert self-signed makes a key: leave it out")
+            return Offer(None, self.tls_ca)
+        if self.tls_key is None:
+            raise ConfigurationError(
+                f"--tls-cert {self.tls_cert}: --tls-key is missing: name the file with the certificate's private key"
+            )
+        return Offer(Files(Path(self.tls_cert), self.tls_key), self.tls_ca)
+
+    @property
+    def tls_remark(self) -> str | None:
+        """Why clients are offered no TLS although there is a certificate: a sentence for the log, without its stop."""
+        if not self.tls_cert or any(isinstance(address, TcpAddress) for address in self.addresses()):
+            return None
+        return "--tls-cert is not used: as in PostgreSQL, TLS is for TCP, and pgguard listens on Unix sockets alone"
 
     def account(self) -> Account | None:
         """The ordinary user to change to; ``None`` for none."""

@@ -72,7 +72,7 @@ class Failure(NamedTuple):
     """Who else has sent the beginning of it, if somebody has."""
 
 
-class HandshakeFailed(Exception):
+class HandshakeFailed(OSError):
     """There will be no TLS on a connection; the message says why.
 
     Args:

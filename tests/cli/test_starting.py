@@ -252,7 +252,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def said_of_tls(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [message for message in caplog.messages if "pgguard doesn't offer it yet" in message]
+    return [message for message in caplog.messages if "hung up when told that there is none" in message]
 
 
 async def ask(port: int, *requests: bytes) -> Client:
@@ -279,9 +279,10 @@ async def test_a_client_that_leaves_as_there_is_no_tls_is_told_of_once(
     [said] = said_of_tls(caplog)
     what = "TLS" if SSL_REQUEST in requests else "GSSAPI encryption"
     setting = "sslmode=prefer or sslmode=disable" if what == "TLS" else "gssencmode=disable"
+    besides = r", or offer it TLS over TCP \(--tls-cert\)" if what == "TLS" else ""
     assert re.fullmatch(
-        rf"session \d: 127\.0\.0\.1:\d+ asked for {what}, and hung up when told that pgguard doesn't offer it yet: "
-        rf"set {setting} in the client",
+        rf"session \d: 127\.0\.0\.1:\d+ asked for {what}, and hung up when told that there is none: "
+        rf"set {setting} in the client{besides}",
         said,
     )
 
@@ -328,7 +329,7 @@ async def test_a_real_client_that_insists(tmp_path: Path) -> None:
         with pytest.raises(psycopg.OperationalError, match="does not support SSL"):
             psycopg.connect(host="127.0.0.1", port=guard.port, sslmode="require")
         guard.wait_for(
-            rf"(session 1: pid {os.getpid()} \(.+\) asked for TLS, and hung up when told that pgguard doesn't offer it "
-            r"yet: set sslmode=prefer )"
+            rf"(session 1: pid {os.getpid()} \(.+\) asked for TLS, and hung up when told that there is none: "
+            r"set sslmode=prefer )"
         )
         end(guard)

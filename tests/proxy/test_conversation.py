@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from pgguard.identity import Sender
-from pgguard.proxy.greeting import Conversation, Dismissal, Greeting, Step
+from pgguard.proxy.greeting import Conversation, Dismissal, Encryption, Greeting, Step
 from pgguard.wire.startup import PacketKind
 from tests.proxy.messages import GSSENC_REQUEST, SSL_REQUEST, TERMINATE, cancel_request, message, query, startup
 
@@ -17,9 +17,9 @@ NO_DIRECT_TLS = "but this port offers no TLS: connect with sslmode=disable or pr
 TOLD = "although it had been told that there is no TLS"
 
 
-def outcome(*said: bytes | None) -> list[str]:
+def outcome(*said: bytes | None, tls: bool = False) -> list[str]:
     """What came of each chunk, in a word; ``None``: the client closes, and has read everything."""
-    conversation = Conversation()
+    conversation = Conversation(offers_tls=tls)
     found = []
     for chunk in said:
         what = conversation.end(has_read_all=True) if chunk is None else conversation.hear(chunk, PID)
@@ -29,6 +29,10 @@ def outcome(*said: bytes | None) -> list[str]:
             reason = "" if what.verdict is None else f": {what.verdict.reason}"
             insists = "" if what.insists_on is None else f" insists on {what.insists_on.value}"
             found.append(f"dismissed{insists}{reason}")
+        elif isinstance(what, Encryption):
+            assert conversation.is_encrypted
+            begun = f" + {len(what.begun)}" if what.begun else ""
+            found.append(f"{'TLS' if what.request is None else what.request.kind.value}{begun}")
         else:
             reason = "" if what.verdict is None else f": {what.verdict.reason}"
             behind = f" + {len(what.behind)}" if what.behind else ""
@@ -80,6 +84,64 @@ def outcome(*said: bytes | None) -> list[str]:
 )  # fmt: skip
 def test_what_comes_of_it(said: list[bytes | None], expected: list[str]) -> None:
     assert outcome(*said) == expected
+
+
+_BY_TLS = "although it has TLS"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ([startup()], ["StartupMessage after 0"]),
+        ([SSL_REQUEST, startup()], ["SSLRequest", "StartupMessage after 0"]),
+        ([SSL_REQUEST[:7], SSL_REQUEST[7:], startup()], ["LISTEN", "SSLRequest", "StartupMessage after 0"]),
+        ([GSSENC_REQUEST, SSL_REQUEST, startup()], ["DECLINE", "SSLRequest", "StartupMessage after 1"]),
+        ([SSL_REQUEST + b"xyz"], ["SSLRequest + 3"]),
+        ([GSSENC_REQUEST + b"xyz"],
+         ["GSSENCRequest after 0 + 3: the client sent GSSENCRequest and 3 bytes more without waiting for the answer"]),
+        ([SSL_REQUEST, SSL_REQUEST],
+         ["SSLRequest", f"SSLRequest after 0: the client sent SSLRequest {_BY_TLS}"]),
+        ([SSL_REQUEST, GSSENC_REQUEST],
+         ["SSLRequest", f"GSSENCRequest after 0: the client sent GSSENCRequest {_BY_TLS}"]),
+        ([SSL_REQUEST, cancel_request(1, b"key!")], ["SSLRequest", "CancelRequest after 0"]),
+        ([SSL_REQUEST, None], ["SSLRequest", "dismissed"]),
+        ([GSSENC_REQUEST, SSL_REQUEST, None], ["DECLINE", "SSLRequest", "dismissed"]),
+        ([GSSENC_REQUEST, None], ["DECLINE", "dismissed insists on GSSENCRequest"]),
+        ([SSL_REQUEST, b"\x16\3\1\0\xff"],
+         ["SSLRequest", "dismissed: the connection went on with a TLS hello, although it has TLS"]),
+        ([SSL_REQUEST, b"GET / HTTP/1.1\r\n\r\n"],
+         ["SSLRequest", "dismissed: the connection went on with HTTP, not with PostgreSQL's startup packet"]),
+        ([b"\x16"], ["TLS + 1"]),
+        ([b"\x16\3\1\0\xff", startup()], ["TLS + 5", "StartupMessage after 0"]),
+        ([b"\x16\3\1", SSL_REQUEST, GSSENC_REQUEST, startup()],
+         ["TLS + 3", "DECLINE", "DECLINE", "StartupMessage after 2"]),
+        ([b"\x16\3\1", SSL_REQUEST, SSL_REQUEST],
+         ["TLS + 3", "DECLINE", "SSLRequest after 1: the client sent SSLRequest a second time"]),
+        ([GSSENC_REQUEST, b"\x16\3\1\0\xff"],
+         ["DECLINE", f"dismissed: the connection went on with a TLS hello, {TOLD}"]),
+        ([b"\0\0\0\7\0\0\0"],
+         ["dismissed: the connection began with the bytes 00 00 00 07, not with PostgreSQL's startup packet"]),
+    ],
+)  # fmt: skip
+def test_what_comes_of_it_where_there_is_tls(said: list[bytes | None], expected: list[str]) -> None:
+    """What comes out of the handshake is what is said next."""
+    assert outcome(*said, tls=True) == expected
+
+
+def test_what_comes_of_a_handshake_that_is_none() -> None:
+    stuffed = Conversation(offers_tls=True).hear(SSL_REQUEST + startup(), PID)
+    assert isinstance(stuffed, Encryption)
+    assert stuffed.failed.verdict is not None
+    assert stuffed.failed.verdict.intruder == PID
+    assert stuffed.failed.verdict.reason.endswith(f" and {len(startup())} bytes more without waiting for the answer")
+    waited = Conversation(offers_tls=True).hear(SSL_REQUEST, PID)
+    assert isinstance(waited, Encryption)
+    assert waited.failed.verdict is None
+    direct = Conversation(offers_tls=True).hear(b"\x16\3\1\0\xff", PID)
+    assert isinstance(direct, Encryption)
+    assert direct.failed.verdict is None
+    assert direct.without_protocol.verdict is not None
+    assert "ALPN" in direct.without_protocol.verdict.reason
 
 
 @pytest.mark.parametrize("said", [startup(user="someone", x="y"), cancel_request(1, bytes(range(256)))])

@@ -54,6 +54,8 @@ from tests.proxy.messages import (
     query,
     startup,
 )
+from tests.proxy.test_scram import EDITED, OFFER, UNBOUND
+from tests.proxy.tls_client import connect_tls
 from tests.proxy.tls_peers import Peer as TlsPeer
 from tests.servers import Address, Server, installations, not_installed, running_server
 
@@ -458,7 +460,7 @@ class Encrypted:
         await self.client_hears(ANSWER)
 
 
-async def encrypted(stage: Stage) -> Encrypted:
+async def encrypted(stage: Stage, *, logs_in: bool = True) -> Encrypted:
     theirs, servers = TlsPeer(server_side=False), TlsPeer(server_side=True)
     connect = ProxiedSession.connect
 
@@ -473,10 +475,45 @@ async def encrypted(stage: Stage) -> Encrypted:
         assert isinstance(client, NamedClient)
         session = Encrypted(stage, client, server, theirs, servers)
         await session.server_hears(startup())
+    if logs_in:
+        await session.server_sends(LOGGED_IN)
+        await session.client_hears(LOGGED_IN)
+        await session.converse()
+    return session
+
+
+@play(probe=True)
+async def by_scram_with_tls(stage: Stage) -> None:
+    """What is edited of a login comes in pieces."""
+    session = await encrypted(stage, logs_in=False)
+    await session.server_sends(OFFER[:7])
+    await session.server_sends(OFFER[7:])
+    await session.client_hears(EDITED)
+    await session.client.send(session.theirs.say(UNBOUND[:3]))
+    await session.client.send(session.theirs.say(UNBOUND[3:]))
+    await session.server_hears(UNBOUND)
     await session.server_sends(LOGGED_IN)
     await session.client_hears(LOGGED_IN)
     await session.converse()
-    return session
+    other = await encrypted(stage, logs_in=False)
+    await other.server_sends(OFFER[:7])
+    await other.server.close()
+    await other.client_hears(OFFER[:7])
+
+
+@play(tls_cert="self-signed")
+async def arriving_with_tls(stage: Stage) -> None:
+    client, _ = await connect_tls(stage.house)
+    await client.send(startup())
+    server = await stage.house.backend.accept()
+    await server.log_in()
+    await stage.hears(client, LOGGED_IN)
+    await stage.converse(client, server)
+    plain = await stage.house.connect()
+    await plain.send(SSL_REQUEST + startup())
+    await stage.hears(plain, b"S")
+    await stage.ends(plain)
+    await stage.recorded("protocol-violation")
 
 
 @play(probe=True)
@@ -1000,15 +1037,17 @@ def attempt(
 
 STARTS: Final = {
     "proxy.addresses",
+    "proxy.certificates",
     "proxy.conninfo",
     "proxy.settings",
     "proxy.listeners",
+    "proxy.offer",
     "proxy.shortcut",
 }
 """What is done before there is a session, where an exception is to end the guard: with a message."""
 STARTING: Final = {"__init__", "listen", "use_probe", "find_loop"}
 """The functions of others that are called then alone."""
-ASKING: Final = {"reload", "follow", "_actions", "remarks"}
+ASKING: Final = {"reload", "follow", "_actions", "remarks", "renew_certificate"}
 """Those that the command line calls, and protects itself from: on SIGHUP, where nothing is changed then, and in the
 end."""
 
