@@ -1,0 +1,123 @@
+"""What TLS tells of the end of a client's stream: who is named, and what is none of anybody's doing."""
+
+from __future__ import annotations
+
+import pytest
+
+from pgguard.identity import Sender
+from pgguard.proxy.corruption import last_words, mixture
+from pgguard.proxy.session import ProxiedSession
+from pgguard.proxy.transport import Failure, Tls
+from pgguard.session.tracker import Tracker
+from pgguard.session.verdicts import Kind, Verdict
+from tests.proxy.messages import ANSWER, LOGGED_IN, TERMINATE, query
+from tests.proxy.test_relay_alone import FakeSocket
+from tests.proxy.tls_peers import Peer
+
+PARENT, CHILD = Sender(1, 1), Sender(2, 2)
+OTHER_THREAD = Sender(1, 5)
+
+
+def session_of(*senders: Sender | None, tracked: bool = True) -> ProxiedSession:
+    """A session on which these have asked something, one after the other; the first one has opened it."""
+    session = ProxiedSession(1, transport="tcp", client_name="here:1", client_socket=None, opened_at=0.0)
+    tracker = Tracker({"user": "u"}, senders[0]) if tracked else None
+    session.connect(FakeSocket(1), FakeSocket(2), tracker, sender=senders[0], client_tls=Peer(server_side=False).tls)
+    if tracker is not None:
+        follow(tracker.backend(LOGGED_IN, 0, len(LOGGED_IN)))
+        for sender in senders:
+            data = query("select 1")
+            at = tracker.frontend(data, 0, len(data), sender, 0.0)
+            if tracker.verdict is not None:
+                tracker.overrule()
+                tracker.frontend(data, at, len(data), sender, 0.0)
+            follow(tracker.backend(ANSWER, 0, len(ANSWER)))
+    return session
+
+
+def follow(_: int) -> None:
+    """What has been followed needn't be looked at."""
+
+
+def words_of(session: ProxiedSession, failure: Failure) -> list[Verdict]:
+    tls = session.client.tls
+    assert tls is not None
+    tls.failure = failure
+    return last_words(session, tls)
+
+
+def broken(sender: Sender | None, begun_by: Sender | None = None, *, told: str = "") -> Failure:
+    reason = f"sslv3 alert {told}" if told else "decryption failed or bad record mac"
+    return Failure(reason, bool(told), 40, sender, begun_by)
+
+
+@pytest.mark.parametrize(
+    ("before", "failure", "intruder", "requesters"),
+    [
+        pytest.param([PARENT], broken(CHILD), CHILD, (PARENT,), id="the other's record"),
+        pytest.param([PARENT, CHILD], broken(PARENT), PARENT, (CHILD,), id="the opener's own, after the other's"),
+        pytest.param([PARENT], broken(CHILD, PARENT), CHILD, (PARENT,), id="one of both"),
+        pytest.param([PARENT], broken(PARENT), PARENT, (), id="of one alone"),
+        pytest.param([PARENT], broken(OTHER_THREAD), OTHER_THREAD, (PARENT,), id="of another thread"),
+        pytest.param([None], broken(None), None, (), id="nobody is named"),
+        pytest.param([PARENT], broken(CHILD, told="bad record mac"), PARENT, (CHILD,), id="who has found it is not it"),
+        pytest.param([PARENT], broken(PARENT, told="bad record mac"), None, (PARENT,), id="who else is not known"),
+    ],
+)
+def test_who_has_used_one_tls_session(
+    before: list[Sender | None], failure: Failure, intruder: Sender | None, requesters: tuple[Sender, ...]
+) -> None:
+    [verdict] = words_of(session_of(*before), failure)
+    assert verdict.kind is Kind.TLS_CORRUPTION
+    assert (verdict.intruder, verdict.requesters) == (intruder, requesters)
+    assert verdict.ends
+    assert verdict.message is not None
+    assert verdict.message.size == 40
+
+
+@pytest.mark.parametrize("told", ["unknown ca", "certificate expired", "internal error"])
+def test_other_alerts_say_nothing_of_who_uses_it(told: str) -> None:
+    assert words_of(session_of(PARENT), broken(CHILD, told=told)) == []
+
+
+def test_of_a_session_that_is_not_followed_it_is_said_as_well() -> None:
+    [verdict] = words_of(session_of(PARENT, tracked=False), broken(CHILD, PARENT))
+    assert (verdict.intruder, verdict.requesters) == (CHILD, (PARENT,))
+    assert mixture(session_of(PARENT, tracked=False), PARENT, CHILD).requesters == (PARENT,)
+
+
+@pytest.mark.parametrize(
+    ("by", "terminated", "foreign"),
+    [
+        pytest.param(CHILD, False, True, id="another one ends TLS"),
+        pytest.param(PARENT, False, False, id="who has opened it does"),
+        pytest.param(None, False, False, id="nobody knows who"),
+        pytest.param(CHILD, True, False, id="it is over, and that was judged"),
+    ],
+)
+def test_who_ends_tls_ends_the_session(by: Sender | None, terminated: bool, foreign: bool) -> None:
+    session = session_of(PARENT)
+    tls, tracker = session.client.tls, session.tracker
+    assert isinstance(tls, Tls)
+    assert tracker is not None
+    if terminated:
+        tracker.frontend(TERMINATE, 0, len(TERMINATE), PARENT, 0.0)
+    tls.is_closed, tls.closed_by = True, by
+    verdicts = last_words(session, tls)
+    assert [verdict.kind for verdict in verdicts] == [Kind.FOREIGN_TERMINATE] * foreign
+    assert all(verdict.intruder == by and verdict.ends for verdict in verdicts)
+
+
+def test_what_comes_late_and_can_not_be_read_is_judged_by_who_has_sent_it() -> None:
+    session = session_of(PARENT)
+    tracker = session.tracker
+    assert tracker is not None
+    tracker.frontend(TERMINATE, 0, len(TERMINATE), PARENT, 0.0)
+    [record] = [verdict.message for verdict in words_of(session, broken(CHILD))]
+    assert record is not None
+    assert tracker.judge_late(record, PARENT) is None
+    assert tracker.judge_late(record, None) is None
+    verdict = tracker.judge_late(record, CHILD)
+    assert verdict is not None
+    assert (verdict.kind, verdict.intruder, verdict.requesters) == (Kind.SHARED_BY_PROCESSES, CHILD, (PARENT,))
+    assert tracker.judge_late(record, CHILD) is None, "once is enough"
