@@ -156,10 +156,11 @@ class Login:
         if fields.get("C") != _REFUSED:
             return message
         return build_error_response(
-            "pgguard: the client can't bind its login to the TLS channel, as pgguard stands between it and the server: "
+            "pgguard: the client can't bind its login to the server's TLS channel, as pgguard stands between them: "
             "set channel_binding=disable in the client",
             sqlstate=_REFUSED,
-            detail=f"The client and the server have TLS, but not with each other. The server refused the login: "
+            detail="The client could bind its channel, and so could the server, but theirs isn't one. The server "
+            "refused the login: "
             f"{fields.get('M', '')[:_SHOWN]}",
             hint="Set channel_binding=disable (pgjdbc: channelBinding=disable; node-postgres: enableChannelBinding: "
             "false). Or have pgguard show its clients the server's own certificate (--tls-cert, --tls-key), so that "

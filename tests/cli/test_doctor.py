@@ -407,3 +407,19 @@ def test_insisting_on_what_proc_gives_is_part_of_insisting_on_the_probe(monkeypa
     monkeypatch.setattr(running, "check", lambda **_: (PROC, SENDERS, NO_TCP))
     with pytest.raises(ConfigurationError, match=re.escape("--attribution ebpf: sock_diag for TCP: no such family")):
         running._missing_capabilities(Settings(attribution="ebpf"))
+
+
+def test_what_tls_clients_are_offered(tmp_path: Path) -> None:
+    variables = {"PGGUARD_UPSTREAM": "host=127.0.0.1 port=1"}
+    assert "TLS for clients" not in run("doctor", cwd=tmp_path, variables=variables).stdout
+    variables |= {"PGGUARD_TLS_CERT": "self-signed"}
+    said = json.loads(run("doctor", "--json", cwd=tmp_path, variables=variables).stdout)
+    [offered] = [one for one in said if one["name"] == "TLS for clients"]
+    assert offered["available"] is True
+    assert offered["purpose"].endswith(", with a certificate of pgguard's own (self-signed)")
+    variables |= {"PGGUARD_TLS_CERT": "nowhere.pem", "PGGUARD_TLS_KEY": "nowhere.key"}
+    said = json.loads(run("doctor", "--json", cwd=tmp_path, variables=variables).stdout)
+    [offered] = [one for one in said if one["name"] == "TLS for clients"]
+    assert (offered["available"], offered["essential"]) == (False, False)
+    assert "nowhere.pem" in offered["problem"]
+    assert offered["remedy"]
