@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+import trio
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -19,13 +21,17 @@ from pgguard.cli.progress import progress
 from pgguard.cli.statuses import DONE, MISSING
 from pgguard.compiled import Form, form
 from pgguard.faults.text import printable
-from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.errors import ConfigurationError, Problem, UnfitServerError
+from pgguard.proxy.remedies import hints
 from pgguard.proxy.settings import load_settings
 from pgguard.proxy.shortcut import advice_on, shortcut
+from pgguard.proxy.upstream import dial_to
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pgguard.proxy.addresses import Address, Upstream
+    from pgguard.proxy.dialling import Dial
 
 _RIGHTS: Final = (
     f"To see other users' processes the guard needs {names(LOOKING)}. To look into other network namespaces it also "
@@ -34,6 +40,8 @@ _RIGHTS: Final = (
     "started as root gives up every other capability, except CAP_DAC_OVERRIDE if the server's Unix socket requires it. "
     "With --user NAME it also becomes an ordinary user."
 )
+_PATIENCE: Final = 2.0
+"""Seconds for the server to say which TLS it gives."""
 _WIDTH: Final = 100
 """Columns at most: longer lines are hard to read."""
 
@@ -44,7 +52,7 @@ def doctor(*, as_json: bool) -> int:
     That is 0 if everything essential is available, else 1. Takes a second at most, unless something hangs.
     """
     with unwinding(), progress("Checking what this host allows"):
-        capabilities = [*check(), _compiled_code(form()), *_shortcuts(), *_offered()]
+        capabilities = [*check(), _compiled_code(form()), *_about_the_server(), *_offered()]
     if as_json:
         print(json.dumps([_as_dict(capability) for capability in capabilities], indent=2))  # noqa: T201 - the answer
     else:
@@ -71,12 +79,17 @@ def _compiled_code(found: Form) -> Capability:
     )
 
 
-def _shortcuts() -> list[Capability]:
-    """What there is to say of the way to the server that ``serve`` would guard: nothing, if it is the shortest."""
+def _about_the_server() -> list[Capability]:
+    """What there is to say of the way to the server that ``serve`` would guard."""
     try:
         upstream = load_settings({"upstream": os.environ.get("PGGUARD_UPSTREAM", "")}, None).server()
     except ConfigurationError:
         return []  # it says so when it is started
+    return [*_shortcuts(upstream), *trio.run(_encryption, upstream)]
+
+
+def _shortcuts(upstream: Upstream) -> list[Capability]:
+    """Whether there is a shorter way; nothing, if it is the shortest."""
     found = shortcut(upstream)
     if found is None:
         return []
@@ -90,6 +103,42 @@ def _shortcuts() -> list[Capability]:
             remedy=advice_on(found),
         )
     ]
+
+
+async def _encryption(upstream: Upstream) -> list[Capability]:
+    """Which TLS it gives at each of its addresses, or why not; nothing of those without, if that is as it may be."""
+    tls = upstream.tls
+    if tls is None:
+        return []
+    found: dict[Address, Dial | Exception] = {}
+
+    async def look(address: Address) -> None:
+        try:
+            found[address] = dial = await dial_to(address, replace(upstream, connect_timeout=_PATIENCE))
+            dial.close()
+        except (OSError, UnicodeError) as error:
+            found[address] = error
+
+    async with trio.open_nursery() as nursery:
+        for address in upstream.addresses:
+            nursery.start_soon(look, address)
+    return [one for address in upstream.addresses if (one := _tls_at(address, found[address])) is not None]
+
+
+def _tls_at(address: Address, found: Dial | Exception) -> Capability | None:
+    what = f"encrypts what the guard and the server at {address} say"
+    problem = remedy = None
+    error = found if isinstance(found, Exception) else found.why_plain
+    if isinstance(error, UnfitServerError):
+        if not isinstance(found, Exception) and error.problem is Problem.NO_TLS:
+            return None
+        problem = str(error) if isinstance(found, Exception) else f"the server is connected to {found.encryption}"
+        remedy = " ".join(hints(error, unix=False, ipv4=False)).removesuffix(".")
+    elif isinstance(found, Exception) or found.tls is None:
+        return None
+    else:
+        what = f"{what}, {found.encryption}"
+    return Capability("TLS to the server", what, essential=False, unix_instead=False, problem=problem, remedy=remedy)
 
 
 def _offered() -> list[Capability]:

@@ -90,9 +90,9 @@ Upstream = Annotated[
     _option(
         "upstream",
         "URL",
-        "Where PostgreSQL is: a libpq connection string or URI. Only the host, the port and the timeout are used: each "
-        "client sends its own user, database and password. Default: libpq's variables, such as PGHOST; before them, in "
-        "run, DATABASE_URL.",
+        "Where PostgreSQL is: a libpq connection string or URI. Only the host, the port, the timeout and what is about "
+        "TLS are used: each client sends its own user, database and password. Default: libpq's variables, such as "
+        "PGHOST; before them, in run, DATABASE_URL.",
     ),
 ]
 Listen = Annotated[

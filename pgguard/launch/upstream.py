@@ -23,9 +23,19 @@ if TYPE_CHECKING:
 _URL: Final = "DATABASE_URL"
 _PLACES: Final = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGSERVICE")
 """Variables of libpq that say where a server is."""
-_VARIABLES: Final = {
+_TLS_VARIABLES: Final = {
     "sslmode": "PGSSLMODE",
     "sslnegotiation": "PGSSLNEGOTIATION",
+    "sslcertmode": "PGSSLCERTMODE",
+    "ssl_min_protocol_version": "PGSSLMINPROTOCOLVERSION",
+    "ssl_max_protocol_version": "PGSSLMAXPROTOCOLVERSION",
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslcrldir": "PGSSLCRLDIR",
+    "sslcrl": "PGSSLCRL",
+    "sslcert": "PGSSLCERT",
+    "sslkey": "PGSSLKEY",
+}
+_VARIABLES: Final = _TLS_VARIABLES | {
     "gssencmode": "PGGSSENCMODE",
     "connect_timeout": "PGCONNECT_TIMEOUT",
     "service": "PGSERVICE",
@@ -34,7 +44,7 @@ _VARIABLES: Final = {
     "host": "PGHOST",
 }
 """By a word in what is wrong, which of libpq's variables may have said it."""
-_ANYWHERE: Final = frozenset({"sslmode", "sslnegotiation", "gssencmode", "connect_timeout"})
+_ANYWHERE: Final = frozenset({*_TLS_VARIABLES, "gssencmode", "connect_timeout"})
 """Those that count too where something else says where the server is, unless it says them itself."""
 _WORD: Final = re.compile(r"\w+")
 _UNREADABLE: Final = ('a "=" is missing', 'missing "="', "invalid connection option")

@@ -29,6 +29,7 @@ import os
 import pwd
 import ssl
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -51,7 +52,7 @@ from pgguard.proxy.transport import Handshake
 from pgguard.wire.startup import PROTOCOL
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from pgguard.proxy.addresses import TcpAddress
     from pgguard.proxy.transport import HandshakeFailed
@@ -357,7 +358,8 @@ def _add_roots(context: ssl.SSLContext, settings: TlsSettings) -> bool:
         return True
     path = _named(settings.roots) or _default("root.crt")
     if path is not None:
-        add_roots(context, path)
+        with _said_in("sslrootcert", settings.roots):
+            add_roots(context, path)
         return True
     if settings.mode in {SslMode.VERIFY_CA, SslMode.VERIFY_FULL}:
         raise CertificateError(
@@ -372,9 +374,11 @@ def _add_revocations(context: ssl.SSLContext, settings: TlsSettings) -> None:
     if file is None and directory is None and settings.roots != SYSTEM:
         file = _default("root.crl")
     if file is not None:
-        add_revocations(context, file)
+        with _said_in("sslcrl", settings.revocations):
+            add_revocations(context, file)
     if directory is not None:
-        add_revocations_of(context, directory)
+        with _said_in("sslcrldir", settings.revocations_in):
+            add_revocations_of(context, directory)
 
 
 def _add_identity(context: ssl.SSLContext, settings: TlsSettings) -> bool:
@@ -389,8 +393,18 @@ def _add_identity(context: ssl.SSLContext, settings: TlsSettings) -> bool:
     if ":" in settings.key:
         raise CertificateError("sslkey names an OpenSSL engine, which pgguard doesn't use: name a file")
     key = _named(settings.key) or _directory() / "postgresql.key"
-    add_identity(context, certificate, key, settings.password, passphrase=_PASSPHRASE)
+    with _said_in("sslcert", settings.certificate):
+        add_identity(context, certificate, key, settings.password, passphrase=_PASSPHRASE)
     return True
+
+
+@contextmanager
+def _said_in(keyword: str, value: str) -> Iterator[None]:
+    """Say of what is wrong with a file where it is named, if it is."""
+    try:
+        yield
+    except CertificateError as error:
+        raise CertificateError(f"{keyword}: {error}" if value else str(error)) from error
 
 
 def _named(path: str) -> Path | None:

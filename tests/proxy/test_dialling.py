@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
+import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
+from pgguard.cli.doctor import doctor
 from pgguard.proxy.addresses import TcpAddress
 from tests.proxy.conftest import House, running
 from tests.proxy.fake_backend import BackendConnection, FakeBackend
@@ -19,6 +23,7 @@ from tests.proxy.messages import (
     LOGGED_IN,
     ONE_ROW,
     READY,
+    SECONDS,
     SELECTED,
     SSL_REQUEST,
     TERMINATE,
@@ -549,3 +554,43 @@ async def test_why_it_can_not_be_connected_to_is_said_at_the_start(backend: Fake
 
 def test_an_address_is_the_same_whatever_it_is_called() -> None:
     assert TcpAddress("192.0.2.1", 1, named="a") == TcpAddress("192.0.2.1", 1, named="b")
+
+
+def test_the_doctor_says_which_tls_the_server_gives(
+    pair: Pair, authority: Authority, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pgguard.cli.doctor.check", list)
+    context = _context(pair)
+
+    def said(answer: bytes, settings: str) -> list[tuple[object, ...]]:
+        with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+            port = listener.getsockname()[1]
+            served = pool.submit(_answer, listener, answer, context)
+            monkeypatch.setenv("PGGUARD_UPSTREAM", f"host=localhost hostaddr=127.0.0.1 port={port} {settings}")
+            doctor(as_json=True)
+            served.result(SECONDS)
+        found = [one for one in json.loads(capsys.readouterr().out) if one["name"] == "TLS to the server"]
+        return [(one["available"], one["purpose"], one["problem"], one["remedy"]) for one in found]
+
+    roots = f"sslrootcert={authority.cert}"
+    [(available, purpose, _, _)] = said(b"S", f"sslmode=verify-full {roots}")
+    assert available
+    assert str(purpose).endswith(", by TLSv1.3 with TLS_AES_256_GCM_SHA384, its certificate and its name are verified")
+    [(available, _, problem, remedy)] = said(b"N", "sslmode=require")
+    assert not available
+    assert problem == "server does not support SSL, but SSL was required"
+    assert str(remedy).startswith("Set ssl = on")
+    assert said(b"N", "") == []
+    [(available, purpose, _, _)] = said(b"S", "")
+    assert available
+    assert str(purpose).endswith("its certificate is not verified")
+
+
+def _answer(listener: socket.socket, answer: bytes, context: ssl.SSLContext) -> None:
+    with listener.accept()[0] as server:
+        server.settimeout(SECONDS)
+        assert server.recv(8) == SSL_REQUEST
+        server.sendall(answer)
+        if answer == b"S":
+            with context.wrap_socket(server, server_side=True) as encrypted:
+                assert encrypted.recv(1) == b""
