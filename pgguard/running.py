@@ -186,6 +186,16 @@ class RunningGuard:
         """
         return await self._guard.renew_certificate()
 
+    async def read_server_files(self) -> bool:
+        """Read the files again that are for TLS to the server, for connections that are made from now on.
+
+        Returns False if there are none.
+
+        Raises:
+            ConfigurationError: One can't be used; what they said before goes on to be.
+        """
+        return await self._guard.read_server_files()
+
     def stop(self) -> None:
         """Accept nobody any more, and end when the sessions are done or the settings' ``shutdown_timeout`` is over."""
         self._guard.stop()

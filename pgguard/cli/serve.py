@@ -104,6 +104,13 @@ class _Reloader:
         else:
             if renewed is not None:
                 logger.info("SIGHUP: new clients are shown %s", renewed)
+        try:
+            if await guard.read_server_files():
+                logger.info("SIGHUP: read the files again that are for TLS to the server")
+        except ConfigurationError as error:
+            logger.error("SIGHUP: TLS to the server stays as it is: %s", error)  # noqa: TRY400 - likewise
+        except Exception:
+            logger.exception("SIGHUP: TLS to the server stays as it is")
 
     async def _reload_settings(self, guard: RunningGuard) -> None:
         try:

@@ -301,6 +301,20 @@ class Guard:
         found = await trio.to_thread.run_sync(self._offer.read_again, abandon_on_cancel=True)
         return found.said if found is not None and self._offer.show(found) else None
 
+    async def read_server_files(self) -> bool:
+        """Read the files again that are for TLS to the server, for connections that are made from now on.
+
+        Returns False if there are none.
+
+        Raises:
+            ConfigurationError: one can't be used; what they said before goes on to be.
+        """
+        tls = self._upstream.tls
+        if tls is None:
+            return False
+        tls.follow(await trio.to_thread.run_sync(tls.read_again, abandon_on_cancel=True))
+        return tls.has_files
+
     def stop(self) -> None:
         """Accept nobody any more, and end when the sessions are done, or after the settings' ``shutdown_timeout``.
 

@@ -209,6 +209,11 @@ class ServerTls:
         """Whether the server's certificate is checked."""
         return self._loaded.verifies
 
+    @property
+    def has_files(self) -> bool:
+        """Whether something was read."""
+        return self._loaded.verifies or self._loaded.shows
+
     def read_again(self) -> Loaded:
         """Read the files again, in any thread; nothing changes by that. Raises ConfigurationError."""
         return load(self.settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import signal
 import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from tests.proxy.messages import (
     query,
     startup,
 )
+from tests.proxy.spawned import spawned
 from tests.tls.certificates import Authority, self_signed
 
 if TYPE_CHECKING:
@@ -594,3 +596,44 @@ def _answer(listener: socket.socket, answer: bytes, context: ssl.SSLContext) -> 
         if answer == b"S":
             with context.wrap_socket(server, server_side=True) as encrypted:
                 assert encrypted.recv(1) == b""
+
+
+async def test_files_that_are_renewed_hold_from_sighup_on(
+    backend: FakeBackend, pair: Pair, authority: Authority, tmp_path: Path
+) -> None:
+    """For sessions that begin then; one that can't be read changes nothing."""
+    roots = tmp_path / "roots.crt"
+    roots.write_bytes(Authority(tmp_path, "former").cert.read_bytes())
+    options = "--attribution", "off", "--listen", "127.0.0.1:0"
+    with spawned(_where(backend, f"sslmode=verify-ca sslrootcert={roots}"), *options, cwd=tmp_path) as guard:
+
+        async def reload(says: str) -> None:
+            guard.signal(signal.SIGHUP)
+            await trio.to_thread.run_sync(guard.wait_for, f"({says}.*\n)")
+
+        async def is_believed() -> bool:
+            client = await backend.connect(guard.port)
+            await client.send(STARTUP)
+            try:
+                server = await _encrypt(backend, pair)
+            except trio.BrokenResourceError:
+                assert "not trusted" in (await client.message()).fields["M"]
+                return False
+            await server.expect(STARTUP)
+            await server.send(LOGGED_IN)
+            await client.expect(LOGGED_IN)
+            await client.send(TERMINATE)
+            await client.close()
+            return True
+
+        with suppress(trio.BrokenResourceError):
+            await _encrypt(backend, pair)  # to see whether it leads back to itself
+        assert not await is_believed()
+        roots.write_text("nonsense")
+        await reload(f"SIGHUP: TLS to the server stays as it is: --upstream: sslrootcert: {roots} holds no certificate")
+        assert not await is_believed()
+        roots.write_bytes(authority.cert.read_bytes())
+        await reload("SIGHUP: read the files again that are for TLS to the server")
+        assert await is_believed()
+        guard.signal(signal.SIGTERM)
+        guard.end()
