@@ -19,6 +19,7 @@ from pgguard.proxy.ends import ATTENTIVE, LOGIN, End, Phase, Reading
 from pgguard.proxy.judge import Ruling
 from pgguard.proxy.lateness import Lateness
 from pgguard.proxy.losses import Loss, note, spared
+from pgguard.proxy.refused import tell_refusal
 from pgguard.proxy.relay import FAILED
 from pgguard.session.states import OWED, WANTED
 from pgguard.wire.messages import HEADER_SIZE
@@ -226,6 +227,8 @@ class Judging:
         end.heed &= ~ATTENTIVE
         if not end.is_client:
             self._answered(session)
+            with spared(Loss.WORDS, session):
+                tell_refusal(session, data)
             return False
         self._stirred(session)
         if tracker is None or not whole or len(data) < HEADER_SIZE or end.contested:

@@ -637,3 +637,36 @@ async def test_files_that_are_renewed_hold_from_sighup_on(
         assert await is_believed()
         guard.signal(signal.SIGTERM)
         guard.end()
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "text", "advises"),
+    [
+        ("28000", 'no pg_hba.conf entry for host "h", user "u", database "d", no encryption', "hostssl lines are for"),
+        ("28000", 'pg_hba.conf rejects connection for host "h", user "u", database "d", SSL encryption', "hostnossl"),
+        ("28000", "connection requires a valid client certificate", "Name a certificate that the server accepts"),
+        ("28000", 'certificate authentication failed for user "u"', "Check the certificate in sslcert"),
+        ("28000", 'role "no encryption" is not permitted to log in', None),
+        ("53300", "sorry, no encryption", None),
+    ],
+)
+async def test_what_to_set_is_said_of_a_client_that_is_refused_for_the_guards_connection(
+    backend: FakeBackend, caplog: pytest.LogCaptureFixture, sqlstate: str, text: str, advises: str | None
+) -> None:
+    """It is told what the server says."""
+    refusal = message("E", f"SFATAL\0VFATAL\0C{sqlstate}\0M{text}\0Fauth.c\0\0".encode())
+    async with running(backend) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        server = await backend.accept()
+        await server.expect(STARTUP)
+        await server.send(refusal)
+        await server.close()
+        assert await client.rest() == refusal
+    said = [record.message for record in caplog.records if "refused the client" in record.message]
+    if advises is None:
+        assert said == []
+    else:
+        [line] = said
+        assert f"session 1: the server at 127.0.0.1:{backend.port} refused the client: {text}. " in line
+        assert advises in line
