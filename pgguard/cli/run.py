@@ -243,7 +243,8 @@ class _Telling:
             logger.warning("%s", lacking)
         there = ", ".join(map(str, guard.addresses))
         ruby = "" if self._ruby is None else f"; Ruby is told by RUBYOPT to load {FILE.name}"
-        self.say(f"ready on {there}, in front of PostgreSQL at {guard.upstream}; {self._rewritten}{ruby}")
+        tls = "" if guard.offered is None else f"; clients are offered TLS over TCP, with {guard.offered}"
+        self.say(f"ready on {there}, in front of PostgreSQL at {guard.upstream}{tls}; {self._rewritten}{ruby}")
         first, self._console = self._console, ConsoleSink(self._fd, wait=True)
         await trio.to_thread.run_sync(first.close, abandon_on_cancel=True)
         return rewritten.environment

@@ -565,8 +565,10 @@ class Arrival:
         )
         if self._unsaid:
             session.client.append_raw(self._unsaid)
-        with spared(Loss.TRACKING, session):
+        try:
             session.see_login(self._shown)
+        except Exception:
+            note(Loss.TRACKING, session)
         if greeting.behind:
             session.client.pieces = deque(_pieces(greeting.behind, self._heard))
         session.preamble = len(greeting.before) * len(DECLINED)
