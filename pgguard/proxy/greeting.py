@@ -8,8 +8,8 @@ encryption, or TLS alone:
   encrypted (CVE-2021-23214), as in ``secure_open_server()`` of PostgreSQL 17. Neither request has a place after that.
 - Where TLS is offered, a connection may also begin with the handshake, as in ``ProcessSSLStartup()`` of PostgreSQL 17.
   Then it has to be agreed in it (ALPN) that PostgreSQL's protocol follows; otherwise it is over. Requests for more
-  encryption are answered ``N`` as before. (To a hello with other protocols alone version 17 answers with an alert. Here,
-  as with all versions before, none is agreed on then, which is no harm behind SSLRequest.)
+  encryption are answered ``N`` as before. (To a hello with other protocols alone, version 17 answers with an alert.
+  Here none is agreed on then, as in all versions before, which does no harm behind SSLRequest.)
 - A whole StartupMessage or CancelRequest goes to the server, which decides about it, whatever it says.
 - What the server is to refuse in words is answered in its own: a request for encryption that comes again, or with bytes
   behind it that didn't wait for the answer. :func:`pgguard.proxy.upstream.ask` has it say so.
