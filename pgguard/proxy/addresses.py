@@ -154,7 +154,8 @@ def parse_upstream(conninfo: str) -> Upstream:
     settings = defaults | given
     tls = read_tls(settings)
     addresses = tuple(addresses_of(settings, may_be_shown=not read.may_hold_secrets))
-    remarks = filter(None, (read.remark, _remark_on_attributes(settings.get("target_session_attrs", ""))))
+    keys = "--upstream: pgguard ignores sslkeylogfile" if settings.get("sslkeylogfile") else None
+    remarks = filter(None, (read.remark, keys, _remark_on_attributes(settings.get("target_session_attrs", ""))))
     timeout = _connect_timeout(settings, may_be_shown=not read.may_hold_secrets)
     return Upstream(
         addresses,

@@ -74,7 +74,7 @@ class Progress(Enum):
     UNDER_WAY = "it goes on, or has failed, when the socket is writable"
     WAITING = "it goes on when the socket is readable"
     NO_ROOM = "the server's backlog is full: it is to be tried again after a pause"
-    ANEW = "it is to be made another way: :meth:`Dial.renew`"
+    ANEW = "it goes on with another socket: :meth:`Dial.renew`"
 
 
 def is_direct(address: Address) -> bool:
@@ -215,7 +215,7 @@ class Dial:
 
     @property
     def encryption(self) -> str | None:
-        """How it is encrypted, when it is made: a few words for people; ``None``: it can't be to be."""
+        """How it is encrypted, when it is made: a few words for people; ``None``: there is to be no TLS."""
         if self._policy is None:
             return None
         if self.tls is not None:
@@ -243,8 +243,9 @@ class Dial:
 
     def _fail(self, error: OSError) -> Progress:
         """It can't be made this way. Raises ``error`` if there is no other."""
-        if self._take_refused():
-            return Progress.MADE
+        if self._refused is not None:
+            self._step = self._make
+            return Progress.ANEW
         if len(self._methods) == 1 or not isinstance(error, UnfitServerError):
             raise error
         return self._try_another_way(error)
@@ -273,11 +274,25 @@ class Dial:
         return Progress.ANEW
 
     def renew(self) -> None:
-        """Begin anew on another socket, as :meth:`step` has said; the one that there was isn't watched any more."""
+        """Go on with another socket, as :meth:`step` has said; the one that there was isn't watched any more.
+
+        Raises:
+            OSError: there is no descriptor for it.
+        """
+        if self._step == self._make:
+            self._take_refused()
+            return
         family = self.sock.family
         if self._refused is None:
             self.sock.close()
-        self.sock = _socket(family)
+        try:
+            self.sock = _socket(family)
+        except OSError:
+            if self._refused is None:
+                raise
+            self.answer, self._refused = self._refused.answer, None
+            self._step = self._make
+            return
         self.tls = self._handshake = None
         self._outgoing = b""
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pwd
+import shutil
 import signal
 import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +20,7 @@ import trio
 
 from pgguard.cli.doctor import doctor
 from pgguard.proxy.addresses import TcpAddress
+from pgguard.proxy.arrival import Arrival
 from tests.proxy.conftest import House, running
 from tests.proxy.fake_backend import BackendConnection, FakeBackend
 from tests.proxy.messages import (
@@ -34,11 +38,10 @@ from tests.proxy.messages import (
     startup,
 )
 from tests.proxy.spawned import spawned
+from tests.servers import is_open_to_others
 from tests.tls.certificates import Authority, self_signed
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.tls.certificates import Pair
 
 STARTUP = startup(user="someone")
@@ -258,6 +261,10 @@ async def test_who_is_refused_both_ways_is_told_so_by_the_server(backend: FakeBa
         elif then == "refuses":
             await _refuse(await _encrypt(backend, pair))
         await client.expect(REFUSED)
+        watched = house.guard._reception.lobby._watched.values()
+        assert not [one for one in watched if isinstance(getattr(one, "__self__", None), Arrival)], (
+            "nothing is left of it"
+        )
 
 
 @pytest.mark.parametrize("sqlstate", ["53300", "57P03", "57P01"])
@@ -670,3 +677,44 @@ async def test_what_to_set_is_said_of_a_client_that_is_refused_for_the_guards_co
         [line] = said
         assert f"session 1: the server at 127.0.0.1:{backend.port} refused the client: {text}. " in line
         assert advises in line
+
+
+async def test_who_is_refused_is_told_so_if_there_is_no_descriptor_to_try_it_otherwise(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(backend, upstream=_where(backend, "sslmode=allow")) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        server = await backend.accept()
+
+        def refuse(_: socket.AddressFamily) -> socket.socket:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        monkeypatch.setattr("pgguard.proxy.dialling._socket", refuse)
+        await _refuse(server)
+        await client.expect(REFUSED)
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0
+    or not is_open_to_others()
+    or not all(directory.stat().st_mode & 0o001 for directory in Path(os.__file__).parents),
+    reason="it takes root's rights, and an installation that others can run",
+)
+def test_as_another_user_the_guard_reads_what_that_one_may_read(authority: Authority, short_directory: Path) -> None:
+    """At the start it is root still."""
+    nobody = pwd.getpwnam("nobody")
+    short_directory.chmod(0o755)
+    own = authority.issue("roots", "client")
+    cert, key = (Path(shutil.copy(file, short_directory)) for file in (own.cert, own.key))
+    upstream = f"host=127.0.0.1 port=1 sslcert={cert} sslkey={key}"
+    with spawned(upstream, "--attribution", "off", "--user", nobody.pw_name, cwd=short_directory) as guard:
+        guard.signal(signal.SIGHUP)
+        guard.wait_for(
+            rf"(TLS to the server stays as it is: .*the private key in {key} can't be read: Permission denied)"
+        )
+        os.chown(key, nobody.pw_uid, nobody.pw_gid)
+        guard.signal(signal.SIGHUP)
+        guard.wait_for("(SIGHUP: read the files again that are for TLS to the server)")
+        guard.signal(signal.SIGTERM)
+        guard.end()

@@ -235,3 +235,10 @@ def test_what_was_read_is_kept_until_it_is_said_to_go_by_what_there_is_now(home:
 def test_old_versions_can_be_asked_for(version: str) -> None:
     context = _tls(f"ssl_min_protocol_version={version} ssl_max_protocol_version=TLSv1.2").read_again().context
     assert context.minimum_version < ssl.TLSVersion.TLSv1_2 == context.maximum_version
+
+
+def test_what_is_not_used_is_said() -> None:
+    assert (
+        parse_upstream("host=db.example sslkeylogfile=/tmp/keys").remark == "--upstream: pgguard ignores sslkeylogfile"
+    )
+    assert parse_upstream("host=db.example sslcompression=1").remark is None
