@@ -137,7 +137,8 @@ def read_tls(settings: Mapping[str, str]) -> TlsSettings:
     """
     given = {keyword: settings.get(keyword) or "" for keyword in _CHOICES}
     for keyword, choices in _CHOICES.items():
-        if given[keyword] and given[keyword].lower() not in map(str.lower, choices):
+        is_version = keyword.endswith("_version") and given[keyword].lower() in _VERSIONS
+        if given[keyword] not in {"", *choices} and not is_version:
             known = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise ConfigurationError(f"--upstream: there is no such {keyword}: use {known}")
     mode = SslMode(given["sslmode"] or SslMode.PREFER)

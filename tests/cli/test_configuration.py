@@ -61,8 +61,11 @@ from tests.proxy.spawned import environment, run, spawned
         (["serve", "--listen", "6544"], "--listen 6544: write HOST:PORT or unix:DIR[:PORT]"),
         (["serve", "--listen", "unix:/nowhere"], "create the directory /nowhere"),
         (["serve", "--upstream", "host"], '--upstream: missing "=" after "host"'),
-        (["serve", "--upstream", "sslmode=require"], "use sslmode=prefer or disable"),
-        (["serve", "--upstream", "sslmode=requir"], "--upstream: there is no such sslmode: use disable, allow or"),
+        (["serve", "--upstream", "sslmode=requir"], "--upstream: there is no such sslmode: use disable, allow, prefer"),
+        (
+            ["serve", "--upstream", "host=a sslcert=/nowhere"],
+            "--upstream: sslcert: the certificate in /nowhere can't be",
+        ),
         (["serve", "--upstream", "service=nowhere"], 'definition of service "nowhere" not found'),
         (["serve", "--faults", "/nowhere/faults.jsonl"], "--faults: "),
         (["serve", "--faults", ""], "--faults: "),
@@ -89,7 +92,7 @@ def test_what_is_typed(arguments: list[str], says: str, refused: Refused) -> Non
         ("PGGUARD_MODE", "strict", "--mode or PGGUARD_MODE should be"),
         ("PGGUARD_LISTEN", "127.0.0.1:0 nowhere", "--listen nowhere: write HOST:PORT"),
         ("PGSERVICE", "nowhere", 'definition of service "nowhere" not found'),
-        ("PGSSLMODE", "require", "use sslmode=prefer or disable"),
+        ("PGSSLMODE", "requir", "use disable, allow, prefer, require, verify-ca or verify-full"),
     ],
 )
 def test_what_is_in_the_environment(name: str, value: str, says: str, refused: Refused) -> None:

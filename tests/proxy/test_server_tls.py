@@ -103,6 +103,8 @@ def test_the_systems_roots_check_the_name_as_well(monkeypatch: pytest.MonkeyPatc
     ("conninfo", "says"),
     [
         ("sslmode=on", "there is no such sslmode: use disable, allow, prefer, require, verify-ca or verify-full"),
+        ("sslmode=REQUIRE", "there is no such sslmode: use disable,"),
+        ("sslmode=tlsv1.2", "there is no such sslmode: use disable,"),
         ("sslnegotiation=fast", "there is no such sslnegotiation: use postgres or direct"),
         ("sslcertmode=maybe", "there is no such sslcertmode: use allow, disable or require"),
         ("ssl_min_protocol_version=SSLv3", "there is no such ssl_min_protocol_version: use TLSv1, TLSv1.1,"),
