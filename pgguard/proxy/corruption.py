@@ -62,15 +62,21 @@ def _corruption(session: ProxiedSession, failure: Failure) -> Verdict:
         reason = f"what the client was sent failed its integrity check, as it says ({failure.reason})"
     elif failure.begun_by is not None:
         reason = f"a TLS record that two had sent parts of failed its integrity check ({failure.reason})"
-    else:
+    elif failure.reason.endswith(_CORRUPT):
         reason = f"a TLS record failed its integrity check ({failure.reason})"
+    else:
+        reason = f"what the client sent is no TLS record ({failure.reason})"
     intruder, requesters = _users(session, failure)
+    is_record = failure.is_told or failure.reason.endswith(_CORRUPT)
+    # Two that send whole records of one session send nothing else; whoever sends something else may be alone.
+    has_company = intruder is not None and any(one.pid != intruder.pid for one in requesters)
+    kind = Kind.TLS_CORRUPTION if is_record or has_company else Kind.PROTOCOL_VIOLATION
     tracker = session.protocol
     if tracker is None:
-        verdict = Verdict(Kind.TLS_CORRUPTION, reason, message, (), intruder, requesters)
+        verdict = Verdict(kind, reason, message, (), intruder, requesters)
     else:
-        verdict = tracker.judge(Kind.TLS_CORRUPTION, reason, message, intruder=intruder, requesters=requesters)
-    return replace(verdict, libpq=libpq.BAD_RECORD, ends=True)
+        verdict = tracker.judge(kind, reason, message, intruder=intruder, requesters=requesters)
+    return replace(verdict, libpq=libpq.BAD_RECORD if is_record else None, ends=True)
 
 
 def _users(session: ProxiedSession, failure: Failure) -> tuple[Sender | None, tuple[Sender, ...]]:

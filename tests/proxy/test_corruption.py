@@ -80,6 +80,16 @@ def test_other_alerts_say_nothing_of_who_uses_it(told: str) -> None:
     assert words_of(session_of(PARENT), broken(CHILD, told=told)) == []
 
 
+def test_what_is_no_record_takes_nobody_else() -> None:
+    unreadable = Failure("wrong version number", False, 40, PARENT, None)
+    [verdict] = words_of(session_of(PARENT), unreadable)
+    assert (verdict.kind, verdict.intruder, verdict.libpq) == (Kind.PROTOCOL_VIOLATION, PARENT, None)
+    [verdict] = words_of(session_of(PARENT), unreadable._replace(sender=None))
+    assert verdict.kind is Kind.PROTOCOL_VIOLATION
+    [verdict] = words_of(session_of(PARENT), unreadable._replace(sender=CHILD))
+    assert (verdict.kind, verdict.requesters) == (Kind.TLS_CORRUPTION, (PARENT,))
+
+
 def test_of_a_session_that_is_not_followed_it_is_said_as_well() -> None:
     [verdict] = words_of(session_of(PARENT, tracked=False), broken(CHILD, PARENT))
     assert (verdict.intruder, verdict.requesters) == (CHILD, (PARENT,))
