@@ -81,7 +81,7 @@ def main(
                 rounds=rounds,
                 starts=starts,
                 seconds=seconds,
-                hops=_chosen("over", over, get_args(Hops)),
+                hops=_chosen("over", over, [one for one in get_args(Hops) if one != "tls"]),
                 protocols=_chosen("protocol", protocol, get_args(Protocol)),
                 clients=clients or [1, 16, 64],
                 sessions=idle or [2_000, 10_000],

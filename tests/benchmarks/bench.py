@@ -49,6 +49,21 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
+class Second:
+    """What pgbench has done in about a second."""
+
+    transactions: float
+    seconds: float
+    latency: float
+    """In microseconds, the mean."""
+    cost: Cost
+
+    @property
+    def rate(self) -> float:
+        return self.transactions / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
 class Holder:
     """A program that holds idle sessions, see ``client.c``: as many processes as do, each with some of them."""
 
@@ -156,8 +171,10 @@ class Bench:
 
     @contextmanager
     def postgresql(self) -> Iterator[Place]:
-        """A real server with pgbench's tables, which fit into its memory."""
+        """A real server with pgbench's tables, which fit into its memory. It offers TLS."""
+        shown = programs.certificate(self.directory, of_nobody=True)
         settings = {"listen_addresses": "127.0.0.1", "max_connections": "500", "shared_buffers": "128MB"}
+        settings |= {"ssl": "on", "ssl_cert_file": str(shown.cert), "ssl_key_file": str(shown.key)}
         with running_cluster(self.bindir, port=free_port(), settings=settings, timeout=60) as cluster:
             place = Place(cluster.socket_dir, cluster.port)
             self._run([*self._pgbench(place, "unix"), "-i", "-q", "-s", "5"])
@@ -181,19 +198,14 @@ class Bench:
         count, seconds = map(float, said.split())
         return count / 1e6, seconds, spent
 
-    def pgbench(
-        self, contender: Contender, hops: Hops, clients: int, protocol: Protocol
-    ) -> list[tuple[float, float, Cost]]:
-        """Run pgbench, which looks rows up.
-
-        Returns for each second but the first, of which the beginning is missed: transactions, seconds, and their cost.
-        """
+    def pgbench(self, contender: Contender, hops: Hops, clients: int, protocol: Protocol) -> list[Second]:
+        """Run pgbench, which looks rows up; what comes of each second but the first, whose beginning is missed."""
         command = [*self._pgbench(contender.place, hops), "-n", "-S", "-M", protocol, "-c", str(clients), "-P", "1"]
         command += ["-T", str(self._whole_seconds + 1)]
-        slices: list[tuple[float, float, Cost]] = []
+        slices: list[Second] = []
         last: tuple[float, Cost] | None = None
         with subprocess.Popen(
-            command, env=programs.clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, env=programs.environment(hops), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
             assert process.stdout is not None
             assert process.stderr is not None
@@ -204,8 +216,9 @@ class Bench:
                     continue
                 at = time.monotonic(), self._cost(contender)
                 if last is not None:
-                    rate = float(line.split()[3])
-                    slices.append((rate * (at[0] - last[0]), at[0] - last[0], at[1] - last[1]))
+                    words = line.split()
+                    seconds = at[0] - last[0]
+                    slices.append(Second(float(words[3]) * seconds, seconds, float(words[6]) * 1000, at[1] - last[1]))
                 last = at
             process.stdout.read()
         if process.returncode:
@@ -216,7 +229,7 @@ class Bench:
         """Have pgbench connect for each transaction: how often it did, and what that cost."""
         before = self._cost(contender)
         command = [*self._pgbench(contender.place, hops), "-n", "-S", "-C", "-c", "1", "-T", str(self._whole_seconds)]
-        said = self._run(command)
+        said = self._run(command, hops=hops)
         count = next(line.split()[-1] for line in said.splitlines() if "actually processed" in line)
         return int(count.partition("/")[0]), self._cost(contender) - before
 
@@ -227,6 +240,27 @@ class Bench:
         command = [self.client, contender.place.address(hops), "hold", str(count), str(processes)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             yield Holder(process, count, contender)
+
+    def copy_out(self, contender: Contender, query: str) -> Cost:
+        """Have psql copy what a query yields, through TLS, and throw it away."""
+        before = self._cost(contender)
+        place = contender.place
+        command = [str(self.bindir / "psql"), "-X", "-h", place.host("tls"), "-p", str(place.port), "-U", "postgres"]
+        self._run([*command, "-o", os.devnull, "-c", f"COPY ({query}) TO STDOUT", "postgres"], contender, hops="tls")
+        return self._cost(contender) - before
+
+    @contextmanager
+    def sessions_with_tls(self, contender: Contender, count: int) -> Iterator[None]:
+        """Open idle sessions that have TLS, and have asked something."""
+        place = contender.place
+        with ExitStack() as stack:
+            for _ in range(count):
+                connection = psycopg.connect(
+                    host=place.host("tls"), port=place.port, user="postgres", sslmode="require", autocommit=True
+                )
+                stack.enter_context(connection)
+                connection.execute(SQL.encode())
+            yield
 
     def execute(self, place: Place, sql: str) -> None:
         """Have the server itself do something."""
@@ -252,8 +286,8 @@ class Bench:
             raise CannotMeasureError(f"{program} is needed, and not installed: apt-get install postgresql-contrib")
         return [str(program), "-h", place.host(hops), "-p", str(place.port), "-U", "postgres", "postgres"]
 
-    def _run(self, command: Sequence[str], contender: Contender | None = None) -> str:
-        environment = programs.clean_environment()
+    def _run(self, command: Sequence[str], contender: Contender | None = None, *, hops: Hops = "tcp") -> str:
+        environment = programs.environment(hops)
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=self.seconds + _PATIENCE
         )

@@ -16,17 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tests.servers import free_port
+from tests.tls.certificates import self_signed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-Hops = Literal["tcp", "unix"]
-"""What both ways are over: from the client to the proxy, and from there to the server."""
+    from tests.tls.certificates import Pair
+
+Hops = Literal["tcp", "unix", "tls"]
+"""What both ways are over: from the client to the proxy, and from there to the server. TLS is over TCP."""
 
 _START_SECONDS = 40.0
 _LOAD = Path(__file__).parent / "load"
 _OTHER_DESCRIPTORS = 300
 """What a proxy has open, or keeps back, beside the sessions' own."""
+_SHOWN = "certificate"
 FEW = 400
 """More sessions than are open at once where it isn't about many."""
 
@@ -114,6 +118,11 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("PG", "PYTHON"))}
 
 
+def environment(hops: Hops) -> dict[str, str]:
+    """The environment of a program that uses libpq."""
+    return clean_environment() | {"PGSSLMODE": "require" if hops == "tls" else "disable"}
+
+
 def room_for_sessions() -> int:
     """How many sessions a proxy can hold that is started from here: as many as there are pairs of descriptors.
 
@@ -177,17 +186,32 @@ def _made(parent: Path, name: str) -> Path:
     return directory
 
 
+def certificate(directory: Path, *, of_nobody: bool) -> Pair:
+    """A certificate to be shown, and its key, made anew; the key is of the user as whom some run that root starts."""
+    pair = self_signed(directory, _SHOWN, "localhost", ("localhost", "127.0.0.1"))
+    if of_nobody and os.geteuid() == 0:
+        os.chown(pair.key, pwd.getpwnam("nobody").pw_uid, -1)
+    return pair
+
+
 @contextmanager
 def pgbouncer(upstream: Place, hops: Hops, client: str, parent: Path, *, sessions: int = FEW) -> Iterator[Contender]:
     """Run pgbouncer in session mode, with a server connection for each client's if it takes that many."""
     directory = _made(parent, "pgbouncer")
     place = Place(directory, free_port())
+    encrypts = ""
+    if hops == "tls":
+        shown = certificate(directory, of_nobody=True)
+        encrypts = (
+            f"client_tls_sslmode = allow\nclient_tls_cert_file = {shown.cert}\nclient_tls_key_file = {shown.key}\n"
+            "server_tls_sslmode = require\n"
+        )
     (directory / "users").write_text('"postgres" ""\n')
     (directory / "ini").write_text(
         f"[databases]\n* = host={upstream.host(hops)} port={upstream.port}\n"
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {place.port}\nunix_socket_dir = {directory}\n"
         f"auth_type = trust\nauth_file = {directory}/users\npool_mode = session\n"
-        f"max_client_conn = {sessions}\ndefault_pool_size = {sessions}\n"
+        f"max_client_conn = {sessions}\ndefault_pool_size = {sessions}\n{encrypts}"
     )
     command = [find("pgbouncer", "pgbouncer"), "-q", str(directory / "ini")]
     if os.geteuid() == 0:  # as which it refuses to run
@@ -222,10 +246,13 @@ def guard(
     """Run pgguard as its users do, with its faults in a file."""
     directory = _made(parent, name or guard.title)
     place = Place(directory, free_port())
-    server = f"host={upstream.host(hops)} port={upstream.port}"
+    server = f"host={upstream.host(hops)} port={upstream.port} sslmode={'require' if hops == 'tls' else 'disable'}"
     command = [guard.python, "-m", "pgguard", "serve", "--upstream", server, "--attribution", guard.attribution]
     command += ["--listen", f"127.0.0.1:{place.port}", "--listen", f"unix:{directory}:{place.port}"]
     command += ["--faults", str(directory / "faults")]
+    if hops == "tls":
+        shown = certificate(directory, of_nobody=False)
+        command += ["--tls-cert", str(shown.cert), "--tls-key", str(shown.key)]
     with running(name or guard.title, command, place, hops, client, directory) as contender:
         yield contender
         if (said := directory / "faults").exists() and said.stat().st_size:

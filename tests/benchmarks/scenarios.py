@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from tests.benchmarks.bench import one_core
@@ -10,9 +11,9 @@ from tests.benchmarks.clock import cost, memory
 from tests.benchmarks.programs import room_for_sessions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-    from tests.benchmarks.bench import Answers, Bench, Holder
+    from tests.benchmarks.bench import Answers, Bench, Holder, Protocol
     from tests.benchmarks.programs import Contender, Hops
 
 _BULK: Final = {
@@ -27,6 +28,10 @@ _BULK: Final = {
 """By what they are called: arguments of the load program, to which the seconds are added. Where each row is a
 message, its size is the message's. What is copied in, the server reads and throws away. psql sends 8 kB a message; who
 hands libpq row by row (Ruby's put_copy_data, PHP's pg_put_line) sends a message for each."""
+_COPIED: Final = "SELECT repeat('x', 1000) FROM generate_series(1, 50000)"
+_COPIED_MEGABYTES: Final = 50
+_ENCRYPTED: Final = 200
+"""Idle sessions with TLS: of each there is a process of PostgreSQL's."""
 _AT_REST: Final = 5
 """How often what idle sessions cost is read."""
 _REST_GOALS: Final = {2_000: 5.0, 10_000: 10.0}
@@ -70,9 +75,9 @@ def pgbench(bench: Bench) -> None:
                             "pgbench", f"transactions a second, {what}", "1/s", more_is_better=True, goal=0.95
                         )
                         for contender in bench.turns(contenders):
-                            for count, seconds, costs in bench.pgbench(contender, hops, clients, protocol):
-                                spent.add(contender.name, costs.total / count)
-                                rate.add(contender.name, count / seconds)
+                            for second in bench.pgbench(contender, hops, clients, protocol):
+                                spent.add(contender.name, second.cost.total / second.transactions)
+                                rate.add(contender.name, second.rate)
 
 
 def latency(bench: Bench) -> None:
@@ -187,6 +192,43 @@ def _be_busy(bench: Bench, scenario: str, contender: Contender, count: int, busy
         p99.add(contender.name, answers.p99)
 
 
+def tls(bench: Bench) -> None:
+    """All of that with TLS on both sides, which HAProxy can't have; at least as good as pgbouncer is the goal."""
+    names = [name for name in bench.names[1:] if name != "HAProxy"]
+    with bench.postgresql() as server:
+        with ExitStack() as stack:
+            contenders = [stack.enter_context(bench.contender(name, server, "tls")) for name in names]
+            for clients in bench.few_clients:
+                for protocol in bench.protocols:
+                    _ask_with_tls(bench, contenders, clients, protocol)
+            begun = bench.results.row("tls", "CPU a connection, TLS", "µs", goal=1)
+            moved = bench.results.row("tls", "CPU a MB, TLS: COPY out, rows of 1 kB", "ms", goal=1)
+            for contender in bench.turns(contenders):
+                count, costs = bench.connections(contender, "tls")
+                begun.add(contender.name, costs.total / count)
+                moved.add(contender.name, bench.copy_out(contender, _COPIED).total / 1000 / _COPIED_MEGABYTES)
+        size = bench.results.row("tls", f"memory an idle session, of {_ENCRYPTED}, TLS", "kB", goal=1)
+        for name in names:
+            with bench.contender(name, server, "tls") as contender:
+                assert contender.pid is not None
+                empty = memory(contender.pid)
+                with bench.sessions_with_tls(contender, _ENCRYPTED):
+                    time.sleep(bench.settle)
+                    size.add(name, (memory(contender.pid) - empty) / _ENCRYPTED)
+
+
+def _ask_with_tls(bench: Bench, contenders: Sequence[Contender], clients: int, protocol: Protocol) -> None:
+    what = f"{_clients(clients)}, {protocol}, TLS"
+    spent = bench.results.row("tls", f"CPU a transaction, {what}", "µs", goal=1)
+    latency = bench.results.row("tls", f"latency, {what}", "µs", goal=1)
+    rate = bench.results.row("tls", f"transactions a second, {what}", "1/s", more_is_better=True, goal=1)
+    for contender in bench.turns(contenders):
+        for second in bench.pgbench(contender, "tls", clients, protocol):
+            spent.add(contender.name, second.cost.total / second.transactions)
+            latency.add(contender.name, second.latency)
+            rate.add(contender.name, second.rate)
+
+
 def _clients(count: int) -> str:
     return "1 client" if count == 1 else f"{count} clients"
 
@@ -203,4 +245,5 @@ SCENARIOS: Final[Mapping[str, Callable[[Bench], None]]] = {
     "bulk": bulk,
     "idle": idle,
     "crowd": crowd,
+    "tls": tls,
 }
