@@ -29,7 +29,7 @@ collect_ignore = ["integration/programs"]
 
 _INSTALLATIONS = installations()
 
-_WITH_THE_SYSTEM = ("soak", "integration", "pytest_plugin", "proxy", "attribution")
+_WITH_THE_SYSTEM = ("soak", "integration", "pytest_plugin", "tls", "proxy", "attribution")
 """The rooms whose tests may ask the kernel, those with the longest first."""
 _LONGEST_FIRST = (*_WITH_THE_SYSTEM, "cli", "fuzz", "session", "secrets", "reporting")
 """All rooms with a file that takes seconds."""

@@ -28,7 +28,7 @@ from tests.fuzz.mutations import Mutator
 from tests.fuzz.script import Do, Step, decode, messages
 from tests.guard_process import running_guard
 from tests.integration.bare import Bare, connect, words
-from tests.proxy.messages import ANSWER, LOGGED_IN, TERMINATE, cancel_request, message, query, startup
+from tests.proxy.messages import ANSWER, LOGGED_IN, SSL_REQUEST, TERMINATE, cancel_request, message, query, startup
 from tests.servers import Address
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _AT_ONCE: Final = 4
 """How many are hostile at one time."""
 _ROUND: Final = 24
 """How many are hostile until it is looked how the guard is."""
-_QUIET: Final = 0.25
+QUIET: Final = 0.25
 """Seconds in which nothing comes where nothing is to come."""
 _SECONDS: Final = 20.0
 """How long anything that has to come may take."""
@@ -69,13 +69,13 @@ class Report:
     wrong: list[str] = field(default_factory=list)
 
 
-def _close(sock: socket.socket, *, reset: bool) -> None:
+def close(sock: socket.socket, *, reset: bool) -> None:
     if reset:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
 
 
-def _pieces(data: bytes, rng: Random) -> Iterator[bytes]:
+def cut(data: bytes, rng: Random) -> Iterator[bytes]:
     """The same bytes, cut anywhere."""
     marks = sorted({0, len(data), *(rng.randrange(len(data) + 1) for _ in range(rng.choice((0, 1, 3, 10))))})
     for start, stop in itertools.pairwise(marks):
@@ -122,7 +122,7 @@ class _Clients:
     def _compare(self, address: Address, rng: Random, number: int, report: Report) -> None:
         """All bytes are sent, and it is said that these are all: whatever they are, the answers have to be the same."""
         data = self._client_bytes(rng, self._steady)
-        pieces = list(_pieces(data, rng))
+        pieces = list(cut(data, rng))
         directly, guarded = (_answers(to, pieces) for to in (self._directly, address))
         report.compared += 1
         shorter, longer = sorted((directly[0], guarded[0]), key=len)
@@ -134,32 +134,32 @@ class _Clients:
         """Mutated messages, cut anywhere, in their own time, and then an end of some kind."""
         data = self._client_bytes(rng, self._originals)
         with connect(address) as sock:
-            sock.settimeout(_QUIET)
-            for piece in _pieces(data, rng):
+            sock.settimeout(QUIET)
+            for piece in cut(data, rng):
                 with suppress(TimeoutError):
                     sock.sendall(piece)
                 if rng.random() < 0.5 and select.select([sock], [], [], rng.random() * 0.01)[0]:
                     sock.recv(65536)
-            _close(sock, reset=rng.random() < 0.5)
+            close(sock, reset=rng.random() < 0.5)
 
     def _unread(self, address: Address, rng: Random) -> None:
         """It asks for much, and reads none of it."""
         client = Bare.logged_in(address)
-        client.socket.settimeout(_QUIET)
+        client.socket.settimeout(QUIET)
         with suppress(TimeoutError):
             client.send(query(f"SELECT repeat('x', {rng.choice((10, 10_000, 1_000_000))})") * rng.choice((1, 50, 2000)))
         time.sleep(rng.random() * 0.1)
-        _close(client.socket, reset=rng.random() < 0.7)
+        close(client.socket, reset=rng.random() < 0.7)
 
     def _endless(self, address: Address, rng: Random) -> None:
         """A message that never comes to its end."""
         client = Bare.logged_in(address)
-        client.socket.settimeout(_QUIET)
+        client.socket.settimeout(QUIET)
         with suppress(TimeoutError):
             client.send(rng.choice((b"Q", b"d", b"B", b"P")) + struct.pack("!I", rng.choice((100_000, _GIANT))))
             for _ in range(rng.randrange(20)):
                 client.send(bytes(rng.choice((1, 1000, 40_000))))
-        _close(client.socket, reset=rng.random() < 0.5)
+        close(client.socket, reset=rng.random() < 0.5)
 
     def _dripping(self, address: Address, rng: Random) -> None:
         """Byte by byte."""
@@ -167,12 +167,12 @@ class _Clients:
             for byte in self._start + query("SELECT 1")[: rng.randrange(14)]:
                 sock.sendall(bytes([byte]))
                 time.sleep(0.001)
-            _close(sock, reset=rng.random() < 0.5)
+            close(sock, reset=rng.random() < 0.5)
 
     def _early(self, address: Address, rng: Random) -> None:
         """It doesn't wait for its login to be answered."""
         with connect(address) as sock:
-            sock.settimeout(_QUIET)
+            sock.settimeout(QUIET)
             with suppress(TimeoutError):
                 sock.sendall(self._start + query("SELECT 1") * rng.choice((1, 3, 3000)) + TERMINATE * rng.randrange(3))
                 while sock.recv(65536):
@@ -183,12 +183,12 @@ class _Clients:
         with connect(address) as sock:
             said = (b"", self._start[:3], self._start, cancel_request(rng.randrange(1 << 31), rng.randbytes(4)))
             sock.sendall(rng.choice(said))
-            _close(sock, reset=rng.random() < 0.7)
+            close(sock, reset=rng.random() < 0.7)
 
     def _half_closed(self, address: Address, rng: Random) -> None:
         """It says that it has no more to send, and stays."""
         with connect(address) as sock:
-            sock.settimeout(2 * _QUIET)
+            sock.settimeout(2 * QUIET)
             sock.sendall(self._start + query("SELECT pg_sleep(0.1)") * rng.randrange(3))
             sock.shutdown(socket.SHUT_WR)
             with suppress(TimeoutError):
@@ -228,7 +228,7 @@ def attack_server(server: Server, seed: int, seconds: float, mode: Mode) -> Repo
         def attack(number: int, report: Report) -> None:
             clients.attack(addresses[number % 2], number, report)
 
-        return _run(guard, attack, seconds, user="postgres")
+        return attack_in_rounds(guard, attack, seconds, user="postgres")
 
 
 # Hostile servers
@@ -272,6 +272,9 @@ class _Servers:
     def _serve(self, sock: socket.socket) -> None:
         with sock, suppress(OSError):
             packet = sock.recv(65536)
+            if packet == SSL_REQUEST:
+                sock.sendall(b"N")
+                packet = sock.recv(65536)
             if packet[4:8] == cancel_request(0, b"")[4:8]:
                 return
             fields = packet[8:].split(b"\0")
@@ -287,7 +290,7 @@ class _Servers:
         rng = Random(self._seed << 32 | int(user))
         sent = bytearray()
         end = rng.choice(("fin", "reset", "none"))
-        sock.settimeout(_QUIET)
+        sock.settimeout(QUIET)
         reads = rng.random() < 0.8
         with suppress(OSError):
             for piece in self._program(rng):
@@ -301,7 +304,7 @@ class _Servers:
                     time.sleep(rng.random() * 0.01)
         enough = threading.Event()
         if end == "reset":
-            _close(sock, reset=True)
+            close(sock, reset=True)
         elif end == "fin":  # it stays, as what it hasn't read when it closes would make a reset of it
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_WR)
@@ -316,7 +319,7 @@ class _Servers:
             yield rng.randbytes(rng.randrange(1, 300))
         steps = Mutator(rng, self._originals).mutate(rng.choice(self._originals))
         data = b"".join(step.data for step in steps if step.do is Do.SERVER)
-        yield from _pieces(data, rng)
+        yield from cut(data, rng)
         if rng.random() < 0.2:
             yield message("D", bytes(2))[:1] + struct.pack("!I", rng.choice((5_000_000, 0x7FFFFFFF)))
             for _ in range(rng.randrange(60)):
@@ -341,14 +344,14 @@ def _suffer(servers: _Servers, address: Address, number: int, report: Report, *,
                 received += sock.recv(65536)
             sock.sendall(query("SELECT 1") * rng.choice((1, 1, 5)))
         sent, end = servers.sent(user)
-        sock.settimeout(_SECONDS if compares else _QUIET)
+        sock.settimeout(_SECONDS if compares else QUIET)
         try:
             while len(received) < len(sent) - LOOK_LIMIT or end != "none":
                 data = sock.recv(262144)
                 if not data:
                     break
                 received += data
-            sock.settimeout(_QUIET)
+            sock.settimeout(QUIET)
             while end == "none" and (data := sock.recv(262144)):
                 received += data
         except (TimeoutError, ConnectionResetError):
@@ -382,7 +385,7 @@ def attack_clients(seed: int, seconds: float, mode: Mode) -> Report:
             def attack(number: int, report: Report) -> None:
                 _suffer(servers, addresses[number % 2], number, report, compares=mode is Mode.LOG)
 
-            return _run(guard, attack, seconds, user="bystander")
+            return attack_in_rounds(guard, attack, seconds, user="bystander")
     finally:
         servers.close()
 
@@ -412,7 +415,9 @@ def _bystander(address: Address, user: str) -> Iterator[Callable[[], float]]:
         client.close()
 
 
-def _run(guard: GuardProcess, attack: Callable[[int, Report], None], seconds: float, *, user: str) -> Report:
+def attack_in_rounds(
+    guard: GuardProcess, attack: Callable[[int, Report], None], seconds: float, *, user: str
+) -> Report:
     """Attack for so many seconds, in rounds, with a bystander."""
     report = Report()
     with _bystander(guard.tcp, user) as ask, ThreadPoolExecutor(_AT_ONCE) as pool:
