@@ -208,9 +208,9 @@ class Arrival:
         except OSError:
             self.leave()
 
-    def _wait(self, events: int, step: Callable[[], None]) -> None:
+    def _wait(self, events: int, then: Callable[[], None]) -> None:
         """Take a step as soon as the client's socket is ready for it."""
-        self._next = step
+        self._next = then
         if self._awaits != events:
             self._reception.lobby.watch(self._sock.fileno(), events, self.go_on)
             self._awaits = events
@@ -498,19 +498,19 @@ class Arrival:
             return
         if self._next != self._dial_on:
             self._next = self._dial_on
-            lobby.give(self, upstream.connect_timeout, self._give_up)
+            lobby.give(self, upstream.connect_timeout, self._run_out_of_time)
         if progress is Progress.NO_ROOM:
             lobby.give(dial, BACKLOG_PAUSE, self.go_on)
         else:
             lobby.watch(dial.sock.fileno(), _IN if progress is Progress.WAITING else _OUT, self.go_on)
 
-    def _give_up(self) -> None:
+    def _run_out_of_time(self) -> None:
         """There is no more time to connect it."""
         upstream, dial = self._reception.upstream, self._dial
         [address] = upstream.addresses
         if dial is not None:
             self._reception.lobby.unwatch(dial.sock.fileno())
-            if dial.settle():
+            if dial.make_do():
                 self._introduce(dial, address)
                 return
         error = TimeoutError(f"no answer within {upstream.connect_timeout:g} s")

@@ -250,7 +250,7 @@ class Dial:
             raise error
         return self._try_another_way(error)
 
-    def settle(self) -> bool:
+    def make_do(self) -> bool:
         """Take what there is, as there is no more time; its socket, which may be another one, isn't watched.
 
         Returns False if that isn't a connection.
@@ -321,14 +321,14 @@ class Dial:
         if error not in (0, errno.EISCONN):
             raise OSError(error, os.strerror(error))
         if self.sock.family == socket.AF_UNIX:
-            self._check_peer()
+            self._check_owner()
         else:
             # What PostgreSQL and libpq set on each connection: a peer that vanished is found out in the end.
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return self._settle_method()
 
-    def _check_peer(self) -> None:
+    def _check_owner(self) -> None:
         """See whether who listens on a Unix socket is who is required. Raises UnfitServerError."""
         if not self._peer:
             return
@@ -447,9 +447,9 @@ class Dial:
                 raise self._at_last(error.problem, str(error))
         if raw and _may_be_more(self.answer):
             return None
-        return self._weigh()
+        return self._consider()
 
-    def _weigh(self) -> Progress | None:
+    def _consider(self) -> Progress | None:
         """Decide whether it is tried another way."""
         if len(self._methods) > 1 and self.answer[:1] == _ERROR_RESPONSE:
             sqlstate = parse_severity(self.answer[HEADER_SIZE:]).sqlstate

@@ -179,7 +179,7 @@ async def dial_to(
                 dial = make()
             await _go_on(dial, _NOT_NOW_SECONDS if listens else math.inf)
             is_made = True
-        is_made = is_made or (dial is not None and dial.settle())
+        is_made = is_made or (dial is not None and dial.make_do())
     finally:
         if dial is not None and not is_made:
             dial.close()
@@ -216,7 +216,7 @@ async def _go_on(dial: Dial, patience: float) -> None:
         elif progress is Progress.WAITING:
             with trio.move_on_after(patience) as limit:
                 await trio.lowlevel.wait_readable(dial.sock)
-            if limit.cancelled_caught and dial.settle():
+            if limit.cancelled_caught and dial.make_do():
                 return
         elif progress is Progress.ANEW:
             dial.renew()
@@ -230,13 +230,12 @@ def reason(error: BaseException) -> str:
         return error.strerror or str(error)
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
-    if isinstance(error, UnfitServerError):
-        return printable(str(error))
     if isinstance(error.__cause__, BaseExceptionGroup):  # trio's, of all that a name resolves to
         return ", ".join(dict.fromkeys(reason(cause) for cause in error.__cause__.exceptions))
     told = type(error).__name__
     with spared(Loss.WORDS):
-        told = shorten(printable(str(error)), _REASON_LENGTH)
+        told = printable(str(error))
+        told = told if isinstance(error, UnfitServerError) else shorten(told, _REASON_LENGTH)
     return told  # noqa: RET504 - its name, if that fails
 
 

@@ -326,6 +326,8 @@ class _File:
             return False
         if node.attr in _PYTHONS:
             return True
+        if isinstance(node.value, ast.Attribute):
+            return node.value.attr in _SOCKETS
         if not isinstance(node.value, ast.Name):
             return False
         return node.value.id in self._libraries | _SOCKETS or (node.value.id == "self" and node.attr in self.functions)

@@ -1047,7 +1047,7 @@ STARTS: Final = {
 """What is done before there is a session, where an exception is to end the guard: with a message."""
 STARTING: Final = {"__init__", "listen", "use_probe", "find_loop"}
 """The functions of others that are called then alone."""
-ASKING: Final = {"reload", "follow", "_actions", "remarks", "renew_certificate"}
+ASKING: Final = {"reload", "follow", "_actions", "remarks", "renew_certificate", "read_server_files"}
 """Those that the command line calls, and protects itself from: on SIGHUP, where nothing is changed then, and in the
 end."""
 
