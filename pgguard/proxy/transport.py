@@ -72,7 +72,7 @@ class Failure(NamedTuple):
     """Who else has sent the beginning of it, if somebody has."""
 
 
-class HandshakeFailed(OSError):
+class HandshakeFailed(Exception):
     """There will be no TLS on a connection; the message says why.
 
     Args:
