@@ -209,16 +209,13 @@ class Endings:
         """Everything has been written to ``end``, and its peer will send no more."""
         session = end.session
         if session.client_gone or (session.client.eof and session.server.eof):
+            if end.tls is not None and end.is_client and not session.client_gone:
+                _end_writing(end)  # it may have ended its own side alone, and is told what the server has said
             self.finish(session)
             return
         if session.farewell is not None:
             return  # it may ask for something more
-        source = end.peer.tls
-        try:
-            # A stream that was cut off looks to the other side as it does here.
-            end.end_writing(cleanly=source is None or source.is_closed or not end.peer.eof)
-        except OSError:
-            end.writing = Writing.BROKEN
+        _end_writing(end)
         if session.draining:
             self.aftermath.end_of_stream(session)
 
@@ -276,6 +273,15 @@ class Endings:
     def note_unreadable(self, end: End, sender: Sender | None, size: int) -> None:
         """The same of something that can't be decrypted, and says more than that there is nothing more."""
         self.aftermath.note_unreadable(end, sender, size)
+
+
+def _end_writing(end: End) -> None:
+    source = end.peer.tls
+    try:
+        # A stream that was cut off looks to the other side as it does here.
+        end.end_writing(cleanly=source is None or source.is_closed or not end.peer.eof)
+    except OSError:
+        end.writing = Writing.BROKEN
 
 
 def _why_it_ended(server: End) -> str:

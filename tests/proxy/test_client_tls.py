@@ -208,6 +208,20 @@ async def test_a_cancel_request_by_tls(house: House) -> None:
     assert stream.is_closed
 
 
+@pytest.mark.parametrize("half", ["close_notify", "tcp"])
+async def test_a_client_that_has_ended_its_side_is_told_by_tls_when_the_server_ends(house: House, half: str) -> None:
+    client, stream = await connect_tls(house)
+    server = await let_in(house, client)
+    if half == "tcp":
+        await stream.stream.send_eof()
+    else:
+        await stream.end()
+    assert await server.rest() == b""
+    await server.close()
+    assert await client.rest() == b""
+    assert stream.is_closed
+
+
 async def test_who_can_not_be_connected_is_told_by_tls() -> None:
     async with running(tls_cert="self-signed", upstream="host=127.0.0.1 port=1") as house:
         client, stream = await connect_tls(house)

@@ -89,6 +89,12 @@ class TlsStream:
         self.tls.write(data)
         await self._send()
 
+    async def end(self) -> None:
+        """Say that no more will come."""
+        with suppress(ssl.SSLWantReadError):
+            self.tls.unwrap()
+        await self._send()
+
     async def receive_some(self, size: int) -> bytes:
         while True:
             try:
