@@ -41,7 +41,11 @@ _SHOWN: Final = 100
 
 
 class CertificateError(ValueError):
-    """A file is of no use; the message is a clause that says which, why, and what to change. No passphrase is in it."""
+    """A file is of no use; the message is a clause that says which, why, and what to change. No passphrase is in it.
+
+    Nor does it look as if there were one: what stands behind the colon of ``private.key:`` or ``passphrase:`` would be
+    hidden in the log (:mod:`pgguard.secrets.text`), and that is what to change.
+    """
 
 
 # Files
@@ -107,7 +111,7 @@ def add_identity(context: ssl.SSLContext, certificate: Path, key: Path, password
     if _ENCRYPTED.search(secret):
         problem = "its passphrase is another one" if password else "it is encrypted"
         raise CertificateError(f"the private key {key} can't be used: {problem}: {passphrase}")
-    raise CertificateError(f"{key} holds no private key: name a file in PEM form, with BEGIN PRIVATE KEY in it")
+    raise CertificateError(f"{key} holds no private key in PEM form: name a file with BEGIN PRIVATE KEY in it")
 
 
 def read_certificate(path: Path) -> bytes:
@@ -144,7 +148,7 @@ def _open_key(path: Path) -> BinaryIO:
         return file
     file.close()
     raise CertificateError(
-        f"other users may have the private key {path}: set its mode to 0600, or to 0640 if root owns it"
+        f"the private key {path} may be known to other users: set its mode to 0600, or to 0640 if root owns it"
     )
 
 

@@ -36,7 +36,7 @@ _CLOCKS: Final = datetime.timedelta(days=1)
 """By how much others' clocks may be behind."""
 _SHOWN: Final = 80
 """Characters of a certificate's name that are shown, at most."""
-_DECRYPT: Final = "pgguard asks for no passphrase: name a copy without (openssl pkey -in KEY -out COPY)"
+_DECRYPT: Final = "name a copy that isn't, as pgguard asks for no passphrase (openssl pkey -in KEY -out COPY)"
 
 
 class Files(NamedTuple):

@@ -139,7 +139,7 @@ class Settings(BaseModel):
             for option, path in (("--tls-key", self.tls_key), ("--tls-ca", self.tls_ca)):
                 if path is not None:
                     raise ConfigurationError(
-                        f"{option} {path}: --tls-cert is missing: name the certificate's file, too"
+                        f"{option} is given, and --tls-cert is missing: name the certificate's file, too"
                     )
             return None
         if self.tls_remark is not None:
@@ -149,7 +149,7 @@ class Settings(BaseModel):
 
         if self.tls_cert == SELF_SIGNED:
             if self.tls_key is not None:
-                raise ConfigurationError(f"--tls-key {self.tls_key}: --tls-cert self-signed makes a key: leave it out")
+                raise ConfigurationError("--tls-key is given, and --tls-cert self-signed makes a key: leave it out")
             return Offer(None, self.tls_ca)
         if self.tls_key is None:
             raise ConfigurationError(

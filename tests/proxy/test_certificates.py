@@ -146,7 +146,9 @@ def test_a_key_that_others_may_have_is_not_used(
     if fits:
         add_identity(context, pair.cert, pair.key, "", passphrase=_ASK)
     else:
-        with pytest.raises(CertificateError, match=f"other users may have the private key {pair.key}: set its mode to"):
+        with pytest.raises(
+            CertificateError, match=f"the private key {pair.key} may be known to other users: set its mode to"
+        ):
             add_identity(context, pair.cert, pair.key, "", passphrase=_ASK)
 
 

@@ -292,7 +292,7 @@ async def test_a_renewed_certificate_is_for_new_sessions(tmp_path: Path, backend
         await stream.aclose()
         pair.key.chmod(0o644)
         guard.signal(signal.SIGHUP)
-        guard.wait_for(r"SIGHUP: new clients are shown the old certificate: --tls-cert: other users may ()")
+        guard.wait_for(r"SIGHUP: new clients are shown the old certificate: --tls-cert: the private key ()")
         assert await shown(guard.port) == after
         guard.signal(signal.SIGTERM)
         guard.end()

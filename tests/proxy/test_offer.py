@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.settings import load_settings
+from pgguard.secrets.text import redact
 from tests.tls.certificates import Authority, Pair, self_signed
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def refused(cert: Path | str, key: Path | None = None, ca: Path | None = None) -
     with pytest.raises(ConfigurationError) as error:
         offered(cert, key, ca)
     said = str(error.value)
+    assert redact(said) == said  # what to change is shown, also if a file is called private.key
     assert "\n" not in said
     return said
 
@@ -94,19 +96,20 @@ def test_one_of_pgguards_own() -> None:
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660])
 def test_a_key_that_others_can_read(authority: Authority, mode: int) -> None:
     """0640 is right if root owns it."""
-    pair = authority.issue("server", "db.internal")
+    pair = authority.issue("private", "db.internal")
     pair.key.chmod(mode)
     if mode == 0o640 and pair.key.stat().st_uid == 0:
         offered(pair.cert, pair.key)
         return
     said = refused(pair.cert, pair.key)
     assert said == (
-        f"--tls-cert: other users may have the private key {pair.key}: set its mode to 0600, or to 0640 if root owns it"
+        f"--tls-cert: the private key {pair.key} may be known to other users: "
+        "set its mode to 0600, or to 0640 if root owns it"
     )
 
 
 def test_an_encrypted_key(authority: Authority) -> None:
-    pair = authority.issue("server", "db.internal", password="secret")
+    pair = authority.issue("private", "db.internal", password="secret")
     said = refused(pair.cert, pair.key)
     assert f"the private key {pair.key} can't be used: it is encrypted: " in said
     assert "openssl pkey" in said
@@ -127,7 +130,7 @@ def test_an_expired_one(authority: Authority) -> None:
 
 
 def test_files_that_hold_something_else(authority: Authority, tmp_path: Path) -> None:
-    pair = authority.issue("server", "db.internal")
+    pair = authority.issue("private", "db.internal")
     nothing = tmp_path / "nothing"
     nothing.touch(0o600)
     assert f"{nothing} holds no certificate" in refused(nothing, pair.key)
@@ -138,7 +141,7 @@ def test_files_that_hold_something_else(authority: Authority, tmp_path: Path) ->
 
 
 def test_one_without_the_other(authority: Authority) -> None:
-    pair = authority.issue("server", "db.internal")
+    pair = authority.issue("private", "db.internal")
     assert "--tls-key is missing" in refused(pair.cert)
     assert "makes a key: leave it out" in refused("self-signed", pair.key)
     for given in ({"tls_key": pair.key}, {"tls_ca": authority.cert}):
