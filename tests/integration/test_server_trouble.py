@@ -194,7 +194,7 @@ def test_a_server_that_is_not_there(where: str, tmp_path: Path) -> None:
 def test_a_server_that_comes_back_at_its_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = Address("127.0.0.1", listener.getsockname()[1])
-    with running_guard(address) as guard:
+    with running_guard(f"{address.conninfo} sslmode=disable") as guard:
         _assert_unavailable(guard, "Connection refused")
         with (
             socket.create_server(("127.0.0.1", address.port)) as listener,
@@ -231,7 +231,7 @@ def test_a_server_that_takes_connections_out_of_its_backlog_late() -> None:
     """A stopped postmaster: the kernel has accepted in its place, so the client waits, as it does without the guard."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = Address("127.0.0.1", listener.getsockname()[1])
-        with running_guard(f"host={address.host} port={address.port} connect_timeout=1") as guard:
+        with running_guard(f"host={address.host} port={address.port} connect_timeout=1 sslmode=disable") as guard:
             with closing(Bare(guard.tcp)) as client:
                 time.sleep(1.5)
                 assert client.outcome(_QUIET) == (b"", "none")

@@ -198,6 +198,16 @@ async def test_a_server_that_does_not_say_whether_it_has_tls(backend: FakeBacken
     assert says in said["M"]
 
 
+async def test_a_server_that_does_not_say_in_time_whether_it_has_tls(backend: FakeBackend) -> None:
+    async with running(backend, upstream=_where(backend, "connect_timeout=1")) as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        server = await backend.accept()
+        await server.expect(SSL_REQUEST)
+        said = (await client.message()).fields
+    assert said["M"].endswith(f"127.0.0.1:{backend.port}: no answer within 1 s")
+
+
 async def test_what_comes_behind_the_answer_in_the_clear_is_not_believed(backend: FakeBackend) -> None:
     """CVE-2021-23222."""
     async with running(backend, upstream=_where(backend, "sslmode=require")) as house, trio.open_nursery() as nursery:
