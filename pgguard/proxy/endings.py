@@ -252,6 +252,8 @@ class Endings:
         client, server = flow.client, flow.server
         client.held = b""
         client.pieces = None
+        if client.tls is not None:
+            client.tls.waiting.clear()
         relay.disarm(server)
         server.sock.close()
         server.end_stream()

@@ -20,6 +20,11 @@ sends while an answer to it is due. These ends are taken out of the epoll, and d
 moment in each round. So when a process has been killed that had a thousand connections, or asks on all of them out of
 turn, others are served meanwhile.
 
+TLS: what is encrypted is opened at once, by the sender, and then followed as anything else. But a record of another
+process than the one that an answer is due to, which most likely uses the same TLS session, isn't opened before that
+answer is complete, nor is any of a contested session. If it fails its integrity check, nothing more can be sent to the
+client, and a server doesn't read it before it has answered either.
+
 Holding: when a verdict falls on what one end has sent, that end isn't read until the ruling, and what it has sent
 waits. The other direction flows on: two answers that would have reached the client one after the other must not reach
 it together, or one of two readers swallows both, and the other waits for ever, in a program that would have ended
@@ -35,7 +40,7 @@ from typing import TYPE_CHECKING, Final, Protocol, final
 
 from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
 from pgguard.identity import Sender
-from pgguard.proxy.ends import CHUNK, Phase, Reading, Writing
+from pgguard.proxy.ends import CHUNK, CONTESTED, Phase, Reading, Writing
 from pgguard.proxy.losses import Loss, note
 from pgguard.session.session import FEW
 from pgguard.wire.messages import HEADER_SIZE
@@ -497,9 +502,18 @@ class Relay:
         if account is not None:
             pieces = self._whose(end, account, len(raw))
             if len(pieces) > 1:
-                self._open_pieces(end, tls, raw, pieces, now)
+                self._judging.stir(end)
+                at = 0
+                for length, whose in pieces:
+                    tls.waiting.append((raw[at : at + length], whose))
+                    at += length
+                self._open_waiting(end, tls, now)
                 raise BlockingIOError
             sender = pieces[0][1]
+        if (sender is not end.sender or end.heed & CONTESTED) and self._may_break(end, sender, now):
+            tls.waiting.append((raw, sender))
+            self.hold(end, _CHOKED)
+            raise BlockingIOError
         data = self._open(end, tls, raw, sender)
         if tls.failure is None:  # otherwise it is told when that has been ruled on
             self.say_for(end, tls)
@@ -520,22 +534,45 @@ class Relay:
             self._lose_account(end, account)
         return [(size, None)]
 
-    def _open_pieces(self, end: End, tls: Tls, raw: bytes, pieces: list[Segment], now: float) -> None:
-        """Decrypt what several have sent, and follow it."""
-        self._judging.stir(end)
-        if end.pieces is None:
-            end.pieces = deque()
-        at = 0
-        for length, whose in pieces:
-            data = self._open(end, tls, raw[at : at + length], whose)
+    def _may_break(self, end: End, sender: Sender | None, now: float) -> bool:
+        """Whether what has come may be another process's record, while an answer is due that can still be sent."""
+        tracker = end.flow.tracker
+        if tracker is None or not end.is_client or end.flow.phase is not _RELAYED:
+            return False
+        last = tracker.last_request
+        asked = None if last is None else last.sender
+        if not end.contested and (sender is None or asked is None or asked.pid == sender.pid):
+            return False
+        try:
+            return tracker.is_answering
+        except Exception:
+            self._lose_track(end, now)
+            return False
+
+    def _open_waiting(self, end: End, tls: Tls, now: float) -> None:
+        """Decrypt what has waited for that, and follow it, for a slice of time."""
+        first = True
+        while tls.waiting and end.reading is _OPEN:
+            if not first and monotonic() > self._slice_ends:
+                self._queue(end)
+                return
+            first = False
+            raw, sender = tls.waiting[0]
+            if self._may_break(end, sender, now):
+                self.hold(end, _CHOKED)
+                return
+            tls.waiting.popleft()
+            data = self._open(end, tls, raw, sender)
             if end.flow.phase is Phase.CLOSED:
                 return
+            if tls.failure is None:
+                self.say_for(end, tls)
             if data:
-                end.pieces.append((data, whose))
-            at += length
-        if tls.failure is None:
-            self.say_for(end, tls)
-        self._examine_pieces(end, now)
+                if sender is not end.sender:
+                    self._meet(end, sender)
+                held, end.held = end.held, b""
+                self._examine(end, held + data, now)
+        self._end_encrypted(end, tls)
 
     def _open(self, end: End, tls: Tls, raw: bytes, sender: Sender | None) -> bytes:
         """Decrypt what one has sent."""
@@ -568,6 +605,7 @@ class Relay:
         Whoever has said Terminate says that as well, and others may have the connection open still.
         """
         if tls.is_over and end.reading is _OPEN and not end.pieces:
+            tls.waiting.clear()
             if end.is_client and tls.failure is None and _is_terminated(end.flow):
                 return
             self._endings.end_of_stream(end, reset=False)
@@ -638,7 +676,7 @@ class Relay:
             held, end.held = end.held, b""
             self._examine(end, held + piece, now)
         if end.tls is not None:
-            self._end_encrypted(end, end.tls)
+            self._open_waiting(end, end.tls, now)
 
     def go_on(self, end: End) -> None:
         """Go on with what is held of ``end``."""
@@ -762,7 +800,10 @@ class Relay:
             self._queue(end.peer)
 
     def _has_room(self, end: End, tracker: Tracker, now: float) -> bool:
+        tls = end.peer.tls
         try:
+            if tls is not None and tls.waiting and tracker.is_answering:
+                return False
             return tracker.fullness() <= _ROOM
         except Exception:
             self._lose_track(end, now)

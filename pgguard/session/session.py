@@ -12,6 +12,7 @@ from pgguard.session.refusals import replication_asked
 from pgguard.session.requests import Request
 from pgguard.session.senders import Senders
 from pgguard.session.statements import Statements
+from pgguard.session.states import Owes
 from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestSeen, Verdict
 from pgguard.wire.messages import FRONTEND, HEADER_SIZE, by_code
 
@@ -38,6 +39,7 @@ _MOST_DIFFERENT: Final = 8192
 """Entries of those that are not alike, and so take more."""
 _FRONTEND: Final = by_code(FRONTEND)
 _NO_TRANSACTION: Final = ("I", "")
+_COPY_BOTH: Final = int(Owes.QUERY_COPY_BOTH)
 
 
 class Session:
@@ -151,6 +153,13 @@ class Session:
     def idle(self) -> bool:
         """Whether no request is outstanding."""
         return self.ledger.state == NOTHING or next(self.ledger.outstanding(), None) is None
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether an answer is due that the server gives without waiting for anything more from its client."""
+        if self.idle or not self.logged_in or self.unsynced is not None:
+            return False
+        return not self.ledger.copying_in and self.ledger.state != _COPY_BOTH
 
     @property
     def logged_in(self) -> bool:

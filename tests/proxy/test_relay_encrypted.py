@@ -14,7 +14,7 @@ import pytest
 
 from pgguard.identity import Sender
 from pgguard.proxy.ends import CHUNK, Phase, Reading, Writing
-from tests.proxy.messages import ANSWER, COLUMNS, LOGGED_IN, TERMINATE, query, row
+from tests.proxy.messages import ANSWER, COLUMNS, LOGGED_IN, TERMINATE, message, query, row
 from tests.proxy.test_relay_alone import FakeSocket, Scene, Stage, stage
 from tests.proxy.tls_peers import Peer
 
@@ -175,11 +175,63 @@ def test_records_are_whose_bytes_have_completed_them(stage: Stage) -> None:
     assert not stage.others.told
     stage.others.known = True
     session.sent_by((first[9:], PARENT), (second, CHILD))
-    assert session.server_heard == query("select 1") + query("select 2")
+    assert session.server_heard == query("select 1")
+    session.server_sends(ANSWER)
+    stage.run()
+    assert session.server_heard == query("select 2")
     assert stage.others.told == ["stir", f"meet {PARENT}", f"meet {CHILD}"]
     [verdict] = stage.others.verdicts
     assert verdict.intruder == CHILD
     assert verdict.requesters == (PARENT,)
+
+
+def test_another_ones_record_is_not_opened_before_the_answer_is_there_that_it_would_cost(stage: Stage) -> None:
+    """Nothing can be encrypted any more when one has failed, and a server would have answered before it read it."""
+    session = begin(stage)
+    session.name_senders()
+    assert session.client is not None
+    request = session.client.say(query("select 1"))
+    session.sent_by((request, PARENT))
+    session.sent_by((request, CHILD))
+    assert session.server_heard == query("select 1")
+    client = session.scene.flow.client
+    assert client.reading is Reading.CHOKED
+    session.server_sends(ANSWER[:-2])
+    assert session.client_heard
+    assert client.reading is Reading.CHOKED
+    session.server_sends(ANSWER[-2:])
+    stage.run()
+    assert session.client_heard
+    assert stage.others.told[-1] == "end_of_stream"
+
+
+def test_what_waits_for_a_server_that_waits_itself_is_opened(stage: Stage) -> None:
+    session = begin(stage)
+    session.name_senders()
+    assert session.client is not None
+    session.sent_by((session.client.say(query("copy t from stdin")), PARENT))
+    session.sent_by((session.client.say(message("d", b"1\n")), CHILD))
+    assert session.scene.flow.client.reading is Reading.CHOKED
+    stage.others.known = True
+    session.server_sends(message("G", b"\0\0\0"))
+    stage.run()
+    assert session.server_heard.endswith(message("d", b"1\n"))
+
+
+def test_a_contested_sessions_records_wait_as_well(stage: Stage) -> None:
+    """Nobody says whose they are."""
+    session = begin(stage)
+    assert session.client is not None
+    session.scene.flow.client.contest(True)
+    session.client_sends(query("select 1"))
+    assert session.server_heard == query("select 1")
+    session.scene.flow.client.contest(True)
+    session.client_sends(query("select 2"))
+    assert session.server_heard == b""
+    session.server_sends(ANSWER)
+    stage.run()
+    assert session.client_heard == ANSWER
+    assert session.server_heard == query("select 2")
 
 
 def test_a_record_of_two_processes_is_told_of_and_passed_on(stage: Stage) -> None:
