@@ -529,6 +529,8 @@ async def two_processes_with_tls(stage: Stage) -> None:
     other = await encrypted(stage)
     await other.client.send(other.theirs.say(FIRST) + other.theirs.say(FIRST), os.getpid(), stage.child)
     await other.server_hears(FIRST)
+    await other.server_sends(ANSWER)
+    await other.client_hears(ANSWER)
     await other.server_hears(FIRST)
     await other.server_sends(LET_GO)
     await other.server.close()
@@ -570,6 +572,8 @@ async def out_of_place_rejected_with_tls(stage: Stage) -> None:
     await session.client.send(session.theirs.say(message("p", b"out of place\0")))
     await stage.until(lambda: bool(stage.entered))
     await session.server_sends(COLUMNS[7:])
+    if "rejected" not in {str(fault.action) for fault in stage.house.faults}:
+        await session.client.close()
     await session.server.rest()
 
 
