@@ -1,51 +1,39 @@
 """The relay by itself, with TLS on either side: everything that a socket could do happens as a test says so."""
 
-# ruff: noqa: ARG002 - who does nothing needs no arguments
-
 from __future__ import annotations
 
 import select
 import ssl
-from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from pgguard.attribution.ebpf.account import Account
+from pgguard.attribution.ebpf.programs import Kind as Report
 from pgguard.identity import Sender
 from pgguard.proxy.ends import CHUNK, Phase, Reading, Writing
+from pgguard.proxy.kernel_senders import KernelSenders, TcpAccount
 from tests.proxy.messages import ANSWER, COLUMNS, LOGGED_IN, TERMINATE, message, query, row
 from tests.proxy.test_relay_alone import FakeSocket, Scene, Stage, stage
 from tests.proxy.tls_peers import Peer
 
 if TYPE_CHECKING:
-    from pgguard.attribution.ebpf.account import Segment
-    from pgguard.proxy.kernel_senders import KernelSenders, TcpAccount
+    from pgguard.attribution.ebpf.probe import SenderProbe
+    from pgguard.attribution.ebpf.ring import Event
 
 __all__ = ["stage"]
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 PARENT, CHILD = Sender(1, 1), Sender(2, 2)
+ORIGIN, KEY = 7, b"key"
 
 
-@dataclass
-class Account:
-    unread: tuple[int, int] | None = None
+class Probe:
+    """What it would report is put into the account by the test."""
 
-
-class Senders:
-    """Says who has sent as the test has said it."""
-
-    def __init__(self) -> None:
-        self.given: deque[list[Segment]] = deque()
-
-    def feed(self) -> None:
-        pass
-
-    def pieces(self, account: TcpAccount, size: int) -> list[Segment]:
-        pieces = self.given.popleft()
-        assert sum(length for length, _ in pieces) == size
-        return pieces
+    def read(self) -> list[Event]:
+        return []
 
 
 @dataclass
@@ -56,7 +44,9 @@ class Encrypted:
     scene: Scene
     client: Peer | None
     server: Peer | None
-    senders: Senders = field(default_factory=Senders)
+    account: Account = field(default_factory=lambda: Account(ORIGIN))
+    received: int = 0
+    """Bytes from the client since its senders are named."""
 
     def client_sends(self, *data: bytes) -> None:
         """Say things, each in one packet."""
@@ -85,12 +75,14 @@ class Encrypted:
 
     def name_senders(self) -> None:
         """Have the kernel say from now on who sends."""
-        self.stage.relay.name_senders(cast("KernelSenders", self.senders))
-        self.scene.flow.client.kernel_account = cast("TcpAccount", Account())
+        self.stage.relay.name_senders(KernelSenders(cast("SenderProbe", Probe())))
+        self.scene.flow.client.kernel_account = TcpAccount(KEY, self.account)
 
-    def sent_by(self, *pieces: tuple[bytes, Sender | None]) -> None:
+    def sent_by(self, *pieces: tuple[bytes, Sender]) -> None:
         """Receive raw bytes, at once, each piece from another sender."""
-        self.senders.given.append([(len(raw), sender) for raw, sender in pieces])
+        for raw, (pid, tid, _) in pieces:
+            self.account.apply((self.received, len(raw), int(Report.SENDING), tid or pid, pid, ORIGIN, KEY, 0, 0))
+            self.received += len(raw)
         self.raw(self.scene.client, b"".join(raw for raw, _ in pieces))
 
 
