@@ -601,9 +601,14 @@ class Arrival:
 
     def _listen_out(self) -> None:
         """Throw away what it still says: were it left unread, the kernel would reset the connection."""
-        with suppress(BlockingIOError):
-            if not self._sock.recv(_REST):
-                self.leave()
+        try:
+            rest = self._sock.recv(_REST)
+        except BlockingIOError:
+            return
+        except OSError:
+            rest = b""  # it has closed, and left unread what TLS says last, as libpq does
+        if not rest:
+            self.leave()
 
 
 def _pieces(behind: bytes, heard: list[tuple[int, Sender | None]]) -> list[tuple[bytes, Sender | None]]:

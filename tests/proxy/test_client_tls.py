@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import ssl
@@ -230,6 +231,18 @@ async def test_who_can_not_be_connected_is_told_by_tls() -> None:
         assert await client.rest() == b""
         assert stream.is_closed
         await stream.aclose()
+
+
+async def test_one_that_is_refused_may_leave_the_last_unread(caplog: pytest.LogCaptureFixture) -> None:
+    """As libpq does: it closes when it has got the error, and TLS has said one thing more."""
+    caplog.set_level(logging.INFO)
+    async with running(tls_cert="self-signed", upstream="host=127.0.0.1 port=1") as house:
+        client, _ = await connect_tls(house)
+        await client.send(startup())
+        await client.rest()
+        await client.reset()
+        await until(lambda: not house.guard._roster.present)
+    assert not [said for said in caplog.messages if "reset" in said]
 
 
 async def test_a_client_that_leaves_in_its_handshake(house: House) -> None:
