@@ -338,6 +338,7 @@ def load(settings: TlsSettings) -> Loaded:
         ConfigurationError: one can't be used; one line that says which, and what to change.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.options |= ssl.OP_NO_RENEGOTIATION  # in the middle of one nothing can be sent: see Tls.seal()
     context.check_hostname = False  # by libpq's rules
     context.verify_mode = ssl.CERT_NONE
     context.set_ciphers("DEFAULT")  # OpenSSL's, and not Python's choice of them

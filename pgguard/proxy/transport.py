@@ -15,7 +15,8 @@ end its stream        ``shutdown``                             send :meth:`Tls.f
 
 *Nothing waits in between.* All that can be decrypted of what has been received is returned at once. What is left is the
 beginning of one record, and no more; epoll, which knows nothing of it, needn't. As nothing that is to be sent is kept
-either, renegotiations and key updates, for which reads write and writes read, are nothing more than :meth:`Tls.words`.
+either, new keys (KeyUpdate of TLS 1.3), for which reads write, are nothing more than :meth:`Tls.words`. In a
+renegotiation of TLS 1.2 writes read as well, and what is to be sent would have to wait: contexts decline it.
 
 *Senders belong to what was encrypted.* The kernel says who sent which bytes of the stream that it carries. So a piece
 of that by one sender is opened at a time, and a record is whose bytes have completed it. Of one that several have sent
@@ -241,6 +242,7 @@ class Tls:
     def seal(self, data: bytes | memoryview) -> bytes:
         """Encrypt something; returns what is to be sent: nothing if the connection has failed or was ended.
 
+        With a context that allows renegotiation (``OP_NO_RENEGOTIATION`` isn't set), or nothing while one goes on.
         What :meth:`words` would have returned stands in front of it.
         """
         size, done = len(data), 0

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import socket
 import ssl
+import subprocess
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +16,7 @@ import pytest
 from pgguard.proxy.addresses import TcpAddress, parse_upstream
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.server_tls import ServerTls, SslMode, TlsSettings
+from tests.servers import free_port, not_installed
 from tests.tls.certificates import KEY_PASSWORD, Authority
 
 if TYPE_CHECKING:
@@ -244,3 +249,41 @@ def test_what_is_not_used_is_said() -> None:
         parse_upstream("host=db.example sslkeylogfile=/tmp/keys").remark == "--upstream: pgguard ignores sslkeylogfile"
     )
     assert parse_upstream("host=db.example sslcompression=1").remark is None
+
+
+def test_nothing_is_lost_while_a_server_asks_for_new_keys(tmp_path: Path, authority: Authority) -> None:
+    """Whoever renegotiates can send nothing meanwhile. OpenSSL's server asks for it; Python's can't."""
+    if shutil.which("openssl") is None:
+        not_installed("openssl")
+    pair = authority.issue("renegotiating", "localhost", ["localhost"])
+    port = free_port()
+    command = ["openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-cert", str(pair.cert), "-key", str(pair.key)]
+    heard = tmp_path / "heard"
+    with heard.open("wb") as file:
+        server = subprocess.Popen([*command, "-tls1_2"], stdin=subprocess.PIPE, stdout=file)
+    with server, contextlib.ExitStack() as stack:
+        stack.callback(server.kill)
+        assert server.stdin is not None
+        _wait_for(heard, b"ACCEPT")
+        tls = _tls(f"host=localhost hostaddr=127.0.0.1 port={port} sslmode=require")
+        sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+        handshake = tls.begin(TcpAddress("localhost", port))
+        sock.sendall(handshake.hear())
+        while not handshake.is_done:
+            sock.sendall(handshake.hear(sock.recv(65536)))
+        connection = handshake.tls
+        sock.sendall(connection.seal(b"before\n"))
+        _wait_for(heard, b"before\n")
+        server.stdin.write(b"r\n")
+        server.stdin.flush()
+        connection.open(sock.recv(65536))
+        assert connection.failure is None
+        assert connection.words()  # that it won't
+        assert connection.seal(b"meanwhile\n")
+
+
+def _wait_for(path: Path, said: bytes) -> None:
+    deadline = time.monotonic() + 30
+    while said not in path.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
