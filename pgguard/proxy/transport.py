@@ -242,7 +242,7 @@ class Tls:
     def seal(self, data: bytes | memoryview) -> bytes:
         """Encrypt something; returns what is to be sent: nothing if the connection has failed or was ended.
 
-        Nor would there be anything in the middle of a renegotiation: no context may allow one (``OP_NO_RENEGOTIATION``).
+        Nor would there be anything in the middle of a renegotiation, so no context may allow one.
         What :meth:`words` would have returned stands in front of it.
         """
         size, done = len(data), 0
