@@ -74,7 +74,10 @@ from tests.proxy.spawned import environment, run, spawned
             ["serve", "--tls-cert", "nowhere.pem", "--tls-key", "x"],
             "--tls-cert: the certificate in nowhere.pem can't be",
         ),
-        (["serve", "--tls-key", "x"], "--tls-key x: --tls-cert is missing: name the certificate's file, too"),
+        (
+            ["serve", "--tls-key", "x"],
+            "--tls-key is given, and --tls-cert is missing: name the certificate's file, too",
+        ),
         (["serve", "--tls-cert", "self-signed", "--tls-key", "x"], "makes a key: leave it out"),
         (["serve", "--tls-cert", "self-signed", "--tls-ca", "x"], "--tls-ca: the root certificates in x"),
         (["serve", "--config", "nowhere.toml"], "--config nowhere.toml: No such file or directory"),
