@@ -253,7 +253,7 @@ class Endings:
         client.held = b""
         client.pieces = None
         if client.tls is not None:
-            client.tls.waiting.clear()
+            client.tls.unopened.clear()
         relay.disarm(server)
         server.sock.close()
         server.end_stream()

@@ -231,7 +231,7 @@ class End:
     @property
     def is_drained(self) -> bool:
         """Whether everything that has come from it has been read, and judged. A system call."""
-        if self.held or self.pieces or (self.tls is not None and (self.tls.halfway or self.tls.waiting)):
+        if self.held or self.pieces or (self.tls is not None and (self.tls.halfway or self.tls.unopened)):
             return False
         unread = array.array("i", [0])
         fcntl.ioctl(self.fd, termios.FIONREAD, unread)  # tcp(7), unix(7)

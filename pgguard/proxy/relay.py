@@ -505,13 +505,13 @@ class Relay:
                 self._judging.stir(end)
                 at = 0
                 for length, whose in pieces:
-                    tls.waiting.append((raw[at : at + length], whose))
+                    tls.unopened.append((raw[at : at + length], whose))
                     at += length
                 self._open_waiting(end, tls, now)
                 raise BlockingIOError
             sender = pieces[0][1]
         if (sender is not end.sender or end.heed & CONTESTED) and self._may_break(end, sender, now):
-            tls.waiting.append((raw, sender))
+            tls.unopened.append((raw, sender))
             self.hold(end, _CHOKED)
             raise BlockingIOError
         data = self._open(end, tls, raw, sender)
@@ -552,16 +552,16 @@ class Relay:
     def _open_waiting(self, end: End, tls: Tls, now: float) -> None:
         """Decrypt what has waited for that, and follow it, for a slice of time."""
         first = True
-        while tls.waiting and end.reading is _OPEN:
+        while tls.unopened and end.reading is _OPEN:
             if not first and monotonic() > self._slice_ends:
                 self._queue(end)
                 return
             first = False
-            raw, sender = tls.waiting[0]
+            raw, sender = tls.unopened[0]
             if self._may_break(end, sender, now):
                 self.hold(end, _CHOKED)
                 return
-            tls.waiting.popleft()
+            tls.unopened.popleft()
             data = self._open(end, tls, raw, sender)
             if end.flow.phase is Phase.CLOSED:
                 return
@@ -605,7 +605,7 @@ class Relay:
         Whoever has said Terminate says that as well, and others may have the connection open still.
         """
         if tls.is_over and end.reading is _OPEN and not end.pieces:
-            tls.waiting.clear()
+            tls.unopened.clear()
             if end.is_client and tls.failure is None and _is_terminated(end.flow):
                 return
             self._endings.end_of_stream(end, reset=False)
@@ -802,7 +802,7 @@ class Relay:
     def _has_room(self, end: End, tracker: Tracker, now: float) -> bool:
         tls = end.peer.tls
         try:
-            if tls is not None and tls.waiting and tracker.is_answering:
+            if tls is not None and tls.unopened and tracker.is_answering:
                 return False
             return tracker.fullness() <= _ROOM
         except Exception:

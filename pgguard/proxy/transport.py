@@ -113,7 +113,7 @@ class Tls:
         "is_closed",
         "mixed",
         "ssl_object",
-        "waiting",
+        "unopened",
     )
 
     def __init__(
@@ -129,7 +129,7 @@ class Tls:
         """Who has sent the first of it, if that is known."""
         self.mixed: Sender | None = None
         """Who has sent the beginning of a record that somebody else has completed, as :meth:`open` was called last."""
-        self.waiting: deque[tuple[bytes, Sender | None]] = deque()
+        self.unopened: deque[tuple[bytes, Sender | None]] = deque()
         """What has been received, and isn't to be opened yet, as whoever relays it has decided; by its senders."""
         self.is_closed = False
         """The other side has said that it will send no more: ``close_notify``."""
