@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pgguard.faults.docket import Count, Occurrence
     from pgguard.faults.fault import Fault
     from pgguard.proxy.addresses import Address, Upstream
+    from pgguard.proxy.figures import Figures
     from pgguard.proxy.overview import SessionListener, SessionSnapshot
     from pgguard.proxy.settings import Settings
     from pgguard.reporting.sinks import Fanout
@@ -127,6 +128,15 @@ class RunningGuard:
     def tell(self, listener: SessionListener) -> None:
         """Have somebody told of each session that is opened or closed from now on."""
         self._guard.tell(listener)
+
+    async def figures(self) -> Figures:
+        """What the guard has done so far, in numbers. Others have their turn meanwhile, if there are many sessions."""
+        return await self._guard.figures()
+
+    @property
+    def lost_records(self) -> int:
+        """How many faults could not be recorded so far, counted for each sink."""
+        return self._sinks.lost
 
     def counts(self) -> list[Count]:
         """What has happened so far, the gravest first."""

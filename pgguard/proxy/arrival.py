@@ -39,6 +39,7 @@ from pgguard.faults.text import named
 from pgguard.identity import Sender
 from pgguard.proxy.admission import too_many
 from pgguard.proxy.dialling import BACKLOG_PAUSE, Dial, Progress
+from pgguard.proxy.figures import Turnaway
 from pgguard.proxy.greeting import Conversation, Dismissal, Encryption, Step, refusal
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.relay import FAILED
@@ -200,6 +201,7 @@ class Arrival:
     def _turn_back(self, error: UpstreamUnavailable) -> None:
         """Tell it that the server can't be connected to."""
         logger.warning("session %d: could not connect to the server: %s", self.session.id, error)
+        self._reception.roster.counters.turn_away(Turnaway.NO_SERVER)
         words = _UNAVAILABLE
         with spared(Loss.WORDS, self.session):
             words = _unavailable(error)
@@ -262,6 +264,7 @@ class Arrival:
 
     def _come_too_late(self) -> None:
         logger.info("session %d: %s did not send a startup packet in time", self.session.id, _client_of(self.session))
+        self._reception.roster.counters.turn_away(Turnaway.LATE)
         self.leave()
 
     def _hear(self) -> None:
@@ -357,6 +360,7 @@ class Arrival:
         """There is no TLS, and nothing else."""
         client, why = _client_of(self.session), _explained(str(error))
         logger.warning("session %d: no TLS with %s: %s", self.session.id, client, why)
+        self._reception.roster.counters.turn_away(Turnaway.ENCRYPTION)
         failed = self._encryption.failed
         if failed.verdict is None:
             self._see_off(error.words)
@@ -411,6 +415,7 @@ class Arrival:
         if dismissal.verdict is None:
             self.leave()
         else:
+            reception.roster.counters.turn_away(Turnaway.NO_POSTGRESQL)
             self._take_time(partial(self._rule, dismissal.verdict, self.leave))
 
     async def _rule(self, verdict: Verdict, then: Callable[[], None]) -> None:
@@ -424,10 +429,12 @@ class Arrival:
         reception, packet = self._reception, self._greeting.packet
         if packet.kind is PacketKind.CANCEL_REQUEST:
             self._take_time(self._pass_cancel_on)
-        elif packet.encrypts and (self._response is not None or self._talk.is_encrypted):
-            self._see_off(refusal(self._greeting))
         elif self._response is not None:
-            self._see_off(self._response)
+            reception.roster.counters.turn_away(Turnaway.NO_ROOM)
+            self._see_off(refusal(self._greeting) if packet.encrypts else self._response)
+        elif packet.encrypts and self._talk.is_encrypted:
+            reception.roster.counters.turn_away(Turnaway.ENCRYPTION)
+            self._see_off(refusal(self._greeting))
         elif not packet.encrypts and reception.wants_to_look(self.session):
             self._take_time(self._be_looked_at)
         else:
@@ -531,6 +538,7 @@ class Arrival:
         await reception.loops.refuse()
         if greeting.packet.encrypts:
             answer = await ask(reception.upstream, greeting.before, packet + greeting.behind)
+            reception.roster.counters.turn_away(Turnaway.ENCRYPTION)
             self._see_off(refusal(greeting) if answer is None else answer)
         else:
             self._dial, address = await introduce(reception.upstream, packet)

@@ -94,6 +94,11 @@ class Door:
         self._listeners.clear()
         self._give_up()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it lets clients in, or at least tells them that there is no room."""
+        return bool(self._listeners) and not self._is_shut
+
     def somebody_left(self) -> None:
         """There may be room again."""
         if self._is_shut and not self._is_short:

@@ -19,10 +19,12 @@ import logging
 import os
 import resource
 import select
+import time
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from pgguard.attribution.findings import Activity
 from pgguard.attribution.vigil import BEAT
 from pgguard.faults.text import counted
 from pgguard.proxy import looking
@@ -30,19 +32,21 @@ from pgguard.proxy.addresses import TcpAddress
 from pgguard.proxy.admission import Admission
 from pgguard.proxy.door import Door
 from pgguard.proxy.errors import ConfigurationError
+from pgguard.proxy.figures import Counters, Figures
 from pgguard.proxy.judge import Judge
 from pgguard.proxy.kernel_senders import KernelSenders
 from pgguard.proxy.listeners import BACKLOG, Listener, open_listeners
 from pgguard.proxy.loops import LoopWatch
-from pgguard.proxy.losses import Loss, keep_going, spared
+from pgguard.proxy.losses import Loss, keep_going, losses, spared
 from pgguard.proxy.openers import OpenerStacks
-from pgguard.proxy.overview import snapshot
+from pgguard.proxy.overview import activity, snapshot
 from pgguard.proxy.reception import Reception
 from pgguard.proxy.registrar import Registrar
 from pgguard.proxy.remedies import HOW_TO_RAISE
 from pgguard.proxy.roster import Roster
 from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.sweep import Sweep
+from pgguard.proxy.turns import GLANCES, Stint
 from pgguard.proxy.unread import UnreadWatch
 from pgguard.proxy.watch import Watch
 from pgguard.wire.fields import build_error_response
@@ -88,6 +92,7 @@ class Guard:
         self._witness = witness
         self._sessions: dict[int, ProxiedSession] = {}
         """Those in the sweep, by their numbers."""
+        self._counters = Counters()
         self._judge = Judge(
             policy=settings.policy(),
             sql_mode=settings.sql,
@@ -96,10 +101,12 @@ class Guard:
             witness=witness,
             sessions=self._sessions.values,
             evidence_budget=settings.evidence_budget,
+            took=self._counters.evidence,
         )
         self._unread = UnreadWatch(settings.unread_answer)
         self._sweep = Sweep(
             self._judge,
+            added=self._counters.added,
             cancel=self._cancel,
             answered=self._answered,
             closed=self._forget,
@@ -114,7 +121,13 @@ class Guard:
         self._registrar = None if witness is None else Registrar(witness)
         self._nursery: trio.Nursery
         self._loops = LoopWatch(self._upstream)
-        self._roster = Roster(self._sessions, judge=self._judge, watch=self._watch, registrar=self._registrar)
+        self._roster = Roster(
+            self._sessions,
+            judge=self._judge,
+            watch=self._watch,
+            registrar=self._registrar,
+            counters=self._counters,
+        )
         self._reception = Reception(
             self._upstream,
             roster=self._roster,
@@ -147,6 +160,52 @@ class Guard:
     def snapshot(self) -> list[SessionSnapshot]:
         """The sessions that are open, in the order in which they came."""
         return [snapshot(session) for _, session in sorted(self._sessions.items())]
+
+    async def figures(self) -> Figures:
+        """What it has done so far, in numbers. Others have their turn meanwhile, if there are many sessions."""
+        counters, stint = self._counters, Stint()
+        requests = counters.requests  # and then of those that are open now, also if they are over by the time
+        activities = dict.fromkeys(Activity, 0)
+        for number, session in enumerate(list(self._sessions.values()), 1):
+            requests += session.requests
+            activities[activity(session.tracker)] += 1
+            if number % GLANCES == 0:
+                await stint.rest()
+        from_clients, from_servers = self._sweep.passed_on
+        return Figures(
+            at=time.time(),
+            open=activities,
+            capacity=self._admission.capacity,
+            clients=self._roster.last_number,
+            introduced=counters.introduced,
+            turned_away=counters.turned_away,
+            requests=requests,
+            from_clients=from_clients,
+            from_servers=from_servers,
+            added=counters.added.measured(),
+            evidence=counters.evidence.measured(),
+            losses=losses(),
+            unnamed=None if self._roster.senders is None else self._roster.senders.unnamed(),
+        )
+
+    async def go_round(self) -> None:
+        """Wait until the relay has come round, which shows that it does. There is no end to it if it doesn't."""
+        await self._sweep.pass_mark()
+
+    def why_not_ready(self) -> str | None:
+        """Why a client that comes now isn't let in: a clause; ``None`` if it is."""
+        if self._stopping.is_set():
+            return "it is about to end"
+        if self._loops.found is not None:
+            return "the server's address leads back to it"
+        if not self._door.is_open or not self._admission.has_room():
+            return self._admission.why_full()
+        return None
+
+    @property
+    def server_answers(self) -> bool | None:
+        """Whether the server could be connected to for the last client; ``None``: it wasn't tried."""
+        return self._counters.server_answers
 
     def tell(self, listener: SessionListener) -> None:
         """Have somebody told of each session that is opened or closed from now on."""

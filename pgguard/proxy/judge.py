@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from pgguard.faults.fault import Fault
     from pgguard.faults.sql import SqlMode
     from pgguard.proxy.alike import Likeness
+    from pgguard.proxy.figures import Durations
     from pgguard.proxy.rollcall import Counted
     from pgguard.proxy.session import ProxiedSession
     from pgguard.reporting.sinks import Fanout
@@ -138,6 +139,7 @@ class Judge:
         witness: attribution; ``None`` when it is off.
         sessions: the sessions that are open.
         evidence_budget: seconds for which a session may be held while a fault is looked into; 0 for none.
+        took: counts how long that takes.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class Judge:
         witness: Witness | None,
         sessions: Callable[[], Iterable[ProxiedSession]],
         evidence_budget: float,
+        took: Durations,
     ) -> None:
         self._actions = _actions(policy)
         """What is done about which fault; ``None``: nothing."""
@@ -162,6 +165,7 @@ class Judge:
         self._witness = witness
         self._sessions = sessions
         self._evidence_budget = evidence_budget
+        self._took = took
         self._turns = Turns()
         self._threads = trio.CapacityLimiter(_INVESTIGATIONS)
         self._desk = Desk(_INVESTIGATIONS, _LINE)
@@ -228,6 +232,7 @@ class Judge:
         try:
             with self._late_stacks(session, verdict) as late, self._alike.leading(likeness) as waiting:
                 findings = await self._findings(session, verdict, urgency, began, late)
+                self._took.note(time.monotonic() - began)
                 async with self._turns.turn(urgency):
                     return self._decide(session, verdict, findings, now, likeness, late)
         finally:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 from pgguard.attribution.ebpf.account import Account, Accounts, Segment, Tally
 from pgguard.attribution.ebpf.bpf import BpfError
 from pgguard.attribution.ebpf.probe import connection_key
+from pgguard.proxy.figures import Unnamed
 
 if TYPE_CHECKING:
     from pgguard.attribution.ebpf.probe import SenderProbe
@@ -77,6 +78,10 @@ class KernelSenders:
     def remarks(self) -> list[str]:
         """What wasn't known of the connections that are closed, and what can't be: clauses, none if all was."""
         return [*self._probe.limits, *self._tally.remarks(self._probe.lost)]
+
+    def unnamed(self) -> Unnamed:
+        """What wasn't known of the connections that are closed, in numbers."""
+        return Unnamed(self._probe.lost, self._tally.unwatched.total(), self._tally.contradictions)
 
     def take(self, kernel_account: TcpAccount, size: int) -> bool:
         """Tell whether the bytes that have just been read are all one's: :attr:`Account.sender`'s, then.

@@ -96,6 +96,8 @@ class _Place(NamedTuple):
 
 _times: Counter[_Place] = Counter()
 """How often each exception has been noted."""
+_costs: Counter[Loss] = Counter()
+"""How often each has been lost."""
 _said: dict[_Place, tuple[float, int]] = {}
 """When it was last said of each how often that was, in seconds of time.monotonic(), and how often it was then."""
 
@@ -115,6 +117,7 @@ def note(loss: Loss, session: ProxiedSession | None = None) -> None:
             return
         place = _place(error)
         _times[place] += 1
+        _costs[loss] += 1
         said_at, before = _said.get(place, (0.0, 0))
         now = time.monotonic()
         if not before or now - said_at >= _INTERVAL:
@@ -128,6 +131,11 @@ def note(loss: Loss, session: ProxiedSession | None = None) -> None:
 def remarks() -> list[str]:
     """What has failed so far, and how often: clauses for the end, none if nothing has."""
     return [f"{place}, {counted(count, 'time')}" for place, count in _times.most_common()]
+
+
+def losses() -> dict[Loss, int]:
+    """How often each has been lost so far."""
+    return {loss: _costs[loss] for loss in Loss}
 
 
 def _place(error: BaseException) -> _Place:

@@ -48,6 +48,8 @@ from pgguard.wire.messages import HEADER_SIZE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mypy_extensions import i64
+
     from pgguard.attribution.ebpf.account import Segment
     from pgguard.proxy.ends import End, Flow
     from pgguard.proxy.kernel_senders import KernelSenders, TcpAccount
@@ -198,6 +200,13 @@ class Relay:
         self._slice = seconds
         self._slice_ends = 0.0
         """When who still has something to be followed has to wait for its turn."""
+        self._round_began = 0.0
+        """When what is served had come, or been found to have come."""
+        self.took = 0.0
+        """Seconds that it took in the last :meth:`run` to serve all that had come first; 0: nothing came."""
+        self.from_clients: i64 = 0
+        self.from_servers: i64 = 0
+        """Bytes that have been passed on."""
         self._ends: dict[int, End] = {}
         """Those that are registered with the epoll, by descriptor."""
         self._watched: dict[int, Callable[[int], None]] = {}
@@ -230,14 +239,19 @@ class Relay:
         for so long that there was nothing to do any more.
         """
         self._runs = True
+        self.took = 0.0
         try:
             self._hear_of_senders()
             began = monotonic()
-            while self._go_round(began, max(0.0, latest - began)):
+            if not self._go_round(began, max(0.0, latest - began)):
+                return False
+            began = monotonic()
+            self.took = began - self._round_began
+            while began <= until and began >= self._hurried_until:
+                if not self._go_round(began, max(0.0, latest - began)):
+                    return False
                 began = monotonic()
-                if began > until or began < self._hurried_until:
-                    return True
-            return False
+            return True
         finally:
             self._runs = False
 
@@ -259,7 +273,8 @@ class Relay:
         if crowded:
             events = self._without_interrupters(events)
         now = time()
-        self._slice_ends = monotonic() + self._slice
+        self._round_began = monotonic()
+        self._slice_ends = self._round_began + self._slice
         for fd, mask in events:
             end = ends.get(fd)
             if end is None:  # it has been held, or its session closed, by an earlier event, or it is another's
@@ -848,7 +863,11 @@ class Relay:
         peer = end.peer
         if begin == stop or peer.writing is not _WRITABLE:
             return
-        if end.is_client and end.flow.phase is not _RELAYED:
+        if not end.is_client:
+            self.from_servers += stop - begin
+        elif end.flow.phase is _RELAYED:
+            self.from_clients += stop - begin
+        else:
             self._endings.hear(end, data[begin:stop])
             return
         whole = begin == 0 and stop == len(data)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import socket
 
     from pgguard.attribution.sockets import ClientSocket
+    from pgguard.proxy.figures import Counters
     from pgguard.proxy.judge import Judge
     from pgguard.proxy.kernel_senders import KernelSenders, TcpAccount
     from pgguard.proxy.listeners import Listener, Peer
@@ -36,10 +37,17 @@ class Roster:
         judge: rules on verdicts.
         watch: looks for what no message shows.
         registrar: finds out who opened them; ``None`` with attribution off.
+        counters: what is counted of them.
     """
 
     def __init__(
-        self, sessions: dict[int, ProxiedSession], *, judge: Judge, watch: Watch, registrar: Registrar | None
+        self,
+        sessions: dict[int, ProxiedSession],
+        *,
+        judge: Judge,
+        watch: Watch,
+        registrar: Registrar | None,
+        counters: Counters,
     ) -> None:
         self.sessions = sessions
         self.present: set[int] = set()
@@ -51,6 +59,7 @@ class Roster:
         self._judge = judge
         self._watch = watch
         self._registrar = registrar
+        self.counters = counters
         self._listeners: list[SessionListener] = []
 
     def tell(self, listener: SessionListener) -> None:
@@ -94,6 +103,7 @@ class Roster:
     def enter(self, session: ProxiedSession) -> None:
         """Its client has been introduced to the server."""
         self.sessions[session.id] = session
+        self.counters.introduce()
         try:
             self._watch.enter(session)
         except Exception:
@@ -111,6 +121,10 @@ class Roster:
         self.present.remove(session.id)
         self.settle(session)
         if self.sessions.pop(session.id, None) is not None:
+            try:
+                self.counters.finish(session.requests, logged_in=session.logged_in)
+            except Exception:
+                note(Loss.TIDINESS, session)
             for listener in self._listeners:
                 try:
                     listener.closed(discreet_facts(session.facts()))

@@ -169,6 +169,16 @@ class ProxiedSession:
         return self.phase in _DRAINING
 
     @property
+    def requests(self) -> int:
+        """How many its client has made, as far as it has been followed."""
+        return 0 if self.protocol is None else self.protocol.requests
+
+    @property
+    def logged_in(self) -> bool:
+        """Whether its client has been logged in; True if that isn't known."""
+        return self.protocol is None or self.protocol.lost is not None or self.protocol.logged_in
+
+    @property
     def inside_message(self) -> int:
         """How many bytes the client is still to get of a message of the server's; none of one that is swallowed."""
         tracker = self.tracker

@@ -14,6 +14,7 @@ other things may have happened that only trio hears of: a thread has finished, o
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import time
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pgguard.proxy.ends import End
+    from pgguard.proxy.figures import Durations
     from pgguard.proxy.judge import Judge
     from pgguard.proxy.kernel_senders import KernelSenders
     from pgguard.proxy.session import ProxiedSession
@@ -53,12 +55,14 @@ class Sweep:
         closed: is told of every session whose sockets have been closed.
         stirred: is told of a session whose client sends something for the first time since it was attended to.
         unread: looks after what has been answered.
+        added: counts for how long what comes has to wait.
     """
 
     def __init__(
         self,
         judge: Judge,
         *,
+        added: Durations,
         cancel: Callable[[ProxiedSession], None],
         answered: Callable[[ProxiedSession], None],
         closed: Callable[[ProxiedSession], None],
@@ -75,6 +79,9 @@ class Sweep:
         )
         self._endings = self._judging.endings
         self._relay.hand_on_to(self._judging, self._endings)
+        self._added = added
+        self._left = math.inf
+        """When trio's other tasks got their turn, if there was more to do; times are those of time.monotonic()."""
         self._alarms: set[ReadingAlarm] = set()
         """What tells that a client has read."""
 
@@ -89,6 +96,7 @@ class Sweep:
                     self._asleep = True
                     await trio.lowlevel.wait_readable(self._epoll.fileno())
                     self._asleep = False
+                    self._left = math.inf
                     while self._take_turn():
                         await trio.lowlevel.checkpoint()
         finally:
@@ -104,7 +112,16 @@ class Sweep:
         """Have bytes moved until it is trio's other tasks' turn; False if there is nothing to do any more."""
         now = time.monotonic()
         due = trio.lowlevel.current_statistics().seconds_to_next_deadline
-        return self._relay.run(now + _TURN, now + min(_LATEST, max(_TURN, due)))
+        is_busy = self._relay.run(now + _TURN, now + min(_LATEST, max(_TURN, due)))
+        if self._relay.took:
+            self._added.note(self._relay.took + max(0.0, now - self._left))
+        self._left = time.monotonic()
+        return is_busy
+
+    @property
+    def passed_on(self) -> tuple[int, int]:
+        """Bytes that have been passed on so far: those of clients, and those of servers."""
+        return self._relay.from_clients, self._relay.from_servers
 
     def _wake_up(self) -> None:
         if self._asleep:
@@ -167,12 +184,12 @@ class Sweep:
 
         A session is left out whose peer has no room for what it sends.
         """
-        await self._pass_mark()
+        await self.pass_mark()
         queued = self._relay.queued()
         while not queued.isdisjoint(self._relay.queued()):
-            await self._pass_mark()
+            await self.pass_mark()
 
-    async def _pass_mark(self) -> None:
+    async def pass_mark(self) -> None:
         """Wait for one's turn in the epoll, which hands out what is ready in the order in which that came."""
         self.hurry()
         mark = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -122,7 +122,7 @@ async def test_trios_other_tasks_wait_for_a_moment_at_most_and_not_beyond_their_
         return False
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "_relay", SimpleNamespace(run=run))
+        patch.setattr(sweep, "_relay", SimpleNamespace(run=run, took=0.0))
         patch.setattr("pgguard.proxy.sweep._LATEST", 400.0)
         with trio.CancelScope(deadline=trio.current_time() + 200):  # noqa: ASYNC100 - there is a deadline
             patch.setattr("pgguard.proxy.sweep._TURN", 1.0)

@@ -1051,9 +1051,19 @@ STARTS: Final = {
 """What is done before there is a session, where an exception is to end the guard: with a message."""
 STARTING: Final = {"__init__", "listen", "use_probe", "find_loop"}
 """The functions of others that are called then alone."""
-ASKING: Final = {"reload", "follow", "_actions", "remarks", "renew_certificate", "read_server_files"}
-"""Those that the command line calls, and protects itself from: on SIGHUP, where nothing is changed then, and in the
-end."""
+ASKING: Final = {
+    "reload",
+    "follow",
+    "_actions",
+    "remarks",
+    "renew_certificate",
+    "read_server_files",
+    "figures",
+    "unnamed",
+    "why_not_ready",
+}
+"""Those that others call, and protect themselves from: on SIGHUP, where nothing is changed then, in the end, and when
+somebody wants to know how it is."""
 
 
 def test_every_call_that_may_cross_fails_above_or_is_protected_where_it_stands(rehearsals: list[Rehearsal]) -> None:

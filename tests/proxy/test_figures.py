@@ -1,0 +1,124 @@
+"""What a guard counts, for whoever watches it from outside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from pgguard.attribution.findings import Activity
+from pgguard.proxy.figures import BOUNDS, Durations, Turnaway
+from pgguard.proxy.losses import Loss, losses, spared
+from pgguard.wire.fields import build_error_response
+from tests.proxy.conftest import running, until
+from tests.proxy.fake_backend import part
+from tests.proxy.messages import COLUMNS, ONE_ROW, READY, SECONDS, SELECTED, Client, message, query, startup
+
+if TYPE_CHECKING:
+    from tests.proxy.conftest import House
+    from tests.proxy.fake_backend import FakeBackend
+
+BEGUN = message("C", b"BEGIN\0") + message("Z", b"T")
+FAREWELL = build_error_response("no", sqlstate="28P01")
+ANSWER = COLUMNS + ONE_ROW + SELECTED + READY
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bucket"),
+    [(0.0, 0), (0.9e-6, 0), (1.0e-6, 1), (1.9e-6, 1), (2.0e-6, 2), (1e-3, 10), (BOUNDS[-1], len(BOUNDS)), (1e9, 24)],
+)
+def test_a_duration_goes_into_the_first_bucket_that_it_is_shorter_than(seconds: float, bucket: int) -> None:
+    durations = Durations()
+    durations.note(seconds)
+    measured = durations.measured()
+    assert measured.times.index(1) == bucket
+    assert sum(measured.times) == 1
+    assert measured.seconds == seconds
+    assert bucket == len(BOUNDS) or seconds < BOUNDS[bucket]
+    assert bucket == 0 or seconds >= BOUNDS[bucket - 1] * 0.999
+
+
+async def test_sessions_requests_and_bytes_are_counted_also_of_those_that_are_over(house: House) -> None:
+    none = await house.guard.figures()
+    assert (none.clients, none.introduced, none.requests, none.from_clients, none.from_servers) == (0, 0, 0, 0, 0)
+    client, server = await house.session()
+    other, its_server = await house.session(unix=True)
+    before = await house.guard.figures()
+    for _ in range(3):
+        await client.send(query("select 1"))
+        await server.expect(query("select 1"))
+        await server.send(ANSWER)
+        await client.expect(ANSWER)
+    await other.send(query("begin"))
+    await its_server.expect(query("begin"))
+    await its_server.send(BEGUN)
+    await other.expect(BEGUN)
+    seen = await house.guard.figures()
+    assert (seen.clients, seen.introduced, seen.requests) == (2, 2, 4)
+    assert seen.from_clients - before.from_clients == 3 * len(query("select 1")) + len(query("begin"))
+    assert seen.from_servers - before.from_servers == 3 * len(ANSWER) + len(BEGUN)
+    assert {what: count for what, count in seen.open.items() if count} == {
+        Activity.IDLE: 1,
+        Activity.IDLE_IN_TRANSACTION: 1,
+    }
+    assert sum(seen.added.times) > 0
+    assert seen.added.seconds > 0
+    await part(client, server)
+    await until(lambda: len(house.guard.snapshot()) == 1)
+    after = await house.guard.figures()
+    assert (after.requests, sum(after.open.values())) == (4, 1)
+    assert not any(after.turned_away.values())
+
+
+async def test_what_is_held_back_is_counted_once(house: House) -> None:
+    client, server = await house.session()
+    before = await house.guard.figures()
+    asked = query("select 1")
+    await client.send(asked[:3])
+    await client.send(asked[3:])
+    await server.expect(asked)
+    assert (await house.guard.figures()).from_clients - before.from_clients == len(asked)
+
+
+async def turned_away(house: House) -> set[Turnaway]:
+    """Wait until a client has been turned away, and return why those have been that have."""
+    with trio.fail_after(SECONDS):
+        while True:
+            seen = (await house.guard.figures()).turned_away
+            if why := {one for one, times in seen.items() if times}:
+                return why
+            await trio.sleep(0.005)
+
+
+async def test_it_is_counted_why_clients_are_turned_away(backend: FakeBackend) -> None:
+    async with running(backend, startup_timeout=0.2) as house:
+        stranger = await house.connect()
+        await stranger.send(b"GET / HTTP/1.0\r\n\r\n")
+        assert await turned_away(house) == {Turnaway.NO_POSTGRESQL}
+    async with running(backend, startup_timeout=0.2) as house:
+        await house.connect()
+        assert await turned_away(house) == {Turnaway.LATE}
+        assert house.guard.server_answers is None
+    async with running(backend) as house:
+        client = await house.connect()
+        await client.send(startup())
+        await (await backend.accept()).log_in(FAREWELL)
+        await backend.close_all()
+        assert await turned_away(house) == {Turnaway.LOGIN}
+        assert house.guard.server_answers is True
+    async with running() as house:
+        client = await Client.connect(house.port)
+        await client.send(startup())
+        assert await turned_away(house) == {Turnaway.NO_SERVER}
+        assert house.guard.server_answers is False
+        await client.close()
+
+
+def test_internal_errors_are_counted_by_what_they_cost() -> None:
+    before = losses()
+    with spared(Loss.TIDINESS):
+        int("x")
+    after = losses()
+    assert after[Loss.TIDINESS] - before[Loss.TIDINESS] == 1
+    assert {loss for loss in Loss if after[loss] != before[loss]} == {Loss.TIDINESS}
