@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from pgguard.faults.causes import Told
     from pgguard.faults.docket import Count, Occurrence
     from pgguard.faults.fault import Fault
-    from pgguard.proxy.addresses import Address, Upstream
+    from pgguard.proxy.addresses import Address
     from pgguard.proxy.figures import Figures
     from pgguard.proxy.overview import SessionListener, SessionSnapshot
-    from pgguard.proxy.settings import Settings
+    from pgguard.proxy.settings import Front, Settings
     from pgguard.reporting.sinks import Fanout
 
 _TRIAL: Final = 20.0
@@ -69,7 +69,7 @@ class _Course(NamedTuple):
     everything: trio.CancelScope
     """Is cancelled to end it at once."""
     looked: trio.Event
-    """It has been looked at the server."""
+    """It has been looked at the servers."""
     ended: trio.Event
     """It has been stopped, and no session is left."""
 
@@ -107,9 +107,9 @@ class RunningGuard:
         self.warnings = tuple(warnings)
 
     @property
-    def upstream(self) -> Upstream:
-        """Where PostgreSQL is."""
-        return self._guard.upstream
+    def fronts(self) -> list[Front]:
+        """The servers that it is in front of, in the order in which they are configured: one at least."""
+        return self._guard.fronts
 
     @property
     def offered(self) -> str | None:
@@ -196,15 +196,15 @@ class RunningGuard:
         """
         return await self._guard.renew_certificate()
 
-    async def read_server_files(self) -> bool:
-        """Read the files again that are for TLS to the server, for connections that are made from now on.
+    async def read_server_files(self, front: Front) -> bool:
+        """Read the files again that are for TLS to one of the servers, for connections that are made from now on.
 
         Returns False if there are none.
 
         Raises:
             ConfigurationError: One can't be used; what they said before goes on to be.
         """
-        return await self._guard.read_server_files()
+        return await self._guard.read_server_files(front)
 
     def stop(self) -> None:
         """Accept nobody any more, and end when the sessions are done or the settings' ``shutdown_timeout`` is over."""
@@ -214,13 +214,12 @@ class RunningGuard:
         """End at once, whatever its sessions are doing; the block is cancelled too."""
         self._course.everything.cancel()
 
-    @property
-    def encryption(self) -> str | None:
-        """How the server is connected to, where there may be TLS, as far as that is known: a few words for people."""
-        return self._guard.encryption()
+    def encryption(self, front: Front) -> str | None:
+        """How a server is connected to, where there may be TLS, as far as that is known: a few words for people."""
+        return self._guard.encryption(front.name)
 
     async def wait_looked(self) -> None:
-        """Wait until it is known how the server is connected to, or that it can't be."""
+        """Wait until it is known how each server is connected to, or that it can't be."""
         await self._course.looked.wait()
 
     async def wait_ended(self) -> None:
@@ -277,7 +276,8 @@ async def running_guard(
             _open(ruby)
         missing += await _look_around(settings)
         room = guard.look_for_room()
-        said = (settings.remark, settings.tls_remark, *guard.listener_remarks, guard.upstream.remark, room)
+        remarks = [*guard.listener_remarks, *(_remark(one) for one in guard.fronts)]
+        said = (settings.remark, settings.tls_remark, *remarks, room)
         warnings = [remark for remark in said if remark is not None]
         stack.callback(_account, docket, sinks)
         async with _serving(guard, ruby) as course:
@@ -302,8 +302,9 @@ async def _serving(guard: Guard, ruby: RubyPipes | None) -> AsyncIterator[_Cours
                 if (loop := await guard.find_loop()) is not None:
                     loops.append(loop)
                     nursery.cancel_scope.cancel()
-                elif (problem := guard.unreachable()) is not None:
-                    logger.warning("%s", problem)
+                else:
+                    for problem in guard.unreachable():
+                        logger.warning("%s", problem)
             looked.set()
 
         nursery.start_soon(serve)
@@ -325,6 +326,12 @@ async def _serving(guard: Guard, ruby: RubyPipes | None) -> AsyncIterator[_Cours
         raise ConfigurationError(loop)
     for failure in failures:
         raise failure
+
+
+def _remark(front: Front) -> str | None:
+    """What was made of where a server is said to be, if that has to be said: a sentence without its stop."""
+    name, remark = front.name, front.upstream.remark
+    return remark if remark is None or name is None else f"databases.{name}: {remark}"
 
 
 def _open(ruby: RubyPipes) -> None:
@@ -439,7 +446,7 @@ def _give_up_rights(guard: Guard, settings: Settings, account: Account | None, p
     with privileges.only(kept):
         if probe is not None and probe.takes_rights:
             kept.add(Right.CAP_BPF)
-        if account is None and barred(guard.upstream):
+        if account is None and any(barred(one.upstream) for one in guard.fronts):
             kept.add(Right.CAP_DAC_OVERRIDE)
     try:
         privileges.give_up(kept, reserve, account)
@@ -465,11 +472,12 @@ def _check_reach(guard: Guard, account: Account) -> None:
             raise ConfigurationError(
                 f"--user {account.name}: this user can't read {program}: install pgguard where it can"
             )
-    for address in barred(guard.upstream):
-        raise ConfigurationError(
-            f"--user {account.name}: this user can't connect to the server at {address}: add it to the socket's group, "
-            "or name the server's TCP address in --upstream"
-        )
+    for front in guard.fronts:
+        for address in barred(front.upstream):
+            raise ConfigurationError(
+                f"--user {account.name}: this user can't connect to the server at {address}: add it to the socket's "
+                f"group, or name the server's TCP address in {front.setting}"
+            )
 
 
 async def _look_around(settings: Settings) -> list[Capability]:

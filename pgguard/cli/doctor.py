@@ -30,8 +30,9 @@ from pgguard.proxy.upstream import dial_to
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pgguard.proxy.addresses import Address, Upstream
+    from pgguard.proxy.addresses import Address
     from pgguard.proxy.dialling import Dial
+    from pgguard.proxy.settings import Front
 
 _RIGHTS: Final = (
     f"To see other users' processes the guard needs {names(LOOKING)}. To look into other network namespaces it also "
@@ -52,7 +53,7 @@ def doctor(*, as_json: bool) -> int:
     That is 0 if everything essential is available, else 1. Takes a second at most, unless something hangs.
     """
     with unwinding(), progress("Checking what this host allows"):
-        capabilities = [*check(), _compiled_code(form()), *_about_the_server(), *_offered()]
+        capabilities = [*check(), _compiled_code(form()), *_about_the_servers(), *_offered()]
     if as_json:
         print(json.dumps([_as_dict(capability) for capability in capabilities], indent=2))  # noqa: T201 - the answer
     else:
@@ -79,53 +80,54 @@ def _compiled_code(found: Form) -> Capability:
     )
 
 
-def _about_the_server() -> list[Capability]:
-    """What there is to say of the way to the server that ``serve`` would guard."""
+def _about_the_servers() -> list[Capability]:
+    """What there is to say of the way to the servers that ``serve`` would guard."""
     try:
-        upstream = load_settings({"upstream": os.environ.get("PGGUARD_UPSTREAM", "")}, None).server()
+        fronts = load_settings({"upstream": os.environ.get("PGGUARD_UPSTREAM", "")}, None).fronts()
     except ConfigurationError:
         return []  # it says so when it is started
-    return [*_shortcuts(upstream), *trio.run(_encryption, upstream)]
+    return [*_shortcuts(fronts), *trio.run(_encryption, fronts)]
 
 
-def _shortcuts(upstream: Upstream) -> list[Capability]:
-    """Whether there is a shorter way; nothing, if it is the shortest."""
-    found = shortcut(upstream)
-    if found is None:
-        return []
+def _shortcuts(fronts: Sequence[Front]) -> list[Capability]:
+    """Where there is a shorter way; nothing of those that are the shortest."""
     return [
         Capability(
-            "Unix socket to the server",
+            "Unix socket to the server" if front.name is None else f"Unix socket to the server of {front.name}",
             "reaches the server with less CPU time than TCP",
             essential=False,
             unix_instead=False,
-            problem=f"the guard reaches it at {upstream}, and it also listens at {found}",
-            remedy=advice_on(found),
+            problem=f"the guard reaches it at {front.upstream}, and it also listens at {found}",
+            remedy=advice_on(found, front.setting),
         )
+        for front in fronts
+        if (found := shortcut(front.upstream)) is not None
     ]
 
 
-async def _encryption(upstream: Upstream) -> list[Capability]:
-    """Which TLS it gives at each of its addresses, or why not; nothing of those without, if that is as it may be."""
-    tls = upstream.tls
-    if tls is None:
-        return []
-    found: dict[Address, Dial | Exception] = {}
+async def _encryption(fronts: Sequence[Front]) -> list[Capability]:
+    """Which TLS servers give at each of their addresses, or why not; nothing of those without, if that may be."""
+    places = [
+        (front, address) for front in fronts if front.upstream.tls is not None for address in front.upstream.addresses
+    ]
+    found: dict[int, Dial | Exception] = {}
 
-    async def look(address: Address) -> None:
+    async def look(place: int) -> None:
+        front, address = places[place]
         try:
-            found[address] = dial = await dial_to(address, replace(upstream, connect_timeout=_PATIENCE))
+            found[place] = dial = await dial_to(address, replace(front.upstream, connect_timeout=_PATIENCE))
             dial.close()
         except (OSError, UnicodeError) as error:
-            found[address] = error
+            found[place] = error
 
     async with trio.open_nursery() as nursery:
-        for address in upstream.addresses:
-            nursery.start_soon(look, address)
-    return [one for address in upstream.addresses if (one := _tls_at(address, found[address])) is not None]
+        for place in range(len(places)):
+            nursery.start_soon(look, place)
+    return [one for place, at in enumerate(places) if (one := _tls_at(*at, found[place])) is not None]
 
 
-def _tls_at(address: Address, found: Dial | Exception) -> Capability | None:
+def _tls_at(front: Front, address: Address, found: Dial | Exception) -> Capability | None:
+    name = "TLS to the server" if front.name is None else f"TLS to the server of {front.name}"
     what = f"encrypts what the guard and the server at {address} say"
     problem = remedy = None
     error = found if isinstance(found, Exception) else found.why_plain
@@ -138,7 +140,7 @@ def _tls_at(address: Address, found: Dial | Exception) -> Capability | None:
         return None
     else:
         what = f"{what}, {found.encryption}"
-    return Capability("TLS to the server", what, essential=False, unix_instead=False, problem=problem, remedy=remedy)
+    return Capability(name, what, essential=False, unix_instead=False, problem=problem, remedy=remedy)
 
 
 def _offered() -> list[Capability]:

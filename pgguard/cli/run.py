@@ -60,6 +60,10 @@ _WAYS_OUT: Final = (
     "pgguard: or let it listen in a directory, by --listen unix:DIR, and name that to the command in place of the host",
 )
 _RUBY_TOLD: Final = "Ruby programs of the command were told to load"
+_NO_DATABASES: Final = (
+    "databases is for pgguard serve: the guard of pgguard run is in front of one server, and has its policy from mode "
+    "and kinds"
+)
 _NO_USER: Final = "user is not used by pgguard run: the guard is the command's parent, and stays the user that it is"
 _LONGEST: Final = 1e9
 """Seconds for which the guard may be told to go on, at most."""
@@ -135,7 +139,7 @@ def run(given: dict[str, Any], config: Path | None, wishes: Wishes) -> int:
             tended=telling.tended,
             ruby=ruby,
         )
-        launcher = Launcher(settings, telling.sinks, order, arrivals, companion)
+        launcher = Launcher(settings.model_copy(update={"databases": []}), telling.sinks, order, arrivals, companion)
         try:
             outcome = trio.run(launcher.run, telling.end)
         except NotStarted as error:
@@ -205,6 +209,7 @@ class _Telling:
         self, settings: Settings, wishes: Wishes, directory: Path, starting: ExitStack, ruby: RubyPipes | None
     ) -> None:
         self._user = settings.user
+        self._has_databases = bool(settings.databases)
         self._wishes = wishes
         self._ruby = ruby
         self._directory = directory
@@ -236,7 +241,7 @@ class _Telling:
         self._starting.close()
         if self._wishes.quiet:
             return rewritten.environment
-        ignored = [_NO_USER] if self._user else []
+        ignored = [*([_NO_USER] if self._user else []), *([_NO_DATABASES] if self._has_databases else [])]
         for warning in (*guard.warnings, *ignored, *mistyped_variables(), *rewritten.remarks):
             logger.warning("%s", warning)
         if (lacking := lacking_evidence(guard.missing)) is not None:
@@ -244,16 +249,18 @@ class _Telling:
         there = ", ".join(map(str, guard.addresses))
         ruby = "" if self._ruby is None else f"; Ruby is told by RUBYOPT to load {FILE.name}"
         tls = "" if guard.offered is None else f"; clients are offered TLS over TCP, with {guard.offered}"
-        self.say(f"ready on {there}, in front of PostgreSQL at {guard.upstream}{tls}; {self._rewritten}{ruby}")
+        [front] = guard.fronts
+        self.say(f"ready on {there}, in front of PostgreSQL at {front.upstream}{tls}; {self._rewritten}{ruby}")
         first, self._console = self._console, ConsoleSink(self._fd, wait=True)
         await trio.to_thread.run_sync(first.close, abandon_on_cancel=True)
         return rewritten.environment
 
     def _rewrite(self, guard: RunningGuard) -> Rewritten:
+        [front] = guard.fronts
         rewritten = rewrite(
             noted().environment,
-            guard.upstream,
-            guard.addresses,
+            front.upstream,
+            front.addresses,
             directory=self._directory,
             add=self._wishes.env,
             keep=self._wishes.keep_env,

@@ -13,11 +13,11 @@ import trio
 from pgguard.cli.entry import ENDING, UNUSED
 from pgguard.cli.progress import progress
 from pgguard.cli.signals import Signals, name_of
-from pgguard.faults.text import printable
+from pgguard.faults.text import counted, printable
 from pgguard.proxy.addresses import unused_database_url
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.losses import Loss, keep_going, remarks, spared
-from pgguard.proxy.settings import Settings, load_settings, mistyped_variables, reload_settings
+from pgguard.proxy.settings import Front, Settings, load_settings, mistyped_variables, reload_settings
 from pgguard.proxy.shortcut import advice_on, shortcut
 from pgguard.reporting.console import ConsoleSink
 from pgguard.reporting.jsonl import JsonLines
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.capabilities import Capability
     from pgguard.attribution.privileges import Account
-    from pgguard.proxy.addresses import Upstream
     from pgguard.running import RunningGuard
 
 logger = logging.getLogger(__name__)
@@ -104,13 +103,15 @@ class _Reloader:
         else:
             if renewed is not None:
                 logger.info("SIGHUP: new clients are shown %s", renewed)
-        try:
-            if await guard.read_server_files():
-                logger.info("SIGHUP: read the files again that are for TLS to the server")
-        except ConfigurationError as error:
-            logger.error("SIGHUP: TLS to the server stays as it is: %s", error)  # noqa: TRY400 - likewise
-        except Exception:
-            logger.exception("SIGHUP: TLS to the server stays as it is")
+        for front in guard.fronts:
+            server = "the server" if front.name is None else f"the server of {front.name}"
+            try:
+                if await guard.read_server_files(front):
+                    logger.info("SIGHUP: read the files again that are for TLS to %s", server)
+            except ConfigurationError as error:
+                logger.error("SIGHUP: TLS to %s stays as it is: %s", server, error)  # noqa: TRY400 - likewise
+            except Exception:
+                logger.exception("SIGHUP: TLS to %s stays as it is", server)
 
     async def _reload_settings(self, guard: RunningGuard) -> None:
         try:
@@ -287,9 +288,10 @@ async def _until_signalled(
                     orders.begin(guard)
                     nursery.start_soon(keep_going, tend, Loss.STEP, tended)
                     nursery.start_soon(keep_going, orders.reload, guard)
-                    nursery.start_soon(_point_out_shortcut, guard.upstream)
-                    if guard.encryption is None:
-                        nursery.start_soon(_tell_encryption, guard)
+                    nursery.start_soon(_point_out_shortcuts, guard.fronts)
+                    unknown = [one for one in guard.fronts if guard.encryption(one) is None]
+                    if unknown:
+                        nursery.start_soon(_tell_encryption, guard, unknown)
                     await guard.wait_ended()
             except Exception as error:
                 failures.append(error)  # to be raised as it is, and not in a group
@@ -307,35 +309,59 @@ async def _until_signalled(
 
 
 def _announce(guard: RunningGuard, settings: Settings) -> None:
-    """Say what is wrong, and then in a few lines what is to be known of a guard that runs."""
+    """Say what is wrong, and then what is to be known of a guard that runs: in a few lines, and one for each server."""
     for warning in (*guard.warnings, *mistyped_variables()):
         logger.warning("%s", warning)
-    if not settings.upstream and (unused := unused_database_url(guard.upstream, guard.addresses)) is not None:
+    first = guard.fronts[0]
+    is_assumed = first.name is None and not settings.upstream
+    if is_assumed and (unused := unused_database_url(first.upstream, guard.addresses)) is not None:
         logger.warning("%s", unused)
     if (lacking := lacking_evidence(guard.missing)) is not None:
         logger.warning("%s", lacking)
     source = "" if settings.source is None else f"; settings are from {settings.source}"
-    encryption = "" if guard.encryption is None else f", {guard.encryption}"
-    logger.info("PostgreSQL is at %s%s%s", guard.upstream, encryption, source)
+    if first.name is None:
+        logger.info("PostgreSQL is at %s%s%s", first.upstream, _encrypted(guard, first), source)
+    else:
+        logger.info("%s%s", counted(len(guard.fronts), "database"), source)
+        for one in guard.fronts:
+            there = ", ".join(map(str, one.addresses))
+            logger.info(
+                "database %s: clients of %s come to PostgreSQL at %s%s",
+                one.name,
+                there,
+                one.upstream,
+                _encrypted(guard, one),
+            )
     if guard.offered is not None:
         logger.info("clients are offered TLS over TCP, with %s", guard.offered)
     logger.info("ready on %s", ", ".join(map(str, guard.addresses)))
 
 
-async def _tell_encryption(guard: RunningGuard) -> None:
-    """Say how the server is connected to, when that is known; it has taken longer than the guard waits to be ready."""
+def _encrypted(guard: RunningGuard, front: Front) -> str:
+    """How a server is connected to, if that is known and to be said: what follows its address."""
+    encryption = guard.encryption(front)
+    return "" if encryption is None else f", {encryption}"
+
+
+async def _tell_encryption(guard: RunningGuard, fronts: Sequence[Front]) -> None:
+    """Say how servers are connected to, when that is known; it has taken longer than the guard waits to be ready."""
     with spared(Loss.WORDS):
         await guard.wait_looked()
-        if guard.encryption is not None:
-            logger.info("PostgreSQL at %s is connected to %s", guard.upstream, guard.encryption)
+        for one in fronts:
+            encryption = guard.encryption(one)
+            if encryption is not None:
+                server = "PostgreSQL" if one.name is None else f"PostgreSQL ({one.name})"
+                logger.info("%s at %s is connected to %s", server, one.upstream, encryption)
 
 
-async def _point_out_shortcut(upstream: Upstream) -> None:
-    """Say how the server can be reached with less effort, if that is certain. Never raises but for cancellation."""
-    with spared(Loss.WORDS):
-        found = await trio.to_thread.run_sync(shortcut, upstream, abandon_on_cancel=True)
-        if found is not None:
-            logger.info("the server also has a Unix socket, which takes less CPU time: %s", advice_on(found))
+async def _point_out_shortcuts(fronts: Sequence[Front]) -> None:
+    """Say how servers can be reached with less effort, if that is certain. Never raises but for cancellation."""
+    for one in fronts:
+        with spared(Loss.WORDS):
+            found = await trio.to_thread.run_sync(shortcut, one.upstream, abandon_on_cancel=True)
+            if found is not None:
+                advice = advice_on(found, one.setting)
+                logger.info("the server also has a Unix socket, which takes less CPU time: %s", advice)
 
 
 def lacking_evidence(missing: Sequence[Capability]) -> str | None:

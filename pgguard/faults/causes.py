@@ -471,7 +471,7 @@ def cause_key(verdict: Verdict, fault: Fault) -> CauseKey:
 
 def _shortage(refusal: Refusal) -> Refusal:
     """What there is too little of: who is refused a slot that isn't reserved, or every slot, depends on the moment."""
-    return Refusal(Limit.SERVER) if refusal.limit is Limit.RESERVED else refusal
+    return refusal._replace(limit=Limit.SERVER) if refusal.limit is Limit.RESERVED else refusal
 
 
 def _rest(kind: Kind, severity: Severity) -> CauseKey:

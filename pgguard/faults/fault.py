@@ -57,6 +57,9 @@ class SessionFacts:
     opened_at: float
     tls: bool
     """Between the client and the guard."""
+    through: str | None = None
+    """The name of the database in the configuration file whose listener the client has come to; ``None``: the guard is
+    in front of one server alone."""
 
 
 @dataclass(frozen=True, slots=True)

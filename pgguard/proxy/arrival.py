@@ -192,7 +192,7 @@ class Arrival:
         if isinstance(error, UpstreamUnavailable):
             self._turn_back(error)
         elif isinstance(error, OSError | trio.BrokenResourceError):
-            logger.info("session %d: %s: %s", self.session.id, _client_of(self.session), error)
+            logger.info("%s: %s: %s", self.session, _client_of(self.session), error)
             self.leave()
         else:
             note(Loss.ARRIVAL, self.session)
@@ -200,7 +200,7 @@ class Arrival:
 
     def _turn_back(self, error: UpstreamUnavailable) -> None:
         """Tell it that the server can't be connected to."""
-        logger.warning("session %d: could not connect to the server: %s", self.session.id, error)
+        logger.warning("%s: could not connect to the server: %s", self.session, error)
         self._reception.roster.counters.turn_away(Turnaway.NO_SERVER)
         words = _UNAVAILABLE
         with spared(Loss.WORDS, self.session):
@@ -263,7 +263,7 @@ class Arrival:
     # Heard
 
     def _come_too_late(self) -> None:
-        logger.info("session %d: %s did not send a startup packet in time", self.session.id, _client_of(self.session))
+        logger.info("%s: %s did not send a startup packet in time", self.session, _client_of(self.session))
         self._reception.roster.counters.turn_away(Turnaway.LATE)
         self.leave()
 
@@ -359,7 +359,7 @@ class Arrival:
     def _refuse_tls(self, error: HandshakeFailed) -> None:
         """There is no TLS, and nothing else."""
         client, why = _client_of(self.session), _explained(str(error))
-        logger.warning("session %d: no TLS with %s: %s", self.session.id, client, why)
+        logger.warning("%s: no TLS with %s: %s", self.session, client, why)
         self._reception.roster.counters.turn_away(Turnaway.ENCRYPTION)
         failed = self._encryption.failed
         if failed.verdict is None:
@@ -404,7 +404,7 @@ class Arrival:
     def _part(self, *, has_read_all: bool) -> None:
         """It has closed its side."""
         if self._talk.is_halfway:
-            logger.info("session %d: the client left after an incomplete startup packet", self.session.id)
+            logger.info("%s: the client left after an incomplete startup packet", self.session)
         self._dismiss(self._talk.end(has_read_all=has_read_all))
 
     def _dismiss(self, dismissal: Dismissal) -> None:

@@ -88,8 +88,8 @@ class DeclinedClients:
             return
         self._told.add(cause)
         logger.warning(
-            "session %d: %s asked for %s, and hung up when told that there is none: %s",
-            session.id,
+            "%s: %s asked for %s, and hung up when told that there is none: %s",
+            session,
             _who(session),
             what,
             remedy,

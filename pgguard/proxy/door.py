@@ -26,11 +26,12 @@ from pgguard.proxy.remedies import is_exhaustion, remedy
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from pgguard.proxy.admission import Admission
     from pgguard.proxy.arrival import Arrival
     from pgguard.proxy.listeners import Listener, Peer
+    from pgguard.proxy.lobby import Lobby
     from pgguard.proxy.reception import Reception
 
 _AT_A_TIME: Final = 4
@@ -55,15 +56,14 @@ class Door:
     Args:
         admission: says whether there is room.
         make_room: ends what is kept for evidence alone; returns False if there is nothing.
-        reception: takes clients in, those that have been admitted and those that are only to be told why not.
+        lobby: tells when somebody has come.
     """
 
-    def __init__(self, admission: Admission, *, make_room: Callable[[], bool], reception: Reception) -> None:
+    def __init__(self, admission: Admission, *, make_room: Callable[[], bool], lobby: Lobby) -> None:
         self._admission = admission
         self._make_room = make_room
-        self._reception = reception
-        self._lobby = reception.lobby
-        self._listeners: list[Listener] = []
+        self._lobby = lobby
+        self._listeners: dict[Listener, Reception] = {}
         self._is_shut = False
         """Nobody is accepted until there is room for that again."""
         self._is_short = False
@@ -82,9 +82,14 @@ class Door:
         while self._in_hand:
             os.close(self._in_hand.pop())
 
-    def open(self, listeners: list[Listener]) -> None:
-        """Let clients in from now on. Raises OSError: the lobby has no room for that."""
-        self._listeners += listeners
+    def open(self, listeners: Mapping[Listener, Reception]) -> None:
+        """Let clients in from now on. Raises OSError: the lobby has no room for that.
+
+        Args:
+            listeners: where they come, each with what takes them in, those that have been admitted and those that are
+                only to be told why not.
+        """
+        self._listeners |= listeners
         self._unlock()
 
     def close(self) -> None:
@@ -148,12 +153,12 @@ class Door:
     def _let_in(self, sock: socket.socket, peer: Peer, listener: Listener, *, has_room: bool) -> None:
         if has_room:
             self._admission.admit()
-            if self._reception.receive(sock, peer, listener) is None:
+            if self._listeners[listener].receive(sock, peer, listener) is None:
                 self._admission.vacate()
             return
         why = self._admission.why_full()
         self._complain(f"clients are turned away: {why}", errno.EMFILE)
-        arrival = self._reception.receive(sock, peer, listener, too_many(why), self._note_told)
+        arrival = self._listeners[listener].receive(sock, peer, listener, too_many(why), self._note_told)
         if arrival is not None and not arrival.is_over:
             self._turning_away[arrival] = trio.current_time()
 
@@ -187,7 +192,8 @@ class Door:
             self._lobby.give(self, _PAUSE, self._recover)
             return
         sock.setblocking(False)
-        if self._reception.receive(sock, peer, listener, too_many(why, remedy(number)), self._recover) is None:
+        words = too_many(why, remedy(number))
+        if self._listeners[listener].receive(sock, peer, listener, words, self._recover) is None:
             self._recover()
 
     def _recover(self, _: Arrival | None = None) -> None:

@@ -230,7 +230,7 @@ class Endings:
             or client.writing is not Writing.OPEN
         )
         if not silently:
-            logger.warning("session %d: the server at %s closed the connection", session.id, session.upstream)
+            logger.warning("%s: the server at %s closed the connection", session, session.upstream)
             with spared(Loss.WORDS, session):
                 client.append(
                     build_error_response(

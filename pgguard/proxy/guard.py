@@ -4,8 +4,8 @@ The tasks, all children of :meth:`Guard.serve`:
 
 - the sweep (:mod:`pgguard.proxy.sweep`), with a task for each session that is being judged; in its rounds clients are
   accepted, too (:mod:`pgguard.proxy.door`), and come through to the server (:mod:`pgguard.proxy.arrival`);
-- one that keeps the time of those who arrive (:mod:`pgguard.proxy.lobby`), and one for each of them for which something
-  is to be done that takes long;
+- one that keeps the time of those who arrive (:mod:`pgguard.proxy.lobby`), some that keep their order
+  (:mod:`pgguard.proxy.gate`), and one for each of them for which something is to be done that takes long;
 - the registrar, which finds out who opened new connections (:mod:`pgguard.proxy.registrar`);
 - the watch over what no message shows (:mod:`pgguard.proxy.watch`);
 - one that has accounted for what was suppressed of the records.
@@ -20,6 +20,7 @@ import os
 import resource
 import select
 import time
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -36,7 +37,7 @@ from pgguard.proxy.figures import Counters, Figures
 from pgguard.proxy.judge import Judge
 from pgguard.proxy.kernel_senders import KernelSenders
 from pgguard.proxy.listeners import BACKLOG, Listener, open_listeners
-from pgguard.proxy.loops import LoopWatch
+from pgguard.proxy.lobby import Lobby
 from pgguard.proxy.losses import Loss, keep_going, losses, spared
 from pgguard.proxy.openers import OpenerStacks
 from pgguard.proxy.overview import activity, snapshot
@@ -52,15 +53,15 @@ from pgguard.proxy.watch import Watch
 from pgguard.wire.fields import build_error_response
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
     from pgguard.attribution.ebpf.probe import SenderProbe
     from pgguard.attribution.witness import Witness
     from pgguard.faults.docket import Docket
-    from pgguard.proxy.addresses import Address, Upstream
+    from pgguard.proxy.addresses import Address
     from pgguard.proxy.ends import End
     from pgguard.proxy.overview import SessionListener, SessionSnapshot
-    from pgguard.proxy.settings import Settings
+    from pgguard.proxy.settings import Front, Settings
     from pgguard.proxy.unread import ReadingAlarm
     from pgguard.reporting.sinks import Fanout
 
@@ -71,7 +72,7 @@ logger = logging.getLogger(__name__)
 
 
 class Guard:
-    """A guard in front of one PostgreSQL.
+    """A guard in front of one PostgreSQL, or of several, which share everything but their listeners and their policies.
 
     Args:
         settings: what to guard, where to listen, what to do about faults.
@@ -85,16 +86,16 @@ class Guard:
 
     def __init__(self, settings: Settings, *, sinks: Fanout, docket: Docket, witness: Witness | None) -> None:
         self._settings = settings
-        self._upstream = settings.server()
-        self._addresses = settings.addresses()
+        self._fronts = settings.fronts()
         self._offer = settings.tls()
-        self._listeners: list[Listener] = []
+        self._listeners: dict[str | None, list[Listener]] = {}
+        """By the name of the database whose clients they are for."""
         self._witness = witness
         self._sessions: dict[int, ProxiedSession] = {}
         """Those in the sweep, by their numbers."""
         self._counters = Counters()
         self._judge = Judge(
-            policy=settings.policy(),
+            policies=settings.policies(),
             sql_mode=settings.sql,
             docket=docket,
             sinks=sinks,
@@ -120,7 +121,6 @@ class Guard:
         self._stopping = trio.Event()
         self._registrar = None if witness is None else Registrar(witness)
         self._nursery: trio.Nursery
-        self._loops = LoopWatch(self._upstream)
         self._roster = Roster(
             self._sessions,
             judge=self._judge,
@@ -128,24 +128,32 @@ class Guard:
             registrar=self._registrar,
             counters=self._counters,
         )
-        self._reception = Reception(
-            self._upstream,
-            roster=self._roster,
-            sweep=self._sweep,
-            judge=self._judge,
-            loops=self._loops,
-            openers=self._openers,
-            seconds=settings.startup_timeout,
-            over=self._forget,
-        )
-        self._reception.offer_tls(self._offer)
+        self._lobby = Lobby(self._sweep)
+        self._receptions = {
+            front.name: Reception(
+                front,
+                lobby=self._lobby,
+                roster=self._roster,
+                sweep=self._sweep,
+                judge=self._judge,
+                openers=self._openers,
+                seconds=settings.startup_timeout,
+                over=self._forget,
+            )
+            for front in self._fronts
+        }
+        for reception in self._receptions.values():
+            reception.offer_tls(self._offer)
         self._admission = Admission(evidence=witness is not None, extras=lambda: self._sweep.alarms)
-        self._door = Door(self._admission, make_room=self._sweep.make_room, reception=self._reception)
+        self._door = Door(self._admission, make_room=self._sweep.make_room, lobby=self._lobby)
 
     @property
-    def upstream(self) -> Upstream:
-        """Where PostgreSQL is."""
-        return self._upstream
+    def fronts(self) -> list[Front]:
+        """The servers, each with where the guard listens for its clients: with the ports that the system has chosen."""
+        return [
+            front._replace(addresses=tuple(one.address for one in self._listeners.get(front.name, ())))
+            for front in self._fronts
+        ]
 
     @property
     def offered(self) -> str | None:
@@ -196,7 +204,7 @@ class Guard:
         """Why a client that comes now isn't let in: a clause; ``None`` if it is."""
         if self._stopping.is_set():
             return "it is about to end"
-        if self._loops.found is not None:
+        if all(reception.loops.found is not None for reception in self._receptions.values()):
             return "the server's address leads back to it"
         if not self._door.is_open or not self._admission.has_room():
             return self._admission.why_full()
@@ -234,17 +242,22 @@ class Guard:
         _raise_descriptor_limit()
         try:
             self._prepare_door()
-            for address in self._addresses:
-                self._listeners += await open_listeners(address, pass_credentials=self._witness is not None)
+            for front in self._fronts:
+                opened = self._listeners.setdefault(front.name, [])
+                for address in front.addresses:
+                    opened += await open_listeners(address, pass_credentials=self._witness is not None)
         except BaseException:
             self.close()
             raise
-        return [listener.address for listener in self._listeners]
+        return [listener.address for listener in self._all_listeners()]
+
+    def _all_listeners(self) -> Iterator[Listener]:
+        return chain.from_iterable(self._listeners.values())
 
     @property
     def listener_remarks(self) -> list[str]:
         """What is to be said of where it listens: sentences for the log."""
-        return [listener.remark for listener in self._listeners if listener.remark is not None]
+        return [listener.remark for listener in self._all_listeners() if listener.remark is not None]
 
     @property
     def is_for_neighbours(self) -> bool:
@@ -277,7 +290,7 @@ class Guard:
         """The IP addresses and ports that it listens on."""
         return [
             listener.socket.getsockname()[:2]
-            for listener in self._listeners
+            for listener in self._all_listeners()
             if isinstance(listener.address, TcpAddress)
         ]
 
@@ -299,9 +312,12 @@ class Guard:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                self._reception.open(nursery)
+                self._lobby.open()
                 nursery.start_soon(self._sweep.run)
-                nursery.start_soon(self._reception.run)
+                nursery.start_soon(keep_going, self._lobby.run)
+                for reception in self._receptions.values():
+                    reception.open(nursery)
+                    nursery.start_soon(reception.run)
                 nursery.start_soon(keep_going, self._judge.settle_accounts)
                 nursery.start_soon(keep_going, self._judge.count_waiting)
                 nursery.start_soon(keep_going, self._judge.write_what_waits)
@@ -314,7 +330,9 @@ class Guard:
                     nursery.start_soon(keep_going, self._watch.over_heirs, self._witness)
                     nursery.start_soon(keep_going, self._watch.over_readers, self._witness)
                     nursery.start_soon(keep_going, self._watch_unread, self._witness)
-                self._door.open(self._listeners)
+                self._door.open(
+                    {one: self._receptions[name] for name, listeners in self._listeners.items() for one in listeners}
+                )
                 await self._stopping.wait()
                 self.close()
                 await self._finish_sessions()
@@ -323,12 +341,14 @@ class Guard:
             with spared(Loss.RECORD):
                 self._judge.count_rest()
             self.close()
-            self._reception.close()
+            for reception in self._receptions.values():
+                reception.close()
+            self._lobby.close()
 
     def close(self) -> None:
         """Stop listening, if that has been begun; sessions go on. Can be called again."""
         self._door.close()
-        for listener in self._listeners:
+        for listener in self._all_listeners():
             listener.close()
         self._listeners.clear()
 
@@ -338,11 +358,12 @@ class Guard:
         Raises:
             ConfigurationError: they contradict themselves; nothing has changed.
         """
-        self._judge.follow(settings.policy(), settings.sql, settings.evidence_budget)
+        self._judge.follow(settings.policies(), settings.sql, settings.evidence_budget)
         if self._openers is not None:
             self._openers.limit(settings.evidence_budget)
         self._settings = settings
-        self._reception.limit(settings.startup_timeout)
+        for reception in self._receptions.values():
+            reception.limit(settings.startup_timeout)
         self._watch.limit_idleness(settings.idle_in_transaction)
         self._unread.limit(settings.unread_answer)
 
@@ -360,18 +381,22 @@ class Guard:
         found = await trio.to_thread.run_sync(self._offer.read_again, abandon_on_cancel=True)
         return found.said if found is not None and self._offer.show(found) else None
 
-    async def read_server_files(self) -> bool:
-        """Read the files again that are for TLS to the server, for connections that are made from now on.
+    async def read_server_files(self, front: Front) -> bool:
+        """Read the files again that are for TLS to one of the servers, for connections that are made from now on.
 
         Returns False if there are none.
 
         Raises:
             ConfigurationError: one can't be used; what they said before goes on to be.
         """
-        tls = self._upstream.tls
+        tls = front.upstream.tls
         if tls is None:
             return False
-        tls.follow(await trio.to_thread.run_sync(tls.read_again, abandon_on_cancel=True))
+        try:
+            found = await trio.to_thread.run_sync(tls.read_again, abandon_on_cancel=True)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{front.setting}{str(error).removeprefix('--upstream')}") from error
+        tls.follow(found)
         return tls.has_files
 
     def stop(self) -> None:
@@ -380,7 +405,8 @@ class Guard:
         Sessions that aren't done by then are cut off, and so are all that are left if :meth:`serve` is cancelled after
         this; the queries that run for them are cancelled on the server.
         """
-        self._reception.end()
+        for reception in self._receptions.values():
+            reception.end()
         self._stopping.set()
 
     async def settled(self) -> None:
@@ -396,7 +422,9 @@ class Guard:
     async def _let_in(self) -> None:
         """Let those clients in who have come, and hear what they have said, if that is nothing that takes time."""
         seen, rounds = (0, 0), _ROUNDS
-        while rounds and (len(self._roster.present) > len(self._sessions) or any(map(_has_clients, self._listeners))):
+        while rounds and (
+            len(self._roster.present) > len(self._sessions) or any(map(_has_clients, self._all_listeners()))
+        ):
             await trio.lowlevel.checkpoint()
             # If none comes in any more there is no room for them; if none gets any further they have said nothing.
             before, seen = seen, (self._roster.last_number, len(self._sessions))
@@ -429,30 +457,43 @@ class Guard:
     # In front of itself
 
     async def find_loop(self) -> str | None:
-        """Find out whether connections to the server come back to the guard, which has to be serving.
+        """Find out whether connections to a server come back to the guard, which has to be serving.
 
-        Returns what is wrong, for people, or ``None``. Takes as long as the server takes to ignore a CancelRequest.
+        Returns what is wrong, for people, or ``None``. Takes as long as the servers take to ignore a CancelRequest.
         """
-        found: str | None = None
-        with spared(Loss.STEP):
-            found = await self._loops.find()
-        return found  # noqa: RET504 - what spares it ends its block
+        found: list[str] = []
 
-    def unreachable(self) -> str | None:
+        async def look(reception: Reception) -> None:
+            with spared(Loss.STEP):
+                if (loop := await reception.loops.find()) is not None:
+                    found.append(loop)
+                    nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for reception in self._receptions.values():
+                nursery.start_soon(look, reception)
+        return found[0] if found else None
+
+    def unreachable(self) -> list[str]:
         """What to say of addresses that could not be connected to when it was last looked for a loop."""
-        return self._loops.what_is_unreachable()
+        said = [reception.loops.what_is_unreachable() for reception in self._receptions.values()]
+        return [one for one in said if one is not None]
 
-    def encryption(self) -> str | None:
-        """How the server is connected to, where there may be TLS, as far as that is known: a few words for people."""
-        return self._loops.how_it_is_encrypted()
+    def encryption(self, name: str | None = None) -> str | None:
+        """How a server is connected to, where there may be TLS, as far as that is known: a few words for people.
+
+        Args:
+            name: what it is called, if there are several.
+        """
+        return self._receptions[name].loops.how_it_is_encrypted()
 
     # What the sweep wants done
 
     def _cancel(self, session: ProxiedSession) -> None:
-        self._nursery.start_soon(self._reception.cancel_query, session)
+        self._nursery.start_soon(self._receptions[session.through].cancel_query, session)
 
     def _answered(self, session: ProxiedSession) -> None:
-        self._reception.gate.leave(session.id)
+        self._receptions[session.through].gate.leave(session.id)
 
     def _stir(self, session: ProxiedSession) -> None:
         """Its client has sent something, for the first time since one of the watches has found it at rest."""
@@ -462,7 +503,7 @@ class Guard:
     def _forget(self, session: ProxiedSession) -> None:
         """It is over, and its sockets are closed."""
         if self._roster.leave(session):
-            self._reception.gate.leave(session.id)
+            self._receptions[session.through].gate.leave(session.id)
             # There are two descriptors more.
             self._admission.vacate()
             self._door.somebody_left()

@@ -12,7 +12,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
@@ -132,7 +132,7 @@ class Judge:
     """Rules on verdicts and has the faults recorded before the ruling is out, but for one whose stacks are still read.
 
     Args:
-        policy: what is done about which fault.
+        policies: what is done about which fault, by the name of the database.
         sql_mode: how SQL text appears in records.
         docket: numbers, counts, and knows repeats.
         sinks: where records go.
@@ -145,7 +145,7 @@ class Judge:
     def __init__(
         self,
         *,
-        policy: Policy,
+        policies: Mapping[str | None, Policy],
         sql_mode: SqlMode,
         docket: Docket,
         sinks: Fanout,
@@ -154,9 +154,7 @@ class Judge:
         evidence_budget: float,
         took: Durations,
     ) -> None:
-        self._actions = _actions(policy)
-        """What is done about which fault; ``None``: nothing."""
-        self._only_logged = _only_logged(self._actions)
+        self._rules = {name: _Rules.of(policy) for name, policy in policies.items()}
         self._sql_mode = sql_mode
         self._docket = docket
         self.work = Work()
@@ -186,13 +184,12 @@ class Judge:
         """What has been looked into, with those that waited for it, and the number of the work that is to be done."""
         self._has_uncounted = trio.Event()
 
-    def follow(self, policy: Policy, sql_mode: SqlMode, evidence_budget: float) -> None:
+    def follow(self, policies: Mapping[str | None, Policy], sql_mode: SqlMode, evidence_budget: float) -> None:
         """Go on by other settings. If another policy is among them, faults that are known are news again."""
-        actions = _actions(policy)
-        if actions != self._actions:
+        rules = {name: _Rules.of(policy) for name, policy in policies.items()}
+        if rules != self._rules:
             self._docket.renew()
-        self._actions = actions
-        self._only_logged = _only_logged(actions)
+        self._rules = rules
         self._sql_mode = sql_mode
         self._evidence_budget = evidence_budget
 
@@ -201,7 +198,10 @@ class Judge:
 
         Returns True if that was so; the message is then to be forwarded. Never raises.
         """
-        if self._ignores(verdict.kind) or self._is_explained(session, verdict, self._docket.is_surely_explained):
+        verdict = _placed(session, verdict)
+        if self._ignores(session, verdict.kind) or self._is_explained(
+            session, verdict, self._docket.is_surely_explained
+        ):
             return True
         if _is_doubtful(verdict):
             return False
@@ -216,7 +216,8 @@ class Judge:
 
     async def rule(self, session: ProxiedSession, verdict: Verdict) -> Ruling:
         """Take evidence; then decide and record, when it is its turn. Never raises but for cancellation."""
-        if self._ignores(verdict.kind):
+        verdict = _placed(session, verdict)
+        if self._ignores(session, verdict.kind):
             return Ruling(None)
         now, began = time.time(), time.monotonic()
         urgency = _urgency(verdict)
@@ -256,7 +257,7 @@ class Judge:
     ) -> Ruling:
         """Decide on a verdict in the light of the evidence, and record it."""
         concluded = self._conclude(session, verdict, findings)
-        if concluded is None or self._ignores(concluded.kind):
+        if concluded is None or self._ignores(session, concluded.kind):
             return Ruling(None)
         if self._is_explained(session, concluded, self._docket.is_explained):
             with spared(Loss.MEMORY, session):
@@ -285,9 +286,9 @@ class Judge:
             return await self.rule(session, verdict)
         except Exception:
             note(Loss.EVIDENCE, session)
-        findings = _least_known(session)
-        concluded = None if self._ignores(verdict.kind) else self._conclude(session, verdict, findings)
-        if concluded is None or self._ignores(concluded.kind):
+        findings, verdict = _least_known(session), _placed(session, verdict)
+        concluded = None if self._ignores(session, verdict.kind) else self._conclude(session, verdict, findings)
+        if concluded is None or self._ignores(session, concluded.kind):
             return Ruling(None)
         try:
             return self._enter(session, concluded, findings, time.time())
@@ -313,7 +314,7 @@ class Judge:
         verdict = one.verdict
         if verdict.refusal is not None:
             return verdict.refusal
-        if not verdict.ends and verdict.kind not in self._only_logged:
+        if not verdict.ends and verdict.kind not in self._rules[one.session.through].only_logged:
             return None
         if verdict.kind in _SHOWN_BY_EVIDENCE and not self._desk.is_crowded:
             return None  # each may be something else, and there is time to look
@@ -547,8 +548,12 @@ class Judge:
         """Write the records that have waited for their stacks; until cancelled, when none waits any more."""
         await self._records.run()
 
-    def _ignores(self, kind: Kind) -> bool:
-        return self._actions[kind, Severity.ERROR] is None
+    def _ignores(self, session: ProxiedSession, kind: Kind) -> bool:
+        return self._action(session, kind, Severity.ERROR) is None
+
+    def _action(self, session: ProxiedSession, kind: Kind, severity: Severity) -> Action | None:
+        """What is done about a fault of a session; ``None``: nothing."""
+        return self._rules[session.through].actions[kind, severity]
 
     # Evidence
 
@@ -640,7 +645,7 @@ class Judge:
         """Whether a session is to be ended unless its driver, which isn't known yet, may do what it did."""
         if verdict.kind is not Kind.REQUEST_WHILE_BUSY or session.opening is not None:
             return False
-        grave, mild = (self._actions[verdict.kind, severity] for severity in (Severity.ERROR, Severity.WARNING))
+        grave, mild = (self._action(session, verdict.kind, one) for one in (Severity.ERROR, Severity.WARNING))
         return grave is Action.REJECTED and mild is not Action.REJECTED
 
     async def _look(
@@ -683,7 +688,7 @@ class Judge:
         is_explained = False
         with spared(Loss.MEMORY, session):
             is_explained = by_docket(session.id, verdict)
-        actions = {self._actions[verdict.kind, severity] for severity in Severity}
+        actions = {self._action(session, verdict.kind, severity) for severity in Severity}
         return is_explained and actions <= {None, Action.LOGGED}
 
     def _is_familiar(self, one: Waiting) -> bool:
@@ -698,7 +703,7 @@ class Judge:
             family = family_of(one.concluded, one.findings)
             if family is None or self._docket.familiar(family) is None:
                 return False
-            if self._actions[family.kind, family.severity] is not Action.LOGGED:
+            if self._action(one.session, family.kind, family.severity) is not Action.LOGGED:
                 return False
             self._enter_familiar(one, family)
         except Exception:
@@ -778,7 +783,7 @@ class Judge:
     ) -> Ruling:
         """Record a fault. The action is what is to be done by the settings, unless something has been done already."""
         severity = _severity(session, verdict, findings.driver)
-        action = action or self._actions[verdict.kind, severity]
+        action = action or self._action(session, verdict.kind, severity)
         if action is None:
             return Ruling(None)
         if action is Action.REJECTED and verdict.ends:
@@ -853,8 +858,25 @@ class Judge:
             self._records.put(session, fault)
 
 
-def _actions(policy: Policy) -> dict[tuple[Kind, Severity], Action | None]:
-    return {(kind, severity): policy.decide(kind, severity) for kind in Kind for severity in Severity}
+class _Rules(NamedTuple):
+    """A policy, worked out."""
+
+    actions: Mapping[tuple[Kind, Severity], Action | None]
+    """What is done about which fault; ``None``: nothing."""
+    only_logged: frozenset[Kind]
+
+    @classmethod
+    def of(cls, policy: Policy) -> _Rules:
+        actions = {(kind, severity): policy.decide(kind, severity) for kind in Kind for severity in Severity}
+        return cls(actions, _only_logged(actions))
+
+
+def _placed(session: ProxiedSession, verdict: Verdict) -> Verdict:
+    """A verdict that says of which server's limit it is, if it is about one and there are several."""
+    refusal = verdict.refusal
+    if refusal is None or refusal.server == session.through:
+        return verdict
+    return replace(verdict, refusal=refusal._replace(server=session.through))
 
 
 def _only_logged(actions: Mapping[tuple[Kind, Severity], Action | None]) -> frozenset[Kind]:
@@ -910,6 +932,7 @@ def _facts(session: ProxiedSession) -> SessionFacts:
             backend_pid=None,
             opened_at=session.opened_at,
             tls=session.is_encrypted,
+            through=session.through,
         )
 
 

@@ -30,7 +30,8 @@ from pgguard.proxy.upstream import UpstreamUnavailable, dial_to, post, reason
 from pgguard.wire.startup import CancelKey
 
 if TYPE_CHECKING:
-    from pgguard.proxy.addresses import Address, Upstream
+    from pgguard.proxy.addresses import Address
+    from pgguard.proxy.settings import Front
 
 _NOBODY: Final = 2**31 - 1
 """A pid that no process has: Linux's go up to 2**22, ``PID_MAX_LIMIT`` in ``linux/threads.h``."""
@@ -50,11 +51,13 @@ class LoopWatch:
     """Finds out whether connections to the server come back.
 
     Args:
-        upstream: where the server is supposed to be.
+        front: where the server is supposed to be.
     """
 
-    def __init__(self, upstream: Upstream) -> None:
-        self._upstream = upstream
+    def __init__(self, front: Front) -> None:
+        self._upstream = front.upstream
+        self._setting = front.setting
+        self._server = "PostgreSQL" if front.name is None else f"PostgreSQL ({front.name})"
         self._mark = b""
         self._sent_from: set[str] = set()
         self._looking = trio.Lock()
@@ -88,7 +91,7 @@ class LoopWatch:
         Returns what is wrong, for people, or ``None``. Takes as long as the server takes to ignore a CancelRequest.
         """
         found = await self.seek()
-        return None if found is None else f"--upstream {self._upstream}: {found}: name PostgreSQL's own address"
+        return None if found is None else f"{self._setting} {self._upstream}: {found}: name PostgreSQL's own address"
 
     def what_is_unreachable(self) -> str | None:
         """What to say of addresses that could not be connected to when it was last looked for a loop."""
@@ -97,11 +100,11 @@ class LoopWatch:
             return None
         where = ", ".join(f"{address} ({reason(error)})" for address, error in failures.items())
         if len(failures) < len(self._upstream.addresses):
-            return f"PostgreSQL can't be reached at {where}, so only its other addresses are used"
+            return f"{self._server} can't be reached at {where}, so only its other addresses are used"
         unfit = [error for error in failures.values() if isinstance(error, UnfitServerError)]
         remedies = " ".join(dict.fromkeys(hint for error in unfit for hint in hints(error, unix=False, ipv4=False)))
-        advice = remedies.removesuffix(".") or "check that it is running there, and that --upstream is right"
-        return f"PostgreSQL can't be reached at {where}, so clients get an error: {advice}"
+        advice = remedies.removesuffix(".") or f"check that it is running there, and that {self._setting} is right"
+        return f"{self._server} can't be reached at {where}, so clients get an error: {advice}"
 
     def how_it_is_encrypted(self) -> str | None:
         """What is to be said of TLS to the server, as far as that is known: a few words for people."""
@@ -149,7 +152,7 @@ class LoopWatch:
         self._suspected = trio.current_time()
         found = await self.seek()
         if found is not None:
-            logger.error("clients are refused until this is corrected: --upstream %s: %s", self._upstream, found)
+            logger.error("clients are refused until this is corrected: %s %s: %s", self._setting, self._upstream, found)
 
     async def _send_to_all(self, done: trio.CancelScope) -> None:
         async with trio.open_nursery() as nursery:

@@ -122,7 +122,7 @@ def note(loss: Loss, session: ProxiedSession | None = None) -> None:
         now = time.monotonic()
         if not before or now - said_at >= _INTERVAL:
             _said[place] = now, _times[place]
-            whose = "" if session is None else f"session {session.id}: "
+            whose = "" if session is None else f"{session}: "
             times = _times[place] - before
             more = f", {times} more {'time' if times == 1 else 'times'}" if before else ""
             logger.error("%s", f"{whose}{loss.value}{more}", exc_info=error)

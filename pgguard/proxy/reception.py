@@ -13,7 +13,7 @@ from pgguard.proxy.arrival import Arrival
 from pgguard.proxy.declined import DeclinedClients
 from pgguard.proxy.dialling import is_direct, is_on_this_host
 from pgguard.proxy.gate import Gate
-from pgguard.proxy.lobby import Lobby
+from pgguard.proxy.loops import LoopWatch
 from pgguard.proxy.losses import Loss, keep_going, note, spared
 from pgguard.proxy.upstream import UpstreamUnavailable, cancel_query
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable
 
-    from pgguard.proxy.addresses import Upstream
     from pgguard.proxy.dialling import Dial
     from pgguard.proxy.judge import Judge
     from pgguard.proxy.listeners import Listener, Peer
-    from pgguard.proxy.loops import LoopWatch
+    from pgguard.proxy.lobby import Lobby
     from pgguard.proxy.offer import Offer
     from pgguard.proxy.openers import OpenerStacks
     from pgguard.proxy.roster import Roster
     from pgguard.proxy.session import ProxiedSession
+    from pgguard.proxy.settings import Front
     from pgguard.proxy.sweep import Sweep
 
 _LAST_CANCEL: Final = 1.0
@@ -43,14 +43,14 @@ logger = logging.getLogger(__name__)
 
 
 class Reception:
-    """Receives clients.
+    """Receives the clients of one server.
 
     Args:
-        upstream: the server.
+        front: the server, and what it is called.
+        lobby: where they wait.
         roster: who is here.
         sweep: takes those over who have been introduced to the server.
         judge: rules on what is wrong with others.
-        loops: whether the server is the guard itself.
         openers: sees where some are opened; ``None`` with attribution off.
         seconds: for a client to say who it is.
         over: is told of each that had been admitted, and of which nothing became.
@@ -58,31 +58,33 @@ class Reception:
 
     def __init__(
         self,
-        upstream: Upstream,
+        front: Front,
         *,
+        lobby: Lobby,
         roster: Roster,
         sweep: Sweep,
         judge: Judge,
-        loops: LoopWatch,
         openers: OpenerStacks | None,
         seconds: float,
         over: Callable[[ProxiedSession], None],
     ) -> None:
-        self.upstream = upstream
+        self.upstream = upstream = front.upstream
         self.offer: Offer | None = None
         """The TLS that clients are offered over TCP; ``None`` for none."""
         self.is_direct = len(upstream.addresses) == 1 and is_direct(upstream.addresses[0])
         """The server has one address, and nothing has to be looked up to connect to it."""
         self.roster = roster
         self.judge = judge
-        self.loops = loops
-        self.lobby = Lobby(sweep)
+        self.loops = LoopWatch(front)
+        """Whether the server is the guard itself."""
+        self.lobby = lobby
         is_here = any(map(is_on_this_host, upstream.addresses))
         self.gate = Gate(self._suspect_loop, shares_processors=is_here)
         self.cancel_gate = Gate(self._suspect_loop, shares_processors=is_here)
         self.declined = DeclinedClients()
         self._nursery: trio.Nursery
         """For what takes time."""
+        self._name = front.name
         self._sweep = sweep
         self._openers = openers
         self._seconds = seconds
@@ -105,19 +107,17 @@ class Reception:
     def open(self, nursery: trio.Nursery) -> None:
         """Be ready for clients. What takes time is done in tasks of the nursery's."""
         self._nursery = nursery
-        self.lobby.open()
 
     async def run(self) -> None:
-        """Keep the time, until cancelled."""
+        """See to it that nobody waits too long for their turn, until cancelled."""
         async with trio.open_nursery() as nursery:
-            for task in self.lobby.run, self.gate.keep, self.cancel_gate.keep:
+            for task in self.gate.keep, self.cancel_gate.keep:
                 nursery.start_soon(keep_going, task)
 
     def close(self) -> None:
         """Let everybody go who is arriving."""
         for arrival in list(self._arrivals):
             arrival.leave()
-        self.lobby.close()
 
     def start(self, function: Callable[[*Ts], Awaitable[None]], *args: *Ts) -> None:
         """Have done in a task what takes time. A client waits for it."""
@@ -145,7 +145,7 @@ class Reception:
             The client; ``None`` if that has failed, and its socket is closed.
         """
         try:
-            session = self.roster.come(sock, peer, listener, is_admitted=response is None)
+            session = self.roster.come(sock, peer, listener, self._name, is_admitted=response is None)
         except Exception:
             note(Loss.ARRIVAL)
             sock.close()
@@ -210,7 +210,7 @@ class Reception:
             with trio.CancelScope(shield=self._is_ending, deadline=trio.current_time() + seconds):
                 await cancel_query(self.upstream, session.upstream, key)
         except UpstreamUnavailable as error:
-            logger.warning("session %d: its query could not be cancelled: %s", session.id, error)
+            logger.warning("%s: its query could not be cancelled: %s", session, error)
         except Exception:
             note(Loss.STEP, session)
         finally:

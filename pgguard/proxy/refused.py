@@ -49,6 +49,4 @@ def tell_refusal(session: ProxiedSession, answer: bytes) -> None:
         return
     said = shorten(printable(text), _SHOWN)
     [remedy] = hints(UnfitServerError(problem, text), unix=False, ipv4=False)
-    logger.warning(
-        "session %d: the server at %s refused the client: %s. %s", session.id, session.upstream, said, remedy
-    )
+    logger.warning("%s: the server at %s refused the client: %s. %s", session, session.upstream, said, remedy)

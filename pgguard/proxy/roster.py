@@ -66,8 +66,18 @@ class Roster:
         """Have somebody told of each session that is opened or closed from now on."""
         self._listeners.append(listener)
 
-    def come(self, sock: socket.socket, peer: Peer, listener: Listener, *, is_admitted: bool) -> ProxiedSession:
-        """Take note of a client that has just been accepted, from an address that accept(2) has told."""
+    def come(
+        self, sock: socket.socket, peer: Peer, listener: Listener, through: str | None, *, is_admitted: bool
+    ) -> ProxiedSession:
+        """Take note of a client that has just been accepted.
+
+        Args:
+            sock: its socket.
+            peer: its address, as accept(2) has told it.
+            listener: where it has come.
+            through: the name of the database that it has come to.
+            is_admitted: there is room for it.
+        """
         self.last_number += 1
         try:
             self._watch.arrival()
@@ -83,6 +93,7 @@ class Roster:
             client_name=client_name,
             client_socket=_describe(sock, kernel_account) if self._registrar is not None and is_admitted else None,
             opened_at=time.time(),
+            through=through,
         )
         session.kernel_account = kernel_account
         if self._registrar is not None and session.client_socket is not None:

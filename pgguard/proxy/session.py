@@ -72,12 +72,13 @@ class ProxiedSession:
         "senders",
         "settings",
         "sightings",
+        "through",
         "transport",
         "upstream",
         "want_opening",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0915 - all there is
         self,
         number: int,
         *,
@@ -85,8 +86,11 @@ class ProxiedSession:
         client_name: str | None,
         client_socket: ClientSocket | None,
         opened_at: float,
+        through: str | None = None,
     ) -> None:
         self.id = number
+        self.through = through
+        """The name of the database whose listener its client has come to; ``None``: there is only one."""
         self.transport = transport
         self.client_name = client_name
         self.client_socket = client_socket
@@ -137,6 +141,10 @@ class ProxiedSession:
         """That client has sent something lately."""
         self.done = Milestone()
         """Both sockets are closed."""
+
+    def __str__(self) -> str:
+        """What the log calls it."""
+        return f"session {self.id}" if self.through is None else f"session {self.id} through {self.through}"
 
     @property
     def client(self) -> End:
@@ -344,4 +352,5 @@ class ProxiedSession:
             backend_pid=protocol.cancel_key.backend_pid if protocol and protocol.cancel_key else None,
             opened_at=self.opened_at,
             tls=self.is_encrypted,
+            through=self.through,
         )

@@ -9,7 +9,15 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from pgguard.attribution.evidence import Attribution
 from pgguard.attribution.privileges import Account
@@ -24,7 +32,7 @@ from pgguard.secrets.text import may_hold_a_password, redact
 from pgguard.session.verdicts import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from pgguard.proxy.offer import Offer
 
@@ -34,6 +42,8 @@ _CONFIG_LIMIT: Final = 1 << 20
 """Bytes of a configuration file, at most: a device may have no end."""
 _SHOWN: Final = 60
 """Characters of a value, or of a key, that are shown, at most."""
+_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+"""What a database may be called."""
 _ACTIONS: Final = re.sub(", (?=[^,]*$)", " or ", ", ".join(f"'{action}'" for action in KindAction))
 _EXPECTED: Final = {
     "list_type": "should be an address, or a list of them",
@@ -43,8 +53,11 @@ _EXPECTED: Final = {
     "dict_type": "should be a table, as in [kinds]",
     "model_type": f"should be an action: {_ACTIONS}",
     "missing": f"is missing: name an action, {_ACTIONS}",
+    "string_pattern_mismatch": "should be a name of letters, digits, '_', '.' and '-', 63 at most",
+    "string_too_short": "should say where PostgreSQL is, as in 'host=db.example.com'",
 }
 """What a setting has to be, by the type of pydantic's error, where its own words are a programmer's."""
+_DATABASE: Final = "should be a table for each database, as in [[databases]]"
 
 Seconds = Annotated[float, Field(ge=0, le=3600)]
 
@@ -55,6 +68,58 @@ class KindSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     action: KindAction
+
+
+class DatabaseSettings(BaseModel):
+    """What the configuration file says about one of several servers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=_NAME)]
+    """What it is called in records, and by the guard: no other one is."""
+    upstream: Annotated[str, Field(min_length=1)]
+    listen: Annotated[list[str], Field(min_length=1)]
+    mode: Mode | None = None
+    """``None``: as for all."""
+    kinds: dict[Kind, KindSettings] = {}
+    """Of kinds that aren't in it, what is said for all holds."""
+
+    @field_validator("listen", mode="before")
+    @classmethod
+    def _one_alone(cls, listen: Any) -> Any:
+        return _listed(listen)
+
+    @field_validator("kinds", mode="before")
+    @classmethod
+    def _actions_alone(cls, kinds: Any) -> Any:
+        return _with_actions(kinds)
+
+
+class Front(NamedTuple):
+    """One server, and where the guard listens for its clients."""
+
+    name: str | None
+    """``None``: it is the only one, and has none."""
+    upstream: Upstream
+    addresses: tuple[Address, ...]
+    """Those that it is told; one with port 0 lets the system choose."""
+
+    @property
+    def setting(self) -> str:
+        """What says where the server is, as one calls it who is to change that."""
+        return "--upstream" if self.name is None else f"databases.{self.name}.upstream"
+
+
+def _listed(listen: Any) -> Any:
+    """Let ``listen = "ADDR"`` stand for a list of one."""
+    return [listen] if isinstance(listen, str) else listen
+
+
+def _with_actions(kinds: Any) -> Any:
+    """Let ``KIND = "ACTION"`` stand for a table with nothing but an action."""
+    if not isinstance(kinds, dict):
+        return kinds
+    return {kind: {"action": value} if isinstance(value, str) else value for kind, value in kinds.items()}
 
 
 class Settings(BaseModel):
@@ -87,7 +152,10 @@ class Settings(BaseModel):
     shutdown_timeout: Seconds = 8.0
     """Seconds for sessions to finish when the guard is told to stop."""
     kinds: dict[Kind, KindSettings] = {}
+    databases: list[DatabaseSettings] = []
+    """Several servers, each with listeners of its own; instead of ``upstream`` and ``listen``."""
     _source: Path | None = PrivateAttr(default=None)
+    _given: frozenset[str] = PrivateAttr(default=frozenset())
     _remark: str | None = PrivateAttr(default=None)
 
     @property
@@ -114,24 +182,55 @@ class Settings(BaseModel):
     @field_validator("listen", mode="before")
     @classmethod
     def _one_alone(cls, listen: Any) -> Any:
-        """Let ``listen = "ADDR"`` stand for a list of one."""
-        return [listen] if isinstance(listen, str) else listen
+        return _listed(listen)
 
     @field_validator("kinds", mode="before")
     @classmethod
     def _actions_alone(cls, kinds: Any) -> Any:
-        """Let ``KIND = "ACTION"`` stand for a table with nothing but an action."""
-        if not isinstance(kinds, dict):
-            return kinds
-        return {kind: {"action": value} if isinstance(value, str) else value for kind, value in kinds.items()}
-
-    def addresses(self) -> list[Address]:
-        """Where to listen."""
-        return [parse_listen(text) for text in self.listen]
+        return _with_actions(kinds)
 
     def server(self) -> Upstream:
-        """Where PostgreSQL is."""
+        """Where PostgreSQL is, if there are no :attr:`databases`."""
         return parse_upstream(self.upstream)
+
+    def fronts(self) -> list[Front]:
+        """The servers, each with where the guard listens for its clients.
+
+        Raises:
+            ConfigurationError: it can't be understood, or contradicts itself.
+        """
+        if not self.databases:
+            return [Front(None, self.server(), tuple(map(parse_listen, self.listen)))]
+        for name in ("upstream", "listen"):
+            if name in self.model_fields_set:
+                place = _option(name) if name in self._given else f"{self.source}: {name}"
+                raise ConfigurationError(f"{place}: [[databases]] says it for each database: leave it out")
+        fronts: list[Front] = []
+        for database in self.databases:
+            try:
+                front = Front(
+                    database.name, parse_upstream(database.upstream), tuple(map(parse_listen, database.listen))
+                )
+            except ConfigurationError as error:
+                raise ConfigurationError(f"databases.{database.name}: {str(error).removeprefix('--')}") from error
+            for other in fronts:
+                _tell_apart(front, other)
+            fronts.append(front)
+        return fronts
+
+    def policies(self) -> dict[str | None, Policy]:
+        """What is done about which fault, by the name of the database.
+
+        Raises:
+            ConfigurationError: it can't be done.
+        """
+        whole = _policy("[kinds]", self.mode, self.kinds)
+        if not self.databases:
+            return {None: whole}
+        return {
+            one.name: _policy(f"databases.{one.name}.kinds", one.mode or self.mode, {**self.kinds, **one.kinds})
+            for one in self.databases
+        }
 
     def tls(self) -> Offer | None:
         """The TLS that clients are offered, from the files that there are now; ``None`` for none."""
@@ -160,7 +259,8 @@ class Settings(BaseModel):
     @property
     def tls_remark(self) -> str | None:
         """Why clients are offered no TLS although there is a certificate: a sentence for the log, without its stop."""
-        if not self.tls_cert or any(isinstance(address, TcpAddress) for address in self.addresses()):
+        listen = [one for database in self.databases for one in database.listen] if self.databases else self.listen
+        if not self.tls_cert or any(isinstance(parse_listen(one), TcpAddress) for one in listen):
             return None
         return "--tls-cert is not used: as in PostgreSQL, TLS is for TCP, and pgguard listens on Unix sockets alone"
 
@@ -184,15 +284,32 @@ class Settings(BaseModel):
             )
         return Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
 
-    def policy(self) -> Policy:
-        """What is done about which fault."""
-        try:
-            return Policy(self.mode, {kind: settings.action for kind, settings in self.kinds.items()})
-        except PolicyError as error:
-            raise ConfigurationError(f"[kinds]: {error}") from error
+
+def _policy(where: str, mode: Mode, kinds: Mapping[Kind, KindSettings]) -> Policy:
+    try:
+        return Policy(mode, {kind: settings.action for kind, settings in kinds.items()})
+    except PolicyError as error:
+        raise ConfigurationError(f"{where}: {error}") from error
 
 
-IN_FILE_ALONE: Final = frozenset({"kinds", "startup_timeout", "shutdown_timeout"})
+def _tell_apart(front: Front, other: Front) -> None:
+    """See to it that nobody takes one database for another."""
+    if front.name == other.name:
+        raise ConfigurationError(f"databases.{front.name}: there are two of this name: give each its own")
+    for address in front.addresses:
+        if address in other.addresses and address.port:
+            raise ConfigurationError(
+                f"databases.{front.name}: listen {address}: {other.name} listens there too: give each an address of "
+                "its own"
+            )
+
+
+def _option(name: str) -> str:
+    """What a setting may have been given by, beside the file."""
+    return f"--{name.replace('_', '-')} or PGGUARD_{name.upper()}"
+
+
+IN_FILE_ALONE: Final = frozenset({"kinds", "databases", "startup_timeout", "shutdown_timeout"})
 """What no option and no variable says."""
 
 
@@ -251,43 +368,73 @@ def reload_settings(current: Settings, given: dict[str, Any], config: Path | Non
     if config is None and os.path.lexists(DEFAULT_CONFIG):
         config = DEFAULT_CONFIG  # if it isn't trusted any more, nothing changes
     asked = load_settings(given, config)
-    asked.policy()
+    asked.policies()
     differing = [name for name in Settings.model_fields if getattr(asked, name) != getattr(current, name)]
-    if "listen" in differing:
-        asked.addresses()
-    if "upstream" in differing:
-        asked.server()
+    if {"listen", "upstream", "databases"} & set(differing):
+        asked.fronts()
     changed: dict[str, Any] = {}
     remarks = [] if asked.remark in {None, current.remark} else [str(asked.remark)]
     if asked.source not in {None, current.source}:
         remarks.append(f"settings are now read from {asked.source}")
     for name in differing:
         before, now = getattr(current, name), getattr(asked, name)
-        if name in _AT_RUN_TIME or (name == "faults" and None not in (before, now)):
+        if name == "databases":
+            changed[name], said = _reloaded_databases(before, now)
+            remarks += said
+        elif name in _AT_RUN_TIME or (name == "faults" and None not in (before, now)):
             changed[name] = now
-            remarks += (
-                _changes(before, now) if name == "kinds" else [f"{name} is now {_shown(now)} (was {_shown(before)})"]
-            )
+            remarks += _changes(name, before, now)
         else:
-            remarks.append(f"{name} stays as it is: restart pgguard to change it")
+            remarks.append(_stays(name))
     settings = current.model_copy(update=changed)
     settings._source, settings._remark = asked.source, asked.remark  # noqa: SLF001 - nobody else sets them
     return Reloaded(settings, remarks)
 
 
-def _changes(before: Mapping[Kind, KindSettings], now: Mapping[Kind, KindSettings]) -> list[str]:
-    """What has changed in what is said about kinds."""
-    actions = {kind: (before.get(kind), now.get(kind)) for kind in Kind}
-    return [
-        f"kinds.{kind} is now {_action(new)} (was {_action(old)})" for kind, (old, new) in actions.items() if old != new
-    ]
+def _reloaded_databases(
+    before: Sequence[DatabaseSettings], now: Sequence[DatabaseSettings]
+) -> tuple[list[DatabaseSettings], list[str]]:
+    """What becomes of the databases, and a remark for each setting that differs.
+
+    What is done about faults changes; which there are, and where they are, doesn't.
+    """
+    asked = {one.name: one for one in now}
+    kept, remarks = [], []
+    for one in before:
+        other = asked.pop(one.name, None)
+        if other is None:
+            kept.append(one)
+            remarks.append(f"databases.{one.name} stays: restart pgguard to close it")
+            continue
+        kept.append(one.model_copy(update={"mode": other.mode, "kinds": other.kinds}))
+        for name in ("mode", "kinds"):
+            remarks += _changes(f"databases.{one.name}.{name}", getattr(one, name), getattr(other, name))
+        remarks += [
+            _stays(f"databases.{one.name}.{name}")
+            for name in ("upstream", "listen")
+            if getattr(one, name) != getattr(other, name)
+        ]
+    remarks += [f"databases.{name} is new: restart pgguard to open it" for name in asked]
+    return kept, remarks
 
 
-def _action(settings: KindSettings | None) -> str:
-    return "not set" if settings is None else settings.action
+def _stays(name: str) -> str:
+    return f"{name} stays as it is: restart pgguard to change it"
+
+
+def _changes(name: str, before: Any, now: Any) -> list[str]:
+    """What has changed in a setting: a remark, or of what is said about kinds one for each; none if nothing has."""
+    if isinstance(now, dict):
+        kinds = ((f"{name}.{kind}", before.get(kind), now.get(kind)) for kind in Kind)
+        return [f"{one} is now {_shown(new)} (was {_shown(old)})" for one, old, new in kinds if old != new]
+    return [f"{name} is now {_shown(now)} (was {_shown(before)})"] if before != now else []
 
 
 def _shown(value: object) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, KindSettings):
+        return value.action
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -305,15 +452,26 @@ def load_settings(given: dict[str, Any], config: Path | None) -> Settings:
     given = {name: value for name, value in given.items() if value not in (None, [], "")}
     source, in_file, remark = _read_default() if config is None else (config, _read_named(config), None)
     for name, value in in_file.items():
-        if "\0" in "".join(map(str, value if isinstance(value, list) else [value])):
+        # What a kind's action may be is a choice of a few words.
+        if name != "kinds" and any("\0" in text for text in _texts(value)):
             raise ConfigurationError(f"{config or DEFAULT_CONFIG}: {name} holds a NUL character: remove it")
     try:
         settings = Settings.model_validate(in_file | given, context=given.keys())
     except ValidationError as error:
-        raise ConfigurationError(_first_problem(error, given, config or DEFAULT_CONFIG)) from error
+        raise ConfigurationError(_first_problem(error, given, in_file, config or DEFAULT_CONFIG)) from error
     settings._source = None if source is None else source.absolute()  # noqa: SLF001 - nobody else sets it
     settings._remark = remark  # noqa: SLF001 - likewise
+    settings._given = frozenset(given)  # noqa: SLF001 - likewise
     return settings
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All text in a value of the file."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
 
 
 def _read_default() -> tuple[Path | None, dict[str, Any], str | None]:
@@ -360,25 +518,25 @@ def _read(path: Path) -> dict[str, Any]:
             ) from error
 
 
-def _first_problem(error: ValidationError, given: dict[str, Any], config: Path | None) -> str:
+def _first_problem(error: ValidationError, given: dict[str, Any], in_file: dict[str, Any], config: Path | None) -> str:
     """One problem in one line: the place, what is wrong with it, what stands there."""
     problems = error.errors()
     # A misspelt key comes first: it is why another one is missing.
     problem = min(problems, key=lambda one: (not _is_unknown_kind(one["loc"]), one["type"] != "extra_forbidden"))
     name = str(problem["loc"][0])
     if name in given:
-        place = f"--{name.replace('_', '-')} or PGGUARD_{name.upper()}"
+        place = _option(name)
     else:
-        keys = [shorten(redact(str(part)), _SHOWN) for part in problem["loc"] if part != "[key]"]
+        keys = [shorten(redact(str(part)), _SHOWN) for part in _keys(problem["loc"], in_file) if part != "[key]"]
         place = f"{config}: {'.'.join(keys)}"
     if problem["type"] == "extra_forbidden":
-        known = KindSettings.model_fields if problem["loc"][0] == "kinds" else Settings.model_fields
+        known = _settings_at(problem["loc"])
         close = nearest(str(problem["loc"][-1]), known)
         what = f"did you mean {close}?" if close else f"remove it. The settings are {', '.join(sorted(known))}"
         return f"{place}: there is no such setting: {what}"
     if _is_unknown_kind(problem["loc"]):
         return f"{place}: there is no such kind of fault: {kind_hint(str(problem['input']))}"
-    text = _in_seconds(name) or _EXPECTED.get(problem["type"]) or problem["msg"].removeprefix("Input ")
+    text = _in_seconds(name) or _expected(problem["loc"], problem["type"]) or problem["msg"].removeprefix("Input ")
     stands = problem["input"]
     hint = None
     if isinstance(stands, str):
@@ -391,8 +549,35 @@ def _first_problem(error: ValidationError, given: dict[str, Any], config: Path |
     return f"{place} {text}" + (f", not {shown}" if shown else "") + (f": {hint}" if hint else "")
 
 
+def _keys(location: tuple[int | str, ...], in_file: dict[str, Any]) -> tuple[int | str, ...]:
+    """Where something stands in the file: of a database by its name, or by its number, counted from 1."""
+    if location[0] != "databases" or len(location) == 1 or not isinstance(location[1], int):
+        return location
+    entry = in_file["databases"][location[1]]
+    name = entry.get("name") if isinstance(entry, dict) else None
+    if isinstance(name, str) and re.search(_NAME, name) is not None:
+        return ("databases", name, *location[2:])
+    return ("databases", location[1] + 1, *location[2:])
+
+
+def _settings_at(location: tuple[int | str, ...]) -> Collection[str]:
+    """The settings that there are where one stands."""
+    if "kinds" in location[:-1]:
+        return KindSettings.model_fields
+    return DatabaseSettings.model_fields if location[0] == "databases" else Settings.model_fields
+
+
+def _expected(location: tuple[int | str, ...], problem: str) -> str | None:
+    """What a setting has to be, if pydantic doesn't say it well enough."""
+    if location[0] == "databases" and len(location) < 3:
+        return _DATABASE
+    if location[0] == "databases" and problem == "missing" and location[-1] in DatabaseSettings.model_fields:
+        return "is missing: each of [[databases]] has a name, an upstream and a listen"
+    return _EXPECTED.get(problem)
+
+
 def _is_unknown_kind(location: tuple[int | str, ...]) -> bool:
-    return location[0] == "kinds" and location[-1] == "[key]"
+    return "kinds" in location[:-1] and location[-1] == "[key]"
 
 
 def _as_written(value: object) -> str | None:

@@ -39,9 +39,14 @@ def shortcut(upstream: Upstream) -> UnixAddress | None:
         return None
 
 
-def advice_on(found: UnixAddress) -> str:
-    """What to do about it: an imperative."""
-    return f"use --upstream {conninfo_of([found])}, if the server's pg_hba.conf lets its clients log in there"
+def advice_on(found: UnixAddress, setting: str) -> str:
+    """What to do about it: an imperative.
+
+    Args:
+        found: The socket.
+        setting: What says where the server is.
+    """
+    return f"use {setting} {conninfo_of([found])}, if the server's pg_hba.conf lets its clients log in there"
 
 
 def _listeners(address: TcpAddress) -> set[int]:

@@ -112,7 +112,8 @@ def summary_line(fault: Fault) -> str:
 
     Of a stranger of whom no process is known, as of a port scan from elsewhere, it says the address.
     """
-    session = f"session {fault.session.id}"
+    through = "" if fault.session.through is None else f" through {fault.session.through}"
+    session = f"session {fault.session.id}{through}"
     if fault.by is Party.STRANGER and not fault.culprits and fault.session.client is not None:
         session += f" from {fault.session.client}"
     if fault.repeat_of is None:

@@ -163,6 +163,7 @@ def session_of(record: Mapping[str, Any], at: float) -> SessionFacts:
         backend_pid=number_of(said.get("backend_pid")),
         opened_at=at if opened_at is None else opened_at,
         tls=said.get("tls") is True,
+        through=text_of(said.get("through")),
     )
 
 

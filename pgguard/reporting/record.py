@@ -77,6 +77,7 @@ def session_record(session: SessionFacts) -> dict[str, Any]:
         "backend_pid": session.backend_pid,
         "opened_at": rfc3339(session.opened_at),
         "tls": session.tls,
+        "through": session.through,
     }
 
 

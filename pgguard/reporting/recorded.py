@@ -704,7 +704,10 @@ def _key(record: Mapping[str, Any], people: list[dict[str, Any]], kind: Kind, se
     limit = text_of(record.get("limit")) or ""
     if kind is Kind.CONNECTION_EXHAUSTION:
         holder = next((one for one in people if one.get("role") == Role.HOLDER.value), None)
-        return _Key(kind, severity, "server" if limit == "reserved" else limit, _program(holder), "")
+        session = record.get("session")
+        server = text_of(session.get("through")) if isinstance(session, dict) else None
+        limit = "server" if limit == "reserved" else limit
+        return _Key(kind, severity, limit if server is None else f"{limit} of {server}", _program(holder), "")
     doer = next((one for one in people if text_of(one.get("role")) in ("intruder", "closer")), None)
     if doer is None:
         rightful = [one for one in people if text_of(one.get("role")) in ("requester", "holder")]

@@ -63,4 +63,7 @@ def _before(sessions: int | None) -> str:
 def _line(cause: Told) -> str:
     fault, spread = cause.fault, cause.spread
     how_far = extent(spread.times, spread.sessions, spread.processes)
-    return printable(f"pgguard: {fault.severity}: {fault.kind}, {how_far}: {fault.headline} (fault {fault.id})")
+    through = "" if fault.session.through is None else f", through {fault.session.through}"
+    return printable(
+        f"pgguard: {fault.severity}: {fault.kind}, {how_far}: {fault.headline} (fault {fault.id}{through})"
+    )

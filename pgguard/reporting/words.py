@@ -356,7 +356,9 @@ def session_words(session: SessionFacts) -> str:
     client = "" if session.client is None else f" from {session.client}"
     backend = "" if session.backend_pid is None else f", backend pid {session.backend_pid}"
     tls = " with TLS" if session.tls else ""
-    return f"{user}{database}{application}, over {transport}{tls}{client}{backend}, opened {rfc3339(session.opened_at)}"
+    through = "" if session.through is None else f", through {shorten(session.through, NAME_LENGTH)}"
+    said = f"{user}{database}{application}{through}"
+    return f"{said}, over {transport}{tls}{client}{backend}, opened {rfc3339(session.opened_at)}"
 
 
 def share_words(share: Share) -> str:

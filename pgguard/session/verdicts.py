@@ -103,6 +103,8 @@ class Refusal(NamedTuple):
     """``None``: the server doesn't say which it was."""
     name: str | None = None
     """The role or the database whose limit it was."""
+    server: str | None = None
+    """Which of the guard's servers it was, by its name; ``None``: there is only one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ KEPT: Final = 4096
 """Faults that are kept to be told of: of what comes back after so many others, its first one isn't told again."""
 _PIECE: Final = 1 << 16
 """Bytes of a question that are read at once."""
-_ELSEWHERE: Final = frozenset({"upstream", "listen", "tls_cert", "tls_key", "tls_ca", "faults", "user"})
+_ELSEWHERE: Final = frozenset({"upstream", "listen", "databases", "tls_cert", "tls_key", "tls_ca", "faults", "user"})
 """Settings of the configuration file that are meant for a guard that serves."""
 _NOT_THE_TESTS: Final = frozenset({"PGGUARD_UPSTREAM"})
 """Variables that lead to the server, and are meant for a guard."""
@@ -266,13 +266,14 @@ class Attendant:
         self._guards.append(guard)
         before = question.get("environment", {})
         add, keep = question.get("urls", []), sorted(_NOT_THE_TESTS & before.keys())
-        rewritten = rewrite(before, guard.upstream, guard.addresses, directory=directory, add=add, keep=keep)
+        [guarded] = guard.fronts
+        rewritten = rewrite(before, guarded.upstream, guarded.addresses, directory=directory, add=add, keep=keep)
         write_files(rewritten.files)
         self._gathering.said += [*guard.warnings, *rewritten.remarks]
         return Answer(
             address=", ".join(map(str, guard.addresses)),
             url=_url(guard.addresses[0]),
-            upstream=str(guard.upstream),
+            upstream=str(guarded.upstream),
             changed={name: rewritten.environment.get(name) for name in rewritten.names},
             missing=[capability.name for capability in guard.missing],
         )

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from pgguard.faults.policy import KindAction, Mode
 from pgguard.proxy.errors import ConfigurationError
-from pgguard.proxy.settings import KindSettings, Settings, load_settings
+from pgguard.proxy.settings import DatabaseSettings, KindSettings, Settings, load_settings
 from pgguard.session.verdicts import Kind
 from tests.cli.conftest import Refused
 from tests.proxy.spawned import environment, run, spawned
@@ -172,7 +172,7 @@ def test_what_is_in_the_file(text: str, says: str, tmp_path: Path, monkeypatch: 
     (tmp_path / "pgguard.toml").write_text(text)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigurationError) as raised:
-        load_settings({}, None).policy()
+        load_settings({}, None).policies()
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -219,16 +219,18 @@ def _suits(field: FieldInfo, value: Any) -> bool:
         return isinstance(texts, list) and texts != [] and all(_suits(FieldInfo(annotation=str), one) for one in texts)
     if annotation == dict[Kind, KindSettings]:
         return bool(value == {})
+    if annotation == list[DatabaseSettings]:
+        return bool(value == [])
     return isinstance(value, str) and value in (get_args(annotation) or list(annotation))
 
 
 def _settings() -> list[tuple[str, FieldInfo]]:
-    """Every setting that there is, by the keys that lead to it."""
+    """Every setting that there is, by the keys that lead to it; of databases see tests/proxy/test_databases.py."""
     found = []
     for name, field in Settings.model_fields.items():
         found.append((name, field))
         for model in get_args(field.annotation):
-            if isinstance(model, type) and issubclass(model, BaseModel):
+            if isinstance(model, type) and issubclass(model, BaseModel) and model is not DatabaseSettings:
                 found += [(f"{name}.unclean-close.{key}", inner) for key, inner in model.model_fields.items()]
     return found
 
@@ -249,7 +251,8 @@ def test_whatever_stands_there_it_is_taken_for_what_it_is_or_said_what_should_st
         said = str(raised.value)
         where = re.match(rf"{re.escape(str(path))}: {re.escape(name)}[\w.\0]*(?P<what>.*)", said)
         assert where is not None, (text, said)
-        assert re.match(r" should be |: there is no such | holds a NUL character: remove it", where["what"]), said
+        expected = r" should be |: there is no such | holds a NUL character: remove it| is missing: each of "
+        assert re.match(expected, where["what"]), said
         assert PROGRAMMERS_WORDS.search(re.sub(r"'[^']*'", "", where["what"])) is None, (text, said)
         assert len(where["what"]) < 200, text
 
@@ -322,7 +325,7 @@ def test_what_is_given_comes_before_the_file_and_the_file_before_the_defaults(tm
     assert settings.sql == "full"
     assert settings.listen == ["127.0.0.1:1"]
     assert settings.attribution == "auto"
-    assert settings.policy().per_kind == {
+    assert settings.policies()[None].per_kind == {
         Kind.MESSAGE_WHILE_IDLE: KindAction.DROP,
         Kind.UNCLEAN_CLOSE: KindAction.IGNORE,
     }

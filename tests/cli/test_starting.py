@@ -18,7 +18,7 @@ import trio
 
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, parse_listen, parse_upstream, unused_database_url
 from pgguard.proxy.loops import LoopWatch
-from pgguard.proxy.settings import mistyped_variables
+from pgguard.proxy.settings import Front, mistyped_variables
 from tests.proxy.conftest import backend, running, until
 from tests.proxy.fake_backend import converse, part
 from tests.proxy.messages import TERMINATE, Client
@@ -110,9 +110,10 @@ def test_a_server_that_can_not_be_reached_is_a_warning(tmp_path: Path) -> None:
 )
 async def test_it_says_why(upstream: str, why: str) -> None:
     async with running(upstream=upstream) as house:
-        assert house.guard.unreachable() is None, "it hasn't been tried yet"
+        assert house.guard.unreachable() == [], "it hasn't been tried yet"
         assert await house.guard.find_loop() is None
-        assert re.fullmatch(rf"PostgreSQL can't be reached at {why}, {HOPE}", str(house.guard.unreachable()))
+        [said] = house.guard.unreachable()
+        assert re.fullmatch(rf"PostgreSQL can't be reached at {why}, {HOPE}", said)
 
 
 async def test_of_several_servers_those_that_can_not_be_reached(backend: FakeBackend, tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ async def test_a_server_that_does_not_answer_holds_up_nothing() -> None:
         with closing(socket.create_connection(("127.0.0.1", port))):
             started = time.monotonic()
             upstream = parse_upstream(f"host=127.0.0.1 port={port}")
-            watch = LoopWatch(upstream)
+            watch = LoopWatch(Front(None, upstream, ()))
             with trio.fail_after(10):
                 assert await watch.seek() is None
             if not watch.unreachable:
@@ -271,10 +272,10 @@ async def test_a_client_that_leaves_as_there_is_no_tls_is_told_of_once(
     async with running(backend) as house:
         for _ in range(2):
             await (await ask(house.port, *requests)).close()
-        await until(lambda: bool(said_of_tls(caplog)) and not house.guard._reception.declined._left)
+        await until(lambda: bool(said_of_tls(caplog)) and not house.guard._receptions[None].declined._left)
         await (await ask(house.port, *requests)).close()
         await until(lambda: house.guard.sessions == 3 and not house.guard._roster.present)
-        await until(lambda: not house.guard._reception.declined._left)
+        await until(lambda: not house.guard._receptions[None].declined._left)
         assert house.kinds == []
     [said] = said_of_tls(caplog)
     what = "TLS" if SSL_REQUEST in requests else "GSSAPI encryption"
@@ -306,7 +307,7 @@ async def test_who_goes_on_says_goodbye_or_does_not_read_the_answer_does_not_ins
                 if answered:
                     await trio.to_thread.run_sync(lambda: cancelled.recv(1, socket.MSG_PEEK))
         await until(lambda: house.guard.sessions == 4)
-        await until(lambda: not house.guard._reception.declined._left)
+        await until(lambda: not house.guard._receptions[None].declined._left)
         await trio.sleep(0.2)
     assert said_of_tls(caplog) == []
 
@@ -316,9 +317,9 @@ async def test_who_comes_again_without_does_not_insist(backend: FakeBackend, cap
     """As pgx does with its default, sslmode=prefer."""
     async with running(backend) as house:
         await (await ask(house.port, SSL_REQUEST)).close()
-        await until(lambda: bool(house.guard._reception.declined._left))
+        await until(lambda: bool(house.guard._receptions[None].declined._left))
         client, server = await house.session()
-        await until(lambda: not house.guard._reception.declined._left)
+        await until(lambda: not house.guard._receptions[None].declined._left)
         await part(client, server)
     assert said_of_tls(caplog) == []
 

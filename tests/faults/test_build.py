@@ -495,6 +495,7 @@ def test_the_record_is_the_one_of_the_contract() -> None:
             "backend_pid": 4865,
             "opened_at": "2026-11-22T11:51:54.620402Z",
             "tls": False,
+            "through": None,
         },
         "message": {"direction": "frontend", "type": "Q", "code": "0x51", "name": "Query", "size": 61},
         "sent_by": {"pid": 4867, "tid": 4880},

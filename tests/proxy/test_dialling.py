@@ -271,7 +271,7 @@ async def test_who_is_refused_both_ways_is_told_so_by_the_server(backend: FakeBa
         elif then == "refuses":
             await _refuse(await _encrypt(backend, pair))
         await client.expect(REFUSED)
-        watched = house.guard._reception.lobby._watched.values()
+        watched = house.guard._lobby._watched.values()
         assert not [one for one in watched if isinstance(getattr(one, "__self__", None), Arrival)], (
             "nothing is left of it"
         )
@@ -565,8 +565,7 @@ async def test_why_it_can_not_be_connected_to_is_said_at_the_start(backend: Fake
         await server.expect(SSL_REQUEST)
         await server.send(b"N")
         await server.close()
-    said = house.guard.unreachable()
-    assert said is not None
+    [said] = house.guard.unreachable()
     assert f"127.0.0.1:{backend.port} (server does not support SSL, but SSL was required)" in said
     assert "so clients get an error: Set ssl = on" in said
 

@@ -27,7 +27,7 @@ only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give dir
 async def test_several_at_once_each_under_its_own_address(backend: FakeBackend, short_directory: Path) -> None:
     listen = ["127.0.0.1:0", "[::1]:0", f"unix:{short_directory}:1", f"unix:@{short_directory}:2"]
     async with running(backend, listen=listen) as house:
-        four, six, unix, abstract = [listener.address for listener in house.guard._listeners]
+        four, six, unix, abstract = [address for front in house.guard.fronts for address in front.addresses]
         assert isinstance(four, TcpAddress)
         assert isinstance(six, TcpAddress)
         assert isinstance(unix, UnixAddress)

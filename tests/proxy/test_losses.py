@@ -7,8 +7,7 @@ import itertools
 import struct
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
@@ -16,14 +15,13 @@ import trio.lowlevel
 
 from pgguard.proxy import losses
 from pgguard.proxy.losses import Loss, keep_going, note, remarks, spared
+from pgguard.proxy.session import ProxiedSession
 from pgguard.reporting.log import BoundedLog
 
 if TYPE_CHECKING:
     from trio.testing import MockClock
 
-    from pgguard.proxy.session import ProxiedSession
-
-SESSION = cast("ProxiedSession", SimpleNamespace(id=7))
+SESSION = ProxiedSession(7, transport="tcp", client_name=None, client_socket=None, opened_at=0)
 
 
 @pytest.fixture(autouse=True)

@@ -92,7 +92,8 @@ async def test_what_can_be_seen_holds_no_secret(house: House) -> None:
     [seen] = house.guard.snapshot()
     assert SECRET not in repr(seen)
     assert list(session_record(seen.facts)) == [
-        *("id", "user", "database", "application_name", "transport", "client", "backend_pid", "opened_at", "tls")
+        *("id", "user", "database", "application_name", "transport", "client", "backend_pid", "opened_at", "tls"),
+        "through",
     ]
     await part(client, server)
     await until(lambda: len(told) == 2)
@@ -110,7 +111,8 @@ def test_nor_do_the_processes_in_it() -> None:
     assert seen.opener.cmdline[:3] == ("python3", "app.py", "--dsn")
     shown = [process_record(one) for one in (seen.opener, *seen.holders)]
     assert SECRET not in repr(shown)
-    assert [list(one or ()) for one in shown] == [["name", "cmdline", "ppid", "namespace_pid", "started_at"]] * 2
+    keys = ["name", "cmdline", "ppid", "namespace_pid", "started_at"]
+    assert [list(one or ()) for one in shown] == [keys] * 2
 
 
 async def test_listeners_are_told_of_sessions_that_come_and_go(house: House) -> None:

@@ -291,7 +291,7 @@ def test_an_error_in_what_can_not_be_changed_is_an_error(tmp_path: Path, after: 
 def test_kinds_come_and_go(tmp_path: Path) -> None:
     before = "[kinds]\nunclean-close = 'ignore'\nuntracked = 'log'"
     settings, remarks = reloaded(tmp_path, before, "[kinds]\nunclean-close = 'log'\nleaked-connection = 'ignore'")
-    assert settings.policy().per_kind == {
+    assert settings.policies()[None].per_kind == {
         Kind.UNCLEAN_CLOSE: KindAction.LOG,
         Kind.LEAKED_CONNECTION: KindAction.IGNORE,
     }

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pgguard.cli.doctor import doctor
-from pgguard.cli.serve import _point_out_shortcut
+from pgguard.cli.serve import _point_out_shortcuts
 from pgguard.proxy.addresses import UnixAddress, parse_upstream
+from pgguard.proxy.settings import Front
 from pgguard.proxy.shortcut import shortcut
 
 if TYPE_CHECKING:
@@ -43,13 +44,13 @@ async def test_it_is_said_once_the_guard_runs(
 ) -> None:
     caplog.set_level("INFO")
     look_in(server.unix.host, monkeypatch)
-    await _point_out_shortcut(parse_upstream(f"host=127.0.0.1 port={server.tcp.port}"))
+    await _point_out_shortcuts([Front(None, parse_upstream(f"host=127.0.0.1 port={server.tcp.port}"), ())])
     [said] = caplog.messages
     there = f"'host={server.unix.host} port={server.unix.port}'"
     assert said.startswith("the server also has a Unix socket, which takes less CPU time: use --upstream ")
     assert said.endswith(f" {there}, if the server's pg_hba.conf lets its clients log in there")
     caplog.clear()
-    await _point_out_shortcut(parse_upstream(server.unix.conninfo))
+    await _point_out_shortcuts([Front(None, parse_upstream(server.unix.conninfo), ())])
     assert caplog.messages == []
 
 

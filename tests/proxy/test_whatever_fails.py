@@ -714,7 +714,7 @@ async def arrivals_of_all_kinds(stage: Stage) -> None:
     await client.send(SSL_REQUEST)
     await stage.hears(client, b"N")
     await client.close()
-    await stage.until(lambda: bool(stage.house.guard._reception.declined._told))
+    await stage.until(lambda: bool(stage.house.guard._receptions[None].declined._told))
     client = await stage.connect()
     await client.send(SSL_REQUEST)
     await stage.hears(client, b"N")
