@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Attribution = Literal["auto", "ebpf", "proc", "off"]
 """How it is to be found out who: with all evidence that there is; so, but not without the kernel's, or without that of
@@ -55,6 +55,25 @@ class Driver(StrEnum):
     UNKNOWN = "unknown"
 
 
+class Container(NamedTuple):
+    """A container that a process runs in."""
+
+    id: str
+    """As its runtime calls it: 64 hexadecimal digits."""
+    runtime: str | None
+    """``docker``, ``containerd``, ``cri-o`` or ``podman``; ``None`` if its control group's name doesn't tell."""
+
+
+class Pod(NamedTuple):
+    """A pod of Kubernetes that a process runs in; what isn't known is ``None``."""
+
+    name: str | None = None
+    namespace: str | None = None
+    uid: str | None = None
+    node: str | None = None
+    """The name of the machine."""
+
+
 @dataclass(frozen=True, slots=True)
 class Process:
     """A process as it was when it was last looked at; ``(pid, started)`` identifies it, as pids are reused."""
@@ -73,3 +92,7 @@ class Process:
     namespace_pid: int | None = None
     """Its pid as it and its logs know it, in its own pid namespace; ``None`` if that is the guard's own, as it is
     outside of containers."""
+    container: Container | None = None
+    """The innermost one that it runs in; ``None`` if it runs in none, or that can't be told."""
+    pod: Pod | None = None
+    """Likewise."""

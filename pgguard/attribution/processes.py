@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from pgguard.attribution.containers import find_place
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.hangs import reading
 
@@ -171,7 +172,8 @@ _boot = _Boot()
 class ProcessBook:
     """Remembers processes as they were last seen, so that they can be named when they are gone.
 
-    Thread-safe. Holds the ``limit`` most recently seen processes and forgets the others.
+    It is found out once of each in which container it runs. Thread-safe. Holds the ``limit`` most recently seen
+    processes and forgets the others.
     """
 
     def __init__(self, limit: int = _REMEMBERED) -> None:
@@ -182,7 +184,18 @@ class ProcessBook:
     def look(self, pid: int) -> Process | None:
         """Read who ``pid`` is now, and remember it; ``None`` if it is gone, whoever it may have been before."""
         process = read_process(pid)
-        return None if process is None else self._remember(process)
+        if process is None:
+            return None
+        with self._lock:
+            before = self._seen.get((pid, process.started))
+        if before is None:
+            container, pod = find_place(pid)
+            after = read_stat(pid) if container is not None or pod is not None else None
+            if after is not None and after.started == process.started:
+                process = replace(process, container=container, pod=pod)
+        else:
+            process = replace(process, container=before.container, pod=before.pod)
+        return self._remember(process)
 
     def refresh(self, process: Process) -> Process:
         """Return ``process`` as it is now, or as it was last seen if it is gone or its pid is another's by now."""

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from pgguard.attribution.evidence import Evidence, Process
+from pgguard.attribution.evidence import Container, Evidence, Pod, Process
 from pgguard.attribution.findings import Share
 from pgguard.attribution.frames import Frame
 from pgguard.attribution.runtime import Language, Library, Runtime, Server
@@ -146,7 +146,18 @@ def process_of(pid: int | None, value: object) -> Process | None:
         cmdline=tuple(one for one in cmdline if isinstance(one, str)) if isinstance(cmdline, list) else (),
         ppid=number_of(said.get("ppid")),
         namespace_pid=number_of(said.get("namespace_pid")),
+        container=_container(_object(said.get("container"))),
+        pod=_pod(_object(said.get("pod"))),
     )
+
+
+def _container(said: dict[str, Any] | None) -> Container | None:
+    number = None if said is None else text_of(said.get("id"))
+    return None if said is None or number is None else Container(number, text_of(said.get("runtime")))
+
+
+def _pod(said: dict[str, Any] | None) -> Pod | None:
+    return None if said is None else Pod(*(text_of(said.get(key)) for key in Pod._fields))
 
 
 def session_of(record: Mapping[str, Any], at: float) -> SessionFacts:

@@ -120,6 +120,8 @@ def process_record(process: Process | None) -> dict[str, Any] | None:
         "ppid": process.ppid,
         "namespace_pid": process.namespace_pid,
         "started_at": rfc3339(process.started_at),
+        "container": None if process.container is None else process.container._asdict(),
+        "pod": None if process.pod is None else process.pod._asdict(),
     }
 
 

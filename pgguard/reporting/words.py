@@ -22,6 +22,7 @@ from pgguard.session.verdicts import OUTSTANDING, Direction, Kind, Party, Reques
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from pgguard.attribution.evidence import Process
     from pgguard.attribution.findings import Share
     from pgguard.attribution.frames import Frame
     from pgguard.faults.fault import Request, SessionFacts, Spread
@@ -32,6 +33,8 @@ PLACE_LENGTH: Final = 200
 """Characters of a file's name in a stack, and of what a client says of itself."""
 
 _COMMAND_LENGTH: Final = 160
+_CONTAINER_LENGTH: Final = 12
+"""Characters of a container's id: as many as docker and crictl show."""
 _FRAMES: Final = 8
 """Calls of a stack that are told, the innermost ones, where none is the application's own."""
 _INNERMOST: Final = 2
@@ -217,6 +220,21 @@ def _process(culprit: Culprit) -> Iterator[str]:
             yield f"command: {shorten(command, _COMMAND_LENGTH)}"
     if process is not None and process.namespace_pid is not None:
         yield f"in its own container it is pid {process.namespace_pid}"
+    if process is not None and (where := _where(process)):
+        yield f"runs in {where}"
+
+
+def _where(process: Process) -> str:
+    """The container and the pod of a process; empty if none is known."""
+    container, pod = process.container, process.pod
+    parts = []
+    if container is not None:
+        runtime = "" if container.runtime is None else f" ({container.runtime})"
+        parts.append(f"container {container.id[:_CONTAINER_LENGTH]}{runtime}")
+    if pod is not None:
+        name = f"with uid {pod.uid}" if pod.name is None else "/".join(filter(None, (pod.namespace, pod.name)))
+        parts.append(f"pod {shorten(name, NAME_LENGTH)}")
+    return ", ".join(parts)
 
 
 def _activity(fault: Fault, culprit: Culprit) -> Iterator[str]:

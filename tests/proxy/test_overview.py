@@ -111,7 +111,7 @@ def test_nor_do_the_processes_in_it() -> None:
     assert seen.opener.cmdline[:3] == ("python3", "app.py", "--dsn")
     shown = [process_record(one) for one in (seen.opener, *seen.holders)]
     assert SECRET not in repr(shown)
-    keys = ["name", "cmdline", "ppid", "namespace_pid", "started_at"]
+    keys = ["name", "cmdline", "ppid", "namespace_pid", "started_at", "container", "pod"]
     assert [list(one or ()) for one in shown] == [keys] * 2
 
 
