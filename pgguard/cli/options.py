@@ -134,6 +134,16 @@ ModeChoice = Annotated[
     ),
 ]
 Faults = Annotated[Path | None, _option("faults", "PATH", "Append faults to this file, one line of JSON each.")]
+Otel = Annotated[
+    bool | None,
+    typer.Option(
+        "--otel",
+        envvar="PGGUARD_OTEL",
+        help="Send faults, and in serve metrics, to an OpenTelemetry collector, by OTLP over HTTP. OpenTelemetry's "
+        "own variables say where it is; by default, at http://localhost:4318.",
+        show_default=False,
+    ),
+]
 Config = Annotated[
     Path | None,
     _option("config", "PATH", "The configuration file (TOML). Default: pgguard.toml in this directory, if it exists."),

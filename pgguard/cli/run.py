@@ -17,7 +17,7 @@ from pgguard.attribution.ruby.loading import FILE, UnloadableError, closed_to_ot
 from pgguard.attribution.ruby.pipes import RubyPipes
 from pgguard.cli.outputs import Outputs
 from pgguard.cli.progress import progress
-from pgguard.cli.serve import lacking_evidence, recorder_for
+from pgguard.cli.serve import lacking_evidence, otel_for, recorder_for
 from pgguard.cli.statuses import CANNOT, DONE, FAULT_SEEN
 from pgguard.cli.streams import OutputError, drop_output
 from pgguard.faults.catalogue import Severity
@@ -219,8 +219,9 @@ class _Telling:
         self._log = BoundedLog(self._log_line)
         logging.basicConfig(level=logging.ERROR if wishes.quiet else logging.WARNING, handlers=[self._log])
         self._gatherer = Gatherer("pgguard run")
-        recorder = recorder_for(settings)
-        self.sinks = Fanout([self._gatherer] if recorder is None else [recorder, self._gatherer], complain=logger.error)
+        recorder, self._otel = recorder_for(settings), otel_for(settings)
+        sinks = [one for one in (recorder, self._otel, self._gatherer) if one is not None]
+        self.sinks = Fanout(sinks, complain=logger.error)
         self.tended = [self._log.settle] if recorder is None else [self._log.settle, recorder.tend]
         self._rewritten = ""
         self.has_failed = False
@@ -236,6 +237,8 @@ class _Telling:
 
     async def begin(self, guard: RunningGuard) -> Mapping[str, str]:
         """Say what is to be known before the command begins, and give it its environment."""
+        if self._otel is not None:
+            self._otel.start(metrics=False)
         rewritten = await trio.to_thread.run_sync(self._rewrite, guard, abandon_on_cancel=True)
         self._rewritten = rewritten.line
         self._starting.close()

@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.capabilities import Capability
     from pgguard.attribution.privileges import Account
+    from pgguard.reporting.otel.sink import Otel
     from pgguard.running import RunningGuard
+
+_FIGURES: Final = 5.0
+"""Seconds between two looks at the figures that are sent to a collector."""
 
 logger = logging.getLogger(__name__)
 bounded = logging.getLogger("pgguard.signals")
@@ -231,12 +235,12 @@ def _run(given: dict[str, Any], config: Path | None, signals: Signals, starting:
     voice = _Voice(console, starting)
     log = BoundedLog(voice)
     logging.basicConfig(level=logging.INFO, handlers=[log])
-    recorder = recorder_for(settings, account)
-    sinks = Fanout([console] if recorder is None else [recorder, console], complain=logger.error)
+    recorder, otel = recorder_for(settings, account), otel_for(settings)
+    sinks = Fanout([one for one in (recorder, otel, console) if one is not None], complain=logger.error)
     try:
         reloader = _Reloader(settings, given, config, recorder)
         tended = [log.settle] if recorder is None else [log.settle, recorder.tend]
-        last = trio.run(_until_signalled, settings, account, sinks, voice, reloader, signals, tended)
+        last = trio.run(_until_signalled, settings, account, sinks, voice, reloader, signals, tended, otel)
         starting.close()
         log.close()
         for line in last:
@@ -258,6 +262,19 @@ def recorder_for(settings: Settings, account: Account | None = None) -> JsonLine
         raise ConfigurationError(f"--faults: {error}") from error
 
 
+def otel_for(settings: Settings) -> Otel | None:
+    """What sends faults and metrics to a collector; ``None`` if nothing is to. Raises ConfigurationError: it can't."""
+    if not settings.otel:
+        return None
+    try:
+        from pgguard.reporting.otel.sink import Otel  # noqa: PLC0415 - its extra need not be installed, and it takes time
+    except ImportError as error:
+        raise ConfigurationError(
+            f"--otel: {error.name} is not installed: install pgguard[otel] (pip install 'pgguard[otel]')"
+        ) from error
+    return Otel()
+
+
 async def _until_signalled(
     settings: Settings,
     account: Account | None,
@@ -266,6 +283,7 @@ async def _until_signalled(
     reloader: _Reloader,
     signals: Signals,
     tended: Sequence[Callable[[], None]],
+    otel: Otel | None,
 ) -> list[str]:
     """Serve until signals end it.
 
@@ -285,6 +303,9 @@ async def _until_signalled(
                 async with running_guard(settings, sinks, give_up_rights=True, account=account) as guard:
                     voice.begin()
                     _announce(guard, settings)
+                    if otel is not None:
+                        otel.start()
+                        nursery.start_soon(keep_going, _measure, otel, guard)
                     orders.begin(guard)
                     nursery.start_soon(keep_going, tend, Loss.STEP, tended)
                     nursery.start_soon(keep_going, orders.reload, guard)
@@ -352,6 +373,17 @@ async def _tell_encryption(guard: RunningGuard, fronts: Sequence[Front]) -> None
             if encryption is not None:
                 server = "PostgreSQL" if one.name is None else f"PostgreSQL ({one.name})"
                 logger.info("%s at %s is connected to %s", server, one.upstream, encryption)
+
+
+async def _measure(otel: Otel, guard: RunningGuard) -> None:
+    """Have a guard's figures sent as they are, until cancelled; then once more, as they have become."""
+    try:
+        while True:
+            otel.show(await guard.figures(), guard.counts(), guard.lost_records)
+            await trio.sleep(_FIGURES)
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _FIGURES):
+            otel.show(await guard.figures(), guard.counts(), guard.lost_records)
 
 
 async def _point_out_shortcuts(fronts: Sequence[Front]) -> None:

@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    StrictBool,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -49,6 +50,7 @@ _EXPECTED: Final = {
     "list_type": "should be an address, or a list of them",
     "too_short": "should be an address, or a list of them, not an empty one",
     "string_type": "should be text in quotation marks",
+    "bool_type": "should be true or false",
     "path_type": "should be text in quotation marks",
     "dict_type": "should be a table, as in [kinds]",
     "model_type": f"should be an action: {_ACTIONS}",
@@ -137,6 +139,8 @@ class Settings(BaseModel):
     """The CAs that clients' certificates are to be from; ``None``: they are asked for none."""
     mode: Mode = Mode.LOG
     faults: Path | None = None
+    otel: StrictBool = False
+    """Send faults and metrics to an OpenTelemetry collector."""
     attribution: Attribution = "auto"
     sql: SqlMode = SqlMode.NORMALIZED
     idle_in_transaction: Annotated[float, Field(ge=0, le=86400)] = 60.0

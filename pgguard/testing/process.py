@@ -48,7 +48,9 @@ KEPT: Final = 4096
 """Faults that are kept to be told of: of what comes back after so many others, its first one isn't told again."""
 _PIECE: Final = 1 << 16
 """Bytes of a question that are read at once."""
-_ELSEWHERE: Final = frozenset({"upstream", "listen", "databases", "tls_cert", "tls_key", "tls_ca", "faults", "user"})
+_ELSEWHERE: Final = frozenset(
+    {"upstream", "listen", "databases", "tls_cert", "tls_key", "tls_ca", "faults", "otel", "user"}
+)
 """Settings of the configuration file that are meant for a guard that serves."""
 _NOT_THE_TESTS: Final = frozenset({"PGGUARD_UPSTREAM"})
 """Variables that lead to the server, and are meant for a guard."""

@@ -212,6 +212,8 @@ def _suits(field: FieldInfo, value: Any) -> bool:
     if annotation is float:
         highest = next(limit.le for limit in field.metadata if hasattr(limit, "le"))
         return type(value) in {int, float} and 0 < value <= highest
+    if annotation is bool:
+        return isinstance(value, bool)
     if annotation in {str, Path | None}:
         return isinstance(value, str) and "\0" not in value
     if annotation == list[str]:
