@@ -1,11 +1,20 @@
-"""Which processes there are, and which sockets one of them has open: ``/proc`` and ``/proc/PID/fd``."""
+"""Which processes there are, and which sockets one of them has open: ``/proc`` and ``/proc/PID/fd``.
+
+``fd`` is a directory of the process's user's, and root too takes CAP_DAC_READ_SEARCH to enter that of another one. What
+it shows is also in ``/proc/PID/fdinfo``, a file for each descriptor, which is for everybody who may trace the process:
+``proc_fdinfo_permission()`` in ``fs/proc/fd.c``, since Linux 5.14. It takes three times as long, and is for whoever has
+CAP_SYS_PTRACE alone.
+"""
 # ruff: noqa: PTH115, PTH123, PTH208 - a Path object for each descriptor would double the time that a walk takes
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
-from collections.abc import Mapping
+import re
+import socket
+from collections.abc import Callable, Mapping
 
 from pgguard.attribution.hangs import reading
 from pgguard.attribution.processes import read_stat
@@ -15,6 +24,11 @@ _DESCRIPTORS = 65_536
 guard's time."""
 
 
+_LIMIT = 256
+"""Bytes of what is said of a descriptor, at most: what is looked for stands at the beginning."""
+_DETAILS = re.compile(rb"^mnt_id:\t(\d+)\nino:\t(\d+)$", re.MULTILINE)
+"""In ``/proc/PID/fdinfo/FD``: the mount of the file's file system, and its inode. proc_pid_fdinfo(5)."""
+_link: Callable[[str], str] = os.readlink
 _SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
@@ -96,13 +110,17 @@ def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
         OSError: it can't be looked at now: see :func:`is_shortage`.
     """
     found = {}
-    directory = f"/proc/{pid}/fd"
+    directory, name_of = f"/proc/{pid}/fd", _link
     try:
-        fds = os.listdir(directory)
+        try:
+            fds = os.listdir(directory)
+        except PermissionError:
+            directory, name_of = f"/proc/{pid}/fdinfo", _name_by_details
+            fds = os.listdir(directory)
         # A connection that is asked about is most often the latest, and descriptors are listed in ascending order.
         for fd in reversed(fds[-_DESCRIPTORS:]):
             try:
-                link = os.readlink(f"{directory}/{fd}")
+                link = name_of(f"{directory}/{fd}")
             except FileNotFoundError:
                 continue
             if link in inodes:
@@ -128,9 +146,37 @@ def has_socket(pid: int, fd: str, inode: int) -> bool:
     It takes no descriptor of the guard's own.
     """
     try:
-        return os.readlink(f"/proc/{pid}/fd/{fd}") == link_to(inode)
+        return _link(f"/proc/{pid}/fd/{fd}") == link_to(inode)
+    except PermissionError:
+        pass
     except OSError:
         return False
+    try:
+        return _name_by_details(f"/proc/{pid}/fdinfo/{fd}") == link_to(inode)
+    except OSError:
+        return False
+
+
+def _name_by_details(path: str) -> str:
+    """The same of a socket, by ``/proc/PID/fdinfo/FD``; empty for anything else.
+
+    Raises:
+        PermissionError: it isn't shown, or the kernel is older than Linux 5.14.
+        OSError: there is no such descriptor.
+    """
+    with open(path, "rb") as file:
+        found = _DETAILS.search(file.read(_LIMIT))
+    if found is None:
+        raise PermissionError(errno.EPERM, "the kernel doesn't tell inodes here")
+    return link_to(int(found[2])) if int(found[1]) == _mount_of_sockets() else ""
+
+
+@functools.cache
+def _mount_of_sockets() -> int:
+    """The number of the mount that all sockets are in, of the whole system: ``sock_mnt`` in ``net/socket.c``."""
+    with socket.socket(socket.AF_UNIX) as any_socket, open(f"/proc/self/fdinfo/{any_socket.fileno()}", "rb") as file:
+        found = _DETAILS.search(file.read(_LIMIT))
+    return int(found[1]) if found is not None else -1
 
 
 def link_to(inode: int) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -86,3 +89,35 @@ def test_of_very_many_descriptors_the_latest_are_looked_at(parent: Puppet, monke
     with pytest.raises(PermissionError):
         find_sockets(parent.pid, {link_to(first): first, link_to(last): last})
     assert find_sockets(parent.pid, {}) == {}
+
+
+ALONE = ["setpriv", "--no-new-privs", "--bounding-set=-all,+sys_ptrace", "--inh-caps=-all"]
+"""What a command begins with that root has CAP_SYS_PTRACE for, and no other right."""
+ASKS = (
+    "import json, sys; from pgguard.attribution.descriptors import find_sockets, has_socket, link_to\n"
+    "pid, inode, fd = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]\n"
+    "wanted = {link_to(inode): inode, link_to(inode + 10**9): inode + 10**9}\n"
+    "print(json.dumps([find_sockets(pid, wanted), find_sockets(pid, {}), has_socket(pid, fd, inode), "
+    "has_socket(pid, '0', inode), has_socket(pid, fd, inode + 1), has_socket(pid, '9999', inode)]))"
+)
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or tuple(map(int, os.uname().release.split(".")[:2])) < (5, 14), reason="see the module"
+)
+def test_another_users_sockets_are_found_with_the_right_to_trace_alone(parent: Puppet) -> None:
+    parent.do("import socket; one = socket.socket(); become_nobody()")
+    fd, inode = parent.do("(one.fileno(), os.fstat(one.fileno()).st_ino)")
+    command = [*ALONE, sys.executable, "-c", ASKS, str(parent.pid), str(inode), str(fd)]
+    environment = os.environ | {"PYTHONPATH": str(Path(descriptors.__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment)
+    assert json.loads(done.stdout) == [{str(inode): str(fd)}, {}, True, False, False, False]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user takes root")
+def test_nothing_is_seen_of_another_user_without_it(parent: Puppet) -> None:
+    parent.do("import socket; one = socket.socket(); become_nobody()")
+    command = [*ALONE[:2], "--bounding-set=-all", ALONE[3], sys.executable, "-c", ASKS, str(parent.pid), "1", "1"]
+    environment = os.environ | {"PYTHONPATH": str(Path(descriptors.__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    assert "PermissionError" in done.stderr
