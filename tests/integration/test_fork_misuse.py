@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from tests.guard_process import Fault, GuardProcess
     from tests.servers import Address, Transport
@@ -28,10 +28,20 @@ PROGRAM = Path(__file__).parent / "programs" / "shared_connection.py"
 
 
 @contextmanager
-def scenario(name: str, address: Address) -> Iterator[list[int]]:
-    """Play a scenario to its end, and yield its processes, parent first, while all of them still hold the socket."""
+def scenario(name: str, address: Address, *, before: Sequence[str] = ()) -> Iterator[list[int]]:
+    """Play a scenario to its end, and yield its processes, parent first, while all of them still hold the socket.
+
+    Args:
+        name: the scenario's.
+        address: where it connects to.
+        before: what the command begins with, if not with the interpreter.
+    """
     program = subprocess.Popen(
-        [sys.executable, PROGRAM, name], env=address.environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*before, sys.executable, PROGRAM, name],
+        env=address.environ(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     with program:
         try:
