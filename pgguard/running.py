@@ -44,8 +44,9 @@ if TYPE_CHECKING:
     from pgguard.faults.fault import Fault
     from pgguard.proxy.addresses import Address
     from pgguard.proxy.figures import Figures
-    from pgguard.proxy.overview import SessionListener, SessionSnapshot
+    from pgguard.proxy.overview import Overview, SessionListener, SessionSnapshot, Wanted
     from pgguard.proxy.settings import Front, Settings
+    from pgguard.reporting.live.server import Admin
     from pgguard.reporting.sinks import Fanout
 
 _TRIAL: Final = 20.0
@@ -63,11 +64,11 @@ _TENDING: Final = 1.0
 logger = logging.getLogger(__name__)
 
 
-class _Course(NamedTuple):
+class Course(NamedTuple):
     """How a guard goes on that accepts connections."""
 
-    everything: trio.CancelScope
-    """Is cancelled to end it at once."""
+    nursery: trio.Nursery
+    """What everything is done in, and is cancelled to end it at once."""
     looked: trio.Event
     """It has been looked at the servers."""
     ended: trio.Event
@@ -92,7 +93,7 @@ class RunningGuard:
         guard: Guard,
         docket: Docket,
         sinks: Fanout,
-        course: _Course,
+        course: Course,
         *,
         addresses: Sequence[Address],
         missing: Sequence[Capability],
@@ -132,6 +133,23 @@ class RunningGuard:
     async def figures(self) -> Figures:
         """What the guard has done so far, in numbers. Others have their turn meanwhile, if there are many sessions."""
         return await self._guard.figures()
+
+    async def overview(self, wanted: Wanted) -> Overview:
+        """Some of the sessions that are open, and how many there are. Others have their turn meanwhile."""
+        return await self._guard.overview(wanted)
+
+    async def go_round(self) -> None:
+        """Wait until the relay has come round, which shows that it does. There is no end to it if it doesn't."""
+        await self._guard.go_round()
+
+    def why_not_ready(self) -> str | None:
+        """Why a client that comes now isn't let in: a clause; ``None`` if it is."""
+        return self._guard.why_not_ready()
+
+    @property
+    def server_answers(self) -> bool | None:
+        """Whether the server could be connected to for the last client; ``None``: it wasn't tried."""
+        return self._guard.server_answers
 
     @property
     def lost_records(self) -> int:
@@ -212,7 +230,7 @@ class RunningGuard:
 
     def cut_off(self) -> None:
         """End at once, whatever its sessions are doing; the block is cancelled too."""
-        self._course.everything.cancel()
+        self._course.nursery.cancel_scope.cancel()
 
     def encryption(self, front: Front) -> str | None:
         """How a server is connected to, where there may be TLS, as far as that is known: a few words for people."""
@@ -235,6 +253,7 @@ async def running_guard(
     give_up_rights: bool = False,
     account: Account | None = None,
     ruby: RubyPipes | None = None,
+    admin: Admin | None = None,
 ) -> AsyncIterator[RunningGuard]:
     """Run a guard for as long as the block takes, which is entered once it accepts connections.
 
@@ -252,6 +271,7 @@ async def running_guard(
             up then too.
         ruby: Where Ruby processes are asked for their stacks, if they are to be; opened and closed here. Those can be
             asked that are started with :func:`pgguard.attribution.ruby.loading.ruby_variables` in their environment.
+        admin: What shows how it is doing, if anything does; opened and closed here. Its feed is one of the sinks.
 
     Raises:
         ConfigurationError: The guard can't run like that: raised on entering, or out of the block when it is found out
@@ -265,6 +285,10 @@ async def running_guard(
         guard = Guard(settings, sinks=sinks, docket=docket, witness=witness)
         addresses = await guard.listen()
         stack.callback(guard.close)
+        if admin is not None:
+            await admin.listen()
+            stack.callback(admin.close)
+            guard.keep_back(admin.descriptors)
         probe = _start_probe(settings.attribution, guard.tcp_listeners(), missing)
         if probe is not None:
             stack.callback(probe.close)
@@ -281,11 +305,16 @@ async def running_guard(
         warnings = [remark for remark in said if remark is not None]
         stack.callback(_account, docket, sinks)
         async with _serving(guard, ruby) as course:
-            yield RunningGuard(guard, docket, sinks, course, addresses=addresses, missing=missing, warnings=warnings)
+            running = RunningGuard(
+                guard, docket, sinks, course, addresses=addresses, missing=missing, warnings=warnings
+            )
+            if admin is not None:
+                course.nursery.start_soon(keep_going, admin.serve, running)
+            yield running
 
 
 @asynccontextmanager
-async def _serving(guard: Guard, ruby: RubyPipes | None) -> AsyncIterator[_Course]:
+async def _serving(guard: Guard, ruby: RubyPipes | None) -> AsyncIterator[Course]:
     """Serve, unless it is found out that the guard is in front of itself: that raises ConfigurationError."""
     ended = trio.Event()
     loops: list[str] = []
@@ -316,7 +345,7 @@ async def _serving(guard: Guard, ruby: RubyPipes | None) -> AsyncIterator[_Cours
             await looked.wait()
         if not loops:
             try:
-                yield _Course(nursery.cancel_scope, looked, ended)
+                yield Course(nursery, looked, ended)
             except Exception as error:
                 failures.append(error)  # to be raised as it is, and not in a group
             guard.stop()

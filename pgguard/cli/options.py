@@ -144,6 +144,23 @@ Otel = Annotated[
         show_default=False,
     ),
 ]
+Admin = Annotated[
+    str,
+    _option(
+        "admin",
+        "HOST:PORT",
+        "Where to show a live page, an API and metrics for Prometheus (extra admin). If other hosts can reach it, a "
+        "token is needed. Default: nowhere.",
+    ),
+]
+AdminTokenFile = Annotated[
+    Path | None,
+    _option(
+        "admin-token-file",
+        "PATH",
+        "A file with the token that the live page asks for, and that API and metrics take as Authorization: Bearer.",
+    ),
+]
 Config = Annotated[
     Path | None,
     _option("config", "PATH", "The configuration file (TOML). Default: pgguard.toml in this directory, if it exists."),

@@ -17,7 +17,7 @@ from pgguard.attribution.ruby.loading import FILE, UnloadableError, closed_to_ot
 from pgguard.attribution.ruby.pipes import RubyPipes
 from pgguard.cli.outputs import Outputs
 from pgguard.cli.progress import progress
-from pgguard.cli.serve import lacking_evidence, otel_for, recorder_for
+from pgguard.cli.serve import admin_for, lacking_evidence, otel_for, recorder_for, where_to_look
 from pgguard.cli.statuses import CANNOT, DONE, FAULT_SEEN
 from pgguard.cli.streams import OutputError, drop_output
 from pgguard.faults.catalogue import Severity
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pgguard.launch.environment import Rewritten
     from pgguard.launch.launcher import Outcome
     from pgguard.proxy.settings import Settings
+    from pgguard.reporting.live.server import Admin
     from pgguard.reporting.recorded import Recording
     from pgguard.running import RunningGuard
 
@@ -127,7 +128,8 @@ def run(given: dict[str, Any], config: Path | None, wishes: Wishes) -> int:
         settings = located(load_settings(given, config), directory)
         wishes.outputs.check(("--faults", settings.faults))
         ruby = _ruby_pipes(settings, wishes)
-        telling = _Telling(settings, wishes, directory, starting, ruby)
+        admin = admin_for(settings)
+        telling = _Telling(settings, wishes, directory, starting, ruby, admin)
         stack.callback(telling.sinks.close)
         order = Order(
             wishes.command,
@@ -138,6 +140,7 @@ def run(given: dict[str, Any], config: Path | None, wishes: Wishes) -> int:
             linger=wishes.linger,
             tended=telling.tended,
             ruby=ruby,
+            admin=admin,
         )
         launcher = Launcher(settings.model_copy(update={"databases": []}), telling.sinks, order, arrivals, companion)
         try:
@@ -200,14 +203,22 @@ class _Telling:
         directory: For files that the command's variables name.
         starting: The line that says that the guard is starting, which goes then.
         ruby: What Ruby programs are asked through, if they are.
+        admin: What shows how the guard is doing, if anything does.
 
     Raises:
         ConfigurationError: Faults can't be written to the file that is named.
     """
 
     def __init__(
-        self, settings: Settings, wishes: Wishes, directory: Path, starting: ExitStack, ruby: RubyPipes | None
+        self,
+        settings: Settings,
+        wishes: Wishes,
+        directory: Path,
+        starting: ExitStack,
+        ruby: RubyPipes | None,
+        admin: Admin | None,
     ) -> None:
+        self._admin = admin
         self._user = settings.user
         self._has_databases = bool(settings.databases)
         self._wishes = wishes
@@ -220,7 +231,8 @@ class _Telling:
         logging.basicConfig(level=logging.ERROR if wishes.quiet else logging.WARNING, handlers=[self._log])
         self._gatherer = Gatherer("pgguard run")
         recorder, self._otel = recorder_for(settings), otel_for(settings)
-        sinks = [one for one in (recorder, self._otel, self._gatherer) if one is not None]
+        feed = None if admin is None else admin.feed
+        sinks = [one for one in (recorder, self._otel, self._gatherer, feed) if one is not None]
         self.sinks = Fanout(sinks, complain=logger.error)
         self.tended = [self._log.settle] if recorder is None else [self._log.settle, recorder.tend]
         self._rewritten = ""
@@ -252,8 +264,9 @@ class _Telling:
         there = ", ".join(map(str, guard.addresses))
         ruby = "" if self._ruby is None else f"; Ruby is told by RUBYOPT to load {FILE.name}"
         tls = "" if guard.offered is None else f"; clients are offered TLS over TCP, with {guard.offered}"
+        live = "" if self._admin is None else f"; {where_to_look(self._admin)}"
         [front] = guard.fronts
-        self.say(f"ready on {there}, in front of PostgreSQL at {front.upstream}{tls}; {self._rewritten}{ruby}")
+        self.say(f"ready on {there}, in front of PostgreSQL at {front.upstream}{tls}; {self._rewritten}{ruby}{live}")
         first, self._console = self._console, ConsoleSink(self._fd, wait=True)
         await trio.to_thread.run_sync(first.close, abandon_on_cancel=True)
         return rewritten.environment

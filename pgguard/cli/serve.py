@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import trio
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.capabilities import Capability
     from pgguard.attribution.privileges import Account
+    from pgguard.reporting.live.server import Admin
     from pgguard.reporting.otel.sink import Otel
     from pgguard.running import RunningGuard
 
@@ -235,12 +236,14 @@ def _run(given: dict[str, Any], config: Path | None, signals: Signals, starting:
     voice = _Voice(console, starting)
     log = BoundedLog(voice)
     logging.basicConfig(level=logging.INFO, handlers=[log])
-    recorder, otel = recorder_for(settings, account), otel_for(settings)
-    sinks = Fanout([one for one in (recorder, otel, console) if one is not None], complain=logger.error)
+    recorder, otel, admin = recorder_for(settings, account), otel_for(settings), admin_for(settings)
+    feed = None if admin is None else admin.feed
+    sinks = Fanout([one for one in (recorder, otel, console, feed) if one is not None], complain=logger.error)
     try:
         reloader = _Reloader(settings, given, config, recorder)
         tended = [log.settle] if recorder is None else [log.settle, recorder.tend]
-        last = trio.run(_until_signalled, settings, account, sinks, voice, reloader, signals, tended, otel)
+        setup = _Setup(settings, account, sinks, otel, admin)
+        last = trio.run(_until_signalled, setup, voice, reloader, signals, tended)
         starting.close()
         log.close()
         for line in last:
@@ -275,15 +278,38 @@ def otel_for(settings: Settings) -> Otel | None:
     return Otel()
 
 
+def admin_for(settings: Settings) -> Admin | None:
+    """What shows how the guard is doing; ``None`` if nothing is to. Raises ConfigurationError: it can't be."""
+    address = settings.admin_address()
+    if address is None:
+        if settings.admin_token_file is not None:
+            raise ConfigurationError("--admin-token-file: say by --admin HOST:PORT where the token is asked for")
+        return None
+    try:
+        from pgguard.reporting.live.server import Admin  # noqa: PLC0415 - its extra need not be installed otherwise
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"--admin {settings.admin}: {error.name} is not installed: pip install 'pgguard[admin]'"
+        ) from error
+    return Admin(address, settings.admin_token_file)
+
+
+class _Setup(NamedTuple):
+    """What a guard is run with."""
+
+    settings: Settings
+    account: Account | None
+    sinks: Fanout
+    otel: Otel | None
+    admin: Admin | None
+
+
 async def _until_signalled(
-    settings: Settings,
-    account: Account | None,
-    sinks: Fanout,
+    setup: _Setup,
     voice: _Voice,
     reloader: _Reloader,
     signals: Signals,
     tended: Sequence[Callable[[], None]],
-    otel: Otel | None,
 ) -> list[str]:
     """Serve until signals end it.
 
@@ -295,14 +321,17 @@ async def _until_signalled(
     """
     guard: RunningGuard | None = None
     failures: list[Exception] = []
+    settings, otel, admin = setup.settings, setup.otel, setup.admin
     with signals.listening():
         async with trio.open_nursery() as nursery:
             orders = _Orders(signals, reloader, nursery.cancel_scope)
             nursery.start_soon(keep_going, orders.obey)
             try:
-                async with running_guard(settings, sinks, give_up_rights=True, account=account) as guard:
+                async with running_guard(
+                    settings, setup.sinks, give_up_rights=True, account=setup.account, admin=admin
+                ) as guard:
                     voice.begin()
-                    _announce(guard, settings)
+                    _announce(guard, settings, admin)
                     if otel is not None:
                         otel.start()
                         nursery.start_soon(keep_going, _measure, otel, guard)
@@ -329,7 +358,7 @@ async def _until_signalled(
     return last
 
 
-def _announce(guard: RunningGuard, settings: Settings) -> None:
+def _announce(guard: RunningGuard, settings: Settings, admin: Admin | None) -> None:
     """Say what is wrong, and then what is to be known of a guard that runs: in a few lines, and one for each server."""
     for warning in (*guard.warnings, *mistyped_variables()):
         logger.warning("%s", warning)
@@ -355,7 +384,14 @@ def _announce(guard: RunningGuard, settings: Settings) -> None:
             )
     if guard.offered is not None:
         logger.info("clients are offered TLS over TCP, with %s", guard.offered)
+    if admin is not None:
+        logger.info("%s", where_to_look(admin))
     logger.info("ready on %s", ", ".join(map(str, guard.addresses)))
+
+
+def where_to_look(admin: Admin) -> str:
+    """What to say of where a guard shows how it is doing."""
+    return f"the live page is at {' and '.join(f'http://{address}/' for address in admin.addresses)}"
 
 
 def _encrypted(guard: RunningGuard, front: Front) -> str:

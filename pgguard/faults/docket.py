@@ -258,6 +258,11 @@ class Docket:
         cause = self._causes.foresee(cause_key(verdict, fault), involved(fault.culprits))
         return cause is None or cause.full < FULL_RECORDS
 
+    def causes_of(self, session_id: int) -> tuple[int, ...]:
+        """The numbers of the causes that a session has had faults of, as far as it is remembered."""
+        cases = self._sessions.get(session_id)
+        return () if cases is None else tuple(dict.fromkeys(case.cause.number for case in cases.values()))
+
     def has_any(self, kind: Kind) -> bool:
         """Whether a cause of this kind is known."""
         return any(cause.standing is not None and cause.standing.kind is kind for cause in self._causes)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pgguard.launch.companion import Companion
     from pgguard.launch.inheritance import Inheritance
     from pgguard.proxy.settings import Settings
+    from pgguard.reporting.live.server import Admin
     from pgguard.reporting.sinks import Fanout
     from pgguard.running import RunningGuard
 
@@ -61,6 +62,8 @@ class Order:
     """What is to be called about once a second."""
     ruby: RubyPipes | None = None
     """What the guard asks Ruby programs through, if it does."""
+    admin: Admin | None = None
+    """What shows how the guard is doing, if anything does."""
 
 
 @dataclass(slots=True)
@@ -147,7 +150,7 @@ class Launcher:
             await self._child_ended.wait()
 
     async def _run_guarded(self) -> None:
-        async with running_guard(self._settings, self._sinks, ruby=self._order.ruby) as guard:
+        async with running_guard(self._settings, self._sinks, ruby=self._order.ruby, admin=self._order.admin) as guard:
             left_behind = LeftBehind()
             environment = await self._order.prepare(guard)
             await self._companion.forget()

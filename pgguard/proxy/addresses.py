@@ -104,12 +104,26 @@ def parse_listen(text: str) -> Address:
                 f"--listen {text}: the socket's path is too long for the system: use a shorter DIR"
             )
         return unix
+    return _parse_tcp(text, f"--listen {text}", "HOST:PORT or unix:DIR[:PORT], as in 127.0.0.1:6544")
+
+
+def parse_admin(text: str) -> TcpAddress:
+    """Read ``HOST:PORT`` or ``[IPV6]:PORT``, of ``--admin``.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    return _parse_tcp(text, f"--admin {text}", "HOST:PORT, as in 127.0.0.1:9187")
+
+
+def _parse_tcp(text: str, where: str, form: str) -> TcpAddress:
+    """Read an address; ``form`` is what it looks like. Raises ConfigurationError."""
     host, colon, port = text.rpartition(":")
     if not colon or not host:
-        raise ConfigurationError(f"--listen {text}: write HOST:PORT or unix:DIR[:PORT], as in 127.0.0.1:6544")
+        raise ConfigurationError(f"{where}: write {form}")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise ConfigurationError(f"--listen {text}: put the IPv6 address in brackets, as in [::1]:6544")
-    return TcpAddress(host.strip("[]"), _port(port, f"--listen {text}", may_be_shown=False))
+        raise ConfigurationError(f"{where}: put the IPv6 address in brackets, as in [::1]:6544")
+    return TcpAddress(host.strip("[]"), _port(port, where, may_be_shown=False))
 
 
 _DIGITS: Final = 10

@@ -60,6 +60,10 @@ class Admission:
         except OSError:
             self._others = self.limit  # there isn't even one for that
 
+    def keep_back(self, descriptors: int) -> None:
+        """Keep so many more from sessions, for something that goes on beside them."""
+        self._kept_back += descriptors
+
     @property
     def limit(self) -> int:
         """Descriptors that the process may have open now: prlimit(1) can change it at any time."""

@@ -40,7 +40,7 @@ from pgguard.proxy.listeners import BACKLOG, Listener, open_listeners
 from pgguard.proxy.lobby import Lobby
 from pgguard.proxy.losses import Loss, keep_going, losses, spared
 from pgguard.proxy.openers import OpenerStacks
-from pgguard.proxy.overview import activity, snapshot
+from pgguard.proxy.overview import activity, overview, snapshot
 from pgguard.proxy.reception import Reception
 from pgguard.proxy.registrar import Registrar
 from pgguard.proxy.remedies import HOW_TO_RAISE
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from pgguard.faults.docket import Docket
     from pgguard.proxy.addresses import Address
     from pgguard.proxy.ends import End
-    from pgguard.proxy.overview import SessionListener, SessionSnapshot
+    from pgguard.proxy.overview import Overview, SessionListener, SessionSnapshot, Wanted
     from pgguard.proxy.settings import Front, Settings
     from pgguard.proxy.unread import ReadingAlarm
     from pgguard.reporting.sinks import Fanout
@@ -91,6 +91,7 @@ class Guard:
         self._listeners: dict[str | None, list[Listener]] = {}
         """By the name of the database whose clients they are for."""
         self._witness = witness
+        self._docket = docket
         self._sessions: dict[int, ProxiedSession] = {}
         """Those in the sweep, by their numbers."""
         self._counters = Counters()
@@ -210,6 +211,10 @@ class Guard:
             return self._admission.why_full()
         return None
 
+    async def overview(self, wanted: Wanted) -> Overview:
+        """Some of the sessions that are open, and how many there are. Others have their turn meanwhile."""
+        return await overview(list(self._sessions.values()), wanted, self._settings.sql, self._docket.causes_of)
+
     @property
     def server_answers(self) -> bool | None:
         """Whether the server could be connected to for the last client; ``None``: it wasn't tried."""
@@ -270,6 +275,10 @@ class Guard:
             self._door.take_in_hand()
         except OSError as error:
             raise ConfigurationError(f"{error.strerror}: {HOW_TO_RAISE}") from error
+
+    def keep_back(self, descriptors: int) -> None:
+        """Keep so many descriptors from sessions, for something that goes on beside them."""
+        self._admission.keep_back(descriptors)
 
     def look_for_room(self) -> str | None:
         """See how many sessions there can be at once; to be called when all is open that the guard needs for itself.

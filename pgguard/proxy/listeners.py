@@ -158,6 +158,24 @@ async def open_listeners(address: Address, *, pass_credentials: bool) -> list[Li
     """
     if isinstance(address, UnixAddress):
         return [_open_unix(address, pass_credentials=pass_credentials)]
+    listeners = []
+    for sock in await open_tcp(address, "--listen", backlog=BACKLOG):
+        host, port = sock.getsockname()[:2]
+        listeners.append(Listener(sock, TcpAddress(host, port)))
+    return listeners
+
+
+async def open_tcp(address: TcpAddress, option: str, *, backlog: int) -> list[socket.socket]:
+    """Listen on every IP address that ``address`` resolves to.
+
+    Args:
+        address: where to listen; port 0 lets the system choose one.
+        option: what has said so, for errors.
+        backlog: clients that may wait to be accepted.
+
+    Raises:
+        ConfigurationError: it is in use, or can't be used; all that were opened are closed again.
+    """
     opened: list[trio.SocketListener] = []
     try:
         # Nothing else goes on yet, so it is waited for here: trio would begin a thread that outlives the question, and
@@ -166,21 +184,17 @@ async def open_listeners(address: Address, *, pass_credentials: bool) -> list[Li
         hosts = dict.fromkeys(_numeric(sockaddr) for *_, sockaddr in found)
         for n, host in enumerate(hosts, 1):
             try:
-                opened += await trio.open_tcp_listeners(address.port, host=host, backlog=BACKLOG)
+                opened += await trio.open_tcp_listeners(address.port, host=host, backlog=backlog)
             except OSError as error:
                 # A name may stand for an address of a family that this kernel doesn't have.
                 if error.errno != errno.EAFNOSUPPORT or (n == len(hosts) and not opened):
                     raise
     except OSError as error:
         _close_all(opened)
-        raise ConfigurationError(f"--listen {address}: {error.strerror or error}{_tcp_remedy(error)}") from error
+        raise ConfigurationError(f"{option} {address}: {error.strerror or error}{_tcp_remedy(error)}") from error
     except (UnicodeError, ValueError) as error:
-        raise ConfigurationError(f"--listen {address}: this can't be a host name") from error
-    listeners = []
-    for listener in opened:
-        host, port = listener.socket.getsockname()[:2]
-        listeners.append(Listener(socket.socket(fileno=listener.socket.detach()), TcpAddress(host, port)))
-    return listeners
+        raise ConfigurationError(f"{option} {address}: this can't be a host name") from error
+    return [socket.socket(fileno=listener.socket.detach()) for listener in opened]
 
 
 def _close_all(opened: Sequence[trio.SocketListener]) -> None:

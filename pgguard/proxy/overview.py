@@ -5,19 +5,46 @@ It is there to be shown, and so without the secrets on command lines and in what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import lru_cache
+from heapq import heappush, heappushpop
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from pgguard.attribution.findings import Activity
 from pgguard.faults.build import discreet_facts
+from pgguard.faults.sql import SqlMode, SqlText
 from pgguard.faults.text import discreet
+from pgguard.proxy.turns import GLANCES, Stint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
     from pgguard.attribution.evidence import Process
     from pgguard.faults.fault import SessionFacts
+    from pgguard.identity import Sender
     from pgguard.proxy.addresses import Address
     from pgguard.proxy.session import ProxiedSession
     from pgguard.session.tracker import Tracker
+    from pgguard.session.verdicts import RequestState
+
+_REMEMBERED: Final = 4096
+"""Processes, and what clients have set, of which it is remembered how they are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastRequest:
+    """The latest request of a session."""
+
+    n: int
+    at: float
+    """Seconds since the epoch."""
+    messages: str
+    """The types of its messages, in order."""
+    text: SqlText
+    state: RequestState
+    sender: Sender | None
+    """Who has sent it, if the kernel said so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +61,56 @@ class SessionSnapshot:
     """The processes that had its socket open when that was last looked at."""
     upstream: Address | None
     """Which of the server's addresses it is connected to."""
+    last_request: LastRequest | None
+    """``None`` if there was none, or it isn't followed."""
+
+
+class Order(StrEnum):
+    """Which sessions come first."""
+
+    OLDEST = "oldest"
+    NEWEST = "newest"
+    ACTIVE = "active"
+    """Those with the latest request."""
+    WAITING = "waiting"
+    """Those whose request is outstanding, the oldest request first; then the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which sessions are to be told of."""
+
+    limit: int = 100
+    """How many, at most."""
+    order: Order = Order.OLDEST
+    activity: Activity | None = None
+    """Only those that are used for this."""
+    cause: int | None = None
+    """Only those that have had faults of this cause."""
+    search: str = ""
+    """Only those in whose client, user, database, application name, pids or programs this stands, in any case."""
+    behind: int = 0
+    """Only those with a larger number."""
+
+
+class Seen(NamedTuple):
+    """A session, and the numbers of the causes that it has had faults of."""
+
+    session: SessionSnapshot
+    causes: tuple[int, ...]
+
+
+class Overview(NamedTuple):
+    """Some of the sessions that are open."""
+
+    total: int
+    """How many are open."""
+    open: dict[Activity, int]
+    """The same, by what they are used for."""
+    matching: int
+    """How many of them are wanted."""
+    sessions: list[Seen]
+    """The first of those."""
 
 
 class SessionListener(Protocol):
@@ -46,17 +123,22 @@ class SessionListener(Protocol):
         """One that was opened is over, and its sockets are closed."""
 
 
-def snapshot(session: ProxiedSession) -> SessionSnapshot:
-    """What is known of a session at this moment, without looking at anything."""
-    tracker = session.tracker
-    opener = None if session.opening is None else session.opening.opener
+def snapshot(session: ProxiedSession, sql_mode: SqlMode = SqlMode.NONE) -> SessionSnapshot:
+    """What is known of a session at this moment, without looking at anything.
+
+    Args:
+        session: The session.
+        sql_mode: How its last request's text is shown.
+    """
+    tracker, opener = session.tracker, _opener(session)
     return SessionSnapshot(
-        facts=discreet_facts(session.facts()),
+        facts=_discreet_facts(session.facts()),
         activity=activity(tracker),
         requests=None if tracker is None else tracker.requests,
-        opener=None if opener is None else discreet(opener),
-        holders=tuple(discreet(holder) for holder in session.sightings.holders),
+        opener=None if opener is None else _discreet(opener),
+        holders=tuple(_discreet(holder) for holder in session.sightings.holders),
         upstream=session.upstream,
+        last_request=None if tracker is None else _last_request(tracker, sql_mode),
     )
 
 
@@ -67,3 +149,107 @@ def activity(tracker: Tracker | None) -> Activity:
     if not tracker.idle:
         return Activity.BUSY
     return Activity.IDLE_IN_TRANSACTION if tracker.in_transaction else Activity.IDLE
+
+
+def _last_request(tracker: Tracker, sql_mode: SqlMode) -> LastRequest | None:
+    if tracker.last_request is None:
+        return None
+    seen = tracker.requests_seen()[-1]
+    text = SqlText(seen.sql, sql_mode, cut=seen.sql_cut)
+    return LastRequest(seen.n, seen.at, seen.messages, text, seen.state, seen.sender)
+
+
+@lru_cache(_REMEMBERED)
+def _discreet(process: Process) -> Process:
+    return discreet(process)
+
+
+def _discreet_facts(facts: SessionFacts) -> SessionFacts:
+    """A session's facts as they may be shown; what many clients set alike is looked at once."""
+    shown = _discreet_settings(replace(facts, id=0, client=None, backend_pid=None, opened_at=0.0))
+    return replace(facts, user=shown.user, database=shown.database, application_name=shown.application_name)
+
+
+@lru_cache(_REMEMBERED)
+def _discreet_settings(facts: SessionFacts) -> SessionFacts:
+    return discreet_facts(facts)
+
+
+async def overview(
+    sessions: Sequence[ProxiedSession],
+    wanted: Wanted,
+    sql_mode: SqlMode,
+    causes_of: Callable[[int], tuple[int, ...]],
+) -> Overview:
+    """Choose among sessions, and tell of those that are wanted. Others have their turn meanwhile.
+
+    Args:
+        sessions: Those that are open, the oldest first.
+        wanted: Which.
+        sql_mode: How the texts of requests are shown.
+        causes_of: Tells the causes that a session has had faults of, by its number.
+    """
+    stint = Stint()
+    activities = dict.fromkeys(Activity, 0)
+    first: list[tuple[float, int, ProxiedSession]] = []
+    """A heap, of those that come first the last one in front."""
+    matching = 0
+    search = wanted.search.casefold()
+    for number, session in enumerate(sessions, 1):
+        used_for = activity(session.tracker)
+        activities[used_for] += 1
+        if (
+            (wanted.activity is None or used_for is wanted.activity)
+            and session.id > wanted.behind
+            and (wanted.cause is None or wanted.cause in causes_of(session.id))
+            and (not search or _is_found(session, search))
+        ):
+            matching += 1
+            one = (-_rank(session, used_for, wanted.order), -session.id, session)
+            if len(first) < wanted.limit:
+                heappush(first, one)
+            else:
+                heappushpop(first, one)
+        if search or number % GLANCES == 0:
+            await stint.rest()
+    told = []
+    for *_, session in sorted(first, key=lambda one: one[:2], reverse=True):
+        told.append(Seen(snapshot(session, sql_mode), causes_of(session.id)))
+        await stint.rest()
+    return Overview(len(sessions), activities, matching, told)
+
+
+def _rank(session: ProxiedSession, used_for: Activity, order: Order) -> float:
+    """Where a session stands: the smaller, the further in front."""
+    if order is Order.OLDEST:
+        return session.id
+    if order is Order.NEWEST:
+        return -session.id
+    last = None if session.tracker is None else session.tracker.last_request
+    at = session.opened_at if last is None else last.at
+    if order is Order.ACTIVE:
+        return -at
+    return at - (1e12 if used_for is Activity.BUSY else 0.0)
+
+
+def _is_found(session: ProxiedSession, search: str) -> bool:
+    """Whether a text stands in what is shown of a session."""
+    facts = _discreet_facts(session.facts())
+    known: Collection[str | int | None] = (
+        *(facts.client, facts.user, facts.database, facts.application_name, facts.backend_pid),
+        f"session {facts.id}",
+    )
+    if any(one is not None and search in str(one).casefold() for one in known):
+        return True
+    return any(
+        one is not None and search in f"pid {one.pid} {one.name} {' '.join(one.cmdline)}".casefold()
+        for one in map(_discreet_if_known, (_opener(session), *session.sightings.holders))
+    )
+
+
+def _opener(session: ProxiedSession) -> Process | None:
+    return None if session.opening is None else session.opening.opener
+
+
+def _discreet_if_known(process: Process | None) -> Process | None:
+    return None if process is None else _discreet(process)

@@ -27,7 +27,7 @@ from pgguard.faults.catalogue import kind_hint
 from pgguard.faults.policy import KindAction, Mode, Policy, PolicyError
 from pgguard.faults.sql import SqlMode
 from pgguard.faults.text import nearest, shorten
-from pgguard.proxy.addresses import Address, TcpAddress, Upstream, parse_listen, parse_upstream
+from pgguard.proxy.addresses import Address, TcpAddress, Upstream, parse_admin, parse_listen, parse_upstream
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.secrets.text import may_hold_a_password, redact
 from pgguard.session.verdicts import Kind
@@ -139,6 +139,10 @@ class Settings(BaseModel):
     """The CAs that clients' certificates are to be from; ``None``: they are asked for none."""
     mode: Mode = Mode.LOG
     faults: Path | None = None
+    admin: str = ""
+    """Where the live page, the API and the metrics are, ``HOST:PORT``; empty for nowhere."""
+    admin_token_file: Path | None = None
+    """A file with the secret that whoever wants to see them has to know."""
     otel: StrictBool = False
     """Send faults and metrics to an OpenTelemetry collector."""
     attribution: Attribution = "auto"
@@ -192,6 +196,10 @@ class Settings(BaseModel):
     @classmethod
     def _actions_alone(cls, kinds: Any) -> Any:
         return _with_actions(kinds)
+
+    def admin_address(self) -> TcpAddress | None:
+        """Where the live page is; ``None`` for nowhere."""
+        return parse_admin(self.admin) if self.admin else None
 
     def server(self) -> Upstream:
         """Where PostgreSQL is, if there are no :attr:`databases`."""
@@ -376,6 +384,8 @@ def reload_settings(current: Settings, given: dict[str, Any], config: Path | Non
     differing = [name for name in Settings.model_fields if getattr(asked, name) != getattr(current, name)]
     if {"listen", "upstream", "databases"} & set(differing):
         asked.fronts()
+    if "admin" in differing:
+        asked.admin_address()
     changed: dict[str, Any] = {}
     remarks = [] if asked.remark in {None, current.remark} else [str(asked.remark)]
     if asked.source not in {None, current.source}:

@@ -255,10 +255,12 @@ class Gatherer:
 
     Args:
         name: What people call the source.
+        kept: Bytes of records that are kept in full; :data:`KEPT` by default.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, kept: int | None = None) -> None:
         self.name = name
+        self._limit = KEPT if kept is None else kept
         self._causes: list[RecordedCause] = []
         self._by_key: dict[_Key, list[RecordedCause]] = {}
         self._latest: dict[RecordedCause, int] = {}
@@ -288,7 +290,18 @@ class Gatherer:
 
     def record(self, fault: Fault) -> None:
         """Take a fault."""
-        self._add(to_record(fault), encode(fault).rstrip(b"\n"))
+        self.gather(fault)
+
+    def gather(self, fault: Fault) -> bytes:
+        """Take a fault; returns its record as a line, without its line feed."""
+        line = encode(fault).rstrip(b"\n")
+        self._add(to_record(fault), line)
+        return line
+
+    def cause_of(self, number: int) -> RecordedCause | None:
+        """The cause that has this number in the last run; ``None`` if there is none, or it is forgotten."""
+        instance = self._instances.get((self._last_run, number))
+        return None if instance is None else instance.cause
 
     def close(self) -> None:
         """Nothing needs to be let go of."""
@@ -462,7 +475,7 @@ class Gatherer:
         cause.line = line
         self._kept_bytes += len(line)
         self._kept[cause.severity].append(cause)
-        while self._kept_bytes > KEPT:
+        while self._kept_bytes > self._limit:
             kept = next(kept for _, kept in sorted(self._kept.items(), key=lambda item: item[0].rank) if kept)
             last = kept[-1]
             self._let_go(last)

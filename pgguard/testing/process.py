@@ -49,7 +49,19 @@ KEPT: Final = 4096
 _PIECE: Final = 1 << 16
 """Bytes of a question that are read at once."""
 _ELSEWHERE: Final = frozenset(
-    {"upstream", "listen", "databases", "tls_cert", "tls_key", "tls_ca", "faults", "otel", "user"}
+    {
+        "upstream",
+        "listen",
+        "databases",
+        "tls_cert",
+        "tls_key",
+        "tls_ca",
+        "faults",
+        "admin",
+        "admin_token_file",
+        "otel",
+        "user",
+    }
 )
 """Settings of the configuration file that are meant for a guard that serves."""
 _NOT_THE_TESTS: Final = frozenset({"PGGUARD_UPSTREAM"})

@@ -1054,13 +1054,15 @@ STARTING: Final = {"__init__", "listen", "use_probe", "find_loop"}
 ASKING: Final = {
     "reload",
     "follow",
-    "_actions",
+    "of",
     "remarks",
     "renew_certificate",
     "read_server_files",
     "figures",
+    "overview",
     "unnamed",
     "why_not_ready",
+    "server_answers",
 }
 """Those that others call, and protect themselves from: on SIGHUP, where nothing is changed then, in the end, and when
 somebody wants to know how it is."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pgguard.reporting.page.cards import Outline
-    from pgguard.reporting.recorded import Recording
+    from pgguard.reporting.recorded import RecordedCause, Recording
 
 ROOM: Final = 1_500_000
 """Bytes of all causes that are told in full; the page is no larger than 2 MB."""
@@ -56,11 +56,11 @@ def html_report(recording: Recording, *, stylesheet: str | None = None, notes: S
         stylesheet: Where the style sheet is, as a reference relative to the page; by default it is within the page.
         notes: What else is to be said at the top: sentences.
     """
-    environment = _environment()
+    templates = environment()
     cards: list[Markup] = []
     outlines: list[Outline] = []
     room = ROOM
-    template = environment.get_template("card.html")
+    template = templates.get_template("card.html")
     for number, cause in enumerate(recording.causes, 1):
         if room > 0:
             card = Markup(template.render(card=card_of(number, cause)))  # noqa: S704 - a template's, which has escaped it
@@ -74,7 +74,7 @@ def html_report(recording: Recording, *, stylesheet: str | None = None, notes: S
     style = style_sheet()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     most = max((count.times for count in recording.counts), default=1)
-    return environment.get_template(
+    return templates.get_template(
         "report.html"
     ).render(
         recording=recording,
@@ -99,15 +99,24 @@ def html_report(recording: Recording, *, stylesheet: str | None = None, notes: S
     )
 
 
+def card_html(number: int, cause: RecordedCause) -> str:
+    """What the page says of one cause, by this number: a part of a page that has the words explained."""
+    return environment().get_template("card.html").render(card=card_of(number, cause))
+
+
 def style_sheet() -> str:
     """The style sheet of the page."""
     return (resources.files(__package__) / "templates" / "style.css").read_text(encoding="utf-8")
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader(__package__),
+def environment(package: str = __package__) -> Environment:
+    """What makes pages of templates: of this package's, or of another's that stands beside it.
+
+    Whatever they print is made harmless.
+    """
+    made = Environment(
+        loader=PackageLoader(package),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_harmless,
@@ -115,8 +124,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=False,
     )
-    environment.filters |= {"moment": _moment, "number": _number, "link": _link, "short": shorten, "count": counted}
-    return environment
+    made.filters |= {"moment": _moment, "number": _number, "link": _link, "short": shorten, "count": counted}
+    return made
 
 
 def _harmless(value: object) -> object:
