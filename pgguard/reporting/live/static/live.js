@@ -383,6 +383,16 @@
 
   let needsCauses = true;
   let isDue = false;
+  let areFiguresDue = false;
+
+  function changeFigures() {
+    if (areFiguresDue) return; // what was there before comes all at once
+    areFiguresDue = true;
+    setTimeout(() => {
+      areFiguresDue = false;
+      if (!view.paused && !document.hidden) showFigures();
+    }, 100);
+  }
 
   function change() {
     if (view.paused) {
@@ -511,7 +521,7 @@
       if (before !== undefined && times(before) !== times(one)) needsCauses = true;
       figures.push(one);
       if (figures.length > 2 * SPAN) figures.shift();
-      if (!view.paused && !document.hidden && Date.now() - one.time < 3000) showFigures();
+      changeFigures();
     });
     stream.addEventListener("fault", (event) => {
       view.last = event.lastEventId;
