@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import math
 import os
 import re
 import shlex
@@ -23,7 +24,9 @@ import pytest
 import yaml
 
 from pgguard.attribution.privileges import Right
+from pgguard.faults.causes import CAUSES, RECORD_INTERVAL, SHARE_OF_AGE
 from pgguard.proxy.settings import IN_FILE_ALONE, Settings, load_settings
+from pgguard.reporting.otel.logs import ROOM
 from tests.proxy.spawned import Spawned, environment
 from tests.servers import not_installed
 
@@ -384,3 +387,22 @@ def test_the_documentation_names_each_file_and_each_right() -> None:
         assert f"]({path.relative_to(DOCKER)})" in text
     table = text.partition("## What each privilege is for")[2].partition("\n## ")[0]
     assert all(f"`{right}`" in table for right in RIGHTS)
+
+
+def test_the_arithmetic_is_that_of_the_rate_limit() -> None:
+    """Of one cause, by the formula, and counted as the docket does; and how much room there is for it."""
+    text = (DOCKER / "README.md").read_text()
+    day, hour = 86400, 3600
+    settled = RECORD_INTERVAL / SHARE_OF_AGE
+    in_a_day, in_an_hour = (settled + settled * math.log(seconds / settled) for seconds in (day, hour))
+    assert f"{round(in_a_day)} records" in text
+    assert f"{round(in_a_day)},000 records" in text
+    assert f"{math.ceil(in_an_hour)} records in the first hour" in text
+    assert f"one record in {day * SHARE_OF_AGE / 60:.0f} minutes" in text
+    assert f"tells {CAUSES} causes apart" in text
+    assert f"room for {ROOM:,}" in text
+    at, records = 0.0, 0
+    while at <= day:
+        records += 1
+        at += max(RECORD_INTERVAL, at * SHARE_OF_AGE)
+    assert records == pytest.approx(in_a_day, rel=0.02)
