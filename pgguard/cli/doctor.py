@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 _RIGHTS: Final = (
     f"To see other users' processes the guard needs {names(LOOKING)}. (Since Linux 5.14 CAP_SYS_PTRACE is enough to "
-    "find who has a connection open, but not for what their threads wait for.) To look into other network namespaces it "
-    f"also needs {names(ENTERING)}, which it keeps only if it listens on more than the loopback addresses. It needs "
+    "find who has a connection open, but not for what their threads wait for.) To look into other network namespaces "
+    f"it also needs {names(ENTERING)}, which it keeps only if it listens on more than the loopback addresses. It needs "
     f"{names(LOADING)} until its BPF programs are loaded (before Linux 5.19 it keeps CAP_BPF). A guard that is "
     "started as root gives up every other capability, except CAP_DAC_OVERRIDE if the server's Unix socket requires it. "
     "With --user NAME it also becomes an ordinary user."
