@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pgguard.session.tracker import Tracker
     from pgguard.session.verdicts import RequestState
 
-_REMEMBERED: Final = 4096
+_REMEMBERED: Final = 1024
 """Processes, and what clients have set, of which it is remembered how they are shown."""
 
 

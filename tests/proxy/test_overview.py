@@ -5,10 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
+import pytest
+import trio
+
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.findings import Activity
 from pgguard.faults.fault import SessionFacts
-from pgguard.proxy.overview import snapshot
+from pgguard.faults.sql import SqlMode
+from pgguard.proxy.overview import Order, Wanted, overview, snapshot
 from pgguard.reporting.record import process_record, session_record
 from tests.proxy.conftest import until
 from tests.proxy.fake_backend import part
@@ -137,3 +141,91 @@ async def test_a_client_that_never_logs_in_is_no_session(house: House) -> None:
     assert listener.told == [("opened", 2)]
     assert [one.facts.id for one in house.guard.snapshot()] == [2]
     await client.close()
+
+
+def many(count: int) -> list[ProxiedSession]:
+    """Sessions of which every tenth is busy, the later the longer; one has a secret in what its client calls itself."""
+    made = []
+    for number in range(1, count + 1):
+        name = URL if number == 7 else f"worker {number}"
+        facts = SessionFacts(number, "app", "app", name, "tcp", f"127.0.0.1:{number}", number, 0.0, tls=False)
+        process = Process(100_000 + number, 1, 0.0, "ruby", ("puma", str(number)), 1)
+        seen = SimpleNamespace(
+            n=1, at=float(count - number), messages="Q", sql=b"SELECT 1", sql_cut=False, state="answered", sender=None
+        )
+        tracker = SimpleNamespace(
+            idle=number % 10 != 0,
+            in_transaction=number % 10 == 1,
+            requests=1,
+            last_request=seen,
+            requests_seen=lambda seen=seen: (seen,),
+        )
+        made.append(
+            SimpleNamespace(
+                id=number,
+                facts=lambda facts=facts: facts,
+                tracker=tracker,
+                opened_at=0.0,
+                opening=SimpleNamespace(opener=process),
+                sightings=SimpleNamespace(holders=()),
+                upstream=None,
+            )
+        )
+    return cast("list[ProxiedSession]", made)
+
+
+def causes_of(session_id: int) -> tuple[int, ...]:
+    return (1, 2) if session_id in {3, 4} else ()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "matching"),
+    [
+        (Wanted(limit=3), [1, 2, 3], 100),
+        (Wanted(limit=3, order=Order.NEWEST), [100, 99, 98], 100),
+        (Wanted(limit=3, order=Order.ACTIVE), [1, 2, 3], 100),
+        (Wanted(limit=3, order=Order.WAITING), [100, 90, 80], 100),
+        (Wanted(limit=12, order=Order.WAITING), [100, 90, 80, 70, 60, 50, 40, 30, 20, 10, 99, 98], 100),
+        (Wanted(activity=Activity.BUSY, limit=2), [10, 20], 10),
+        (Wanted(cause=2), [3, 4], 2),
+        (Wanted(cause=3), [], 0),
+        (Wanted(behind=98), [99, 100], 2),
+        (Wanted(search="WORKER 99"), [99], 1),
+        (Wanted(search="pid 100042"), [42], 1),
+        (Wanted(search="127.0.0.1:10", limit=1), [10], 2),
+        (Wanted(limit=0), [], 100),
+        (Wanted(search=SECRET), [], 0),
+    ],
+)
+async def test_those_are_told_of_that_are_wanted(wanted: Wanted, found: list[int], matching: int) -> None:
+    seen = await overview(many(100), wanted, SqlMode.NORMALIZED, causes_of)
+    assert [one.session.facts.id for one in seen.sessions] == found
+    assert (seen.matching, seen.total) == (matching, 100)
+    assert (seen.open[Activity.BUSY], seen.open[Activity.IDLE], seen.open[Activity.IDLE_IN_TRANSACTION]) == (10, 80, 10)
+    assert SECRET not in repr(seen)
+
+
+async def test_a_secret_can_not_be_searched_for_either() -> None:
+    told = await overview(many(10), Wanted(search="postgresql://app:***@db"), SqlMode.NORMALIZED, causes_of)
+    assert [one.session.facts.id for one in told.sessions] == [7]
+
+
+@pytest.mark.parametrize("search", ["", "worker 9999"])
+async def test_ten_thousand_sessions_hold_up_nobody(search: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever else has something to do has its turn each time that a slice of time is over, here at once."""
+    monkeypatch.setattr("pgguard.proxy.turns.SLICE", 0.0)
+    turns = 0
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    sessions = many(10_000)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take_turns)
+        seen = await overview(sessions, Wanted(search=search), SqlMode.NORMALIZED, causes_of)
+        nursery.cancel_scope.cancel()
+    assert seen.total == 10_000
+    assert turns >= (10_000 if search else 10_000 // 64 + len(seen.sessions) - 1)

@@ -330,6 +330,10 @@ class TestAccess:
                 assert (await site.ask(path, cookie=f"pgguard={TOKEN}")).status == 401
             assert (await site.ask("/healthz")).status == 200
             assert (await site.ask("/metrics", authorization=f"Bearer {TOKEN}")).status == 200
+            for host in ("a/healthz?", "a/static/", "a/login#"):
+                assert (await site.ask("/api/sessions", host=host)).status != 200
+            for path in ("/static/../api/sessions", "/login/../metrics", "/healthz/%2e%2e/metrics", "//metrics"):
+                assert (await site.ask(path)).status in {401, 404}
 
     async def test_a_browser_gives_it_in_a_form_and_keeps_a_cookie(self, token_file: Path) -> None:
         async with live_site(token_file) as site:

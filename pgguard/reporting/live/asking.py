@@ -67,7 +67,7 @@ class Guarded:
             return PlainTextResponse("asked for by another site's page", 403)
         if request.method not in _SAFE and request.headers.get("origin") not in (None, _origin(request)):
             return PlainTextResponse("sent by another site's page", 403)
-        path = request.url.path
+        path: str = request.scope["path"]  # as it is routed by: an address would be made of the Host header, too
         if path.startswith(_FOR_EVERYBODY) or self._access.admits(
             request.headers.get("authorization"), request.cookies
         ):

@@ -45,8 +45,9 @@ WebSockets, which Hypercorn speaks too, have no such limit. Whoever follows is s
 _BACKLOG: Final = 64
 _PAUSE: Final = 0.5
 """Seconds to wait when nobody can be accepted."""
+_PIECE: Final = 64 * 1024
 _TAKING: Final = 10.0
-"""Seconds for a client to make room for what it is sent."""
+"""Bytes that are sent at once, and seconds for a client to make room for them."""
 _SILENCE: Final = 5.0
 """Seconds for a client to say what it wants, and for which it is kept when it has been answered."""
 _TICK: Final = 1.0
@@ -66,12 +67,14 @@ class _Stream(trio.abc.HalfCloseableStream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send, or break the connection off if the client doesn't take it."""
-        with trio.move_on_after(_TAKING):
-            await self._stream.send_all(data)
+        whole = memoryview(data)
+        for begin in range(0, len(whole), _PIECE):
+            with trio.move_on_after(_TAKING) as scope:
+                await self._stream.send_all(whole[begin : begin + _PIECE])
+            if scope.cancelled_caught:
+                self.break_off()
+                raise trio.BrokenResourceError
             self._active = trio.current_time()
-            return
-        self.break_off()
-        raise trio.BrokenResourceError
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
