@@ -16,9 +16,10 @@ from pgguard.faults.build import discreet_facts
 from pgguard.faults.sql import SqlMode, SqlText
 from pgguard.faults.text import discreet
 from pgguard.proxy.turns import GLANCES, Stint
+from pgguard.secrets.text import HIDDEN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Sequence
 
     from pgguard.attribution.evidence import Process
     from pgguard.faults.fault import SessionFacts
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from pgguard.session.tracker import Tracker
     from pgguard.session.verdicts import RequestState
 
+_LEFT_OUT: Final = HIDDEN[0]
+"""What stands in the place of a secret."""
 _REMEMBERED: Final = 1024
 """Processes, and what clients have set, of which it is remembered how they are shown."""
 
@@ -233,23 +236,37 @@ def _rank(session: ProxiedSession, used_for: Activity, order: Order) -> float:
 
 
 def _is_found(session: ProxiedSession, search: str) -> bool:
-    """Whether a text stands in what is shown of a session."""
-    facts = _discreet_facts(session.facts())
-    known: Collection[str | int | None] = (
-        *(facts.client, facts.user, facts.database, facts.application_name, facts.backend_pid),
-        f"session {facts.id}",
-    )
-    if any(one is not None and search in str(one).casefold() for one in known):
-        return True
+    """Whether a text stands in what is shown of a session.
+
+    What is shown is what there is, less its secrets: only where a text stands in the one it is looked for in the other.
+    """
+    facts = session.facts()
+    known = (facts.client, facts.user, facts.database, facts.application_name, facts.backend_pid)
+    said = f"session {facts.id} {' '.join(str(one) for one in known if one is not None)}"
+    if _stands_in(search, said):
+        shown = _discreet_facts(facts)
+        known = (facts.client, shown.user, shown.database, shown.application_name, facts.backend_pid)
+        if _stands_in(
+            search, f"session {facts.id} {' '.join(str(one) for one in known if one is not None)}", shown=True
+        ):
+            return True
+    processes = (_opener(session), *session.sightings.holders)
     return any(
-        one is not None and search in f"pid {one.pid} {one.name} {' '.join(one.cmdline)}".casefold()
-        for one in map(_discreet_if_known, (_opener(session), *session.sightings.holders))
+        one is not None
+        and _stands_in(search, _spelled(one))
+        and _stands_in(search, _spelled(_discreet(one)), shown=True)
+        for one in processes
     )
+
+
+def _stands_in(search: str, text: str, *, shown: bool = False) -> bool:
+    """Whether a text stands in another, or, unless that is what is shown, may do so with a secret left out."""
+    return search in text.casefold() or (not shown and _LEFT_OUT in search)
+
+
+def _spelled(process: Process) -> str:
+    return f"pid {process.pid} {process.name} {' '.join(process.cmdline)}"
 
 
 def _opener(session: ProxiedSession) -> Process | None:
     return None if session.opening is None else session.opening.opener
-
-
-def _discreet_if_known(process: Process | None) -> Process | None:
-    return None if process is None else _discreet(process)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -80,9 +81,7 @@ class _Numbers(Collector):
             "Which pgguard this is, and whether it runs compiled or as pure Python; always 1.",
             labels=("version", "form", "python_version"),
         )
-        build.add_metric(
-            (version("pgguard"), "compiled" if form().compiled else "pure", platform.python_version()), 1.0
-        )
+        build.add_metric(_build(), 1.0)
         yield build
         missing = GaugeMetricFamily(
             "pgguard_missing_evidence",
@@ -185,6 +184,12 @@ class _Numbers(Collector):
                 "TCP connections that are closed, and whose senders the kernel did not name to the end.",
                 unnamed.connections,
             )
+
+
+@cache
+def _build() -> tuple[str, str, str]:
+    """Which pgguard this is, in which form, and which Python: it takes time to find out."""
+    return version("pgguard"), "compiled" if form().compiled else "pure", platform.python_version()
 
 
 def _process(started_at: float) -> Iterator[Metric]:

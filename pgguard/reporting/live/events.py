@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +25,11 @@ silent."""
 _TYPE: Final = "text/event-stream"
 
 
+@cache
+def _version() -> str:
+    return version("pgguard")
+
+
 class Events(Response):
     """What is new, until the client goes, or is dropped.
 
@@ -39,7 +45,7 @@ class Events(Response):
         self._last = last
         hello = {
             "run": feed.run,
-            "version": version("pgguard"),
+            "version": _version(),
             "servers": [
                 {
                     "name": front.name,
