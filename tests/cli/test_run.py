@@ -181,6 +181,22 @@ def test_a_user_in_the_configuration_file_is_said_to_be_none_of_its_settings(tmp
     assert "pgguard: user is not used by pgguard run" in done.stderr
 
 
+def test_databases_in_the_configuration_file_are_said_to_be_none_of_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "pgguard.toml").write_text(
+        '[[databases]]\nname = "orders"\nupstream = "host=orders.example"\nlisten = "127.0.0.1:6544"\nmode = "reject"\n'
+    )
+    done = run("sh", "-c", "echo $PGPORT", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "6544" not in done.stdout
+    assert "pgguard: databases is for pgguard serve: the guard of pgguard run is in front of one server" in done.stderr
+
+
+def test_a_collector_that_there_is_no_need_for_keeps_nobody_waiting(tmp_path: Path) -> None:
+    done = run("true", cwd=tmp_path, options=["--otel"])
+    assert done.returncode == 0
+    assert "OpenTelemetry" not in done.stderr
+
+
 def test_quiet_leaves_the_summary(tmp_path: Path) -> None:
     done = run("sh", "-c", "echo err >&2", cwd=tmp_path, options=["--quiet"])
     assert done.stderr.startswith("err\npgguard: no connection came through the guard on ")
