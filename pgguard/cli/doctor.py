@@ -136,7 +136,7 @@ def _tls_at(front: Front, address: Address, found: Dial | Exception) -> Capabili
         if not isinstance(found, Exception) and error.problem is Problem.NO_TLS:
             return None
         problem = str(error) if isinstance(found, Exception) else f"the server is connected to {found.encryption}"
-        remedy = " ".join(hints(error, unix=False, ipv4=False)).removesuffix(".")
+        remedy = " ".join(hints(error, through=front.name, unix=False, ipv4=False)).removesuffix(".")
     elif isinstance(found, Exception) or found.tls is None:
         return None
     else:

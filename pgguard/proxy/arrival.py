@@ -204,7 +204,7 @@ class Arrival:
         self._reception.roster.counters.turn_away(Turnaway.NO_SERVER)
         words = _UNAVAILABLE
         with spared(Loss.WORDS, self.session):
-            words = _unavailable(error)
+            words = _unavailable(error, self.session.through)
         try:
             self._see_off(words)
         except OSError:
@@ -655,11 +655,11 @@ async def _bringer(session: ProxiedSession) -> str:
     return _client_of(session) if opener is None else named(opener.pid, opener)
 
 
-def _unavailable(error: UpstreamUnavailable) -> bytes:
+def _unavailable(error: UpstreamUnavailable, through: str | None) -> bytes:
     if error.exhausted:
-        return too_many(str(error), error.hint)
+        return too_many(str(error), error.hint(through))
     text = f"pgguard: could not connect to the server: {error}"
-    return build_error_response(text, sqlstate="08001", hint=error.hint)
+    return build_error_response(text, sqlstate="08001", hint=error.hint(through))
 
 
 def _explained(reason: str) -> str:

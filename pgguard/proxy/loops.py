@@ -56,6 +56,7 @@ class LoopWatch:
 
     def __init__(self, front: Front) -> None:
         self._upstream = front.upstream
+        self._name = front.name
         self._setting = front.setting
         self._server = "PostgreSQL" if front.name is None else f"PostgreSQL ({front.name})"
         self._mark = b""
@@ -102,8 +103,11 @@ class LoopWatch:
         if len(failures) < len(self._upstream.addresses):
             return f"{self._server} can't be reached at {where}, so only its other addresses are used"
         unfit = [error for error in failures.values() if isinstance(error, UnfitServerError)]
-        remedies = " ".join(dict.fromkeys(hint for error in unfit for hint in hints(error, unix=False, ipv4=False)))
-        advice = remedies.removesuffix(".") or f"check that it is running there, and that {self._setting} is right"
+        remedies = (hint for error in unfit for hint in hints(error, through=self._name, unix=False, ipv4=False))
+        advice = (
+            " ".join(dict.fromkeys(remedies)).removesuffix(".")
+            or f"check that it is running there, and that {self._setting} is right"
+        )
         return f"{self._server} can't be reached at {where}, so clients get an error: {advice}"
 
     def how_it_is_encrypted(self) -> str | None:

@@ -48,5 +48,5 @@ def tell_refusal(session: ProxiedSession, answer: bytes) -> None:
     if fields.get("C") != _REFUSED or problem is None:
         return
     said = shorten(printable(text), _SHOWN)
-    [remedy] = hints(UnfitServerError(problem, text), unix=False, ipv4=False)
+    [remedy] = hints(UnfitServerError(problem, text), through=session.through, unix=False, ipv4=False)
     logger.warning("%s: the server at %s refused the client: %s. %s", session, session.upstream, said, remedy)

@@ -32,7 +32,9 @@ _EXHAUSTION: Final[Mapping[int, str]] = MappingProxyType(
 )
 """When there are no descriptors, or nothing to make one of."""
 
-_WHERE: Final = "that --upstream or PGGUARD_UPSTREAM names the right place"
+_UPSTREAM: Final = "--upstream or PGGUARD_UPSTREAM"
+"""What says where the server is, if there is only one; it stands in what is to be changed, and nowhere else."""
+_WHERE: Final = f"that {_UPSTREAM} names the right place"
 _CHECK: Final = f"Check that PostgreSQL is running there, and {_WHERE}."
 _NO_ROUTE: Final = f"This host has no route to that address: check the network and the routes, and {_WHERE}."
 _NO_ANSWER: Final = (
@@ -49,8 +51,7 @@ _NO_ADDRESS: Final = (
     f"That address can't be connected to. One with fe80: needs its interface, as in fe80::1%eth0. Check {_WHERE}."
 )
 _PATH: Final = (
-    "Check the socket's path: --upstream or PGGUARD_UPSTREAM must name a directory in PostgreSQL's "
-    "unix_socket_directories, and its port."
+    f"Check the socket's path: {_UPSTREAM} must name a directory in PostgreSQL's unix_socket_directories, and its port."
 )
 
 _TCP: Final[Mapping[int, str]] = MappingProxyType(
@@ -87,10 +88,10 @@ _UNIX: Final[Mapping[int, str]] = MappingProxyType(
 )
 _NO_NAME: Final = f"There is no host of that name: check the DNS, and {_WHERE}."
 _NAME_UNKNOWN_NOW: Final = "The DNS server doesn't answer: check it, and the network."
-_OWN_ADDRESS: Final = "Name PostgreSQL's own address in --upstream or PGGUARD_UPSTREAM."
+_OWN_ADDRESS: Final = f"Name PostgreSQL's own address in {_UPSTREAM}."
 _NOT_NOW: Final = "The server itself refuses connections just now: try again in a moment."
 
-_IN_UPSTREAM: Final = "in --upstream or PGGUARD_UPSTREAM"
+_IN_UPSTREAM: Final = f"in {_UPSTREAM}"
 _UNFIT: Final[Mapping[Problem, str]] = MappingProxyType(
     {
         Problem.NO_TLS: (
@@ -186,17 +187,23 @@ def is_want(error: BaseException, *, ipv4: bool) -> bool:
     return number in _EXHAUSTION or (ipv4 and number == errno.EADDRNOTAVAIL)
 
 
-def hints(error: BaseException, *, unix: bool, ipv4: bool) -> list[str]:
+def hints(error: BaseException, *, through: str | None, unix: bool, ipv4: bool) -> list[str]:
     """What may be the matter where a connection could not be made: sentences.
 
     Args:
         error: what went wrong; trio's, of all that a name resolves to, is taken apart.
+        through: the name of the database; ``None``: there is only one.
         unix: it was to be made to a Unix socket.
         ipv4: it was to be made to an address that is certainly IPv4.
     """
+    found = _hints(error, unix=unix, ipv4=ipv4)
+    return found if through is None else [one.replace(_UPSTREAM, f"databases.{through}.upstream") for one in found]
+
+
+def _hints(error: BaseException, *, unix: bool, ipv4: bool) -> list[str]:
     if isinstance(error.__cause__, BaseExceptionGroup):
         causes = [cause for cause in error.__cause__.exceptions if not _is_of_a_family(cause)]
-        found = [hint for cause in causes or error.__cause__.exceptions for hint in hints(cause, unix=unix, ipv4=ipv4)]
+        found = [hint for cause in causes or error.__cause__.exceptions for hint in _hints(cause, unix=unix, ipv4=ipv4)]
         return list(dict.fromkeys(found))
     if isinstance(error, socket.gaierror):
         return [_NAME_UNKNOWN_NOW if error.errno == socket.EAI_AGAIN else _NO_NAME]

@@ -59,13 +59,16 @@ class UpstreamUnavailable(OSError):
         self.exhausted = any(is_want(error, ipv4=_is_ipv4(address)) for address, error in failures)
         """One of them failed because this host had run out of something: descriptors, memory, local ports."""
 
-    @property
-    def hint(self) -> str:
-        """What may be the matter, and what to change: sentences."""
+    def hint(self, through: str | None) -> str:
+        """What may be the matter, and what to change: sentences.
+
+        Args:
+            through: the name of the database; ``None``: there is only one.
+        """
         found = [
             hint
             for address, error in self.failures
-            for hint in hints(error, unix=isinstance(address, UnixAddress), ipv4=_is_ipv4(address))
+            for hint in hints(error, through=through, unix=isinstance(address, UnixAddress), ipv4=_is_ipv4(address))
         ]
         return " ".join(dict.fromkeys(found))
 

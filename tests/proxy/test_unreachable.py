@@ -47,7 +47,7 @@ def why(address):
     try:
         trio.run(connect_upstream, Upstream((address,), 1))
     except UpstreamUnavailable as error:
-        return [str(error).removeprefix(f"{address}: "), error.exhausted, error.hint]
+        return [str(error).removeprefix(f"{address}: "), error.exhausted, error.hint(None)]
 """
 _IN_A_NAMESPACE = """
 ip("link", "set", "lo", "up")
