@@ -38,6 +38,7 @@ from tests.proxy.messages import (
     startup,
 )
 from tests.proxy.spawned import spawned
+from tests.proxy.tls_backend import answer_once, encrypt, shake_hands, showing
 from tests.servers import is_open_to_others
 from tests.tls.certificates import Authority, self_signed
 
@@ -64,41 +65,6 @@ def _no_files_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def _context(pair: Pair, *, alpn: bool = True, most: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pair.cert, pair.key)
-    context.maximum_version = most
-    if alpn:
-        context.set_alpn_protocols(["postgresql"])
-    return context
-
-
-async def _shake_hands(server: BackendConnection, context: ssl.SSLContext) -> ssl.SSLObject:
-    """Speak TLS from now on."""
-    plain = server.stream
-    stream = trio.SSLStream(plain, context, server_side=True, https_compatible=True)
-    try:
-        await stream.do_handshake()
-    except trio.BrokenResourceError:
-        with suppress(trio.BrokenResourceError):
-            await plain.send_all(stream._outgoing.read())  # the alert, which trio doesn't send
-        await plain.aclose()
-        raise
-    server.stream = stream  # type: ignore[assignment]
-    found = stream._ssl_object
-    assert isinstance(found, ssl.SSLObject)
-    return found
-
-
-async def _encrypt(backend: FakeBackend, pair: Pair, **more: object) -> BackendConnection:
-    """Accept a connection, and have it encrypted."""
-    server = await backend.accept()
-    await server.expect(SSL_REQUEST)
-    await server.send(b"S")
-    await _shake_hands(server, _context(pair, **more))  # type: ignore[arg-type]
-    return server
-
-
 def _where(backend: FakeBackend, rest: str) -> str:
     return f"host=127.0.0.1 port={backend.port} connect_timeout=5 {rest}"
 
@@ -119,7 +85,7 @@ async def test_a_session_over_tls(
     async with running(backend, upstream=where) as house:
         client = await house.connect()
         await client.send(STARTUP)
-        server = await _encrypt(backend, pair, most=most)
+        server = await encrypt(backend, pair, most=most)
         await server.expect(STARTUP)
         await server.send(LOGGED_IN)
         await client.expect(LOGGED_IN)
@@ -236,7 +202,7 @@ async def test_prefer_tries_without_if_it_is_refused_with(backend: FakeBackend, 
     async with running(backend, upstream=_where(backend, "")) as house:
         client = await house.connect()
         await client.send(STARTUP)
-        await _refuse(await _encrypt(backend, pair))
+        await _refuse(await encrypt(backend, pair))
         server = await backend.accept()
         await server.expect(STARTUP)
         await server.send(LOGGED_IN)
@@ -249,7 +215,7 @@ async def test_allow_tries_with_tls_if_it_is_refused_without(backend: FakeBacken
         client = await house.connect()
         await client.send(STARTUP)
         await _refuse(await backend.accept())
-        server = await _encrypt(backend, pair)
+        server = await encrypt(backend, pair)
         await server.expect(STARTUP)
         await server.send(LOGGED_IN)
         await client.expect(LOGGED_IN)
@@ -269,7 +235,7 @@ async def test_who_is_refused_both_ways_is_told_so_by_the_server(backend: FakeBa
             await server.expect(SSL_REQUEST)
             await server.send(b"N")
         elif then == "refuses":
-            await _refuse(await _encrypt(backend, pair))
+            await _refuse(await encrypt(backend, pair))
         await client.expect(REFUSED)
         watched = house.guard._lobby._watched.values()
         assert not [one for one in watched if isinstance(getattr(one, "__self__", None), Arrival)], (
@@ -283,7 +249,7 @@ async def test_what_has_nothing_to_do_with_tls_is_passed_on(backend: FakeBackend
     async with running(backend, upstream=_where(backend, "")) as house:
         client = await house.connect()
         await client.send(STARTUP)
-        server = await _encrypt(backend, pair)
+        server = await encrypt(backend, pair)
         await server.expect(STARTUP)
         await server.send(error)
         await client.expect(error)
@@ -294,7 +260,7 @@ async def test_with_require_there_is_nothing_to_try(backend: FakeBackend, pair: 
     async with running(backend, upstream=_where(backend, "sslmode=require")) as house:
         client = await house.connect()
         await client.send(STARTUP)
-        server = await _encrypt(backend, pair)
+        server = await encrypt(backend, pair)
         await _refuse(server)
         await client.expect(REFUSED)
         await server.close()
@@ -307,7 +273,7 @@ async def test_an_error_that_comes_later_is_passed_on(backend: FakeBackend, pair
     async with running(backend, upstream=_where(backend, "")) as house:
         client = await house.connect()
         await client.send(STARTUP)
-        server = await _encrypt(backend, pair)
+        server = await encrypt(backend, pair)
         await server.expect(STARTUP)
         await server.send(request)
         await client.expect(request)
@@ -327,7 +293,7 @@ async def test_prefer_tries_without_if_the_handshake_fails(backend: FakeBackend,
         client = await house.connect()
         await client.send(STARTUP)
         with pytest.raises(trio.BrokenResourceError):
-            await _encrypt(backend, other)
+            await encrypt(backend, other)
         server = await backend.accept()
         await server.expect(STARTUP)
         await server.send(LOGGED_IN)
@@ -338,7 +304,7 @@ async def test_a_first_answer_that_does_not_come_is_not_waited_for_for_ever(back
     async with running(backend, upstream=_where(backend, "connect_timeout=1")) as house:
         client = await house.connect()
         await client.send(STARTUP)
-        server = await _encrypt(backend, pair)
+        server = await encrypt(backend, pair)
         await server.expect(STARTUP)
         await client.nothing(1.3)
         await server.send(LOGGED_IN)
@@ -375,7 +341,7 @@ async def test_what_is_wrong_with_the_server_is_said_with_what_to_do(
         @nursery.start_soon
         async def fail() -> None:
             with suppress(trio.BrokenResourceError):
-                server = await _encrypt(backend, pair, most=ssl.TLSVersion.TLSv1_2)
+                server = await encrypt(backend, pair, most=ssl.TLSVersion.TLSv1_2)
                 assert await server.rest() == b"", "it is told nothing more"
 
         said = await _said_to_client(house)
@@ -394,7 +360,7 @@ async def test_direct_negotiation(backend: FakeBackend, pair: Pair) -> None:
         client = await house.connect()
         await client.send(STARTUP)
         server = await backend.accept()
-        assert (await _shake_hands(server, _context(pair))).selected_alpn_protocol() == "postgresql"
+        assert (await shake_hands(server, showing(pair))).selected_alpn_protocol() == "postgresql"
         await server.expect(STARTUP)
         await server.send(LOGGED_IN)
         await client.expect(LOGGED_IN)
@@ -414,7 +380,7 @@ async def test_direct_negotiation_with_a_server_that_does_not_know_it(
                 await server.receive(8)
                 await server.close()
             else:
-                await _shake_hands(server, _context(pair, alpn=False))
+                await shake_hands(server, showing(pair, alpn=False))
                 await server.rest()
 
         said = await _said_to_client(house)
@@ -425,7 +391,7 @@ async def test_direct_negotiation_with_a_server_that_does_not_know_it(
 async def test_a_name_is_told_and_an_address_is_not(backend: FakeBackend, pair: Pair) -> None:
     for host, expected in ("localhost", "localhost"), ("127.0.0.1", None):
         told: list[str | None] = []
-        context = _context(pair)
+        context = showing(pair)
         context.sni_callback = lambda _, name, __, told=told: told.append(name)
         where = f"host={host} hostaddr=127.0.0.1 port={backend.port} sslmode=require"
         async with running(backend, upstream=where) as house:
@@ -434,7 +400,7 @@ async def test_a_name_is_told_and_an_address_is_not(backend: FakeBackend, pair: 
             server = await backend.accept()
             await server.expect(SSL_REQUEST)
             await server.send(b"S")
-            await _shake_hands(server, context)
+            await shake_hands(server, context)
             await server.expect(STARTUP)
         assert told == [expected]
 
@@ -450,7 +416,7 @@ async def test_the_certificate_that_the_server_is_shown(
     where = _where(backend, "sslmode=require")
     if shown:
         where += f" sslcert={own.cert} sslkey={own.key} sslcertmode={shown}"
-    context = _context(pair, most=most)
+    context = showing(pair, most=most)
     context.verify_mode = asked
     context.load_verify_locations(authority.cert)
     seen: list[object] = []
@@ -463,7 +429,7 @@ async def test_the_certificate_that_the_server_is_shown(
             await server.expect(SSL_REQUEST)
             await server.send(b"S")
             try:
-                seen.append((await _shake_hands(server, context)).getpeercert())
+                seen.append((await shake_hands(server, context)).getpeercert())
                 await server.expect(STARTUP)
             except (trio.BrokenResourceError, AssertionError):
                 assert not fits
@@ -491,7 +457,7 @@ async def test_a_cancel_request_is_encrypted_too(backend: FakeBackend, pair: Pai
     async with running(backend, upstream=_where(backend, "sslmode=require")) as house:
         client = await house.connect()
         await client.send(packet)
-        server = await _encrypt(backend, pair)
+        server = await encrypt(backend, pair)
         await server.expect(packet)
         await client.nothing()
         await server.close()
@@ -509,8 +475,8 @@ async def test_of_several_hosts_the_one_is_used_whose_certificate_is_in_order(
         client = await house.connect()
         await client.send(STARTUP)
         with pytest.raises(trio.BrokenResourceError):
-            await _encrypt(backend, foreign)
-        server = await _encrypt(second, pair)
+            await encrypt(backend, foreign)
+        server = await encrypt(second, pair)
         await server.expect(STARTUP)
         await server.send(LOGGED_IN)
         await client.expect(LOGGED_IN)
@@ -549,7 +515,7 @@ async def test_how_the_server_is_connected_to_is_known_at_the_start(
         server = BackendConnection(trio.SocketStream(sock))
         await server.expect(SSL_REQUEST)
         await server.send(b"S")
-        await _shake_hands(server, _context(pair))
+        await shake_hands(server, showing(pair))
         assert (await server.packet())[4:8] == bytes.fromhex("04d2162e")
         await server.close()
     assert house.guard.encryption() == (
@@ -578,12 +544,12 @@ def test_the_doctor_says_which_tls_the_server_gives(
     pair: Pair, authority: Authority, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("pgguard.cli.doctor.check", list)
-    context = _context(pair)
+    context = showing(pair)
 
     def said(answer: bytes, settings: str) -> list[tuple[object, ...]]:
         with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
             port = listener.getsockname()[1]
-            served = pool.submit(_answer, listener, answer, context)
+            served = pool.submit(answer_once, listener, answer, context)
             monkeypatch.setenv("PGGUARD_UPSTREAM", f"host=localhost hostaddr=127.0.0.1 port={port} {settings}")
             doctor(as_json=True)
             served.result(SECONDS)
@@ -604,16 +570,6 @@ def test_the_doctor_says_which_tls_the_server_gives(
     assert str(purpose).endswith("its certificate is not verified")
 
 
-def _answer(listener: socket.socket, answer: bytes, context: ssl.SSLContext) -> None:
-    with listener.accept()[0] as server:
-        server.settimeout(SECONDS)
-        assert server.recv(8) == SSL_REQUEST
-        server.sendall(answer)
-        if answer == b"S":
-            with context.wrap_socket(server, server_side=True) as encrypted:
-                assert encrypted.recv(1) == b""
-
-
 async def test_files_that_are_renewed_hold_from_sighup_on(
     backend: FakeBackend, pair: Pair, authority: Authority, tmp_path: Path
 ) -> None:
@@ -631,7 +587,7 @@ async def test_files_that_are_renewed_hold_from_sighup_on(
             client = await backend.connect(guard.port)
             await client.send(STARTUP)
             try:
-                server = await _encrypt(backend, pair)
+                server = await encrypt(backend, pair)
             except trio.BrokenResourceError:
                 assert "not trusted" in (await client.message()).fields["M"]
                 return False
@@ -643,7 +599,7 @@ async def test_files_that_are_renewed_hold_from_sighup_on(
             return True
 
         with suppress(trio.BrokenResourceError):
-            await _encrypt(backend, pair)  # to see whether it leads back to itself
+            await encrypt(backend, pair)  # to see whether it leads back to itself
         assert not await is_believed()
         roots.write_text("nonsense")
         await reload(f"SIGHUP: TLS to the server stays as it is: --upstream: sslrootcert: {roots} holds no certificate")
