@@ -284,7 +284,7 @@
     who.push(make("div", { class: "muted" }, session.client || "Unix socket"));
     if (told.state === undefined) {
       return make(
-        "tr", { class: "over" }, make("th", { scope: "row" }, String(session.id)), cell("Who", {}, ...who),
+        "tr", { class: "over" }, make("th", { scope: "row", "data-name": "Session" }, String(session.id)), cell("Who", {}, ...who),
         cell("State", {}, "over"), cell("Last request", {}), cell("Processes that have it open", {}), cell("Age", {}),
       );
     }
@@ -297,7 +297,7 @@
     const several = told.holders.length > 1;
     return make(
       "tr", {},
-      make("th", { scope: "row" }, String(session.id), ...told.causes.map((number) =>
+      make("th", { scope: "row", "data-name": "Session" }, String(session.id), ...told.causes.map((number) =>
         make("div", {}, make("a", { href: `#cause-${number}` }, `cause ${number}`)))),
       cell("Who", {}, ...who),
       cell("State", { class: "state" }, STATES[told.state]),
