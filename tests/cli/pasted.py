@@ -27,16 +27,18 @@ _APART: Final = (
 """A network without anybody, and system directories of its own, all gone when the last process is."""
 
 
-def pasted(commands: str, directory: Path, *, root: bool = False, path: str | None = None) -> str:
+def pasted(commands: str, directory: Path, *, root: bool = False, path: str | None = None, ctrl_c: bool = True) -> str:
     """Run commands in a shell where ``pgguard`` is on the ``PATH``; returns what they have said.
 
-    A guard that they start is told to end once it is ready, as with Ctrl-C. Fails if one of them does.
+    A guard that they start is told to end once it is ready, as with Ctrl-C, unless it ends by itself. Fails if one of
+    them does.
 
     Args:
         commands: As they are pasted: all lines at once.
         directory: Where it is done; also the home.
         root: They need root, and a system of their own to change; without it they have a network of their own.
         path: The ``PATH``, where it is theirs to put ``pgguard`` there.
+        ctrl_c: Guards are told to end.
     """
     for program in "unshare", "ip":
         if shutil.which(program) is None:
@@ -61,7 +63,7 @@ def pasted(commands: str, directory: Path, *, root: bool = False, path: str | No
         start_new_session=True,
     ) as shell:
         try:
-            said = _until_done(shell)
+            said = _until_done(shell, ctrl_c=ctrl_c)
         finally:
             if shell.poll() is None:
                 os.killpg(shell.pid, signal.SIGKILL)
@@ -69,7 +71,7 @@ def pasted(commands: str, directory: Path, *, root: bool = False, path: str | No
     return said
 
 
-def _until_done(shell: subprocess.Popen[bytes]) -> str:
+def _until_done(shell: subprocess.Popen[bytes], *, ctrl_c: bool) -> str:
     assert shell.stdout is not None
     said = b""
     ready = 0
@@ -84,4 +86,5 @@ def _until_done(shell: subprocess.Popen[bytes]) -> str:
         said += data
         if (now := len(re.findall(rb"^pgguard: ready on ", said, re.MULTILINE))) > ready:
             ready = now
-            os.killpg(shell.pid, signal.SIGINT)
+            if ctrl_c:
+                os.killpg(shell.pid, signal.SIGINT)

@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
+import importlib.resources
+import importlib.util
+import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import cmarkgfm
+import jsonschema
 import pytest
+import yaml
+from cmarkgfm.cmark import Options
+from typer.testing import CliRunner
 
+from pgguard.cli.explain import explain
+from pgguard.cli.main import app
 from pgguard.proxy.settings import IN_FILE_ALONE, Settings, load_settings
+from pgguard.session.verdicts import Kind
 from tests.cli.pasted import pasted
 from tests.servers import is_open_to_others
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 INSTALL, *BLOCKS = [
     block for block in re.findall(r"^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL) if "pytest" not in block
 ]
 """How it is installed, and what is typed into the same shell afterwards; the command for the tests is CI's to try."""
+
+WORKFLOWS = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)]
+"""Steps of GitHub's workflows."""
+_OURS = r"(?:pgguard|pytest|pip|python3? -m) "
+_SENTENCES = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = dict.fromkeys(
+    re.sub(r"\s+", " ", command).strip()
+    for command in (
+        *re.findall(rf"^(?:.*&& )?({_OURS}[^|&\n]*)", "\n".join([INSTALL, *BLOCKS]), re.MULTILINE),
+        *re.findall(r"^\$ (.*)$", README, re.MULTILINE),
+        *re.findall(rf"`({_OURS}[^`|…=]*)(?:[|…][^`]*)?`", _SENTENCES),
+        *(step["run"] for steps in WORKFLOWS for step in steps),
+    )
+)
+"""Every command of pgguard's, and of its tests, that is mentioned anywhere, in a block or within a sentence."""
+BEHIND = [command for command in COMMANDS if re.match(r"pgguard run .*-- [a-z]", command)]
+"""Those that run something behind a guard."""
 
 VENV = f"""#!/bin/sh
 [ "$*" = "-m venv .venv" ] || exec {sys.executable} "$@"
@@ -56,8 +88,93 @@ def test_without_the_first_block_there_is_no_such_command(tmp_path: Path) -> Non
     assert "command not found" in pasted("pgguard --version || true", tmp_path, path=":".join(system))
 
 
-def test_the_configuration_file_is_one(tmp_path: Path) -> None:
-    [block] = re.findall(r"^```toml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize("command", {command.split(" -- ")[0]: command for command in BEHIND}.values())
+def test_what_runs_behind_a_guard_is_led_there(command: str, tmp_path: Path) -> None:
+    """One for each way to call pgguard, as it is pasted, with something else in the place of the application."""
+    _, behind = command.split(" -- ")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    program = programs / behind.split()[0]
+    program.write_text('#!/bin/sh\necho "ran ${0##*/}${*:+ $*} at $DATABASE_URL"\n')
+    program.chmod(0o755)
+    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    url = "export DATABASE_URL=postgresql://app:secret@db.internal/app"
+    said = pasted(f"{url}\n{command}", tmp_path, path=path, ctrl_c=False)
+    there = r"at postgresql://app:secret@127\.0\.0\.1:\d+/app$"
+    assert re.search(rf"^ran {re.escape(behind)} {there}", said, re.MULTILINE), said
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("pgguard ")])
+def test_a_command_that_is_mentioned_is_one(command: str) -> None:
+    """It is there, and so is each of its options."""
+    words = shlex.split(command)[1:]
+    own = words[: words.index("--")] if "--" in words else words
+    done = CliRunner().invoke(app, [*own, "--help"])
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    "command", [one for one in COMMANDS if re.match(r"pgguard explain \S+ --for (?!FRAMEWORK)", one)]
+)
+def test_there_is_code_to_paste(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, kind, *software = shlex.split(command)
+    assert set(software[::2]) == {"--for"}
+    assert explain(kind, software[1::2]) == 0
+    assert re.search(r"^    \S.*\n(.*\n)*?  See https:", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [one for one in COMMANDS if re.match(r"python3? -m tests\.", one)])
+def test_a_command_for_those_who_work_on_it_is_one(command: str) -> None:
+    _, _, module, *options = shlex.split(command)
+    if options:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *options, "--help"], cwd=ROOT, check=False, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+    else:
+        assert importlib.util.find_spec(module) is not None
+
+
+def test_what_is_installed_can_be() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = re.findall(r"pip install (?:-e )?'?(?:\.|pgguard)\[([\w,]+)\]", README)
+    assert {"demo", "stacks", "admin", "otel", "test"} <= set(asked) <= extras.keys()
+
+
+def test_what_a_workflow_is_told() -> None:
+    vendored = importlib.resources.files("check_jsonschema") / "builtin_schemas" / "vendor" / "github-workflows.json"
+    schema = json.loads(vendored.read_text())
+    assert WORKFLOWS
+    for steps in WORKFLOWS:
+        jsonschema.validate({"on": "push", "jobs": {"tests": {"runs-on": "ubuntu-latest", "steps": steps}}}, schema)
+        assert all(step["run"] in COMMANDS for step in steps)
+
+
+def test_links_lead_somewhere() -> None:
+    """Within the page, and to files beside it; nothing that is folded is left open."""
+    headings = {
+        re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    }
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    assert "docker/report.svg" in targets
+    for target in targets:
+        assert target.startswith("https://") or (
+            target[1:] in headings if target.startswith("#") else (ROOT / target).exists()
+        ), target
+    page = cmarkgfm.github_flavored_markdown_to_html(README, options=Options.CMARK_OPT_UNSAFE)
+    assert page.count("<details>") == page.count("</details>") == page.count("<summary>") > 3
+
+
+def test_each_log_line_leads_to_a_kind() -> None:
+    [table] = re.findall(r"^\| what somebody found .*\n\|.*\n((?:\|.*\n)+)", README, re.MULTILINE)
+    for row in table.splitlines():
+        kinds = set(re.findall(r"`([a-z]+(?:-[a-z]+)+)`", row.split("|")[2]))
+        assert kinds
+        assert kinds <= set(Kind), row
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```toml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
+def test_a_configuration_file_is_one(block: str, tmp_path: Path) -> None:
     (tmp_path / "pgguard.toml").write_text(block)
     settings = load_settings({}, tmp_path / "pgguard.toml")
     assert settings.fronts()
