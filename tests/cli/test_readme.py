@@ -37,6 +37,7 @@ INSTALL, *BLOCKS = [
 
 WORKFLOWS = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)]
 """Steps of GitHub's workflows."""
+_STEPS = [step["run"] for steps in WORKFLOWS for step in steps]
 _OURS = r"(?:pgguard|pytest|pip|python3? -m) "
 _SENTENCES = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = dict.fromkeys(
@@ -45,12 +46,12 @@ COMMANDS = dict.fromkeys(
         *re.findall(rf"^(?:.*&& )?({_OURS}[^|&\n]*)", "\n".join([INSTALL, *BLOCKS]), re.MULTILINE),
         *re.findall(r"^\$ (.*)$", README, re.MULTILINE),
         *re.findall(rf"`({_OURS}[^`|…=]*)(?:[|…][^`]*)?`", _SENTENCES),
-        *(step["run"] for steps in WORKFLOWS for step in steps),
+        *_STEPS,
     )
 )
 """Every command of pgguard's, and of its tests, that is mentioned anywhere, in a block or within a sentence."""
-BEHIND = [command for command in COMMANDS if re.match(r"pgguard run .*-- [a-z]", command)]
-"""Those that run something behind a guard."""
+BEHIND = [command for command in COMMANDS if re.match(r"pgguard run .*-- [a-z]", command) and command not in _STEPS]
+"""Those that run something behind a guard, but for the workflow's."""
 
 VENV = f"""#!/bin/sh
 [ "$*" = "-m venv .venv" ] || exec {sys.executable} "$@"
@@ -88,20 +89,53 @@ def test_without_the_first_block_there_is_no_such_command(tmp_path: Path) -> Non
     assert "command not found" in pasted("pgguard --version || true", tmp_path, path=":".join(system))
 
 
+def standing_in(program: str, says: str, directory: Path) -> str:
+    """A ``PATH`` on which something that only says something is in a program's place; pgguard is there, too."""
+    programs = directory / "programs"
+    programs.mkdir()
+    (programs / program).write_text(f"#!/bin/sh\necho {says}\n")
+    (programs / program).chmod(0o755)
+    return f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+SAYS = '"ran ${0##*/}${*:+ $*} at $DATABASE_URL"'
+THERE = r"at postgresql://\w+:\w+@127\.0\.0\.1:(?!5432)\d+/\w+$"
+
+
 @pytest.mark.parametrize("command", {command.split(" -- ")[0]: command for command in BEHIND}.values())
 def test_what_runs_behind_a_guard_is_led_there(command: str, tmp_path: Path) -> None:
     """One for each way to call pgguard, as it is pasted, with something else in the place of the application."""
     _, behind = command.split(" -- ")
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    program = programs / behind.split()[0]
-    program.write_text('#!/bin/sh\necho "ran ${0##*/}${*:+ $*} at $DATABASE_URL"\n')
-    program.chmod(0o755)
-    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = standing_in(behind.split()[0], SAYS, tmp_path)
     url = "export DATABASE_URL=postgresql://app:secret@db.internal/app"
     said = pasted(f"{url}\n{command}", tmp_path, path=path, ctrl_c=False)
-    there = r"at postgresql://app:secret@127\.0\.0\.1:\d+/app$"
-    assert re.search(rf"^ran {re.escape(behind)} {there}", said, re.MULTILINE), said
+    assert re.search(rf"^ran {re.escape(behind)} {THERE}", said, re.MULTILINE), said
+
+
+def test_what_a_workflow_is_told(tmp_path: Path) -> None:
+    vendored = importlib.resources.files("check_jsonschema") / "builtin_schemas" / "vendor" / "github-workflows.json"
+    [steps] = WORKFLOWS
+    workflow = {"on": "push", "jobs": {"tests": {"runs-on": "ubuntu-latest", "steps": steps}}}
+    jsonschema.validate(workflow, json.loads(vendored.read_text()))
+    path = standing_in("make", SAYS, tmp_path)
+    variables = [f"export {name}='{value}'" for step in steps for name, value in step.get("env", {}).items()]
+    said = pasted("\n".join([*variables, *(step["run"] for step in steps)]), tmp_path, path=path, ctrl_c=False)
+    assert re.search(rf"^ran make test {THERE}", said, re.MULTILINE), said
+
+
+def test_tests_run_with_a_guard(tmp_path: Path) -> None:
+    [block] = re.findall(r"^```sh\n((?:[^`\n].*\n)*pytest --pgguard\n)```$", README, re.MULTILINE)
+    path = standing_in("pip", '"$*"', tmp_path)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/test_nothing.py").write_text("def test_nothing():\n    pass\n")
+    said = pasted(f"export DATABASE_URL=postgresql://app:secret@db.internal/app\n{block}", tmp_path, path=path)
+    assert "pgguard: no connection came through the guard" in said
+    assert re.search(r"^=+ 1 passed", said, re.MULTILINE), said
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
+def test_what_a_test_is_told_is_python(block: str) -> None:
+    compile(block, "README.md", "exec")
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("pgguard ")])
@@ -141,15 +175,6 @@ def test_what_is_installed_can_be() -> None:
     assert {"demo", "stacks", "admin", "otel", "test"} <= set(asked) <= extras.keys()
 
 
-def test_what_a_workflow_is_told() -> None:
-    vendored = importlib.resources.files("check_jsonschema") / "builtin_schemas" / "vendor" / "github-workflows.json"
-    schema = json.loads(vendored.read_text())
-    assert WORKFLOWS
-    for steps in WORKFLOWS:
-        jsonschema.validate({"on": "push", "jobs": {"tests": {"runs-on": "ubuntu-latest", "steps": steps}}}, schema)
-        assert all(step["run"] in COMMANDS for step in steps)
-
-
 def test_links_lead_somewhere() -> None:
     """Within the page, and to files beside it; nothing that is folded is left open."""
     headings = {
@@ -166,7 +191,11 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_each_log_line_leads_to_a_kind() -> None:
+    """And so does each that the page begins with."""
     [table] = re.findall(r"^\| what somebody found .*\n\|.*\n((?:\|.*\n)+)", README, re.MULTILINE)
+    symptoms = re.findall(r"^    (\S.*)$", README[: README.index("\n## ")], re.MULTILINE)
+    assert symptoms
+    assert all(f"`{symptom}" in table for symptom in symptoms)
     for row in table.splitlines():
         kinds = set(re.findall(r"`([a-z]+(?:-[a-z]+)+)`", row.split("|")[2]))
         assert kinds
