@@ -133,9 +133,12 @@ def stop_as_told(number: int) -> None:
     Args:
         number: One of :data:`STOPS`.
     """
-    # Every other thread has it blocked, so that it has been delivered when kill() returns: kill(2), "Notes".
+    # Every other thread has it blocked, so that it has been delivered when kill() returns: kill(2), "Notes". If the
+    # terminal's own is there still, that stops this process as it is unblocked, and another would do so once more.
+    is_there = number in signal.sigpending()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     try:
-        os.kill(os.getpid(), number)
+        if not is_there:
+            os.kill(os.getpid(), number)
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, {number})

@@ -117,17 +117,16 @@ class Child:
         return self.ended
 
     def stopped_by_terminal(self) -> int | None:
-        """The signal of a terminal that has stopped it just now, if it hasn't been continued since.
+        """The signal of a terminal that has stopped it since this was last asked.
 
         One that was stopped by SIGSTOP hasn't been by a terminal: what stops it means to continue it, and the processes
         that it has started go on meanwhile.
         """
         found = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG)
-        if found is None or found.si_status not in STOPS or not self._is_stopped():
-            return None
-        return found.si_status
+        return None if found is None or found.si_status not in STOPS else found.si_status
 
-    def _is_stopped(self) -> bool:
+    def is_stopped(self) -> bool:
+        """Whether it is stopped now, and isn't just continued."""
         with suppress(OSError):
             return Path(f"/proc/{self.pid}/stat").read_bytes().rpartition(b") ")[2][:1] == b"T"
         return True

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from pgguard.launch.arrivals import STOPS
 from pgguard.proxy.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ _PENDING: Final = re.compile(rb"^ShdPnd:\s*([0-9a-f]+)$", re.MULTILINE)
 _PATIENCE: Final = 0.005
 """Seconds for a signal that the kernel hands to one process of a group after the other: ``__kill_pgrp_info()`` in
 ``kernel/signal.c``. It begins with the youngest, and so the guard is the last."""
+_UNDONE_BY: Final[dict[int, tuple[signal.Signals, ...]]] = {
+    signal.SIGCONT: STOPS,
+    **dict.fromkeys(STOPS, (signal.SIGCONT,)),
+}
+"""What a signal is undone by wherever it is pending: ``prepare_signal()`` in ``kernel/signal.c``."""
 _ALL: Final = 0
 """In the place of a signal's number."""
 _CLEARING: Final = 0.5
@@ -69,7 +75,10 @@ class Companion:
         os.close(self._answered)
 
     async def has_got(self, number: int) -> bool | None:
-        """Whether it has got a signal too since it was last asked; ``None`` if that can't be seen."""
+        """Whether it has got a signal too since it was last asked, or one that undoes it, as SIGTSTP and SIGCONT do.
+
+        ``None`` if that can't be seen.
+        """
         try:
             if not self._is_pending(number):
                 await trio.sleep(_PATIENCE)
@@ -81,7 +90,8 @@ class Companion:
 
     def _is_pending(self, number: int) -> bool:
         found = _PENDING.search(Path(f"/proc/{self.pid}/status").read_bytes())
-        return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
+        pending = 0 if found is None else int(found[1], 16)
+        return any(pending >> (each - 1) & 1 for each in (number, *_UNDONE_BY.get(number, ())))
 
     async def forget(self, number: int = _ALL) -> None:
         """Have it forget that it has got a signal, once if it was several times; by default all that it has got."""

@@ -157,7 +157,7 @@ class Launcher:
             await trio.lowlevel.checkpoint()  # from here to where it has started, no signal calls it off
             self._child = child = Child(self._order.command, environment, self._order.inheritance)
             self.outcome.guard = guard
-            self._look(child)
+            await self._look(child)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(keep_going, tend, Loss.TIDINESS, [partial(left_behind.reap, child.pid)])
                 nursery.start_soon(keep_going, tend, Loss.STEP, self._order.tended)
@@ -177,21 +177,24 @@ class Launcher:
             if child is None:
                 self._obey_before(arrival)
             elif arrival.number == signal.SIGCHLD:
-                self._look(child)
+                await self._look(child)
             elif child.ended is None:
                 await self._pass_on(arrival, child)
             else:
                 self._obey_after(arrival)
 
-    def _look(self, child: Child) -> None:
+    async def _look(self, child: Child) -> None:
         """See what has become of the command."""
         ended = child.look()
         if ended is not None:
             self.outcome.ended = ended
             self._child_ended.set()
         elif (number := child.stopped_by_terminal()) is not None:
-            # The shell that has started this looks at this process alone, and waits until it stops too.
-            self._stop(number)
+            for stop in STOPS:  # they have done what they can, and don't undo what may be sent to the guard alone
+                await self._companion.forget(stop)
+            if child.is_stopped():
+                # The shell that has started this looks at this process alone, and waits until it stops too.
+                self._stop(number)
 
     def _stop(self, number: int) -> None:
         stop_as_told(number)
