@@ -19,6 +19,7 @@ from pgguard.attribution.findings import Findings
 from pgguard.attribution.forks import ForkEvents
 from pgguard.attribution.frames import Frame
 from pgguard.attribution.holders import Holders, HolderWatch, is_older, is_younger, sole_holder
+from pgguard.attribution.images import read_image
 from pgguard.attribution.namespaces import NetworkNamespaces
 from pgguard.attribution.processes import ProcessBook, read_stat
 from pgguard.attribution.ruby.pipes import RubyPipes
@@ -510,7 +511,8 @@ class Witness:
             known = self._clients.get(key)
         if known is not None:
             return known
-        found = driver_of(process.pid), runtime_of(process.pid)
+        image = read_image(process.pid)
+        found = (Driver.UNKNOWN, Runtime()) if image is None else (driver_of(image), runtime_of(image))
         now = self._book.look(process.pid)
         if now is None or now.started != process.started:
             return Driver.UNKNOWN, Runtime()
