@@ -319,7 +319,8 @@ class HolderWatch:
         looked_at = [*likely, *(self._possible_heirs(likely) if openers else self._new())]
         self._look(opened, looked_at)
         held = {inode for inode, _ in self._holds(opened)}
-        self._search({inode: opened[inode] for inode in unsearched | (opened.keys() - held)}, skip=looked_at)
+        missing = {inode: opened[inode] for inode in unsearched | (opened.keys() - held)}
+        self._search(missing, skip=looked_at, openers=likely if openers else ())
         return self._report(opened)
 
     def has_news(self) -> bool:
@@ -710,13 +711,18 @@ class HolderWatch:
                 if connection is not None and hold is not None and hold.process.started == process.started:
                     connection.holds[pid] = hold._replace(process=process)
 
-    def _search(self, opened: Mapping[int, float], skip: Collection[int]) -> None:
+    def _search(self, opened: Mapping[int, float], skip: Collection[int], openers: Collection[int]) -> None:
         """Look at one process after the other until the opener of each connection has turned up.
 
-        Whoever is older than a connection and has it open has opened it. There is no need to go on then: others
-        are heirs, and so they are new and have been looked at.
+        Whoever is older than a connection and has it open has opened it, or it is one of those who certainly have,
+        however young it is. There is no need to go on then: others are heirs, and so they are new and have been looked
+        at.
         """
-        found = {inode for inode, hold in self._holds(opened) if is_older(hold.process.started, opened[inode])}
+        found = {
+            inode
+            for inode, hold in self._holds(opened)
+            if hold.process.pid in openers or is_older(hold.process.started, opened[inode])
+        }
         wanted = {link_to(inode): inode for inode in opened if inode not in found}
         order: dict[int, None] = {}
         if wanted:

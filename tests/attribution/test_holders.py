@@ -19,7 +19,7 @@ from pgguard.attribution.descriptors import find_sockets, link_to
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.forks import Fork, ForkEvents, ForksUnavailable
 from pgguard.attribution.holders import LASTING, Holders, HolderWatch
-from pgguard.attribution.processes import ProcessBook
+from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook
 from tests.attribution.puppets import Puppet, outlive_a_tick
 
 Puppets = Callable[[], Puppet]
@@ -50,6 +50,12 @@ def forks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 def _now() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _as_it_began(client: Puppet) -> float:
+    process = ProcessBook().look(client.pid)
+    assert process is not None
+    return process.started / TICKS_PER_SECOND
 
 
 def _pids(holders: Holders) -> set[int]:
@@ -274,7 +280,7 @@ def test_threads_that_ask_at_once_all_get_the_whole_answer(listener: socket.sock
 GUARD = """
 import time
 from pgguard.attribution.holders import HolderWatch
-from pgguard.attribution.processes import ProcessBook
+from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook
 become_nobody()
 watch = HolderWatch(ProcessBook())
 def state(found):
@@ -559,6 +565,35 @@ def test_who_cannot_have_inherited_anything_is_not_read(
             assert _pids(watch.find({second: _now()}, [client.pid], openers=True)[second]) == {client.pid}
         assert heir in readings.pids
         assert other not in readings.pids
+
+
+def test_a_program_that_connects_as_it_begins_is_not_searched_for_where_the_kernel_has_named_it(
+    listener: socket.socket, puppet: Puppets, readings: Readings
+) -> None:
+    """By its age alone it could be an heir. Who has inherited the connection from it is seen all the same."""
+    others = [puppet() for _ in range(3)]
+    watch = HolderWatch(ProcessBook())
+    client = puppet()
+    with ExitStack() as accepted:
+        [inode] = _connections(client, listener, accepted, "c")
+        opened = _as_it_began(client)
+        heir = client.do("fork()")
+        readings.pids.clear()
+        assert _pids(watch.find({inode: opened}, [client.pid], openers=True)[inode]) == {client.pid, heir}
+        assert not {other.pid for other in others} & set(readings.pids)
+
+
+def test_an_heir_of_one_that_the_kernel_has_named_and_that_has_let_go_is_found(
+    listener: socket.socket, puppet: Puppets
+) -> None:
+    watch = HolderWatch(ProcessBook())
+    client = puppet()
+    with ExitStack() as accepted:
+        [inode] = _connections(client, listener, accepted, "c")
+        opened = _as_it_began(client)
+        heir = client.do("fork()")
+        client.do("c.close()")
+        assert _pids(watch.find({inode: opened}, [client.pid], openers=True)[inode]) == {heir}
 
 
 def test_a_new_process_may_have_opened_what_nobody_is_known_to_have(listener: socket.socket, puppet: Puppets) -> None:
