@@ -120,8 +120,10 @@ class BackendStream:
         same: i64 = -1  # the type of the one in front of it, if that has changed nothing, as a row doesn't
         least: i64 = 0
         longest: i64 = 0
+        count: i64 = 0
         while pos <= last:
             code, length = parse_header(chunk, pos)
+            count += 1
             if code == same and least <= length <= longest:
                 pos += 1 + length
                 continue
@@ -133,11 +135,13 @@ class BackendStream:
             same = -1
             if follows == _SPECIAL or not least <= length <= longest:
                 if not self._special(chunk, pos, end, code, length):
+                    count -= 1
                     break
             elif follows == _PAID:
                 ledger.pay()
             elif follows == _READY:
                 if end - pos < READY_SIZE:
+                    count -= 1
                     break  # its status is still to come
                 session.transaction_status = _STATUS[chunk[pos + HEADER_SIZE]]
                 ledger.pay()
@@ -151,6 +155,7 @@ class BackendStream:
                     pos += 1 + length
                     break
             pos += 1 + length
+        session.backend_messages += count
         if pos <= end:
             self.rest = 0
             session.position += pos - start

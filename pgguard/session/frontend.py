@@ -154,6 +154,7 @@ class FrontendStream:
             last = start + most - 1
         code: i64 = -1  # no message has been looked at
         length: i64 = 0
+        count: i64 = 0
         while pos <= last:
             code, length = parse_header(chunk, pos)
             least, longest, look, way = _SHAPES[code]
@@ -171,13 +172,18 @@ class FrontendStream:
                 taken = self._simple_request(chunk, pos, stop, code, length, at)
             else:
                 taken = self._unanswered_message(pos, code, length)
-                pos += _flushes_behind(chunk, pos, end) if code == _FLUSH else 0
+                if code == _FLUSH:
+                    behind = _flushes_behind(chunk, pos, end)
+                    pos += behind
+                    count += behind // HEADER_SIZE
             if not taken:
                 break
             self.overruled = None
             pos += 1 + length
+            count += 1
             if code == _TERMINATE_CODE:
                 break  # nobody reads what is behind it
+        session.frontend_messages += count
         if pos <= end:
             self.rest = 0
             self._held_by = sender if pos < end else None

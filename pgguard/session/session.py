@@ -58,10 +58,12 @@ class Session:
         "answer_ended",
         "application_name",
         "asks_goodbye",
+        "backend_messages",
         "cancel_key",
         "copied",
         "copy_over",
         "database",
+        "frontend_messages",
         "goodbye",
         "last_request",
         "ledger",
@@ -124,6 +126,9 @@ class Session:
         """The client has made a request while another one was outstanding."""
         self.requests: i64 = 0
         """How many the client has made."""
+        self.frontend_messages: i64 = 0
+        self.backend_messages: i64 = 0
+        """How many have come that are in order: of the client, behind its StartupMessage, and of the server."""
         self._compact_at = _MOST_ENTRIES
         """Entries at which those that are alike are put together, while no answer has been asked for."""
         self._different = 0

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def outcome(tracker: Tracker) -> tuple[object, ...]:
-    """All of a session's state that can make a difference later on."""
+    """All of a session's state that can make a difference later on, and what is counted of it."""
     return (
         tracker.idle,
         tracker.transaction_status,
@@ -24,6 +24,7 @@ def outcome(tracker: Tracker) -> tuple[object, ...]:
         tracker.ledger.skipping,
         tracker.copy_over,
         tracker.unsynced is None,
+        (tracker.frontend_messages, tracker.backend_messages),
         [(owes, request.n) for owes, request, _ in tracker.ledger.queue()],
         [(r.n, r.messages, r.sql, r.sql_cut, r.state) for r in tracker.requests_seen()],
     )

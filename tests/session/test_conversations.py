@@ -50,6 +50,11 @@ def test_chunks_make_no_difference(data: st.DataObject, recording: Recording) ->
     conversation = play(pieces)
     assert conversation.verdicts == []
     assert outcome(conversation.tracker) == expected
+    streams = {Direction.FRONTEND: b"", Direction.BACKEND: LOGIN}
+    for direction, stream in recording.runs():
+        streams[direction] += stream
+    counted = (conversation.tracker.frontend_messages, conversation.tracker.backend_messages)
+    assert counted == tuple(len(list(split_messages(stream))) for stream in streams.values())
 
 
 @st.composite
