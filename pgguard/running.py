@@ -34,7 +34,7 @@ from pgguard.proxy.losses import Loss, keep_going, spared
 from pgguard.proxy.upstream import barred
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 
     from pgguard.attribution.capabilities import Capability
     from pgguard.attribution.ebpf.probe import SenderProbe
@@ -147,8 +147,8 @@ class RunningGuard:
         return self._guard.why_not_ready()
 
     @property
-    def server_answers(self) -> bool | None:
-        """Whether the server could be connected to for the last client; ``None``: it wasn't tried."""
+    def server_answers(self) -> Mapping[str | None, bool]:
+        """By the name of the database, whether its server could be connected to for its last client, if one came."""
         return self._guard.server_answers
 
     @property

@@ -38,6 +38,13 @@ class Action(StrEnum):
     DROPPED = "dropped"
 
 
+def possible_actions(kind: Kind) -> tuple[Action, ...]:
+    """What can be done about a kind of fault, however the guard is configured."""
+    entry = CATALOGUE[kind]
+    can = {Action.LOGGED: True, Action.REJECTED: entry.can_reject, Action.DROPPED: entry.can_drop}
+    return tuple(action for action in Action if can[action])
+
+
 class PolicyError(ValueError):
     """The configuration asks for what can't be done; the message is one line that says what to change."""
 

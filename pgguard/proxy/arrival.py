@@ -201,7 +201,7 @@ class Arrival:
     def _turn_back(self, error: UpstreamUnavailable) -> None:
         """Tell it that the server can't be connected to."""
         logger.warning("%s: could not connect to the server: %s", self.session, error)
-        self._reception.roster.counters.turn_away(Turnaway.NO_SERVER)
+        self._reception.roster.counters.turn_back(self.session.through, exhausted=error.exhausted)
         words = _UNAVAILABLE
         with spared(Loss.WORDS, self.session):
             words = _unavailable(error, self.session.through)
@@ -410,6 +410,7 @@ class Arrival:
     def _dismiss(self, dismissal: Dismissal) -> None:
         reception = self._reception
         if dismissal.insists_on is not None:
+            reception.roster.counters.turn_away(Turnaway.ENCRYPTION)
             self.session.ask_for_opening()
             reception.start(reception.declined.consider, self.session, dismissal.insists_on)
         if dismissal.verdict is None:

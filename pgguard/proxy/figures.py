@@ -30,7 +30,7 @@ class Turnaway(StrEnum):
     """Why a client that has come never got as far as to be logged in."""
 
     NO_ROOM = "no-room"
-    """There were no descriptors for it."""
+    """There were no descriptors for it, or whatever else this host had run out of."""
     NO_SERVER = "no-server"
     """No server could be connected to."""
     LATE = "late"
@@ -38,7 +38,7 @@ class Turnaway(StrEnum):
     NO_POSTGRESQL = "not-postgresql"
     """What it said isn't a start-up packet."""
     ENCRYPTION = "encryption"
-    """It insisted on encryption that it can't have, or a handshake for TLS with it failed."""
+    """It wanted encryption that it can't have, and left, or a handshake for TLS with it failed."""
     LOGIN = "login"
     """The server refused its login, or it left before it was logged in."""
 
@@ -97,8 +97,13 @@ class Figures:
     introduced: int
     """Those of them that were connected to the server."""
     turned_away: Mapping[Turnaway, int]
+    server_answers: Mapping[str | None, bool]
+    """By the name of the database, whether its server could be connected to for the last client; those that weren't
+    tried aren't in it."""
     requests: int
     """That clients have made: simple queries, extended ones with all their messages, function calls."""
+    messages: tuple[int, int]
+    """That clients have sent, behind their StartupMessages, and that servers have: those that were passed on."""
     from_clients: int
     """Bytes that were passed on to the server, without StartupMessages."""
     from_servers: int
@@ -120,9 +125,10 @@ class Counters:
     def __init__(self) -> None:
         self.introduced = 0
         self.requests = 0
-        """Of sessions that are over."""
-        self.server_answers: bool | None = None
-        """Whether the server could be connected to the last time; ``None``: it wasn't tried."""
+        self.messages = (0, 0)
+        """As of :class:`Figures`, of sessions that are over."""
+        self.server_answers: dict[str | None, bool] = {}
+        """As of :class:`Figures`."""
         self.added = Durations()
         self.evidence = Durations()
         self._turned_away: Counter[Turnaway] = Counter()
@@ -130,22 +136,33 @@ class Counters:
     def turn_away(self, why: Turnaway) -> None:
         """Count a client that isn't let in."""
         self._turned_away[why] += 1
-        if why is Turnaway.NO_SERVER:
-            self.server_answers = False
 
-    def introduce(self) -> None:
-        """Count a client that has been connected to the server."""
+    def turn_back(self, through: str | None, *, exhausted: bool) -> None:
+        """Count a client for which its server could not be connected to.
+
+        Args:
+            through: the name of the database that it has come to.
+            exhausted: it is this host that has run out of something.
+        """
+        if not exhausted:
+            self.server_answers[through] = False
+        self.turn_away(Turnaway.NO_ROOM if exhausted else Turnaway.NO_SERVER)
+
+    def introduce(self, through: str | None) -> None:
+        """Count a client that has been connected to the server of a database."""
         self.introduced += 1
-        self.server_answers = True
+        self.server_answers[through] = True
 
-    def finish(self, requests: int, *, logged_in: bool) -> None:
+    def finish(self, requests: int, messages: tuple[int, int], *, logged_in: bool) -> None:
         """Count a session that is over.
 
         Args:
             requests: how many its client has made.
+            messages: how many its client has sent, and its server.
             logged_in: it had come so far.
         """
         self.requests += requests
+        self.messages = (self.messages[0] + messages[0], self.messages[1] + messages[1])
         if not logged_in:
             self._turned_away[Turnaway.LOGIN] += 1
 

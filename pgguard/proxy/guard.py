@@ -53,7 +53,7 @@ from pgguard.proxy.watch import Watch
 from pgguard.wire.fields import build_error_response
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
     from pgguard.attribution.ebpf.probe import SenderProbe
     from pgguard.attribution.witness import Witness
@@ -174,9 +174,13 @@ class Guard:
         """What it has done so far, in numbers. Others have their turn meanwhile, if there are many sessions."""
         counters, stint = self._counters, Stint()
         requests = counters.requests  # and then of those that are open now, also if they are over by the time
+        frontend, backend = counters.messages
         activities = dict.fromkeys(Activity, 0)
         for number, session in enumerate(list(self._sessions.values()), 1):
             requests += session.requests
+            sent, answered = session.messages
+            frontend += sent
+            backend += answered
             activities[activity(session.tracker)] += 1
             if number % GLANCES == 0:
                 await stint.rest()
@@ -188,7 +192,9 @@ class Guard:
             clients=self._roster.last_number,
             introduced=counters.introduced,
             turned_away=counters.turned_away,
+            server_answers=self.server_answers,
             requests=requests,
+            messages=(frontend, backend),
             from_clients=from_clients,
             from_servers=from_servers,
             added=counters.added.measured(),
@@ -216,9 +222,9 @@ class Guard:
         return await overview(list(self._sessions.values()), wanted, self._settings.sql, self._docket.causes_of)
 
     @property
-    def server_answers(self) -> bool | None:
-        """Whether the server could be connected to for the last client; ``None``: it wasn't tried."""
-        return self._counters.server_answers
+    def server_answers(self) -> Mapping[str | None, bool]:
+        """By the name of the database, whether its server could be connected to for its last client, if one came."""
+        return dict(self._counters.server_answers)
 
     def tell(self, listener: SessionListener) -> None:
         """Have somebody told of each session that is opened or closed from now on."""

@@ -114,7 +114,7 @@ class Roster:
     def enter(self, session: ProxiedSession) -> None:
         """Its client has been introduced to the server."""
         self.sessions[session.id] = session
-        self.counters.introduce()
+        self.counters.introduce(session.through)
         try:
             self._watch.enter(session)
         except Exception:
@@ -133,7 +133,7 @@ class Roster:
         self.settle(session)
         if self.sessions.pop(session.id, None) is not None:
             try:
-                self.counters.finish(session.requests, logged_in=session.logged_in)
+                self.counters.finish(session.requests, session.messages, logged_in=session.logged_in)
             except Exception:
                 note(Loss.TIDINESS, session)
             for listener in self._listeners:

@@ -182,6 +182,12 @@ class ProxiedSession:
         return 0 if self.protocol is None else self.protocol.requests
 
     @property
+    def messages(self) -> tuple[int, int]:
+        """How many messages have come that are in order: of the client's and of the server's."""
+        protocol = self.protocol
+        return (0, 0) if protocol is None else (protocol.frontend_messages, protocol.backend_messages)
+
+    @property
     def logged_in(self) -> bool:
         """Whether its client has been logged in; True if that isn't known."""
         return self.protocol is None or self.protocol.lost is not None or self.protocol.logged_in

@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 from pgguard.attribution.findings import Activity
 from pgguard.compiled import form
 from pgguard.faults.catalogue import Severity
-from pgguard.faults.policy import Action
+from pgguard.faults.policy import possible_actions
 from pgguard.proxy.figures import BOUNDS
 from pgguard.session.verdicts import Kind
 
@@ -115,11 +115,29 @@ class _Numbers(Collector):
         for why, times in figures.turned_away.items():
             refused.add_metric((why.value,), times)
         yield refused
+        up = GaugeMetricFamily(
+            "pgguard_server_up",
+            "Whether the server could be connected to for the last client (1) or not (0), by the name of the database "
+            "where there are several; nothing as long as none has come.",
+            labels=("database",),
+        )
+        for name, answers in figures.server_answers.items():
+            up.add_metric((name or "",), answers)
+        yield up
         yield CounterMetricFamily(
             "pgguard_requests",
             "Requests that clients have made: simple queries, extended ones up to their Sync, function calls.",
             figures.requests,
         )
+        messages = CounterMetricFamily(
+            "pgguard_messages",
+            "Messages of the protocol that were passed on and followed: of clients (frontend), behind their "
+            "StartupMessages, and of servers (backend).",
+            labels=("direction",),
+        )
+        for direction, number in zip(("frontend", "backend"), figures.messages, strict=True):
+            messages.add_metric((direction,), number)
+        yield messages
         passed = CounterMetricFamily(
             "pgguard_forwarded_bytes",
             "Bytes that were passed on: of clients (frontend), and of servers (backend).",
@@ -142,7 +160,9 @@ class _Numbers(Collector):
             labels=("kind", "severity", "action"),
         )
         # A series that begins with its first fault has no increase.
-        times = {(kind, severity, Action.LOGGED): 0 for kind in Kind for severity in Severity}
+        times = {
+            (kind, severity, action): 0 for kind in Kind for severity in Severity for action in possible_actions(kind)
+        }
         for count in self._counts:
             times[count.kind, count.severity, count.action] = count.faults + count.repeats
         for (kind, severity, action), number in times.items():

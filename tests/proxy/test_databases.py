@@ -165,8 +165,10 @@ async def test_a_server_that_is_down_is_one_alone() -> None:
         client = await there.connect("users")
         await client.send(startup())
         assert "Connection refused" in (await client.message()).fields["M"]
+        assert there.guard.server_answers == {"users": False}
         _, server = await there.backends["orders"].session(there.ports["orders"])
         assert server is not None
+        assert there.guard.server_answers == {"users": False, "orders": True}
 
 
 async def test_from_one_listener_to_another_is_no_loop() -> None:

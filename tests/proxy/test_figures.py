@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
 from pgguard.attribution.findings import Activity
+from pgguard.proxy.dialling import Dial
 from pgguard.proxy.figures import BOUNDS, Durations, Turnaway
 from pgguard.proxy.losses import Loss, losses, spared
 from pgguard.wire.fields import build_error_response
 from tests.proxy.conftest import running, until
 from tests.proxy.fake_backend import part
-from tests.proxy.messages import COLUMNS, ONE_ROW, READY, SECONDS, SELECTED, Client, message, query, startup
+from tests.proxy.messages import (
+    COLUMNS,
+    ONE_ROW,
+    READY,
+    SECONDS,
+    SELECTED,
+    SSL_REQUEST,
+    TERMINATE,
+    Client,
+    message,
+    query,
+    startup,
+)
 
 if TYPE_CHECKING:
     from tests.proxy.conftest import House
@@ -56,6 +71,7 @@ async def test_sessions_requests_and_bytes_are_counted_also_of_those_that_are_ov
     await other.expect(BEGUN)
     seen = await house.guard.figures()
     assert (seen.clients, seen.introduced, seen.requests) == (2, 2, 4)
+    assert tuple(now - then for now, then in zip(seen.messages, before.messages, strict=True)) == (3 + 1, 3 * 4 + 2)
     assert seen.from_clients - before.from_clients == 3 * len(query("select 1")) + len(query("begin"))
     assert seen.from_servers - before.from_servers == 3 * len(ANSWER) + len(BEGUN)
     assert {what: count for what, count in seen.open.items() if count} == {
@@ -68,6 +84,7 @@ async def test_sessions_requests_and_bytes_are_counted_also_of_those_that_are_ov
     await until(lambda: len(house.guard.snapshot()) == 1)
     after = await house.guard.figures()
     assert (after.requests, sum(after.open.values())) == (4, 1)
+    assert after.messages == (seen.messages[0] + 1, seen.messages[1])  # Terminate
     assert not any(after.turned_away.values())
 
 
@@ -99,20 +116,51 @@ async def test_it_is_counted_why_clients_are_turned_away(backend: FakeBackend) -
     async with running(backend, startup_timeout=0.2) as house:
         await house.connect()
         assert await turned_away(house) == {Turnaway.LATE}
-        assert house.guard.server_answers is None
+        assert house.guard.server_answers == {}
     async with running(backend) as house:
         client = await house.connect()
         await client.send(startup())
         await (await backend.accept()).log_in(FAREWELL)
         await backend.close_all()
         assert await turned_away(house) == {Turnaway.LOGIN}
-        assert house.guard.server_answers is True
+        assert house.guard.server_answers == {None: True}
     async with running() as house:
         client = await Client.connect(house.port)
         await client.send(startup())
         assert await turned_away(house) == {Turnaway.NO_SERVER}
-        assert house.guard.server_answers is False
+        assert house.guard.server_answers == {None: False}
         await client.close()
+    async with running(backend) as house:
+        client = await house.connect()
+        await client.send(SSL_REQUEST)
+        await client.expect(b"N")
+        await client.close()
+        assert await turned_away(house) == {Turnaway.ENCRYPTION}
+
+
+async def test_a_client_that_has_only_looked_who_is_there_is_not_turned_away(backend: FakeBackend) -> None:
+    async with running(backend) as house:
+        for words in b"", SSL_REQUEST + TERMINATE:
+            client = await house.connect()
+            await client.send(words)
+            await client.close()
+        await until(lambda: house.guard.sessions == 2)
+        await house.guard.settled()
+        assert not any((await house.guard.figures()).turned_away.values())
+
+
+async def test_that_this_host_has_no_ports_left_is_not_the_servers_doing(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(_: Dial) -> None:
+        raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+
+    monkeypatch.setattr(Dial, "step", step)
+    async with running(backend) as house:
+        client = await house.connect()
+        await client.send(startup())
+        assert await turned_away(house) == {Turnaway.NO_ROOM}
+        assert house.guard.server_answers == {}
 
 
 def test_internal_errors_are_counted_by_what_they_cost() -> None:

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pgguard.attribution.findings import Activity
-from pgguard.faults.catalogue import Severity
+from pgguard.faults.catalogue import CATALOGUE, Severity
 from pgguard.faults.docket import Count
 from pgguard.faults.policy import Action
 from pgguard.proxy.figures import BOUNDS, Durations, Figures, Turnaway, Unnamed
@@ -16,7 +16,7 @@ from pgguard.proxy.losses import Loss
 from pgguard.reporting.metrics import exposition
 from pgguard.session.verdicts import Kind
 
-LABELS = {"kind", "severity", "action", "state", "reason", "direction", "cost", "evidence", "le"}
+LABELS = {"kind", "severity", "action", "state", "reason", "database", "direction", "cost", "evidence", "le"}
 BUILD = {"version", "form", "python_version"}
 
 
@@ -31,7 +31,9 @@ def figures(*, unnamed: Unnamed | None = Unnamed(5, 6, 7)) -> Figures:  # noqa: 
         clients=20,
         introduced=18,
         turned_away={why: 2 if why is Turnaway.LOGIN else 0 for why in Turnaway},
+        server_answers={"orders": True, "audit": False},
         requests=1000,
+        messages=(3000, 7000),
         from_clients=10,
         from_servers=11,
         added=added.measured(),
@@ -71,7 +73,11 @@ def test_what_is_counted_is_told() -> None:
         "pgguard_clients_total": 20,
         "pgguard_sessions_opened_total": 18,
         "pgguard_clients_refused_total{reason=login}": 2,
+        "pgguard_server_up{database=orders}": 1,
+        "pgguard_server_up{database=audit}": 0,
         "pgguard_requests_total": 1000,
+        "pgguard_messages_total{direction=frontend}": 3000,
+        "pgguard_messages_total{direction=backend}": 7000,
         "pgguard_forwarded_bytes_total{direction=frontend}": 10,
         "pgguard_forwarded_bytes_total{direction=backend}": 11,
         "pgguard_faults_total{action=logged}{kind=shared-by-processes}{severity=error}": 42,
@@ -87,6 +93,21 @@ def test_what_is_counted_is_told() -> None:
     }.items():
         assert told[name] == value, name
     assert told["process_resident_memory_bytes"] > 1_000_000
+
+
+def test_whatever_can_be_done_about_a_fault_is_counted_from_the_beginning() -> None:
+    """Or the first one would be no increase, and no alert's affair: of a guard that rejects, too."""
+    told = samples(scraped()[1])
+    for kind in Kind:
+        for severity in Severity:
+            can = {
+                action
+                for action in Action
+                if f"pgguard_faults_total{{action={action}}}{{kind={kind}}}{{severity={severity}}}" in told
+            }
+            assert Action.LOGGED in can
+            assert (Action.REJECTED in can) is CATALOGUE[kind].can_reject
+            assert (Action.DROPPED in can) is (kind in {Kind.MESSAGE_WHILE_IDLE, Kind.FOREIGN_TERMINATE})
 
 
 def test_durations_are_a_histogram() -> None:

@@ -11,7 +11,7 @@ from pgguard.reporting.metrics import STATES
 from pgguard.reporting.record import process_record, rfc3339, session_record
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from pgguard.attribution.capabilities import Capability
     from pgguard.attribution.evidence import Process
@@ -39,8 +39,8 @@ class Watched(Protocol):
         """The servers, each with where it listens for its clients."""
 
     @property
-    def server_answers(self) -> bool | None:
-        """Whether the server could be connected to the last time; ``None``: it wasn't tried."""
+    def server_answers(self) -> Mapping[str | None, bool]:
+        """By the name of the database, whether its server could be connected to the last time, if that was tried."""
 
     @property
     def lost_records(self) -> int:
@@ -171,7 +171,14 @@ def _cause(cause: KnownCause, spread: Spread) -> dict[str, Any]:
     }
 
 
-def figures_record(figures: Figures, counts: Sequence[Count], lost_records: int) -> dict[str, Any]:
+def servers_record(fronts: Sequence[Front], answers: Mapping[str | None, bool]) -> list[dict[str, Any]]:
+    """The servers, and whether each could be connected to the last time."""
+    return [{"name": front.name, "answers": answers.get(front.name)} for front in fronts]
+
+
+def figures_record(
+    figures: Figures, counts: Sequence[Count], fronts: Sequence[Front], lost_records: int
+) -> dict[str, Any]:
     """What the guard has done so far, in numbers."""
     faults: dict[tuple[str, str, str], int] = {}
     for count in counts:
@@ -183,7 +190,9 @@ def figures_record(figures: Figures, counts: Sequence[Count], lost_records: int)
         "clients": figures.clients,
         "opened": figures.introduced,
         "refused": {why.value: times for why, times in figures.turned_away.items()},
+        "servers": servers_record(fronts, figures.server_answers),
         "requests": figures.requests,
+        "messages": dict(zip(("frontend", "backend"), figures.messages, strict=True)),
         "bytes": {"frontend": figures.from_clients, "backend": figures.from_servers},
         "faults": [
             {"kind": kind, "severity": severity, "action": action, "times": times}
