@@ -30,7 +30,9 @@ class Collector(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.port = int(self.server_address[1])
         self.status = 200
-        """What it answers."""
+        self.more: dict[str, str] = {}
+        self.answer = b""
+        """What it answers: status, headers, body."""
         self.attempts = 0
         self.headers: list[dict[str, str]] = []
         self._requests: list[tuple[str, bytes]] = []
@@ -80,11 +82,25 @@ class Collector(ThreadingHTTPServer):
             for batch in ExportMetricsServiceRequest.FromString(body).resource_metrics:
                 for scoped in batch.scope_metrics:
                     for metric in scoped.metrics:
-                        found[metric.name] = [
-                            (_values(point.attributes), point.as_int or point.as_double)
-                            for point in metric.sum.data_points
-                        ]
+                        if metric.WhichOneof("data") == "sum":
+                            found[metric.name] = [
+                                (_values(point.attributes), point.as_int or point.as_double)
+                                for point in metric.sum.data_points
+                            ]
         return found
+
+    @property
+    def histograms(self) -> list[Any]:
+        """All of them that have come, as they were sent."""
+        return [
+            metric
+            for path, body in list(self._requests)
+            if path == "/v1/metrics"
+            for batch in ExportMetricsServiceRequest.FromString(body).resource_metrics
+            for scoped in batch.scope_metrics
+            for metric in scoped.metrics
+            if metric.WhichOneof("data") == "histogram"
+        ]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -95,8 +111,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         self.send_response(self.server.take(self.path, dict(self.headers.items()), body))
-        self.send_header("Content-Length", "0")
+        for name, value in self.server.more.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(self.server.answer)))
         self.end_headers()
+        self.wfile.write(self.server.answer)
 
     def log_message(self, *_: object) -> None:
         pass

@@ -9,19 +9,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsPartialSuccess, ExportLogsServiceResponse
 
 from pgguard.attribution.evidence import Container, Pod
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.fault import Fault
 from pgguard.faults.policy import Action
 from pgguard.proxy.errors import ConfigurationError
-from pgguard.reporting.otel import logs, sink
+from pgguard.proxy.figures import BOUNDS, Durations
+from pgguard.reporting.otel import logs, sink, wire
 from pgguard.reporting.otel.attributes import attributes_of, own_attributes, trace_of
 from pgguard.reporting.otel.sink import Otel
 from pgguard.reporting.record import to_record
@@ -33,6 +36,7 @@ from tests.proxy.fake_backend import FakeBackend
 from tests.proxy.messages import COLUMNS
 from tests.proxy.spawned import run, spawned
 from tests.reporting.collector import Collector, collecting
+from tests.reporting.test_metrics import figures
 
 __all__ = ["backend"]
 
@@ -252,6 +256,128 @@ def test_a_record_that_is_refused_keeps_no_other_waiting(collector: Collector, o
     collector.wait(lambda: bool(collector.logs))
     sent.close()
     assert [record["attributes"]["pgguard.fault.id"] for record in collector.logs] == [2]
+
+
+def test_what_a_collector_leaves_out_of_a_batch_is_counted(collector: Collector, otel: Callable[[], Otel]) -> None:
+    partial = ExportLogsPartialSuccess(rejected_log_records=2, error_message="too\nold")
+    collector.more = {"Content-Type": "application/x-protobuf"}
+    collector.answer = ExportLogsServiceResponse(partial_success=partial).SerializeToString()
+    sent = otel()
+    for n in range(3):
+        sent.record(fault(id=n))
+    with pytest.raises(SinkError, match="refuses 2 faults: too old") as raised:
+        sent.close()
+    assert raised.value.lost == 2
+    assert len(collector.logs) == 3
+
+
+@pytest.mark.parametrize(("kind", "answer"), [("text/html", b"\x0a\x02\x08\x05"), ("application/x-protobuf", b"\xff<")])
+def test_an_answer_that_is_none_means_nothing(
+    kind: str, answer: bytes, collector: Collector, otel: Callable[[], Otel]
+) -> None:
+    collector.more, collector.answer = {"Content-Type": kind}, answer
+    sent = otel()
+    sent.record(fault())
+    sent.close()
+    assert len(collector.logs) == 1
+
+
+def test_a_collector_that_asks_for_rest_gets_it(
+    collector: Collector, otel: Callable[[], Otel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(logs, "_AGAIN", 0.01)
+    pause = logs.OtelLogs._pause
+
+    def noted(own: logs.OtelLogs, seconds: float) -> None:
+        pauses.append(seconds)
+        pause(own, min(seconds, 0.01))
+
+    monkeypatch.setattr(logs.OtelLogs, "_pause", noted)
+    collector.status, collector.more = 429, {"Retry-After": "120"}
+    sent = otel()
+    sent.start(metrics=False)
+    sent.record(fault())
+    collector.wait(lambda: collector.attempts > 1)
+    collector.status, collector.more = 200, {}
+    collector.wait(lambda: bool(collector.logs))
+    sent.close()
+    assert 120.0 in pauses
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        ("0", 0),
+        ("7", 7),
+        ("99999999", 300),
+        ("", 0),
+        ("soon", 0),
+        ("-3", 0),
+        ("1e999", 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("Wed, 21 Oct 2599 07:28:00 GMT", 300),
+    ],
+)
+def test_for_how_long_it_asks(asked: str, seconds: float) -> None:
+    assert wire._rest(asked) == seconds
+
+
+def test_in_the_end_faults_do_not_wait_for_figures(
+    collector: Collector, otel: Callable[[], Otel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(logs, "_DELAY", 60)
+        monkeypatch.delenv("OTEL_BLRP_SCHEDULE_DELAY")
+        sent = otel()
+        sent.start()
+        sent.show(figures(), [], 0)
+        sent.record(fault())
+        closing = threading.Thread(target=sent.close)
+        closing.start()
+        collector.wait(lambda: bool(collector.logs))
+        assert sent._metrics is not None
+        closing.join(60)
+        assert not closing.is_alive()
+
+
+def histograms(collector: Collector) -> list[tuple[int, int, float, int, list[int]]]:
+    """Those of the time added: since when, how often, how long all in all, of which kind; and the buckets."""
+    return [
+        (point.start_time_unix_nano, point.count, point.sum, one.histogram.aggregation_temporality, counts)
+        for one in collector.histograms
+        if one.name == "pgguard.delay" and one.unit == "s"
+        for point in one.histogram.data_points
+        if list(point.explicit_bounds) == list(BOUNDS) and not point.HasField("max")
+        for counts in [list(point.bucket_counts)]
+    ]
+
+
+@pytest.mark.parametrize("preference", ["", "delta"])
+def test_durations_are_histograms(
+    preference: str, collector: Collector, otel: Callable[[], Otel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", preference)
+    sent = otel()
+    sent.start()
+    sent.show(figures(), [], 0)
+    collector.wait(lambda: len(histograms(collector)) > 2)
+    durations = Durations()
+    for seconds in (0.5e-6, 3e-6, 3e-6, 1e9, 3e-6):
+        durations.note(seconds)
+    sent.show(replace(figures(), added=durations.measured()), [], 0)
+    sent.close()
+    told = histograms(collector)
+    assert {one[3] for one in told} == {1 if preference else 2}
+    assert len({one[0] for one in told}) == (len(told) if preference else 1)
+    counts = [one[1] for one in told]
+    assert counts == sorted(counts) if not preference else (sum(counts) == 5 and counts[0] == 4)
+    assert told[0][4] == list(figures().added.times)
+    assert (told[-1] if not preference else next(one for one in told[1:] if one[1]))[4][2] == (1 if preference else 3)
 
 
 def test_in_the_end_it_is_not_waited_for_long(otel: Callable[[], Otel], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from opentelemetry._logs import LogRecord, SeverityNumber
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceResponse
 from opentelemetry.sdk._logs import ReadableLogRecord, ReadWriteLogRecord
 from opentelemetry.sdk._logs.export import LogRecordExportResult
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
@@ -26,7 +27,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_s
 from pgguard.faults.catalogue import Severity
 from pgguard.faults.text import counted, printable, shorten
 from pgguard.reporting.otel.attributes import EVENT, attributes_of, trace_of
-from pgguard.reporting.otel.wire import Wire
+from pgguard.reporting.otel.wire import Wire, line
 from pgguard.reporting.sinks import SinkError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _DELAY: Final = 1.0
 """The same of how many are sent at once (OTEL_BLRP_MAX_EXPORT_BATCH_SIZE), and for how many seconds the first of them
 waits for others (OTEL_BLRP_SCHEDULE_DELAY, in milliseconds)."""
 _AGAIN: Final = 5.0
-"""Seconds until it is tried once more, where the exporter has given up."""
+"""Seconds until it is tried once more, where the exporter has given up, unless the collector asks for more."""
 FLUSH: Final = 2.0
 """Seconds in the end for what is left to be sent."""
 _SEVERITIES: Final = {
@@ -81,7 +82,10 @@ class OtelLogs:
         self._is_away = False
         """It has not taken what was sent last."""
         self._refused = 0
-        """Faults that it doesn't take though it is there, and that have not been told of."""
+        """Faults that it doesn't take though it is there; the thread counts them, and has told why of the last one."""
+        self._why_refused = ""
+        self._told_refused = 0
+        """Those of them that have been told of."""
         self._thread = threading.Thread(target=self._run, name="pgguard otel", daemon=True)
 
     def __str__(self) -> str:
@@ -105,10 +109,16 @@ class OtelLogs:
         self._tell_of_refused()
 
     def _tell_of_refused(self) -> None:
-        refused = self._refused
+        refused = self._refused - self._told_refused
         if refused:
-            self._refused -= refused
-            raise SinkError(f"{self} refuses {counted(refused, 'fault')}: {self._wire.why}", lost=refused)
+            self._told_refused += refused
+            raise SinkError(f"{self} refuses {counted(refused, 'fault')}: {self._why_refused}", lost=refused)
+
+    def end(self) -> None:
+        """Begin to send what is left, at once; :meth:`close` waits for it."""
+        self._is_closing = True
+        self._wake.set()
+        self.start()
 
     def close(self, *, deadline: float = FLUSH) -> None:
         """Send what is left, within so many seconds.
@@ -116,15 +126,13 @@ class OtelLogs:
         Raises:
             SinkError: Not all of it was taken.
         """
-        self._is_closing = True
-        self._wake.set()
-        self.start()
+        self.end()
         self._thread.join(deadline)
         if self._thread.is_alive():
             # It wakes the exporter, which may wait to try once more.
             self._exporter.shutdown()  # type: ignore[no-untyped-call]
         if self._kept:
-            lost = len(self._kept) + self._refused
+            lost = len(self._kept) + self._refused - self._told_refused
             raise SinkError(f"{self} has not taken {counted(lost, 'fault')}: {self._wire.why}", lost=lost)
         self._tell_of_refused()
 
@@ -139,7 +147,7 @@ class OtelLogs:
                     continue
                 if self._is_closing:
                     return
-                self._pause(_AGAIN)
+                self._pause(max(_AGAIN, self._wire.rest))
             if self._is_closing:
                 self._exporter.shutdown()  # type: ignore[no-untyped-call]
                 return
@@ -162,13 +170,14 @@ class OtelLogs:
         if taken:
             for _ in faults:
                 self._kept.popleft()
+            self._note_refused(*self._left_out())
             self._at_once = min(2 * self._at_once, self._batch)
         elif len(faults) > 1:
             self._at_once = max(1, len(faults) // 2)
         elif self._wire.refuses:
             # It would be refused again and again, and keep all others waiting.
             self._kept.popleft()
-            self._refused += 1
+            self._note_refused(1, self._wire.why)
         if taken is self._is_away:
             self._is_away = not taken
             if taken:
@@ -181,6 +190,19 @@ class OtelLogs:
                     self._room,
                 )
         return taken
+
+    def _note_refused(self, faults: int, why: str) -> None:
+        if faults > 0:
+            self._why_refused = why
+            self._refused += faults
+
+    def _left_out(self) -> tuple[int, str]:
+        """How many it has left out of what it has taken, and why ("Partial Success" in OTLP's specification)."""
+        try:
+            partial = ExportLogsServiceResponse.FromString(self._wire.answer).partial_success
+        except Exception:  # it has answered something else
+            return 0, ""
+        return partial.rejected_log_records, line(partial.error_message) or "it doesn't say why"
 
     def _record(self, fault: Fault) -> ReadableLogRecord:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
@@ -73,12 +74,15 @@ class Otel:
             self._metrics.show(figures, counts, lost)
 
     def close(self) -> None:
-        """Send what is left, for some seconds at most. Raises SinkError: some of it can't be."""
+        """Send what is left, for some seconds at most, faults and figures at once. Raises SinkError: some can't be."""
         keep_quiet()
+        until = time.monotonic() + FLUSH
+        if self._logs is not None:
+            self._logs.end()
         if self._metrics is not None:
             self._metrics.close(deadline=FLUSH)
         if self._logs is not None:
-            self._logs.close()
+            self._logs.close(deadline=max(0.0, until - time.monotonic()))
 
 
 def _wanted(variables: Mapping[str, str]) -> frozenset[str]:
