@@ -1,7 +1,7 @@
 """Ask a guard whether it is there: an SSLRequest, which it answers with one byte, without bothering the server.
 
-It is asked wherever it listens: at ``PGGUARD_LISTEN``, or at what its configuration file says, of all databases. It
-says goodbye, so that it isn't taken for a client that leaves because there is no TLS.
+It is asked wherever it listens: at ``PGGUARD_LISTEN``, or at what its configuration file says, of all databases, or at
+its default. It says goodbye, so that it isn't taken for a client that leaves because there is no TLS.
 
 Exits with 0 when the guard answers everywhere, and with 1 and a line that says why when it doesn't.
 The protocol is in PostgreSQL's documentation, chapter "Message Flow", section "SSL Session Encryption".
@@ -19,6 +19,7 @@ from pathlib import Path
 SSL_REQUEST = struct.pack("!II", 8, 80877103)
 TERMINATE = b"X\0\0\0\4"
 SECONDS = 2.0
+DEFAULT = "127.0.0.1:6544"
 ANY = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - where to ask, nothing is bound
 
 
@@ -28,7 +29,7 @@ def listeners() -> list[str]:
     if given:
         return given
     config = tomllib.loads(Path(os.environ["PGGUARD_CONFIG"]).read_text())
-    said = [table["listen"] for table in config.get("databases") or [config]]
+    said = [table.get("listen", DEFAULT) for table in config.get("databases") or [config]]
     return [address for one in said for address in ([one] if isinstance(one, str) else one)]
 
 

@@ -25,7 +25,7 @@ import yaml
 
 from pgguard.attribution.privileges import Right
 from pgguard.faults.causes import CAUSES, RECORD_INTERVAL, SHARE_OF_AGE
-from pgguard.proxy.settings import IN_FILE_ALONE, Settings, load_settings
+from pgguard.proxy.settings import DEFAULT_LISTEN, IN_FILE_ALONE, Settings, load_settings
 from pgguard.reporting.otel.logs import ROOM
 from tests.proxy.spawned import Spawned, environment
 from tests.servers import not_installed
@@ -170,6 +170,9 @@ def test_the_health_check_asks_all_listeners_of_the_file(tmp_path: Path, guard: 
         config.write_text(text)
         done = check(PGGUARD_CONFIG=str(config))
         assert (done.returncode, done.stderr) == (0, "")
+    config.write_text("mode = 'log'")
+    done = check(PGGUARD_CONFIG=str(config))
+    assert done.returncode == 0 or done.stderr.startswith(f"{DEFAULT_LISTEN}: ")  # whoever may be there on this host
     config.write_text(f"listen = [{there[0]!r}, 'unix:{tmp_path}']")
     done = check(PGGUARD_CONFIG=str(config))
     assert done.returncode == 1
