@@ -91,7 +91,8 @@ class Wanted:
     cause: int | None = None
     """Only those that have had faults of this cause."""
     search: str = ""
-    """Only those in whose client, user, database, application name, pids or programs this stands, in any case."""
+    """Only those in whose client, user, database, application name, pids or programs this stands, in any case; or in
+    the name of the database that the guard has them go to."""
     behind: int = 0
     """Only those with a larger number."""
 
@@ -241,15 +242,8 @@ def _is_found(session: ProxiedSession, search: str) -> bool:
     What is shown is what there is, less its secrets: only where a text stands in the one it is looked for in the other.
     """
     facts = session.facts()
-    known = (facts.client, facts.user, facts.database, facts.application_name, facts.backend_pid)
-    said = f"session {facts.id} {' '.join(str(one) for one in known if one is not None)}"
-    if _stands_in(search, said):
-        shown = _discreet_facts(facts)
-        known = (facts.client, shown.user, shown.database, shown.application_name, facts.backend_pid)
-        if _stands_in(
-            search, f"session {facts.id} {' '.join(str(one) for one in known if one is not None)}", shown=True
-        ):
-            return True
+    if _stands_in(search, _told(facts)) and _stands_in(search, _told(_discreet_facts(facts)), shown=True):
+        return True
     processes = (_opener(session), *session.sightings.holders)
     return any(
         one is not None
@@ -262,6 +256,11 @@ def _is_found(session: ProxiedSession, search: str) -> bool:
 def _stands_in(search: str, text: str, *, shown: bool = False) -> bool:
     """Whether a text stands in another, or, unless that is what is shown, may do so with a secret left out."""
     return search in text.casefold() or (not shown and _LEFT_OUT in search)
+
+
+def _told(facts: SessionFacts) -> str:
+    known = (facts.client, facts.user, facts.database, facts.application_name, facts.through, facts.backend_pid)
+    return f"session {facts.id} {' '.join(str(one) for one in known if one is not None)}"
 
 
 def _spelled(process: Process) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 import urllib.request
 from typing import TYPE_CHECKING
 
@@ -60,3 +62,15 @@ def test_it_says_where_the_page_is_before_it_is_ready(tmp_path: Path) -> None:
             assert answer.status == 200
         with urllib.request.urlopen(page, timeout=30) as answer:
             assert b"<script src=" in answer.read()
+
+
+def test_a_command_is_watched_while_it_runs(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        page = f"127.0.0.1:{probe.getsockname()[1]}"
+    code = f"import urllib.request; print(urllib.request.urlopen('http://{page}/api/figures').read().decode())"
+    upstream = ["--upstream", "host=127.0.0.1 port=1"]
+    done = run("run", *upstream, "--admin", page, "--", sys.executable, "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"the live page is at http://{page}/" in done.stderr
+    assert '"clients":0' in done.stdout

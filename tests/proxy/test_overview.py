@@ -148,7 +148,10 @@ def many(count: int) -> list[ProxiedSession]:
     made = []
     for number in range(1, count + 1):
         name = URL if number == 7 else f"worker {number}"
-        facts = SessionFacts(number, "app", "app", name, "tcp", f"127.0.0.1:{number}", number, 0.0, tls=False)
+        through = "audit" if number > 98 else "orders"
+        facts = SessionFacts(
+            number, "app", "app", name, "tcp", f"127.0.0.1:{number}", number, 0.0, tls=False, through=through
+        )
         process = Process(100_000 + number, 1, 0.0, "ruby", ("puma", str(number)), 1)
         seen = SimpleNamespace(
             n=1, at=float(count - number), messages="Q", sql=b"SELECT 1", sql_cut=False, state="answered", sender=None
@@ -192,6 +195,7 @@ def causes_of(session_id: int) -> tuple[int, ...]:
         (Wanted(behind=98), [99, 100], 2),
         (Wanted(search="WORKER 99"), [99], 1),
         (Wanted(search="pid 100042"), [42], 1),
+        (Wanted(search="Audit"), [99, 100], 2),
         (Wanted(search="127.0.0.1:10", limit=1), [10], 2),
         (Wanted(limit=0), [], 100),
         (Wanted(search=SECRET), [], 0),

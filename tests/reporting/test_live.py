@@ -162,7 +162,7 @@ class TestAnswers:
             "live": True,
             "ready": True,
             "why_not_ready": None,
-            "server_answers": True,
+            "servers": [{"name": None, "answers": True}],
         }
         await part(client, backend)
 
@@ -301,7 +301,26 @@ class TestWhatIsNew:
         for one in of_causes(40):
             kept.record(one)
         assert 1 < kept.last - kept.gone < 40
-        assert sum(len(one.line) for one in kept.records(behind=0, limit=99, cause=None, newest=False)) <= 50_000
+        records, _ = kept.records(behind=0, limit=99, cause=None, newest=False)
+        assert sum(len(one.line) for one in records) <= 50_000
+
+    @pytest.mark.parametrize(("newest", "places"), [(False, [[1, 2], [3, 4], [5]]), (True, [[4, 5]])])
+    def test_what_is_handed_out_at_once_is_bounded_by_its_size_too(
+        self, newest: bool, places: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kept = Feed("x")
+        for one in of_causes(5):
+            kept.record(one)
+        monkeypatch.setattr(feed, "AT_ONCE", 2 * len(encode(SHARED)) + 100)
+        behind, seen = 0, []
+        for n in range(len(places)):
+            records, more = kept.records(behind=behind, limit=99, cause=None, newest=newest)
+            seen.append([one.place for one in records])
+            assert more is (newest or n < len(places) - 1)
+            behind = records[-1].place
+        assert seen == places
+        monkeypatch.setattr(feed, "AT_ONCE", 1)
+        assert len(kept.records(behind=0, limit=99, cause=None, newest=False)[0]) == 1
 
     def test_causes_and_their_sessions_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(feed, "CAUSES", 5)
@@ -392,6 +411,20 @@ class TestAccess:
             assert headers["cache-control"] == "no-store"
             assert headers["referrer-policy"] == "same-origin"
             assert "access-control-allow-origin" not in headers
+
+    async def test_what_is_asked_for_without_its_body_ends(self, site: LiveSite) -> None:
+        """As by HEAD: also of what goes on without an end, and then nobody follows it."""
+        for path in ("/", "/api/sessions", "/metrics", "/healthz", "/api/events", "/static/live.js"):
+            stream = await site._begin(path, "HEAD", b"", None, {})
+            with trio.fail_after(20):
+                answer = await stream.read()
+                assert isinstance(answer, h11.Response)
+                assert answer.status_code == 200
+                assert isinstance(await stream.read(), h11.EndOfMessage)
+                while await stream._stream.receive_some():
+                    pass
+            await stream._stream.aclose()
+        assert not site.admin.feed.has_followers.is_set()
 
     async def test_nothing_can_be_changed(self, site: LiveSite) -> None:
         for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):

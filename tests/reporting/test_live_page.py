@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,8 +18,9 @@ from pgguard.faults.docket import Count
 from pgguard.faults.fault import SessionFacts, Spread
 from pgguard.faults.policy import Action
 from pgguard.faults.sql import SqlMode, SqlText
-from pgguard.proxy.addresses import TcpAddress
+from pgguard.proxy.addresses import TcpAddress, parse_upstream
 from pgguard.proxy.overview import LastRequest, Overview, Seen, SessionSnapshot, Wanted
+from pgguard.proxy.settings import Front
 from pgguard.reporting.live.server import Admin
 from pgguard.session.verdicts import Kind, RequestState
 from tests.browser import Browser, browser
@@ -28,7 +29,7 @@ from tests.reporting.test_metrics import figures
 from tests.reporting.test_sequence import FORKED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from pgguard.faults.fault import Fault
@@ -39,13 +40,28 @@ FAULTS = 10_000
 HARM = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 SHARED = fault(story=FORKED, cause=1, run="a", id=1)
 TOKEN = "correct-horse-battery-staple"
+FRONTS = [
+    Front(name, parse_upstream(f"host={name}.internal sslmode=disable"), (TcpAddress("127.0.0.1", port),))
+    for name, port in (("orders", 6544), ("audit", 6545))
+]
 
 
 def session(number: int) -> SessionSnapshot:
     name = HARM if number == 1 else f"worker {number}"
     own = Process(10_000 + number, 1, NOW, "ruby", (f"puma: cluster worker {number}", name), 1)
     return SessionSnapshot(
-        facts=SessionFacts(number, "app", "app", name, "tcp", f"127.0.0.1:{number}", number, NOW, tls=False),
+        facts=SessionFacts(
+            number,
+            "app",
+            "app",
+            name,
+            "tcp",
+            f"127.0.0.1:{number}",
+            number,
+            NOW,
+            tls=False,
+            through=FRONTS[number % 2].name,
+        ),
         activity=Activity.BUSY if number % 3 == 0 else Activity.IDLE,
         requests=number,
         opener=own,
@@ -64,8 +80,10 @@ class Watched:
     admin: Admin
     requests: int = 0
     missing: tuple[()] = ()
-    fronts: tuple[()] = ()
-    server_answers = True
+    fronts: Sequence[Front] = tuple(FRONTS)
+    takes: float = 0.0
+    """Seconds to tell of sessions."""
+    server_answers: Mapping[str | None, bool] = field(default_factory=dict)
     lost_records = 0
 
     def __post_init__(self) -> None:
@@ -76,6 +94,7 @@ class Watched:
         return replace(figures(), at=NOW + self.requests / 100, requests=self.requests)
 
     async def overview(self, wanted: Wanted) -> Overview:
+        await trio.sleep(self.takes)
         causes = {number: (1,) if number <= 5 else () for number in range(1, SESSIONS + 1)}
         found = [
             Seen(one, causes[one.facts.id])
@@ -116,6 +135,7 @@ class Site:
 
     def __init__(self, admin: Admin) -> None:
         self.admin = admin
+        self.guard = Watched(admin)
         self.trio_token: trio.lowlevel.TrioToken
         self.url = ""
         self._ready = threading.Event()
@@ -127,7 +147,7 @@ class Site:
         self.url = f"http://{self.admin.addresses[0]}/"
         self.trio_token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.admin.serve, Watched(self.admin))
+            nursery.start_soon(self.admin.serve, self.guard)
             self._ready.set()
             await self._over.wait()
             nursery.cancel_scope.cancel()
@@ -248,6 +268,29 @@ def test_the_page_shows_very_many_sessions_and_faults_and_loses_none(shown: Brow
         assert (count(shown, "#causes > li"), count(shown, "#fault-rows tr")) == (4, 200)
         assert shown.evaluate("window.alert.name") == "alert"
         assert count(shown, "img") + count(shown, "script:not([src])") == 0
+
+
+def test_of_several_databases_it_says_which(shown: Browser) -> None:
+    with served(shown) as site:
+        shown.look_like(width=1280, height=900, scheme="light")
+        shown.open(site.url)
+        shown.wait_for("document.querySelectorAll('#session-rows tr').length === 100")
+        assert "through audit, from 127.0.0.1:1" in text(shown, "#session-rows tr:nth-child(1)")
+        assert "through orders, from 127.0.0.1:2" in text(shown, "#session-rows tr:nth-child(2)")
+        shown.wait_for("!document.getElementById('down').hidden")
+        assert text(shown, "#down").startswith("The server of audit could not be connected to for the last client")
+
+
+def test_what_is_chosen_while_the_guard_still_answers_holds(shown: Browser) -> None:
+    with served(shown) as site:
+        shown.open(site.url)
+        shown.wait_for("document.querySelectorAll('#session-rows tr').length === 100")
+        click(shown, "#pause")  # nothing is asked for but what is chosen
+        site.guard.takes = 0.5
+        for chosen, value in (("order", "newest"), ("state", "busy")):
+            shown.evaluate(f"document.getElementById({chosen!r}).value = {value!r}")
+            shown.evaluate(f"document.getElementById({chosen!r}).dispatchEvent(new Event('change'))")
+        shown.wait_for("document.getElementById('matching').textContent.includes('666 of them match')")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

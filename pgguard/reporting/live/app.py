@@ -40,7 +40,14 @@ from starlette.routing import Route
 from pgguard.proxy.overview import Order, Wanted
 from pgguard.reporting import page
 from pgguard.reporting.live.access import COOKIE
-from pgguard.reporting.live.api import causes_record, faults_json, figures_record, sessions_json, to_json
+from pgguard.reporting.live.api import (
+    causes_record,
+    faults_json,
+    figures_record,
+    servers_record,
+    sessions_json,
+    to_json,
+)
 from pgguard.reporting.live.asking import Asked, Guarded
 from pgguard.reporting.live.events import Events
 from pgguard.reporting.metrics import STATES, exposition
@@ -188,9 +195,7 @@ class Site:
         limit = _or(asked.number("limit", most=_FAULTS), _DEFAULT)
         newest = asked.one_of("newest", {"1": True, "0": False}, default=False)
         behind = self._feed.place_of(asked.text("after"))
-        found = self._feed.records(behind=behind, limit=limit + 1, cause=asked.number("cause"), newest=newest)
-        more = len(found) > limit
-        told = (found[1:] if newest else found[:-1]) if more else found
+        told, more = self._feed.records(behind=behind, limit=limit, cause=asked.number("cause"), newest=newest)
         return Response(faults_json(told, self._feed, more=more), media_type=_JSON)
 
     async def _causes(self, request: Request) -> Response:
@@ -203,11 +208,13 @@ class Site:
 
     async def figures(self) -> bytes:
         """What the guard has done so far, in one line of JSON."""
-        figures = await self._guard.figures()
-        return to_json(figures_record(figures, self._guard.counts(), self._guard.lost_records))
+        guard = self._guard
+        return to_json(figures_record(await guard.figures(), guard.counts(), guard.fronts, guard.lost_records))
 
     async def _events(self, request: Request) -> Response:
         asked = Asked(request, "after")
+        if request.method == "HEAD":
+            return Response(media_type=Events.media_type)
         if self._feed.is_full:
             raise HTTPException(503, "too many follow already", {"retry-after": "10"})
         last = request.headers.get("last-event-id") or asked.text("after") or None
@@ -249,7 +256,7 @@ class Site:
             "live": is_live,
             "ready": why is None,
             "why_not_ready": why,
-            "server_answers": self._guard.server_answers,
+            "servers": servers_record(self._guard.fronts, self._guard.server_answers),
         }
         is_well = (is_live or not live) and (why is None or not ready)
         return Response(to_json(told), 200 if is_well else 503, media_type=_JSON)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _PING: Final = 15.0
 """Seconds after which a follower is sent something, though nothing is new: whatever stands in between may close what is
 silent."""
-_TYPE: Final = "text/event-stream"
 
 
 @cache
@@ -39,8 +38,10 @@ class Events(Response):
         guard: Of which it is.
     """
 
+    media_type = "text/event-stream"
+
     def __init__(self, feed: Feed, last: str | None, guard: Watched) -> None:
-        super().__init__(media_type=_TYPE)
+        super().__init__()
         self._feed = feed
         self._last = last
         hello = {
@@ -62,7 +63,7 @@ class Events(Response):
         """Answer."""
         with self._feed.followed(self._last) as follower:
             told = _Told(self._feed, follower, self._hello)
-            await StreamingResponse(told, media_type=_TYPE)(scope, receive, send)
+            await StreamingResponse(told, media_type=self.media_type)(scope, receive, send)
 
 
 class _Told:

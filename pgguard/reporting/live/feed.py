@@ -42,6 +42,8 @@ CAUSES: Final = 4096
 _SESSIONS: Final = 64
 """Sessions of each, the latest ones."""
 _DIGITS: Final = 15
+AT_ONCE: Final = 2 << 20
+"""Bytes of records that are handed out at once, at most."""
 _SUMMARY: Final = 600
 """Characters of what is said of one."""
 
@@ -258,26 +260,29 @@ class Feed:
         """The place of the last record."""
         return self._last
 
-    def records(self, *, behind: int, limit: int, cause: int | None, newest: bool) -> list[Record]:
-        """Some of the records that are kept, in their order.
+    def records(self, *, behind: int, limit: int, cause: int | None, newest: bool) -> tuple[list[Record], bool]:
+        """Some of the records that are kept, in their order, and whether there are more.
 
         Args:
             behind: Only those with a larger place.
-            limit: How many, at most.
+            limit: How many, at most, and of :data:`AT_ONCE` bytes if they are several.
             cause: Only those of this cause; ``None``: of any.
             newest: If there are more, the last ones instead of the first.
         """
         found: list[Record] = []
+        size, has_more = 0, False
         for record in reversed(self._records) if newest else self._records:
             if record.place <= behind:
                 if newest:
                     break
                 continue
             if cause is None or record.cause == cause:
-                found.append(record)
-                if len(found) >= limit:
+                size += len(record.line)
+                has_more = len(found) >= limit or (size > AT_ONCE and bool(found))
+                if has_more:
                     break
-        return found[::-1] if newest else found
+                found.append(record)
+        return found[::-1] if newest else found, has_more
 
     @property
     def causes(self) -> list[KnownCause]:

@@ -181,6 +181,11 @@
       ],
     });
     plot("connections", "New connections a second", { lines: [{ points: connections, name: "frontend" }] });
+    const down = latest.servers.filter((one) => one.answers === false);
+    at("down").hidden = down.length === 0;
+    at("down").textContent = down.length
+      ? `The server${down[0].name === null ? "" : ` of ${down.map((one) => one.name).join(", ")}`} could not be connected to for the last client: the guard's log says why.`
+      : "";
     const times = latest.faults.reduce((sum, one) => sum + one.times, 0);
     const refused = Object.values(latest.refused).reduce((sum, number) => sum + number, 0);
     const parts = [
@@ -215,6 +220,7 @@
     });
     const isSame = items.length === list.children.length && items.every((item, n) => item === list.children[n]);
     if (!isSame) list.replaceChildren(...items);
+    document.title = shown.length ? `(${shown.length}) pgguard: live` : "pgguard: live";
     at("no-causes").hidden = shown.length > 0;
     at("no-causes").textContent = causes.length ? "Nothing since the view was cleared." : "No fault has been recorded.";
     const hidden = causes.length - shown.length;
@@ -281,7 +287,8 @@
     const { session } = told;
     const who = [make("div", {}, theirs(session.user || "unknown"), " / ", theirs(session.database || "unknown"))];
     if (session.application_name) who.push(make("div", { class: "muted" }, theirs(session.application_name)));
-    who.push(make("div", { class: "muted" }, session.client || "Unix socket"));
+    const way = session.through ? `through ${session.through}, from ` : "";
+    who.push(make("div", { class: "muted" }, `${way}${session.client || "a Unix socket"}`));
     if (told.state === undefined) {
       return make(
         "tr", { class: "over" }, make("th", { scope: "row", "data-name": "Session" }, String(session.id)), cell("Who", {}, ...who),
@@ -308,7 +315,9 @@
   }
 
   let asking = false;
+  let isToAskAgain = false;
   async function showSessions() {
+    isToAskAgain = asking; // what has been chosen meanwhile holds
     if (asking) return;
     asking = true;
     try {
@@ -328,6 +337,7 @@
       at("matching").textContent = "The guard doesn't say which sessions there are.";
     } finally {
       asking = false;
+      if (isToAskAgain) showSessions();
     }
   }
 
@@ -418,7 +428,7 @@
         causes = (await (await ask("/api/causes")).json()).causes;
         showCauses();
       }
-      await showSessions();
+      if (!asking) await showSessions();
     } catch (error) {
       needsCauses = true;
     }
