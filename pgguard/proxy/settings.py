@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -72,6 +73,22 @@ class KindSettings(BaseModel):
     action: KindAction
 
 
+def _listed(listen: Any) -> Any:
+    """Let ``listen = "ADDR"`` stand for a list of one."""
+    return [listen] if isinstance(listen, str) else listen
+
+
+def _with_actions(kinds: Any) -> Any:
+    """Let ``KIND = "ACTION"`` stand for a table with nothing but an action."""
+    if not isinstance(kinds, dict):
+        return kinds
+    return {kind: {"action": value} if isinstance(value, str) else value for kind, value in kinds.items()}
+
+
+Listen = Annotated[list[str], Field(min_length=1), BeforeValidator(_listed)]
+Kinds = Annotated[dict[Kind, KindSettings], BeforeValidator(_with_actions)]
+
+
 class DatabaseSettings(BaseModel):
     """What the configuration file says about one of several servers."""
 
@@ -80,21 +97,11 @@ class DatabaseSettings(BaseModel):
     name: Annotated[str, Field(pattern=_NAME)]
     """What it is called in records, and by the guard: no other one is."""
     upstream: Annotated[str, Field(min_length=1)]
-    listen: Annotated[list[str], Field(min_length=1)]
+    listen: Listen
     mode: Mode | None = None
     """``None``: as for all."""
-    kinds: dict[Kind, KindSettings] = {}
+    kinds: Kinds = {}
     """Of kinds that aren't in it, what is said for all holds."""
-
-    @field_validator("listen", mode="before")
-    @classmethod
-    def _one_alone(cls, listen: Any) -> Any:
-        return _listed(listen)
-
-    @field_validator("kinds", mode="before")
-    @classmethod
-    def _actions_alone(cls, kinds: Any) -> Any:
-        return _with_actions(kinds)
 
 
 class Front(NamedTuple):
@@ -112,18 +119,6 @@ class Front(NamedTuple):
         return "--upstream" if self.name is None else f"databases.{self.name}.upstream"
 
 
-def _listed(listen: Any) -> Any:
-    """Let ``listen = "ADDR"`` stand for a list of one."""
-    return [listen] if isinstance(listen, str) else listen
-
-
-def _with_actions(kinds: Any) -> Any:
-    """Let ``KIND = "ACTION"`` stand for a table with nothing but an action."""
-    if not isinstance(kinds, dict):
-        return kinds
-    return {kind: {"action": value} if isinstance(value, str) else value for kind, value in kinds.items()}
-
-
 class Settings(BaseModel):
     """Everything that can be set, by the names that it has in the configuration file."""
 
@@ -131,7 +126,7 @@ class Settings(BaseModel):
 
     upstream: str = ""
     """A libpq connection string; empty: what libpq's own variables say."""
-    listen: Annotated[list[str], Field(min_length=1)] = [DEFAULT_LISTEN]
+    listen: Listen = [DEFAULT_LISTEN]
     tls_cert: str = ""
     """The certificate that clients are shown, or ``self-signed``; empty: they are offered no TLS."""
     tls_key: Path | None = None
@@ -159,7 +154,7 @@ class Settings(BaseModel):
     """Seconds for a client to say who it is: as long as PostgreSQL's ``authentication_timeout`` unless that is set."""
     shutdown_timeout: Seconds = 8.0
     """Seconds for sessions to finish when the guard is told to stop."""
-    kinds: dict[Kind, KindSettings] = {}
+    kinds: Kinds = {}
     databases: list[DatabaseSettings] = []
     """Several servers, each with listeners of its own; instead of ``upstream`` and ``listen``."""
     _source: Path | None = PrivateAttr(default=None)
@@ -186,16 +181,6 @@ class Settings(BaseModel):
         if isinstance(value, bool) or (isinstance(value, str) and info.field_name not in typed):
             raise ValueError
         return value
-
-    @field_validator("listen", mode="before")
-    @classmethod
-    def _one_alone(cls, listen: Any) -> Any:
-        return _listed(listen)
-
-    @field_validator("kinds", mode="before")
-    @classmethod
-    def _actions_alone(cls, kinds: Any) -> Any:
-        return _with_actions(kinds)
 
     def admin_address(self) -> TcpAddress | None:
         """Where the live page is; ``None`` for nowhere."""

@@ -21,6 +21,7 @@ from pgguard.proxy.settings import Settings
 from pgguard.reporting.sinks import Fanout
 from tests.proxy.fake_backend import BackendConnection, FakeBackend
 from tests.proxy.messages import SECONDS, Client
+from tests.tls.certificates import Authority
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pgguard.attribution.witness import Witness
     from pgguard.faults.fault import Fault
     from pgguard.proxy.ends import End
+    from tests.tls.certificates import Pair
 
 
 class ListSink:
@@ -160,6 +162,23 @@ async def house(backend: FakeBackend) -> AsyncIterator[House]:
     """A guard in ``log`` mode."""
     async with running(backend) as house:
         yield house
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("certificates"), "authority")
+
+
+@pytest.fixture(scope="module")
+def pair(authority: Authority) -> Pair:
+    """A server's certificate, and its key."""
+    return authority.issue("server", "server", ("localhost", "127.0.0.1"))
+
+
+@pytest.fixture
+def empty_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A home directory without libpq's files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
 
 
 @pytest.fixture(autouse=True)

@@ -25,11 +25,6 @@ from tests.tls.certificates import KEY_PASSWORD, Authority
 _ASK = "set its passphrase"
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("certificates"), "authority")
-
-
 @pytest.fixture
 def context() -> ssl.SSLContext:
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

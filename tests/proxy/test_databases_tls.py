@@ -38,20 +38,7 @@ if TYPE_CHECKING:
     from tests.proxy.fake_backend import BackendConnection
     from tests.tls.certificates import Pair
 
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("certificates"), "authority")
-
-
-@pytest.fixture(scope="module")
-def pair(authority: Authority) -> Pair:
-    return authority.issue("server", "server", ("localhost", "127.0.0.1"))
-
-
-@pytest.fixture(autouse=True)
-def _no_files_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("empty_home")
 
 
 async def by_tls(there: Street, name: str) -> Client:

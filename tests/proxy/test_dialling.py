@@ -45,24 +45,11 @@ from tests.tls.certificates import Authority, self_signed
 if TYPE_CHECKING:
     from tests.tls.certificates import Pair
 
+pytestmark = pytest.mark.usefixtures("empty_home")
+
 STARTUP = startup(user="someone")
 LONG_ANSWER = COLUMNS + ONE_ROW * 100_000 + SELECTED + READY
 REFUSED = message("E", b"SFATAL\0VFATAL\0C28000\0Mno pg_hba.conf entry\0\0")
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("certificates"), "authority")
-
-
-@pytest.fixture(scope="module")
-def pair(authority: Authority) -> Pair:
-    return authority.issue("server", "server", ("localhost", "127.0.0.1"))
-
-
-@pytest.fixture(autouse=True)
-def _no_files_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
 
 
 def _where(backend: FakeBackend, rest: str) -> str:
