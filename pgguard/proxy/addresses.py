@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 DEFAULT_PORT: Final = 5432
+_TO_CONNECT: Final = 10.0
+"""Seconds for an address to accept a connection where nothing is said of it: libpq would wait for as long as the system
+does, which is minutes."""
 SOCKET_DIRECTORIES: Final = ("/var/run/postgresql", "/tmp")  # noqa: S108 - where Debian's and PostgreSQL's own libpq look
 _ATTRIBUTES: Final = frozenset({"read-write", "read-only", "primary", "standby", "prefer-standby"})
 """What ``target_session_attrs`` may ask for, but for ``any``: "Parameter Key Words" in the chapter on libpq."""
@@ -73,14 +76,20 @@ class Upstream:
     """Where PostgreSQL is: addresses to try in order."""
 
     addresses: tuple[Address, ...]
-    connect_timeout: float
-    """Seconds for each address."""
+    connect_timeout: float | None
+    """Seconds for each address, TLS included, as they were given. ``None``: what has accepted a connection is waited
+    for without end, as libpq does."""
     tls: ServerTls | None = field(default=None, compare=False)
     """How connections over TCP are encrypted; ``None``: they aren't."""
     peer: str = ""
     """The user that a server on a Unix socket has to run as: ``requirepeer``; nothing: any."""
     remark: str | None = None
     """What was made of what the user wrote, where that has to be said."""
+
+    @property
+    def seconds_to_connect(self) -> float:
+        """For each address to accept a connection."""
+        return _TO_CONNECT if self.connect_timeout is None else self.connect_timeout
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.addresses))
@@ -356,12 +365,12 @@ def _default_address(port: int) -> Address:
     return TcpAddress("localhost", port)
 
 
-def _connect_timeout(settings: dict[str, str], *, may_be_shown: bool) -> float:
-    """Seconds as ``connect_timeout`` says; 0, negative or nothing, libpq's waiting without end, is 10 here."""
+def _connect_timeout(settings: dict[str, str], *, may_be_shown: bool) -> float | None:
+    """Seconds as ``connect_timeout`` says; 0, negative or nothing stands for no limit, as in libpq."""
     text = settings.get("connect_timeout", "0")
     try:
         seconds = int(text if len(text) <= _DIGITS else "")
     except ValueError:
         shown = f"connect_timeout={text}" if may_be_shown else "connect_timeout"
         raise ConfigurationError(f"--upstream: {shown} is not a number of seconds") from None
-    return float(seconds) if seconds > 0 else 10.0
+    return float(seconds) if seconds > 0 else None

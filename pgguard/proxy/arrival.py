@@ -6,7 +6,8 @@ It comes from one state to the next as its sockets become ready, in the sweep's 
 heard              what it says is read, until it is known what it wants (:mod:`pgguard.proxy.greeting`); if it may
                    have TLS, and wants it, there is a handshake in between (:mod:`pgguard.proxy.transport`)
 in line            it waits for its turn to be let through to the server (:mod:`pgguard.proxy.gate`)
-being connected    the server is dialled (:mod:`pgguard.proxy.dialling`)
+being connected    the server is dialled (:mod:`pgguard.proxy.dialling`), for as long as the client waits for it if
+                   the upstream has no ``connect_timeout``
 introduced         the sweep has it
 seen off           it is told the last that it gets, and given a moment to read it and to close
 =================  =================================================================================================
@@ -39,12 +40,13 @@ from pgguard.faults.text import named
 from pgguard.identity import Sender
 from pgguard.proxy.admission import too_many
 from pgguard.proxy.dialling import BACKLOG_PAUSE, Dial, Progress
+from pgguard.proxy.endings import check_peer
 from pgguard.proxy.figures import Turnaway
 from pgguard.proxy.greeting import Conversation, Dismissal, Encryption, Step, refusal
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.relay import FAILED
 from pgguard.proxy.transport import Handshake, HandshakeFailed
-from pgguard.proxy.upstream import UpstreamUnavailable, ask, introduce, relay_cancel
+from pgguard.proxy.upstream import UpstreamUnavailable, ask, introduce, relay_cancel, too_late
 from pgguard.session.tracker import Tracker
 from pgguard.wire.fields import build_error_response
 from pgguard.wire.startup import ACCEPTED, DECLINED, PROTOCOL, RECEIVE_BUFFER, PacketKind
@@ -70,6 +72,8 @@ _INTRODUCTION: Final = 0.25
 _TRACKED_MAJOR: Final = 3
 _IN: Final = select.EPOLLIN
 _OUT: Final = select.EPOLLOUT
+_END: Final = select.EPOLLRDHUP
+_OVER: Final = select.EPOLLHUP | select.EPOLLERR
 _TERMINATE: Final = b"X\0\0\0\x04"
 _REST: Final = 65536
 """Bytes that are read at once of what a client still says that is seen off."""
@@ -492,6 +496,7 @@ class Arrival:
         """Come closer to the one address that the server has."""
         lobby, upstream = self._reception.lobby, self._reception.upstream
         [address] = upstream.addresses
+        begins = self._next != self._dial_on
         try:
             dial = self._dial
             if dial is None:
@@ -499,30 +504,50 @@ class Arrival:
             while (progress := dial.step()) is Progress.ANEW:
                 lobby.unwatch(dial.sock.fileno())
                 dial.renew()
+                begins = begins or upstream.connect_timeout is None
         except OSError as error:
             raise UpstreamUnavailable([(address, error)]) from error
         if progress is Progress.MADE:
             self._introduce(dial, address)
             return
-        if self._next != self._dial_on:
+        if begins:
             self._next = self._dial_on
-            lobby.give(self, upstream.connect_timeout, self._run_out_of_time)
+            lobby.give(self, upstream.seconds_to_connect, self._run_out_of_time)
         if progress is Progress.NO_ROOM:
             lobby.give(dial, BACKLOG_PAUSE, self.go_on)
         else:
             lobby.watch(dial.sock.fileno(), _IN if progress is Progress.WAITING else _OUT, self.go_on)
 
     def _run_out_of_time(self) -> None:
-        """There is no more time to connect it."""
-        upstream, dial = self._reception.upstream, self._dial
+        """There is no more time to connect it, unless the server may take as long as the client waits."""
+        lobby, upstream, dial = self._reception.lobby, self._reception.upstream, self._dial
         [address] = upstream.addresses
         if dial is not None:
-            self._reception.lobby.unwatch(dial.sock.fileno())
+            lobby.unwatch(dial.sock.fileno())
             if dial.make_do():
                 self._introduce(dial, address)
                 return
-        error = TimeoutError(f"no answer within {upstream.connect_timeout:g} s")
-        self._turn_back(UpstreamUnavailable([(address, error)]))
+            if dial.is_accepted and upstream.connect_timeout is None:
+                lobby.give(self, upstream.seconds_to_connect, self._run_out_of_time)
+                self._watch_client()
+                self.go_on()
+                return
+        self._turn_back(UpstreamUnavailable([(address, too_late(upstream, dial))]))
+
+    def _watch_client(self) -> None:
+        """See to it that the server isn't waited for when the client is gone."""
+        if not self._awaits:
+            self._awaits = _END
+            self._reception.lobby.watch(self._sock.fileno(), _END, self._see_end)
+
+    def _see_end(self, events: int) -> None:
+        """The client has ended its stream, or is gone."""
+        if events & _OVER:
+            logger.info("%s: the client left before the server had answered", self.session)
+            self.leave()
+        else:
+            self._reception.lobby.watch(self._sock.fileno(), 0, self._see_end)  # that it is gone is told anyway
+            check_peer(self._sock)
 
     def _hang_up(self) -> None:
         """Give up the connection to the server."""
@@ -542,6 +567,7 @@ class Arrival:
             reception.roster.counters.turn_away(Turnaway.ENCRYPTION)
             self._see_off(refusal(greeting) if answer is None else answer)
         else:
+            reception.lobby.give(self, reception.upstream.seconds_to_connect, self._watch_client)
             self._dial, address = await introduce(reception.upstream, packet)
             self._introduce(self._dial, address)
 

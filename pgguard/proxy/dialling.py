@@ -198,6 +198,11 @@ class Dial:
         self._step: Callable[[], Progress | None] = self._begin if sock is None else self._settle_method
         """What comes next; it returns ``None`` if what follows doesn't wait."""
 
+    @property
+    def is_accepted(self) -> bool:
+        """Whether there is somebody who has accepted it: what it waits for is what that one says."""
+        return self._step not in (self._begin, self._connect)
+
     def close(self) -> None:
         """Give it up."""
         self.sock.close()

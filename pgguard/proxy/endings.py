@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from pgguard.identity import Sender
-    from pgguard.proxy.ends import End
+    from pgguard.proxy.ends import End, Socket
     from pgguard.proxy.judge import Judge, Ruling
     from pgguard.proxy.relay import Relay
     from pgguard.proxy.session import ProxiedSession
@@ -149,7 +149,7 @@ class Endings:
         if session.login is not None and not end.is_client:
             end.held += session.end_login()
         if end.is_client and first and not reset and session.transport == "tcp":
-            _check_peer(end)
+            check_peer(end.sock)
         if end.is_client and reset:
             # What it sent is still for the server, which may not read it before it has got rid of its answers.
             end.writing = Writing.GONE
@@ -303,7 +303,7 @@ def _is_inside_message(session: ProxiedSession) -> bool:
         return True
 
 
-def _check_peer(client: End) -> None:
+def check_peer(client: Socket) -> None:
     """Have the kernel find out whether who has ended a TCP stream is gone, or waits for what is still to come.
 
     Both end it with the same FIN. But of a socket that was closed nothing is left after a minute, and a keepalive
@@ -312,4 +312,4 @@ def _check_peer(client: End) -> None:
     """
     with suppress(OSError):
         for option in (socket.TCP_KEEPINTVL, socket.TCP_KEEPIDLE):
-            client.sock.setsockopt(socket.IPPROTO_TCP, option, _CHECK_SECONDS)
+            client.setsockopt(socket.IPPROTO_TCP, option, _CHECK_SECONDS)

@@ -40,6 +40,10 @@ class Problem(Enum):
     WRONG_USER = "its socket is another user's"
 
 
+class SilentServerError(TimeoutError):
+    """A server has accepted a connection, and says nothing."""
+
+
 class UnfitServerError(ConnectionError):
     """A server can be connected to, and isn't used; the message is a clause that says why.
 

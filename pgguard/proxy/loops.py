@@ -24,7 +24,7 @@ import trio
 
 from pgguard.attribution.sockets import peer_pid
 from pgguard.proxy.addresses import TcpAddress
-from pgguard.proxy.errors import LeadsBackError, UnfitServerError
+from pgguard.proxy.errors import LeadsBackError, SilentServerError, UnfitServerError
 from pgguard.proxy.remedies import hints
 from pgguard.proxy.upstream import UpstreamUnavailable, dial_to, post, reason
 from pgguard.wire.startup import CancelKey
@@ -102,6 +102,12 @@ class LoopWatch:
         where = ", ".join(f"{address} ({reason(error)})" for address, error in failures.items())
         if len(failures) < len(self._upstream.addresses):
             return f"{self._server} can't be reached at {where}, so only its other addresses are used"
+        may_last = self._upstream.connect_timeout is None
+        if may_last and all(isinstance(error, SilentServerError) for error in failures.values()):
+            return (
+                f"{self._server} says nothing at {where}, so clients wait until it does: check that it isn't stopped, "
+                f"and that {self._setting} is right"
+            )
         unfit = [error for error in failures.values() if isinstance(error, UnfitServerError)]
         remedies = (hint for error in unfit for hint in hints(error, through=self._name, unix=False, ipv4=False))
         advice = (
@@ -166,7 +172,7 @@ class LoopWatch:
 
     async def _send(self, address: Address) -> None:
         """Send the mark and wait until whoever has got it is done with it."""
-        seconds = min(_SECONDS * _CONNECTING, self._upstream.connect_timeout)
+        seconds = min(_SECONDS * _CONNECTING, self._upstream.seconds_to_connect)
         try:
             dial = await dial_to(address, replace(self._upstream, connect_timeout=seconds))
         except (OSError, UnicodeError) as error:

@@ -16,7 +16,7 @@ import trio
 from pgguard.faults.text import printable, shorten
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress, Upstream
 from pgguard.proxy.dialling import BACKLOG_PAUSE, CANNOT_CONNECT_NOW, Dial, Progress, family_of, is_direct
-from pgguard.proxy.errors import UnfitServerError
+from pgguard.proxy.errors import SilentServerError, UnfitServerError
 from pgguard.proxy.losses import Loss, spared
 from pgguard.proxy.remedies import hints, is_want
 from pgguard.wire.fields import parse_fields, parse_severity
@@ -160,6 +160,8 @@ async def dial_to(
 ) -> Dial:
     """Connect to one address.
 
+    What has accepted the connection may take as long as it likes if the upstream has no ``connect_timeout``.
+
     Args:
         address: where to.
         upstream: how.
@@ -168,27 +170,35 @@ async def dial_to(
         is_plain: without TLS, whatever the upstream says.
 
     Raises:
-        OSError: it can't be connected to, or not in time (TimeoutError), or isn't used (UnfitServerError).
+        OSError: it can't be connected to, or not in time (TimeoutError), or says nothing in time (SilentServerError),
+            or isn't used (UnfitServerError).
         UnicodeError: it is no name that the DNS could know.
     """
     dial: Dial | None = None
     is_made = False
+    seconds = upstream.seconds_to_connect
     try:
-        with trio.move_on_after(upstream.connect_timeout):
+        with trio.move_on_after(seconds) as limit:
             make = partial(Dial, address, upstream, startup, listens=listens, is_plain=is_plain)
             if isinstance(address, TcpAddress) and not is_direct(address):
                 dial = await _dial_by_name(address, make)
             else:
                 dial = make()
-            await _go_on(dial, _NOT_NOW_SECONDS if listens else math.inf)
+            await _go_on(dial, upstream, limit, _NOT_NOW_SECONDS if listens else seconds)
             is_made = True
         is_made = is_made or (dial is not None and dial.make_do())
     finally:
         if dial is not None and not is_made:
             dial.close()
     if dial is None or not is_made:
-        raise TimeoutError(f"no answer within {upstream.connect_timeout:g} s")
+        raise too_late(upstream, dial)
     return dial
+
+
+def too_late(upstream: Upstream, dial: Dial | None) -> TimeoutError:
+    """Why a connection is given up that hasn't been made in time."""
+    error = SilentServerError if dial is not None and dial.is_accepted else TimeoutError
+    return error(f"no answer within {upstream.seconds_to_connect:g} s")
 
 
 async def _dial_by_name(address: TcpAddress, make: Callable[..., Dial]) -> Dial:
@@ -203,26 +213,33 @@ async def _dial_by_name(address: TcpAddress, make: Callable[..., Dial]) -> Dial:
         raise
 
 
-async def _go_on(dial: Dial, patience: float) -> None:
+async def _go_on(dial: Dial, upstream: Upstream, limit: trio.CancelScope, patience: float) -> None:
     """Go on with a connection without a task, which trio takes for each of the addresses that a name may have.
 
     Args:
         dial: the connection.
+        upstream: how long it may take.
+        limit: ends it when it has taken so long.
         patience: seconds to wait for the first answer. Without it the connection is made as well.
 
     Raises:
         OSError: it can't be made.
     """
+    may_last = upstream.connect_timeout is None
     while (progress := dial.step()) is not Progress.MADE:
+        if may_last and dial.is_accepted:
+            limit.deadline = math.inf
         if progress is Progress.UNDER_WAY:
             await trio.lowlevel.wait_writable(dial.sock)
         elif progress is Progress.WAITING:
-            with trio.move_on_after(patience) as limit:
+            with trio.move_on_after(patience) as moment:
                 await trio.lowlevel.wait_readable(dial.sock)
-            if limit.cancelled_caught and dial.make_do():
+            if moment.cancelled_caught and dial.make_do():
                 return
         elif progress is Progress.ANEW:
             dial.renew()
+            if may_last:
+                limit.deadline = trio.current_time() + upstream.seconds_to_connect
         else:
             await trio.sleep(BACKLOG_PAUSE)
 
@@ -260,7 +277,7 @@ async def relay_cancel(upstream: Upstream, packet: bytes) -> None:
     failures: list[tuple[Address, BaseException]] = []
     for address in upstream.addresses:
         try:
-            with trio.fail_after(upstream.connect_timeout + _CANCEL_TIMEOUT):
+            with trio.fail_after(upstream.seconds_to_connect + _CANCEL_TIMEOUT):
                 await post(await dial_to(address, upstream), packet)
         except trio.TooSlowError:
             failures.append((address, TimeoutError(f"the CancelRequest was not taken within {_CANCEL_TIMEOUT:g} s")))

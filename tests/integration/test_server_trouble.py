@@ -194,7 +194,7 @@ def test_a_server_that_is_not_there(where: str, tmp_path: Path) -> None:
 def test_a_server_that_comes_back_at_its_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = Address("127.0.0.1", listener.getsockname()[1])
-    with running_guard(f"{address.conninfo} sslmode=disable") as guard:
+    with running_guard(address) as guard:
         _assert_unavailable(guard, "Connection refused")
         with (
             socket.create_server(("127.0.0.1", address.port)) as listener,
@@ -227,11 +227,12 @@ def test_a_host_that_can_not_be_reached(deaf: Address) -> None:
         guard.assert_no_faults()
 
 
-def test_a_server_that_takes_connections_out_of_its_backlog_late() -> None:
+@pytest.mark.parametrize("settings", ["", "connect_timeout=1 sslmode=disable"])
+def test_a_server_that_takes_connections_out_of_its_backlog_late(settings: str) -> None:
     """A stopped postmaster: the kernel has accepted in its place, so the client waits, as it does without the guard."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = Address("127.0.0.1", listener.getsockname()[1])
-        with running_guard(f"host={address.host} port={address.port} connect_timeout=1 sslmode=disable") as guard:
+        with running_guard(f"host={address.host} port={address.port} {settings}") as guard:
             with closing(Bare(guard.tcp)) as client:
                 time.sleep(1.5)
                 assert client.outcome(_QUIET) == (b"", "none")
@@ -251,7 +252,7 @@ def test_the_next_of_several_hosts_is_taken(server: Server, deaf: Address) -> No
     with socket.create_server(("127.0.0.1", 0)) as listener:
         first = listener.getsockname()[1]
     ports = f"{first},{deaf.port},{server.tcp.port}"
-    with running_guard(f"host=127.0.0.1,127.0.0.1,127.0.0.1 port={ports} connect_timeout=1 sslmode=disable") as guard:
+    with running_guard(f"host=127.0.0.1,127.0.0.1,127.0.0.1 port={ports} connect_timeout=1") as guard:
         with psycopg.connect(guard.tcp.conninfo) as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
             with (

@@ -205,13 +205,17 @@ def is_mark(packet: bytes) -> bool:
 
 
 def accept(listener: socket.socket) -> socket.socket:
-    """Accept the next client that wants to log in; a guard's mark is ignored, as a server does."""
+    """Accept the next client that wants to log in, without TLS; a guard's mark is ignored, as a server does."""
     listener.settimeout(SECONDS)
     while True:
         sock, _ = listener.accept()
         sock.settimeout(SECONDS)
-        if not is_mark(_startup(sock)):
-            return sock
+        with suppress(ConnectionResetError):
+            if _startup(sock) == SSL_REQUEST:
+                sock.recv(len(SSL_REQUEST))
+                sock.sendall(b"N")
+            if not is_mark(_startup(sock)):
+                return sock
         sock.close()
 
 

@@ -11,7 +11,7 @@ import signal
 import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,8 @@ import trio
 from pgguard.cli.doctor import doctor
 from pgguard.proxy.addresses import TcpAddress
 from pgguard.proxy.arrival import Arrival
-from tests.proxy.conftest import House, running
+from pgguard.proxy.dialling import Dial, Progress
+from tests.proxy.conftest import House, running, until
 from tests.proxy.fake_backend import BackendConnection, FakeBackend
 from tests.proxy.messages import (
     COLUMNS,
@@ -43,6 +44,9 @@ from tests.servers import is_open_to_others
 from tests.tls.certificates import Authority, self_signed
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.proxy.messages import Client
     from tests.tls.certificates import Pair
 
 pytestmark = pytest.mark.usefixtures("empty_home")
@@ -159,6 +163,87 @@ async def test_a_server_that_does_not_say_in_time_whether_it_has_tls(backend: Fa
         await server.expect(SSL_REQUEST)
         said = (await client.message()).fields
     assert said["M"].endswith(f"127.0.0.1:{backend.port}: no answer within 1 s")
+
+
+_BY_NUMBER_AND_NAME = pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+"""What has to be looked up is connected to in a task of its own."""
+
+
+@asynccontextmanager
+async def _silence(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, host: str
+) -> AsyncIterator[tuple[House, Client, BackendConnection]]:
+    """A client whose server has been asked for TLS, and hasn't answered for longer than it takes to connect."""
+    monkeypatch.setattr("pgguard.proxy.addresses._TO_CONNECT", 0.1)
+    async with running(backend, upstream=f"host={host} port={backend.port}") as house:
+        client = await house.connect()
+        await client.send(STARTUP)
+        server = await backend.accept()
+        await server.expect(SSL_REQUEST)
+        await client.nothing(0.25)
+        yield house, client, server
+
+
+@_BY_NUMBER_AND_NAME
+@pytest.mark.parametrize("then", ["declines", "encrypts", "half-closed"])
+async def test_without_a_limit_a_server_is_waited_for_as_long_as_its_client_waits(
+    backend: FakeBackend, pair: Pair, monkeypatch: pytest.MonkeyPatch, host: str, then: str
+) -> None:
+    """As libpq waits, and as it does for one that has no TLS."""
+    async with _silence(backend, monkeypatch, host) as (_, client, server):
+        if then == "half-closed":  # it says no more, and listens
+            await client.stream.send_eof()
+            await client.nothing(0.25)
+        if then == "encrypts":
+            await server.send(b"S")
+            await client.nothing(0.25)  # nor does it have to be quick to shake hands
+            await shake_hands(server, showing(pair))
+        else:
+            await server.send(b"N")
+        await server.expect(STARTUP)
+        await server.send(LOGGED_IN)
+        await client.expect(LOGGED_IN)
+
+
+@_BY_NUMBER_AND_NAME
+@pytest.mark.parametrize("how", ["is reset", "closes"])
+async def test_a_client_that_leaves_ends_the_waiting(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, host: str, how: str
+) -> None:
+    """The end of its stream may be the end of its side alone: the kernel is asked whether there is anybody still."""
+    monkeypatch.setattr("pgguard.proxy.endings._CHECK_SECONDS", 1)
+    async with _silence(backend, monkeypatch, host) as (house, client, server):
+        client.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)
+        await (client.reset() if how == "is reset" else client.close())
+        assert await server.rest() == b""
+        await until(lambda: not house.guard._roster.present)
+
+
+async def test_without_a_limit_a_server_still_has_to_accept_each_connection(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the second one, for which there was no TLS, however long the first one has taken."""
+    async with _silence(backend, monkeypatch, "127.0.0.1") as (_, client, server):
+        monkeypatch.setattr(Dial, "_begin", _not_accepted)
+        await server.send(b"S")
+        await server.receive(100)
+        await server.send(b"no TLS")
+        said = (await client.message()).fields
+    assert said["M"].endswith(f"127.0.0.1:{backend.port}: no answer within 0.1 s")
+
+
+def _not_accepted(_: Dial) -> Progress:
+    return Progress.NO_ROOM
+
+
+async def test_of_a_server_that_says_nothing_it_is_said_at_the_start(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgguard.proxy.loops._SECONDS", 0.3)
+    async with running(backend, upstream=f"host=127.0.0.1 port={backend.port}") as house:
+        assert await house.guard.find_loop() is None
+        [said] = house.guard.unreachable()
+    assert f"says nothing at 127.0.0.1:{backend.port} (no answer within 0.24 s), so clients wait until it does" in said
 
 
 async def test_what_comes_behind_the_answer_in_the_clear_is_not_believed(backend: FakeBackend) -> None:
