@@ -46,7 +46,7 @@ from pgguard.proxy.greeting import Conversation, Dismissal, Encryption, Step, re
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.relay import FAILED
 from pgguard.proxy.transport import Handshake, HandshakeFailed
-from pgguard.proxy.upstream import UpstreamUnavailable, ask, introduce, relay_cancel, too_late
+from pgguard.proxy.upstream import UpstreamUnavailable, ask, ask_by_tls, introduce, relay_cancel, too_late
 from pgguard.session.tracker import Tracker
 from pgguard.wire.fields import build_error_response
 from pgguard.wire.startup import ACCEPTED, DECLINED, PROTOCOL, RECEIVE_BUFFER, PacketKind
@@ -437,9 +437,6 @@ class Arrival:
         elif self._response is not None:
             reception.roster.counters.turn_away(Turnaway.NO_ROOM)
             self._see_off(refusal(self._greeting) if packet.encrypts else self._response)
-        elif packet.encrypts and self._talk.is_encrypted:
-            reception.roster.counters.turn_away(Turnaway.ENCRYPTION)
-            self._see_off(refusal(self._greeting))
         elif not packet.encrypts and reception.wants_to_look(self.session):
             self._take_time(self._be_looked_at)
         else:
@@ -563,7 +560,12 @@ class Arrival:
         packet = greeting.packet.packet
         await reception.loops.refuse()
         if greeting.packet.encrypts:
-            answer = await ask(reception.upstream, greeting.before, packet + greeting.behind)
+            if not self._talk.is_encrypted:
+                answer = await ask(reception.upstream, greeting.before, packet + greeting.behind)
+            elif greeting.again:
+                answer = await ask_by_tls(reception.upstream, packet)
+            else:
+                answer = None
             reception.roster.counters.turn_away(Turnaway.ENCRYPTION)
             self._see_off(refusal(greeting) if answer is None else answer)
         else:

@@ -340,6 +340,35 @@ async def ask(upstream: Upstream, before: Sequence[bytes], last: bytes) -> bytes
     return bytes(said) or None
 
 
+async def ask_by_tls(upstream: Upstream, request: bytes) -> bytes | None:
+    """Have the server say what it says to a client that has TLS and asks for encryption again.
+
+    Args:
+        upstream: the server.
+        request: for encryption; a server that has no TLS declines it once.
+
+    Returns:
+        All that it says, until it ends the connection. ``None``: it doesn't refuse it, or says nothing in time.
+
+    Raises:
+        UpstreamUnavailable: no address can be connected to.
+    """
+    said = bytearray()
+    if upstream.tls is None:
+        return await ask(upstream, (request,), request)
+    with trio.move_on_after(_REFUSAL_TIMEOUT):
+        dial, _ = await _dial_first(upstream)
+        tls = dial.tls
+        if tls is None:
+            dial.sock.close()
+            return await ask(upstream, (request,), request)
+        with trio.socket.from_stdlib_socket(dial.sock) as sock, suppress(OSError, trio.BrokenResourceError):
+            await trio.SocketStream(sock).send_all(tls.seal(request))
+            while len(said) < _REFUSAL_LIMIT and not tls.is_over and (raw := await sock.recv(_REFUSAL_LIMIT)):
+                said += tls.open(raw)
+    return bytes(said) if said[:1] == _ERROR_RESPONSE else None
+
+
 async def cancel_query(upstream: Upstream, address: Address, key: CancelKey) -> None:
     """Cancel what runs on the backend with this key.
 

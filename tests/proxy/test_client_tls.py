@@ -21,10 +21,12 @@ from tests.proxy.messages import (
     TERMINATE,
     Client,
     cancel_request,
+    message,
     query,
     startup,
 )
 from tests.proxy.spawned import spawned
+from tests.proxy.tls_backend import encrypt
 from tests.proxy.tls_client import TlsStream, connect_tls
 from tests.tls.certificates import Authority
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from tests.proxy.fake_backend import BackendConnection, FakeBackend
 
 __all__ = ["backend"]
+
+UNSUPPORTED = message("E", b"SFATAL\0C0A000\0Munsupported frontend protocol 1234.5679: server supports 3.0 to 3.0\0\0")
 
 
 @pytest.fixture
@@ -166,13 +170,42 @@ async def test_a_connection_that_begins_with_tls_has_to_say_what_for(house: Hous
 
 @pytest.mark.parametrize("request_", [SSL_REQUEST, GSSENC_REQUEST], ids=["SSLRequest", "GSSENCRequest"])
 async def test_no_encryption_can_be_had_within_tls(house: House, request_: bytes) -> None:
+    """The server says so; what it is asked without TLS it declines once."""
     client, stream = await connect_tls(house)
     await client.send(request_)
-    assert "unsupported frontend protocol 1234.56" in (await client.message()).fields["M"]
-    assert await client.rest() == b""
+    server = await house.backend.accept()
+    await server.expect(request_)
+    await server.send(b"N")
+    await server.expect(request_)
+    await server.send(UNSUPPORTED)
+    await server.close()
+    assert await client.rest() == UNSUPPORTED
     assert stream.is_closed
     await house.recorded("protocol-violation")
     assert house.faults[0].reason.endswith(" although it has TLS")
+
+
+@pytest.mark.parametrize("answer", [UNSUPPORTED, b"N", b"", b"a reset"])
+async def test_a_server_that_has_tls_too_is_asked_within_it(
+    tmp_path: Path, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    """What isn't a refusal isn't passed on."""
+    monkeypatch.setattr("pgguard.proxy.upstream._REFUSAL_TIMEOUT", 1.0)
+    pair = Authority(tmp_path, "authority").issue("server", "server")
+    where = f"host=127.0.0.1 port={backend.port} sslmode=require"
+    async with running(backend, upstream=where, tls_cert="self-signed") as house:
+        client, _ = await connect_tls(house)
+        await client.send(SSL_REQUEST)
+        server = await encrypt(backend, pair)
+        await server.expect(SSL_REQUEST)
+        if answer == b"a reset":
+            await server.stream.transport_stream.aclose()  # type: ignore[attr-defined]
+        else:
+            await server.send(answer)
+        if answer != b"N":
+            await server.close()
+        said = await client.message()
+    assert said.fields["M"].endswith("3.0 to 3.0" if answer == UNSUPPORTED else "3.0 to 3.2")
 
 
 async def test_after_a_direct_handshake_more_is_declined_once(house: House) -> None:

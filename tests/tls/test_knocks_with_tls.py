@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 _SECONDS: Final = 30.0
 _SINCE_17: Final = 170_000
-_OWN: Final = re.compile(rb"(?<=\0)[FLR][^\0]+\0|to 3\.\d|(?<=E\0\0)..(?=SFATAL)", re.DOTALL)
-"""Of an ErrorResponse: its length, where in the server's source it is from, and which versions that one speaks."""
+_OWN: Final = re.compile(rb"(?<=\0)[FLR][^\0]+\0|(?<=E\0\0)..(?=SFATAL)", re.DOTALL)
+"""Of an ErrorResponse: its length, and where in the server's source it is from."""
+_GUARDS: Final = b"received unencrypted data"
+"""Words that the guard says itself. What else there is it has the server say."""
 
 
 class Client:
@@ -59,7 +61,7 @@ class Client:
         received = b""
         while data := self.sock.recv(65536):
             received += data
-        self.got.append(_OWN.sub(b"", received))
+        self.got.append(_OWN.sub(b"", received) if _GUARDS in received else received)
 
 
 def _stuffed(client: Client) -> None:
