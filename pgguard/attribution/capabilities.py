@@ -78,7 +78,7 @@ class Capability:
     purpose: str
     """What it is for, and with what limits it is available: a clause without a subject."""
     essential: bool
-    """Without it, no client of one kind of socket at least can be found."""
+    """Without it :attr:`consequence` is true, of one kind of socket at least."""
     unix_instead: bool
     """Clients that connect to a Unix socket can be named without it, by :attr:`KERNEL_SENDERS`."""
     problem: str | None = None
@@ -88,6 +88,8 @@ class Capability:
     rights: tuple[str, ...] = ()
     """The Linux capabilities that it takes, where clients are other users'. A guard that is started as root keeps them;
     those for the kernel's probe and its fork events only until it has these."""
+    consequence: str = "client processes can't be found"
+    """What is true if it is essential and missing: a clause."""
 
     @property
     def available(self) -> bool:

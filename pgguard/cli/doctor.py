@@ -128,20 +128,31 @@ async def _encryption(fronts: Sequence[Front]) -> list[Capability]:
 
 
 def _tls_at(front: Front, address: Address, found: Dial | Exception) -> Capability | None:
+    """What there is to say of it. It is essential where nobody can be connected otherwise."""
     name = "TLS to the server" if front.name is None else f"TLS to the server of {front.name}"
     what = f"encrypts what the guard and the server at {address} say"
     problem = remedy = None
+    is_essential = False
     error = found if isinstance(found, Exception) else found.why_plain
     if isinstance(error, UnfitServerError):
         if not isinstance(found, Exception) and error.problem is Problem.NO_TLS:
             return None
+        is_essential = isinstance(found, Exception)
         problem = str(error) if isinstance(found, Exception) else f"the server is connected to {found.encryption}"
         remedy = " ".join(hints(error, through=front.name, unix=False, ipv4=False)).removesuffix(".")
     elif isinstance(found, Exception) or found.tls is None:
         return None
     else:
         what = f"{what}, {found.encryption}"
-    return Capability(name, what, essential=False, unix_instead=False, problem=problem, remedy=remedy)
+    return Capability(
+        name,
+        what,
+        essential=is_essential,
+        unix_instead=False,
+        problem=problem,
+        remedy=remedy,
+        consequence="clients can't be connected to the server",
+    )
 
 
 def _offered() -> list[Capability]:
@@ -163,7 +174,17 @@ def _offered() -> list[Capability]:
         if offer is None:
             return []
         purpose = f"{purpose}, with {offer.certificate.said}"
-    return [Capability("TLS for clients", purpose, essential=False, unix_instead=False, problem=problem, remedy=remedy)]
+    return [
+        Capability(
+            "TLS for clients",
+            purpose,
+            essential=problem is not None,
+            unix_instead=False,
+            problem=problem,
+            remedy=remedy,
+            consequence="pgguard serve doesn't start",
+        )
+    ]
 
 
 def _as_dict(capability: Capability) -> dict[str, str | bool | list[str] | None]:
@@ -205,9 +226,13 @@ def _verdict(capability: Capability) -> Text:
 
 def _conclusion(capabilities: Sequence[Capability]) -> list[str]:
     missing = [capability for capability in capabilities if not capability.available]
-    if _essential_missing(capabilities):
-        names = ", ".join(capability.name for capability in _essential_missing(capabilities))
-        lines = [f"Something essential is missing, so client processes can't be found: {names}."]
+    lines: list[str]
+    if essential := _essential_missing(capabilities):
+        lines = [
+            f"Something essential is missing, so {consequence}: "
+            f"{', '.join(one.name for one in essential if one.consequence == consequence)}."
+            for consequence in dict.fromkeys(one.consequence for one in essential)
+        ]
     elif missing:
         lines = [f"Everything essential works. Missing: {', '.join(capability.name for capability in missing)}."]
     else:

@@ -420,6 +420,9 @@ def test_what_tls_clients_are_offered(tmp_path: Path) -> None:
     variables |= {"PGGUARD_TLS_CERT": "nowhere.pem", "PGGUARD_TLS_KEY": "nowhere.key"}
     said = json.loads(run("doctor", "--json", cwd=tmp_path, variables=variables).stdout)
     [offered] = [one for one in said if one["name"] == "TLS for clients"]
-    assert (offered["available"], offered["essential"]) == (False, False)
+    assert (offered["available"], offered["essential"]) == (False, True)
     assert "nowhere.pem" in offered["problem"]
     assert offered["remedy"]
+    done = run("doctor", cwd=tmp_path, variables=variables)
+    assert done.returncode == 1
+    assert "essential is missing, so pgguard serve doesn't start: TLS for clients." in done.stdout

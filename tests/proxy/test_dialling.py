@@ -613,30 +613,43 @@ def test_an_address_is_the_same_whatever_it_is_called() -> None:
 
 
 def test_the_doctor_says_which_tls_the_server_gives(
-    pair: Pair, authority: Authority, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pair: Pair,
+    authority: Authority,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("pgguard.cli.doctor.check", list)
     context = showing(pair)
 
-    def said(answer: bytes, settings: str) -> list[tuple[object, ...]]:
+    def said(answer: bytes, settings: str, *, essential: bool = False) -> list[tuple[object, ...]]:
         with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
             port = listener.getsockname()[1]
             served = pool.submit(answer_once, listener, answer, context)
             monkeypatch.setenv("PGGUARD_UPSTREAM", f"host=localhost hostaddr=127.0.0.1 port={port} {settings}")
-            doctor(as_json=True)
-            served.result(SECONDS)
+            assert doctor(as_json=True) == int(essential)
+            with suppress(ssl.SSLError):  # it hasn't been trusted
+                served.result(SECONDS)
         found = [one for one in json.loads(capsys.readouterr().out) if one["name"] == "TLS to the server"]
+        assert [one for one in found if one["essential"]] == (found if essential else [])
         return [(one["available"], one["purpose"], one["problem"], one["remedy"]) for one in found]
 
     roots = f"sslrootcert={authority.cert}"
     [(available, purpose, _, _)] = said(b"S", f"sslmode=verify-full {roots}")
     assert available
     assert str(purpose).endswith(", by TLSv1.3 with TLS_AES_256_GCM_SHA384, its certificate and its name are verified")
-    [(available, _, problem, remedy)] = said(b"N", "sslmode=require")
+    [(available, _, problem, remedy)] = said(b"N", "sslmode=require", essential=True)
     assert not available
     assert problem == "server does not support SSL, but SSL was required"
     assert str(remedy).startswith("Set ssl = on")
     assert said(b"N", "") == []
+    # Where there has to be none, it is done without.
+    other = self_signed(tmp_path, "other", "localhost", ["localhost"])
+    [(available, _, problem, _)] = said(b"S", f"sslmode=prefer sslrootcert={other.cert}")
+    assert not available
+    assert str(problem).startswith("the server is connected to without TLS (sslmode=prefer), as that fails: ")
+    [(available, _, problem, _)] = said(b"S", f"sslmode=verify-ca sslrootcert={other.cert}", essential=True)
+    assert "not trusted" in str(problem)
     [(available, purpose, _, _)] = said(b"S", "")
     assert available
     assert str(purpose).endswith("its certificate is not verified")
