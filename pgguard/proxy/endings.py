@@ -280,8 +280,9 @@ class Endings:
 def _end_writing(end: End) -> None:
     source = end.peer.tls
     try:
-        # A stream that was cut off looks to the other side as it does here.
-        end.end_writing(cleanly=source is None or source.is_closed or not end.peer.eof)
+        # A stream that was cut off looks to the other side as it does here. A rejection is the guard's own doing.
+        is_cut_off = source is not None and not source.is_closed and end.peer.eof
+        end.end_writing(cleanly=not is_cut_off or end.flow.phase is Phase.REJECTED)
     except OSError:
         end.writing = Writing.BROKEN
 

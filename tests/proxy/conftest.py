@@ -21,6 +21,8 @@ from pgguard.proxy.settings import Settings
 from pgguard.reporting.sinks import Fanout
 from tests.proxy.fake_backend import BackendConnection, FakeBackend
 from tests.proxy.messages import SECONDS, Client
+from tests.proxy.tls_backend import TlsBackend
+from tests.proxy.tls_client import start_tls
 from tests.tls.certificates import Authority
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ class House:
     async def connect(self, *, unix: bool = False) -> Client:
         client = await (Client.connect_unix(self.unix) if unix else Client.connect(self.port))
         self.backend.keep(client)
+        if self.backend.encrypts and not unix:
+            client, _ = await start_tls(client)
         return client
 
     async def session(self, *, unix: bool = False) -> tuple[Client, BackendConnection]:
@@ -126,10 +130,7 @@ async def running(
         if backend is None:
             backend = FakeBackend()
             backend.close()
-        settings = {
-            "upstream": f"host=127.0.0.1 port={backend.port} sslmode=disable connect_timeout=5",
-            "listen": ["127.0.0.1:0", f"unix:{directory}:1"],
-        } | settings
+        settings = backend.settings | {"listen": ["127.0.0.1:0", f"unix:{directory}:1"]} | settings
         docket = Docket()
         guard = Guard(
             Settings(**settings), sinks=sinks or Fanout([sink], complain=print), docket=docket, witness=witness
@@ -149,9 +150,14 @@ async def running(
 Serve = Callable[..., Awaitable[House]]
 
 
+plain_and_encrypted = pytest.mark.parametrize("backend", ["plain", "tls"], indirect=True)
+"""Plays something without TLS, and with TLS on both sides."""
+
+
 @pytest.fixture
-async def backend() -> AsyncIterator[FakeBackend]:
-    backend = FakeBackend()
+async def backend(request: pytest.FixtureRequest) -> AsyncIterator[FakeBackend]:
+    is_plain = getattr(request, "param", "plain") == "plain"
+    backend = FakeBackend() if is_plain else TlsBackend(request.getfixturevalue("pair"))
     await backend.listen()
     yield backend
     await backend.close_all()

@@ -42,7 +42,14 @@ class FakeBackend:
         if receive_buffer is not None:
             self._socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, receive_buffer)
         self.port = 0
+        self.encrypts = False
+        """It has TLS, and so have the clients of a guard in front of it."""
         self._peers: list[Peer] = []
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Of a guard in front of it."""
+        return {"upstream": f"host=127.0.0.1 port={self.port} sslmode=disable connect_timeout=5"}
 
     async def listen(self) -> None:
         await self._socket.bind(("127.0.0.1", 0))

@@ -117,8 +117,9 @@ class Peer:
 
     async def reset(self) -> None:
         """Close the connection with an RST."""
-        self.stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, struct.pack("ii", 1, 0))
-        await self.stream.aclose()
+        stream = getattr(self.stream, "transport_stream", self.stream)  # what TLS is on top of
+        stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await stream.aclose()
 
 
 class Client(Peer):

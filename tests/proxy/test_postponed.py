@@ -10,8 +10,7 @@ import time
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -304,9 +303,8 @@ async def test_of_a_real_driver_during_a_long_query(server: Server, py_spy: Slow
     """Psycopg 3 wakes ten times a second."""
     program = tmp_path / "shop.py"
     program.write_text(_PROGRAM)
-    nobody = cast("FakeBackend", SimpleNamespace(port=1))
     settings: dict[str, Any] = {"upstream": server.unix.conninfo, "evidence_budget": BUDGET, "shutdown_timeout": 0}
-    async with running(nobody, witness=Witness(), **settings) as house:
+    async with running(witness=Witness(), **settings) as house:
 
         def is_busy() -> bool:
             trackers = [one.tracker for one in house.guard._sessions.values() if one.tracker is not None]

@@ -7,7 +7,7 @@ import struct
 import pytest
 import trio
 
-from tests.proxy.conftest import House, running
+from tests.proxy.conftest import House, plain_and_encrypted, running
 from tests.proxy.fake_backend import FakeBackend
 from tests.proxy.messages import (
     ANSWER,
@@ -25,7 +25,11 @@ from tests.proxy.messages import (
     row,
 )
 
+pytestmark = plain_and_encrypted
+
 STRAY = row(bytes(range(100)))
+PARSE = message("P", b"s\0select 1\0\0\0") + message("S")
+EXISTS = message("E", b'SERROR\0VERROR\0C42P05\0Mprepared statement "s" already exists\0\0') + READY
 
 
 async def test_a_row_description_while_idle_is_recorded_in_libpqs_words(house: House) -> None:
@@ -60,6 +64,16 @@ async def test_an_answer_cut_short(house: House) -> None:
     await server.send(COLUMNS + ONE_ROW + READY)
     await client.expect(COLUMNS + ONE_ROW + READY)
     await house.recorded("unexpected-response")
+
+
+async def test_an_error_that_contradicts_what_the_session_has_done(house: House) -> None:
+    """Another client of a pooler's has made a statement of this name."""
+    client, server = await house.session()
+    await client.send(PARSE)
+    await server.expect(PARSE)
+    await server.send(EXISTS)
+    await client.expect(EXISTS)
+    await house.recorded("session-state-lost")
 
 
 async def test_an_ignored_kind_is_not_recorded(backend: FakeBackend) -> None:
@@ -108,6 +122,29 @@ async def test_reject_tells_the_client_and_closes_both_connections(backend: Fake
         await client.close()
         await house.empty()
         assert [fault.action for fault in house.faults] == ["rejected"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "request_", "answer"),
+    [
+        pytest.param("unexpected-response", query("select 1"), COLUMNS + ONE_ROW + READY, id="unexpected-response"),
+        pytest.param("session-state-lost", PARSE, EXISTS, id="session-state-lost"),
+    ],
+)
+async def test_what_an_answer_shows_can_be_rejected_too(
+    backend: FakeBackend, kind: str, request_: bytes, answer: bytes
+) -> None:
+    async with running(backend, kinds={kind: "reject"}) as house:
+        client, server = await house.session()
+        await client.send(request_)
+        await server.expect(request_)
+        await server.send(answer)
+        said = await client.rest()
+        assert b"C08P01" in said
+        assert await server.rest() == b""
+        await client.close()
+        await house.empty()
+        assert [(str(fault.kind), str(fault.action)) for fault in house.faults] == [(kind, "rejected")]
 
 
 async def test_a_rejected_request_never_reaches_the_server_and_what_runs_there_is_cancelled(

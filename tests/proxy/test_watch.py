@@ -25,7 +25,7 @@ from pgguard.proxy.session import ProxiedSession
 from pgguard.proxy.watch import Watch
 from pgguard.session.tracker import Tracker
 from pgguard.session.verdicts import Kind
-from tests.proxy.conftest import running, until
+from tests.proxy.conftest import plain_and_encrypted, running, until
 from tests.proxy.messages import ANSWER, LOGGED_IN, SELECTED, message, query
 
 if TYPE_CHECKING:
@@ -907,6 +907,7 @@ async def test_the_next_idle_transaction_of_a_session_is_a_repeat(backend: FakeB
         assert [(one.faults, one.repeats) for one in house.docket.counts()] == [(1, 2)]
 
 
+@plain_and_encrypted
 async def test_an_idle_transaction_can_be_rejected(backend: FakeBackend) -> None:
     async with running(backend, idle_in_transaction=0.05, kinds={"idle-in-transaction": "reject"}) as house:
         client, server = await house.session()
@@ -951,6 +952,7 @@ async def test_an_accused_session_goes_on_while_it_is_ruled_on(house: House, mon
     await house.recorded("inherited-connection")
 
 
+@plain_and_encrypted
 async def test_an_accused_session_is_rejected_if_the_configuration_says_so(backend: FakeBackend) -> None:
     async with running(backend, kinds={"inherited-connection": "reject"}) as house:
         client, server = await house.session()
@@ -966,6 +968,7 @@ async def test_an_accused_session_is_rejected_if_the_configuration_says_so(backe
         assert [str(fault.action) for fault in house.faults] == ["rejected"]
 
 
+@plain_and_encrypted
 async def test_a_session_rejected_in_the_middle_of_an_answer_gets_to_the_end_of_a_message(backend: FakeBackend) -> None:
     async with running(backend, kinds={"inherited-connection": "reject"}) as house:
         client, server = await house.session()

@@ -934,8 +934,7 @@ def test_a_real_client_and_a_real_server_notice_nothing(rehearsals: list[Rehears
         not_installed("PostgreSQL")
 
     async def through_the_guard(server: Server) -> list[Any]:
-        nobody = cast("FakeBackend", SimpleNamespace(port=1))
-        async with running(nobody, witness=Witness(), upstream=server.unix.conninfo) as house:
+        async with running(witness=Witness(), upstream=server.unix.conninfo) as house:
             addresses = [Address("127.0.0.1", house.port), Address(str(Path(house.unix).parent), 1)]
             return [await trio.to_thread.run_sync(work, address) for address in addresses]
 

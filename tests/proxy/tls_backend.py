@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from tests.proxy.fake_backend import BackendConnection, FakeBackend
 from tests.proxy.messages import SECONDS, SSL_REQUEST
 
 if TYPE_CHECKING:
     import socket
 
-    from tests.proxy.fake_backend import BackendConnection, FakeBackend
     from tests.tls.certificates import Pair
 
 
@@ -47,10 +47,37 @@ async def shake_hands(server: BackendConnection, context: ssl.SSLContext) -> ssl
 async def encrypt(backend: FakeBackend, pair: Pair, **more: object) -> BackendConnection:
     """Accept a connection, and have it encrypted."""
     server = await backend.accept()
+    await _offer(server, showing(pair, **more))  # type: ignore[arg-type]
+    return server
+
+
+async def _offer(server: BackendConnection, context: ssl.SSLContext) -> None:
     await server.expect(SSL_REQUEST)
     await server.send(b"S")
-    await shake_hands(server, showing(pair, **more))  # type: ignore[arg-type]
-    return server
+    await shake_hands(server, context)
+
+
+class TlsBackend(FakeBackend):
+    """One that has TLS, behind a guard whose clients have it as well, with whatever a test plays.
+
+    Args:
+        pair: what it shows.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self.encrypts = True
+        self._context = showing(pair)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        upstream = f"host=127.0.0.1 port={self.port} sslmode=require connect_timeout=5"
+        return {"upstream": upstream, "tls_cert": "self-signed"}
+
+    async def accept(self) -> BackendConnection:
+        server = await super().accept()
+        await _offer(server, self._context)
+        return server
 
 
 def answer_once(listener: socket.socket, answer: bytes, context: ssl.SSLContext) -> None:

@@ -101,7 +101,7 @@ class TlsStream:
                 data = self.tls.read(size)
             except ssl.SSLWantReadError:
                 pass
-            except ssl.SSLZeroReturnError:
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 data = b""
             else:
                 if data:
@@ -147,7 +147,18 @@ async def connect_tls(
         context: how it checks the guard.
         behind: what it says with the last of its handshake.
     """
-    plain = await house.connect()
+    return await start_tls(await house.connect(), direct=direct, alpn=alpn, context=context, behind=behind)
+
+
+async def start_tls(
+    plain: Client,
+    *,
+    direct: bool = False,
+    alpn: str | None = None,
+    context: ssl.SSLContext | None = None,
+    behind: bytes = b"",
+) -> tuple[Client, TlsStream]:
+    """:func:`connect_tls`, by a client that has said nothing yet."""
     if not direct:
         await plain.send(SSL_REQUEST)
         await plain.expect(b"S")
