@@ -25,7 +25,9 @@ connection, the latest first.
 threads that use it at once, as OpenSSL's are not locked. Where the kernel has named who sent, and it was one process
 alone that nobody else shares the connection with, it was neither, or the threads: where it isn't the threads of a
 runtime that moves what it does from one to the other, with a lock. If it is the client that has found corrupt what it
-was sent, then nobody has done anything wrong.
+was sent, then nobody has done anything wrong. A record as short as a Terminate most likely is one: who says goodbye on
+a connection that somebody else has used up to its end has lost nothing by it. It is a fault as long as another process
+has the connection open, and loses that.
 
 *The opener says Terminate, as it may, and somebody goes on.* That one has shared the connection, whether or not it had
 used it before. Where the kernel doesn't name who goes on, it is certainly not the opener if that has let go; and who
@@ -204,6 +206,8 @@ def _sleeper(verdict: Verdict, findings: Findings) -> Waiting | None:
 
 
 def _corruption(verdict: Verdict, findings: Findings) -> Verdict | None:
+    if verdict.parting and not _harms_somebody(verdict, findings):
+        return None
     named = [sender for sender in (verdict.intruder, *verdict.requesters) if sender is not None]
     kernel_names = bool(named) and not any(sender.sampled for sender in named)
     pids = {sender.pid for sender in named} | {holder.pid for holder in findings.holders or ()}
@@ -213,6 +217,14 @@ def _corruption(verdict: Verdict, findings: Findings) -> Verdict | None:
     if len({sender.tid for sender in named if sender.tid is not None}) > 1 and OVERLAP[findings.driver].threads_tell:
         return replace(verdict, kind=Kind.SHARED_BY_THREADS)
     return None if is_told else replace(verdict, kind=Kind.PROTOCOL_VIOLATION, requesters=())
+
+
+def _harms_somebody(verdict: Verdict, findings: Findings) -> bool:
+    """Whether another process than who has ended the session is seen to have the connection open."""
+    holders = {holder.pid for holder in findings.holders or ()}
+    if _is_harmless(findings):
+        return False
+    return len(holders) > 1 if verdict.intruder is None else bool(holders - {verdict.intruder.pid})
 
 
 def _is_foreign(verdict: Verdict, findings: Findings) -> bool:

@@ -8,7 +8,8 @@ one of them has read what the other one takes for the next record: that client's
 What a failed record said can't be known. Who sent it can, as its bytes are counted as any others.
 
 A child that closes what it has inherited says Terminate, and that TLS is over (``close_notify``), with the numbers that
-are its parent's: both are in order, and are judged by who sent them.
+are its parent's: both are in order, and are judged by who sent them. If others close it as well, as when all of them
+are told to exit, that can't be read, and does no harm.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
     from pgguard.identity import Sender
     from pgguard.proxy.session import ProxiedSession
     from pgguard.proxy.transport import Failure, Tls
+    from pgguard.session.tracker import Tracker
 
 _CORRUPT: Final = ("bad record mac", "decryption failed")
 """How the alerts end with which a client says that what it was sent is corrupt: RFC 5246, 7.2.2."""
 _CLOSE_NOTIFY_SIZE: Final = 2
 """Bytes of an alert: its level and what it says."""
+_TERMINATE_SIZE: Final = 5
+"""Bytes of a Terminate."""
 
 
 def last_words(session: ProxiedSession, tls: Tls) -> list[Verdict]:
@@ -36,12 +40,28 @@ def last_words(session: ProxiedSession, tls: Tls) -> list[Verdict]:
     if failure is not None:
         if failure.is_told and not failure.reason.endswith(_CORRUPT):
             return []
-        return [_corruption(session, failure)]
+        if tracker is not None and tracker.terminated:
+            return _after_end(tracker, tls, failure)
+        return [_corruption(session, tls, failure)]
     if tls.is_closed and tracker is not None and not tracker.terminated:
         message = MessageSeen(Direction.FRONTEND, None, CLOSE_NOTIFY, _CLOSE_NOTIFY_SIZE)
         verdict = tracker.judge_goodbye(message, tls.closed_by)
         return [] if verdict is None else [replace(verdict, ends=True)]
     return []
+
+
+def _after_end(tracker: Tracker, tls: Tls, failure: Failure) -> list[Verdict]:
+    """What is wrong with a record behind a Terminate, whose numbers that one may have used: who has sent it, if any."""
+    if failure.is_told or _is_parting(tls, failure):
+        return []
+    message = MessageSeen(Direction.FRONTEND, None, TLS_RECORD, failure.size)
+    verdict = tracker.judge_late(message, failure.sender)
+    return [] if verdict is None else [verdict]
+
+
+def _is_parting(tls: Tls, failure: Failure) -> bool:
+    """Whether a record that can't be read may be a Terminate: of drivers' messages only that is so short."""
+    return not failure.is_told and failure.size <= tls.longest_record(_TERMINATE_SIZE)
 
 
 def mixture(session: ProxiedSession, begun_by: Sender, sender: Sender) -> Verdict:
@@ -54,7 +74,7 @@ def mixture(session: ProxiedSession, begun_by: Sender, sender: Sender) -> Verdic
     return tracker.judge(Kind.SHARED_BY_PROCESSES, reason, intruder=sender, requesters=requesters)
 
 
-def _corruption(session: ProxiedSession, failure: Failure) -> Verdict:
+def _corruption(session: ProxiedSession, tls: Tls, failure: Failure) -> Verdict:
     """Two, as it seems, use one TLS session: whoever has sent its last record, and who has used it before."""
     name = TLS_ALERT if failure.is_told else TLS_RECORD
     message = MessageSeen(Direction.FRONTEND, None, name, failure.size)
@@ -76,7 +96,8 @@ def _corruption(session: ProxiedSession, failure: Failure) -> Verdict:
         verdict = Verdict(kind, reason, message, (), intruder, requesters)
     else:
         verdict = tracker.judge(kind, reason, message, intruder=intruder, requesters=requesters)
-    return replace(verdict, libpq=libpq.BAD_RECORD if is_record else None, ends=True)
+    text = libpq.BAD_RECORD if is_record else None
+    return replace(verdict, libpq=text, ends=True, parting=is_record and _is_parting(tls, failure))
 
 
 def _users(session: ProxiedSession, failure: Failure) -> tuple[Sender | None, tuple[Sender, ...]]:

@@ -119,7 +119,7 @@ class Ruling:
 def _is_doubtful(verdict: Verdict) -> bool:
     """Whether evidence may show that it is no fault: known or not, it is looked into then."""
     unnamed = verdict.intruder is None and verdict.reason == AFTER_END
-    return verdict.kind is Kind.FOREIGN_TERMINATE or unnamed
+    return verdict.kind is Kind.FOREIGN_TERMINATE or unnamed or verdict.parting
 
 
 def _urgency(verdict: Verdict) -> Urgency:

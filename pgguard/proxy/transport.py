@@ -48,10 +48,11 @@ _PLAIN: Final = 16384
 """Bytes that a record carries at most."""
 _AT_ONCE: Final = _HEADER + _MOST
 """Bytes that OpenSSL is given at once: it keeps a buffer as large as the most that it has been given."""
-_OVERHEAD: Final = {"TLSv1.3": 17}
+_OVERHEAD: Final = (("TLS_", 17), ("GCM", 24), ("CHACHA20", 16))
 _MOST_OVERHEAD: Final = 80
-"""How many bytes more a record has than it says, by the version of TLS: in 1.3 a type and a tag. Before, there are
-ciphers with an explicit IV of 16 bytes, a MAC of 48 and padding of 16."""
+"""How many bytes more a record has than it says, by what is in its cipher's name, the first that is: in TLS 1.3 a type
+and a tag, before that a tag, with GCM and 8 bytes of a nonce. Other ciphers have an explicit IV of 16 bytes, a MAC of
+48 and padding of 16."""
 _MARKS: Final = 16
 """How often something was sent of which it is known which bytes it has become."""
 _ALERTS: Final = ("SSLV3_ALERT_", "TLSV1_ALERT_", "TLSV13_ALERT_", "SSL/TLS_ALERT_")
@@ -228,14 +229,21 @@ class Tls:
 
         OpenSSL makes none larger than it has to. Where it isn't known how much that is, this is True of some that do.
         """
-        overhead = _OVERHEAD.get(self.ssl_object.version() or "", _MOST_OVERHEAD)
+        longest = self.longest_record(size)
         pos = 0
         while len(raw) - pos >= _HEADER:
-            length = int.from_bytes(raw[pos + 3 : pos + _HEADER], "big")
-            if length > size + overhead:
+            length = _HEADER + int.from_bytes(raw[pos + 3 : pos + _HEADER], "big")
+            if length > longest:
                 return False
-            pos += _HEADER + length
+            pos += length
         return True
+
+    def longest_record(self, size: int) -> int:
+        """How many bytes a record may have that says so many, as far as that is known: OpenSSL makes none larger."""
+        cipher = self.ssl_object.cipher()  # unlike its version, a stream that has failed still has it
+        name = "" if cipher is None else cipher[0]
+        overhead = next((more for part, more in _OVERHEAD if part in name), _MOST_OVERHEAD)
+        return _HEADER + size + overhead
 
     # What goes
 

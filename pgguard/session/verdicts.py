@@ -175,6 +175,8 @@ class Verdict:
     """Who sent the offending message, where it isn't the intruder: the opener, whose message shows the sharing."""
     since: float | None = None
     """When was done what it is about, in seconds since the epoch, if that may be long before it was noticed."""
+    parting: bool = False
+    """Its message can't be read, and is no longer than a Terminate: most likely it is one."""
 
     @property
     def author(self) -> Sender | None:

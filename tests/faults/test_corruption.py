@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,7 +14,10 @@ from pgguard.faults.fault import Role
 from pgguard.identity import Sender
 from pgguard.session.libpq import BAD_RECORD, CLOSED, CLOSED_BY_TLS
 from pgguard.session.verdicts import TLS_ALERT, TLS_RECORD, Direction, Kind, MessageSeen, Verdict
-from tests.faults.samples import FACTS, KERNEL, MASTER, TERMINATE, WORKER_0, WORKER_1, fault, verdict
+from tests.faults.samples import FACTS, KERNEL, MASTER, TERMINATE, WORKER_0, WORKER_1, fault, process, verdict
+
+if TYPE_CHECKING:
+    from pgguard.attribution.evidence import Process
 
 RECORD = MessageSeen(Direction.FRONTEND, None, TLS_RECORD, 61)
 ALERT = MessageSeen(Direction.FRONTEND, None, TLS_ALERT, 24)
@@ -107,6 +111,35 @@ def test_what_a_client_alone_finds_corrupt_is_nobodys_fault() -> None:
     concluded = conclude(corruption(SECOND, FIRST, message=ALERT), KERNEL)
     assert concluded is not None
     assert concluded.kind is Kind.TLS_CORRUPTION
+
+
+@pytest.mark.parametrize(
+    ("who", "holders", "is_fault"),
+    [
+        pytest.param(OPENER, (MASTER,), False, id="its heir has let go of it"),
+        pytest.param(OPENER, (), False, id="and it has, too, by now"),
+        pytest.param(OPENER, None, False, id="nobody knows who has it"),
+        pytest.param(OPENER, (MASTER, WORKER_0), True, id="its heir has it"),
+        pytest.param(OPENER, (WORKER_0,), True, id="its heir alone has it"),
+        pytest.param(FIRST, (WORKER_0, MASTER), True, id="an heir's, whose parent has it"),
+        pytest.param(None, (MASTER,), False, id="it isn't known whose, and one has it"),
+        pytest.param(None, (MASTER, WORKER_0), True, id="and two have it"),
+    ],
+)
+def test_a_goodbye_that_can_not_be_read_harms_whoever_else_has_it_open(
+    who: Sender | None, holders: tuple[Process, ...] | None, is_fault: bool
+) -> None:
+    requesters = () if who is None else (SECOND,)
+    found = replace(KERNEL, holders=holders)
+    short = replace(corruption(who, *requesters), parting=True)
+    assert (conclude(short, found) is not None) is is_fault
+    assert conclude(replace(short, parting=False), found) is not None
+
+
+def test_pg_basebackups_child_ends_what_its_parent_is_done_with() -> None:
+    backup = process(4864, 1, name="pg_basebackup")
+    found = replace(KERNEL, opener=backup, holders=(backup, WORKER_0))
+    assert conclude(replace(corruption(FIRST, OPENER), parting=True), found) is None
 
 
 def test_of_a_client_that_can_not_be_looked_at_nobody_is_named() -> None:

@@ -90,6 +90,20 @@ def test_what_is_no_record_takes_nobody_else() -> None:
     assert (verdict.kind, verdict.requesters) == (Kind.TLS_CORRUPTION, (PARENT,))
 
 
+@pytest.mark.parametrize(
+    ("told", "size", "parting"),
+    [
+        pytest.param("", 5 + len(TERMINATE) + 17, True, id="no longer than a Terminate"),
+        pytest.param("", 5 + len(TERMINATE) + 18, False, id="longer"),
+        pytest.param("bad record mac", 24, False, id="an alert"),
+    ],
+)
+def test_a_short_record_may_be_a_goodbye(told: str, size: int, parting: bool) -> None:
+    """By what TLS 1.3 adds to a message."""
+    [verdict] = words_of(session_of(PARENT), broken(CHILD, told=told)._replace(size=size))
+    assert verdict.parting is parting
+
+
 def test_of_a_session_that_is_not_followed_it_is_said_as_well() -> None:
     [verdict] = words_of(session_of(PARENT, tracked=False), broken(CHILD, PARENT))
     assert (verdict.intruder, verdict.requesters) == (CHILD, (PARENT,))
@@ -123,11 +137,23 @@ def test_what_comes_late_and_can_not_be_read_is_judged_by_who_has_sent_it() -> N
     tracker = session.tracker
     assert tracker is not None
     tracker.frontend(TERMINATE, 0, len(TERMINATE), PARENT, 0.0)
-    [record] = [verdict.message for verdict in words_of(session, broken(CHILD))]
-    assert record is not None
-    assert tracker.judge_late(record, PARENT) is None
-    assert tracker.judge_late(record, None) is None
-    verdict = tracker.judge_late(record, CHILD)
-    assert verdict is not None
+    request = broken(CHILD)._replace(size=400)
+    assert words_of(session, request._replace(sender=PARENT)) == []
+    assert words_of(session, request._replace(sender=None)) == []
+    [verdict] = words_of(session, request)
     assert (verdict.kind, verdict.intruder, verdict.requesters) == (Kind.SHARED_BY_PROCESSES, CHILD, (PARENT,))
-    assert tracker.judge_late(record, CHILD) is None, "once is enough"
+    assert verdict.ends
+    assert words_of(session, request) == [], "once is enough"
+
+
+@pytest.mark.parametrize("failure", [broken(PARENT)._replace(size=27), broken(PARENT, told="bad record mac")])
+def test_who_closes_what_another_one_has_ended_does_no_harm(failure: Failure) -> None:
+    """As when a heir, which uses it alone, and who has opened it are told to exit: both say Terminate."""
+    session = session_of(PARENT, CHILD)
+    tracker = session.tracker
+    assert tracker is not None
+    tracker.frontend(TERMINATE, 0, len(TERMINATE), CHILD, 0.0)
+    if tracker.verdict is not None:
+        tracker.overrule()
+        tracker.frontend(TERMINATE, 0, len(TERMINATE), CHILD, 0.0)
+    assert words_of(session, failure) == []

@@ -131,6 +131,32 @@ def test_a_number_that_was_used_before_breaks_the_stream(version: ssl.TLSVersion
         peer.hear(peer.tls.words())
 
 
+@pytest.mark.parametrize(
+    ("version", "cipher", "is_known"),
+    [
+        (ssl.TLSVersion.TLSv1_3, "ECDHE-ECDSA-AES256-GCM-SHA384", True),
+        (ssl.TLSVersion.TLSv1_2, "ECDHE-ECDSA-AES256-GCM-SHA384", True),
+        (ssl.TLSVersion.TLSv1_2, "ECDHE-ECDSA-CHACHA20-POLY1305", True),
+        (ssl.TLSVersion.TLSv1_2, "ECDHE-ECDSA-AES128-SHA256", False),
+    ],
+)
+def test_by_its_length_a_record_says_no_more_than_so_much(version: ssl.TLSVersion, cipher: str, is_known: bool) -> None:
+    """Also when it can't be decrypted."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = version
+    context.set_ciphers(cipher)
+    peer = Peer(server_side=False, context=context)
+    raw = peer.say(b"12345")
+    for _ in range(2):
+        assert len(raw) <= peer.tls.longest_record(5)
+        assert peer.tls.says_no_more_than(5, raw + raw)
+        assert peer.tls.says_no_more_than(4, raw) is not is_known
+        peer.tls.open(raw + raw)
+    assert peer.tls.failure is not None
+
+
 def test_a_record_that_two_have_sent_parts_of_and_that_is_broken_names_both() -> None:
     peer = Peer(server_side=False)
     raw = peer.say(b"one")
