@@ -84,6 +84,11 @@ def test_libpq(way: Way, at: Callable[[Way], Address]) -> None:
         assert "SSL" in required.said
     elif not way.same:
         assert "channel binding is required" in required.said
+    # By default it goes on without TLS where it is refused with it.
+    default = login(channel_binding="prefer", sslmode="prefer")
+    assert default.is_made
+    assert default.tls is (way.client and not way.refuses_y)
+    assert login(channel_binding="require", sslmode="prefer").is_made is way.same
     wrong = login(channel_binding="disable", password="wrong")
     assert "password authentication failed" in wrong.said
 
