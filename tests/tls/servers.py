@@ -34,6 +34,7 @@ hostnossl all plain_only 127.0.0.1/32 trust
 hostssl   all certified  127.0.0.1/32 cert
 host      all scram      127.0.0.1/32 scram-sha-256
 host      all few        127.0.0.1/32 trust
+host      replication postgres 127.0.0.1/32 trust
 host      all postgres   127.0.0.1/32 trust
 """
 _ROLES: Final = f"""\

@@ -148,6 +148,17 @@ def test_a_child_that_goes_on_with_what_its_parent_has_ended(probe: bool, guard:
     assert named([fault], "intruder") == {said["child"]}
 
 
+@pytest.mark.parametrize(
+    ("name", "probe"),
+    [("forgotten", True), ("twice", True), ("released", True), ("launcher", True), ("launcher", False)],
+)
+def test_a_goodbye_that_harms_nobody_is_left_alone(name: str, probe: bool, guard: GuardProcess, tmp_path: Path) -> None:
+    """Though TLS may make it unreadable: whoever has used the connection in between has used up its numbers."""
+    _goodbye(name, guard, tmp_path, probe=probe)
+    guard.stop()
+    assert [fault for fault in guard.faults() if fault["severity"] == "error"] == []
+
+
 def _goodbye(name: str, guard: GuardProcess, directory: Path, *, probe: bool) -> dict[str, int]:
     pause = {"PAUSE": _PAUSE[probe]}
     with running(command("goodbye.py", name, "psycopg2"), address_of(guard), directory, environ=pause) as program:
@@ -155,6 +166,32 @@ def _goodbye(name: str, guard: GuardProcess, directory: Path, *, probe: bool) ->
         program.wait()
     assert said["alive"] == 0
     return said
+
+
+@both
+def test_pg_basebackup(probe: bool, guard: GuardProcess, tls_server: TlsServer, tmp_path: Path) -> None:
+    """It leaves a connection to its child, which says goodbye on another one when its parent is done with that."""
+    del probe
+    program, target = tls_server.bindir / "pg_basebackup", tmp_path / "backup"
+    subprocess.run(
+        [program, "-D", target, "-X", "stream", "-c", "fast", "--no-sync"],
+        env=address_of(guard).environ(),
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
+    guard.assert_no_faults(except_kinds={"inherited-connection"})
+
+
+@both
+def test_a_connection_that_outlives_who_has_opened_it(probe: bool, guard: GuardProcess, tmp_path: Path) -> None:
+    del probe
+    with _started(guard, tmp_path, "bystander.py", "leak") as program:
+        said = program.read()
+        program.wait()
+        [fault] = guard.wait_for("leaked-connection")
+    assert (named([fault], "owner"), named([fault], "holder")) == ({said["pid"]}, {said["child"]})
+    assert fault["session"]["tls"] is True
 
 
 # One process
@@ -254,6 +291,60 @@ def test_more_connections_than_there_may_be(guard: GuardProcess, tmp_path: Path)
         assert said["pid"] in named([fault], "holder")
         program.go_on()
         program.wait()
+
+
+def test_a_child_that_ends_its_parents_session_is_rejected(
+    tls_server: TlsServer, papers: Papers, tmp_path: Path
+) -> None:
+    with tls_guard(tls_server, "sslmode=require", papers.server, "--mode", "reject") as guard:
+        said = _goodbye("last_user", guard, tmp_path, probe=True)
+        fault = only(guard, "foreign-terminate", and_kinds={"inherited-connection"})
+    assert fault["action"] == "rejected"
+    assert named([fault], "intruder") == {said["child"]}
+
+
+def test_two_threads_are_rejected(tls_server: TlsServer, papers: Papers, tmp_path: Path) -> None:
+    with (
+        tls_guard(tls_server, "sslmode=require", papers.server, "--mode", "reject") as guard,
+        _started(guard, tmp_path, "threads_sharing.py") as program,
+    ):
+        said = program.read()
+        [fault, *_] = guard.wait_for("shared-by-threads")
+        program.wait()
+    assert fault["action"] == "rejected"
+    assert named([fault]) == {said["pid"]}
+
+
+def test_what_is_sent_on_top_of_an_unread_answer_is_rejected(tls_server: TlsServer, papers: Papers) -> None:
+    options = ("--mode", "reject", "--unread-answer", "0.3")
+    with tls_guard(tls_server, "sslmode=require", papers.server, *options) as guard:
+        client = TlsClient(guard.tcp)
+        client.log_in()
+        client.send(query("SELECT 1"))
+        guard.wait_for("unread-answer")
+        client.send(query("SELECT 2"))
+        faults = guard.wait_for("unread-answer", count=2)
+        assert b"C08P01" in client.rest()
+        client.close()
+    assert [fault["action"] for fault in faults] == ["logged", "rejected"]
+
+
+def test_without_attribution_nobody_is_named(tls_server: TlsServer, papers: Papers, tmp_path: Path) -> None:
+    options = ("--attribution", "off", "--mode", "reject")
+    with tls_guard(tls_server, "sslmode=require", papers.server, *options) as guard:
+        with scenario("in_turn", guard):
+            [corruption] = guard.wait_for("tls-corruption")
+        _goodbye("launcher", guard, tmp_path, probe=True)  # a session that is used as it may be, and then left
+        client = TlsClient(guard.tcp)
+        client.log_in()
+        client.send(b"\0\0\0\0\0garbage")
+        assert b"C08P01" in client.rest()
+        client.close()
+        [violation] = guard.wait_for("protocol-violation")
+        guard.stop()
+        assert len(guard.faults("tls-corruption")) == 1
+    assert (corruption["action"], violation["action"]) == ("logged", "rejected")
+    assert named([corruption, violation]) == set()
 
 
 def test_reject_mode_tells_the_client(tls_server: TlsServer, papers: Papers) -> None:
