@@ -71,6 +71,14 @@ class Turns(_Places):
     def __init__(self) -> None:
         super().__init__(1)
 
+    async def come(self) -> None:
+        """Wait for a round of trio's loop in which nobody else comes, to do something short in what is left of it.
+
+        Always a checkpoint. Nothing is kept from others behind it, so whatever one waits for then holds up nobody.
+        """
+        async with self.turn(Urgency.END):
+            pass
+
     @asynccontextmanager
     async def turn(self, urgency: Urgency) -> AsyncIterator[None]:
         """Wait for one's turn: first comes who is more urgent, and then who has waited longer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import h11
 import jsonschema
 import pytest
 import trio
+from hypercorn.protocol import ProtocolWrapper
 
 from pgguard.faults.fault import Spread
 from pgguard.proxy.addresses import TcpAddress
@@ -33,6 +35,8 @@ from tests.reporting.test_sequence import FORKED
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
+
+    from hypercorn.events import Event
 
     from pgguard.faults.fault import Fault
     from pgguard.proxy.guard import Guard
@@ -420,6 +424,7 @@ class TestAccess:
                 answer = await stream.read()
                 assert isinstance(answer, h11.Response)
                 assert answer.status_code == 200
+                assert (b"content-length" in dict(answer.headers)) is (path != "/api/events")
                 assert isinstance(await stream.read(), h11.EndOfMessage)
                 while await stream._stream.receive_some():
                     pass
@@ -485,6 +490,41 @@ class TestConnections:
             await stream.aclose()
             assert (await site.ask("/healthz")).status == 200
         assert "Traceback" not in caplog.text
+
+    async def test_however_many_ask_at_once_one_is_heard_in_a_round(
+        self, site: LiveSite, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """So that the relay has its turn in between."""
+        rounds = 0
+        heard: list[int] = []
+        handle = ProtocolWrapper.handle
+
+        async def count() -> None:
+            nonlocal rounds
+            while True:
+                await trio.lowlevel.checkpoint()
+                rounds += 1
+
+        async def noted(own: ProtocolWrapper, event: Event) -> None:
+            heard.append(rounds)
+            await handle(own, event)
+
+        several = [await trio.open_tcp_stream("127.0.0.1", site.port) for _ in range(12)]
+        await until(lambda: len(site.admin._streams) == 12)
+        monkeypatch.setattr(ProtocolWrapper, "handle", noted)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count)
+            for stream in several:
+                # All of them in one turn of this task.
+                assert stream.socket._sock.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")  # type: ignore[attr-defined]
+            await until(lambda: len(heard) >= 12)
+            for stream in several:
+                with trio.fail_after(20):
+                    assert (await stream.receive_some()).startswith(b"HTTP/1.1 200")
+                await stream.aclose()
+            nursery.cancel_scope.cancel()
+        # What the counter calls one round lies in two.
+        assert max(Counter(heard[:12]).values()) <= 2
 
     async def test_who_says_nothing_is_not_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(server, "CONNECTIONS", 3)

@@ -214,7 +214,9 @@ class Site:
     async def _events(self, request: Request) -> Response:
         asked = Asked(request, "after")
         if request.method == "HEAD":
-            return Response(media_type=Events.media_type)
+            told = Response(media_type=Events.media_type)
+            del told.headers["content-length"]  # there is no telling
+            return told
         if self._feed.is_full:
             raise HTTPException(503, "too many follow already", {"retry-after": "10"})
         last = request.headers.get("last-event-id") or asked.text("after") or None

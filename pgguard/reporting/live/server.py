@@ -24,6 +24,7 @@ from hypercorn.typing import ConnectionState
 from pgguard.proxy.addresses import TcpAddress
 from pgguard.proxy.listeners import open_tcp
 from pgguard.proxy.losses import keep_going
+from pgguard.proxy.turns import Turns
 from pgguard.reporting.live.access import access_to, read_token
 from pgguard.reporting.live.app import Site
 from pgguard.reporting.live.feed import Feed
@@ -57,10 +58,16 @@ logger = logging.getLogger(__name__)
 
 
 class _Stream(trio.abc.HalfCloseableStream):
-    """A client's connection, as Hypercorn takes it."""
+    """A client's connection, as Hypercorn takes it.
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    Args:
+        stream: It.
+        turns: Let one client be heard in each round of trio's loop, and the relay have its turn in between.
+    """
+
+    def __init__(self, stream: trio.SocketStream, turns: Turns) -> None:
         self._stream = stream
+        self._turns = turns
         self.socket = stream.socket
         self._active = trio.current_time()
         """When something was last sent or received."""
@@ -85,6 +92,7 @@ class _Stream(trio.abc.HalfCloseableStream):
             with trio.move_on_at(ends):
                 received = await self._stream.receive_some(max_bytes)
                 self._active = trio.current_time()
+                await self._turns.come()
                 return received
         self.break_off()
         raise trio.BrokenResourceError
@@ -119,6 +127,7 @@ class Admin:
         """Where it is, with the ports that the system has chosen."""
         self._sockets: list[socket.socket] = []
         self._access: Access
+        self._turns = Turns()
         self._streams: set[_Stream] = set()
         self._has_left = trio.Event()
         """One of them is gone; it is another event each time."""
@@ -178,7 +187,7 @@ class Admin:
             while len(self._streams) >= CONNECTIONS:
                 await self._has_left.wait()
             try:
-                stream = _Stream(await listener.accept())
+                stream = _Stream(await listener.accept(), self._turns)
             except OSError as error:
                 logger.warning("--admin: can't accept connections: %s", error.strerror)
                 await trio.sleep(_PAUSE)
