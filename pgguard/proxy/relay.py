@@ -516,7 +516,11 @@ class Relay:
         sender = end.sender
         if account is not None:
             pieces = self._whose(end, account, len(raw))
-            if len(pieces) > 1:
+            if pieces is None:
+                sender = account.account.sender
+            elif len(pieces) == 1:
+                sender = pieces[0][1]
+            else:
                 self._judging.stir(end)
                 at = 0
                 for length, whose in pieces:
@@ -524,7 +528,6 @@ class Relay:
                     at += length
                 self._open_waiting(end, tls, now)
                 raise BlockingIOError
-            sender = pieces[0][1]
         if (sender is not end.sender or end.heed & CONTESTED) and self._may_break(end, sender, now):
             tls.unopened.append((raw, sender))
             self.hold(end, _CHOKED)
@@ -540,11 +543,11 @@ class Relay:
             self._meet(end, sender)
         return data
 
-    def _whose(self, end: End, account: TcpAccount, size: int) -> list[Segment]:
-        """Who has sent what has been read."""
+    def _whose(self, end: End, account: TcpAccount, size: int) -> list[Segment] | None:
+        """Who has sent what has been read; ``None``: the account's :attr:`Account.sender`, all of it."""
         try:
             if self._senders is not None:
-                return self._senders.pieces(account, size)
+                return None if self._senders.take(account, size) else account.account.split(size)
         except Exception:
             self._lose_account(end, account)
         return [(size, None)]
@@ -627,17 +630,12 @@ class Relay:
 
     def _is_of_one(self, end: End, account: TcpAccount, data: bytes, now: float) -> bool:
         """Whether one alone has sent what has been read, who is met; otherwise it is dealt with, piece by piece."""
-        sender: Sender | None = None
-        pieces: list[Segment] = []
-        try:
-            if self._senders is not None:
-                if self._senders.take(account, len(data)):
-                    sender = account.account.sender
-                else:
-                    pieces = account.account.split(len(data))
-        except Exception:
-            self._lose_account(end, account)
-        if len(pieces) > 1:
+        pieces = self._whose(end, account, len(data))
+        if pieces is None:
+            sender = account.account.sender
+        elif len(pieces) == 1:
+            sender = pieces[0][1]
+        else:
             self._judging.stir(end)
             if end.pieces is None:
                 end.pieces = deque()
@@ -647,8 +645,6 @@ class Relay:
                 at += length
             self._examine_pieces(end, now)
             return False
-        if pieces:
-            sender = pieces[0][1]
         if sender is not end.sender:
             self._meet(end, sender)
         return True
@@ -870,12 +866,17 @@ class Relay:
         else:
             self._endings.hear(end, data[begin:stop])
             return
-        whole = begin == 0 and stop == len(data)
-        if peer.outgoing or peer.tls is not None:
-            self._append(end, peer, data if whole else memoryview(data)[begin:stop])
+        some: bytes | memoryview = data if begin == 0 and stop == len(data) else memoryview(data)[begin:stop]
+        if peer.outgoing:
+            peer.append(some)  # when there is room
             return
+        if peer.tls is not None:
+            some = data = peer.tls.seal(some)
+            begin, stop = 0, len(data)
+            if not stop:  # it is of no use any more
+                return
         try:
-            sent = peer.sock.send(data if whole else memoryview(data)[begin:stop])
+            sent = peer.sock.send(some)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -884,24 +885,6 @@ class Relay:
             return
         if begin + sent != stop:
             peer.outgoing, peer.written = data[:stop], begin + sent
-            self.arm(peer)
-            self.arm(end)
-
-    def _append(self, end: End, peer: End, data: bytes | memoryview) -> None:
-        """Have ``peer`` sent what ``end`` has: at once, unless something waits in front of it."""
-        waits = len(peer.outgoing) > 0
-        peer.append(data)
-        if waits or not peer.outgoing:
-            return
-        try:
-            peer.write()
-        except BlockingIOError:
-            pass
-        except OSError:
-            peer.drop_outgoing()
-            peer.writing = Writing.BROKEN
-            return
-        if peer.outgoing:
             self.arm(peer)
             self.arm(end)
 

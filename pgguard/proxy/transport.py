@@ -18,6 +18,9 @@ beginning of one record, and no more; epoll, which knows nothing of it, needn't.
 either, new keys (KeyUpdate of TLS 1.3), for which reads write, are nothing more than :meth:`Tls.words`. In a
 renegotiation of TLS 1.2 writes read as well, and what is to be sent would have to wait: contexts decline it.
 
+*Most often it is one record*, whole, behind which nothing had been left. That is opened by a call or two of OpenSSL's,
+and nothing is put together for it. So is what fits into one record sealed.
+
 *Senders belong to what was encrypted.* The kernel says who sent which bytes of the stream that it carries. So a piece
 of that by one sender is opened at a time, and a record is whose bytes have completed it. Of one that several have sent
 :attr:`Tls.mixed` says so.
@@ -35,13 +38,17 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple, final
 
 if TYPE_CHECKING:
+    from mypy_extensions import i64
+
     from pgguard.identity import Sender
 
 _HEADER: Final = 5
 _FIRST_TYPE: Final = 20
 _LAST_TYPE: Final = 24
+_DATA: Final = 23
 _MAJOR: Final = 3
-"""What a record's header begins with: its type, and the major version of all versions of TLS."""
+"""What a record's header begins with: its type, and the major version of all versions of TLS. Type 23 is data, and in
+TLS 1.3 whatever is encrypted."""
 _MOST: Final = 16384 + 2048
 """Bytes of a record at most behind its header: TLSCiphertext.length in RFC 5246."""
 _PLAIN: Final = 16384
@@ -98,12 +105,14 @@ class Tls:
         outgoing: what it is to be sent, from OpenSSL.
         ssl_object: between the two.
         before: how many bytes the other side has been sent in front of the handshake.
+        is_client: the other side is, of which it is asked how much it has read.
     """
 
     __slots__ = (
         "_begun_by",
         "_has_ended",
         "_incoming",
+        "_is_even",
         "_marks",
         "_outgoing",
         "_plain_sent",
@@ -118,7 +127,13 @@ class Tls:
     )
 
     def __init__(
-        self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, ssl_object: ssl.SSLObject, before: int
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        ssl_object: ssl.SSLObject,
+        before: int,
+        *,
+        is_client: bool,
     ) -> None:
         self._incoming = incoming
         self._outgoing = outgoing
@@ -126,6 +141,8 @@ class Tls:
         """What is known of the connection: its version, cipher, certificates, protocol. Not to be read or written."""
         self._rest = b""
         """The beginning of a record that isn't whole yet."""
+        self._is_even = False
+        """Everything that has come has been opened, and more can come: what comes next begins a record."""
         self._begun_by: Sender | None = None
         """Who has sent the first of it, if that is known."""
         self.mixed: Sender | None = None
@@ -143,7 +160,7 @@ class Tls:
         """Bytes that the other side has been sent, or is to be."""
         self._plain_sent = 0
         """Of those, what was said in them."""
-        self._marks: deque[tuple[int, int, int, int]] = deque(maxlen=_MARKS)
+        self._marks: deque[tuple[int, int, int, int]] | None = deque(maxlen=_MARKS) if is_client else None
         """Where what was said last begins and ends: in what was sent, and in what was said."""
 
     # What comes
@@ -185,6 +202,11 @@ class Tls:
             raw: what has been received, as one sender's.
             sender: whose, if that is known.
         """
+        if self._is_even and _is_one(raw):
+            self.mixed = None
+            self._begun_by = sender
+            self._incoming.write(raw)
+            return self._hear(len(raw), raw, len(raw), sender)
         if self.is_over:
             return b""
         records = self.take(raw, sender)
@@ -195,34 +217,43 @@ class Tls:
                 stop = end if end - pos <= _AT_ONCE else pos + _whole(records[pos : pos + _AT_ONCE])
                 self._incoming.write(records if pos == 0 and stop == end else records[pos:stop])
                 pos = stop
-            why = self._read(said)
-            if why is not None:
-                record = _record_before(records, pos - self._incoming.pending)
-                begun_by = self.mixed if record.start == 0 else None
-                told = (why.reason or "").startswith(_ALERTS)
-                self.failure = Failure(_reason(why), told, len(record), sender, begun_by)
-            if self.is_closed:
-                self.closed_by = sender
-            if pos == end or self.is_over:
-                break
-        return said[0] if len(said) == 1 else b"".join(said)
-
-    def _read(self, said: list[bytes]) -> ssl.SSLError | None:
-        """Decrypt what OpenSSL has been given; returns what went wrong, if anything has."""
-        try:
             while self._incoming.pending:
-                data = self.ssl_object.read(_PLAIN)
+                data = self._hear(_PLAIN, records, pos, sender)
                 if not data:
-                    self.is_closed = True
                     break
                 said.append(data)
+            if pos == end or self.is_over:
+                break
+        self._is_even = not self._rest and not self.is_over
+        return said[0] if len(said) == 1 else b"".join(said)
+
+    def _hear(self, size: int, records: bytes, pos: int, sender: Sender | None) -> bytes:
+        """Decrypt the next record that says something, of ``size`` bytes at most; no bytes: there is none.
+
+        Args:
+            size: a record's, at least.
+            records: what has come.
+            pos: how much of that OpenSSL has been given.
+            sender: whose that is.
+        """
+        try:
+            data = self.ssl_object.read(size)
         except ssl.SSLWantReadError:
-            pass  # the last record had nothing to say to whoever reads: a session ticket, or new keys
+            return b""  # the last record had nothing to say to whoever reads: a session ticket, or new keys
         except ssl.SSLZeroReturnError:
-            self.is_closed = True
+            data = b""
         except ssl.SSLError as error:
-            return error
-        return None
+            record = _record_before(records, pos - self._incoming.pending)
+            begun_by = self.mixed if record.start == 0 else None
+            told = (error.reason or "").startswith(_ALERTS)
+            self.failure = Failure(_reason(error), told, len(record), sender, begun_by)
+            self._is_even = False
+            return b""
+        if not data:
+            self.is_closed = True
+            self.closed_by = sender
+            self._is_even = False
+        return data
 
     def says_no_more_than(self, size: int, raw: bytes) -> bool:
         """Whether none of the records that have been received says more than so many bytes, whatever they say.
@@ -253,22 +284,34 @@ class Tls:
         Nor would there be anything in the middle of a renegotiation, so no context may allow one.
         What :meth:`words` would have returned stands in front of it.
         """
-        size, done = len(data), 0
-        sealed: list[bytes] = []
+        size = len(data)
+        if not size:
+            return b""
         began = self._sent + self._outgoing.pending
         try:
-            while done < size:
-                # It makes one record, and says how much is in it.
-                done += self.ssl_object.write(data if not done else memoryview(data)[done:])
-                sealed.append(self._outgoing.read())
+            done = self.ssl_object.write(data)
         except ssl.SSLError:
-            pass  # it is of no use any more
-        whole = sealed[0] if len(sealed) == 1 else b"".join(sealed)
-        if done:
-            self._sent += len(whole)
-            self._plain_sent += done
-            self._marks.append((began, self._sent, self._plain_sent - done, self._plain_sent))
-        return whole
+            return b""  # it is of no use any more
+        sealed = self._outgoing.read()
+        if done < size:
+            sealed, done = self._seal_on(data, sealed, done)
+        self._sent += len(sealed)
+        said = self._plain_sent
+        self._plain_sent = said + done
+        if self._marks is not None:
+            self._marks.append((began, self._sent, said, said + done))
+        return sealed
+
+    def _seal_on(self, data: bytes | memoryview, sealed: bytes, done: int) -> tuple[bytes, int]:
+        """Go on with what is more than a record holds, behind what has been sealed of it; that, and how much it is."""
+        records = [sealed]
+        try:
+            while done < len(data):
+                done += self.ssl_object.write(memoryview(data)[done:])
+                records.append(self._outgoing.read())
+        except ssl.SSLError:
+            pass  # likewise
+        return b"".join(records), done
 
     def words(self) -> bytes:
         """What is to be sent on TLS's own account: an alert, say. Mostly nothing, and nothing after the farewell."""
@@ -307,6 +350,8 @@ class Tls:
         Args:
             size: how many of those; they may be none.
         """
+        if not self._marks:
+            return 0
         position = self._sent - size
         for began, ended, said_from, said_to in reversed(self._marks):
             if position >= ended:
@@ -316,7 +361,7 @@ class Tls:
                 records = -(-said // _PLAIN)  # all are as long as can be but the last
                 record = _PLAIN + (ended - began - said) // records
                 return self._plain_sent - said_from - (position - began) // record * _PLAIN
-        return self._plain_sent - self._marks[0][2] if self._marks else 0
+        return self._plain_sent - self._marks[0][2]
 
 
 class Handshake:
@@ -338,7 +383,7 @@ class Handshake:
         self._incoming = ssl.MemoryBIO()
         outgoing = ssl.MemoryBIO()
         ssl_object = context.wrap_bio(self._incoming, outgoing, server_side=server_side, server_hostname=hostname)
-        self.tls = Tls(self._incoming, outgoing, ssl_object, before)
+        self.tls = Tls(self._incoming, outgoing, ssl_object, before, is_client=server_side)
         """What comes of it, to be used when it is done. What has come behind it has to be opened, before it is waited
         for more: :meth:`Tls.open` with no bytes."""
         self.is_done = False
@@ -362,6 +407,14 @@ class Handshake:
         else:
             self.is_done = True
         return tls.words()
+
+
+def _is_one(raw: bytes) -> bool:
+    """Whether it is one record, whole, of what the other side has to say: most often it is."""
+    size: i64 = len(raw)
+    return (
+        _HEADER < size <= _AT_ONCE and raw[0] == _DATA and raw[1] == _MAJOR and raw[3] << 8 | raw[4] == size - _HEADER
+    )
 
 
 def _whole(raw: bytes) -> int:
