@@ -576,9 +576,9 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         "two processes use one TLS session",
         "The client's TLS stream failed its integrity check. A TLS session numbers its records, and encrypts each with "
         "the next number. Two processes that have the same one use the same numbers, so the second one's record can't "
-        "be decrypted, and the session is over for both: one finds 'decryption failed or bad record mac' or 'bad "
-        "record mac' in its log, the other one 'SSL SYSCALL error: EOF detected' or 'SSL connection has been closed "
-        "unexpectedly'.",
+        "be decrypted, and the session is over for both: one finds 'decryption failed or bad record mac' in its log, "
+        "'bad record mac' or, before TLS 1.3, 'cipher operation failed'; the other one 'SSL SYSCALL error: EOF "
+        "detected', 'unexpected eof while reading' or 'SSL connection has been closed unexpectedly'.",
         "A process opened the connection and then forked. The child inherits the connection's socket, and a copy of "
         "the TLS library's state: keys and counters. Preforking servers that preload the application (Puma, Unicorn, "
         "gunicorn, uWSGI, Celery, multiprocessing) do this whenever loading it runs a query. Without TLS the same is "

@@ -96,8 +96,10 @@ def _corruption(session: ProxiedSession, tls: Tls, failure: Failure) -> Verdict:
         verdict = Verdict(kind, reason, message, (), intruder, requesters)
     else:
         verdict = tracker.judge(kind, reason, message, intruder=intruder, requesters=requesters)
-    text = libpq.BAD_RECORD if is_record else None
-    return replace(verdict, libpq=text, ends=True, parting=is_record and _is_parting(tls, failure))
+    is_before_13 = "GCM" in tls.cipher and not tls.cipher.startswith("TLS_")
+    text = libpq.BAD_RECORD_BEFORE_13 if is_before_13 else libpq.BAD_RECORD
+    is_parting = is_record and _is_parting(tls, failure)
+    return replace(verdict, libpq=text if is_record else None, ends=True, parting=is_parting)
 
 
 def _users(session: ProxiedSession, failure: Failure) -> tuple[Sender | None, tuple[Sender, ...]]:

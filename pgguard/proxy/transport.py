@@ -269,11 +269,15 @@ class Tls:
             pos += length
         return True
 
+    @property
+    def cipher(self) -> str:
+        """How it is encrypted, as OpenSSL calls it; in TLS 1.3 that begins with ``TLS_``."""
+        cipher = self.ssl_object.cipher()  # unlike its version, a stream that has failed still has it
+        return "" if cipher is None else cipher[0]
+
     def longest_record(self, size: int) -> int:
         """How many bytes a record may have that says so many, as far as that is known: OpenSSL makes none larger."""
-        cipher = self.ssl_object.cipher()  # unlike its version, a stream that has failed still has it
-        name = "" if cipher is None else cipher[0]
-        overhead = next((more for part, more in _OVERHEAD if part in name), _MOST_OVERHEAD)
+        overhead = next((more for part, more in _OVERHEAD if part in self.cipher), _MOST_OVERHEAD)
         return _HEADER + size + overhead
 
     # What goes

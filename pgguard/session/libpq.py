@@ -32,7 +32,11 @@ CLOSED_BY_TLS: Final = "SSL connection has been closed unexpectedly"
 
 BAD_RECORD: Final = "SSL error: decryption failed or bad record mac"
 """What libpq prints when a record fails its integrity check, in OpenSSL's words: ``sslerr.h``, and pgtls_read() in
-``fe-secure-openssl.c``."""
+``fe-secure-openssl.c``. The client may find that itself, or be told: whose TLS is behind can't read what it is told."""
+
+BAD_RECORD_BEFORE_13: Final = "SSL error: cipher operation failed"
+"""The same with GCM before TLS 1.3: of several errors libpq prints the first, and since OpenSSL 3 that is the cipher's
+own: ``ossl_gcm_stream_update()`` in ``ciphercommon_gcm.c``."""
 
 IN_PROGRESS: Final = "another command is already in progress"
 """What libpq says when a command is to be sent and the last answer has not been read to its end: ``fe-exec.c``,

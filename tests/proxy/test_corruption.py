@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+
 import pytest
 
 from pgguard.identity import Sender
@@ -12,7 +14,7 @@ from pgguard.session.tracker import Tracker
 from pgguard.session.verdicts import Kind, Verdict
 from tests.proxy.messages import ANSWER, LOGGED_IN, TERMINATE, query
 from tests.proxy.test_relay_alone import FakeSocket
-from tests.proxy.tls_peers import Peer
+from tests.proxy.tls_peers import Peer, server_context
 
 PARENT, CHILD = Sender(1, 1), Sender(2, 2)
 OTHER_THREAD = Sender(1, 5)
@@ -73,6 +75,17 @@ def test_who_has_used_one_tls_session(
     assert verdict.ends
     assert verdict.message is not None
     assert verdict.message.size == 40
+
+
+@pytest.mark.parametrize("told", ["", "bad record mac"])
+def test_what_libpq_prints_depends_on_the_version_of_tls(told: str) -> None:
+    """And not on who has found it: whoever is told by an alert can't read that either."""
+    [verdict] = words_of(session_of(PARENT), broken(CHILD, told=told))
+    assert verdict.libpq == "SSL error: decryption failed or bad record mac"
+    session = session_of(PARENT)
+    session.client.tls = Peer(server_side=False, guards=server_context(ssl.TLSVersion.TLSv1_2)).tls
+    [verdict] = words_of(session, broken(CHILD, told=told))
+    assert verdict.libpq == "SSL error: cipher operation failed"
 
 
 @pytest.mark.parametrize("told", ["unknown ca", "certificate expired", "internal error"])
