@@ -210,7 +210,8 @@ def _corruption(verdict: Verdict, findings: Findings) -> Verdict | None:
         return None
     named = [sender for sender in (verdict.intruder, *verdict.requesters) if sender is not None]
     kernel_names = bool(named) and not any(sender.sampled for sender in named)
-    pids = {sender.pid for sender in named} | {holder.pid for holder in findings.holders or ()}
+    had_it = (*(findings.holders or ()), *findings.departed)
+    pids = {sender.pid for sender in named} | {process.pid for process in had_it}
     is_told = verdict.message is not None and verdict.message.name == TLS_ALERT
     if len(pids) > 1 or not (kernel_names or (is_told and findings.sole_holder is not None)):
         return verdict

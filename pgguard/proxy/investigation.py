@@ -238,6 +238,8 @@ class Investigation:
             self._look_for_the_closer(opening, heirs)
         if self._verdict.kind is Kind.UNCLEAN_CLOSE:
             self._look_at_the_closer(opening)
+        if self._verdict.kind is Kind.TLS_CORRUPTION:  # who has found it may have given up by now
+            self._findings = replace(self._findings, departed=self._gone(self._session.sightings.late_holders()))
         if self._verdict.kind is Kind.CONNECTION_EXHAUSTION:
             self._count_connections()
         if self._verdict.by is Party.CLIENT:

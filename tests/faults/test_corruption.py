@@ -108,6 +108,9 @@ def test_two_threads_of_one_process_share_it_where_threads_tell(driver: Driver, 
 
 def test_what_a_client_alone_finds_corrupt_is_nobodys_fault() -> None:
     assert conclude(corruption(None, FIRST, message=ALERT), ALONE) is None
+    assert conclude(corruption(None, message=ALERT), ALONE) is None
+    left = replace(ALONE, departed=(WORKER_1,))
+    assert conclude(corruption(None, message=ALERT), left) is not None, "another one had it open until a moment ago"
     concluded = conclude(corruption(SECOND, FIRST, message=ALERT), KERNEL)
     assert concluded is not None
     assert concluded.kind is Kind.TLS_CORRUPTION
