@@ -138,14 +138,16 @@ class Bench:
         return [self.guards[0].title + AGAIN] if self.control and self.guards else []
 
     @contextmanager
-    def contender(self, name: str, upstream: Place, hops: Hops, *, sessions: int = programs.FEW) -> Iterator[Contender]:
-        """Run one of them in front of a server."""
+    def contender(
+        self, name: str, upstream: Place, hops: Hops, *, sessions: int = programs.FEW, pools: bool = True
+    ) -> Iterator[Contender]:
+        """Run one of them in front of a server; the one that can pool connections to it, with or without."""
         with ExitStack() as stack:
             if name == "direct":
                 yield Contender(name, None, upstream)
             elif name == "pgbouncer":
                 yield stack.enter_context(
-                    programs.pgbouncer(upstream, hops, self.client, self.directory, sessions=sessions)
+                    programs.pgbouncer(upstream, hops, self.client, self.directory, sessions=sessions, pools=pools)
                 )
             elif name == "HAProxy":
                 yield stack.enter_context(
@@ -157,11 +159,15 @@ class Bench:
                 yield stack.enter_context(running)
 
     @contextmanager
-    def contenders(self, upstream: Place, hops: Hops, *, direct: bool = False) -> Iterator[list[Contender]]:
-        """Run all of them at once: what nobody uses costs the others nothing."""
+    def contenders(
+        self, upstream: Place, hops: Hops, *, direct: bool = False, pools: bool = True
+    ) -> Iterator[list[Contender]]:
+        """Run all of them that there are, at once: what nobody uses costs the others nothing."""
         with ExitStack() as stack:
             names = self.names[0 if direct else 1 :]
-            yield [stack.enter_context(self.contender(name, upstream, hops)) for name in names]
+            if hops == "tls":
+                names = [name for name in names if name != "HAProxy"]  # which can't have it
+            yield [stack.enter_context(self.contender(name, upstream, hops, pools=pools)) for name in names]
 
     def turns(self, contenders: Sequence[Contender]) -> Iterator[Contender]:
         """Each contender once a round; each round begins with another one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from tests.benchmarks.bench import one_core
@@ -102,10 +101,10 @@ def latency(bench: Bench) -> None:
 
 
 def connections(bench: Bench) -> None:
-    """What a connection costs the proxy that is opened for a single transaction: pgbench -C, and a real server."""
+    """What a connection costs the proxy that is opened for a single transaction, with one to a real server: pgbench -C."""
     with bench.postgresql() as server:
         for hops in bench.hops:
-            with bench.contenders(server, hops) as contenders:
+            with bench.contenders(server, hops, pools=False) as contenders:
                 goal = 350.0 if hops == "tcp" else None
                 row = bench.results.row("connections", f"CPU a connection{_over(hops)}", "µs", goal=goal, absolute=True)
                 for contender in bench.turns(contenders):
@@ -194,19 +193,20 @@ def _be_busy(bench: Bench, scenario: str, contender: Contender, count: int, busy
 
 def tls(bench: Bench) -> None:
     """All of that with TLS on both sides, which HAProxy can't have; at least as good as pgbouncer is the goal."""
-    names = [name for name in bench.names[1:] if name != "HAProxy"]
     with bench.postgresql() as server:
-        with ExitStack() as stack:
-            contenders = [stack.enter_context(bench.contender(name, server, "tls")) for name in names]
+        with bench.contenders(server, "tls") as contenders:
             for clients in bench.few_clients:
                 for protocol in bench.protocols:
                     _ask_with_tls(bench, contenders, clients, protocol)
-            begun = bench.results.row("tls", "CPU a connection, TLS", "µs", goal=1)
             moved = bench.results.row("tls", "CPU a MB, TLS: COPY out, rows of 1 kB", "ms", goal=1)
+            for contender in bench.turns(contenders):
+                moved.add(contender.name, bench.copy_out(contender, _COPIED).total / 1000 / _COPIED_MEGABYTES)
+        with bench.contenders(server, "tls", pools=False) as contenders:
+            begun = bench.results.row("tls", "CPU a connection, TLS", "µs", goal=1)
             for contender in bench.turns(contenders):
                 count, costs = bench.connections(contender, "tls")
                 begun.add(contender.name, costs.total / count)
-                moved.add(contender.name, bench.copy_out(contender, _COPIED).total / 1000 / _COPIED_MEGABYTES)
+            names = [contender.name for contender in contenders]
         size = bench.results.row("tls", f"memory an idle session, of {_ENCRYPTED}, TLS", "kB", goal=1)
         for name in names:
             with bench.contender(name, server, "tls") as contender:
