@@ -119,15 +119,16 @@ def client_socket(accepted: socket.socket) -> ClientSocket:
         OSError: the connection is already gone (ENOTCONN).
     """
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    if accepted.family == socket.AF_UNIX:
+    family = accepted.family  # looked up as a member of an enumeration, each time
+    if family == socket.AF_UNIX:
         return UnixClient(os.fstat(accepted.fileno()).st_ino, peer_pid(accepted) or None, now)
     client, guard = accepted.getpeername(), accepted.getsockname()
     return TcpClient(
-        address=_packed(accepted.family, client[0]),
+        address=_packed(family, client[0]),
         port=client[1],
-        guard_address=_packed(accepted.family, guard[0]),
+        guard_address=_packed(family, guard[0]),
         guard_port=guard[1],
-        interface=client[3] if accepted.family == socket.AF_INET6 else 0,
+        interface=client[3] if family == socket.AF_INET6 else 0,
         opened=now - _last_sent(accepted),
     )
 

@@ -306,7 +306,7 @@ class Dial:
     def _begin(self) -> Progress | None:
         sock = self.sock
         error = sock.connect_ex(self._target)
-        if sock.family == socket.AF_UNIX:
+        if isinstance(self._address, UnixAddress):
             # Nothing has been begun, as it has with TCP: the server's backlog is full, connect(2).
             if error == errno.EAGAIN:
                 return Progress.NO_ROOM
@@ -325,7 +325,7 @@ class Dial:
     def _connected(self, error: int) -> Progress | None:
         if error not in (0, errno.EISCONN):
             raise OSError(error, os.strerror(error))
-        if self.sock.family == socket.AF_UNIX:
+        if isinstance(self._address, UnixAddress):
             self._check_owner()
         else:
             # What PostgreSQL and libpq set on each connection: a peer that vanished is found out in the end.
@@ -401,10 +401,15 @@ class Dial:
         policy, handshake = self._policy, self._handshake
         assert policy is not None and handshake is not None and isinstance(self._address, TcpAddress)  # noqa: PT018, S101
         while True:
-            if not self._flush():
+            # What is said last goes in front of the StartupMessage: one packet, for which the server wakes up once.
+            if not (handshake.is_done and self._startup) and not self._flush():
                 return Progress.UNDER_WAY
             if handshake.is_done:
-                policy.check(handshake.tls.ssl_object, self._address)
+                try:
+                    policy.check(handshake.tls.ssl_object, self._address)
+                except UnfitServerError:
+                    self._flush()
+                    raise
                 self.tls = handshake.tls
                 return self._greet()
             try:
@@ -426,7 +431,8 @@ class Dial:
         if self.tls is None:
             self._outgoing = startup
         else:
-            self.answer, self._outgoing = self.tls.open(b""), self.tls.seal(startup)
+            self.answer = self.tls.open(b"")
+            self._outgoing += self.tls.seal(startup)
         if not startup or not (self.tls is not None or len(self._methods) > 1 or self._listens):
             return self._make()
         self._step = self._listen
@@ -445,8 +451,9 @@ class Dial:
             self.answer += raw
         else:
             self.answer += self.tls.open(raw)
-            with suppress(OSError):
-                self.sock.send(self.tls.words())
+            if words := self.tls.words():
+                with suppress(OSError):
+                    self.sock.send(words)
             if self.tls.failure is not None and not self.answer and self._policy is not None:
                 error = self._policy.explain_alert(self.tls.failure.reason)
                 raise self._at_last(error.problem, str(error))

@@ -119,7 +119,8 @@ class Lobby:
                         on_event(mask)
                     except Exception:
                         note(Loss.STEP)
-            if not events or not self.has_time or not self._is_open:
+            # What becomes ready meanwhile is told in the next round, as it stands in the sweep's epoll.
+            if len(events) < _EVENTS or not self.has_time or not self._is_open:
                 return
 
     def _take_turn(self) -> None:
