@@ -128,7 +128,7 @@ def parse_admin(text: str) -> TcpAddress:
 def _parse_tcp(text: str, where: str, form: str) -> TcpAddress:
     """Read an address; ``form`` is what it looks like. Raises ConfigurationError."""
     host, colon, port = text.rpartition(":")
-    if not colon or not host:
+    if not colon or not host or "/" in text or (host.startswith("[") and not host.endswith("]")):
         raise ConfigurationError(f"{where}: write {form}")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ConfigurationError(f"{where}: put the IPv6 address in brackets, as in [::1]:6544")

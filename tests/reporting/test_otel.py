@@ -422,6 +422,19 @@ def test_something_in_a_fault_that_can_not_be_told_costs_that_alone(
         ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "OTEL_EXPORTER_OTLP_PROTOCOL: pgguard speaks http/protobuf alone"),
         ({"OTEL_EXPORTER_OTLP_LOGS_PROTOCOL": "http/json"}, "OTEL_EXPORTER_OTLP_LOGS_PROTOCOL: pgguard speaks"),
         ({"OTEL_LOGS_EXPORTER": "console"}, "OTEL_LOGS_EXPORTER: pgguard can only send to otlp: use otlp or none"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4318"}, "OTEL_EXPORTER_OTLP_ENDPOINT should be a URL, as http://"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://[::x"}, "OTEL_EXPORTER_OTLP_ENDPOINT should be a URL, as http://"),
+        ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://x:99999"}, "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT should be a"),
+        ({"OTEL_EXPORTER_OTLP_CERTIFICATE": "/no/such"}, "OTEL_EXPORTER_OTLP_CERTIFICATE: /no/such: there is no such"),
+        ({"OTEL_EXPORTER_OTLP_LOGS_CLIENT_KEY": "/no/key"}, "OTEL_EXPORTER_OTLP_LOGS_CLIENT_KEY: /no/key: there is no"),
+        (
+            {"OTEL_METRIC_EXPORT_INTERVAL": "0"},
+            "OTEL_METRIC_EXPORT_INTERVAL should be a number of milliseconds above 0",
+        ),
+        (
+            {"OTEL_METRIC_EXPORT_INTERVAL": "1 s"},
+            "OTEL_METRIC_EXPORT_INTERVAL should be a number of milliseconds above",
+        ),
     ],
 )
 def test_variables_that_ask_for_what_there_is_not(
@@ -433,6 +446,19 @@ def test_variables_that_ask_for_what_there_is_not(
         Otel()
     assert str(raised.value).startswith(says)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OTEL_METRICS_EXPORTER": "none", "OTEL_METRIC_EXPORT_INTERVAL": "0"},
+        {"OTEL_LOGS_EXPORTER": "none", "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT": "nonsense"},
+    ],
+)
+def test_what_is_not_sent_is_not_asked_for(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    Otel().close()
 
 
 def test_a_variable_that_is_mistyped_is_said(

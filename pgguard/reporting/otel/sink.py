@@ -6,7 +6,9 @@ import os
 import secrets
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
 
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
@@ -19,7 +21,7 @@ from pgguard.reporting.otel.metrics import OtelMetrics
 from pgguard.reporting.otel.wire import keep_quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from pgguard.faults.docket import Count
     from pgguard.faults.fault import Fault
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 _NAME: Final = "pgguard"
 _SIGNALS: Final = ("LOGS", "METRICS")
 _PROTOCOL: Final = "http/protobuf"
+_INTERVAL: Final = "OTEL_METRIC_EXPORT_INTERVAL"
 
 
 class Otel:
@@ -41,6 +44,7 @@ class Otel:
 
     def __init__(self) -> None:
         wanted = _wanted(os.environ)
+        _check(os.environ, wanted)
         self._resource = _resource(os.environ)
         self._scope = InstrumentationScope(_NAME, version(_NAME))
         try:
@@ -104,6 +108,29 @@ def _wanted(variables: Mapping[str, str]) -> frozenset[str]:
                 break
         wanted.add(signal)
     return frozenset(wanted)
+
+
+def _check(variables: Mapping[str, str], wanted: Collection[str]) -> None:
+    """See to what the SDK would find out only when something is to be sent. Raises ConfigurationError."""
+    for prefix in ("OTEL_EXPORTER_OTLP_", *(f"OTEL_EXPORTER_OTLP_{signal}_" for signal in sorted(wanted))):
+        endpoint = variables.get(f"{prefix}ENDPOINT", "").strip()
+        if endpoint and not _is_url(endpoint):
+            raise ConfigurationError(f"{prefix}ENDPOINT should be a URL, as http://localhost:4318")
+        for name in ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY"):
+            path = variables.get(f"{prefix}{name}", "").strip()
+            if path and not Path(path).exists():
+                raise ConfigurationError(f"{prefix}{name}: {shorten(printable(path), 200)}: there is no such file")
+    interval = variables.get(_INTERVAL, "").strip()
+    if "METRICS" in wanted and interval and not (interval.isascii() and interval.isdigit() and int(interval) > 0):
+        raise ConfigurationError(f"{_INTERVAL} should be a number of milliseconds above 0, not {shorten(interval, 40)}")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _resource(variables: Mapping[str, str]) -> Resource:
