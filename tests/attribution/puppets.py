@@ -124,8 +124,13 @@ class Puppet:
     """A Python process that evaluates expressions and runs statements, one at a time, in one namespace."""
 
     def __init__(self) -> None:
+        # In a group of its own, which is no orphaned one: SIGTSTP does nothing there, setpgid(2).
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", _SCRIPT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,
         )
         self.pid = self._process.pid
         self.do("None")
