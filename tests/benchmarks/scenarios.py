@@ -101,7 +101,7 @@ def latency(bench: Bench) -> None:
 
 
 def connections(bench: Bench) -> None:
-    """What a connection costs the proxy that is opened for a single transaction, with one to a real server: pgbench -C."""
+    """What a connection costs the proxy for a single transaction, with one to a real server: pgbench -C."""
     with bench.postgresql() as server:
         for hops in bench.hops:
             with bench.contenders(server, hops, pools=False) as contenders:
