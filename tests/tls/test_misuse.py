@@ -183,9 +183,7 @@ def test_pg_basebackup(probe: bool, guard: GuardProcess, tls_server: TlsServer, 
     guard.assert_no_faults(except_kinds={"inherited-connection"})
 
 
-@both
-def test_a_connection_that_outlives_who_has_opened_it(probe: bool, guard: GuardProcess, tmp_path: Path) -> None:
-    del probe
+def test_a_connection_that_outlives_who_has_opened_it(guard: GuardProcess, tmp_path: Path) -> None:
     with _started(guard, tmp_path, "bystander.py", "leak") as program:
         said = program.read()
         program.wait()
