@@ -23,7 +23,7 @@ from pgguard.proxy.addresses import TcpAddress
 from pgguard.proxy.arrival import Arrival
 from pgguard.proxy.dialling import Dial, Progress
 from tests.proxy.conftest import House, running, until
-from tests.proxy.fake_backend import BackendConnection, FakeBackend
+from tests.proxy.fake_backend import BackendConnection, FakeBackend, part
 from tests.proxy.messages import (
     COLUMNS,
     LOGGED_IN,
@@ -174,13 +174,13 @@ async def _silence(
     backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> AsyncIterator[tuple[House, Client, BackendConnection]]:
     """A client whose server has been asked for TLS, and hasn't answered for longer than it takes to connect."""
-    monkeypatch.setattr("pgguard.proxy.addresses._TO_CONNECT", 0.1)
+    monkeypatch.setattr("pgguard.proxy.addresses._TO_CONNECT", 0.4)
     async with running(backend, upstream=f"host={host} port={backend.port}") as house:
         client = await house.connect()
         await client.send(STARTUP)
         server = await backend.accept()
         await server.expect(SSL_REQUEST)
-        await client.nothing(0.25)
+        await client.nothing(0.6)
         yield house, client, server
 
 
@@ -193,10 +193,10 @@ async def test_without_a_limit_a_server_is_waited_for_as_long_as_its_client_wait
     async with _silence(backend, monkeypatch, host) as (_, client, server):
         if then == "half-closed":  # it says no more, and listens
             await client.stream.send_eof()
-            await client.nothing(0.25)
+            await client.nothing(0.6)
         if then == "encrypts":
             await server.send(b"S")
-            await client.nothing(0.25)  # nor does it have to be quick to shake hands
+            await client.nothing(0.6)  # nor does it have to be quick to shake hands
             await shake_hands(server, showing(pair))
         else:
             await server.send(b"N")
@@ -229,7 +229,7 @@ async def test_without_a_limit_a_server_still_has_to_accept_each_connection(
         await server.receive(100)
         await server.send(b"no TLS")
         said = (await client.message()).fields
-    assert said["M"].endswith(f"127.0.0.1:{backend.port}: no answer within 0.1 s")
+    assert said["M"].endswith(f"127.0.0.1:{backend.port}: no answer within 0.4 s")
 
 
 def _not_accepted(_: Dial) -> Progress:
@@ -679,8 +679,7 @@ async def test_files_that_are_renewed_hold_from_sighup_on(
             await server.expect(STARTUP)
             await server.send(LOGGED_IN)
             await client.expect(LOGGED_IN)
-            await client.send(TERMINATE)
-            await client.close()
+            await part(client, server)
             return True
 
         with suppress(trio.BrokenResourceError):
