@@ -256,7 +256,13 @@ class Guard:
             for front in self._fronts:
                 opened = self._listeners.setdefault(front.name, [])
                 for address in front.addresses:
-                    opened += await open_listeners(address, pass_credentials=self._witness is not None)
+                    try:
+                        opened += await open_listeners(address, pass_credentials=self._witness is not None)
+                    except ConfigurationError as error:
+                        if front.name is None:
+                            raise
+                        told = str(error).removeprefix("--listen")
+                        raise ConfigurationError(f"databases.{front.name}.listen{told}") from error
         except BaseException:
             self.close()
             raise

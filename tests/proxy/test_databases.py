@@ -284,6 +284,16 @@ def test_an_entry_that_is_wrong(text: str, says: str, tmp_path: Path, monkeypatc
     assert "hunter2" not in said
 
 
+def test_a_listener_that_can_not_be_opened_is_named_as_it_is_written(tmp_path: Path) -> None:
+    text = "[[databases]]\nname = 'audit'\nupstream = 'host=127.0.0.1 port=1'\nlisten = 'unix:/no/such'\n"
+    (tmp_path / "pgguard.toml").write_text(text)
+    done = run("serve", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "pgguard: databases.audit.listen unix:/no/such:5432: No such file or directory: create"
+    )
+
+
 def test_what_is_typed_contradicts_them(tmp_path: Path) -> None:
     (tmp_path / "pgguard.toml").write_text(A)
     for name, value in (("upstream", "host=h"), ("listen", ["127.0.0.1:1"])):
