@@ -13,6 +13,7 @@ import errno
 import grp
 import os
 import pwd
+import select
 import stat
 from collections import deque
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ TRUST_REMEDY = "make root or the guard's user its owner, and let nobody else wri
 
 LINKS = 40
 """Symbolic links on one path, at most: path_resolution(7)."""
+
+PATIENCE = 10.0
+"""Seconds for somebody to write to a pipe that is to be read."""
 
 _NAME_ONLY = os.O_PATH | os.O_CLOEXEC
 """Opens nothing: neither waits for the other end of a FIFO nor wakes a device. open(2)."""
@@ -135,11 +139,12 @@ def user_name(uid: int) -> str:
 def open_trusted(path: Path) -> BinaryIO:
     """Open a file whose content is going to be obeyed.
 
-    It may be a link, if who may give orders has made it. It may be a pipe, which is waited for, if it is theirs.
+    It may be a link, if who may give orders has made it. It may be a pipe, which is waited for, if it is theirs, but
+    not for ever: nothing ends a program meanwhile but SIGKILL.
 
     Raises:
         UntrustedError: somebody else may have written it.
-        OSError: it isn't there, or can't be opened.
+        OSError: it isn't there, can't be opened, or is a pipe to which nobody writes.
     """
     link = path.lstat()
     is_link = stat.S_ISLNK(link.st_mode)
@@ -148,12 +153,27 @@ def open_trusted(path: Path) -> BinaryIO:
     # What has become a link since is looked at as such, and not followed.
     name = os.open(path, _NAME_ONLY if is_link else _NAME_ONLY | os.O_NOFOLLOW)
     try:
-        reason = distrust(os.fstat(name))
+        status = os.fstat(name)
+        reason = distrust(status)
         if reason is not None:
             raise UntrustedError(reason)
+        if stat.S_ISFIFO(status.st_mode):
+            return _open_pipe(name)
         return Path(f"/proc/self/fd/{name}").open("rb")
     finally:
         os.close(name)
+
+
+def _open_pipe(name: int) -> BinaryIO:
+    """Open a pipe, of which there is a descriptor for its name alone, when something has been written to it."""
+    pipe = os.fdopen(os.open(f"/proc/self/fd/{name}", _CONTENT), "rb")
+    ready = select.poll()
+    ready.register(pipe, select.POLLIN)
+    if not ready.poll(PATIENCE * 1000):
+        pipe.close()
+        raise TimeoutError(errno.ETIMEDOUT, f"nobody has written to this pipe within {PATIENCE:g} s")
+    os.set_blocking(pipe.fileno(), True)
+    return pipe
 
 
 def open_regular(path: Path, *, reader: int | None = None) -> int:

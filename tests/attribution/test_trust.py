@@ -85,6 +85,22 @@ def test_ones_own_link_and_pipe_are_followed_and_waited_for(file: Path, tmp_path
     writer.join()
 
 
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody at all, and somebody who is gone again."""
+    monkeypatch.setattr(trust, "PATIENCE", 0.05)
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    with pytest.raises(TimeoutError) as raised:
+        open_trusted(tmp_path / "pipe")
+    assert raised.value.strerror == "nobody has written to this pipe within 0.05 s"
+    monkeypatch.setattr(trust, "PATIENCE", 60)
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[b""])
+    writer.start()
+    assert _content(tmp_path / "pipe") == b""
+    writer.join()
+
+
 @needs_root
 def test_somebody_elses_link_and_pipe_are_not(file: Path, tmp_path: Path) -> None:
     """The link leads to what root has written itself, for something else."""
