@@ -23,6 +23,9 @@ StartupMessage on another connection. That is libpq's rule, but for two things. 
 password was wrong, is passed on: the client has had a part in what led to it. So is one that has nothing to do with TLS
 (:data:`_OF_NO_USE`): no slot is left, the server is shutting down.
 
+A handshake that fails in which a server was offered no more than it had asked for before is begun anew, too, with all
+that there is: see :mod:`pgguard.proxy.server_tls`.
+
 With TLS the first answer is waited for in any case. Only there a server says, in TLS 1.3, that it doesn't accept the
 certificate that it was shown.
 """
@@ -42,6 +45,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pgguard.attribution.sockets import peer_user
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress
 from pgguard.proxy.errors import Problem, UnfitServerError
+from pgguard.proxy.server_tls import has_asked_for
 from pgguard.proxy.transport import HandshakeFailed
 from pgguard.wire.fields import parse_fields, parse_severity
 from pgguard.wire.messages import HEADER_SIZE, parse_header
@@ -138,7 +142,9 @@ class Dial:
 
     __slots__ = (
         "_address",
+        "_asked",
         "_handshake",
+        "_is_narrow",
         "_listens",
         "_methods",
         "_outgoing",
@@ -192,6 +198,9 @@ class Dial:
         self.why_plain: UnfitServerError | None = None
         """Why it isn't encrypted although that was tried."""
         self._handshake: Handshake | None = None
+        self._asked = self._is_narrow = False
+        """In the handshake the server has asked for what it could have been offered at once; and it was offered nothing
+        else, as it had asked for that before: :mod:`pgguard.proxy.server_tls`."""
         self._outgoing = b""
         """What the server is still to be sent."""
         self._refused: _Refused | None = None
@@ -248,6 +257,10 @@ class Dial:
 
     def _fail(self, error: OSError) -> Progress:
         """It can't be made this way. Raises ``error`` if there is no other."""
+        if self._is_narrow and self.tls is None and self._policy is not None and isinstance(self._address, TcpAddress):
+            self._policy.forget(self._address)
+            self._step = self._begin
+            return Progress.ANEW
         if self._refused is not None:
             self._step = self._make
             return Progress.ANEW
@@ -299,6 +312,7 @@ class Dial:
             self._step = self._make
             return
         self.tls = self._handshake = None
+        self._asked = self._is_narrow = False
         self._outgoing = b""
 
     # Connecting
@@ -392,6 +406,7 @@ class Dial:
 
     def _begin_tls(self) -> Progress | None:
         assert self._policy is not None and isinstance(self._address, TcpAddress)  # noqa: PT018, S101 - for mypy
+        self._is_narrow = self._policy.remembers(self._address)
         self._handshake = self._policy.begin(self._address)
         self._outgoing = self._handshake.hear()
         self._step = self._shake_hands
@@ -410,12 +425,15 @@ class Dial:
                 except UnfitServerError:
                     self._flush()
                     raise
+                if self._asked:
+                    policy.remember(self._address)
                 self.tls = handshake.tls
                 return self._greet()
             try:
                 raw = self._receive(_CHUNK)
             except BlockingIOError:
                 return Progress.WAITING
+            self._asked = self._asked or has_asked_for(raw)
             try:
                 self._outgoing = handshake.hear(raw)
             except HandshakeFailed as error:

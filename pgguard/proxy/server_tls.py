@@ -18,6 +18,12 @@ verify-full    with                                    is checked           is c
 There are roots if ``sslrootcert`` names them, or else ``~/.postgresql/root.crt`` is there. So ``require`` becomes
 ``verify-ca`` by that file.
 
+A client sends its part of a key for the group that it likes best, and a server that wants another one asks again:
+HelloRetryRequest, RFC 8446, 4.1.4. It costs one more round trip. PostgreSQL before version 18 wants
+:data:`_ASKED_FOR` (``ssl_ecdh_curve``), OpenSSL's clients begin with another, and so libpq is asked again by each of
+these servers each time. The guard offers a server that has asked for this group nothing else from then on. Should a
+handshake fail that way, for whatever reason, it is begun anew with all that there is.
+
 It differs where a mistake would go unnoticed until the first client comes, or for ever. What is named has to be there:
 libpq passes over a file of certificates that isn't. And what can't be read is an error also where libpq would then
 connect without TLS.
@@ -56,6 +62,16 @@ if TYPE_CHECKING:
 
     from pgguard.proxy.addresses import TcpAddress
     from pgguard.proxy.transport import HandshakeFailed
+
+_ASKED_FOR: Final = "prime256v1"
+_RETRY: Final = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c")
+_RANDOM: Final = slice(11, 43)
+"""What a HelloRetryRequest has where a ServerHello has something random, behind the record's header, the message's and
+the version: RFC 8446, 4.1.3."""
+_KEY_SHARE: Final = bytes.fromhex("003300020017")
+"""Its extension that asks for secp256r1, as :data:`_ASKED_FOR` is called there: 4.2.8 and 4.2.7."""
+_REMEMBERED: Final = 256
+"""Servers of which it is remembered what they have asked for."""
 
 SYSTEM: Final = "system"
 """The roots that the system trusts, as a value of ``sslrootcert``."""
@@ -183,6 +199,8 @@ class Loaded(NamedTuple):
     """What the files say that the settings name."""
 
     context: ssl.SSLContext
+    narrow: ssl.SSLContext
+    """The same, for servers that have asked for :data:`_ASKED_FOR`: nothing else is offered them."""
     verifies: bool
     """The server's certificate is checked."""
     shows: bool
@@ -204,6 +222,8 @@ class ServerTls:
     def __init__(self, settings: TlsSettings) -> None:
         self.settings = settings
         self._loaded = load(settings)
+        self._asked_for: set[TcpAddress] = set()
+        """Servers that have asked for that group, and got it."""
 
     @property
     def verifies(self) -> bool:
@@ -230,9 +250,23 @@ class ServerTls:
         name = address.certified_name
         told = name if self.settings.names_host and name and not _is_like_number(name) else None
         try:
-            return Handshake(self._loaded.context, server_side=False, hostname=told)
+            context = self._loaded.narrow if address in self._asked_for else self._loaded.context
+            return Handshake(context, server_side=False, hostname=told)
         except (ValueError, UnicodeError) as error:
             raise UnfitServerError(Problem.WRONG_NAME, f"{told} can't be a host's name: {error}") from error
+
+    def remember(self, address: TcpAddress) -> None:
+        """Offer a server from now on nothing but what it :func:`has_asked_for`, as a handshake with it has come off."""
+        if len(self._asked_for) < _REMEMBERED:
+            self._asked_for.add(address)
+
+    def remembers(self, address: TcpAddress) -> bool:
+        """Whether a server is offered nothing else."""
+        return address in self._asked_for
+
+    def forget(self, address: TcpAddress) -> None:
+        """Offer it everything again."""
+        self._asked_for.discard(address)
 
     def check(self, connection: ssl.SSLObject, address: TcpAddress) -> None:
         """See whether the server is who it should be, as the handshake is done.
@@ -337,6 +371,18 @@ def load(settings: TlsSettings) -> Loaded:
     Raises:
         ConfigurationError: one can't be used; one line that says which, and what to change.
     """
+    try:
+        context, verifies, shows = _context(settings)
+        narrow, _, _ = _context(settings)
+    except CertificateError as error:
+        raise ConfigurationError(f"--upstream: {error}") from error
+    narrow.set_ecdh_curve(_ASKED_FOR)
+    asked = _noting_requests(context, narrow) if settings.certificates == "require" else None
+    return Loaded(context, narrow, verifies, shows, asked)
+
+
+def _context(settings: TlsSettings) -> tuple[ssl.SSLContext, bool, bool]:
+    """What handshakes are made with, and what of :class:`Loaded` holds for it. Raises CertificateError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.options |= ssl.OP_NO_RENEGOTIATION  # in the middle of one nothing can be sent: see Tls.seal()
     context.check_hostname = False  # by libpq's rules
@@ -347,15 +393,11 @@ def load(settings: TlsSettings) -> Loaded:
         warnings.simplefilter("ignore", DeprecationWarning)  # of old versions
         context.minimum_version = settings.least
         context.maximum_version = settings.most or ssl.TLSVersion.MAXIMUM_SUPPORTED
-    try:
-        verifies = _add_roots(context, settings)
-        if verifies:
-            context.verify_mode = ssl.CERT_REQUIRED
-            _add_revocations(context, settings)
-        shows = _add_identity(context, settings)
-    except CertificateError as error:
-        raise ConfigurationError(f"--upstream: {error}") from error
-    return Loaded(context, verifies, shows, _noting_requests(context) if settings.certificates == "require" else None)
+    verifies = _add_roots(context, settings)
+    if verifies:
+        context.verify_mode = ssl.CERT_REQUIRED
+        _add_revocations(context, settings)
+    return context, verifies, _add_identity(context, settings)
 
 
 def _add_roots(context: ssl.SSLContext, settings: TlsSettings) -> bool:
@@ -435,7 +477,7 @@ def _directory() -> Path:
     return Path(home, ".postgresql")
 
 
-def _noting_requests(context: ssl.SSLContext) -> WeakSet[ssl.SSLObject]:
+def _noting_requests(*contexts: ssl.SSLContext) -> WeakSet[ssl.SSLObject]:
     """Note which servers ask for a certificate: there is no public way to be told."""
     asked: WeakSet[ssl.SSLObject] = WeakSet()
 
@@ -443,12 +485,18 @@ def _noting_requests(context: ssl.SSLContext) -> WeakSet[ssl.SSLObject]:
         if direction == "read" and message == _CERTIFICATE_REQUEST:
             asked.add(connection)
 
-    context._msg_callback = note  # type: ignore[attr-defined] # noqa: SLF001
+    for context in contexts:
+        context._msg_callback = note  # type: ignore[attr-defined] # noqa: SLF001
     return asked
 
 
 _CERTIFICATE_REQUEST: Final = 13
 """The type of that message: RFC 8446, appendix B.3."""
+
+
+def has_asked_for(raw: bytes) -> bool:
+    """Whether a server's first words, if they have come in one piece, ask for the group :data:`_ASKED_FOR`."""
+    return raw[_RANDOM] == _RETRY and _KEY_SHARE in raw[_RANDOM.stop :]
 
 
 # Words

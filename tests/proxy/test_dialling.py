@@ -12,6 +12,7 @@ import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -767,3 +768,45 @@ def test_as_another_user_the_guard_reads_what_that_one_may_read(authority: Autho
         guard.wait_for("(SIGHUP: read the files again that are for TLS to the server)")
         guard.signal(signal.SIGTERM)
         guard.end()
+
+
+async def test_a_server_that_asks_for_a_group_is_offered_nothing_else_until_that_fails(
+    backend: FakeBackend, pair: Pair
+) -> None:
+    """PostgreSQL's default before version 18 is this one, and OpenSSL's another: each time it would ask for it."""
+    hellos: list[int] = []
+    async with running(backend, upstream=_where(backend, "sslmode=require")) as house:
+        for curve, tries, expected in (
+            ("prime256v1", 1, 2),  # it asks
+            ("prime256v1", 1, 1),
+            ("secp384r1", 2, 3),  # it has been set up anew: it refuses what it is offered, then it asks
+            ("secp384r1", 1, 2),  # for what isn't remembered
+            ("prime256v1", 1, 2),
+            ("prime256v1", 1, 1),
+        ):
+            hellos.clear()
+            context = showing(pair)
+            context.set_ecdh_curve(curve)
+            context._msg_callback = partial(_count_hellos, hellos)  # type: ignore[attr-defined]
+            client = await house.connect()
+            await client.send(STARTUP)
+            for _ in range(tries - 1):
+                with pytest.raises(trio.BrokenResourceError):
+                    await _encrypt(await backend.accept(), context)
+            server = await backend.accept()
+            await _encrypt(server, context)
+            await server.expect(STARTUP)
+            await server.send(LOGGED_IN)
+            await client.expect(LOGGED_IN)
+            assert len(hellos) == expected, curve
+
+
+async def _encrypt(server: BackendConnection, context: ssl.SSLContext) -> None:
+    await server.expect(SSL_REQUEST)
+    await server.send(b"S")
+    await shake_hands(server, context)
+
+
+def _count_hellos(hellos: list[int], _: object, direction: str, *message: object) -> None:
+    if direction == "read" and message[2] == 1:  # ClientHello: RFC 8446, appendix B.3
+        hellos.append(1)
