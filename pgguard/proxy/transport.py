@@ -206,7 +206,7 @@ class Tls:
             self.mixed = None
             self._begun_by = sender
             self._incoming.write(raw)
-            return self._hear(len(raw), raw, len(raw), sender)
+            return self._open_next(len(raw), raw, len(raw), sender)
         if self.is_over:
             return b""
         records = self.take(raw, sender)
@@ -218,7 +218,7 @@ class Tls:
                 self._incoming.write(records if pos == 0 and stop == end else records[pos:stop])
                 pos = stop
             while self._incoming.pending:
-                data = self._hear(_PLAIN, records, pos, sender)
+                data = self._open_next(_PLAIN, records, pos, sender)
                 if not data:
                     break
                 said.append(data)
@@ -227,7 +227,7 @@ class Tls:
         self._is_even = not self._rest and not self.is_over
         return said[0] if len(said) == 1 else b"".join(said)
 
-    def _hear(self, size: int, records: bytes, pos: int, sender: Sender | None) -> bytes:
+    def _open_next(self, size: int, records: bytes, pos: int, sender: Sender | None) -> bytes:
         """Decrypt the next record that says something, of ``size`` bytes at most; no bytes: there is none.
 
         Args:
@@ -292,30 +292,29 @@ class Tls:
         if not size:
             return b""
         began = self._sent + self._outgoing.pending
+        done, sealed = self._seal_one(data)
+        if 0 < done < size:
+            records, more = [sealed], done
+            while more and done < size:
+                more, sealed = self._seal_one(memoryview(data)[done:])
+                records.append(sealed)
+                done += more
+            sealed = b"".join(records)
+        if done:
+            said = self._plain_sent
+            self._sent += len(sealed)
+            self._plain_sent = said + done
+            if self._marks is not None:
+                self._marks.append((began, self._sent, said, said + done))
+        return sealed
+
+    def _seal_one(self, data: bytes | memoryview) -> tuple[int, bytes]:
+        """Make a record of as much as fits into one: how much that is, 0 if none can be made; and the record."""
         try:
             done = self.ssl_object.write(data)
         except ssl.SSLError:
-            return b""  # it is of no use any more
-        sealed = self._outgoing.read()
-        if done < size:
-            sealed, done = self._seal_on(data, sealed, done)
-        self._sent += len(sealed)
-        said = self._plain_sent
-        self._plain_sent = said + done
-        if self._marks is not None:
-            self._marks.append((began, self._sent, said, said + done))
-        return sealed
-
-    def _seal_on(self, data: bytes | memoryview, sealed: bytes, done: int) -> tuple[bytes, int]:
-        """Go on with what is more than a record holds, behind what has been sealed of it; that, and how much it is."""
-        records = [sealed]
-        try:
-            while done < len(data):
-                done += self.ssl_object.write(memoryview(data)[done:])
-                records.append(self._outgoing.read())
-        except ssl.SSLError:
-            pass  # likewise
-        return b"".join(records), done
+            return 0, b""  # it is of no use any more
+        return done, self._outgoing.read()
 
     def words(self) -> bytes:
         """What is to be sent on TLS's own account: an alert, say. Mostly nothing, and nothing after the farewell."""
