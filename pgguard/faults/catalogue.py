@@ -404,7 +404,7 @@ CATALOGUE: Final[Mapping[Kind, Entry]] = _table(
         (
             (
                 "While you look for the child, you can set this kind to drop in the configuration file: the guard then "
-                "drops the Terminate, and the owner's session goes on. One with TLS can't: the child has ended TLS."
+                "drops the Terminate, and the owner's session goes on. With TLS it can't, and nothing is dropped."
             ),
         ),
         can_drop=True,

@@ -553,7 +553,7 @@ class Judge:
 
     def _action(self, session: ProxiedSession, kind: Kind, severity: Severity) -> Action | None:
         """What is done about a fault of a session; ``None``: nothing."""
-        return self._rules[session.through].actions[kind, severity]
+        return _possible(self._rules[session.through].actions[kind, severity], session, kind)
 
     # Evidence
 
@@ -844,7 +844,7 @@ class Judge:
     @staticmethod
     def _ruling(session: ProxiedSession, fault: Fault) -> Ruling:
         if fault.action is not Action.REJECTED:
-            return Ruling(fault.action)
+            return Ruling(_possible(fault.action, session, fault.kind))
         try:
             message, detail, hint = rejection(fault)
             response = build_error_response(message, sqlstate=SQLSTATE, detail=detail, hint=hint)
@@ -856,6 +856,12 @@ class Judge:
     def _record(self, session: ProxiedSession | None, fault: Fault | None) -> None:
         if fault is not None:
             self._records.put(session, fault)
+
+
+def _possible(action: Action | None, session: ProxiedSession, kind: Kind) -> Action | None:
+    """What can be done: whoever says Terminate on a TLS session has ended that, too, and nothing keeps it alive."""
+    is_over = kind is Kind.FOREIGN_TERMINATE and session.is_encrypted
+    return Action.LOGGED if action is Action.DROPPED and is_over else action
 
 
 class _Rules(NamedTuple):

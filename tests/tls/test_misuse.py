@@ -291,13 +291,18 @@ def test_more_connections_than_there_may_be(guard: GuardProcess, tmp_path: Path)
         program.wait()
 
 
-def test_a_child_that_ends_its_parents_session_is_rejected(
-    tls_server: TlsServer, papers: Papers, tmp_path: Path
+@pytest.mark.parametrize(("set_to", "action"), [("reject", "rejected"), ("drop", "logged")])
+def test_a_child_that_ends_its_parents_session_can_be_rejected_and_not_dropped(
+    set_to: str, action: str, tls_server: TlsServer, papers: Papers, tmp_path: Path
 ) -> None:
-    with tls_guard(tls_server, "sslmode=require", papers.server, "--mode", "reject") as guard:
+    """It has ended TLS as well, so the session wouldn't live on."""
+    config = tmp_path / "pgguard.toml"
+    config.write_text(f"[kinds]\nforeign-terminate = '{set_to}'\n")
+    with tls_guard(tls_server, "sslmode=require", papers.server, "--config", str(config)) as guard:
         said = _goodbye("last_user", guard, tmp_path, probe=True)
-        fault = only(guard, "foreign-terminate", and_kinds={"inherited-connection"})
-    assert fault["action"] == "rejected"
+        only(guard, "foreign-terminate", and_kinds={"inherited-connection", "shared-by-processes"})
+        [fault] = guard.faults("foreign-terminate")
+    assert fault["action"] == action
     assert named([fault], "intruder") == {said["child"]}
 
 
