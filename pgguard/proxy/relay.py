@@ -522,10 +522,7 @@ class Relay:
                 sender = pieces[0][1]
             else:
                 self._judging.stir(end)
-                at = 0
-                for length, whose in pieces:
-                    tls.unopened.append((raw[at : at + length], whose))
-                    at += length
+                tls.unopened.extend(_parted(raw, pieces))
                 self._open_waiting(end, tls, now)
                 raise BlockingIOError
         if (sender is not end.sender or end.heed & CONTESTED) and self._may_break(end, sender, now):
@@ -639,10 +636,7 @@ class Relay:
             self._judging.stir(end)
             if end.pieces is None:
                 end.pieces = deque()
-            at = 0
-            for length, whose in pieces:
-                end.pieces.append((data[at : at + length], whose))
-                at += length
+            end.pieces.extend(_parted(data, pieces))
             self._examine_pieces(end, now)
             return False
         if sender is not end.sender:
@@ -920,6 +914,16 @@ class Relay:
             self.arm(end)
             if not (end.is_client and end.flow.phase is not _RELAYED):
                 self.arm(end.peer)
+
+
+def _parted(data: bytes, pieces: list[Segment]) -> list[tuple[bytes, Sender | None]]:
+    """What several have sent, one piece after the other, each with who has sent it."""
+    parted: list[tuple[bytes, Sender | None]] = []
+    at = 0
+    for length, whose in pieces:
+        parted.append((data[at : at + length], whose))
+        at += length
+    return parted
 
 
 def _is_terminated(flow: Flow) -> bool:
