@@ -94,7 +94,7 @@ def _shortcuts(fronts: Sequence[Front]) -> list[Capability]:
     """Where there is a shorter way; nothing of those that are the shortest."""
     return [
         Capability(
-            "Unix socket to the server" if front.name is None else f"Unix socket to the server of {front.name}",
+            f"Unix socket to {front.server}",
             "reaches the server with less CPU time than TCP",
             essential=False,
             unix_instead=False,
@@ -129,7 +129,7 @@ async def _encryption(fronts: Sequence[Front]) -> list[Capability]:
 
 def _tls_at(front: Front, address: Address, found: Dial | Exception) -> Capability | None:
     """What there is to say of it. It is essential where nobody can be connected otherwise."""
-    name = "TLS to the server" if front.name is None else f"TLS to the server of {front.name}"
+    name = f"TLS to {front.server}"
     what = f"encrypts what the guard and the server at {address} say"
     problem = remedy = None
     is_essential = False

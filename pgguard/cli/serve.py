@@ -109,14 +109,13 @@ class _Reloader:
             if renewed is not None:
                 logger.info("SIGHUP: new clients are shown %s", renewed)
         for front in guard.fronts:
-            server = "the server" if front.name is None else f"the server of {front.name}"
             try:
                 if await guard.read_server_files(front):
-                    logger.info("SIGHUP: read the files again that are for TLS to %s", server)
+                    logger.info("SIGHUP: read the files again that are for TLS to %s", front.server)
             except ConfigurationError as error:
-                logger.error("SIGHUP: TLS to %s stays as it is: %s", server, error)  # noqa: TRY400 - likewise
+                logger.error("SIGHUP: TLS to %s stays as it is: %s", front.server, error)  # noqa: TRY400 - likewise
             except Exception:
-                logger.exception("SIGHUP: TLS to %s stays as it is", server)
+                logger.exception("SIGHUP: TLS to %s stays as it is", front.server)
 
     async def _reload_settings(self, guard: RunningGuard) -> None:
         try:

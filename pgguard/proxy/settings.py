@@ -114,6 +114,11 @@ class Front(NamedTuple):
     """Those that it is told; one with port 0 lets the system choose."""
 
     @property
+    def server(self) -> str:
+        """What to call the server, where there may be others."""
+        return "the server" if self.name is None else f"the server of {self.name}"
+
+    @property
     def setting(self) -> str:
         """What says where the server is, as one calls it who is to change that."""
         return "--upstream" if self.name is None else f"databases.{self.name}.upstream"
