@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import tomllib
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,11 +26,11 @@ from pgguard.attribution.privileges import Right
 from pgguard.faults.causes import CAUSES, RECORD_INTERVAL, SHARE_OF_AGE
 from pgguard.proxy.settings import DEFAULT_LISTEN, IN_FILE_ALONE, Settings, load_settings
 from pgguard.reporting.otel.logs import ROOM
-from tests.proxy.spawned import Spawned, environment
+from tests.proxy.spawned import environment, started
 from tests.servers import not_installed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from tests.guard_process import GuardProcess
 
@@ -343,7 +342,8 @@ def test_the_steps_of_the_image_make_a_guard_that_is_healthy(tmp_path: Path) -> 
         port = probe.getsockname()[1]
     config.write_text(config.read_text().replace(f"0.0.0.0:{kept['EXPOSE']}", f"127.0.0.1:{port}"))
     given = {"PGGUARD_CONFIG": str(config), "PYTHONPATH": str(stage / "site"), "PGGUARD_ATTRIBUTION": "off"}
-    with started([stage / "site/bin" / entrypoint[0], *arguments], tmp_path, given) as guard:
+    variables = environment(**given) | {"PGGUARD_UPSTREAM": "host=127.0.0.1 port=1"}
+    with started([stage / "site/bin" / entrypoint[0], *arguments], tmp_path, variables) as guard:
         done = subprocess.run(
             [sys.executable, stage / HEALTHCHECK.lstrip("/")],
             env=environment(**given),
@@ -355,23 +355,6 @@ def test_the_steps_of_the_image_make_a_guard_that_is_healthy(tmp_path: Path) -> 
         assert (done.returncode, done.stderr) == (0, "")
         guard.signal(signal.SIGTERM)
         guard.end()
-
-
-@contextmanager
-def started(command: list[str | Path], directory: Path, variables: Mapping[str, str]) -> Iterator[Spawned]:
-    process = subprocess.Popen(
-        command,
-        cwd=directory,
-        env=environment(**variables) | dict(variables) | {"PGGUARD_UPSTREAM": "host=127.0.0.1 port=1"},
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    with process:
-        try:
-            yield Spawned(process)
-        finally:
-            if process.poll() is None:
-                process.kill()
 
 
 def test_the_image_has_the_extras_that_there_are() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 SECONDS = 30.0
 
@@ -115,10 +115,17 @@ def spawned(
         command += ["--upstream", upstream]
     if listen is not None:
         command += ["--listen", listen]
+    with started([*_limited(descriptors), *command], cwd, environment(**variables)) as guard:
+        yield guard
+
+
+@contextmanager
+def started(command: Sequence[str | Path], directory: Path, variables: Mapping[str, str]) -> Iterator[Spawned]:
+    """Run a guard by another command, with this environment; what is left of it is killed likewise."""
     process = subprocess.Popen(
-        [*_limited(descriptors), *command],
-        cwd=cwd,
-        env=environment(**variables),
+        command,
+        cwd=directory,
+        env=variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
