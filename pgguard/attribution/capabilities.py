@@ -282,8 +282,8 @@ def _try_tcp_senders() -> str | None:
         with _connecting(listener.getsockname()) as client, _accepted(listener) as accepted:
             client.send(b"x")
             accepted.recv(1)
-            accounts = Accounts()
-            accounts.feed(probe.read())
+            accounts = Accounts(probe)
+            accounts.feed()
             account = accounts.open(connection_key(accepted))
             _expect(account.split(1) == [(1, Sender(os.getpid(), threading.get_native_id()))])
         if probe.scope is not None:

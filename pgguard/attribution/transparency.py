@@ -467,7 +467,7 @@ class _Bench:
 
     def __init__(self, probe: SenderProbe) -> None:
         self._probe = probe
-        self._accounts = Accounts()
+        self._accounts = Accounts(probe)
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Bench:
@@ -516,7 +516,7 @@ class _Bench:
 
     def _check(self, guard: socket.socket) -> None:
         """Raises OSError unless the kernel watches this connection's client."""
-        self._accounts.feed(self._probe.read())
+        self._accounts.feed()
         key = connection_key(guard)
         account = self._accounts.open(key)
         self._accounts.close(key, account)

@@ -45,15 +45,12 @@ class KernelSenders:
 
     def __init__(self, probe: SenderProbe) -> None:
         self._probe = probe
-        self._read = probe.read
-        self._accounts = Accounts()
+        self._accounts = Accounts(probe)
         self._tally = Tally()
 
     def feed(self) -> None:
         """Take what the kernel has reported into account. Costs a tenth of a microsecond when that is nothing."""
-        events = self._read()
-        if events:
-            self._accounts.feed(events)
+        self._accounts.feed()
 
     def open(self, accepted: socket.socket) -> TcpAccount:
         """Begin the account of a connection that has just been accepted and not been read from.
@@ -95,7 +92,7 @@ class KernelSenders:
                 account.cookie = None
         elif not account.covers(size):
             # They came after the last look at what was reported; their report was there before them.
-            self.feed()
+            self._accounts.catch_up(account)
         kernel_account.unread = account.unread()
         return account.take(size)
 

@@ -20,18 +20,48 @@ from pgguard.identity import Sender
 KEY = b"k" * 36
 
 
-def event(kind: Kind, position: int = 0, size: int = 0, who: int = 1, origin: int = 7, key: bytes = KEY) -> Event:
-    return position, size, kind, who, who, origin, key, 0, 0
+def event(
+    kind: Kind,
+    position: int = 0,
+    size: int = 0,
+    who: int = 1,
+    origin: int = 7,
+    key: bytes = KEY,
+    ticket: int = 0,
+    reached: int = 0,
+) -> Event:
+    return position, size, kind, who, who, origin, ticket, key, 0, 0, reached
 
 
 def sender(who: int) -> Sender:
     return Sender(who, who)
 
 
+class Kernel:
+    """What it reports, as the test says it."""
+
+    def __init__(self) -> None:
+        self.said: list[Event] = []
+        self.went: dict[int, int] = {}
+        """By ticket, how far its sender has gone on."""
+        self.accounts = Accounts(self)
+
+    def read(self) -> list[Event]:
+        said, self.said = self.said, []
+        return said
+
+    def reached(self, ticket: int) -> int:
+        return self.went.get(ticket, 0)
+
+    def feed(self, *events: Event) -> None:
+        self.said += events
+        self.accounts.feed()
+
+
 def account_of(*events: Event) -> Account:
-    accounts = Accounts()
-    accounts.feed([event(Kind.OPENED), event(Kind.ACCEPTED), *events])
-    return accounts.open(KEY)
+    kernel = Kernel()
+    kernel.feed(event(Kind.OPENED), event(Kind.ACCEPTED), *events)
+    return kernel.accounts.open(KEY)
 
 
 def test_each_send_gets_its_sender_however_the_bytes_are_read() -> None:
@@ -135,53 +165,71 @@ def test_what_was_not_known_is_counted_and_said_at_the_end() -> None:
 
 
 def test_another_connection_of_the_same_addresses_counts_for_nothing() -> None:
-    accounts = Accounts()
-    accounts.feed(
-        [
-            event(Kind.OPENED),
-            event(Kind.ACCEPTED),
-            event(Kind.SENDING, 0, 4, who=9, origin=8),
-            event(Kind.SENDING, 0, 2),
-        ]
+    kernel = Kernel()
+    accounts = kernel.accounts
+    kernel.feed(
+        event(Kind.OPENED),
+        event(Kind.ACCEPTED),
+        event(Kind.SENDING, 0, 4, who=9, origin=8),
+        event(Kind.SENDING, 0, 2),
     )
     account = accounts.open(KEY)
-    accounts.feed([event(Kind.SENDING, 2, 4, who=9, origin=8)])
+    kernel.feed(event(Kind.SENDING, 2, 4, who=9, origin=8))
     assert account.split(6) == [(2, sender(1)), (4, None)]
 
 
 def test_a_connection_that_reuses_a_port_has_an_account_of_its_own() -> None:
-    accounts = Accounts()
-    accounts.feed([event(Kind.OPENED), event(Kind.ACCEPTED), event(Kind.SENDING, 0, 2)])
+    kernel = Kernel()
+    accounts = kernel.accounts
+    kernel.feed(event(Kind.OPENED), event(Kind.ACCEPTED), event(Kind.SENDING, 0, 2))
     first = accounts.open(KEY)
-    accounts.feed(
-        [
-            event(Kind.OPENED, who=2, origin=9),
-            event(Kind.ACCEPTED, origin=9),
-            event(Kind.SENDING, 0, 1, who=2, origin=9),
-        ]
+    kernel.feed(
+        event(Kind.OPENED, who=2, origin=9),
+        event(Kind.ACCEPTED, origin=9),
+        event(Kind.SENDING, 0, 1, who=2, origin=9),
     )
     assert first.split(2) == [(2, sender(1))]
     second = accounts.open(KEY)
     accounts.close(KEY, first)
-    accounts.feed([event(Kind.SENDING, 1, 1, who=3, origin=9)])
+    kernel.feed(event(Kind.SENDING, 1, 1, who=3, origin=9))
     assert second.split(2) == [(1, sender(2)), (1, sender(3))]
     accounts.close(KEY, second)
-    accounts.feed([event(Kind.SENDING, 2, 1, who=3, origin=9)])
+    kernel.feed(event(Kind.SENDING, 2, 1, who=3, origin=9))
     assert second.split(1) == [(1, None)]
 
 
 def test_without_the_guards_own_end_nothing_is_believed() -> None:
-    accounts = Accounts()
-    accounts.feed([event(Kind.OPENED), event(Kind.SENDING, 0, 2)])
+    kernel = Kernel()
+    accounts = kernel.accounts
+    kernel.feed(event(Kind.OPENED), event(Kind.SENDING, 0, 2))
     assert accounts.open(KEY).split(2) == [(2, None)]
 
 
+def test_who_comes_behind_a_report_that_was_left_out_is_unknown() -> None:
+    """Before the connection is accepted, or where the stretches are too many, not all reports are kept."""
+    kernel = Kernel()
+    kernel.feed(event(Kind.OPENED), event(Kind.ACCEPTED))
+    sends = [event(Kind.SENDING, n, 1, who=1 + n % 2, ticket=3, reached=n) for n in range(50)]
+    kernel.feed(*sends)
+    kernel.went[3] = 60
+    account = kernel.accounts.open(KEY)
+    kernel.accounts.catch_up(account)
+    kernel.feed(event(Kind.SENDING, 60, 1, who=2, ticket=3, reached=60))
+    kernel.went[3] = 70
+    kernel.accounts.catch_up(account)
+    *known, (length, unknown), last = account.split(70)
+    assert known == [(1, sender(1 + n % 2)) for n in range(len(known))]
+    assert (length, unknown, last) == (60 - len(known), None, (10, sender(2)))
+    assert length > 10
+
+
 def test_connections_that_are_never_accepted_take_bounded_memory() -> None:
-    accounts = Accounts()
+    kernel = Kernel()
+    accounts = kernel.accounts
     for number in range(10_000):
-        accounts.feed([event(Kind.OPENED, key=number.to_bytes(36, "big"))])
+        kernel.feed(event(Kind.OPENED, key=number.to_bytes(36, "big")))
     for _ in range(10_000):
-        accounts.feed([event(Kind.SENDING)])
+        kernel.feed(event(Kind.SENDING))
     assert len(accounts._early) <= 4096
     assert len(accounts._early[KEY]) <= 4096
 
@@ -233,6 +281,99 @@ def test_no_byte_ever_gets_a_wrong_name(stretches: list[Stretch], reads: list[in
     assert account.contradictions == 0
 
 
+Step = tuple[str, int, int]
+"""Something that is sent, or read: who sends, or how much comes while the guard looks; and how many bytes."""
+
+
+class Sending(Kernel):
+    """Tells of what is sent as the program does: :mod:`pgguard.attribution.ebpf.programs`."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        super().__init__()
+        self.steps = steps
+        self.truth: list[int] = []
+        self.certain: list[int | None] = []
+        """By byte, who is known to have sent it, when everything has been told of it."""
+        self.ticket = self.last = self.reached_so_far = 0
+        self.racing = 0
+
+    def read(self) -> list[Event]:
+        """What has been said; while others send."""
+        self.go_on()
+        return super().read()
+
+    def reached(self, ticket: int) -> int:
+        self.go_on()
+        return super().reached(ticket)
+
+    def go_on(self) -> None:
+        if self.racing and self.steps and self.steps[0][0] != "read":
+            self.racing -= 1
+            self.send(*self.steps.pop(0))
+
+    def send(self, how: str, who: int, size: int) -> None:
+        position = len(self.truth)
+        self.truth += [who] * size
+        self.certain += [who if how in {"said", "unread", "stolen"} else None] * size
+        if how == "skipped":
+            self.last = 0
+        elif how == "said" and who == self.last and self.went.get(self.ticket) is not None:
+            self.reached_so_far = self.went[self.ticket] = position + size
+        elif how == "lost":
+            self.last = 0
+        elif how == "vague":
+            self.last = 0
+            self.said.append(event(Kind.UNCERTAIN, position, size, who, reached=self.reached_so_far))
+        else:
+            if how == "stolen":
+                self.went.pop(self.ticket, None)
+            if self.went.get(self.ticket) is None:
+                self.ticket += 1
+            self.said.append(event(Kind.SENDING, position, size, who, ticket=self.ticket, reached=self.reached_so_far))
+            self.last, self.reached_so_far = who, position + size
+            self.went[self.ticket] = self.reached_so_far
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["said", "said", "said", "unread", "vague", "lost", "skipped", "stolen", "read", "read"]),
+            st.integers(1, 3),
+            st.integers(1, 50),
+        )
+    )
+)
+def test_who_goes_on_is_known_without_a_report_and_nobody_else_is_taken_for_it(steps: list[Step]) -> None:
+    kernel = Sending([*steps, ("read", 0, 10_000)])
+    kernel.feed(event(Kind.OPENED), event(Kind.ACCEPTED))
+    account = kernel.accounts.open(KEY)
+    position = 0
+    stolen = any(how == "stolen" for how, *_ in steps)
+    while kernel.steps:
+        how, who, size = kernel.steps.pop(0)
+        if how != "read":
+            kernel.send(how, who, size)
+            continue
+        length = min(size, len(kernel.truth) - position)
+        certain = kernel.certain[position : position + length]
+        kernel.racing = who
+        if not account.covers(length):
+            kernel.accounts.catch_up(account)
+        found: list[int | None] = []
+        if length and account.take(length):
+            assert account.sender is not None
+            found = [account.sender.pid] * length
+        else:
+            for some, whose in account.split(length):
+                found += [whose.pid if whose else None] * some
+        for index, who_found in enumerate(found):
+            assert who_found in (kernel.truth[position + index], None)
+            assert stolen or who_found == certain[index]
+        position += length
+    assert position == len(kernel.truth)
+    assert account.contradictions == 0
+
+
 def test_labels_and_byte_order_of_the_assembler() -> None:
     code = Assembler()
     code.load(R2, R1, -8, 4)
@@ -266,7 +407,7 @@ class FakeRing:
     def produce(self, number: int, flags: int = 0) -> int:
         at = self.produced
         self.produced += EVENT_SIZE + 8
-        data = struct.pack("=QIIIII4x36s4x", number, 0, 0, 0, 0, 0, KEY)
+        data = struct.pack("=QIIIIII36s16x", number, 0, 0, 0, 0, 0, 0, KEY)
         self._write(at + 8, data)
         self.flag(at, flags)
         os.pwrite(self.file, struct.pack("=Q", self.produced), 4096)
@@ -323,11 +464,11 @@ def test_the_ring_wraps_around_and_passes_over_what_is_not_ready() -> None:
 
 
 def sent(position: int, size: int, read: int, received: int) -> Event:
-    return (*event(Kind.SENDING, position, size)[:7], read, received)
+    return (*event(Kind.SENDING, position, size)[:8], read, received, 0)
 
 
 def accepted(first: int) -> Event:
-    return (*event(Kind.ACCEPTED)[:7], first, 0)
+    return (*event(Kind.ACCEPTED)[:8], first, 0, 0)
 
 
 def test_what_lay_unread_is_told_of_the_byte_that_was_sent_then() -> None:
@@ -353,7 +494,8 @@ def test_sequence_numbers_may_wrap_around() -> None:
 
 
 def test_nothing_is_told_of_a_connection_whose_beginning_was_not_reported() -> None:
-    accounts = Accounts()
+    kernel = Kernel()
+    accounts = kernel.accounts
     account = Account(7)
     account.apply(sent(0, 10, 20, 50))
     assert account.unread() is None

@@ -51,7 +51,7 @@ class Bench(NamedTuple):
         client.settimeout(SECONDS)
         accepted = self.listener.accept()[0]
         accepted.settimeout(SECONDS)
-        self.accounts.feed(self.probe.read())
+        self.accounts.feed()
         account = self.accounts.open(connection_key(accepted))
         assert account.cookie is not None
         return client, accepted, account
@@ -63,7 +63,7 @@ def bench(way: Way) -> Iterator[Bench]:
         socket.create_server(("127.0.0.1", 0)) as listener,
         SenderProbe([listener.getsockname()], way=way, blocking=True) as probe,
     ):
-        yield Bench(probe, listener, Accounts())
+        yield Bench(probe, listener, Accounts(probe))
 
 
 def releases(made: Bench) -> list[Callable[[Account], object]]:

@@ -63,6 +63,10 @@ class Reports:
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._positions: dict[bytes, int] = {}
+        self._senders: dict[bytes, Sender] = {}
+        self._reached: list[int] = []
+        """By ticket, of which the first is 1."""
+        self._tickets: dict[bytes, int] = {}
 
     def add(self, host: str, port: int) -> None:
         """Every address is watched."""
@@ -71,22 +75,35 @@ class Reports:
         events, self._events = self._events, []
         return events
 
+    def reached(self, ticket: int) -> int:
+        return self._reached[ticket - 1]
+
     def accepted(self, key: bytes, *, opener: Sender | None = PARENT) -> None:
         """The guard's own end is there, and whose the other is is known if the probe sees that one too."""
         self._positions[key] = 0
+        self._senders.pop(key, None)
+        self._reached.append(0)
+        self._tickets[key] = len(self._reached)
         if opener is not None:
             self._report(key, Kind.OPENED, 0, 0, opener)
         self._report(key, Kind.ACCEPTED, 0, 0, PARENT)
 
     def sent(self, key: bytes, size: int, sender: Sender | None) -> None:
         """So many bytes are this one's; unless it is ``None``, of which there is no report."""
-        if sender is not None:
+        if sender is None:
+            self._senders.pop(key, None)
+        elif sender != self._senders.get(key):
+            self._senders[key] = sender
             self._report(key, Kind.SENDING, self._positions[key], size, sender)
         self._positions[key] += size
+        if sender is not None:
+            self._reached[self._tickets[key] - 1] = self._positions[key]
 
     def _report(self, key: bytes, kind: Kind, position: int, size: int, sender: Sender) -> None:
         assert sender.tid is not None
-        self._events.append((position, size, kind, sender.tid, sender.pid, 1, key, 0, 0))
+        ticket = self._tickets[key]
+        reached = self._reached[ticket - 1]
+        self._events.append((position, size, kind, sender.tid, sender.pid, 1, ticket, key, 0, 0, reached))
 
 
 class Told(Client):

@@ -35,6 +35,9 @@ class Probe:
     def read(self) -> list[Event]:
         return []
 
+    def reached(self, _ticket: int) -> int:
+        return 0
+
 
 @dataclass
 class Encrypted:
@@ -81,7 +84,7 @@ class Encrypted:
     def sent_by(self, *pieces: tuple[bytes, Sender]) -> None:
         """Receive raw bytes, at once, each piece from another sender."""
         for raw, (pid, tid, _) in pieces:
-            self.account.apply((self.received, len(raw), int(Report.SENDING), tid or pid, pid, ORIGIN, KEY, 0, 0))
+            self.account.apply((self.received, len(raw), int(Report.SENDING), tid or pid, pid, ORIGIN, 0, KEY, 0, 0, 0))
             self.received += len(raw)
         self.raw(self.scene.client, b"".join(raw for raw, _ in pieces))
 

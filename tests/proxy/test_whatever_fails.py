@@ -127,11 +127,14 @@ class Probe:
     def say(
         self, key: bytes, kind: Report, who: int, position: int = 0, size: int = 0, read: int = 0, received: int = 0
     ) -> None:
-        self._events.append((position, size, kind, who, who, ORIGIN, key, read, received))
+        self._events.append((position, size, kind, who, who, ORIGIN, 0, key, read, received, 0))
 
     def read(self) -> list[Event]:
         events, self._events = self._events, []
         return events
+
+    def reached(self, _ticket: int) -> int:
+        return 0
 
     def add(self, *_: Any) -> None:
         pass

@@ -10,10 +10,13 @@ The rules, all of which follow from what :mod:`programs` says of events:
    what is unknown shifts nothing: what comes behind is as certain as ever, and there is nothing to re-align.
 3. An event counts only if its connection's first sequence number is the one that the guard's own end was established
    with. A container may have a connection of exactly the same addresses, to somewhere else.
+4. A thread that goes on sending is not reported each time: how far it has come is written to one place, and when that
+   is read before the events are, all who have sent something in front of there have been reported. It is added to the
+   stretch that was reported last, and to no other: not if that one had to be left out here.
 
-**Who calls what, when.** The events about bytes are there before the bytes are. So after reading from connections,
-and before asking for senders, call :meth:`Accounts.feed` with all that ``SenderProbe.read()`` returns, once for them
-all. If it is the other way around, more is unknown; nothing is wrong.
+**Who calls what, when.** What is told of bytes is there before the bytes are. So after reading from a connection, and
+before asking for senders, call :meth:`Accounts.catch_up`. If it is the other way around, more is unknown; nothing is
+wrong.
 
 **What is assumed.** Every byte of the stream is read, once, and counted. A client's urgent data (``MSG_OOB``), which no
 PostgreSQL client sends, would be taken out of the stream: set ``SO_OOBINLINE`` on the accepted socket to rule it out.
@@ -24,13 +27,15 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter, OrderedDict, deque
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Final, Protocol, final
 
 from pgguard.attribution.ebpf.programs import Kind
 from pgguard.attribution.ebpf.ring import Event
 from pgguard.identity import Sender
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mypy_extensions import i64
 
 Segment = tuple[int, Sender | None]
@@ -40,6 +45,7 @@ _OPENED: Final = int(Kind.OPENED)
 _ACCEPTED: Final = int(Kind.ACCEPTED)
 _UNWATCHED: Final = int(Kind.UNWATCHED)
 _SENDING: Final = int(Kind.SENDING)
+_UNCERTAIN: Final = int(Kind.UNCERTAIN)
 _WATCHED: Final = int(Kind.WATCHED)
 _BLOCKING: Final = int(Kind.BLOCKING)
 
@@ -55,7 +61,21 @@ while the guard has a reason not to read; the senders of what is behind that are
 _UNREAD_EVENTS = 64
 """Sends on top of something unread that are remembered until they are read: of a client that pipelines, say, whose next
 ones say nothing new."""
+_LOOKS: Final = 3
+"""Times that it is looked how far a sender has gone on, as long as another one turns out to have been reported."""
 _MODULO = (1 << 32) - 1
+
+
+class Reports(Protocol):
+    """The kernel's reports, as :class:`~pgguard.attribution.ebpf.probe.SenderProbe` has them."""
+
+    @property
+    def read(self) -> Callable[[], list[Event]]:
+        """Takes the events that there are."""
+
+    @property
+    def reached(self) -> Callable[[int], int]:
+        """By ticket, tells up to where the one had gone on who had been reported last."""
 
 
 @final
@@ -81,6 +101,7 @@ class Account:
         "origin",
         "problem",
         "sender",
+        "ticket",
     )
 
     def __init__(self, origin: int | None = None) -> None:
@@ -96,6 +117,8 @@ class Account:
         self._tid: i64 = 0
         self.sender: Sender | None = None
         """Whose that stretch is: one object for as long as it is the same thread."""
+        self.ticket = 0
+        """Under which the kernel says how far that one has gone on; 0: it isn't the one that was reported last."""
         self._earlier: deque[tuple[int, int, Sender | None]] | None = None
         """The stretches in front of it that haven't been read, in order, once there have been any."""
         self.opener: Sender | None = None
@@ -115,13 +138,17 @@ class Account:
 
     def apply(self, event: Event) -> None:
         """Take an event of this connection into account, in the order in which they were read."""
-        position, size, kind, tid, pid, origin, _, read, received = event
+        position, size, kind, tid, pid, origin, ticket, _, read, received, reached = event
         if origin != self.origin:
             return
         if kind == _SENDING:
+            self.go_on(self.ticket, reached)
             if read != received:
                 self._note_unread(position, read, received)
-            self._add(position, position + size, pid, tid)
+            if pid:  # not of a thread that the guard's pid namespace doesn't have
+                self.ticket = ticket if self._add(position, position + size, pid, tid) else 0
+        elif kind == _UNCERTAIN:
+            self.go_on(self.ticket, reached)
         elif kind == _ACCEPTED:
             self.first_answer = read
         elif kind == _OPENED:
@@ -133,30 +160,39 @@ class Account:
         elif kind == _BLOCKING:
             self.problem = errno.EWOULDBLOCK
 
+    def go_on(self, ticket: int, reached: i64) -> None:
+        """Have the last stretch go on up to a position, if it is still the one that a ticket was for."""
+        if ticket and ticket == self.ticket and reached > self._stop:
+            self._stop = reached
+
+    def leave_out(self) -> None:
+        """Know of a report that wasn't applied, and who comes behind the last stretch no more."""
+        self.ticket = 0
+
     def _note_unread(self, position: int, read: int, received: int) -> None:
         if self._unread_sends is None:
             self._unread_sends = deque(maxlen=_UNREAD_EVENTS)
         self._unread_sends.append((position, read, received))
 
-    def _add(self, start: i64, stop: i64, pid: i64, tid: i64) -> None:
+    def _add(self, start: i64, stop: i64, pid: i64, tid: i64) -> bool:
+        """Add a stretch; False if there are too many."""
         if self._stop > start and self._stop > self._position:
             self._contradict(start)
-        if not pid:  # a thread that the guard's pid namespace doesn't have
-            return
         if pid == self._pid and tid == self._tid:
             # A client that is not read may send a million small messages: they are one stretch, and one object's.
             if self._stop == start:
                 self._stop = stop
-                return
+                return True
             if not self._keep_last():
-                return
+                return False
         else:
             if not self._keep_last():
-                return
+                return False
             opener = self.opener
             known = opener is not None and opener.pid == pid and opener.tid == tid
             self._pid, self._tid, self.sender = pid, tid, opener if known else Sender(pid, tid)
         self._start, self._stop = start, stop
+        return True
 
     def _keep_last(self) -> bool:
         """Make room for another stretch: False if they are too many."""
@@ -309,29 +345,48 @@ class Tally:
 
 @final
 class Accounts:
-    """The accounts of all connections, by their keys (:func:`~pgguard.attribution.ebpf.probe.connection_key`)."""
+    """The accounts of all connections, by their keys (:func:`~pgguard.attribution.ebpf.probe.connection_key`).
 
-    __slots__ = ("_early", "_open")
+    Args:
+        reports: what they are made of; nobody else reads them.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_early", "_open", "_reached", "_read")
+
+    def __init__(self, reports: Reports) -> None:
+        self._read = reports.read
+        self._reached = reports.reached
         self._open: dict[bytes, Account] = {}
         """Those whose origin is known."""
         self._early: OrderedDict[bytes, list[Event]] = OrderedDict()
         """Events of connections that weren't accepted yet, oldest first."""
 
-    def feed(self, events: list[Event]) -> None:
-        """Apply events, each to its connection's account."""
-        for event in events:
-            account = self._open.get(event[6])
+    def feed(self) -> None:
+        """Apply the events that there are, each to its connection's account."""
+        for event in self._read():
+            account = self._open.get(event[7])
             if account is not None and account.origin == event[5]:
                 account.apply(event)
             else:
                 self._keep(event)
 
+    def catch_up(self, account: Account) -> None:
+        """Take into account all that has been reported of what has been read from a connection.
+
+        Costs a quarter of a microsecond where it is somebody known who goes on.
+        """
+        for _ in range(_LOOKS):
+            ticket = account.ticket
+            reached = self._reached(ticket) if ticket else 0
+            self.feed()
+            account.go_on(ticket, reached)
+            if account.ticket == ticket:
+                break
+
     def open(self, key: bytes) -> Account:
         """Begin the account of a connection that was accepted; what was reported of it before counts.
 
-        Call it after accepting and then feeding all events that there are. If another account of the same key is open
+        Call it after accepting, and :meth:`feed` before it. If another account of the same key is open
         still, its connection is over, and it gets no more events.
         """
         early = self._early.pop(key, [])
@@ -342,6 +397,8 @@ class Accounts:
             self._open[key] = account
             for event in early:
                 account.apply(event)
+            if len(early) >= _EARLY_EVENTS:
+                account.leave_out()
         return account
 
     def close(self, key: bytes, account: Account) -> None:
@@ -353,7 +410,7 @@ class Accounts:
             self._early.pop(key, None)
 
     def _keep(self, event: Event) -> None:
-        kind, origin, key = event[2], event[5], event[6]
+        kind, origin, key = event[2], event[5], event[7]
         events = self._early.setdefault(key, [])
         if kind == _OPENED:
             # A new connection: what is there already is of one that was never accepted, or of one elsewhere. The

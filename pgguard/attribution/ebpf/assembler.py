@@ -34,6 +34,8 @@ _STORE_CONSTANT = 0x62
 """``BPF_ST | BPF_MEM``."""
 _ATOMIC_ADD = 0xC3
 """``BPF_STX | BPF_ATOMIC``, with ``BPF_ADD`` (0) as the immediate, which was ``BPF_XADD`` before there were others."""
+_FETCH = 0x01
+"""``BPF_FETCH``, or-ed to that immediate: since Linux 5.12."""
 _WIDE = 0x18
 """``BPF_LD | BPF_DW | BPF_IMM``: the only instruction of two slots."""
 _CALL = 0x85
@@ -44,8 +46,8 @@ _SWAP_TO_BIG = 0xDC
 
 _COMPARISONS = {"==": 0x15, "!=": 0x55, "&": 0x45, "<": 0xA5, "<=": 0xB5, "signed <": 0xC5}
 """``BPF_JMP`` against an immediate: ``BPF_JEQ``, ``BPF_JNE``, ``BPF_JSET``, ``BPF_JLT``, ``BPF_JLE``, ``BPF_JSLT``."""
-_ARITHMETIC = {"+": 0x00, "-": 0x10, "&": 0x50, ">>": 0x70, "=": 0xB0}
-"""``BPF_ADD``, ``BPF_SUB``, ``BPF_AND``, ``BPF_RSH``, ``BPF_MOV``."""
+_ARITHMETIC = {"+": 0x00, "-": 0x10, "&": 0x50, "<<": 0x60, ">>": 0x70, "=": 0xB0}
+"""``BPF_ADD``, ``BPF_SUB``, ``BPF_AND``, ``BPF_LSH``, ``BPF_RSH``, ``BPF_MOV``."""
 _ALU32, _ALU64, _FROM_REGISTER = 0x04, 0x07, 0x08
 
 _PSEUDO_MAP_FD, _PSEUDO_MAP_VALUE = 1, 2
@@ -98,6 +100,10 @@ class Assembler:
     def add_atomically(self, base: int, offset: int, source: int) -> None:
         """``*(u64 *)(base + offset) += source``, at once on all processors."""
         self._add(_ATOMIC_ADD | _SIZES[8], base, source, offset)
+
+    def fetch_and_add(self, base: int, offset: int, source: int) -> None:
+        """The same, and ``source`` = what was there before."""
+        self._add(_ATOMIC_ADD | _SIZES[8], base, source, offset, _FETCH)
 
     def compute(self, destination: int, operation: str, source: int, *, bits: int = 64) -> None:
         """``destination operation= source``, two registers; with 32 bits, the upper half of the result is zero."""

@@ -55,6 +55,7 @@ from pgguard.attribution.ebpf.programs import (
     LOOPBACK_NETWORK,
     SAME_NAMESPACE,
     STORAGE_SIZE,
+    WORDS_SIZE,
     Maps,
     Namespaces,
     Programs,
@@ -166,6 +167,8 @@ class SenderProbe:
             self._ring = self._load(stack, cgroup, max_connections)
             self.read = self._ring.read
             """Takes the events that there are: :meth:`Ring.read` itself, as it is called for every chunk."""
+            self.reached = self._ring.reached
+            """:meth:`Ring.reached`, likewise."""
             self._known: set[bytes] = set()
             try:
                 for host, port in addresses:
@@ -285,14 +288,18 @@ class SenderProbe:
             if self.way is Way.CALLBACK
             else create(MapType.SOCKHASH, 8, 4, max_connections, "pgguard_sockets")
         )
+        words: int | None = None
+        if self.way is Way.CALLBACK:
+            words = create(MapType.ARRAY, 4, WORDS_SIZE, 1, "pgguard_words", bpf.MMAPABLE)
         maps = Maps(
             ring=create(MapType.RINGBUF, 0, 0, _RING_SIZE, "pgguard_events"),
             lost=create(MapType.ARRAY, 4, 8, 1, "pgguard_lost", bpf.MMAPABLE),
             listeners=create(MapType.HASH, LISTENER_KEY_SIZE, 4, _MAX_LISTENERS, "pgguard_listen"),
             sockets=sockets,
+            words=words,
         )
         self._listeners, self._sockets = maps.listeners, maps.sockets
-        ring = Ring(maps.ring, _RING_SIZE, maps.lost)
+        ring = Ring(maps.ring, _RING_SIZE, maps.lost, words)
         stack.callback(ring.close)
         programs = Programs(btf, maps, _namespaces(), way=self.way, blocking=self._blocking)
         if self.way is Way.MAP:

@@ -25,7 +25,7 @@ import struct
 import threading
 from typing import Final, final
 
-from pgguard.attribution.ebpf.programs import EVENT_SIZE, KEY_SIZE
+from pgguard.attribution.ebpf.programs import EVENT_SIZE, KEY_SIZE, TICKETS, WORD_SHIFT, WORDS_SIZE
 
 _BUSY: Final = 1 << 31
 """``BPF_RINGBUF_BUSY_BIT``."""
@@ -34,11 +34,14 @@ _DISCARDED: Final = 1 << 30
 _HEADER: Final = 8
 """``BPF_RINGBUF_HDR_SZ``."""
 
-_unpack: Final = struct.Struct(f"=QIIIII4x{KEY_SIZE}sII4x").unpack_from
+_TICKET_SHIFT: Final = TICKETS.bit_length() - 1
+_WORD: Final = (1 << WORD_SHIFT) - 1
+
+_unpack: Final = struct.Struct(f"=QIIIIII{KEY_SIZE}sII4xQ").unpack_from
 _WEAKLY_ORDERED: Final = platform.machine() != "x86_64"
 
 
-Event = tuple[int, int, int, int, int, int, bytes, int, int]
+Event = tuple[int, int, int, int, int, int, int, bytes, int, int, int]
 """Something that happened to a connection; what its ``kind`` says. A plain tuple, which is made in half the time:
 
 0. ``position`` of the next byte in what the client sends over this connection, from 0;
@@ -47,10 +50,12 @@ Event = tuple[int, int, int, int, int, int, bytes, int, int]
 3. ``tid`` of the thread that ran, in the guard's pid namespace (of the initial one: any thread there is); else 0;
 4. ``pid`` of its process; 0 likewise;
 5. ``origin``, the TCP sequence number of the first byte. Two connections of one key differ in it, but for one in 2**32;
-6. ``key``, which connection: see :func:`~pgguard.attribution.ebpf.probe.connection_key`;
-7. ``read``: of a send, the sequence number of the next byte that its process would have read, in the other direction;
+6. ``ticket``: of a send, under which :meth:`Ring.reached` tells how far this thread goes on; 0: under none;
+7. ``key``, which connection: see :func:`~pgguard.attribution.ebpf.probe.connection_key`;
+8. ``read``: of a send, the sequence number of the next byte that its process would have read, in the other direction;
    of the guard's own end (``ACCEPTED``) that of its first byte;
-8. ``received``: of a send, the sequence number of the next byte that was to come.
+9. ``received``: of a send, the sequence number of the next byte that was to come;
+10. ``reached``: of a send, up to which position the one had gone on who had been said to send last; 0: no further.
 """
 
 
@@ -62,12 +67,13 @@ class Ring:
         ring: descriptor of the ring buffer.
         size: its size in bytes.
         lost: descriptor of the mmapable array with the count of events lost.
+        words: descriptor of that of :data:`~pgguard.attribution.ebpf.programs.WORDS_SIZE` bytes, if there is one.
 
     Raises:
         OSError: it can't be mapped.
     """
 
-    def __init__(self, ring: int, size: int, lost: int) -> None:
+    def __init__(self, ring: int, size: int, lost: int, words: int | None = None) -> None:
         page = mmap.PAGESIZE
         self._mask = size - 1
         self._consumer = mmap.mmap(ring, page)
@@ -77,6 +83,11 @@ class Ring:
         self._consumed = memoryview(self._consumer).cast("Q")
         self._produced = memoryview(self._producer)[:page].cast("Q")
         self._losses = memoryview(self._lost).cast("Q")
+        self._mapped_words: mmap.mmap | None = None
+        self._by_ticket: memoryview | None = None
+        if words is not None:
+            self._mapped_words = mmap.mmap(words, WORDS_SIZE + page - 1 & -page, prot=mmap.PROT_READ)
+            self._by_ticket = memoryview(self._mapped_words).cast("Q")
         self._data = memoryview(self._producer)[page:]
         self._words = self._data.cast("I")
         self._next = self._consumed[0]
@@ -113,13 +124,29 @@ class Ring:
         self._consumed[0] = self._busy[0] if self._busy else position
         return events
 
+    def reached(self, ticket: int) -> int:
+        """Up to which position the one had gone on who had been reported last under a ticket; 0: it isn't known.
+
+        Call it before :meth:`read`. What is read then has all reports of those who sent up to there.
+        """
+        if self._by_ticket is None:
+            return 0
+        word: int = self._by_ticket[ticket & TICKETS - 1]
+        if word >> WORD_SHIFT != ticket >> _TICKET_SHIFT:  # another connection has been given the ticket's word since
+            return 0
+        if _WEAKLY_ORDERED:
+            self._fence()
+        return word & _WORD
+
     def close(self) -> None:
         """Unmap everything; nothing can be read then."""
         self._lost_in_all = self._losses[0]
-        for view in (self._consumed, self._produced, self._losses, self._words, self._data):
-            view.release()
-        for mapped in (self._consumer, self._producer, self._lost):
-            mapped.close()
+        for view in (self._consumed, self._produced, self._losses, self._words, self._data, self._by_ticket):
+            if view is not None:
+                view.release()
+        for mapped in (self._consumer, self._producer, self._lost, self._mapped_words):
+            if mapped is not None:
+                mapped.close()
 
     def _take(self, position: int, events: list[Event]) -> int:
         """Read the record at a position, or remember it as busy; returns its length."""
