@@ -7,9 +7,9 @@ goes on with it, synchronously. When there isn't, the task goes back to trio to 
 
 What it waits for is waited for in one place: a wait in its own epoll costs 5 µs, and one in trio's ten times as much.
 How long it waits at most decides as well: below the kernel's tick, of 4 ms mostly, a timer has to be set anew for each
-wait, at 2.7 µs (epoll_wait(2) with 1 ms) or 1.3 (2 ms). So it is given all the time that there is for it. That is until
-trio's next deadline, which can't change as long as none of its tasks runs, and no longer than :data:`_LATEST`, in which
-other things may have happened that only trio hears of: a thread has finished, or a signal has come.
+wait, at 2.7 µs (epoll_wait(2) with 1 ms) or 1.3 (2 ms). So it always waits for :data:`_LATEST`, in which things may
+have happened that only trio hears of: a thread has finished, a signal has come, or a deadline has passed. Who can't
+wait for that long says so (:meth:`Sweep.hurry`).
 """
 
 from __future__ import annotations
@@ -111,8 +111,7 @@ class Sweep:
     def _take_turn(self) -> bool:
         """Have bytes moved until it is trio's other tasks' turn; False if there is nothing to do any more."""
         now = time.monotonic()
-        due = trio.lowlevel.current_statistics().seconds_to_next_deadline
-        is_busy = self._relay.run(now + _TURN, now + min(_LATEST, max(_TURN, due)))
+        is_busy = self._relay.run(now + _TURN, now + _LATEST)
         if self._relay.took:
             self._added.note(self._relay.took + max(0.0, now - self._left))
         self._left = time.monotonic()

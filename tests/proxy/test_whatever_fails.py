@@ -123,18 +123,30 @@ class Probe:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self.went: list[int] = []
+        """By ticket, of which the first is 1, how far its sender has gone on."""
 
     def say(
-        self, key: bytes, kind: Report, who: int, position: int = 0, size: int = 0, read: int = 0, received: int = 0
+        self,
+        key: bytes,
+        kind: Report,
+        who: int,
+        position: int = 0,
+        size: int = 0,
+        read: int = 0,
+        received: int = 0,
+        *,
+        ticket: int = 0,
     ) -> None:
-        self._events.append((position, size, kind, who, who, ORIGIN, 0, key, read, received, 0))
+        reached = self.went[ticket - 1] if ticket else 0
+        self._events.append((position, size, kind, who, who, ORIGIN, ticket, key, read, received, reached))
 
     def read(self) -> list[Event]:
         events, self._events = self._events, []
         return events
 
-    def reached(self, _ticket: int) -> int:
-        return 0
+    def reached(self, ticket: int) -> int:
+        return self.went[ticket - 1]
 
     def add(self, *_: Any) -> None:
         pass
@@ -150,6 +162,9 @@ class NamedClient(Client):
         super().__init__(stream)
         self.key = key
         self.probe = probe
+        self.probe.went.append(0)
+        self.ticket = len(self.probe.went)
+        self.sender = 0
         self.sent = 0
 
     async def send(self, data: bytes, *who: int) -> None:
@@ -158,8 +173,11 @@ class NamedClient(Client):
         for n, pid in enumerate(who or (os.getpid(),)):
             last = n + 1 >= len(who)
             part = len(data) - n * size if last else size
-            self.probe.say(self.key, Report.SENDING, pid, self.sent, part)
+            if pid != self.sender:
+                self.probe.say(self.key, Report.SENDING, pid, self.sent, part, ticket=self.ticket)
+                self.sender = pid
             self.sent += part
+            self.probe.went[self.ticket - 1] = self.sent
         await super().send(data)
 
 
