@@ -1,8 +1,9 @@
-"""Which modules mypyc compiles when pgguard is built, and in which form they run.
+"""Which modules are compiled when pgguard is built, and in which form they run.
 
-They run compiled or as pure Python, and do the same. Compiled, they are one group: they call each other without going
-through the interpreter, and each needs all the others to be compiled, too. The build compiles them from what stands in
-:data:`MODULES`, and whoever wants to know the list reads it there. It imports nothing, as the build reads it, too.
+They run compiled or as pure Python, and do the same. Those that mypyc compiles are one group: they call each other
+without going through the interpreter, and each needs all the others to be compiled, too. One more stands there in C as
+well, and is built with them. The build compiles what stands in :data:`MODULES` and :data:`WRITTEN_IN_C`, and whoever
+wants to know the list reads it there. This module imports nothing, as the build reads it, too.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ MODULES: Final = (
 """What moves and follows bytes: the relay's inner loop, the session core, and who has sent what. ``pgguard.session`` is
 in it whole."""
 
+WRITTEN_IN_C: Final = "pgguard.proxy.sockets"
+"""What calls the system for them: its source in C is beside that in Python, and has the same name."""
+
 _GROUP: Final = "pgguard.native_"
 _SUFFIX: Final = "__mypyc"
 """What mypyc adds to a group's name for that of its library."""
@@ -71,7 +75,7 @@ class Form(NamedTuple):
 def form() -> Form:
     """Find out in which form the modules run here: from what is loaded, or would be."""
     by_form: dict[bool, list[str]] = {False: [], True: []}
-    for name in MODULES:
+    for name in (*MODULES, WRITTEN_IN_C):
         spec = import_module(name).__spec__
         by_form[spec is not None and isinstance(spec.loader, ExtensionFileLoader)].append(name)
     compiled = by_form[True]
@@ -90,11 +94,16 @@ def group_name(root: Path) -> str:
         OSError: They can't be read.
     """
     digest = sha256()
-    for name in MODULES:
-        digest.update((root / path_of(name)).read_bytes())
+    for path in [*map(path_of, (*MODULES, WRITTEN_IN_C)), c_path_of(WRITTEN_IN_C)]:
+        digest.update((root / path).read_bytes())
     return f"{_GROUP}{digest.hexdigest()[:16]}"
 
 
 def path_of(module: str) -> str:
     """Where a module's source is below the directory that its package is in."""
     return f"{module.replace('.', '/')}.py"
+
+
+def c_path_of(module: str) -> str:
+    """Where its source in C is."""
+    return f"{module.replace('.', '/')}.c"

@@ -1,4 +1,4 @@
-"""The build's hook: has mypyc compile the modules of :mod:`pgguard.compiled`, where that can be done.
+"""The build's hook: has the modules of :mod:`pgguard.compiled` compiled, where that can be done.
 
 hatchling runs it when a wheel is built (``pyproject.toml``); it isn't installed. Where something is missing, or fails,
 the wheel is pure Python, and a line says why: nothing but Python is needed to install pgguard. What compiling takes
@@ -27,7 +27,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 _ROOT: Final = Path(__file__).parent.parent
 sys.path.insert(0, str(_ROOT))
 
-from pgguard.compiled import MODULES, group_name, path_of  # noqa: E402 - the tree that is being built
+from pgguard.compiled import MODULES, WRITTEN_IN_C, c_path_of, group_name, path_of  # noqa: E402 - the tree that is being built
 
 VARIABLE: Final = "PGGUARD_BUILD"
 _AUTO: Final = "auto"
@@ -162,7 +162,7 @@ def compile_into(target: Path) -> None:
         Exception, SystemExit: It can't be done; what is printed says why.
     """
     # mypyc needs setuptools to be imported first.
-    from setuptools import Distribution  # noqa: PLC0415, I001 - only in the process that compiles
+    from setuptools import Distribution, Extension  # noqa: PLC0415, I001 - only in the process that compiles
     from mypyc.build import mypycify  # noqa: PLC0415
 
     with TemporaryDirectory(prefix="pgguard-build-") as work:
@@ -175,6 +175,7 @@ def compile_into(target: Path) -> None:
             debug_level="0",
             target_dir=work,
         )
+        extensions.append(Extension(WRITTEN_IN_C, [c_path_of(WRITTEN_IN_C)], extra_compile_args=["-O2", "-g0"]))
         for extension in extensions:
             # Another compiler warns of other things.
             extension.extra_compile_args = [flag for flag in extension.extra_compile_args if flag != "-Werror"]

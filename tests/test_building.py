@@ -16,12 +16,13 @@ import pytest
 
 import pgguard.session
 from pgguard import compiled
-from pgguard.compiled import MODULES, Form, form, group_name, path_of
+from pgguard.compiled import MODULES, WRITTEN_IN_C, Form, c_path_of, form, group_name, path_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 ROOT: Final = Path(__file__).parents[1]
+SOURCES: Final = {*map(path_of, MODULES), path_of(WRITTEN_IN_C), c_path_of(WRITTEN_IN_C)}
 
 
 def test_the_session_core_is_in_the_group_whole() -> None:
@@ -46,21 +47,25 @@ def test_the_session_core_is_in_the_group_whole() -> None:
 def test_the_form_is_that_of_what_is_loaded(
     listed: Sequence[str], found: Form, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "MODULES", listed)
+    monkeypatch.setattr(compiled, "MODULES", listed[:-1])
+    monkeypatch.setattr(compiled, "WRITTEN_IN_C", listed[-1])
     monkeypatch.setattr(compiled, "group_name", lambda _: "pgguard.native_0")
     assert form() == found
     assert str(found) == said
 
 
 def test_what_was_compiled_from_other_sources_can_be_told(tmp_path: Path) -> None:
-    for name in MODULES:
-        path = tmp_path / path_of(name)
+    for source in SOURCES:
+        path = tmp_path / source
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / path_of(name), path)
-    assert group_name(tmp_path) == group_name(ROOT)
-    with (tmp_path / path_of(MODULES[-1])).open("a") as file:
-        file.write("# changed\n")
-    assert group_name(tmp_path) != group_name(ROOT)
+        shutil.copyfile(ROOT / source, path)
+    names = {group_name(ROOT)}
+    assert {group_name(tmp_path)} == names
+    for source in path_of(MODULES[-1]), path_of(WRITTEN_IN_C), c_path_of(WRITTEN_IN_C):
+        with (tmp_path / source).open("a") as file:
+            file.write("\n")
+        names.add(group_name(tmp_path))
+    assert len(names) == 4
 
 
 # The build itself, by what an installer calls
@@ -106,7 +111,7 @@ def test_without_a_compiler_the_wheel_is_pure_and_nothing_is_asked_for(tmp_path:
     [wheel] = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = _names(wheel)
-    assert {path_of(name) for name in MODULES} <= names
+    assert names >= SOURCES
     assert "pgguard/compiling.py" not in names
     assert not [name for name in names if name.endswith(".so")]
     done = _build("get_requires_for_build_wheel()", WITHOUT_COMPILER)
@@ -177,4 +182,4 @@ def test_what_is_distributed_as_source_can_be_built(tree: Path, tmp_path: Path) 
     done = _build(f"build_wheel({str(tmp_path / 'wheels')!r})", {"PGGUARD_BUILD": "pure"}, root=unpacked)
     assert done.returncode == 0, done.stderr
     [wheel] = (tmp_path / "wheels").iterdir()
-    assert {path_of(name) for name in MODULES} <= _names(wheel)
+    assert _names(wheel) >= SOURCES

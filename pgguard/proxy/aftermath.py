@@ -171,16 +171,16 @@ class Aftermath:
         rest = session.inside_message
         while rest and not server.eof:
             await trio.lowlevel.wait_readable(server.fd)
-            with suppress(BlockingIOError):  # TLS has had something to say, and the server hasn't
-                data = server.receive(min(rest, _READ))[:rest]
+            data = server.receive(min(rest, _READ))
+            if data is not None:  # otherwise TLS has had something to say, and the server hasn't
+                data = data[:rest]
                 rest -= len(data)
                 if not data:
                     server.end_stream()
                 client.append(data)
             while client.outgoing:
                 await trio.lowlevel.wait_writable(client.fd)
-                with suppress(BlockingIOError):
-                    client.write()
+                client.write()
         return not rest
 
     def hear(self, session: ProxiedSession, data: bytes) -> None:

@@ -45,6 +45,7 @@ from pgguard.proxy.figures import Turnaway
 from pgguard.proxy.greeting import Conversation, Dismissal, Encryption, Step, refusal
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.relay import FAILED
+from pgguard.proxy.sockets import Stream
 from pgguard.proxy.transport import Handshake, HandshakeFailed
 from pgguard.proxy.upstream import UpstreamUnavailable, ask, ask_by_tls, introduce, relay_cancel, too_late
 from pgguard.session.tracker import Tracker
@@ -598,7 +599,12 @@ class Arrival:
             untracked = FAILED
         session.settings = parameters
         session.connect(
-            self._sock, dial.sock, tracker, sender=greeting.sender, client_tls=self._tls, server_tls=dial.tls
+            Stream(self._sock),
+            Stream(dial.sock),
+            tracker,
+            sender=greeting.sender,
+            client_tls=self._tls,
+            server_tls=dial.tls,
         )
         if self._unsaid:
             session.client.append_raw(self._unsaid)

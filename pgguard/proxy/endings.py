@@ -304,7 +304,7 @@ def _is_inside_message(session: ProxiedSession) -> bool:
         return True
 
 
-def check_peer(client: Socket) -> None:
+def check_peer(client: Socket | socket.socket) -> None:
     """Have the kernel find out whether who has ended a TCP stream is gone, or waits for what is still to come.
 
     Both end it with the same FIN. But of a socket that was closed nothing is left after a minute, and a keepalive

@@ -12,7 +12,6 @@ import fcntl
 import socket
 import termios
 from collections import deque
-from contextlib import suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Protocol, final
 
@@ -72,19 +71,19 @@ _AT_ITS_END: Final = (Reading.ENDING, Reading.ENDED)
 
 
 class Socket(Protocol):
-    """What the relay does with a socket, which doesn't block: see :class:`socket.socket`."""
+    """What the relay does with a socket, which never blocks: see :class:`pgguard.proxy.sockets.Stream`."""
 
     def fileno(self) -> int:
         """Tell its descriptor."""
 
-    def recv(self, size: int, /) -> bytes:
-        """Receive so many bytes at most."""
+    def receive(self, size: int, /) -> bytes | None:
+        """Receive so many bytes at most; none: the stream has ended; ``None``: nothing has come."""
 
-    def recvmsg(self, size: int, ancillary: int, /) -> tuple[bytes, list[tuple[int, int, bytes]], int, object]:
-        """Receive bytes, and what the kernel says of them."""
+    def receive_named(self, size: int, /) -> tuple[bytes, int] | None:
+        """The same, with the pid of who has sent them: 0 if it has none here, -1 if the kernel doesn't say who."""
 
-    def send(self, data: bytes | memoryview, /) -> int:
-        """Send as much as there is room for; returns how much that was."""
+    def send(self, data: bytes, begin: int, stop: int, /) -> int:
+        """Send as much of ``data[begin:stop]`` as there is room for; returns how much that was."""
 
     def shutdown(self, how: int, /) -> None:
         """End the stream to the other side."""
@@ -119,7 +118,6 @@ class End:
     """One of a session's two sockets. The relay reads it and writes it; nobody else does while it is in the sweep."""
 
     __slots__ = (
-        "credentials",
         "failure",
         "fd",
         "flow",
@@ -132,6 +130,7 @@ class End:
         "names_senders",
         "outgoing",
         "peer",
+        "pid",
         "pieces",
         "reading",
         "sender",
@@ -170,8 +169,8 @@ class End:
         """The kernel says who sent what was read, in this account."""
         self.heed = 0
         """Why what comes next isn't simply passed on: :data:`ATTENTIVE`, :data:`CONTESTED`, :data:`LOGIN`."""
-        self.credentials: bytes | None = None
-        """What the kernel said last of who sends, undecoded."""
+        self.pid = -1
+        """Whom the kernel has named last as it was read, where it does: see :meth:`Socket.receive_named`."""
         self.sender = sender
         """Who has sent what was read last, as far as that is known."""
         self.held = b""
@@ -248,19 +247,17 @@ class End:
 
     # What comes from it
 
-    def receive(self, size: int) -> bytes:
-        """Receive about so many bytes at most; none: its stream has ended.
+    def receive(self, size: int) -> bytes | None:
+        """Receive about so many bytes at most; none: its stream has ended; ``None``: nothing has come.
 
         Raises:
-            OSError: there are none (BlockingIOError), or it is broken.
+            OSError: it is broken.
         """
-        data = self.sock.recv(size)
+        data = self.sock.receive(size)
         if self.tls is None or not data:
             return data
         data = self.tls.open(data)
-        if not data and not self.tls.is_over:
-            raise BlockingIOError
-        return data
+        return data if data or self.tls.is_over else None
 
     # What goes to it
 
@@ -277,9 +274,9 @@ class End:
         """Write what waits, as far as there is room.
 
         Raises:
-            OSError: there is none, or it is broken.
+            OSError: it is broken.
         """
-        self.written += self.sock.send(memoryview(self.outgoing)[self.written :])
+        self.written += self.sock.send(self.outgoing, self.written, len(self.outgoing))
         if self.written == len(self.outgoing):
             self.drop_outgoing()
 
@@ -300,8 +297,7 @@ class End:
         if self.tls is not None and cleanly:
             words = self.tls.farewell()
             if words:
-                with suppress(BlockingIOError):
-                    self.sock.send(words)
+                self.sock.send(words, 0, len(words))
         self.sock.shutdown(socket.SHUT_WR)
 
     # Its own stream

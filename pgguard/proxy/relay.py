@@ -38,7 +38,6 @@ from collections import deque
 from time import monotonic, time
 from typing import TYPE_CHECKING, Final, Protocol, final
 
-from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
 from pgguard.identity import Sender
 from pgguard.proxy.ends import CHUNK, CONTESTED, Phase, Reading, Writing
 from pgguard.proxy.losses import Loss, note
@@ -98,7 +97,7 @@ _READS: Final = _IN | _END
 
 
 class Poll(Protocol):
-    """What the relay waits with: :class:`select.epoll`."""
+    """What the relay waits with: :class:`pgguard.proxy.sockets.Epoll`."""
 
     def register(self, fd: int, eventmask: int, /) -> None:
         """Report a descriptor's events."""
@@ -110,7 +109,10 @@ class Poll(Protocol):
         """Report none any more."""
 
     def poll(self, timeout: float, maxevents: int, /) -> list[tuple[int, int]]:
-        """Wait for events; returns descriptors, and what each is ready for."""
+        """Wait for events, for some seconds; returns descriptors, and what each is ready for.
+
+        None: that was in vain, or a signal has come.
+        """
 
 
 class Judging(Protocol):
@@ -202,6 +204,8 @@ class Relay:
         """When who still has something to be followed has to wait for its turn."""
         self._round_began = 0.0
         """When what is served had come, or been found to have come."""
+        self._epoch = 0.0
+        """What the wall clock is ahead of the monotonic one: they are read together once in each :meth:`run`."""
         self.took = 0.0
         """Seconds that it took in the last :meth:`run` to serve all that had come first; 0: nothing came."""
         self.from_clients: i64 = 0
@@ -243,14 +247,17 @@ class Relay:
         try:
             self._hear_of_senders()
             began = monotonic()
+            self._epoch = time() - began
             if not self._go_round(began, max(0.0, latest - began)):
                 return False
             began = monotonic()
             self.took = began - self._round_began
             while began <= until and began >= self._hurried_until:
-                if not self._go_round(began, max(0.0, latest - began)):
+                served = self._go_round(began, max(0.0, latest - began))
+                if not served:
                     return False
-                began = monotonic()
+                # To have served one alone takes little longer than to read the clock, and is mostly followed by a wait.
+                began = self._round_began if served == 1 else monotonic()
             return True
         finally:
             self._runs = False
@@ -263,18 +270,19 @@ class Relay:
             except Exception:
                 note(Loss.SENDER)
 
-    def _go_round(self, began: float, patience: float) -> bool:
-        """Serve all that is ready, and one of those that wait for their turn; False if there is nothing."""
+    def _go_round(self, began: float, patience: float) -> i64:
+        """Serve all that is ready, and one of those that wait for their turn; returns how many were served."""
         backlog, line, ends = self._backlog, self._line, self._ends
         crowded = began < self._hurried_until or len(line) > 0
         events = self._epoll.poll(0.0 if crowded or backlog else patience, _CROWD if crowded else _EVENTS)
-        if not events and not backlog and not line:
-            return False
+        served: i64 = len(events)
+        if not served and not backlog and not line:
+            return 0
         if crowded:
             events = self._without_interrupters(events)
-        now = time()
         self._round_began = monotonic()
         self._slice_ends = self._round_began + self._slice
+        now = self._epoch + self._round_began
         for fd, mask in events:
             end = ends.get(fd)
             if end is None:  # it has been held, or its session closed, by an earlier event, or it is another's
@@ -289,10 +297,12 @@ class Relay:
                 note(Loss.SESSION, end.session)
                 self._endings.finish(end.session)
         if backlog:
+            served += 1
             self._take_turn(backlog.popleft())
         if line:
+            served += 1
             self._read_in_line()
-        return True
+        return served
 
     def _tell(self, fd: int, mask: int) -> None:
         """Tell whoever watches a descriptor of its events."""
@@ -467,21 +477,26 @@ class Relay:
 
     def _read(self, end: End, now: float) -> None:  # noqa: C901, PLR0912 - a call for one costs each message
         tls = end.tls
+        pid: i64 = -1
         try:
             if tls is not None:
                 data = self._receive_encrypted(end, tls, now)
             elif end.names_senders:
-                data, ancillary, _, _ = end.sock.recvmsg(CHUNK, CREDENTIALS_SPACE)
-                if ancillary and ancillary[0][2] != end.credentials:
-                    self._meet(end, self._named(end, ancillary[0][2]))
+                named = end.sock.receive_named(CHUNK)
+                if named is None:
+                    return
+                data, pid = named
             else:
-                data = end.sock.recv(CHUNK)
-        except BlockingIOError:
-            return
+                data = end.sock.receive(CHUNK)
         except OSError as error:
             end.failure = error.errno
             self._endings.end_of_stream(end, reset=True)
             return
+        if data is None:
+            return
+        if pid >= 0 and pid != end.pid:
+            end.pid = pid
+            self._meet(end, Sender(pid) if pid else None)
         if not data:
             self._endings.end_of_stream(end, reset=end.reading is _ENDED)
             return
@@ -503,13 +518,15 @@ class Relay:
         if tls is not None:
             self._end_encrypted(end, tls)
 
-    def _receive_encrypted(self, end: End, tls: Tls, now: float) -> bytes:
-        """Receive what one has sent, who is met, and decrypt it; no bytes: its stream has ended.
+    def _receive_encrypted(self, end: End, tls: Tls, now: float) -> bytes | None:
+        """Receive what one has sent, who is met, and decrypt it.
+
+        Returns no bytes if its stream has ended, and ``None`` if there is nothing to be followed now.
 
         Raises:
-            OSError: nothing is to be followed now (BlockingIOError), or the connection is broken.
+            OSError: the connection is broken.
         """
-        raw = end.sock.recv(CHUNK)
+        raw = end.sock.receive(CHUNK)
         if not raw:
             return raw
         account = end.kernel_account
@@ -524,18 +541,18 @@ class Relay:
                 self._judging.stir(end)
                 tls.unopened.extend(_parted(raw, pieces))
                 self._open_waiting(end, tls, now)
-                raise BlockingIOError
+                return None
         if (sender is not end.sender or end.heed & CONTESTED) and self._may_break(end, sender, now):
             tls.unopened.append((raw, sender))
             self.hold(end, _CHOKED)
-            raise BlockingIOError
+            return None
         data = self._open(end, tls, raw, sender)
         if tls.failure is None:  # otherwise it is told when that has been ruled on
             self.say_for(end, tls)
         if not data:
             if end.flow.phase is not Phase.CLOSED:
                 self._end_encrypted(end, tls)
-            raise BlockingIOError
+            return None
         if sender is not end.sender:
             self._meet(end, sender)
         return data
@@ -649,17 +666,6 @@ class Relay:
         note(Loss.SENDER, end.session)
         account.is_lost = True
         end.kernel_account = None
-
-    def _named(self, end: End, credentials: bytes) -> Sender | None:
-        """Whom the kernel has named."""
-        end.credentials = credentials
-        try:
-            pid = sender_pid(credentials)
-            return None if pid is None else Sender(pid)
-        except Exception:
-            note(Loss.SENDER, end.session)
-            end.credentials = None
-            return None
 
     def _meet(self, end: End, sender: Sender | None) -> None:
         """Somebody else sends now than before."""
@@ -860,19 +866,16 @@ class Relay:
         else:
             self._endings.hear(end, data[begin:stop])
             return
-        some: bytes | memoryview = data if begin == 0 and stop == len(data) else memoryview(data)[begin:stop]
         if peer.outgoing:
-            peer.append(some)  # when there is room
+            peer.append(memoryview(data)[begin:stop])  # when there is room
             return
         if peer.tls is not None:
-            some = data = peer.tls.seal(some)
+            data = peer.tls.seal(data if begin == 0 and stop == len(data) else memoryview(data)[begin:stop])
             begin, stop = 0, len(data)
             if not stop:  # it is of no use any more
                 return
         try:
-            sent = peer.sock.send(some)
-        except BlockingIOError:
-            sent = 0
+            sent = peer.sock.send(data, begin, stop)
         except OSError:
             # The reading side tells the end of it: what the peer sent before it went is still to be read.
             peer.writing = Writing.BROKEN
@@ -900,8 +903,6 @@ class Relay:
         if end.outgoing:
             try:
                 end.write()
-            except BlockingIOError:
-                return
             except OSError:
                 end.drop_outgoing()
                 if end.writing is _WRITABLE:

@@ -24,6 +24,7 @@ import trio
 
 from pgguard.proxy.judging import Judging
 from pgguard.proxy.relay import Relay
+from pgguard.proxy.sockets import Epoll
 from pgguard.proxy.unread import ReadingAlarm
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Sweep:
         stirred: Callable[[ProxiedSession], None],
         unread: UnreadWatch,
     ) -> None:
-        self._epoll = select.epoll()
+        self._epoll = Epoll()
         self._asleep = False
         self._wake: int
         """A descriptor in the epoll that says by its edges that something waits for its turn."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import socket
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trio
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.witness import Witness
     from pgguard.faults.fault import Fault
-    from pgguard.proxy.ends import End
+    from pgguard.proxy.ends import End, Socket
     from tests.tls.certificates import Pair
 
 
@@ -90,13 +89,17 @@ class House:
 def fail_to_read(end: End, error: Exception) -> None:
     """Have reading one end of a session fail from now on."""
 
-    class Failing(socket.socket):
-        def recv(self, *_: int) -> bytes:
+    class Failing:
+        def __init__(self, sock: Socket) -> None:
+            self._sock = sock
+
+        def receive(self, _: int) -> bytes:
             raise error
 
-    sock = end.sock
-    assert isinstance(sock, socket.socket)
-    end.sock = Failing(fileno=sock.detach())
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._sock, name)
+
+    end.sock = cast("Socket", Failing(end.sock))
 
 
 async def until(condition: Callable[[], bool]) -> None:

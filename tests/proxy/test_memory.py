@@ -11,6 +11,7 @@ from pgguard.attribution.ebpf.account import Account
 from pgguard.identity import Sender
 from pgguard.proxy.kernel_senders import TcpAccount
 from pgguard.proxy.session import ProxiedSession
+from pgguard.proxy.sockets import Stream
 from pgguard.session.tracker import Tracker
 from tests.proxy.messages import ANSWER, LOGGED_IN, query
 
@@ -29,7 +30,7 @@ def _session(number: int, stack: ExitStack) -> ProxiedSession:
     tracker.frontend(asked, 0, len(asked), Sender(1, 1), 0.0)
     tracker.backend(ANSWER, 0, len(ANSWER))
     client, server = (stack.enter_context(sock) for sock in socket.socketpair())
-    session.connect(client, server, tracker)
+    session.connect(Stream(client), Stream(server), tracker)
     return session
 
 

@@ -18,6 +18,7 @@ from pgguard.proxy.addresses import TcpAddress
 from pgguard.proxy.ends import Phase
 from pgguard.proxy.rollcall import Counted, call_roll, count
 from pgguard.proxy.session import ProxiedSession
+from pgguard.proxy.sockets import Stream
 from pgguard.session.tracker import Tracker
 from pgguard.session.verdicts import Limit, Refusal
 from tests.proxy.messages import LOGGED_IN, SELECTED, message, query
@@ -50,7 +51,7 @@ class Hall:
             tracker.backend(LOGGED_IN, 0, len(LOGGED_IN))
         tracker.frontend(sent, 0, len(sent), None, 0.0)
         tracker.backend(got, 0, len(got))
-        ends = [self._stack.enter_context(end) for end in socket.socketpair()]
+        ends = [Stream(self._stack.enter_context(end)) for end in socket.socketpair()]
         session.connect(ends[0], ends[1], tracker)
         session.upstream = upstream
         self.sessions.append(session)

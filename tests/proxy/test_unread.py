@@ -591,7 +591,7 @@ async def watched(
     await trio.testing.wait_all_tasks_blocked()
     session = stage.session()
     session.transport = "unix"  # so that nothing is added that the kernel would say of a TCP socket
-    session.client.sock.send(ANSWER)
+    session.client.sock.send(ANSWER, 0, len(ANSWER))
     feed(session, FIRST)
     watch.stir(session)
     assert session.tracker is not None
@@ -626,7 +626,7 @@ async def test_what_a_round_takes_does_not_grow_with_how_many_have_just_been_use
     sessions = [stage.session() for _ in range(40)]
     for session in sessions:
         session.transport = "unix"
-        session.client.sock.send(ANSWER)
+        session.client.sock.send(ANSWER, 0, len(ANSWER))
         feed(session, FIRST)
         watch.stir(session)
         assert session.tracker is not None

@@ -22,6 +22,7 @@ from pgguard.identity import Sender
 from pgguard.proxy.ends import ATTENTIVE, Reading
 from pgguard.proxy.losses import keep_going
 from pgguard.proxy.session import ProxiedSession
+from pgguard.proxy.sockets import Stream
 from pgguard.proxy.watch import Watch
 from pgguard.session.tracker import Tracker
 from pgguard.session.verdicts import Kind
@@ -80,7 +81,7 @@ class Stage:
         (client, self.clients[number]), (server, other) = socket.socketpair(), socket.socketpair()
         for sock in (client, self.clients[number], server, other):
             self._stack.enter_context(sock)
-        session.connect(client, server, tracker)
+        session.connect(Stream(client), Stream(server), tracker)
         address = TcpClient(bytes(4), 1, bytes(4), 2, 0, 0.0)
         evidence = Evidence.UNKNOWN if opener is None else Evidence.SOLE_HOLDER
         session.opening = Opening(address, number, opener, evidence, Holders(), Driver.LIBPQ, Runtime())
@@ -197,7 +198,7 @@ async def test_a_client_that_has_sent_what_is_still_to_be_read_does_not_sit_idle
     transactions.clients[session.id].send(query("select 1"))
     await trio.sleep(30)
     assert transactions.kinds == []
-    session.client.sock.recv(1 << 16)
+    session.client.receive(1 << 16)
     await trio.sleep(3)
     assert transactions.kinds == [Kind.IDLE_IN_TRANSACTION]
 
@@ -696,7 +697,7 @@ async def test_who_sleeps_is_remembered_as_long_as_nothing_is_left_unread(
     stage.clients[session.id].send(query("select 2"))
     await trio.sleep(5)
     assert throughout(session) == set()
-    session.client.sock.recv(4096)
+    session.client.receive(4096)
     await trio.sleep(5)
     assert throughout(session) == {waiting.sleep}
     session.client.held = b"Q"

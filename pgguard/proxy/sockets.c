@@ -1,0 +1,501 @@
+/* pgguard.proxy.sockets in C: the same classes as in sockets.py, which says what they are for.
+ *
+ * What that saves is nothing of the system's, but what the interpreter does around it: parse arguments, keep a deadline,
+ * make a chunk for what are a hundred bytes, raise an exception where there is nothing, and give up its lock and take it
+ * again. No call here gives that up which doesn't wait, and MSG_DONTWAIT sees to it that it doesn't, whatever the socket.
+ * epoll_wait(2) is where other threads get it: in each round of the relay.
+ *
+ * The lock guards what is static here, too. As the module doesn't say that it can do without one, or with one of several,
+ * no interpreter runs it so.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <limits.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define SMALL 16384 /* bytes up to which to copy what has come costs less than to hand it out and make another buffer */
+#define MOST 256    /* events that are returned at once at most */
+
+#define METHOD(name, function, flags) {name, (PyCFunction)(void (*)(void))(function), flags, NULL}
+#define END {NULL, NULL, 0, NULL}
+
+/* Whether a method was given as many arguments as it takes; otherwise there is an exception. */
+static int
+takes(Py_ssize_t wanted, Py_ssize_t count)
+{
+    if (count != wanted)
+        PyErr_Format(PyExc_TypeError, "%zd arguments are taken, and %zd were given", wanted, count);
+    return count == wanted;
+}
+
+/* Whether a call has failed as it would have to wait. */
+static int
+would_wait(void)
+{
+    return errno == EAGAIN || errno == EWOULDBLOCK;
+}
+
+/* Stream. It takes no part in the collection of cycles: a socket refers to nothing. */
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *sock; /* what it was made of, which does all that isn't done often */
+    int fd;         /* its descriptor; -1 when it is closed: the number may be another file's then */
+} Stream;
+
+/* Where bytes are received: an object that nobody else has. NULL: it has been handed out. */
+static PyObject *buffer = NULL;
+
+/* Have room for so many bytes in it. Returns how many those are; -1 with an exception. */
+static Py_ssize_t
+make_room(PyObject *wanted)
+{
+    Py_ssize_t size = PyLong_AsSsize_t(wanted);
+    if (size < 0) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_ValueError, "a size can't be negative");
+        return -1;
+    }
+    if (buffer == NULL || PyBytes_GET_SIZE(buffer) < size) {
+        Py_XSETREF(buffer, PyBytes_FromStringAndSize(NULL, size));
+        if (buffer == NULL)
+            return -1;
+    }
+    return size;
+}
+
+/* The first bytes of it, which have been received. Nothing may run in between that could receive others. */
+static PyObject *
+take(Py_ssize_t size)
+{
+    if (size <= SMALL)
+        return PyBytes_FromStringAndSize(PyBytes_AS_STRING(buffer), size);
+    PyObject *data = buffer;
+    buffer = NULL;
+    if (PyBytes_GET_SIZE(data) != size)
+        (void)_PyBytes_Resize(&data, size); /* if it fails, data is NULL, and there is an exception */
+    return data;
+}
+
+static PyObject *
+stream_receive(PyObject *self, PyObject *wanted)
+{
+    Py_ssize_t size = make_room(wanted);
+    if (size < 0)
+        return NULL;
+    ssize_t got;
+    do {
+        got = recv(((Stream *)self)->fd, PyBytes_AS_STRING(buffer), (size_t)size, MSG_DONTWAIT);
+    } while (got < 0 && errno == EINTR);
+    if (got >= 0)
+        return take(got);
+    if (would_wait())
+        Py_RETURN_NONE;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+static PyObject *
+stream_receive_named(PyObject *self, PyObject *wanted)
+{
+    Py_ssize_t size = make_room(wanted);
+    if (size < 0)
+        return NULL;
+    /* There is room for credentials and for nothing else: CREDENTIALS_SPACE in pgguard/attribution/senders.py. */
+    union {
+        struct cmsghdr aligned;
+        char bytes[CMSG_SPACE(sizeof(struct ucred))];
+    } space;
+    struct iovec place = {.iov_base = PyBytes_AS_STRING(buffer), .iov_len = (size_t)size};
+    struct msghdr message = {.msg_iov = &place, .msg_iovlen = 1};
+    ssize_t got;
+    do {
+        message.msg_control = &space;
+        message.msg_controllen = sizeof space;
+        got = recvmsg(((Stream *)self)->fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    } while (got < 0 && errno == EINTR);
+    if (got < 0) {
+        if (would_wait())
+            Py_RETURN_NONE;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    long pid = -1;
+    struct cmsghdr *said = CMSG_FIRSTHDR(&message);
+    if (said != NULL && said->cmsg_level == SOL_SOCKET && said->cmsg_type == SCM_CREDENTIALS
+        && said->cmsg_len >= CMSG_LEN(sizeof(struct ucred))) {
+        struct ucred credentials;
+        memcpy(&credentials, CMSG_DATA(said), sizeof credentials);
+        pid = credentials.pid;
+    }
+    PyObject *data = take(got);
+    PyObject *who = data == NULL ? NULL : PyLong_FromLong(pid);
+    PyObject *both = who == NULL ? NULL : PyTuple_New(2);
+    if (both == NULL) {
+        Py_XDECREF(data);
+        Py_XDECREF(who);
+        return NULL;
+    }
+    PyTuple_SET_ITEM(both, 0, data);
+    PyTuple_SET_ITEM(both, 1, who);
+    return both;
+}
+
+static PyObject *
+stream_send(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (!takes(3, count))
+        return NULL;
+    PyObject *data = arguments[0];
+    if (!PyBytes_Check(data)) {
+        PyErr_Format(PyExc_TypeError, "bytes are sent, and no %.100s", Py_TYPE(data)->tp_name);
+        return NULL;
+    }
+    Py_ssize_t begin = PyLong_AsSsize_t(arguments[1]);
+    Py_ssize_t stop = begin == -1 && PyErr_Occurred() ? -1 : PyLong_AsSsize_t(arguments[2]);
+    if (PyErr_Occurred())
+        return NULL;
+    if (begin < 0 || begin > stop || stop > PyBytes_GET_SIZE(data)) {
+        PyErr_SetString(PyExc_ValueError, "there are no such bytes");
+        return NULL;
+    }
+    const char *first = PyBytes_AS_STRING(data) + begin;
+    ssize_t sent;
+    do {
+        sent = send(((Stream *)self)->fd, first, (size_t)(stop - begin), MSG_DONTWAIT | MSG_NOSIGNAL);
+    } while (sent < 0 && errno == EINTR);
+    if (sent < 0 && !would_wait())
+        return PyErr_SetFromErrno(PyExc_OSError);
+    return PyLong_FromSsize_t(sent < 0 ? 0 : sent);
+}
+
+/* What the socket does that it was made of. */
+static PyObject *
+pass_on(PyObject *self, const char *method, PyObject *const *arguments, Py_ssize_t count)
+{
+    PyObject *callable = PyObject_GetAttrString(((Stream *)self)->sock, method);
+    if (callable == NULL)
+        return NULL;
+    PyObject *result = PyObject_Vectorcall(callable, arguments, (size_t)count, NULL);
+    Py_DECREF(callable);
+    return result;
+}
+
+static PyObject *
+stream_fileno(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    return PyLong_FromLong(((Stream *)self)->fd);
+}
+
+static PyObject *
+stream_shutdown(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    return pass_on(self, "shutdown", arguments, count);
+}
+
+static PyObject *
+stream_setsockopt(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    return pass_on(self, "setsockopt", arguments, count);
+}
+
+static PyObject *
+stream_getsockopt(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    return pass_on(self, "getsockopt", arguments, count);
+}
+
+static PyObject *
+stream_close(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    ((Stream *)self)->fd = -1;
+    return pass_on(self, "close", NULL, 0);
+}
+
+static PyObject *
+stream_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
+{
+    static char *names[] = {"", NULL};
+    PyObject *sock;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O:Stream", names, &sock))
+        return NULL;
+    int fd = PyObject_AsFileDescriptor(sock);
+    if (fd < 0)
+        return NULL;
+    Stream *self = (Stream *)type->tp_alloc(type, 0);
+    if (self != NULL) {
+        self->sock = Py_NewRef(sock);
+        self->fd = fd;
+    }
+    return (PyObject *)self;
+}
+
+static void
+stream_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    Py_XDECREF(((Stream *)self)->sock);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef stream_methods[] = {
+    METHOD("receive", stream_receive, METH_O),
+    METHOD("receive_named", stream_receive_named, METH_O),
+    METHOD("send", stream_send, METH_FASTCALL),
+    METHOD("fileno", stream_fileno, METH_NOARGS),
+    METHOD("shutdown", stream_shutdown, METH_FASTCALL),
+    METHOD("setsockopt", stream_setsockopt, METH_FASTCALL),
+    METHOD("getsockopt", stream_getsockopt, METH_FASTCALL),
+    METHOD("close", stream_close, METH_NOARGS),
+    END,
+};
+
+static PyType_Slot stream_slots[] = {
+    {Py_tp_new, stream_new},
+    {Py_tp_dealloc, stream_dealloc},
+    {Py_tp_methods, stream_methods},
+    {0, NULL},
+};
+
+static PyType_Spec stream_spec = {
+    .name = "pgguard.proxy.sockets.Stream",
+    .basicsize = sizeof(Stream),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = stream_slots,
+};
+
+/* Epoll */
+
+typedef struct {
+    PyObject_HEAD
+    int fd; /* -1 when it is closed */
+} Epoll;
+
+/* Its descriptor; -1 with an exception if it is closed. */
+static int
+opened(PyObject *self)
+{
+    int fd = ((Epoll *)self)->fd;
+    if (fd < 0)
+        PyErr_SetString(PyExc_ValueError, "I/O operation on closed epoll object");
+    return fd;
+}
+
+static PyObject *
+control(PyObject *self, int operation, PyObject *watched, PyObject *mask)
+{
+    int epoll = opened(self);
+    if (epoll < 0)
+        return NULL;
+    int fd = PyObject_AsFileDescriptor(watched);
+    if (fd < 0)
+        return NULL;
+    unsigned long events = mask == NULL ? 0 : PyLong_AsUnsignedLong(mask);
+    if (events == (unsigned long)-1 && PyErr_Occurred())
+        return NULL;
+    struct epoll_event event = {.events = (uint32_t)events, .data.fd = fd};
+    if (epoll_ctl(epoll, operation, fd, &event) < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+epoll_register(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    return takes(2, count) ? control(self, EPOLL_CTL_ADD, arguments[0], arguments[1]) : NULL;
+}
+
+static PyObject *
+epoll_modify(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    return takes(2, count) ? control(self, EPOLL_CTL_MOD, arguments[0], arguments[1]) : NULL;
+}
+
+static PyObject *
+epoll_unregister(PyObject *self, PyObject *watched)
+{
+    return control(self, EPOLL_CTL_DEL, watched, NULL);
+}
+
+static PyObject *
+pair(long first, long second)
+{
+    PyObject *both = PyTuple_New(2);
+    PyObject *one = PyLong_FromLong(first);
+    PyObject *other = PyLong_FromLong(second);
+    if (both == NULL || one == NULL || other == NULL) {
+        Py_XDECREF(both);
+        Py_XDECREF(one);
+        Py_XDECREF(other);
+        return NULL;
+    }
+    PyTuple_SET_ITEM(both, 0, one);
+    PyTuple_SET_ITEM(both, 1, other);
+    return both;
+}
+
+static PyObject *
+epoll_poll(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    struct epoll_event events[MOST];
+    if (!takes(2, count))
+        return NULL;
+    double seconds = PyFloat_AsDouble(arguments[0]);
+    if (seconds == -1.0 && PyErr_Occurred())
+        return NULL;
+    long most = PyLong_AsLong(arguments[1]);
+    if (most == -1 && PyErr_Occurred())
+        return NULL;
+    int epoll = opened(self);
+    if (epoll < 0)
+        return NULL;
+    double timeout = ceil(seconds * 1e3);
+    int milliseconds = timeout < 0 ? -1 : timeout < INT_MAX ? (int)timeout : INT_MAX;
+    int found;
+    Py_BEGIN_ALLOW_THREADS
+    found = epoll_wait(epoll, events, most < MOST ? (int)most : MOST, milliseconds);
+    Py_END_ALLOW_THREADS
+    if (found < 0) {
+        if (errno != EINTR)
+            return PyErr_SetFromErrno(PyExc_OSError);
+        if (PyErr_CheckSignals() < 0)
+            return NULL;
+        found = 0;
+    }
+    PyObject *list = PyList_New(found);
+    if (list == NULL)
+        return NULL;
+    for (int at = 0; at < found; at++) {
+        PyObject *event = pair(events[at].data.fd, (long)events[at].events);
+        if (event == NULL) {
+            Py_DECREF(list);
+            return NULL;
+        }
+        PyList_SET_ITEM(list, at, event);
+    }
+    return list;
+}
+
+static PyObject *
+epoll_fileno(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    int fd = opened(self);
+    return fd < 0 ? NULL : PyLong_FromLong(fd);
+}
+
+static PyObject *
+epoll_close(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    int fd = ((Epoll *)self)->fd;
+    ((Epoll *)self)->fd = -1;
+    if (fd >= 0 && close(fd) < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+epoll_closed(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(((Epoll *)self)->fd < 0);
+}
+
+static PyObject *
+epoll_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
+{
+    static char *names[] = {NULL};
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, ":Epoll", names))
+        return NULL;
+    Epoll *self = (Epoll *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    self->fd = epoll_create1(EPOLL_CLOEXEC);
+    if (self->fd < 0) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        Py_DECREF(self);
+        return NULL;
+    }
+    return (PyObject *)self;
+}
+
+static void
+epoll_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    if (((Epoll *)self)->fd >= 0)
+        close(((Epoll *)self)->fd);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef epoll_methods[] = {
+    METHOD("register", epoll_register, METH_FASTCALL),
+    METHOD("modify", epoll_modify, METH_FASTCALL),
+    METHOD("unregister", epoll_unregister, METH_O),
+    METHOD("poll", epoll_poll, METH_FASTCALL),
+    METHOD("fileno", epoll_fileno, METH_NOARGS),
+    METHOD("close", epoll_close, METH_NOARGS),
+    END,
+};
+
+static PyGetSetDef epoll_attributes[] = {
+    {"closed", epoll_closed, NULL, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot epoll_slots[] = {
+    {Py_tp_new, epoll_new},
+    {Py_tp_dealloc, epoll_dealloc},
+    {Py_tp_methods, epoll_methods},
+    {Py_tp_getset, epoll_attributes},
+    {0, NULL},
+};
+
+static PyType_Spec epoll_spec = {
+    .name = "pgguard.proxy.sockets.Epoll",
+    .basicsize = sizeof(Epoll),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = epoll_slots,
+};
+
+/* The module */
+
+static int
+add_type(PyObject *module, PyType_Spec *spec)
+{
+    PyObject *type = PyType_FromModuleAndSpec(module, spec, NULL);
+    if (type == NULL)
+        return -1;
+    int failed = PyModule_AddType(module, (PyTypeObject *)type);
+    Py_DECREF(type);
+    return failed;
+}
+
+static int
+execute(PyObject *module)
+{
+    return add_type(module, &stream_spec) < 0 || add_type(module, &epoll_spec) < 0 ? -1 : 0;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, execute},
+    {0, NULL},
+};
+
+static PyModuleDef definition = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "pgguard.proxy.sockets",
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC
+PyInit_sockets(void)
+{
+    return PyModuleDef_Init(&definition);
+}
