@@ -24,7 +24,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -285,7 +284,7 @@ def _everywhere(client: TcpClient, ask: Callable[[TcpClient], int | None]) -> in
     """Ask for a client in the calling thread's namespace, whose interfaces have other numbers than the guard's."""
     if not client.interface:
         return ask(client)
-    found = {ask(replace(client, interface=index)) for index, _ in socket.if_nameindex()} - {None}
+    found = {ask(client._replace(interface=index)) for index, _ in socket.if_nameindex()} - {None}
     return found.pop() if len(found) == 1 else None
 
 

@@ -12,9 +12,8 @@ import os
 import socket
 import struct
 import time
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -52,8 +51,7 @@ _DEADLINE = 1.0
 """Seconds. The kernel answers before ``send`` returns; this is for a kernel that doesn't."""
 
 
-@dataclass(frozen=True, slots=True)
-class TcpClient:
+class TcpClient(NamedTuple):
     """The client's end of an accepted TCP connection, as the guard's end names it."""
 
     address: bytes
@@ -76,8 +74,7 @@ class TcpClient:
         return None if self.connected_by is None else (self.connected_by, self.connected_on)
 
 
-@dataclass(frozen=True, slots=True)
-class UnixClient:
+class UnixClient(NamedTuple):
     """The client's end of an accepted Unix connection, as the guard's end names it."""
 
     guard_inode: int
@@ -112,17 +109,27 @@ def peer_user(connected: socket.socket) -> int:
     return int(uid)
 
 
-def client_socket(accepted: socket.socket) -> ClientSocket:
+def client_socket(
+    accepted: socket.socket,
+    peer: tuple[Any, ...] | None = None,
+    connected: tuple[int | None, int | None] = (None, None),
+) -> ClientSocket:
     """Describe the far end of a socket that has just been accepted and not been written to. Doesn't block.
+
+    Args:
+        accepted: the socket.
+        peer: its client's address, where accept(2) has told it.
+        connected: the process and the thread that have connected it, if it is a TCP one and the kernel has named them.
 
     Raises:
         OSError: the connection is already gone (ENOTCONN).
     """
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    family = accepted.family  # looked up as a member of an enumeration, each time
-    if family == socket.AF_UNIX:
+    guard = accepted.getsockname()  # tells the family, too, which the socket looks up as a member of an enumeration
+    if not isinstance(guard, tuple):
         return UnixClient(os.fstat(accepted.fileno()).st_ino, peer_pid(accepted) or None, now)
-    client, guard = accepted.getpeername(), accepted.getsockname()
+    client = accepted.getpeername() if peer is None else peer
+    family = socket.AF_INET if len(guard) == 2 else socket.AF_INET6
     return TcpClient(
         address=_packed(family, client[0]),
         port=client[1],
@@ -130,6 +137,8 @@ def client_socket(accepted: socket.socket) -> ClientSocket:
         guard_port=guard[1],
         interface=client[3] if family == socket.AF_INET6 else 0,
         opened=now - _last_sent(accepted),
+        connected_by=connected[0],
+        connected_on=connected[1],
     )
 
 

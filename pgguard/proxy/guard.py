@@ -38,7 +38,7 @@ from pgguard.proxy.judge import Judge
 from pgguard.proxy.kernel_senders import KernelSenders
 from pgguard.proxy.listeners import BACKLOG, Listener, open_listeners
 from pgguard.proxy.lobby import Lobby
-from pgguard.proxy.losses import Loss, keep_going, losses, spared
+from pgguard.proxy.losses import Loss, keep_going, losses, note, spared
 from pgguard.proxy.openers import OpenerStacks
 from pgguard.proxy.overview import activity, overview, snapshot
 from pgguard.proxy.reception import Reception
@@ -120,7 +120,7 @@ class Guard:
         self._watch.limit_idleness(settings.idle_in_transaction)
         self._all_gone = trio.Event()
         self._stopping = trio.Event()
-        self._registrar = None if witness is None else Registrar(witness)
+        self._registrar = None if witness is None else Registrar(witness, known=self._look_after)
         self._nursery: trio.Nursery
         self._roster = Roster(
             self._sessions,
@@ -521,9 +521,18 @@ class Guard:
         self._unread.stir(session)
         self._watch.stir(session)
 
+    def _look_after(self, session: ProxiedSession) -> None:
+        """It is known by now who opened it, or that it can't be known."""
+        if session.id in self._sessions:
+            self._stir(session)
+
     def _forget(self, session: ProxiedSession) -> None:
         """It is over, and its sockets are closed."""
         if self._roster.leave(session):
+            try:
+                self._unread.leave(session)
+            except Exception:
+                note(Loss.TIDINESS, session)
             self._receptions[session.through].gate.leave(session.id)
             # There are two descriptors more.
             self._admission.vacate()

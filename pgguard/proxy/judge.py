@@ -533,9 +533,11 @@ class Judge:
 
     def closed(self, session: ProxiedSession) -> None:
         """Account for what was suppressed of a session that has ended, and forget it. Never raises."""
-        with spared(Loss.RECORD, session):
+        try:
             for fault in self._docket.close(session.id, at=time.time()):
                 self._record(session, fault)
+        except Exception:
+            note(Loss.RECORD, session)
 
     async def settle_accounts(self) -> None:
         """Account for what was suppressed whenever it is time to; until cancelled."""

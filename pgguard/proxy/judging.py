@@ -227,8 +227,10 @@ class Judging:
         end.heed &= ~ATTENTIVE
         if not end.is_client:
             self._answered(session)
-            with spared(Loss.WORDS, session):
+            try:
                 tell_refusal(session, data)
+            except Exception:
+                note(Loss.WORDS, session)
             return False
         self._stirred(session)
         if tracker is None or not whole or len(data) < HEADER_SIZE or end.contested:

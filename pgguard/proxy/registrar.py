@@ -23,6 +23,8 @@ from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.turns import Allowance, Stint, timed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pgguard.attribution.witness import Witness
     from pgguard.proxy.session import ProxiedSession
 
@@ -42,10 +44,12 @@ class Registrar:
 
     Args:
         witness: attribution.
+        known: is told of each session that isn't over then.
     """
 
-    def __init__(self, witness: Witness) -> None:
+    def __init__(self, witness: Witness, *, known: Callable[[ProxiedSession], None]) -> None:
         self._witness = witness
+        self._known = known
         self._waiting: dict[int, ProxiedSession] = {}
         """Those that are to be looked at, by their numbers; the first first."""
         self._wanted: dict[int, ProxiedSession] = {}
@@ -77,7 +81,8 @@ class Registrar:
                 await self._find_openers(sessions)
             finally:
                 for session in sessions:
-                    session.opening_known.set()
+                    if not session.opening_known.is_set():
+                        self._tell(session)
 
     def _want(self, session: ProxiedSession) -> None:
         """Somebody waits to know about a session."""
@@ -126,5 +131,12 @@ class Registrar:
                 session.opening = opening
                 session.last_sole_holder = sole_holder(opening.holders)
                 session.tell_tracker()
-            session.opening_known.set()
+            self._tell(session)
             await stint.rest()
+
+    def _tell(self, session: ProxiedSession) -> None:
+        """It is known who opened a session, or that it can't be known."""
+        session.opening_known.set()
+        if not session.done.is_set():
+            with spared(Loss.EVIDENCE, session):
+                self._known(session)

@@ -236,11 +236,11 @@ class Relay:
 
     # Rounds
 
-    def run(self, until: float, latest: float) -> bool:
-        """Move what there is to be moved; times are of time.monotonic().
+    def run(self, until: float, patience: float) -> bool:
+        """Move what there is to be moved, until a time of time.monotonic(), and as long as something comes.
 
-        Returns True when it is ``until``, or somebody is in a hurry; False when it is ``latest``, and nothing has come
-        for so long that there was nothing to do any more.
+        Returns True when it is ``until``, or somebody is in a hurry; False when nothing has come for ``patience``
+        seconds, and there is nothing to do any more.
         """
         self._runs = True
         self.took = 0.0
@@ -248,12 +248,12 @@ class Relay:
             self._hear_of_senders()
             began = monotonic()
             self._epoch = time() - began
-            if not self._go_round(began, max(0.0, latest - began)):
+            if not self._go_round(began, patience):
                 return False
             began = monotonic()
             self.took = began - self._round_began
             while began <= until and began >= self._hurried_until:
-                served = self._go_round(began, max(0.0, latest - began))
+                served = self._go_round(began, patience)
                 if not served:
                     return False
                 # To have served one alone takes little longer than to read the clock, and is mostly followed by a wait.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from pgguard.attribution.sockets import TcpClient, client_socket
+from pgguard.attribution.sockets import client_socket
 from pgguard.faults.build import discreet_facts
 from pgguard.proxy.addresses import TcpAddress
 from pgguard.proxy.losses import Loss, note
@@ -87,11 +86,12 @@ class Roster:
         if isinstance(listener.address, TcpAddress):
             client_name = str(TcpAddress(*peer[:2]))
         kernel_account = self._open_account(sock) if client_name is not None and is_admitted else None
+        described = _describe(sock, peer, kernel_account) if self._registrar is not None and is_admitted else None
         session = ProxiedSession(
             self.last_number,
             transport=listener.transport,
             client_name=client_name,
-            client_socket=_describe(sock, kernel_account) if self._registrar is not None and is_admitted else None,
+            client_socket=described,
             opened_at=time.time(),
             through=through,
         )
@@ -166,17 +166,14 @@ class Roster:
                 note(Loss.TIDINESS, session)
 
 
-def _describe(sock: socket.socket, kernel_account: TcpAccount | None) -> ClientSocket | None:
+def _describe(sock: socket.socket, peer: Peer, kernel_account: TcpAccount | None) -> ClientSocket | None:
     """Write down whose socket is at the other end, and who connected it if that is known."""
+    opener = None if kernel_account is None else kernel_account.account.opener
     try:
-        client = client_socket(sock)
+        return client_socket(sock, peer) if opener is None else client_socket(sock, peer, (opener.pid, opener.tid))
     except Exception as error:
         _note_unless_gone(error, Loss.OPENER)
         return None
-    opener = None if kernel_account is None else kernel_account.account.opener
-    if opener is None or not isinstance(client, TcpClient):
-        return client
-    return replace(client, connected_by=opener.pid, connected_on=opener.tid)
 
 
 def _note_unless_gone(error: Exception, loss: Loss) -> None:

@@ -14,7 +14,7 @@ from pgguard.attribution.runtime import Runtime
 from pgguard.faults.fault import SessionFacts
 from pgguard.identity import Sender
 from pgguard.proxy.ends import End, Flow, Phase, Writing
-from pgguard.proxy.losses import Loss, spared
+from pgguard.proxy.losses import Loss, note
 from pgguard.proxy.milestone import Milestone
 from pgguard.proxy.scram import Login, stands_between
 from pgguard.proxy.sightings import Sightings
@@ -241,8 +241,10 @@ class ProxiedSession:
         flow.client.attend()
         flow.server.attend()
         flow.tracker = self.protocol = tracker
-        with spared(Loss.OPENER, self):
+        try:
             self.tell_tracker()
+        except Exception:
+            note(Loss.OPENER, self)
 
     def see_login(self, shown: bytes | None) -> None:
         """Have its login edited, if what the client would bind of TLS isn't what the server expects.

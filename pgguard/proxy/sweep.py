@@ -2,14 +2,14 @@
 
 A wake-up, an epoll_ctl and a task switch for each read are what make a proxy slow. So the sockets stay registered, and
 as long as there is something to do on any of them, or comes within a moment, the relay (:mod:`pgguard.proxy.relay`)
-goes on with it, synchronously. When there isn't, the task goes back to trio to sleep until one is ready. After
-:data:`_TURN` seconds it yields to trio's other tasks, whatever the load.
+goes on with it, synchronously. When there isn't, the task goes back to trio to sleep until one is ready. It yields to
+trio's other tasks when one of them is due, or after :data:`_LATEST` seconds, whatever the load.
 
 What it waits for is waited for in one place: a wait in its own epoll costs 5 µs, and one in trio's ten times as much.
 How long it waits at most decides as well: below the kernel's tick, of 4 ms mostly, a timer has to be set anew for each
-wait, at 2.7 µs (epoll_wait(2) with 1 ms) or 1.3 (2 ms). So it always waits for :data:`_LATEST`, in which things may
-have happened that only trio hears of: a thread has finished, a signal has come, or a deadline has passed. Who can't
-wait for that long says so (:meth:`Sweep.hurry`).
+wait, at 2.7 µs (epoll_wait(2) with 1 ms) or 1.3 (2 ms). So each wait is given :data:`_LATEST` seconds, in which things
+may happen that only trio hears of: a thread has finished, a signal has come, or a deadline has passed. Who can't wait
+for twice as long says so (:meth:`Sweep.hurry`).
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ if TYPE_CHECKING:
     from pgguard.session.verdicts import Verdict
 
 _TURN: Final = 0.001
-"""Seconds after which trio's other tasks get a turn, which costs 4 µs if they have nothing to do."""
+"""Seconds after which trio's other tasks get a turn if one of them is due: 4 µs if they have nothing to do, and some 20
+where other programs have used the caches meanwhile."""
 _LATEST: Final = 0.004
-"""Seconds for which they are kept waiting at most, when nothing comes any more."""
+"""Seconds after which they get one in any case, as soon as something comes, or nothing has come for as long."""
 _SLICE: Final = 0.00025
 """Seconds for which messages are followed before others get their turn."""
 
@@ -112,7 +113,8 @@ class Sweep:
     def _take_turn(self) -> bool:
         """Have bytes moved until it is trio's other tasks' turn; False if there is nothing to do any more."""
         now = time.monotonic()
-        is_busy = self._relay.run(now + _TURN, now + _LATEST)
+        due = trio.lowlevel.current_statistics().seconds_to_next_deadline
+        is_busy = self._relay.run(now + min(_LATEST, max(_TURN, due)), patience=_LATEST)
         if self._relay.took:
             self._added.note(self._relay.took + max(0.0, now - self._left))
         self._left = time.monotonic()

@@ -39,7 +39,7 @@ import select
 import struct
 import termios
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import trio
@@ -226,6 +226,8 @@ class UnreadWatch:
         self._witness: Witness | None = None
         self._listed: dict[int, ProxiedSession] = {}
         """By number: first whose turn is next."""
+        self._unknown: dict[int, ProxiedSession] = {}
+        """Those that are to be listed when it is known who opened them, by number."""
         self._asking: _Asking | None = None
         """Who awaits an answer, if that has been found out since others had their turn."""
         self._stirred = trio.Event()
@@ -236,10 +238,20 @@ class UnreadWatch:
         self._interval = min(_INTERVAL, max(_LEAST_INTERVAL, threshold * _SHARE)) if threshold else _INTERVAL
 
     def stir(self, session: ProxiedSession) -> None:
-        """A session is making a request: its answer is to be looked after."""
-        if self._witness is not None:
+        """A session is making a request: its answer is to be looked after, when it is known who opened it."""
+        if self._witness is None:
+            return
+        if session.opening_known.is_set() or session.client_socket is None:
+            self._unknown.pop(session.id, None)
             self._listed[session.id] = session
             self._stirred.set()
+        else:
+            self._unknown[session.id] = session
+
+    def leave(self, session: ProxiedSession) -> None:
+        """A session is over."""
+        self._listed.pop(session.id, None)
+        self._unknown.pop(session.id, None)
 
     async def run(
         self,
@@ -413,7 +425,7 @@ class UnreadWatch:
 
     def _find_asking(self) -> _Asking:
         asking: _Asking = {}
-        for session in self._listed.values():
+        for session in chain(self._listed.values(), self._unknown.values()):
             try:
                 if session.tracker is not None and not session.tracker.at_rest and not session.done.is_set():
                     asker = _asker(session)

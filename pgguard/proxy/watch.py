@@ -139,7 +139,8 @@ class Watch:
         self._over: list[int] = []
         """The inodes of those that it need not watch any more."""
         self._active: dict[ProxiedSession, None] = {}
-        """Those that are in use, for the watch over readers."""
+        """Those that are in use, for the watch over readers, of whom it is known who opened them, or that it can't be
+        known: most are gone before that when many come and go."""
         self._calm: dict[ProxiedSession, float] = {}
         """Those that it has found at rest, and when to look at each again; the first first."""
         self._active_stirred = trio.Event()
@@ -165,9 +166,10 @@ class Watch:
 
     def stir(self, session: ProxiedSession) -> None:
         """A session's client has sent something: it is in use, and the watches look at it."""
-        self._calm.pop(session, None)
-        self._active[session] = None
-        self._active_stirred.set()
+        if session.opening_known.is_set() or session.client_socket is None:
+            self._calm.pop(session, None)
+            self._active[session] = None
+            self._active_stirred.set()
         if self._idleness:
             self._moved[session] = None
             self._transactions_stirred.set()

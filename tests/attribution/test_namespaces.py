@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -297,10 +297,10 @@ def test_only_the_exact_socket_counts(container: Container, puppet: Puppets) -> 
     with _listen(container.ipv4) as listener, _connect(client, socket.AF_INET, container.ipv4, listener) as accepted:
         described = _describe(accepted)
         others = [
-            replace(described, address=bytes([198, 51, 100, 1])),
-            replace(described, port=described.port ^ 1),
-            replace(described, guard_address=bytes([198, 51, 100, 1])),
-            replace(described, guard_port=described.guard_port ^ 1),
+            described._replace(address=bytes([198, 51, 100, 1])),
+            described._replace(port=described.port ^ 1),
+            described._replace(guard_address=bytes([198, 51, 100, 1])),
+            described._replace(guard_port=described.guard_port ^ 1),
         ]
         assert ask_in_namespace(client.pid, others) == [None] * 4
         assert read_tables(client.pid, others) == [None] * 4

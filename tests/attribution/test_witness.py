@@ -119,7 +119,7 @@ def test_a_process_younger_than_the_connection_did_not_connect_it(unix: socket.s
             described = client_socket(accepted)
             assert isinstance(described, UnixClient)
             outlive_a_tick()
-            reused = replace(described, connected_by=puppet().pid)
+            reused = described._replace(connected_by=puppet().pid)
             assert _opener(witness.opened(reused)) == (None, Evidence.UNKNOWN)
 
 
@@ -131,7 +131,7 @@ def test_an_heir_is_not_the_opener_where_the_kernel_has_named_one_that_is_gone(
     with client.connect(unix) as accepted:
         described = client_socket(accepted)
         assert isinstance(described, UnixClient)
-        gone = replace(described, connected_by=2**22)  # beyond what any kernel gives: proc_sys_kernel(5), pid_max
+        gone = described._replace(connected_by=2**22)  # beyond what any kernel gives: proc_sys_kernel(5), pid_max
         opening = witness.opened(gone)
         assert _opener(opening) == (None, Evidence.UNKNOWN)
         assert opening.connected == (2**22, None)
@@ -336,10 +336,10 @@ def test_an_opener_is_lost_when_it_has_ended_and_not_when_it_has_only_closed(
         assert not witness.has_lost_opener(opening, [heir])
         unseen = replace(opening, opener=None)
         assert not witness.has_lost_opener(unseen, [heir])
-        assert witness.has_lost_opener(replace(unseen, client=replace(described, connected_by=2**22)), [heir])
+        assert witness.has_lost_opener(replace(unseen, client=described._replace(connected_by=2**22)), [heir])
         outlive_a_tick()
         later = puppet().pid
-        assert witness.has_lost_opener(replace(unseen, client=replace(described, connected_by=later)), [heir])
+        assert witness.has_lost_opener(replace(unseen, client=described._replace(connected_by=later)), [heir])
         client.end()
         assert witness.has_lost_opener(opening, [heir])
         assert not witness.has_lost_opener(opening, opening.holders.processes), "it was seen a moment ago"

@@ -53,7 +53,7 @@ def book() -> Book:
 
 @pytest.fixture
 async def registrar(book: Book, nursery: trio.Nursery) -> AsyncIterator[Registrar]:
-    registrar = Registrar(book)
+    registrar = Registrar(book, known=lambda _: None)
     nursery.start_soon(registrar.run)
     yield registrar
     nursery.cancel_scope.cancel()

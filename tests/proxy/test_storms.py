@@ -36,7 +36,7 @@ async def converse(client: Client, server: BackendConnection) -> None:
 def _in_short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """However quick the machine is, others get their turn as often as they can."""
     monkeypatch.setattr("pgguard.proxy.sweep._SLICE", 0.0)
-    monkeypatch.setattr("pgguard.proxy.sweep._TURN", 0.0)
+    monkeypatch.setattr("pgguard.proxy.sweep._LATEST", 0.0)
 
 
 async def both(stormy: Peer, data: bytes, client: Client) -> int:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from pgguard.proxy import losses
 from tests.proxy.conftest import until
@@ -110,21 +111,25 @@ async def test_the_watches_are_told_when_a_session_is_used_that_has_been_at_rest
     assert told == [session, session]
 
 
-async def test_trios_other_tasks_wait_for_a_moment_at_most(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_trios_other_tasks_have_their_turn_when_one_of_them_is_due_or_after_a_moment(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep = house.guard._sweep
-    turns: list[tuple[float, float]] = []
+    turns: list[float] = []
 
-    def run(until: float, latest: float) -> bool:
-        turns.append((until, latest))
+    def run(until: float, *, patience: float) -> bool:
+        assert patience == 400
+        turns.append(until - time.monotonic())
         return False
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "_relay", SimpleNamespace(run=run, took=0.0))
         patch.setattr("pgguard.proxy.sweep._TURN", 100.0)
         patch.setattr("pgguard.proxy.sweep._LATEST", 400.0)
-        before = time.monotonic()
-        assert not sweep._take_turn()
-        after = time.monotonic()
-    [(until, latest)] = turns
-    assert before + 100 <= until <= after + 100
-    assert before + 400 <= latest <= after + 400
+        for due in (10, 300, 1000):
+            with trio.CancelScope(deadline=trio.current_time() + due):  # noqa: ASYNC100 - there is a deadline
+                assert not sweep._take_turn()
+    soon, due, late = turns
+    assert 0 < soon <= 100
+    assert 0 < due <= 300
+    assert 0 < late <= 400
