@@ -113,6 +113,11 @@ def counted(house: House) -> int:
     return sum(one.faults for one in house.docket.counts())
 
 
+async def all_are_counted(house: House) -> None:
+    """Wait until there have been as many as sessions, and the first is recorded, which waits for stacks."""
+    await until(lambda: counted(house) == MANY and bool(house.faults))
+
+
 @pytest.mark.parametrize("attributed", [True, False])
 async def test_many_that_ask_while_they_are_busy_hold_up_nobody(backend: FakeBackend, attributed: bool) -> None:
     async with running(backend, witness=Witness() if attributed else None) as house:
@@ -124,7 +129,7 @@ async def test_many_that_ask_while_they_are_busy_hold_up_nobody(backend: FakeBac
             send_at_once((client for client, _ in many), query("select 2"))
             for _, server in many:
                 await server.expect(query("select 2"))
-            await until(lambda: counted(house) == MANY)
+            await all_are_counted(house)
         assert set(house.kinds) == {"request-while-busy"}
         assert work.longest < LONGEST
 
@@ -162,7 +167,7 @@ async def test_many_that_end_without_a_word_hold_up_nobody(backend: FakeBackend)
                 assert await server.rest() == b""
                 await server.close()
             await house.empty()
-            await until(lambda: counted(house) == MANY)
+            await all_are_counted(house)
         assert set(house.kinds) == {"unclean-close"}
         assert work.longest < LONGEST
 
@@ -175,7 +180,7 @@ async def test_many_transactions_that_sit_idle_hold_up_nobody(backend: FakeBacke
             await server.expect(query("begin"))
         send_at_once((server for _, server in many), SELECTED + IN_TRANSACTION)
         async with measured() as work:
-            await until(lambda: counted(house) == MANY)
+            await all_are_counted(house)
         assert set(house.kinds) == {"idle-in-transaction"}
         assert work.longest < LONGEST
 
