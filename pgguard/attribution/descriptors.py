@@ -94,7 +94,7 @@ def _image(pid: int) -> tuple[bytes, str]:
         return file.readline(), os.readlink(f"/proc/{pid}/exe")
 
 
-def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
+def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, int]:
     """Look for sockets among the descriptors of a process.
 
     Args:
@@ -124,7 +124,7 @@ def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
             except FileNotFoundError:
                 continue
             if link in inodes:
-                found[inodes[link]] = fd
+                found[inodes[link]] = int(fd)
             # With nothing to look for one link is read all the same: root without CAP_SYS_PTRACE may list, not read.
             if len(found) == len(inodes):
                 break
@@ -140,7 +140,7 @@ def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
     return found
 
 
-def has_socket(pid: int, fd: str, inode: int) -> bool:
+def has_socket(pid: int, fd: int, inode: int) -> bool:
     """See whether a descriptor is the socket, at this very moment; False too if that can't be seen.
 
     It takes no descriptor of the guard's own.

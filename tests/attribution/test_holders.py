@@ -389,7 +389,7 @@ class Readings:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pids: list[int] = []
 
-        def reading(pid: int, wanted: Mapping[str, int]) -> dict[int, str]:
+        def reading(pid: int, wanted: Mapping[str, int]) -> dict[int, int]:
             self.pids.append(pid)
             return find_sockets(pid, wanted)
 
