@@ -129,9 +129,7 @@ class Watch:
         self._unfiled: dict[ProxiedSession, None] = {}
         """Those of which the watch over heirs doesn't know yet who opened them."""
         self._filed: dict[int, ProxiedSession] = {}
-        """The others, as far as their clients' sockets are known, by the sockets' inodes."""
-        self._openings: dict[int, Opening] = {}
-        """Who opened these; for worker threads too."""
+        """The others, as far as their clients' sockets are known, by the sockets' inodes; for worker threads too."""
         self._shared: dict[int, ProxiedSession] = {}
         """Those of them of which it is looked at again and again who has them open: not the opener alone."""
         self._kept: dict[int, float] = {}
@@ -179,7 +177,7 @@ class Watch:
             watched.pop(session, None)
         inode = None if session.opening is None else session.opening.inode
         if inode is not None and self._filed.get(inode) is session:
-            del self._filed[inode], self._openings[inode]
+            del self._filed[inode]
             self._shared.pop(inode, None)
             if self._kept.pop(inode, None) is None:
                 self._over.append(inode)
@@ -212,7 +210,7 @@ class Watch:
         now = trio.current_time()
         try:
             (found, have_opened, orphans), seconds = await looking.look(
-                timed, partial(_look_at_heirs, witness, tuple(watched), suspects, self._openings, keep, over)
+                timed, partial(_look_at_heirs, witness, tuple(watched), suspects, self._filed, keep, over)
             )
         except BaseException:
             self._kept |= {inode: opened for inode, opened in keep.items() if inode in self._filed}
@@ -241,10 +239,11 @@ class Watch:
             if opening is None or opening.inode is None:
                 continue
             self._filed[opening.inode] = session
-            self._openings[opening.inode] = opening
             self._kept[opening.inode] = opening.client.opened
             with spared(Loss.EVIDENCE, session):
                 self._note_holders(session, opening.holders)
+        if not self._unfiled:
+            self._unfiled.clear()  # a dict that has become empty keeps its table, which is as large as it ever was
 
     def _heirs_due(self) -> dict[int, ProxiedSession]:
         """As many sessions, by inode, as are looked at in one round: those first that have waited the longest."""
@@ -272,6 +271,8 @@ class Watch:
             for holding in holders.holdings
             if holding.seen - holding.since >= LASTING or _is_opener(holding.process, opening)
         )
+        if heirs == processes:
+            heirs = processes  # of nearly every session they are the same, its opener
         session.sightings.note_holders(processes, heirs)
         if processes:
             session.last_sole_holder = sole_holder(holders)
@@ -363,6 +364,7 @@ class Watch:
         allowance, pause, calm_next = Allowance(_READERS_SHARE, _READERS_SAVINGS), _READERS_INTERVAL, -math.inf
         while True:
             if not self._active:
+                self._active.clear()  # as above
                 self._active_stirred = trio.Event()
                 calm_due = next(iter(self._calm.values()), math.inf)
                 with trio.move_on_at(max(calm_due, calm_next)):
@@ -536,6 +538,7 @@ class Watch:
             self._idleness_limited = trio.Event()
             threshold = self._idleness
             if threshold and not self._moved and not self._sitting:
+                self._moved.clear()
                 self._transactions_stirred = trio.Event()
                 await self._transactions_stirred.wait()
                 continue
@@ -671,18 +674,22 @@ def _look_at_heirs(
     witness: Witness,
     inodes: Collection[int],
     suspects: Collection[int],
-    openings: Mapping[int, Opening],
+    sessions: Mapping[int, ProxiedSession],
     keep: Mapping[int, float],
     over: Collection[int],
 ) -> tuple[dict[int, Holders], frozenset[int], dict[int, _Orphan]]:
     """Find out who has sockets open, who has connections of its own, and which sockets have outlived their opener.
 
     In a worker thread. Of the ``suspects`` among these last it is looked at whether somebody waits on them. For the
-    other arguments, and for which sockets are found, see :meth:`Witness.watch`; ``openings`` says who opened each.
+    other arguments, and for which sockets are found, see :meth:`Witness.watch`; ``sessions`` are all by their sockets.
     """
     found = witness.watch(inodes, keep=keep, over=over, age=LASTING)
     have_opened = witness.have_opened(process for holders in found.values() for process in holders.processes)
-    known = {inode: opening for inode in found if (opening := openings.get(inode)) is not None}
+    known = {
+        inode: session.opening
+        for inode in found
+        if (session := sessions.get(inode)) is not None and session.opening is not None
+    }
     orphans = {
         inode: _Orphan.SEEN
         for inode, opening in known.items()
