@@ -51,7 +51,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pgguard.attribution.descriptors import find_sockets, has_socket, is_shortage, link_to, list_processes
+from pgguard.attribution.descriptors import find_sockets, has_socket, is_shortage, list_processes
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.forks import ForkEvents
 from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook, read_stat
@@ -112,6 +112,10 @@ class Holders:
     def lasting(self, seconds: float) -> tuple[Process, ...]:
         """Who has had it open for at least ``seconds``."""
         return tuple(holding.process for holding in self.holdings if holding.seen - holding.since >= seconds)
+
+
+NOBODY = Holders()
+"""Nobody is known to have it open."""
 
 
 def sole_holder(holders: Holders) -> Process | None:
@@ -259,10 +263,8 @@ class HolderWatch:
         self._connections: dict[int, _Connection] = {}
         self._passing: OrderedDict[int, float] = OrderedDict()
         """Those that aren't kept, and when each was last asked about; the first first."""
-        self._links: dict[str, int] = {}
-        """The connections' inodes, each under what the link of a descriptor says."""
-        self._links_now: Mapping[str, int] | None = None
-        """The same, not to be changed; ``None`` if they have changed since."""
+        self._connections_now: Mapping[int, object] | None = None
+        """The same, not to be changed, as long as many processes are read; ``None`` if they have changed since."""
         self._latest = -math.inf
         """When the last of the connections became known."""
         self._changed: set[int] = set()
@@ -286,7 +288,7 @@ class HolderWatch:
         self._newcomers = _Newcomers()
         for pid, seen in list(self._seen.items()):
             seen.at = -math.inf
-            self._read(pid, {})
+            self._read(pid, ())
 
     def find(
         self,
@@ -371,6 +373,7 @@ class HolderWatch:
                 self._read_for_all(pid, latest)
         with self._lock:
             self._newcomers.forget(now - _NEW)
+            self._connections_now = None  # until many are read again: most often there is nothing to be seen
         asked = dict.fromkeys(inodes)
         self._look(asked, ())
         with self._lock:
@@ -449,9 +452,9 @@ class HolderWatch:
             seen = self._seen.get(pid)
             if seen is not None and seen.read >= since:
                 return seen.read
-            if self._links_now is None:
-                self._links_now = dict(self._links)
-            wanted = self._links_now
+            if self._connections_now is None:
+                self._connections_now = dict(self._connections)
+            wanted = self._connections_now
         self._read(pid, wanted)
         with self._lock:
             if seen is not None and pid not in self._unreadable:
@@ -496,8 +499,7 @@ class HolderWatch:
                 connection = self._connections.get(inode)
                 if connection is None:
                     connection = self._connections[inode] = _Connection(at, now)
-                    self._links[link_to(inode)] = inode
-                    self._links_now = None
+                    self._connections_now = None
                     self._latest = now
                 connection.kept = connection.kept or keep
                 if connection.kept:
@@ -523,8 +525,7 @@ class HolderWatch:
         self._passing.pop(inode, None)
         connection = self._connections.pop(inode, None)
         if connection is not None:
-            del self._links[link_to(inode)]
-            self._links_now = None
+            self._connections_now = None
             for pid in connection.holders:
                 self._let_go(pid, inode)
 
@@ -694,10 +695,10 @@ class HolderWatch:
         Of whoever is known to hold all of them it is only seen whether it does still, by one readlink(2) for each:
         hundreds of children may have inherited as many connections, of which one is asked about.
         """
-        wanted = {link_to(inode): inode for inode in inodes}
+        wanted = dict.fromkeys(inodes)
         todo = dict.fromkeys(pids)
         kept: dict[int, list[_Hold]] = {}
-        for inode, hold in self._holds(wanted.values()):
+        for inode, hold in self._holds(wanted):
             if self._confirm(inode, hold):
                 kept.setdefault(hold.process.pid, []).append(hold)
             else:
@@ -705,7 +706,7 @@ class HolderWatch:
         for pid in todo:
             holds = kept.get(pid)
             if holds is not None and len(holds) == len(wanted):
-                self._describe_again(pid, wanted.values(), self._book.refresh(holds[0].process))
+                self._describe_again(pid, wanted, self._book.refresh(holds[0].process))
             else:
                 self._read(pid, wanted)
 
@@ -730,7 +731,7 @@ class HolderWatch:
             for inode, hold in self._holds(opened)
             if hold.process.pid in openers or is_older(hold.process.started, opened[inode])
         }
-        wanted = {link_to(inode): inode for inode in opened if inode not in found}
+        wanted = opened.keys() - found
         order: dict[int, None] = {}
         if wanted:
             if self._forks is not None:
@@ -744,7 +745,7 @@ class HolderWatch:
                 continue
             for inode, process in self._read(pid, wanted).items():
                 if is_older(process.started, opened[inode]):
-                    del wanted[link_to(inode)]
+                    wanted.remove(inode)
         self._set_searched(opened)
 
     def _unsearched(self, inodes: Iterable[int]) -> set[int]:
@@ -757,7 +758,7 @@ class HolderWatch:
                 if known := self._connections.get(inode):
                     known.searched = True
 
-    def _read(self, pid: int, wanted: Mapping[str, int]) -> dict[int, Process]:
+    def _read(self, pid: int, wanted: Collection[int]) -> dict[int, Process]:
         """Look for sockets among one process's descriptors, note which it holds and return those."""
         began = time.monotonic()
         try:
@@ -780,7 +781,7 @@ class HolderWatch:
         return self._note(pid, process, wanted, found, began)
 
     def _note(
-        self, pid: int, process: Process | None, wanted: Mapping[str, int], found: Mapping[int, int], began: float
+        self, pid: int, process: Process | None, wanted: Collection[int], found: Mapping[int, int], began: float
     ) -> dict[int, Process]:
         now = time.monotonic()
         noted: dict[int, Process] = {}
@@ -788,7 +789,7 @@ class HolderWatch:
             seen = self._seen.get(pid)
             if process is None or seen is None:
                 found = {}
-            for inode in [one for one in self._held.get(pid, ()) if one not in found and link_to(one) in wanted]:
+            for inode in [one for one in self._held.get(pid, ()) if one not in found and one in wanted]:
                 self._release(pid, inode)
                 self._changed.add(inode)
             for inode, fd in found.items():

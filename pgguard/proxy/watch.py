@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import trio
 
-from pgguard.attribution.holders import LASTING, sole_holder
+from pgguard.attribution.holders import LASTING, NOBODY, sole_holder
 from pgguard.attribution.threads import Thread, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE, readers
 from pgguard.faults.docket import TICK
@@ -139,7 +139,7 @@ class Watch:
         self._active: dict[ProxiedSession, None] = {}
         """Those that are in use, for the watch over readers."""
         self._calm: dict[ProxiedSession, float] = {}
-        """Those that it has found at rest, and when to look at each again; the first first."""
+        """Those that it has found at rest, and when it last did, or looked at them again; the first first."""
         self._active_stirred = trio.Event()
         self._idleness = 0.0
         """Seconds for which a transaction may sit idle; 0: for ever."""
@@ -242,6 +242,7 @@ class Watch:
             self._kept[opening.inode] = opening.client.opened
             with spared(Loss.EVIDENCE, session):
                 self._note_holders(session, opening.holders)
+            opening.holders = NOBODY
         if not self._unfiled:
             self._unfiled.clear()  # a dict that has become empty keeps its table, which is as large as it ever was
 
@@ -366,7 +367,7 @@ class Watch:
             if not self._active:
                 self._active.clear()  # as above
                 self._active_stirred = trio.Event()
-                calm_due = next(iter(self._calm.values()), math.inf)
+                calm_due = next(iter(self._calm.values()), math.inf) + _READERS_RARELY
                 with trio.move_on_at(max(calm_due, calm_next)):
                     await self._active_stirred.wait()
             await trio.sleep(pause)
@@ -425,12 +426,12 @@ class Watch:
         """Some of those at rest that it is time to look at again."""
         due: list[ProxiedSession] = []
         for session, at in list(islice(self._calm.items(), _IDLE_AT_A_TIME)):
-            if at > now:
+            if at + _READERS_RARELY > now:
                 break
             del self._calm[session]
             if session.tracker is None:
                 continue
-            self._calm[session] = now + _READERS_RARELY
+            self._calm[session] = now
             with spared(Loss.EVIDENCE, session):
                 if session.tracker.idle and self._solitary_until(witness, session, now) <= now:
                     due.append(session)
@@ -442,7 +443,7 @@ class Watch:
             return
         self._active.pop(session, None)
         self._calm.pop(session, None)
-        self._calm[session] = now + _READERS_RARELY
+        self._calm[session] = now  # one object for all of a round
         session.client.attend()
 
     def _solitary_until(self, witness: Witness, session: ProxiedSession, now: float) -> float:
