@@ -29,7 +29,7 @@ from pgguard.attribution.witness import Witness
 from pgguard.faults.docket import Docket
 from pgguard.proxy.errors import ConfigurationError
 from pgguard.proxy.guard import Guard
-from pgguard.proxy.interpreter import tune
+from pgguard.proxy.interpreter import share_heap, tune
 from pgguard.proxy.losses import Loss, keep_going, spared
 from pgguard.proxy.upstream import barred
 
@@ -277,6 +277,7 @@ async def running_guard(
         ConfigurationError: The guard can't run like that: raised on entering, or out of the block when it is found out
             only then that the guard is in front of itself.
     """
+    share_heap()
     docket = Docket()
     missing: list[Capability] = []
     with ExitStack() as stack:

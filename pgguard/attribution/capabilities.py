@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from pgguard.attribution.descriptors import find_sockets, link_to, list_processes
+from pgguard.attribution.descriptors import find_sockets, list_processes
 from pgguard.attribution.ebpf.account import Accounts
 from pgguard.attribution.ebpf.probe import ProbeUnavailable, connection_key, scope_remedy
 from pgguard.attribution.evidence import Process
@@ -319,7 +319,7 @@ _TCP_SENDERS = _Check(
 def _try_proc() -> None:
     with socket.socket() as probe:
         inode = _inode(probe)
-        found = find_sockets(os.getpid(), {link_to(inode): inode})
+        found = find_sockets(os.getpid(), {inode})
         _expect(inode in found and read_process(os.getpid()) is not None)
 
 
@@ -367,7 +367,7 @@ def _try_other_users() -> None:
 
 def _readable(pid: int) -> bool:
     try:
-        find_sockets(pid, {})
+        find_sockets(pid, ())
     except PermissionError:
         return False
     return True

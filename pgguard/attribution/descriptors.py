@@ -14,7 +14,7 @@ import functools
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 
 from pgguard.attribution.hangs import reading
 from pgguard.attribution.processes import read_stat
@@ -26,6 +26,8 @@ guard's time."""
 
 _LIMIT = 256
 """Bytes of what is said of a descriptor, at most: what is looked for stands at the beginning."""
+_SOCKET = "socket:["
+"""What the link of a descriptor begins with that is a socket, before its inode: proc_pid_fd(5)."""
 _DETAILS = re.compile(rb"^mnt_id:\t(\d+)\nino:\t(\d+)$", re.MULTILINE)
 """In ``/proc/PID/fdinfo/FD``: the mount of the file's file system, and its inode. proc_pid_fdinfo(5)."""
 _link: Callable[[str], str] = os.readlink
@@ -94,12 +96,12 @@ def _image(pid: int) -> tuple[bytes, str]:
         return file.readline(), os.readlink(f"/proc/{pid}/exe")
 
 
-def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
+def find_sockets(pid: int, inodes: Collection[int]) -> dict[int, int]:
     """Look for sockets among the descriptors of a process.
 
     Args:
         pid: the process; one that is gone, or has no files by its nature, has none of the sockets.
-        inodes: the inodes to look for, each under the name that :func:`link_to` gives it.
+        inodes: the inodes to look for, in a set or dict.
 
     Returns:
         By inode, one descriptor for each of the sockets that the process has open.
@@ -123,8 +125,9 @@ def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
                 link = name_of(f"{directory}/{fd}")
             except FileNotFoundError:
                 continue
-            if link in inodes:
-                found[inodes[link]] = fd
+            # The length of _SOCKET, written out: what begins so is told from other links faster than by startswith().
+            if link[:8] == _SOCKET and (inode := int(link[8:-1])) in inodes:
+                found[inode] = int(fd)
             # With nothing to look for one link is read all the same: root without CAP_SYS_PTRACE may list, not read.
             if len(found) == len(inodes):
                 break
@@ -140,7 +143,7 @@ def find_sockets(pid: int, inodes: Mapping[str, int]) -> dict[int, str]:
     return found
 
 
-def has_socket(pid: int, fd: str, inode: int) -> bool:
+def has_socket(pid: int, fd: int, inode: int) -> bool:
     """See whether a descriptor is the socket, at this very moment; False too if that can't be seen.
 
     It takes no descriptor of the guard's own.
@@ -181,4 +184,4 @@ def _mount_of_sockets() -> int:
 
 def link_to(inode: int) -> str:
     """Return what the link of a descriptor says that is this socket: proc_pid_fd(5)."""
-    return f"socket:[{inode}]"
+    return f"{_SOCKET}{inode}]"

@@ -13,7 +13,7 @@ import time
 from enum import Enum
 from typing import Final, NamedTuple
 
-from pgguard.attribution.descriptors import find_sockets, link_to
+from pgguard.attribution.descriptors import find_sockets
 from pgguard.attribution.holders import is_younger
 from pgguard.attribution.processes import read_stat
 
@@ -107,6 +107,6 @@ def _has_socket(pid: int, inode: int | None) -> bool | None:
     if inode is None:
         return None
     try:
-        return bool(find_sockets(pid, {link_to(inode): inode}))
+        return bool(find_sockets(pid, {inode}))
     except PermissionError:
         return None

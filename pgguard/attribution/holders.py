@@ -48,10 +48,10 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from pgguard.attribution.descriptors import find_sockets, has_socket, is_shortage, link_to, list_processes
+from pgguard.attribution.descriptors import find_sockets, has_socket, is_shortage, list_processes
 from pgguard.attribution.evidence import Process
 from pgguard.attribution.forks import ForkEvents
 from pgguard.attribution.processes import TICKS_PER_SECOND, ProcessBook, read_stat
@@ -112,6 +112,10 @@ class Holders:
     def lasting(self, seconds: float) -> tuple[Process, ...]:
         """Who has had it open for at least ``seconds``."""
         return tuple(holding.process for holding in self.holdings if holding.seen - holding.since >= seconds)
+
+
+NOBODY = Holders()
+"""Nobody is known to have it open."""
 
 
 def sole_holder(holders: Holders) -> Process | None:
@@ -203,7 +207,7 @@ class _Hold(NamedTuple):
 
     process: Process
     of: _Seen
-    fd: str
+    fd: int
     since: float
     seen: float
     """As in :class:`Holding`, when the reading began that has shown it."""
@@ -223,8 +227,8 @@ class _Connection:
     """Its opener has been searched for: until then, heirs may be all that is known."""
     walked: float = -math.inf
     """When a walk through all processes began that looked for it."""
-    holds: dict[int, _Hold] = field(default_factory=dict)
-    """By pid."""
+    holders: tuple[int, ...] = ()
+    """The pids of those that hold it: see :attr:`HolderWatch._held`."""
 
 
 class HolderWatch:
@@ -259,16 +263,15 @@ class HolderWatch:
         self._connections: dict[int, _Connection] = {}
         self._passing: OrderedDict[int, float] = OrderedDict()
         """Those that aren't kept, and when each was last asked about; the first first."""
-        self._links: dict[str, int] = {}
-        """The connections' inodes, each under what the link of a descriptor says."""
-        self._links_now: Mapping[str, int] | None = None
-        """The same, not to be changed; ``None`` if they have changed since."""
+        self._connections_now: Mapping[int, object] | None = None
+        """The same, not to be changed, as long as many processes are read; ``None`` if they have changed since."""
         self._latest = -math.inf
         """When the last of the connections became known."""
         self._changed: set[int] = set()
         """Those whose holders are others than when :meth:`watch` was last called."""
-        self._held: dict[int, set[int]] = {}
-        """By pid, the inodes of those of them that a process holds."""
+        self._held: dict[int, dict[int, _Hold]] = {}
+        """By pid, and by the inodes of those of them that a process holds: there are fewer such processes than
+        connections, of which most have one holder, and a dict of its own would take 224 bytes."""
         self._missed: set[int] = set()
         """The pids of those that couldn't be looked at for want of descriptors."""
         self._hidden = False
@@ -285,7 +288,7 @@ class HolderWatch:
         self._newcomers = _Newcomers()
         for pid, seen in list(self._seen.items()):
             seen.at = -math.inf
-            self._read(pid, {})
+            self._read(pid, ())
 
     def find(
         self,
@@ -370,6 +373,7 @@ class HolderWatch:
                 self._read_for_all(pid, latest)
         with self._lock:
             self._newcomers.forget(now - _NEW)
+            self._connections_now = None  # until many are read again: most often there is nothing to be seen
         asked = dict.fromkeys(inodes)
         self._look(asked, ())
         with self._lock:
@@ -448,9 +452,9 @@ class HolderWatch:
             seen = self._seen.get(pid)
             if seen is not None and seen.read >= since:
                 return seen.read
-            if self._links_now is None:
-                self._links_now = dict(self._links)
-            wanted = self._links_now
+            if self._connections_now is None:
+                self._connections_now = dict(self._connections)
+            wanted = self._connections_now
         self._read(pid, wanted)
         with self._lock:
             if seen is not None and pid not in self._unreadable:
@@ -463,8 +467,7 @@ class HolderWatch:
         By the descriptor alone it may have it open still, as another one. Costs one readlink(2).
         """
         with self._lock:
-            connection = self._connections.get(inode)
-            hold = None if connection is None else connection.holds.get(process.pid)
+            hold = self._held.get(process.pid, {}).get(inode)
         return hold is not None and hold.process.started == process.started and not self._confirm(inode, hold)
 
     def confirmed(self, inode: int) -> tuple[Process, ...]:
@@ -496,8 +499,7 @@ class HolderWatch:
                 connection = self._connections.get(inode)
                 if connection is None:
                     connection = self._connections[inode] = _Connection(at, now)
-                    self._links[link_to(inode)] = inode
-                    self._links_now = None
+                    self._connections_now = None
                     self._latest = now
                 connection.kept = connection.kept or keep
                 if connection.kept:
@@ -523,10 +525,9 @@ class HolderWatch:
         self._passing.pop(inode, None)
         connection = self._connections.pop(inode, None)
         if connection is not None:
-            del self._links[link_to(inode)]
-            self._links_now = None
-            for pid in connection.holds:
-                self._release(pid, inode)
+            self._connections_now = None
+            for pid in connection.holders:
+                self._let_go(pid, inode)
 
     def _possible_heirs(self, clients: Iterable[int] = ()) -> list[int]:
         """Those of new processes that can have inherited a connection; see the head of this module.
@@ -541,9 +542,16 @@ class HolderWatch:
             return self._newcomers.descendants(lambda pid: pid in self._kin or pid in others)
 
     def _release(self, pid: int, inode: int) -> None:
-        """A process doesn't hold a connection any more. With the lock."""
-        self._held[pid].discard(inode)
-        if not self._held[pid]:
+        """A process doesn't hold a connection any more that is known. With the lock."""
+        connection = self._connections[inode]
+        connection.holders = tuple(holder for holder in connection.holders if holder != pid)
+        self._let_go(pid, inode)
+
+    def _let_go(self, pid: int, inode: int) -> None:
+        """With the lock."""
+        held = self._held[pid]
+        del held[inode]
+        if not held:
             del self._held[pid]
 
     def _new(self) -> list[int]:
@@ -687,10 +695,10 @@ class HolderWatch:
         Of whoever is known to hold all of them it is only seen whether it does still, by one readlink(2) for each:
         hundreds of children may have inherited as many connections, of which one is asked about.
         """
-        wanted = {link_to(inode): inode for inode in inodes}
+        wanted = dict.fromkeys(inodes)
         todo = dict.fromkeys(pids)
         kept: dict[int, list[_Hold]] = {}
-        for inode, hold in self._holds(wanted.values()):
+        for inode, hold in self._holds(wanted):
             if self._confirm(inode, hold):
                 kept.setdefault(hold.process.pid, []).append(hold)
             else:
@@ -698,18 +706,18 @@ class HolderWatch:
         for pid in todo:
             holds = kept.get(pid)
             if holds is not None and len(holds) == len(wanted):
-                self._describe_again(pid, wanted.values(), self._book.refresh(holds[0].process))
+                self._describe_again(pid, wanted, self._book.refresh(holds[0].process))
             else:
                 self._read(pid, wanted)
 
     def _describe_again(self, pid: int, inodes: Iterable[int], process: Process) -> None:
         """Say what a process that holds sockets is called by now."""
         with self._lock:
+            held = self._held.get(pid, {})
             for inode in inodes:
-                connection = self._connections.get(inode)
-                hold = None if connection is None else connection.holds.get(pid)
-                if connection is not None and hold is not None and hold.process.started == process.started:
-                    connection.holds[pid] = hold._replace(process=process)
+                hold = held.get(inode)
+                if hold is not None and hold.process.started == process.started:
+                    held[inode] = hold._replace(process=process)
 
     def _search(self, opened: Mapping[int, float], skip: Collection[int], openers: Collection[int]) -> None:
         """Look at one process after the other until the opener of each connection has turned up.
@@ -723,7 +731,7 @@ class HolderWatch:
             for inode, hold in self._holds(opened)
             if hold.process.pid in openers or is_older(hold.process.started, opened[inode])
         }
-        wanted = {link_to(inode): inode for inode in opened if inode not in found}
+        wanted = opened.keys() - found
         order: dict[int, None] = {}
         if wanted:
             if self._forks is not None:
@@ -737,7 +745,7 @@ class HolderWatch:
                 continue
             for inode, process in self._read(pid, wanted).items():
                 if is_older(process.started, opened[inode]):
-                    del wanted[link_to(inode)]
+                    wanted.remove(inode)
         self._set_searched(opened)
 
     def _unsearched(self, inodes: Iterable[int]) -> set[int]:
@@ -750,7 +758,7 @@ class HolderWatch:
                 if known := self._connections.get(inode):
                     known.searched = True
 
-    def _read(self, pid: int, wanted: Mapping[str, int]) -> dict[int, Process]:
+    def _read(self, pid: int, wanted: Collection[int]) -> dict[int, Process]:
         """Look for sockets among one process's descriptors, note which it holds and return those."""
         began = time.monotonic()
         try:
@@ -773,31 +781,32 @@ class HolderWatch:
         return self._note(pid, process, wanted, found, began)
 
     def _note(
-        self, pid: int, process: Process | None, wanted: Mapping[str, int], found: Mapping[int, str], began: float
+        self, pid: int, process: Process | None, wanted: Collection[int], found: Mapping[int, int], began: float
     ) -> dict[int, Process]:
         now = time.monotonic()
         noted: dict[int, Process] = {}
         with self._lock:
             seen = self._seen.get(pid)
-            held = [inode for inode in self._held.get(pid, ()) if inode not in found and link_to(inode) in wanted]
-            for inode in (*held, *found):
+            if process is None or seen is None:
+                found = {}
+            for inode in [one for one in self._held.get(pid, ()) if one not in found and one in wanted]:
+                self._release(pid, inode)
+                self._changed.add(inode)
+            for inode, fd in found.items():
                 connection = self._connections.get(inode)
-                if connection is None:
+                if connection is None or process is None or seen is None:
                     continue
-                before = connection.holds.pop(pid, None)
-                if process is not None and seen is not None and inode in found:
-                    same = before is not None and before.process.started == process.started
-                    if before is not None and same:
-                        since = before.since
-                    else:
-                        since = seen.at if is_younger(process.started, connection.opened) else now
-                        self._changed.add(inode)
-                    connection.holds[pid] = _Hold(process, seen, found[inode], since, began)
-                    self._held.setdefault(pid, set()).add(inode)
-                    noted[inode] = process
-                elif before is not None:
-                    self._release(pid, inode)
+                held = self._held.setdefault(pid, {})
+                before = held.get(inode)
+                if before is None:
+                    connection.holders += (pid,)
+                if before is not None and before.process.started == process.started:
+                    since = before.since
+                else:
+                    since = seen.at if is_younger(process.started, connection.opened) else now
                     self._changed.add(inode)
+                held[inode] = _Hold(process, seen, fd, since, began)
+                noted[inode] = process
         if noted:
             self._note_client(pid)
         return noted
@@ -829,10 +838,10 @@ class HolderWatch:
     def _holds(self, inodes: Iterable[int]) -> list[tuple[int, _Hold]]:
         with self._lock:
             return [
-                (inode, hold)
+                (inode, self._held[pid][inode])
                 for inode in inodes
                 if (connection := self._connections.get(inode))
-                for hold in connection.holds.values()
+                for pid in connection.holders
             ]
 
     def _confirm(self, inode: int, hold: _Hold) -> bool:

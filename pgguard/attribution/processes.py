@@ -212,6 +212,8 @@ class ProcessBook:
             if before is not None and not process.cmdline:
                 # It has become a zombie; what it had been called is still the best name for it.
                 process = replace(process, cmdline=before.cmdline)
+            if process == before:
+                process = before  # one object, of a kilobyte, for all who keep it
             self._seen[key] = process
             self._seen.move_to_end(key)
             if len(self._seen) > self._limit:

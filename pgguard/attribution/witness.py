@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgguard.attribution.attention import Attention, attention
-from pgguard.attribution.descriptors import find_sockets, is_fork, link_to, list_children
+from pgguard.attribution.descriptors import find_sockets, is_fork, list_children
 from pgguard.attribution.drivers import driver_of
 from pgguard.attribution.evidence import Driver, Evidence, Process
 from pgguard.attribution.fates import Fate, fate_of
 from pgguard.attribution.findings import Findings
 from pgguard.attribution.forks import ForkEvents
 from pgguard.attribution.frames import Frame
-from pgguard.attribution.holders import Holders, HolderWatch, is_older, is_younger, sole_holder
+from pgguard.attribution.holders import NOBODY, Holders, HolderWatch, is_older, is_younger, sole_holder
 from pgguard.attribution.images import read_image
 from pgguard.attribution.namespaces import NetworkNamespaces
 from pgguard.attribution.processes import ProcessBook, read_stat
@@ -53,9 +53,9 @@ _PAUSE = 0.0005
 """Seconds between two looks at what threads do."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Opening:
-    """What was found out about a connection's client when it connected."""
+    """What was found out about a connection's client when it connected; all but ``holders`` is left as it is."""
 
     client: ClientSocket
     inode: int | None
@@ -64,7 +64,8 @@ class Opening:
     evidence: Evidence
     """How ``opener`` is known: UNKNOWN if and only if it is ``None``."""
     holders: Holders
-    """Who had the socket open when it was looked for; empty if nobody was found."""
+    """Who had the socket open when it was looked for; empty if nobody was found, or when that has been taken note of:
+    it takes 160 bytes."""
     driver: Driver
     """The opener's, by what it runs: :func:`pgguard.attribution.drivers.tell_driver` knows more."""
     runtime: Runtime
@@ -127,7 +128,7 @@ class Witness:
             openers=None not in connected_by,
         )
         return [
-            self._opening(client, inode, process, holders.get(inode, Holders()) if inode is not None else Holders())
+            self._opening(client, inode, process, holders.get(inode, NOBODY) if inode is not None else NOBODY)
             for client, inode, process in zip(clients, inodes, connected_by, strict=True)
         ]
 
@@ -161,11 +162,10 @@ class Witness:
             return ()
         if since is not None:
             return self._watch.holding(inode, client.opened, pids, since)
-        wanted = {link_to(inode): inode}
         found = []
         for pid in dict.fromkeys(pids):
             with contextlib.suppress(PermissionError):
-                process = self._book.look(pid) if find_sockets(pid, wanted) else None
+                process = self._book.look(pid) if find_sockets(pid, {inode}) else None
                 if process is not None:
                     found.append(process)
         return tuple(found)
@@ -188,7 +188,7 @@ class Witness:
         For about 50 µs a process on the machine it also finds who was handed the socket instead of inheriting it.
         """
         if opening.inode is None:
-            return Holders()
+            return NOBODY
         return self._watch.walk({opening.inode: opening.client.opened})[opening.inode]
 
     def has_news(self) -> bool:
@@ -492,7 +492,7 @@ class Witness:
 
     def _holders(self, opening: Opening, since: float | None = None) -> Holders:
         if opening.inode is None:
-            return Holders()
+            return NOBODY
         return self._watch.find({opening.inode: opening.client.opened}, since=since)[opening.inode]
 
     def _opening(

@@ -259,6 +259,7 @@ class Arrival:
     def _end(self) -> None:
         """Nothing more is done for it here."""
         self._is_over = True
+        self._next = _stay  # a step of its own would refer back to it, and keep it until garbage is looked for
         self._reception.lobby.lift(self)
         self._wait_no_more()
         self._hang_up()
@@ -652,6 +653,10 @@ class Arrival:
             rest = b""  # it has closed, and left unread what TLS says last, as libpq does
         if not rest:
             self.leave()
+
+
+def _stay() -> None:
+    """The step that is left to a client of which nothing more is to become."""
 
 
 def _pieces(behind: bytes, heard: list[tuple[int, Sender | None]]) -> list[tuple[bytes, Sender | None]]:

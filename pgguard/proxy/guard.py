@@ -443,9 +443,7 @@ class Guard:
     async def _let_in(self) -> None:
         """Let those clients in who have come, and hear what they have said, if that is nothing that takes time."""
         seen, rounds = (0, 0), _ROUNDS
-        while rounds and (
-            len(self._roster.present) > len(self._sessions) or any(map(_has_clients, self._all_listeners()))
-        ):
+        while rounds and (self._roster.arriving or any(map(_has_clients, self._all_listeners()))):
             await trio.lowlevel.checkpoint()
             # If none comes in any more there is no room for them; if none gets any further they have said nothing.
             before, seen = seen, (self._roster.last_number, len(self._sessions))

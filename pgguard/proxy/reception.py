@@ -199,8 +199,8 @@ class Reception:
 
     async def cancel_query(self, session: ProxiedSession) -> None:
         """Cancel what the server is doing for a session, as soon as it is its turn to ask for that."""
-        key = session.protocol.cancel_key if session.protocol is not None else None
-        if key is None or session.upstream is None:
+        protocol, address = session.protocol, session.upstream
+        if protocol is None or not protocol.key_data or address is None:
             return
         if not self._is_ending:
             await self.cancel_gate.enter(session.id)
@@ -208,7 +208,8 @@ class Reception:
             # A guard that ends waits for it for a moment, and for no longer.
             seconds = _LAST_CANCEL if self._is_ending else math.inf
             with trio.CancelScope(shield=self._is_ending, deadline=trio.current_time() + seconds):
-                await cancel_query(self.upstream, session.upstream, key)
+                if (key := protocol.cancel_key) is not None:
+                    await cancel_query(self.upstream, address, key)
         except UpstreamUnavailable as error:
             logger.warning("%s: its query could not be cancelled: %s", session, error)
         except Exception:

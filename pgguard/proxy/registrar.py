@@ -94,6 +94,7 @@ class Registrar:
         while not self._wanted and not (self._waiting and self._allowance.has_any()):
             self._changed = trio.Event()
             if not self._waiting:
+                self._waiting.clear()  # it keeps its table otherwise, which is large behind a storm
                 self._is_idle = True
                 await self._changed.wait()
                 self._is_idle = False

@@ -49,8 +49,8 @@ class Roster:
         counters: Counters,
     ) -> None:
         self.sessions = sessions
-        self.present: set[int] = set()
-        """The numbers of those that have been admitted: also of those on their way to the sweep."""
+        self.arriving: set[int] = set()
+        """The numbers of those that have been admitted, and are on their way to the sweep."""
         self.last_number = 0
         """How many clients have come so far."""
         self.senders: KernelSenders | None = None
@@ -99,7 +99,7 @@ class Roster:
         if self._registrar is not None and session.client_socket is not None:
             self._registrar.enroll(session)
         if is_admitted:
-            self.present.add(session.id)
+            self.arriving.add(session.id)
         return session
 
     def _open_account(self, sock: socket.socket) -> TcpAccount | None:
@@ -114,6 +114,7 @@ class Roster:
     def enter(self, session: ProxiedSession) -> None:
         """Its client has been introduced to the server."""
         self.sessions[session.id] = session
+        self.arriving.discard(session.id)
         self.counters.introduce(session.through)
         try:
             self._watch.enter(session)
@@ -127,11 +128,12 @@ class Roster:
 
     def leave(self, session: ProxiedSession) -> bool:
         """It is over, and its sockets are closed; False if that has been said before."""
-        if session.id not in self.present:
+        entered = self.sessions.pop(session.id, None) is not None
+        if not entered and session.id not in self.arriving:
             return False
-        self.present.remove(session.id)
+        self.arriving.discard(session.id)
         self.settle(session)
-        if self.sessions.pop(session.id, None) is not None:
+        if entered:
             try:
                 self.counters.finish(session.requests, session.messages, logged_in=session.logged_in)
             except Exception:

@@ -350,6 +350,7 @@ class ProxiedSession:
     def facts(self) -> SessionFacts:
         """What records say of it."""
         protocol = self.protocol
+        key = protocol.cancel_key if protocol else None
         return SessionFacts(
             id=self.id,
             user=protocol.user if protocol else None,
@@ -357,7 +358,7 @@ class ProxiedSession:
             application_name=protocol.application_name if protocol else None,
             transport=self.transport,
             client=self.client_name,
-            backend_pid=protocol.cancel_key.backend_pid if protocol and protocol.cancel_key else None,
+            backend_pid=None if key is None else key.backend_pid,
             opened_at=self.opened_at,
             tls=self.is_encrypted,
             through=self.through,

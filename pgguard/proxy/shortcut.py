@@ -10,7 +10,7 @@ import ipaddress
 import socket
 from typing import TYPE_CHECKING
 
-from pgguard.attribution.descriptors import find_sockets, link_to
+from pgguard.attribution.descriptors import find_sockets
 from pgguard.attribution.sockets import SockDiag, peer_pid
 from pgguard.proxy.addresses import SOCKET_DIRECTORIES, TcpAddress, UnixAddress, conninfo_of
 
@@ -64,11 +64,10 @@ def _listeners(address: TcpAddress) -> set[int]:
 
 
 def _sockets_of_their_process(listeners: set[int], port: int) -> Iterator[UnixAddress]:
-    links = {link_to(inode): inode for inode in listeners}
     for directory in SOCKET_DIRECTORIES:
         address = UnixAddress(directory, port)
         pid = _listening_process(address)
-        if pid and len(find_sockets(pid, links)) == len(links):
+        if pid and len(find_sockets(pid, listeners)) == len(listeners):
             yield address
 
 

@@ -271,6 +271,7 @@ class UnreadWatch:
         pause = _TICK
         while True:
             if not self._listed:
+                self._listed.clear()  # it keeps its table otherwise, which is large behind a storm
                 self._stirred = trio.Event()
                 await self._stirred.wait()
             await trio.sleep(pause)

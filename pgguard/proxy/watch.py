@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import trio
 
-from pgguard.attribution.holders import LASTING, sole_holder
+from pgguard.attribution.holders import LASTING, NOBODY, sole_holder
 from pgguard.attribution.threads import Thread, Waiting, Waits
 from pgguard.faults.conclude import AT_ONCE, readers
 from pgguard.faults.docket import TICK
@@ -129,9 +129,7 @@ class Watch:
         self._unfiled: dict[ProxiedSession, None] = {}
         """Those of which the watch over heirs doesn't know yet who opened them."""
         self._filed: dict[int, ProxiedSession] = {}
-        """The others, as far as their clients' sockets are known, by the sockets' inodes."""
-        self._openings: dict[int, Opening] = {}
-        """Who opened these; for worker threads too."""
+        """The others, as far as their clients' sockets are known, by the sockets' inodes; for worker threads too."""
         self._shared: dict[int, ProxiedSession] = {}
         """Those of them of which it is looked at again and again who has them open: not the opener alone."""
         self._kept: dict[int, float] = {}
@@ -142,7 +140,7 @@ class Watch:
         """Those that are in use, for the watch over readers, of whom it is known who opened them, or that it can't be
         known: most are gone before that when many come and go."""
         self._calm: dict[ProxiedSession, float] = {}
-        """Those that it has found at rest, and when to look at each again; the first first."""
+        """Those that it has found at rest, and when it last did, or looked at them again; the first first."""
         self._active_stirred = trio.Event()
         self._idleness = 0.0
         """Seconds for which a transaction may sit idle; 0: for ever."""
@@ -181,7 +179,7 @@ class Watch:
             watched.pop(session, None)
         inode = None if session.opening is None else session.opening.inode
         if inode is not None and self._filed.get(inode) is session:
-            del self._filed[inode], self._openings[inode]
+            del self._filed[inode]
             self._shared.pop(inode, None)
             if self._kept.pop(inode, None) is None:
                 self._over.append(inode)
@@ -214,7 +212,7 @@ class Watch:
         now = trio.current_time()
         try:
             (found, have_opened, orphans), seconds = await looking.look(
-                timed, partial(_look_at_heirs, witness, tuple(watched), suspects, self._openings, keep, over)
+                timed, partial(_look_at_heirs, witness, tuple(watched), suspects, self._filed, keep, over)
             )
         except BaseException:
             self._kept |= {inode: opened for inode, opened in keep.items() if inode in self._filed}
@@ -243,10 +241,12 @@ class Watch:
             if opening is None or opening.inode is None:
                 continue
             self._filed[opening.inode] = session
-            self._openings[opening.inode] = opening
             self._kept[opening.inode] = opening.client.opened
             with spared(Loss.EVIDENCE, session):
                 self._note_holders(session, opening.holders)
+            opening.holders = NOBODY
+        if not self._unfiled:
+            self._unfiled.clear()  # a dict that has become empty keeps its table, which is as large as it ever was
 
     def _heirs_due(self) -> dict[int, ProxiedSession]:
         """As many sessions, by inode, as are looked at in one round: those first that have waited the longest."""
@@ -274,6 +274,8 @@ class Watch:
             for holding in holders.holdings
             if holding.seen - holding.since >= LASTING or _is_opener(holding.process, opening)
         )
+        if heirs == processes:
+            heirs = processes  # of nearly every session they are the same, its opener
         session.sightings.note_holders(processes, heirs)
         if processes:
             session.last_sole_holder = sole_holder(holders)
@@ -365,8 +367,9 @@ class Watch:
         allowance, pause, calm_next = Allowance(_READERS_SHARE, _READERS_SAVINGS), _READERS_INTERVAL, -math.inf
         while True:
             if not self._active:
+                self._active.clear()  # as above
                 self._active_stirred = trio.Event()
-                calm_due = next(iter(self._calm.values()), math.inf)
+                calm_due = next(iter(self._calm.values()), math.inf) + _READERS_RARELY
                 with trio.move_on_at(max(calm_due, calm_next)):
                     await self._active_stirred.wait()
             await trio.sleep(pause)
@@ -425,12 +428,12 @@ class Watch:
         """Some of those at rest that it is time to look at again."""
         due: list[ProxiedSession] = []
         for session, at in list(islice(self._calm.items(), _IDLE_AT_A_TIME)):
-            if at > now:
+            if at + _READERS_RARELY > now:
                 break
             del self._calm[session]
             if session.tracker is None:
                 continue
-            self._calm[session] = now + _READERS_RARELY
+            self._calm[session] = now
             with spared(Loss.EVIDENCE, session):
                 if session.tracker.idle and self._solitary_until(witness, session, now) <= now:
                     due.append(session)
@@ -442,7 +445,7 @@ class Watch:
             return
         self._active.pop(session, None)
         self._calm.pop(session, None)
-        self._calm[session] = now + _READERS_RARELY
+        self._calm[session] = now  # one object for all of a round
         session.client.attend()
 
     def _solitary_until(self, witness: Witness, session: ProxiedSession, now: float) -> float:
@@ -538,6 +541,7 @@ class Watch:
             self._idleness_limited = trio.Event()
             threshold = self._idleness
             if threshold and not self._moved and not self._sitting:
+                self._moved.clear()
                 self._transactions_stirred = trio.Event()
                 await self._transactions_stirred.wait()
                 continue
@@ -673,18 +677,22 @@ def _look_at_heirs(
     witness: Witness,
     inodes: Collection[int],
     suspects: Collection[int],
-    openings: Mapping[int, Opening],
+    sessions: Mapping[int, ProxiedSession],
     keep: Mapping[int, float],
     over: Collection[int],
 ) -> tuple[dict[int, Holders], frozenset[int], dict[int, _Orphan]]:
     """Find out who has sockets open, who has connections of its own, and which sockets have outlived their opener.
 
     In a worker thread. Of the ``suspects`` among these last it is looked at whether somebody waits on them. For the
-    other arguments, and for which sockets are found, see :meth:`Witness.watch`; ``openings`` says who opened each.
+    other arguments, and for which sockets are found, see :meth:`Witness.watch`; ``sessions`` are all by their sockets.
     """
     found = witness.watch(inodes, keep=keep, over=over, age=LASTING)
     have_opened = witness.have_opened(process for holders in found.values() for process in holders.processes)
-    known = {inode: opening for inode in found if (opening := openings.get(inode)) is not None}
+    known = {
+        inode: session.opening
+        for inode in found
+        if (session := sessions.get(inode)) is not None and session.opening is not None
+    }
     orphans = {
         inode: _Orphan.SEEN
         for inode, opening in known.items()

@@ -14,7 +14,6 @@ from pgguard.session.states import ANSWERS, ASYNCHRONOUS, COPY_IN, Owes
 from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestState
 from pgguard.wire.fields import parse_fields, parse_parameter_status, parse_severity
 from pgguard.wire.messages import BACKEND, HEADER_SIZE, READY_SIZE, SHORT, UNKNOWN, by_code, parse_header
-from pgguard.wire.startup import parse_backend_key_data
 
 if TYPE_CHECKING:
     from mypy_extensions import i64
@@ -220,7 +219,7 @@ class BackendStream:
         else:
             taken = True
             if code == _BACKEND_KEY_DATA and body:
-                session.cancel_key = parse_backend_key_data(body)
+                session.key_data = body
             self._move_head(follows)
         if taken:
             self.overruled = None

@@ -15,6 +15,7 @@ from pgguard.session.statements import Statements
 from pgguard.session.states import Owes
 from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestSeen, Verdict
 from pgguard.wire.messages import FRONTEND, HEADER_SIZE, by_code
+from pgguard.wire.startup import parse_backend_key_data
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,12 +60,12 @@ class Session:
         "application_name",
         "asks_goodbye",
         "backend_messages",
-        "cancel_key",
         "copied",
         "copy_over",
         "database",
         "frontend_messages",
         "goodbye",
+        "key_data",
         "last_request",
         "ledger",
         "left",
@@ -91,7 +92,7 @@ class Session:
         self.application_name: str | None = parameters.get("application_name") or None
         self.replication = replication_asked(parameters.get("replication", ""))
         """Whether it streams WAL, of one database or of all, instead of running queries."""
-        self.cancel_key: CancelKey | None = None
+        self.key_data = b""
         """The content of BackendKeyData, once it has come."""
         self.transaction_status = ""
         """``I``, ``T`` or ``E`` as the last ReadyForQuery said; empty before the first."""
@@ -153,6 +154,11 @@ class Session:
         """
         self.senders.introduce(opener)
         self.asks_goodbye = asks_goodbye
+
+    @property
+    def cancel_key(self) -> CancelKey | None:
+        """What a CancelRequest takes, and which backend it is, once the server has said so."""
+        return parse_backend_key_data(self.key_data) if self.key_data else None
 
     @property
     def idle(self) -> bool:

@@ -83,6 +83,10 @@ class Closing:
         self.in_doubt = False
 
 
+_NONE: Final[dict[bytes, Statement | Closing]] = {}
+"""Of sessions that have prepared nothing, which is never changed: a dict takes 64 bytes."""
+
+
 @final
 class Statements:
     """The prepared statements by name; the oldest is forgotten when they get too many."""
@@ -90,7 +94,7 @@ class Statements:
     __slots__ = ("_by_name", "_epoch", "_named", "_patience", "_sure", "_unsure", "watching")
 
     def __init__(self) -> None:
-        self._by_name: dict[bytes, Statement | Closing] = {}
+        self._by_name = _NONE
         self._epoch = 0
         """Counts what has made all names unsure."""
         self._unsure = False
@@ -142,7 +146,7 @@ class Statements:
         if text == body + 1:
             before = self._by_name.get(b"")
             _drop_text(before)
-            self._by_name[b""] = statement = Statement(b"", sql, cut, self._epoch)
+            self._table()[b""] = statement = Statement(b"", sql, cut, self._epoch)
         else:
             name = chunk[body : min(text - 1, body + NAME_LENGTH)]
             self._named = True
@@ -254,8 +258,14 @@ class Statements:
         self._unsure = True
         self._sure = _NEVER
 
+    def _table(self) -> dict[bytes, Statement | Closing]:
+        """The statements by name, to be changed."""
+        if self._by_name is _NONE:
+            self._by_name = {}
+        return self._by_name
+
     def _keep(self, name: bytes, what: Statement | Closing) -> None:
-        by_name = self._by_name
+        by_name = self._table()
         if len(by_name) >= _LIMIT:
             forgotten = by_name.pop(next(iter(by_name)))
             self._unsure = True

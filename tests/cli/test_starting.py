@@ -274,7 +274,7 @@ async def test_a_client_that_leaves_as_there_is_no_tls_is_told_of_once(
             await (await ask(house.port, *requests)).close()
         await until(lambda: bool(said_of_tls(caplog)) and not house.guard._receptions[None].declined._left)
         await (await ask(house.port, *requests)).close()
-        await until(lambda: house.guard.sessions == 3 and not house.guard._roster.present)
+        await until(lambda: house.guard.sessions == 3 and not house.guard._roster.arriving)
         await until(lambda: not house.guard._receptions[None].declined._left)
         assert house.kinds == []
     [said] = said_of_tls(caplog)

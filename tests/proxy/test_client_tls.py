@@ -274,7 +274,7 @@ async def test_one_that_is_refused_may_leave_the_last_unread(caplog: pytest.LogC
         await client.send(startup())
         await client.rest()
         await client.reset()
-        await until(lambda: not house.guard._roster.present)
+        await until(lambda: not house.guard._roster.arriving)
     assert not [said for said in caplog.messages if "reset" in said]
 
 
@@ -284,7 +284,7 @@ async def test_a_client_that_leaves_in_its_handshake(house: House) -> None:
     await plain.expect(b"S")
     await plain.send(TlsStream(plain.stream).hello()[:100])
     await plain.close()
-    await until(lambda: not house.guard._roster.present)
+    await until(lambda: not house.guard._roster.arriving)
     assert house.kinds == []
 
 
@@ -297,7 +297,7 @@ async def test_a_client_that_says_nothing_in_time(backend: FakeBackend) -> None:
         await stream.shake_hands()
         client = Client(cast("trio.SocketStream", stream))
         assert await client.rest() == b""
-        await until(lambda: not house.guard._roster.present)
+        await until(lambda: not house.guard._roster.arriving)
 
 
 async def test_one_that_does_not_trust_the_certificate(house: House, caplog: pytest.LogCaptureFixture) -> None:

@@ -217,7 +217,7 @@ async def test_a_client_that_leaves_ends_the_waiting(
         client.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)
         await (client.reset() if how == "is reset" else client.close())
         assert await server.rest() == b""
-        await until(lambda: not house.guard._roster.present)
+        await until(lambda: not house.guard._roster.arriving)
 
 
 async def test_without_a_limit_a_server_still_has_to_accept_each_connection(
