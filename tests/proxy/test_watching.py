@@ -126,8 +126,8 @@ async def test_trios_other_tasks_have_their_turn_when_one_of_them_is_due_or_afte
         patch.setattr(sweep, "_relay", SimpleNamespace(run=run, took=0.0))
         patch.setattr("pgguard.proxy.sweep._TURN", 100.0)
         patch.setattr("pgguard.proxy.sweep._LATEST", 400.0)
-        for due in (10, 300, 1000):
-            with trio.CancelScope(deadline=trio.current_time() + due):  # noqa: ASYNC100 - there is a deadline
+        for seconds in (10, 300, 1000):
+            with trio.CancelScope(deadline=trio.current_time() + seconds):  # noqa: ASYNC100 - there is a deadline
                 assert not sweep._take_turn()
     soon, due, late = turns
     assert 0 < soon <= 100
