@@ -66,11 +66,13 @@ if TYPE_CHECKING:
     from pgguard.session.verdicts import Verdict
 
 _TICK: Final = 0.025
-"""Seconds between two rounds of looking, while there is something to look at."""
+_TICK_REPORTED: Final = 0.1
+"""Seconds between two rounds of looking, while there is something to look at; and where the kernel reports of each send
+what was unread, of all that is looked at, so that only a warning takes a look."""
 _FIRST: Final = 0.025
 """Seconds from when an answer is seen to be complete to the first look whether it has been read: one tick."""
 _FIRST_REPORTED: Final = 0.25
-"""The same where the kernel reports of each send what was unread, so that only a warning takes a look."""
+"""The same where the kernel reports what was unread."""
 _AT_A_TIME: Final = 32
 """Sessions that are looked at in one round."""
 _IN_A_ROUND: Final = 256
@@ -268,17 +270,21 @@ class UnreadWatch:
             set_alarm: makes an alarm for the guard's end of a Unix connection; raises OSError.
         """
         self._witness, self._accuse, self._set_alarm = witness, accuse, set_alarm
-        pause = _TICK
+        cost = 0.0
         while True:
             if not self._listed:
                 self._listed.clear()  # it keeps its table otherwise, which is large behind a storm
                 self._stirred = trio.Event()
                 await self._stirred.wait()
-            await trio.sleep(pause)
+            await trio.sleep(max(self._tick(), cost / _SHARE_OF_PROCESSOR))
             due, cost = await self._due(trio.current_time())
             if due:
                 cost += await self._look(witness, due)
-            pause = max(_TICK, cost / _SHARE_OF_PROCESSOR)
+
+    def _tick(self) -> float:
+        """Seconds until the next round."""
+        whose_turn_is_next = islice(self._listed.values(), _IN_A_ROUND)
+        return _TICK_REPORTED if all(session.names_threads for session in whose_turn_is_next) else _TICK
 
     async def _due(self, now: float) -> tuple[list[_Look], float]:
         """What it is time to look at; and what finding it has cost.
@@ -330,9 +336,7 @@ class UnreadWatch:
         return _Look(session, tracker, leftover, opening, holders, tracker.position, events, leftover.size > 0)
 
     def _first(self, session: ProxiedSession) -> float:
-        account = session.kernel_account
-        reported = account is not None and account.is_kept
-        return min(_FIRST_REPORTED, self._interval) if reported else _FIRST
+        return min(_FIRST_REPORTED, self._interval) if session.names_threads else _FIRST
 
     def _forget(self, session: ProxiedSession) -> None:
         """Take a session off the list."""

@@ -74,7 +74,8 @@ LEFT_OPEN: Final = "the connection was still open when %s had ended"
 
 _READERS_INTERVAL: Final = 0.05
 _EARLY_READERS_INTERVAL: Final = 0.01
-"""While a connection is new, and so its threads may have begun to share it just now."""
+"""While a connection is new, and so its threads may have begun to share it just now. Where the kernel names the threads
+that send, that tells as well, and there is no hurry."""
 _EARLY_READERS: Final = 64
 """Sessions up to which that makes a difference: with more of them there always are new ones."""
 _BUSY_AT_A_TIME: Final = 6
@@ -380,10 +381,14 @@ class Watch:
                 calm_next = now + _CALM_INTERVAL
             if due:
                 cost += await self._look_at_readers(witness, due)
-            early = time.monotonic() - self._last_arrival < _EARLY and len(self._sessions) <= _EARLY_READERS
-            interval = _EARLY_READERS_INTERVAL if early else _READERS_INTERVAL
+            interval = _EARLY_READERS_INTERVAL if self._may_just_share() else _READERS_INTERVAL
             allowance.spend(cost)
             pause = max(interval, allowance.seconds_without())
+
+    def _may_just_share(self) -> bool:
+        """Whether threads may have begun just now to share a connection, and only a look tells."""
+        early = time.monotonic() - self._last_arrival < _EARLY and len(self._sessions) <= _EARLY_READERS
+        return early and not all(session.names_threads for session in self._active)
 
     async def _due(self, witness: Witness) -> tuple[list[ProxiedSession], float]:
         """Those in use that it is time to look at, those first that have waited for it the longest; and its cost."""

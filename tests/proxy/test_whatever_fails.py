@@ -92,6 +92,7 @@ SHORT: Final = {
     "watch.SERVERS_PATIENCE": 0.0,
     "watch._IDLE_INTERVAL": 0.01,
     "unread._TICK": 0.005,
+    "unread._TICK_REPORTED": 0.005,
     "unread._FIRST": 0.005,
     "unread._FIRST_REPORTED": 0.005,
     "unread._LEAST_INTERVAL": 0.005,
