@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pgguard.attribution.ebpf.account import Account, Accounts, Tally
 from pgguard.attribution.ebpf.assembler import R0, R1, R2, Assembler
-from pgguard.attribution.ebpf.programs import EVENT_SIZE, Kind
+from pgguard.attribution.ebpf.programs import EVENT_SIZE, TICKETS, WORD_SHIFT, WORDS_SIZE, Kind
 from pgguard.attribution.ebpf.ring import Event, Ring
 from pgguard.identity import Sender
 
@@ -52,6 +52,10 @@ class Kernel:
 
     def reached(self, ticket: int) -> int:
         return self.went.get(ticket, 0)
+
+    def glance(self, ticket: int) -> int:
+        reached = self.reached(ticket)
+        return -1 if self.said else reached
 
     def feed(self, *events: Event) -> None:
         self.said += events
@@ -401,7 +405,9 @@ class FakeRing:
         os.ftruncate(self.file, 2 * 4096 + 2 * self.SIZE)
         self.lost = os.memfd_create("lost")
         os.ftruncate(self.lost, 4096)
-        self.ring = Ring(self.file, self.SIZE, self.lost)
+        self.words = os.memfd_create("words")
+        os.ftruncate(self.words, WORDS_SIZE + 4096)
+        self.ring = Ring(self.file, self.SIZE, self.lost, self.words)
         self.produced = 0
 
     def produce(self, number: int, flags: int = 0) -> int:
@@ -426,6 +432,7 @@ class FakeRing:
         self.ring.close()
         os.close(self.file)
         os.close(self.lost)
+        os.close(self.words)
 
     def _write(self, at: int, data: bytes) -> None:
         for index, byte in enumerate(data):
@@ -458,6 +465,20 @@ def test_the_ring_wraps_around_and_passes_over_what_is_not_ready() -> None:
     assert fake.ring.lost == 3
     fake.close()
     assert fake.ring.lost == 3, "it is asked for at the end"
+
+
+def test_a_word_counts_for_its_own_ticket_and_when_everything_in_front_of_it_has_been_read() -> None:
+    fake = FakeRing()
+    ticket = TICKETS * 5 + 3
+    os.pwrite(fake.words, struct.pack("=Q", 5 << WORD_SHIFT | 2**40 + 1), 8 * 3)
+    assert fake.ring.reached(ticket) == fake.ring.glance(ticket) == 2**40 + 1
+    assert fake.ring.reached(ticket + TICKETS) == fake.ring.glance(ticket + 1) == fake.ring.glance(0) == 0
+    fake.produce(1, BUSY)
+    assert fake.ring.glance(ticket) == -1
+    assert fake.read() == []
+    assert fake.ring.glance(ticket) == -1, "it isn't there yet"
+    assert fake.ring.reached(ticket) == 2**40 + 1
+    fake.close()
 
 
 # What lay unread when something was sent

@@ -65,6 +65,9 @@ class Watched:
     def reached(self, ticket: int) -> int:
         return self.probe.reached(ticket)
 
+    def glance(self, ticket: int) -> int:
+        return self.probe.glance(ticket)
+
     def split(self, account: Account, length: int) -> list[Segment]:
         """Who sent what has been read."""
         self.accounts.catch_up(account)

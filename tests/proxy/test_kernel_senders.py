@@ -78,6 +78,9 @@ class Reports:
     def reached(self, ticket: int) -> int:
         return self._reached[ticket - 1]
 
+    def glance(self, ticket: int) -> int:
+        return -1 if self._events else self._reached[ticket - 1] if ticket else 0
+
     def accepted(self, key: bytes, *, opener: Sender | None = PARENT) -> None:
         """The guard's own end is there, and whose the other is is known if the probe sees that one too."""
         self._positions[key] = 0

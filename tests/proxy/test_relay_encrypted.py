@@ -38,6 +38,9 @@ class Probe:
     def reached(self, _ticket: int) -> int:
         return 0
 
+    def glance(self, _ticket: int) -> int:
+        return 0
+
 
 @dataclass
 class Encrypted:

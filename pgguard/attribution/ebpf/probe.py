@@ -168,7 +168,8 @@ class SenderProbe:
             self.read = self._ring.read
             """Takes the events that there are: :meth:`Ring.read` itself, as it is called for every chunk."""
             self.reached = self._ring.reached
-            """:meth:`Ring.reached`, likewise."""
+            self.glance = self._ring.glance
+            """:meth:`Ring.reached` and :meth:`Ring.glance`, likewise."""
             self._known: set[bytes] = set()
             try:
                 for host, port in addresses:

@@ -138,6 +138,11 @@ class Ring:
             self._fence()
         return word & _WORD
 
+    def glance(self, ticket: int) -> int:
+        """Tell the same of a ticket, or of none, if all events have been read; -1: :meth:`read` comes first."""
+        reached = self.reached(ticket) if ticket else 0
+        return -1 if self._produced[0] != self._next or self._busy else reached
+
     def close(self) -> None:
         """Unmap everything; nothing can be read then."""
         self._lost_in_all = self._losses[0]
