@@ -156,7 +156,7 @@ def _add(built: Path, build_data: dict[str, Any], *, editable: bool) -> None:
 
 
 def compile_into(target: Path) -> None:
-    """Compile the modules of the current directory's tree, and see whether the session core can be imported.
+    """Compile the modules of the current directory's tree.
 
     Raises:
         Exception, SystemExit: It can't be done; what is printed says why.

@@ -122,7 +122,7 @@ def client_socket(
         connected: the process and the thread that have connected it, if it is a TCP one and the kernel has named them.
 
     Raises:
-        OSError: the connection is already gone (ENOTCONN).
+        OSError: the connection is already gone (ENOTCONN); where ``peer`` is given, that doesn't show.
     """
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     guard = accepted.getsockname()  # tells the family, too, which the socket looks up as a member of an enumeration

@@ -1,4 +1,7 @@
-"""What the relay asks of the interpreter, which it shares with threads that take evidence, of malloc and scheduler."""
+"""What the relay asks of the interpreter, which it shares with the threads that take evidence, and of the system.
+
+That is of malloc, and of the scheduler.
+"""
 
 from __future__ import annotations
 

@@ -353,6 +353,10 @@ epoll_poll(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
     long most = PyLong_AsLong(arguments[1]);
     if (most == -1 && PyErr_Occurred())
         return NULL;
+    if (most < 1) {
+        PyErr_SetString(PyExc_ValueError, "there is to be room for one event at least");
+        return NULL;
+    }
     int epoll = opened(self);
     if (epoll < 0)
         return NULL;

@@ -113,7 +113,8 @@ class Sweep:
     def _take_turn(self) -> bool:
         """Have bytes moved until it is trio's other tasks' turn; False if there is nothing to do any more."""
         now = time.monotonic()
-        due = trio.lowlevel.current_statistics().seconds_to_next_deadline
+        others = trio.lowlevel.current_statistics()
+        due = 0.0 if others.tasks_runnable else others.seconds_to_next_deadline
         is_busy = self._relay.run(now + min(_LATEST, max(_TURN, due)), patience=_LATEST)
         if self._relay.took:
             self._added.note(self._relay.took + max(0.0, now - self._left))

@@ -284,7 +284,8 @@ class UnreadWatch:
     def _tick(self) -> float:
         """Seconds until the next round."""
         whose_turn_is_next = islice(self._listed.values(), _IN_A_ROUND)
-        return _TICK_REPORTED if all(session.names_threads for session in whose_turn_is_next) else _TICK
+        reported = all(session.names_threads for session in whose_turn_is_next)
+        return min(_TICK_REPORTED, self._interval) if reported else _TICK
 
     async def _due(self, now: float) -> tuple[list[_Look], float]:
         """What it is time to look at; and what finding it has cost.

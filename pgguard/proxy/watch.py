@@ -368,7 +368,7 @@ class Watch:
         allowance, pause, calm_next = Allowance(_READERS_SHARE, _READERS_SAVINGS), _READERS_INTERVAL, -math.inf
         while True:
             if not self._active:
-                self._active.clear()  # as above
+                self._active.clear()  # it keeps its table otherwise, which is large behind a storm
                 self._active_stirred = trio.Event()
                 calm_due = next(iter(self._calm.values()), math.inf) + _READERS_RARELY
                 with trio.move_on_at(max(calm_due, calm_next)):
@@ -546,7 +546,7 @@ class Watch:
             self._idleness_limited = trio.Event()
             threshold = self._idleness
             if threshold and not self._moved and not self._sitting:
-                self._moved.clear()
+                self._moved.clear()  # likewise
                 self._transactions_stirred = trio.Event()
                 await self._transactions_stirred.wait()
                 continue

@@ -12,7 +12,8 @@ The rules, all of which follow from what :mod:`programs` says of events:
    with. A container may have a connection of exactly the same addresses, to somewhere else.
 4. A thread that goes on sending is not reported each time: how far it has come is written to one place, and when that
    is read before the events are, all who have sent something in front of there have been reported. It is added to the
-   stretch that was reported last, and to no other: not if that one had to be left out here.
+   stretch that was reported last, and to no other. So an event that is lost *here*, by whatever error, would name
+   somebody wrongly, and its account is told: nobody goes on in it then until the next report.
 
 **Who calls what, when.** What is told of bytes is there before the bytes are. So after reading from a connection, and
 before asking for senders, call :meth:`Accounts.catch_up`. If it is the other way around, more is unknown; nothing is
@@ -49,6 +50,8 @@ _UNCERTAIN: Final = int(Kind.UNCERTAIN)
 _WATCHED: Final = int(Kind.WATCHED)
 _BLOCKING: Final = int(Kind.BLOCKING)
 
+_SENDS: Final = (_SENDING, _UNCERTAIN)
+
 _EARLY_CONNECTIONS = 2048
 _EARLY_EVENTS = 32
 """Connections, and events of each, that are kept for a connection to be accepted; beyond that, senders are unknown. A
@@ -57,7 +60,7 @@ client that waits to be accepted sends a startup packet, and waits for the answe
 
 _RUNS = 2048
 """Stretches of the stream that are told apart before they are read. Two that send by turns can bring about any number
-while the guard has a reason not to read; the senders of what is behind that are unknown."""
+while the guard has a reason not to read; the senders of what is behind that are unknown, but for the last one."""
 _UNREAD_EVENTS = 64
 """Sends on top of something unread that are remembered until they are read: of a client that pipelines, say, whose next
 ones say nothing new."""
@@ -146,13 +149,14 @@ class Account:
         if origin != self.origin:
             return
         if kind == _SENDING:
-            self.go_on(self.ticket, reached)
+            self._end_last(reached)
             if read != received:
                 self._note_unread(position, read, received)
-            if pid:  # not of a thread that the guard's pid namespace doesn't have
-                self.ticket = ticket if self._add(position, position + size, pid, tid) else 0
+            self._add(position, position + size, pid, tid)
+            if pid:
+                self.ticket = ticket
         elif kind == _UNCERTAIN:
-            self.go_on(self.ticket, reached)
+            self._end_last(reached)
         elif kind == _ACCEPTED:
             self.first_answer = read
         elif kind == _OPENED:
@@ -170,7 +174,12 @@ class Account:
             self._stop = reached
 
     def leave_out(self) -> None:
-        """Know of a report that wasn't applied, and who comes behind the last stretch no more."""
+        """A report wasn't applied: nobody is known to go on behind the last stretch until there is another."""
+        self.ticket = 0
+
+    def _end_last(self, reached: i64) -> None:
+        """Somebody else is reported: the last one has gone on up to there, and no further."""
+        self.go_on(self.ticket, reached)
         self.ticket = 0
 
     def _note_unread(self, position: int, read: int, received: int) -> None:
@@ -178,35 +187,31 @@ class Account:
             self._unread_sends = deque(maxlen=_UNREAD_EVENTS)
         self._unread_sends.append((position, read, received))
 
-    def _add(self, start: i64, stop: i64, pid: i64, tid: i64) -> bool:
-        """Add a stretch; False if there are too many."""
+    def _add(self, start: i64, stop: i64, pid: i64, tid: i64) -> None:
         if self._stop > start and self._stop > self._position:
             self._contradict(start)
+        if not pid:  # a thread that the guard's pid namespace doesn't have
+            return
         if pid == self._pid and tid == self._tid:
             # A client that is not read may send a million small messages: they are one stretch, and one object's.
             if self._stop == start:
                 self._stop = stop
-                return True
-            if not self._keep_last():
-                return False
+                return
+            self._keep_last()
         else:
-            if not self._keep_last():
-                return False
+            self._keep_last()
             opener = self.opener
             known = opener is not None and opener.pid == pid and opener.tid == tid
             self._pid, self._tid, self.sender = pid, tid, opener if known else Sender(pid, tid)
         self._start, self._stop = start, stop
-        return True
 
-    def _keep_last(self) -> bool:
-        """Make room for another stretch: False if they are too many."""
+    def _keep_last(self) -> None:
+        """Make room for another stretch; if they are too many, the last one is left out."""
         if self._stop > self._position:
             if self._earlier is None:
                 self._earlier = deque()
-            if len(self._earlier) >= _RUNS - 1:
-                return False
-            self._earlier.append((self._start, self._stop, self.sender))
-        return True
+            if len(self._earlier) < _RUNS - 1:
+                self._earlier.append((self._start, self._stop, self.sender))
 
     def _contradict(self, position: i64) -> None:
         """Forget what is said of the bytes from a position on."""
@@ -367,13 +372,24 @@ class Accounts:
         """Events of connections that weren't accepted yet, oldest first."""
 
     def feed(self) -> None:
-        """Apply the events that there are, each to its connection's account."""
+        """Apply the events that there are, each to its connection's account.
+
+        Raises:
+            Exception: what one of them has led to; the others have been applied.
+        """
+        failure: Exception | None = None
         for event in self._read():
-            account = self._open.get(event[7])
-            if account is not None and account.origin == event[5]:
-                account.apply(event)
-            else:
-                self._keep(event)
+            try:
+                account = self._open.get(event[7])
+                if account is not None and account.origin == event[5]:
+                    account.apply(event)
+                else:
+                    self._keep(event)
+            except Exception as error:
+                failure = error
+                self._leave_out(event[7])
+        if failure is not None:
+            raise failure
 
     def catch_up(self, account: Account) -> None:
         """Take into account all that has been reported of what has been read from a connection.
@@ -405,10 +421,10 @@ class Accounts:
         account = Account(origin)
         if origin is not None:
             self._open[key] = account
-            for event in early:
+            for n, event in enumerate(early, 1):
+                if n == _EARLY_EVENTS:
+                    account.leave_out()  # in front of it others may have been
                 account.apply(event)
-            if len(early) >= _EARLY_EVENTS:
-                account.leave_out()
         return account
 
     def close(self, key: bytes, account: Account) -> None:
@@ -419,6 +435,13 @@ class Accounts:
         elif found is None:
             self._early.pop(key, None)
 
+    def _leave_out(self, key: bytes) -> None:
+        """An event of a connection couldn't be dealt with."""
+        account = self._open.get(key)
+        if account is not None:
+            account.leave_out()
+        self._early.pop(key, None)
+
     def _keep(self, event: Event) -> None:
         kind, origin, key = event[2], event[5], event[7]
         events = self._early.setdefault(key, [])
@@ -427,7 +450,9 @@ class Accounts:
             # guard's own end may have been reported by another processor, and read, before this event was ready.
             events[:] = [early for early in events if early[5] == origin]
             self._early.move_to_end(key)
-        if len(events) < _EARLY_EVENTS:  # what is left out then is unknown
+        if len(events) < _EARLY_EVENTS:
             events.append(event)
+        elif kind in _SENDS and events[-1][2] in _SENDS:  # what is left out then is unknown
+            events[-1] = event
         while len(self._early) > _EARLY_CONNECTIONS:
             self._early.popitem(last=False)

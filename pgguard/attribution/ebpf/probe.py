@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel says which thread sends: loads the programs, attaches them, and reads what they report.
 
-**Why assembled in Python.** The programs are some three hundred instructions that consist of loads, stores and calls,
+**Why assembled in Python.** The programs are some six hundred instructions that consist of loads, stores and calls,
 written down in :mod:`programs` with their reasons; what is there is what runs. A compiled object would have to be
 rebuilt to be trusted, by someone who has clang; a library (bcc, libbpf) is a compiler, or a shared object that must be
 where the guard runs. The price is an assembler of a hundred lines, and bpf(2) through ctypes.
@@ -65,7 +65,8 @@ from pgguard.attribution.ebpf.ring import Ring
 from pgguard.attribution.privileges import LOADING, Right, rights
 
 _RING_SIZE = 1 << 20
-"""Bytes: 13,000 events, what a busy sender makes in some 20 ms. Larger than any L2 cache has no use."""
+"""Bytes: 10,900 events, what two busy senders make in some 20 ms that send by turns. Larger than any L2 cache has no
+use."""
 _MAX_CONNECTIONS = 65_536
 """More than a PostgreSQL server takes. An entry's memory is taken when it is used; 1 MiB is for the map itself."""
 _MAX_LISTENERS = 4096
@@ -120,7 +121,7 @@ class SenderProbe:
     """Watches the connections of this host's processes to some TCP addresses, from when it is made until it is closed.
 
     A context manager; for one thread. It takes a fifth of a second to make, most of it for reading the kernel's types.
-    There is nothing to wait on: who has read bytes asks for events, and those of the bytes are there. A process that is
+    There is nothing to wait on: who has read bytes asks, and what is said of them is there. A process that is
     forked and doesn't execute another program keeps the probe alive for as long as it lives.
 
     Attributes:
@@ -166,7 +167,7 @@ class SenderProbe:
             self._listeners = self._sockets = -1
             self._ring = self._load(stack, cgroup, max_connections)
             self.read = self._ring.read
-            """Takes the events that there are: :meth:`Ring.read` itself, as it is called for every chunk."""
+            """Takes the events that there are: :meth:`Ring.read` itself, as what comes from it is called often."""
             self.reached = self._ring.reached
             self.glance = self._ring.glance
             """:meth:`Ring.reached` and :meth:`Ring.glance`, likewise."""

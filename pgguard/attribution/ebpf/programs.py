@@ -80,7 +80,7 @@ has a process killed, before the kernel gives up on memory for TCP: if it gave u
 thread sends with MSG_FASTOPEN on a connection that is established: that fails with EISCONN after the program has run.
 By CALLBACK, that no send fails in its middle for want of the memory that it sends from (EFAULT), nor splices pages with
 next to nothing in each, and that nobody lowers the limits of the buffer and raises them again between two sends. In all
-these cases it takes another thread that sends on the same connection next for a name to be wrong;
+these cases it takes another thread that sends on the same connection next for a name to be wrong; by MAP
 ``Account.contradictions`` counts what shows it afterwards. (Programs at ``sk_stream_wait_memory`` and ``sk_msg_free``
 would see it all; but not every kernel allows tracing programs: the one that this was written on doesn't.) No other
 program can change what is sent: a socket that is in a map with an sk_msg program already can't be put into a second

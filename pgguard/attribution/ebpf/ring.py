@@ -113,15 +113,14 @@ class Ring:
         if _WEAKLY_ORDERED:
             self._fence()
         events: list[Event] = []
-        if self._busy:
-            waiting, self._busy = self._busy, []
-            for position in waiting:
-                self._take(position, events)
+        busy: list[int] = []
+        for position in self._busy:
+            self._take(position, events, busy)
         position = self._next
         while position < produced:
-            position += self._take(position, events)
-        self._next = position
-        self._consumed[0] = self._busy[0] if self._busy else position
+            position += self._take(position, events, busy)
+        self._busy, self._next = busy, position  # when all have been read: who fails reads them again
+        self._consumed[0] = busy[0] if busy else position
         return events
 
     def reached(self, ticket: int) -> int:
@@ -153,13 +152,13 @@ class Ring:
             if mapped is not None:
                 mapped.close()
 
-    def _take(self, position: int, events: list[Event]) -> int:
+    def _take(self, position: int, events: list[Event], busy: list[int]) -> int:
         """Read the record at a position, or remember it as busy; returns its length."""
         at = position & self._mask
         header = self._words[at >> 2]
         length = header & ~(_BUSY | _DISCARDED)
         if header & _BUSY:
-            self._busy.append(position)
+            busy.append(position)
         elif not header & _DISCARDED and length == EVENT_SIZE:
             if _WEAKLY_ORDERED:
                 self._fence()
