@@ -145,8 +145,10 @@ POSITION, SIZE, KIND, TID, PID, ORIGIN, TICKET, KEY, READ, RECEIVED, REACHED = 0
 
 TICKETS = 1 << 16
 """Words in which the program writes how far the sender goes on that it has reported last, one for each connection."""
+TICKET_SHIFT = TICKETS.bit_length() - 1
+"""In a ticket: which word, below; above that, what tells the connection from others that are given the same."""
 WORD_SHIFT = 48
-"""In a word: how far, below; above that, as in its ticket above :data:`TICKETS`, for which connection."""
+"""In a word: how far, below; above that, as in its ticket, for which connection."""
 WORDS_SIZE = 8 * TICKETS + 8
 """Bytes: the words, and how many tickets have been given."""
 
@@ -195,7 +197,6 @@ bytes (0: it may have had none to give), how many were queued in it, and how man
 as the event says it (0: that hasn't been said), up to where the last one goes of whom it has been said, and under
 which ticket (0: none)."""
 _TICKET_BITS = 31
-_TICKET_SHIFT = TICKETS.bit_length() - 1
 
 # struct sk_msg_md, linux/bpf.h.
 _MSG_SIZE, _MSG_SK = 68, 72
@@ -560,6 +561,7 @@ class Programs:
         code.jump_if(R2, "==", 0, "end")
         code.load(R5, R8, _TICKET, 8)
         code.jump_if(R5, "==", 0, "end")
+        self._word(code)
         self._write_word(code, "end")
 
     def _go_on(self, code: Assembler, otherwise: str) -> None:
@@ -591,18 +593,17 @@ class Programs:
         code.compute_constant(R2, "<<", 3)
         code.compute(R1, "+", R2)
         code.compute(R4, "=", R5)
-        code.compute_constant(R4, ">>", _TICKET_SHIFT)
+        code.compute_constant(R4, ">>", TICKET_SHIFT)
 
     def _own_word(self, code: Assembler, otherwise: str) -> None:
-        """Go on if no other connection has been given the word of the ticket, R5, since; R1 to R4 are used."""
+        """As :meth:`_word`; go on if no other connection has been given that word since. R2 and R3 are used."""
         self._word(code)
         code.load(R3, R1, 0, 8)
         code.compute_constant(R3, ">>", WORD_SHIFT)
         code.jump_if_register(R3, "!=", R4, otherwise)
 
     def _write_word(self, code: Assembler, otherwise: str) -> None:
-        """Say under the ticket, R5, how far has been told; it is in R2 then, and R1 to R4 are used."""
-        self._word(code)
+        """Say in the word of :meth:`_word` how far has been told; it is in R2 then, and R3 and R4 are used."""
         code.load(R2, R8, _TOLD, 8)
         code.compute(R3, "=", R2)
         code.compute_constant(R3, ">>", WORD_SHIFT)

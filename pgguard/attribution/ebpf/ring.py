@@ -25,7 +25,7 @@ import struct
 import threading
 from typing import Final, final
 
-from pgguard.attribution.ebpf.programs import EVENT_SIZE, KEY_SIZE, TICKETS, WORD_SHIFT, WORDS_SIZE
+from pgguard.attribution.ebpf.programs import EVENT_SIZE, KEY_SIZE, TICKET_SHIFT, TICKETS, WORD_SHIFT, WORDS_SIZE
 
 _BUSY: Final = 1 << 31
 """``BPF_RINGBUF_BUSY_BIT``."""
@@ -34,7 +34,6 @@ _DISCARDED: Final = 1 << 30
 _HEADER: Final = 8
 """``BPF_RINGBUF_HDR_SZ``."""
 
-_TICKET_SHIFT: Final = TICKETS.bit_length() - 1
 _WORD: Final = (1 << WORD_SHIFT) - 1
 
 _unpack: Final = struct.Struct(f"=QIIIIII{KEY_SIZE}sII4xQ").unpack_from
@@ -131,7 +130,7 @@ class Ring:
         if self._by_ticket is None:
             return 0
         word: int = self._by_ticket[ticket & TICKETS - 1]
-        if word >> WORD_SHIFT != ticket >> _TICKET_SHIFT:  # another connection has been given the ticket's word since
+        if word >> WORD_SHIFT != ticket >> TICKET_SHIFT:  # another connection has been given the ticket's word since
             return 0
         if _WEAKLY_ORDERED:
             self._fence()
