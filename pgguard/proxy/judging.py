@@ -8,6 +8,7 @@ the bytes alone.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final, TypeVarTuple
 
 import trio
@@ -26,6 +27,7 @@ from pgguard.wire.messages import HEADER_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from contextlib import AbstractContextManager
 
     from pgguard.identity import Sender
     from pgguard.proxy.judge import Judge
@@ -56,6 +58,7 @@ class Judging:
         answered: is told of every session that the server has begun to answer.
         closed: is told of every session whose sockets have been closed.
         stirred: is told of a session whose client sends something for the first time since it was attended to.
+        waited_for: is entered while bytes are held until a task is done.
     """
 
     def __init__(
@@ -68,12 +71,14 @@ class Judging:
         answered: Callable[[ProxiedSession], None],
         closed: Callable[[ProxiedSession], None],
         stirred: Callable[[ProxiedSession], None],
+        waited_for: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._relay = relay
         self._judge = judge
         self._unread = unread
         self._answered = answered
         self._stirred = stirred
+        self._waited_for = waited_for
         self.endings = Endings(relay, self, judge, cancel=cancel, answered=answered, closed=closed)
         """How sessions end."""
         self._accused: set[ProxiedSession] = set()
@@ -102,7 +107,8 @@ class Judging:
 
         async def run() -> None:
             try:
-                await function(*args)
+                with nullcontext() if held is None else self._waited_for():
+                    await function(*args)
             except Exception:
                 note(Loss.STEP, session)
                 self._carry_on(session, held)

@@ -121,8 +121,13 @@ class Reception:
 
     def start(self, function: Callable[[*Ts], Awaitable[None]], *args: *Ts) -> None:
         """Have done in a task what takes time. A client waits for it."""
+
+        async def run() -> None:
+            with self._sweep.waited_for():
+                await function(*args)
+
         self._sweep.hurry()
-        self._nursery.start_soon(function, *args)
+        self._nursery.start_soon(run)
 
     def receive(
         self,

@@ -3,11 +3,12 @@
 A wake-up, an epoll_ctl and a task switch for each read are what make a proxy slow. So the sockets stay registered, and
 as long as there is something to do on any of them, or comes within a moment, the relay (:mod:`pgguard.proxy.relay`)
 goes on with it, synchronously. When there isn't, the task goes back to trio to sleep until one is ready. It yields to
-trio's other tasks when one of them is due, or after :data:`_LATEST` seconds, whatever the load.
+trio's other tasks after :data:`_LATEST` seconds, whatever the load, and sooner while somebody waits for one of them
+(:meth:`Sweep.waited_for`).
 
 What it waits for is waited for in one place: a wait in its own epoll costs 5 µs, and one in trio's ten times as much.
 How long it waits at most decides as well: below the kernel's tick, of 4 ms mostly, a timer has to be set anew for each
-wait, at 2.7 µs (epoll_wait(2) with 1 ms) or 1.3 (2 ms). So each wait is given :data:`_LATEST` seconds, in which things
+wait, at 2.7 µs (epoll_wait(2) with 1 ms) or 1.3 (2 ms). So each wait is given :data:`_TICK` seconds, in which things
 may happen that only trio hears of: a thread has finished, a signal has come, or a deadline has passed. Who can't wait
 for twice as long says so (:meth:`Sweep.hurry`).
 """
@@ -18,6 +19,7 @@ import math
 import os
 import select
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -28,7 +30,7 @@ from pgguard.proxy.sockets import Epoll
 from pgguard.proxy.unread import ReadingAlarm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pgguard.proxy.ends import End
     from pgguard.proxy.figures import Durations
@@ -38,11 +40,11 @@ if TYPE_CHECKING:
     from pgguard.proxy.unread import UnreadWatch
     from pgguard.session.verdicts import Verdict
 
-_TURN: Final = 0.001
-"""Seconds after which trio's other tasks get a turn if one of them is due: 4 µs if they have nothing to do, and some 20
-where other programs have used the caches meanwhile."""
-_LATEST: Final = 0.004
-"""Seconds after which they get one in any case, as soon as something comes, or nothing has come for as long."""
+_TICK: Final = 0.004
+"""Seconds after which trio's other tasks get a turn if nothing has come for as long, or somebody waits for one."""
+_LATEST: Final = 0.02
+"""Seconds after which they get one in any case. With nothing to do it takes 4 µs, and 20 to 60 where other programs
+have used the caches meanwhile: with one in each tick, more than one in a hundred transactions had to wait for it."""
 _SLICE: Final = 0.00025
 """Seconds for which messages are followed before others get their turn."""
 
@@ -77,13 +79,22 @@ class Sweep:
         """A descriptor in the epoll that says by its edges that something waits for its turn."""
         self._relay = Relay(self._epoll, wake=self._wake_up, seconds=_SLICE)
         self._judging = Judging(
-            self._relay, judge, unread, cancel=cancel, answered=answered, closed=closed, stirred=stirred
+            self._relay,
+            judge,
+            unread,
+            cancel=cancel,
+            answered=answered,
+            closed=closed,
+            stirred=stirred,
+            waited_for=self.waited_for,
         )
         self._endings = self._judging.endings
         self._relay.hand_on_to(self._judging, self._endings)
         self._added = added
         self._left = math.inf
         """When trio's other tasks got their turn, if there was more to do; times are those of time.monotonic()."""
+        self._waited_for = 0
+        """How many tasks somebody waits for."""
         self._alarms: set[ReadingAlarm] = set()
         """What tells that a client has read."""
 
@@ -113,9 +124,7 @@ class Sweep:
     def _take_turn(self) -> bool:
         """Have bytes moved until it is trio's other tasks' turn; False if there is nothing to do any more."""
         now = time.monotonic()
-        others = trio.lowlevel.current_statistics()
-        due = 0.0 if others.tasks_runnable else others.seconds_to_next_deadline
-        is_busy = self._relay.run(now + min(_LATEST, max(_TURN, due)), patience=_LATEST)
+        is_busy = self._relay.run(now + (_TICK if self._waited_for else _LATEST), patience=_TICK)
         if self._relay.took:
             self._added.note(self._relay.took + max(0.0, now - self._left))
         self._left = time.monotonic()
@@ -181,6 +190,15 @@ class Sweep:
     def hurry(self) -> None:
         """Don't keep trio's other tasks waiting for a moment: a client waits for one of them."""
         self._relay.hurry()
+
+    @contextmanager
+    def waited_for(self) -> Iterator[None]:
+        """While this lasts a client waits for one of trio's other tasks: they get a turn in each tick."""
+        self._waited_for += 1
+        try:
+            yield
+        finally:
+            self._waited_for -= 1
 
     async def come_round(self) -> None:
         """Wait until everything has been read that had come when this was called, and judged as far as is no work.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from pgguard.proxy import losses
 from tests.proxy.conftest import until
@@ -20,6 +21,7 @@ from tests.proxy.messages import ANSWER, query
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pgguard.proxy.ends import End
     from pgguard.proxy.session import ProxiedSession
     from tests.proxy.conftest import House
 
@@ -111,25 +113,38 @@ async def test_the_watches_are_told_when_a_session_is_used_that_has_been_at_rest
     assert told == [session, session]
 
 
-async def test_trios_other_tasks_have_their_turn_when_one_of_them_is_due_or_after_a_moment(
+async def test_trios_other_tasks_have_their_turn_after_a_moment_and_sooner_while_a_client_waits_for_one(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = house.guard._sweep
+    [reception] = house.guard._receptions.values()
     turns: list[float] = []
 
     def run(until: float, *, patience: float) -> bool:
-        assert patience == 400
+        assert patience == 100
         turns.append(until - time.monotonic())
         return False
 
-    with monkeypatch.context() as patch:
-        patch.setattr(sweep, "_relay", SimpleNamespace(run=run, took=0.0))
-        patch.setattr("pgguard.proxy.sweep._TURN", 100.0)
-        patch.setattr("pgguard.proxy.sweep._LATEST", 400.0)
-        for seconds in (10, 300, 1000):
-            with trio.CancelScope(deadline=trio.current_time() + seconds):  # noqa: ASYNC100 - there is a deadline
-                assert not sweep._take_turn()
-    soon, due, late = turns
-    assert 0 < soon <= 100
-    assert 0 < due <= 300
-    assert 0 < late <= 400
+    def take_turn() -> float:
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep, "_relay", SimpleNamespace(run=run, took=0.0))
+            patch.setattr("pgguard.proxy.sweep._TICK", 100.0)
+            patch.setattr("pgguard.proxy.sweep._LATEST", 400.0)
+            assert not sweep._take_turn()
+        return turns.pop()
+
+    async def errand(_held: End) -> None:
+        begun.set()
+        await done.wait()
+
+    assert 100 < take_turn() <= 400
+    await house.session()
+    [session] = house.guard._sessions.values()
+    for start in (reception.start, partial(sweep._judging.start, session)):
+        begun, done = trio.Event(), trio.Event()
+        start(errand, session.client)
+        await begun.wait()
+        assert 0 < take_turn() <= 100
+        done.set()
+        await wait_all_tasks_blocked()
+        assert 100 < take_turn() <= 400
