@@ -156,38 +156,40 @@ class End:
         sender: Sender | None = None,
         tls: Tls | None = None,
     ) -> None:
-        self.session = session
-        self.flow = flow
-        self.sock = sock
-        self.tls = tls
-        """What its bytes are encrypted with; ``None`` when they are plain."""
-        self.fd = sock.fileno()
+        # What every message has to do with comes first: compiled, it lies side by side, in few cache lines.
         self.is_client = is_client
         self.names_senders = names_senders
         """The kernel says with every read who sent it."""
+        self.late = False
+        """The relay has been late for what was read from it: answers are kept apart, where several read them."""
+        self.tls = tls
+        """What its bytes are encrypted with; ``None`` when they are plain."""
+        self.sock = sock
+        self.writing = Writing.OPEN
+        self.outgoing = b""
+        """Bytes that its socket had no room for, from :attr:`written` on, encrypted if they are to be. While there are
+        any, its peer isn't read."""
+        self.reading = Reading.OPEN
+        self.flow = flow
         self.kernel_account = kernel_account
         """The kernel says who sent what was read, in this account."""
-        self.heed = 0
-        """Why what comes next isn't simply passed on: :data:`ATTENTIVE`, :data:`CONTESTED`, :data:`LOGIN`."""
-        self.pid = -1
-        """Whom the kernel has named last as it was read, where it does: see :meth:`Socket.receive_named`."""
         self.sender = sender
         """Who has sent what was read last, as far as that is known."""
         self.held = b""
         """Bytes read from it that can't be judged, or that wait for a ruling."""
-        self.pieces: deque[tuple[bytes, Sender | None]] | None = None
-        """Bytes of other senders that were read behind those; ``None`` before there are any, for its 760 bytes."""
+        self.heed = 0
+        """Why what comes next isn't simply passed on: :data:`ATTENTIVE`, :data:`CONTESTED`, :data:`LOGIN`."""
         self.swallow = 0
         """Bytes of a dropped message that are still to come."""
-        self.outgoing = b""
-        """Bytes that its socket had no room for, from :attr:`written` on, encrypted if they are to be. While there are
-        any, its peer isn't read."""
+
+        self.session = session
+        self.fd = sock.fileno()
+        self.pid = -1
+        """Whom the kernel has named last as it was read, where it does: see :meth:`Socket.receive_named`."""
+        self.pieces: deque[tuple[bytes, Sender | None]] | None = None
+        """Bytes of other senders, read behind :attr:`held`; ``None`` before there are any, for its 760 bytes."""
         self.written = 0
-        """How many of those have been written since."""
-        self.late = False
-        """The relay has been late for what was read from it: answers are kept apart, where several read them."""
-        self.reading = Reading.OPEN
-        self.writing = Writing.OPEN
+        """How many of :attr:`outgoing` have been written since."""
         self.failure: int | None = None
         """The system's number for why nothing more will come from it, unless it has ended its stream."""
         self.interest = -1

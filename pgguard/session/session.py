@@ -87,36 +87,12 @@ class Session:
     )
 
     def __init__(self, parameters: Mapping[str, str], sender: Sender | None) -> None:  # noqa: PLR0915 - all there is
-        self.user: str | None = parameters.get("user")
-        self.database: str | None = parameters.get("database") or self.user
-        self.application_name: str | None = parameters.get("application_name") or None
-        self.replication = replication_asked(parameters.get("replication", ""))
-        """Whether it streams WAL, of one database or of all, instead of running queries."""
-        self.key_data = b""
-        """The content of BackendKeyData, once it has come."""
-        self.transaction_status = ""
-        """``I``, ``T`` or ``E`` as the last ReadyForQuery said; empty before the first."""
-        self.terminated = False
-        """The client has sent Terminate."""
-        self.terminator: Sender | None = None
-        """Who has, if that is known."""
-        self.left = False
-        """The client's stream has ended."""
-        self.goodbye = False
-        """The server has said that it ends the session."""
+        # What every message has to do with comes first: compiled, it lies side by side, in few cache lines.
+        self.ledger = Ledger(Request(0, 0.0, sender, 0, True))
         self.over = False
         """Nothing that the client still sends can have an effect."""
-        self.verdict: Verdict | None = None
-        self.lost: str | None = None
-        """Why the session can't be followed any further, once that is so; nothing may be fed after it."""
-        self.asks_goodbye = False
-        """A Terminate of which nobody knows who sent it is a foreign-terminate until it has been looked into."""
-
-        self.ledger = Ledger(Request(0, 0.0, sender, 0, True))
-        self.senders = Senders(sender)
-        self.statements = Statements()
-        self.unsynced: Request | None = None
-        """The extended query that more messages may be added to, until its Sync."""
+        self.terminated = False
+        """The client has sent Terminate."""
         self.copied = False
         """There has been a COPY FROM STDIN, of which something may come late."""
         self.copy_over = False
@@ -125,25 +101,50 @@ class Session:
         """Several read the answers, as far as that is known."""
         self.pipelines = False
         """The client has made a request while another one was outstanding."""
-        self.requests: i64 = 0
-        """How many the client has made."""
-        self.frontend_messages: i64 = 0
-        self.backend_messages: i64 = 0
-        """How many have come that are in order: of the client, behind its StartupMessage, and of the server."""
-        self._compact_at = _MOST_ENTRIES
-        """Entries at which those that are alike are put together, while no answer has been asked for."""
-        self._different = 0
-        """How many of them were not alike then."""
-        self._recent: list[Request] = []
-        """The latest of them, in a ring."""
+        self.unsynced: Request | None = None
+        """The extended query that more messages may be added to, until its Sync."""
         self.last_request: Request | None = None
         """The latest that has been made."""
+        self._recent: list[Request] = []
+        """The latest of them, in a ring."""
+        self.requests: i64 = 0
+        """How many the client has made."""
         self.position: i64 = 0
         """Bytes of the server's stream that are in order, and have been forwarded."""
         self.answer_began: i64 = 0
         """Where in it the answer to the first request begins that was made when nothing was outstanding."""
         self.answer_ended: i64 = 0
         """Where in it the last ReadyForQuery ended."""
+        self.frontend_messages: i64 = 0
+        self.backend_messages: i64 = 0
+        """How many have come that are in order: of the client, behind its StartupMessage, and of the server."""
+        self.transaction_status = ""
+        """``I``, ``T`` or ``E`` as the last ReadyForQuery said; empty before the first."""
+        self.statements = Statements()
+
+        self.user: str | None = parameters.get("user")
+        self.database: str | None = parameters.get("database") or self.user
+        self.application_name: str | None = parameters.get("application_name") or None
+        self.replication = replication_asked(parameters.get("replication", ""))
+        """Whether it streams WAL, of one database or of all, instead of running queries."""
+        self.key_data = b""
+        """The content of BackendKeyData, once it has come."""
+        self.terminator: Sender | None = None
+        """Who has, if that is known."""
+        self.left = False
+        """The client's stream has ended."""
+        self.goodbye = False
+        """The server has said that it ends the session."""
+        self.verdict: Verdict | None = None
+        self.lost: str | None = None
+        """Why the session can't be followed any further, once that is so; nothing may be fed after it."""
+        self.asks_goodbye = False
+        """A Terminate of which nobody knows who sent it is a foreign-terminate until it has been looked into."""
+        self.senders = Senders(sender)
+        self._compact_at = _MOST_ENTRIES
+        """Entries at which those that are alike are put together, while no answer has been asked for."""
+        self._different = 0
+        """How many of them were not alike then."""
 
     def introduce(self, opener: Sender, *, asks_goodbye: bool) -> None:
         """Say who opened the connection, where the kernel doesn't name senders.
