@@ -13,7 +13,7 @@ import socket
 import struct
 import time
 from functools import lru_cache
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -49,6 +49,22 @@ _LAST_DATA_SENT_OFFSET = 44
 
 _DEADLINE = 1.0
 """Seconds. The kernel answers before ``send`` returns; this is for a kernel that doesn't."""
+
+
+class Connected(Protocol):
+    """What is asked of a connected socket: of a :class:`socket.socket`, or what the guard has of one."""
+
+    def fileno(self) -> int:
+        """Tell its descriptor."""
+
+    def getsockname(self) -> Any:
+        """Tell its own address: a tuple, unless it is a Unix one."""
+
+    def getpeername(self) -> Any:
+        """Tell that of its other end."""
+
+    def getsockopt(self, level: int, option: int, size: int, /) -> bytes:
+        """Tell an option that has so many bytes."""
 
 
 class TcpClient(NamedTuple):
@@ -93,7 +109,7 @@ class UnixClient(NamedTuple):
 ClientSocket = TcpClient | UnixClient
 
 
-def peer_pid(accepted: socket.socket) -> int:
+def peer_pid(accepted: Connected) -> int:
     """The pid that called connect(2) at the far end of a Unix socket; 0 if the guard's pid namespace has none for it.
 
     Raises:
@@ -103,14 +119,14 @@ def peer_pid(accepted: socket.socket) -> int:
     return int(pid)
 
 
-def peer_user(connected: socket.socket) -> int:
+def peer_user(connected: Connected) -> int:
     """The uid of who called listen(2) at the far end of a Unix socket. Raises OSError: it can't be asked."""
     _, uid, _ = struct.unpack("=iII", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(uid)
 
 
 def client_socket(
-    accepted: socket.socket,
+    accepted: Connected,
     peer: tuple[Any, ...] | None = None,
     connected: tuple[int | None, int | None] = (None, None),
 ) -> ClientSocket:
@@ -142,7 +158,7 @@ def client_socket(
     )
 
 
-def _last_sent(accepted: socket.socket) -> float:
+def _last_sent(accepted: Connected) -> float:
     """Seconds since the last data was sent, or since the connection was made if none was.
 
     A connection may have waited to be accepted for longer than its client took to fork.

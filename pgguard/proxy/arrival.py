@@ -35,7 +35,6 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from pgguard.attribution.senders import CREDENTIALS_SPACE, sender_pid
 from pgguard.faults.text import named
 from pgguard.identity import Sender
 from pgguard.proxy.admission import too_many
@@ -45,7 +44,6 @@ from pgguard.proxy.figures import Turnaway
 from pgguard.proxy.greeting import Conversation, Dismissal, Encryption, Step, refusal
 from pgguard.proxy.losses import Loss, note, spared
 from pgguard.proxy.relay import FAILED
-from pgguard.proxy.sockets import Stream
 from pgguard.proxy.transport import Handshake, HandshakeFailed
 from pgguard.proxy.upstream import UpstreamUnavailable, ask, ask_by_tls, introduce, relay_cancel, too_late
 from pgguard.session.tracker import Tracker
@@ -61,6 +59,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.offer import Certificate
     from pgguard.proxy.reception import Reception
     from pgguard.proxy.session import ProxiedSession
+    from pgguard.proxy.sockets import Stream
     from pgguard.proxy.transport import Tls
     from pgguard.session.verdicts import Verdict
 
@@ -100,7 +99,7 @@ class Arrival:
 
     Args:
         reception: what it takes to receive it.
-        sock: its socket, which doesn't block.
+        sock: its socket.
         session: what it is to become.
         listener: where it has come.
         response: what it is told as there is no room for it; ``None``: there is.
@@ -134,7 +133,7 @@ class Arrival:
     def __init__(
         self,
         reception: Reception,
-        sock: socket.socket,
+        sock: Stream,
         session: ProxiedSession,
         listener: Listener,
         response: bytes | None,
@@ -250,7 +249,7 @@ class Arrival:
             last = self._unsaid if tls is None else self._unsaid + tls.farewell()
             if last:
                 with suppress(OSError):
-                    self._sock.send(last)
+                    self._sock.send(last, 0, len(last))
             self._sock.close()
             self._reception.forget(self, is_admitted=self._response is None)
             if self._on_over is not None:
@@ -277,16 +276,15 @@ class Arrival:
         """Read what it says, and do as it wants when it is known what that is."""
         try:
             chunk = self._take_in()
-        except BlockingIOError:
-            self._wait(_IN, self._hear)
-            return
         except OSError as error:
             if error.errno not in (errno.ECONNRESET, errno.ETIMEDOUT):
                 raise
             self._part(has_read_all=False)
             return
-        if not chunk:
-            self._part(has_read_all=_has_read_all(self._sock))
+        if chunk is None:
+            self._wait(_IN, self._hear)
+        elif not chunk:
+            self._part(has_read_all=self._has_read_all())
         elif self._handshake is not None:
             self._go_on_with_handshake(self._handshake, _pieces(chunk, self._heard))
         elif self._tls is not None:
@@ -320,8 +318,7 @@ class Arrival:
 
     def _speak(self) -> None:
         if self._unsaid:
-            with suppress(BlockingIOError):
-                self._unsaid = self._unsaid[self._sock.send(self._unsaid) :]
+            self._unsaid = self._unsaid[self._sock.send(self._unsaid, 0, len(self._unsaid)) :]
         self._wait(*((_OUT, self._speak) if self._unsaid else (_IN, self._hear)))
 
     # TLS
@@ -385,33 +382,44 @@ class Arrival:
         else:
             self._speak()
 
-    def _take_in(self) -> bytes:
-        """What comes next; no bytes: the client has closed. Raises OSError."""
+    def _take_in(self) -> bytes | None:
+        """What comes next; no bytes: the client has closed; ``None``: nothing has come. Raises OSError."""
         session = self.session
         if session.has_credentials:
-            chunk, ancillary, _, _ = self._sock.recvmsg(RECEIVE_BUFFER, CREDENTIALS_SPACE)
-            credentials = ancillary[0][2] if ancillary else None
-        else:
-            chunk, credentials = self._sock.recv(RECEIVE_BUFFER), None
-        self._heard = [(len(chunk), None)]
+            named = self._sock.receive_named(RECEIVE_BUFFER)
+            if named is None:
+                return None
+            chunk, pid = named
+            self._heard = [(len(chunk), Sender(pid) if pid > 0 else None)]
+            return chunk
+        received = self._sock.receive(RECEIVE_BUFFER)
+        if received is None:
+            return None
+        self._heard = [(len(received), None)]
         account, senders = session.kernel_account, self._reception.roster.senders
-        try:
-            if credentials is not None:
-                pid = sender_pid(credentials)
-                self._heard = [(len(chunk), None if pid is None else Sender(pid))]
-            elif chunk and senders is not None and account is not None and not account.is_lost:
-                self._heard = senders.pieces(account, len(chunk))
-        except Exception:
-            note(Loss.SENDER, session)
-            if account is not None:
+        if received and senders is not None and account is not None and not account.is_lost:
+            try:
+                self._heard = senders.pieces(account, len(received))
+            except Exception:
+                note(Loss.SENDER, session)
                 account.is_lost = True
-        return chunk
+        return received
 
     def _part(self, *, has_read_all: bool) -> None:
         """It has closed its side."""
         if self._talk.is_halfway:
             logger.info("%s: the client left after an incomplete startup packet", self.session)
         self._dismiss(self._talk.end(has_read_all=has_read_all))
+
+    def _has_read_all(self) -> bool:
+        """Whether a client that has closed its side had read all that was sent to it.
+
+        If it closes with something unread, the kernel resets the connection: that isn't seen here. What hadn't come yet
+        when it closed isn't acknowledged: SIOCOUTQ in tcp(7). On a Unix socket there is no way in between.
+        """
+        if self.session.transport == "unix":
+            return True
+        return not int.from_bytes(fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
     def _dismiss(self, dismissal: Dismissal) -> None:
         reception = self._reception
@@ -600,8 +608,8 @@ class Arrival:
             untracked = FAILED
         session.settings = parameters
         session.connect(
-            Stream(self._sock),
-            Stream(dial.sock),
+            self._sock,
+            dial.sock,
             tracker,
             sender=greeting.sender,
             client_tls=self._tls,
@@ -635,8 +643,7 @@ class Arrival:
         self._tell()
 
     def _tell(self) -> None:
-        with suppress(BlockingIOError):
-            self._last_words = self._last_words[self._sock.send(self._last_words) :]
+        self._last_words = self._last_words[self._sock.send(self._last_words, 0, len(self._last_words)) :]
         if self._last_words:
             self._wait(_OUT, self._tell)
         else:
@@ -646,12 +653,10 @@ class Arrival:
     def _listen_out(self) -> None:
         """Throw away what it still says: were it left unread, the kernel would reset the connection."""
         try:
-            rest = self._sock.recv(_REST)
-        except BlockingIOError:
-            return
+            rest = self._sock.receive(_REST)
         except OSError:
             rest = b""  # it has closed, and left unread what TLS says last, as libpq does
-        if not rest:
+        if rest == b"":
             self.leave()
 
 
@@ -669,17 +674,6 @@ def _pieces(behind: bytes, heard: list[tuple[int, Sender | None]]) -> list[tuple
             pieces.append((behind[max(0, begin) : end], sender))
         begin = end
     return pieces
-
-
-def _has_read_all(sock: socket.socket) -> bool:
-    """Whether a client that has closed its side had read all that was sent to it.
-
-    If it closes with something unread, the kernel resets the connection: that isn't seen here. What hadn't come yet
-    when it closed isn't acknowledged: SIOCOUTQ in tcp(7). On a Unix socket there is no way in between.
-    """
-    if sock.family == socket.AF_UNIX:
-        return True
-    return not int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def _client_of(session: ProxiedSession) -> str:

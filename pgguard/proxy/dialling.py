@@ -46,6 +46,7 @@ from pgguard.attribution.sockets import peer_user
 from pgguard.proxy.addresses import Address, TcpAddress, UnixAddress
 from pgguard.proxy.errors import Problem, UnfitServerError
 from pgguard.proxy.server_tls import has_asked_for
+from pgguard.proxy.sockets import unconnected
 from pgguard.proxy.transport import HandshakeFailed
 from pgguard.wire.fields import parse_fields, parse_severity
 from pgguard.wire.messages import HEADER_SIZE, parse_header
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
     from pgguard.proxy.addresses import Upstream
     from pgguard.proxy.server_tls import ServerTls
+    from pgguard.proxy.sockets import Stream
     from pgguard.proxy.transport import Handshake, Tls
 
 BACKLOG_PAUSE: Final = 0.01
@@ -120,7 +122,7 @@ def family_of(host: str) -> socket.AddressFamily | None:
 class _Refused(NamedTuple):
     """A connection on which the server has refused the client, kept for when it can't be made another way."""
 
-    sock: socket.socket
+    sock: Stream
     tls: Tls | None
     answer: bytes
 
@@ -167,7 +169,7 @@ class Dial:
         startup: bytes = b"",
         *,
         listens: bool = False,
-        sock: socket.socket | None = None,
+        sock: Stream | None = None,
         is_plain: bool = False,
     ) -> None:
         self._address = address
@@ -186,10 +188,10 @@ class Dial:
             self.sock = sock
         elif isinstance(address, UnixAddress):
             self._target = address.path
-            self.sock = _socket(socket.AF_UNIX)
+            self.sock = unconnected(socket.AF_UNIX)
         else:
             self._target = (address.host, address.port)
-            self.sock = _socket(family_of(address.host) or socket.AF_INET)
+            self.sock = unconnected(_family(self._target))
         """The connection's, which the caller closes when it is made. With :meth:`renew` there is another one."""
         self.tls: Tls | None = None
         """What it is encrypted by."""
@@ -300,11 +302,10 @@ class Dial:
         if self._step == self._make:
             self._take_refused()
             return
-        family = self.sock.family
         if self._refused is None:
             self.sock.close()
         try:
-            self.sock = _socket(family)
+            self.sock = unconnected(_family(self._target))
         except OSError:
             if self._refused is None:
                 raise
@@ -378,10 +379,9 @@ class Dial:
     def _be_answered(self) -> Progress | None:
         if not self._flush():
             return Progress.UNDER_WAY
-        try:
-            # No more than that: what came behind it in the clear would be taken for what is encrypted (CVE-2021-23222).
-            answer = self.sock.recv(1)
-        except BlockingIOError:
+        # No more than that: what came behind it in the clear would be taken for what is encrypted (CVE-2021-23222).
+        answer = self.sock.receive(1)
+        if answer is None:
             return Progress.WAITING
         if not answer:
             raise self._at_last(Problem.NO_ANSWER, "it closed the connection when it was asked for TLS")
@@ -429,16 +429,15 @@ class Dial:
                     policy.remember(self._address)
                 self.tls = handshake.tls
                 return self._greet()
-            try:
-                raw = self._receive(_CHUNK)
-            except BlockingIOError:
+            raw = self._receive(_CHUNK)
+            if raw is None:
                 return Progress.WAITING
             self._asked = self._asked or has_asked_for(raw)
             try:
                 self._outgoing = handshake.hear(raw)
             except HandshakeFailed as error:
                 with suppress(OSError):  # the server is gone, or doesn't read
-                    self.sock.send(error.words)
+                    self.sock.send(error.words, 0, len(error.words))
                 raise policy.explain(error, handshake.tls.ssl_object) from error
 
     # The first answer
@@ -460,18 +459,18 @@ class Dial:
         if not self._flush():
             return Progress.UNDER_WAY
         try:
-            raw = self.sock.recv(_CHUNK)
-        except BlockingIOError:
-            return Progress.WAITING
+            raw = self.sock.receive(_CHUNK)
         except OSError:
             raw = b""  # whoever reads it next is told again that it has ended
+        if raw is None:
+            return Progress.WAITING
         if self.tls is None:
             self.answer += raw
         else:
             self.answer += self.tls.open(raw)
             if words := self.tls.words():
                 with suppress(OSError):
-                    self.sock.send(words)
+                    self.sock.send(words, 0, len(words))
             if self.tls.failure is not None and not self.answer and self._policy is not None:
                 error = self._policy.explain_alert(self.tls.failure.reason)
                 raise self._at_last(error.problem, str(error))
@@ -499,25 +498,24 @@ class Dial:
         """Send what is to be sent; False if there is no room for all of it. Raises OSError."""
         while self._outgoing:
             try:
-                self._outgoing = self._outgoing[self.sock.send(self._outgoing) :]
-            except BlockingIOError:
-                return False
+                sent = self.sock.send(self._outgoing, 0, len(self._outgoing))
             except OSError as error:
                 self._outgoing = b""
                 if self._step == self._listen:
                     return True  # what it has said before that is still to be read
                 raise self._hung_up(error) from error
+            if not sent:
+                return False
+            self._outgoing = self._outgoing[sent:]
         return True
 
-    def _receive(self, size: int) -> bytes:
-        """Something of what the server says before it is greeted. Raises BlockingIOError, UnfitServerError."""
+    def _receive(self, size: int) -> bytes | None:
+        """Something of what the server says before it is greeted; ``None``: nothing yet. Raises UnfitServerError."""
         try:
-            raw = self.sock.recv(size)
-        except BlockingIOError:
-            raise
+            raw = self.sock.receive(size)
         except OSError as error:
             raise self._hung_up(error) from error
-        if not raw:
+        if raw == b"":
             raise self._hung_up(None)
         return raw
 
@@ -527,8 +525,11 @@ class Dial:
         return UnfitServerError(Problem.HUNG_UP, f"no TLS: {why} before the handshake was over")
 
 
-def _socket(family: socket.AddressFamily) -> socket.socket:
-    return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+def _family(target: str | tuple[str | int, ...]) -> socket.AddressFamily:
+    """The kind of a socket's address."""
+    if isinstance(target, str):
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in str(target[0]) else socket.AF_INET
 
 
 def _may_be_more(answer: bytes) -> bool:

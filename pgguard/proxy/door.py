@@ -23,9 +23,9 @@ import trio
 
 from pgguard.proxy.admission import too_many
 from pgguard.proxy.remedies import is_exhaustion, remedy
+from pgguard.proxy.sockets import accept
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Mapping
 
     from pgguard.proxy.admission import Admission
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.listeners import Listener, Peer
     from pgguard.proxy.lobby import Lobby
     from pgguard.proxy.reception import Reception
+    from pgguard.proxy.sockets import Stream
 
 _AT_A_TIME: Final = 4
 """Clients that are let in before others have a turn who have come before."""
@@ -129,16 +130,15 @@ class Door:
                 self._lobby.give(self, _LOOK, self._look_again)
                 return
             try:
-                sock, peer = listener.socket.accept()
-            except BlockingIOError:
-                return  # those were all
+                accepted = accept(listener.socket)
             except OSError as error:
                 if is_exhaustion(error.errno):
                     self._do_without_descriptors(listener, error)
                     return
                 continue  # it is about the one connection, which is gone: accept(2), "Error handling"
-            sock.setblocking(False)
-            self._let_in(sock, peer, listener, has_room=has_room)
+            if accepted is None:
+                return  # those were all
+            self._let_in(*accepted, listener, has_room=has_room)
             if not self._lobby.has_time:
                 return
 
@@ -150,7 +150,7 @@ class Door:
         """Whether one more can be told that there is no room."""
         return len(self._turning_away) < self._admission.turned_away_at_once
 
-    def _let_in(self, sock: socket.socket, peer: Peer, listener: Listener, *, has_room: bool) -> None:
+    def _let_in(self, sock: Stream, peer: Peer, listener: Listener, *, has_room: bool) -> None:
         if has_room:
             self._admission.admit()
             if self._listeners[listener].receive(sock, peer, listener) is None:
@@ -187,13 +187,14 @@ class Door:
         self._is_short = True
         self._give_up()
         try:
-            sock, peer = listener.socket.accept()
+            accepted = accept(listener.socket)
         except OSError:
+            accepted = None
+        if accepted is None:
             self._lobby.give(self, _PAUSE, self._recover)
             return
-        sock.setblocking(False)
         words = too_many(why, remedy(number))
-        if self._listeners[listener].receive(sock, peer, listener, words, self._recover) is None:
+        if self._listeners[listener].receive(*accepted, listener, words, self._recover) is None:
             self._recover()
 
     def _recover(self, _: Arrival | None = None) -> None:

@@ -310,7 +310,7 @@ class Guard:
     def tcp_listeners(self) -> list[tuple[str, int]]:
         """The IP addresses and ports that it listens on."""
         return [
-            listener.socket.getsockname()[:2]
+            (listener.address.host, listener.address.port)
             for listener in self._all_listeners()
             if isinstance(listener.address, TcpAddress)
         ]

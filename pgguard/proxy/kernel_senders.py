@@ -13,6 +13,7 @@ from pgguard.proxy.figures import Unnamed
 
 if TYPE_CHECKING:
     from pgguard.attribution.ebpf.probe import SenderProbe
+    from pgguard.proxy.sockets import Stream
 
 
 @final
@@ -52,7 +53,7 @@ class KernelSenders:
         """Take what the kernel has reported into account. Costs a tenth of a microsecond when that is nothing."""
         self._accounts.feed()
 
-    def open(self, accepted: socket.socket) -> TcpAccount:
+    def open(self, accepted: Stream) -> TcpAccount:
         """Begin the account of a connection that has just been accepted and not been read from.
 
         Raises:

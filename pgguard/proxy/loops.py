@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import secrets
-import socket
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -32,6 +31,7 @@ from pgguard.wire.startup import CancelKey
 if TYPE_CHECKING:
     from pgguard.proxy.addresses import Address
     from pgguard.proxy.settings import Front
+    from pgguard.proxy.sockets import Stream
 
 _NOBODY: Final = 2**31 - 1
 """A pid that no process has: Linux's go up to 2**22, ``PID_MAX_LIMIT`` in ``linux/threads.h``."""
@@ -75,11 +75,10 @@ class LoopWatch:
         """Whether a packet is the mark that was sent last."""
         return packet == self._mark
 
-    def is_from_here(self, sock: socket.socket) -> bool:
+    def is_from_here(self, sock: Stream) -> bool:
         """Whether a client that has brought the mark is the guard itself. Raises OSError if it is gone."""
-        if sock.family == socket.AF_UNIX:
-            return peer_pid(sock) == os.getpid()
-        return _name(sock.getpeername()) in self._sent_from
+        name = sock.getpeername()
+        return _name(name) in self._sent_from if isinstance(name, tuple) else peer_pid(sock) == os.getpid()
 
     def came_back(self, how: str) -> None:
         """The mark has arrived."""
@@ -180,7 +179,7 @@ class LoopWatch:
             return
         if (encryption := dial.encryption) is not None:
             self.encryption[address] = encryption
-        if dial.sock.family != socket.AF_UNIX:
+        if isinstance(address, TcpAddress):
             self._sent_from.add(_name(dial.sock.getsockname()))
         with suppress(OSError, trio.BrokenResourceError):
             await post(dial, self._mark)

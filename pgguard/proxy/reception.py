@@ -18,7 +18,6 @@ from pgguard.proxy.losses import Loss, keep_going, note, spared
 from pgguard.proxy.upstream import UpstreamUnavailable, cancel_query
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Awaitable, Callable
 
     from pgguard.proxy.dialling import Dial
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.roster import Roster
     from pgguard.proxy.session import ProxiedSession
     from pgguard.proxy.settings import Front
+    from pgguard.proxy.sockets import Stream
     from pgguard.proxy.sweep import Sweep
 
 _LAST_CANCEL: Final = 1.0
@@ -131,7 +131,7 @@ class Reception:
 
     def receive(
         self,
-        sock: socket.socket,
+        sock: Stream,
         peer: Peer,
         listener: Listener,
         response: bytes | None = None,
@@ -140,7 +140,7 @@ class Reception:
         """Take in a client that has been accepted. What goes wrong with that is no affair of anybody else's.
 
         Args:
-            sock: its socket, which doesn't block.
+            sock: its socket.
             peer: its address, as accept(2) tells it.
             listener: where it has come.
             response: what it is told, if there is no room for it.

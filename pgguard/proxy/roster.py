@@ -13,8 +13,6 @@ from pgguard.proxy.losses import Loss, note
 from pgguard.proxy.session import ProxiedSession
 
 if TYPE_CHECKING:
-    import socket
-
     from pgguard.attribution.sockets import ClientSocket
     from pgguard.proxy.figures import Counters
     from pgguard.proxy.judge import Judge
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.listeners import Listener, Peer
     from pgguard.proxy.overview import SessionListener
     from pgguard.proxy.registrar import Registrar
+    from pgguard.proxy.sockets import Stream
     from pgguard.proxy.watch import Watch
 
 _GONE: Final = frozenset({errno.ENOTCONN, errno.EINVAL, errno.ECONNRESET, errno.EPIPE})
@@ -66,7 +65,7 @@ class Roster:
         self._listeners.append(listener)
 
     def come(
-        self, sock: socket.socket, peer: Peer, listener: Listener, through: str | None, *, is_admitted: bool
+        self, sock: Stream, peer: Peer, listener: Listener, through: str | None, *, is_admitted: bool
     ) -> ProxiedSession:
         """Take note of a client that has just been accepted.
 
@@ -102,7 +101,7 @@ class Roster:
             self.arriving.add(session.id)
         return session
 
-    def _open_account(self, sock: socket.socket) -> TcpAccount | None:
+    def _open_account(self, sock: Stream) -> TcpAccount | None:
         if self.senders is None:
             return None
         try:
@@ -168,7 +167,7 @@ class Roster:
                 note(Loss.TIDINESS, session)
 
 
-def _describe(sock: socket.socket, peer: Peer, kernel_account: TcpAccount | None) -> ClientSocket | None:
+def _describe(sock: Stream, peer: Peer, kernel_account: TcpAccount | None) -> ClientSocket | None:
     """Write down whose socket is at the other end, and who connected it if that is known."""
     opener = None if kernel_account is None else kernel_account.account.opener
     try:

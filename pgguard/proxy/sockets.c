@@ -1,4 +1,4 @@
-/* pgguard.proxy.sockets in C: the same classes as in sockets.py, which says what they are for.
+/* pgguard.proxy.sockets in C: the same classes and functions as in sockets.py, which says what they are for.
  *
  * What that saves is nothing of the system's, but what the interpreter does around it: parse arguments, keep a deadline,
  * make a chunk for what are a hundred bytes, raise an exception where there is nothing, and give up its lock and take it
@@ -12,13 +12,17 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <limits.h>
 #include <math.h>
+#include <netinet/in.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #define SMALL 16384 /* bytes up to which to copy what has come costs less than to hand it out and make another buffer */
@@ -36,6 +40,18 @@ takes(Py_ssize_t wanted, Py_ssize_t count)
     return count == wanted;
 }
 
+/* A number as it is in C; -1 with an exception if it is none of those. */
+static int
+int_of(PyObject *wanted)
+{
+    long number = PyLong_AsLong(wanted);
+    if (number < INT_MIN || number > INT_MAX) {
+        PyErr_SetString(PyExc_OverflowError, "the number is too large");
+        return -1;
+    }
+    return (int)number;
+}
+
 /* Whether a call has failed as it would have to wait. */
 static int
 would_wait(void)
@@ -43,12 +59,82 @@ would_wait(void)
     return errno == EAGAIN || errno == EWOULDBLOCK;
 }
 
-/* Stream. It takes no part in the collection of cycles: a socket refers to nothing. */
+/* Addresses, as the socket module has them */
+
+typedef union {
+    struct sockaddr any;
+    struct sockaddr_in ipv4;
+    struct sockaddr_in6 ipv6;
+    struct sockaddr_un unix_;
+} Address;
+
+/* A host and a port, and more with IPv6; of anything else nothing: an empty string. */
+static PyObject *
+told(const Address *address)
+{
+    char host[INET6_ADDRSTRLEN];
+    if (address->any.sa_family == AF_INET) {
+        inet_ntop(AF_INET, &address->ipv4.sin_addr, host, sizeof host);
+        return Py_BuildValue("si", host, ntohs(address->ipv4.sin_port));
+    }
+    if (address->any.sa_family == AF_INET6) {
+        inet_ntop(AF_INET6, &address->ipv6.sin6_addr, host, sizeof host);
+        return Py_BuildValue("siII", host, ntohs(address->ipv6.sin6_port), ntohl(address->ipv6.sin6_flowinfo),
+                             address->ipv6.sin6_scope_id);
+    }
+    return PyUnicode_FromString("");
+}
+
+/* What is connected to: the path of a Unix socket, or a host's number and a port. Returns its size; 0 with an exception. */
+static socklen_t
+understood(PyObject *target, Address *address)
+{
+    memset(address, 0, sizeof *address);
+    if (PyUnicode_Check(target)) {
+        PyObject *path = PyUnicode_EncodeFSDefault(target);
+        if (path == NULL)
+            return 0;
+        size_t size = (size_t)PyBytes_GET_SIZE(path);
+        int fits = size < sizeof address->unix_.sun_path;
+        if (fits) {
+            address->unix_.sun_family = AF_UNIX;
+            memcpy(address->unix_.sun_path, PyBytes_AS_STRING(path), size);
+        } else {
+            PyErr_SetString(PyExc_OSError, "AF_UNIX path too long");
+        }
+        int is_abstract = size > 0 && PyBytes_AS_STRING(path)[0] == '\0';
+        Py_DECREF(path);
+        return fits ? (socklen_t)(offsetof(struct sockaddr_un, sun_path) + size + !is_abstract) : 0;
+    }
+    const char *host;
+    int port, flow = 0, scope = 0;
+    if (!PyTuple_Check(target)) {
+        PyErr_Format(PyExc_TypeError, "an address is a string or a tuple, and no %.100s", Py_TYPE(target)->tp_name);
+        return 0;
+    }
+    if (!PyArg_ParseTuple(target, "si|ii", &host, &port, &flow, &scope))
+        return 0;
+    if (inet_pton(AF_INET, host, &address->ipv4.sin_addr) == 1) {
+        address->ipv4.sin_family = AF_INET;
+        address->ipv4.sin_port = htons((uint16_t)port);
+        return sizeof address->ipv4;
+    }
+    if (inet_pton(AF_INET6, host, &address->ipv6.sin6_addr) == 1) {
+        address->ipv6.sin6_family = AF_INET6;
+        address->ipv6.sin6_port = htons((uint16_t)port);
+        address->ipv6.sin6_flowinfo = htonl((uint32_t)flow);
+        address->ipv6.sin6_scope_id = (uint32_t)scope;
+        return sizeof address->ipv6;
+    }
+    PyErr_Format(PyExc_ValueError, "%s is no IP address", host);
+    return 0;
+}
+
+/* Stream. It takes no part in the collection of cycles, as it refers to nothing. */
 
 typedef struct {
     PyObject_HEAD
-    PyObject *sock; /* what it was made of, which does all that isn't done often */
-    int fd;         /* its descriptor; -1 when it is closed: the number may be another file's then */
+    int fd; /* its descriptor; -1 when it is closed: the number may be another file's then */
 } Stream;
 
 /* Where bytes are received: an object that nobody else has. NULL: it has been handed out. */
@@ -175,47 +261,119 @@ stream_send(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
     return PyLong_FromSsize_t(sent < 0 ? 0 : sent);
 }
 
-/* What the socket does that it was made of. */
-static PyObject *
-pass_on(PyObject *self, const char *method, PyObject *const *arguments, Py_ssize_t count)
-{
-    PyObject *callable = PyObject_GetAttrString(((Stream *)self)->sock, method);
-    if (callable == NULL)
-        return NULL;
-    PyObject *result = PyObject_Vectorcall(callable, arguments, (size_t)count, NULL);
-    Py_DECREF(callable);
-    return result;
-}
-
 static PyObject *
 stream_fileno(PyObject *self, PyObject *Py_UNUSED(none))
 {
     return PyLong_FromLong(((Stream *)self)->fd);
 }
 
+/* What a call has returned that returns nothing else than whether it failed. */
 static PyObject *
-stream_shutdown(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+done(int failed)
 {
-    return pass_on(self, "shutdown", arguments, count);
+    if (failed < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
 }
 
 static PyObject *
-stream_setsockopt(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+stream_shutdown(PyObject *self, PyObject *wanted)
 {
-    return pass_on(self, "setsockopt", arguments, count);
+    int how = int_of(wanted);
+    return how == -1 && PyErr_Occurred() ? NULL : done(shutdown(((Stream *)self)->fd, how));
 }
 
 static PyObject *
-stream_getsockopt(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+stream_setsockopt(PyObject *self, PyObject *arguments)
 {
-    return pass_on(self, "getsockopt", arguments, count);
+    int level, option, number;
+    Py_buffer bytes;
+    if (PyArg_ParseTuple(arguments, "iii:setsockopt", &level, &option, &number))
+        return done(setsockopt(((Stream *)self)->fd, level, option, &number, sizeof number));
+    PyErr_Clear();
+    if (!PyArg_ParseTuple(arguments, "iiy*:setsockopt", &level, &option, &bytes))
+        return NULL;
+    int failed = setsockopt(((Stream *)self)->fd, level, option, bytes.buf, (socklen_t)bytes.len);
+    PyBuffer_Release(&bytes);
+    return done(failed);
+}
+
+static PyObject *
+stream_getsockopt(PyObject *self, PyObject *arguments)
+{
+    int level, option, size = 0, number = 0;
+    if (!PyArg_ParseTuple(arguments, "ii|i:getsockopt", &level, &option, &size))
+        return NULL;
+    char bytes[1024];
+    if (size < 0 || (size_t)size > sizeof bytes) {
+        PyErr_SetString(PyExc_ValueError, "there is no option of that size");
+        return NULL;
+    }
+    socklen_t length = size ? (socklen_t)size : sizeof number;
+    if (getsockopt(((Stream *)self)->fd, level, option, size ? (void *)bytes : &number, &length) < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    return size ? PyBytes_FromStringAndSize(bytes, (Py_ssize_t)length) : PyLong_FromLong(number);
+}
+
+typedef int (*Name)(int, struct sockaddr *, socklen_t *);
+
+static PyObject *
+name_of(PyObject *self, Name name)
+{
+    Address address;
+    socklen_t size = sizeof address;
+    return name(((Stream *)self)->fd, &address.any, &size) < 0 ? PyErr_SetFromErrno(PyExc_OSError) : told(&address);
+}
+
+static PyObject *
+stream_getsockname(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    return name_of(self, getsockname);
+}
+
+static PyObject *
+stream_getpeername(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    return name_of(self, getpeername);
+}
+
+static PyObject *
+stream_connect_ex(PyObject *self, PyObject *target)
+{
+    Address address;
+    socklen_t size = understood(target, &address);
+    if (!size)
+        return NULL;
+    return PyLong_FromLong(connect(((Stream *)self)->fd, &address.any, size) < 0 ? errno : 0);
+}
+
+static PyObject *
+stream_detach(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    int fd = ((Stream *)self)->fd;
+    ((Stream *)self)->fd = -1;
+    return PyLong_FromLong(fd);
 }
 
 static PyObject *
 stream_close(PyObject *self, PyObject *Py_UNUSED(none))
 {
+    int fd = ((Stream *)self)->fd;
     ((Stream *)self)->fd = -1;
-    return pass_on(self, "close", NULL, 0);
+    /* That the peer has reset it is no error of closing it. */
+    return done(fd >= 0 && close(fd) < 0 && errno != ECONNRESET ? -1 : 0);
+}
+
+/* One of a descriptor, which is closed if that can't be. */
+static PyObject *
+stream_of(PyTypeObject *type, int fd)
+{
+    Stream *self = (Stream *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        close(fd);
+    else
+        self->fd = fd;
+    return (PyObject *)self;
 }
 
 static PyObject *
@@ -225,22 +383,20 @@ stream_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
     PyObject *sock;
     if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O:Stream", names, &sock))
         return NULL;
-    int fd = PyObject_AsFileDescriptor(sock);
-    if (fd < 0)
+    PyObject *detached = PyObject_CallMethod(sock, "detach", NULL);
+    if (detached == NULL)
         return NULL;
-    Stream *self = (Stream *)type->tp_alloc(type, 0);
-    if (self != NULL) {
-        self->sock = Py_NewRef(sock);
-        self->fd = fd;
-    }
-    return (PyObject *)self;
+    int fd = int_of(detached);
+    Py_DECREF(detached);
+    return fd == -1 && PyErr_Occurred() ? NULL : stream_of(type, fd);
 }
 
 static void
 stream_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
-    Py_XDECREF(((Stream *)self)->sock);
+    if (((Stream *)self)->fd >= 0)
+        close(((Stream *)self)->fd);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -250,9 +406,13 @@ static PyMethodDef stream_methods[] = {
     METHOD("receive_named", stream_receive_named, METH_O),
     METHOD("send", stream_send, METH_FASTCALL),
     METHOD("fileno", stream_fileno, METH_NOARGS),
-    METHOD("shutdown", stream_shutdown, METH_FASTCALL),
-    METHOD("setsockopt", stream_setsockopt, METH_FASTCALL),
-    METHOD("getsockopt", stream_getsockopt, METH_FASTCALL),
+    METHOD("connect_ex", stream_connect_ex, METH_O),
+    METHOD("shutdown", stream_shutdown, METH_O),
+    METHOD("setsockopt", stream_setsockopt, METH_VARARGS),
+    METHOD("getsockopt", stream_getsockopt, METH_VARARGS),
+    METHOD("getsockname", stream_getsockname, METH_NOARGS),
+    METHOD("getpeername", stream_getpeername, METH_NOARGS),
+    METHOD("detach", stream_detach, METH_NOARGS),
     METHOD("close", stream_close, METH_NOARGS),
     END,
 };
@@ -269,6 +429,50 @@ static PyType_Spec stream_spec = {
     .basicsize = sizeof(Stream),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = stream_slots,
+};
+
+/* Streams that are new */
+
+static PyTypeObject *stream_type = NULL;
+
+static PyObject *
+module_accept(PyObject *Py_UNUSED(module), PyObject *listener)
+{
+    int listening = PyObject_AsFileDescriptor(listener), fd;
+    if (listening < 0)
+        return NULL;
+    Address address = {.any.sa_family = AF_UNSPEC};
+    do {
+        socklen_t size = sizeof address;
+        fd = accept4(listening, &address.any, &size, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    } while (fd < 0 && errno == EINTR);
+    if (fd < 0) {
+        if (would_wait())
+            Py_RETURN_NONE;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    PyObject *stream = stream_of(stream_type, fd);
+    PyObject *peer = stream == NULL ? NULL : told(&address);
+    PyObject *both = peer == NULL ? NULL : PyTuple_Pack(2, stream, peer);
+    Py_XDECREF(stream);
+    Py_XDECREF(peer);
+    return both;
+}
+
+static PyObject *
+module_unconnected(PyObject *Py_UNUSED(module), PyObject *wanted)
+{
+    int family = int_of(wanted);
+    if (family == -1 && PyErr_Occurred())
+        return NULL;
+    int fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    return fd < 0 ? PyErr_SetFromErrno(PyExc_OSError) : stream_of(stream_type, fd);
+}
+
+static PyMethodDef functions[] = {
+    METHOD("accept", module_accept, METH_O),
+    METHOD("unconnected", module_unconnected, METH_O),
+    END,
 };
 
 /* Epoll */
@@ -484,7 +688,11 @@ add_type(PyObject *module, PyType_Spec *spec)
 static int
 execute(PyObject *module)
 {
-    return add_type(module, &stream_spec) < 0 || add_type(module, &epoll_spec) < 0 ? -1 : 0;
+    if (add_type(module, &stream_spec) < 0 || add_type(module, &epoll_spec) < 0)
+        return -1;
+    PyObject *type = PyObject_GetAttrString(module, "Stream");
+    Py_XSETREF(stream_type, (PyTypeObject *)type);
+    return type == NULL ? -1 : 0;
 }
 
 static PyModuleDef_Slot slots[] = {
@@ -495,6 +703,7 @@ static PyModuleDef_Slot slots[] = {
 static PyModuleDef definition = {
     .m_base = PyModuleDef_HEAD_INIT,
     .m_name = "pgguard.proxy.sockets",
+    .m_methods = functions,
     .m_slots = slots,
 };
 

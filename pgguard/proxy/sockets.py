@@ -1,19 +1,20 @@
 """What the relay has the kernel do: sockets and an epoll that cost little, as they do no more than it takes.
 
-This is the pure form. Where pgguard is compiled, ``sockets.c`` stands in its place, beside this file: the same classes,
-with the same errors.
+This is the pure form. Where pgguard is compiled, ``sockets.c`` stands in its place, beside this file: the same classes
+and functions, with the same errors.
 """
 
 from __future__ import annotations
 
 import select
+import socket
 import sys
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final, overload
 
 from pgguard.attribution.senders import CREDENTIALS_SPACE
 
 if TYPE_CHECKING:
-    import socket
+    from pgguard.proxy.listeners import Peer
 
 _PID: Final = 4
 """Bytes of what ``struct ucred`` begins with: unix(7)."""
@@ -27,16 +28,17 @@ lock, also when nothing is waited for."""
 
 @final
 class Stream:
-    """A connected stream socket that never blocks.
+    """A stream socket that never blocks.
 
     Args:
-        sock: it, which belongs to this object from then on.
+        sock: its descriptor is taken from it, and belongs to this object from then on.
     """
 
     __slots__ = ("_sock",)
 
     def __init__(self, sock: socket.socket, /) -> None:
-        self._sock = sock
+        self._sock = socket.socket(sock.family, sock.type, sock.proto, sock.detach())
+        self._sock.setblocking(False)
 
     def receive(self, size: int, /) -> bytes | None:
         """Receive so many bytes at most; none: the stream has ended; ``None``: nothing has come.
@@ -74,6 +76,10 @@ class Stream:
         except BlockingIOError:
             return 0
 
+    def connect_ex(self, target: str | tuple[str | int, ...], /) -> int:
+        """Connect it to the path of a Unix socket, or to a host by its number and a port: connect(2), its errno."""
+        return self._sock.connect_ex(target)
+
     def fileno(self) -> int:
         """Tell its descriptor; -1 when it is closed."""
         return self._sock.fileno()
@@ -86,10 +92,49 @@ class Stream:
         """Set an option: :meth:`socket.socket.setsockopt`."""
         self._sock.setsockopt(level, option, value)
 
-    def getsockopt(self, level: int, option: int, /) -> int:
+    @overload
+    def getsockopt(self, level: int, option: int, /) -> int: ...
+
+    @overload
+    def getsockopt(self, level: int, option: int, size: int, /) -> bytes: ...
+
+    def getsockopt(self, level: int, option: int, size: int = 0, /) -> int | bytes:
         """Tell an option: :meth:`socket.socket.getsockopt`."""
-        return self._sock.getsockopt(level, option)
+        return self._sock.getsockopt(level, option, size) if size else self._sock.getsockopt(level, option)
+
+    def getsockname(self) -> Any:
+        """Tell its own address: a host and a port, and more with IPv6; of a Unix socket a string of no meaning."""
+        return self._sock.getsockname()
+
+    def getpeername(self) -> Any:
+        """Tell the address of its other end, likewise. Raises OSError: it is gone."""
+        return self._sock.getpeername()
+
+    def detach(self) -> int:
+        """Tell its descriptor, which belongs to the caller from then on."""
+        return self._sock.detach()
 
     def close(self) -> None:
         """Close it; nothing happens if it is closed."""
         self._sock.close()
+
+
+def accept(listener: socket.socket, /) -> tuple[Stream, Peer] | None:
+    """Accept a connection, and tell where it comes from; ``None``: there is none.
+
+    Args:
+        listener: a socket that doesn't block.
+
+    Raises:
+        OSError: accept(2).
+    """
+    try:
+        sock, peer = listener.accept()
+    except BlockingIOError:
+        return None
+    return Stream(sock), peer
+
+
+def unconnected(family: int, /) -> Stream:
+    """Make a stream that is to be connected. Raises OSError: there is no descriptor for it."""
+    return Stream(socket.socket(family, socket.SOCK_STREAM))

@@ -19,6 +19,7 @@ from pgguard.proxy.dialling import BACKLOG_PAUSE, CANNOT_CONNECT_NOW, Dial, Prog
 from pgguard.proxy.errors import SilentServerError, UnfitServerError
 from pgguard.proxy.losses import Loss, spared
 from pgguard.proxy.remedies import hints, is_want
+from pgguard.proxy.sockets import Stream
 from pgguard.wire.fields import parse_fields, parse_severity
 from pgguard.wire.messages import HEADER_SIZE
 from pgguard.wire.startup import DECLINED
@@ -104,7 +105,11 @@ async def connect_upstream(upstream: Upstream) -> tuple[trio.socket.SocketType, 
         UpstreamUnavailable: none does.
     """
     dial, address = await _dial_first(upstream, is_plain=True)
-    return trio.socket.from_stdlib_socket(dial.sock), address
+    return _for_trio(dial.sock), address
+
+
+def _for_trio(sock: Stream) -> trio.socket.SocketType:
+    return trio.socket.from_stdlib_socket(socket.socket(fileno=sock.detach()))
 
 
 async def introduce(upstream: Upstream, startup: bytes) -> tuple[Dial, Address]:
@@ -203,9 +208,8 @@ def too_late(upstream: Upstream, dial: Dial | None) -> TimeoutError:
 
 async def _dial_by_name(address: TcpAddress, make: Callable[..., Dial]) -> Dial:
     stream = await trio.open_tcp_stream(address.host, address.port)
-    sock = socket.socket(fileno=stream.socket.detach())
+    sock = Stream(socket.socket(fileno=stream.socket.detach()))
     try:
-        sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # as of what is dialled
         return make(sock=sock)
     except BaseException:
@@ -230,10 +234,10 @@ async def _go_on(dial: Dial, upstream: Upstream, limit: trio.CancelScope, patien
         if may_last and dial.is_accepted:
             limit.deadline = math.inf
         if progress is Progress.UNDER_WAY:
-            await trio.lowlevel.wait_writable(dial.sock)
+            await trio.lowlevel.wait_writable(dial.sock.fileno())
         elif progress is Progress.WAITING:
             with trio.move_on_after(patience) as moment:
-                await trio.lowlevel.wait_readable(dial.sock)
+                await trio.lowlevel.wait_readable(dial.sock.fileno())
             if moment.cancelled_caught and dial.make_do():
                 return
         elif progress is Progress.ANEW:
@@ -297,7 +301,7 @@ async def post(dial: Dial, packet: bytes) -> None:
     Raises:
         trio.BrokenResourceError: it couldn't be sent.
     """
-    with trio.socket.from_stdlib_socket(dial.sock) as sock:
+    with _for_trio(dial.sock) as sock:
         await trio.SocketStream(sock).send_all(packet if dial.tls is None else dial.tls.seal(packet))
         with suppress(ConnectionResetError):  # an end of the connection as well as any
             while await sock.recv(1024):
@@ -362,7 +366,7 @@ async def ask_by_tls(upstream: Upstream, request: bytes) -> bytes | None:
         if tls is None:
             dial.sock.close()
             return await ask(upstream, (request,), request)
-        with trio.socket.from_stdlib_socket(dial.sock) as sock, suppress(OSError, trio.BrokenResourceError):
+        with _for_trio(dial.sock) as sock, suppress(OSError, trio.BrokenResourceError):
             await trio.SocketStream(sock).send_all(tls.seal(request))
             while len(said) < _REFUSAL_LIMIT and not tls.is_over and (raw := await sock.recv(_REFUSAL_LIMIT)):
                 said += tls.open(raw)

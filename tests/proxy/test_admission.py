@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from pgguard.proxy.admission import Admission
+from pgguard.proxy.sockets import accept
 from tests.proxy.conftest import running, until
 from tests.proxy.messages import SSL_REQUEST, startup
 
@@ -60,14 +61,13 @@ async def test_a_system_without_descriptors(
 ) -> None:
     """What the guard has in hand is enough to say so, to one after the other."""
 
-    def accept(sock: socket.socket) -> Any:
+    def without_descriptors(sock: socket.socket) -> Any:
         if house.guard._door._in_hand and select.select([sock], [], [], 0)[0]:
             raise OSError(number, os.strerror(number))
-        return accepts(sock)
+        return accept(sock)
 
-    accepts = super(socket.socket, socket.socket)._accept  # type: ignore[misc]
     with monkeypatch.context() as patch:
-        patch.setattr(socket.socket, "_accept", accept, raising=False)
+        patch.setattr("pgguard.proxy.door.accept", without_descriptors)
         for _ in range(3):
             client = await house.connect(unix=unix)
             await client.send(SSL_REQUEST)

@@ -740,7 +740,7 @@ async def test_who_is_refused_is_told_so_if_there_is_no_descriptor_to_try_it_oth
         def refuse(_: socket.AddressFamily) -> socket.socket:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-        monkeypatch.setattr("pgguard.proxy.dialling._socket", refuse)
+        monkeypatch.setattr("pgguard.proxy.dialling.unconnected", refuse)
         await _refuse(server)
         await client.expect(REFUSED)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -51,7 +51,7 @@ class Hall:
             tracker.backend(LOGGED_IN, 0, len(LOGGED_IN))
         tracker.frontend(sent, 0, len(sent), None, 0.0)
         tracker.backend(got, 0, len(got))
-        ends = [Stream(self._stack.enter_context(end)) for end in socket.socketpair()]
+        ends = [self._stack.enter_context(closing(Stream(end))) for end in socket.socketpair()]
         session.connect(ends[0], ends[1], tracker)
         session.upstream = upstream
         self.sessions.append(session)

@@ -9,16 +9,19 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
+import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from pgguard.proxy.ends import CHUNK
-from pgguard.proxy.sockets import Epoll, Stream
+from pgguard.proxy.sockets import Epoll, Stream, accept, unconnected
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,9 +31,10 @@ if TYPE_CHECKING:
 def pair() -> Iterator[tuple[Stream, socket.socket]]:
     """What the relay has of a connection, and its other end."""
     ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        yield Stream(ours), theirs
+    stream = Stream(ours)
+    with theirs:
+        yield stream, theirs
+    stream.close()
 
 
 @pytest.mark.parametrize("size", [1, 16384, 16385, CHUNK - 1, CHUNK])
@@ -87,12 +91,11 @@ def test_bytes_that_are_not_there_are_not_sent(begin: int, stop: int, pair: tupl
 
 def test_who_has_sent_is_told_and_what_else_was_sent_along_is_not_let_in() -> None:
     ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        stream = Stream(ours)
+    stream = Stream(ours)
+    with theirs, closing(stream):
         theirs.sendall(b"a")
         assert stream.receive_named(CHUNK) == (b"a", -1)
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         before = set(Path("/proc/self/fd").iterdir())
         theirs.sendmsg([b"b"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
         assert stream.receive_named(CHUNK) == (b"b", os.getpid())
@@ -111,9 +114,7 @@ def test_what_is_broken_is_an_error_of_its_kind() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         ours = socket.create_connection(server.getsockname())
         theirs, _ = server.accept()
-    with ours:
-        stream = Stream(ours)
-        ours.setblocking(False)
+    with closing(Stream(ours)) as stream:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         theirs.close()
         with pytest.raises(ConnectionResetError) as broken:
@@ -128,6 +129,9 @@ def test_what_is_closed_is_not_met_again_by_its_number(pair: tuple[Stream, socke
     fd = stream.fileno()
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 5000)
     assert stream.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 10_000
+    timeout = struct.pack("@ll", 3, 0)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+    assert stream.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16) == timeout
     stream.shutdown(socket.SHUT_WR)
     stream.close()
     stream.close()
@@ -149,6 +153,8 @@ def test_what_is_closed_is_not_met_again_by_its_number(pair: tuple[Stream, socke
         lambda stream: stream.receive("1"),
         lambda stream: stream.receive_named(None),
         lambda stream: stream.shutdown(),
+        lambda stream: stream.setsockopt(1, 2, "3"),
+        lambda stream: stream.connect_ex(1),
     ],
 )
 def test_what_makes_no_sense_is_refused(call: Any, pair: tuple[Stream, socket.socket]) -> None:
@@ -156,20 +162,74 @@ def test_what_makes_no_sense_is_refused(call: Any, pair: tuple[Stream, socket.so
         call(pair[0])
 
 
-def test_nothing_is_kept_of_what_is_gone() -> None:
+@pytest.mark.parametrize(
+    ("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"), (socket.AF_UNIX, "")]
+)
+def test_who_connects_is_accepted_and_both_know_whom_they_have(
+    family: socket.AddressFamily, host: str, short_directory: Path
+) -> None:
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setblocking(False)
+        listener.bind((host, 0) if host else f"{short_directory}/s")
+        listener.listen(1)
+        assert accept(listener) is None
+        target = listener.getsockname()
+        client = unconnected(family)
+        assert client.connect_ex(target) in (0, errno.EINPROGRESS)
+        accepted = accept(listener)
+        assert accepted is not None
+        server, peer = accepted
+        for end in client, server:
+            assert not os.get_inheritable(end.fileno())
+            assert not os.get_blocking(end.fileno())
+        if host:
+            assert peer == client.getsockname() == server.getpeername()
+            assert client.getpeername() == server.getsockname() == target
+        else:
+            assert not peer
+            assert isinstance(server.getsockname(), str)
+        assert client.send(b"hello", 0, 5) == 5
+        assert server.receive(CHUNK) == b"hello"
+        client.close()
+        assert server.receive(CHUNK) == b""
+        with socket.socket(fileno=server.detach()) as detached:
+            assert (detached.family, server.fileno()) == (family, -1)
+        listener.close()
+        refused = unconnected(family)
+        number = refused.connect_ex(target)
+        if number == errno.EINPROGRESS:
+            number = refused.connect_ex(target)
+        assert number == errno.ECONNREFUSED
+        refused.close()
+
+
+def test_where_nothing_can_be_is_not_connected_to() -> None:
+    with closing(unconnected(socket.AF_UNIX)) as stream:
+        assert stream.connect_ex("/nowhere/at/all") == errno.ENOENT
+        assert stream.connect_ex("\0pgguard-nobody") == errno.ECONNREFUSED
+        with pytest.raises(OSError, match="path too long"):
+            stream.connect_ex("/" + "a" * 108)
+    with pytest.raises(OSError, match="not supported"):
+        unconnected(-2)
+    with socket.socket() as deaf, pytest.raises(OSError, match="Invalid argument"):
+        accept(deaf)
+
+
+def test_nothing_is_left_of_what_is_gone() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
-        before = sys.getrefcount(ours)
         stream = Stream(ours)
+        fd = stream.fileno()
         theirs.sendall(b"a" * 40_000)
         assert stream.receive(CHUNK)
         for wrong in ((b"a", 2, 3), (b"a", "", 3), (b"a",)):
             with pytest.raises((TypeError, ValueError)):
                 stream.send(*cast("Any", wrong))
-        del stream
-        gc.collect()
-        assert sys.getrefcount(ours) == before
-        ours.close()
+        with warnings.catch_warnings(action="ignore"):
+            del stream
+            gc.collect()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 def test_events_are_told_of_what_is_registered() -> None:

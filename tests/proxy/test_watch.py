@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -79,9 +79,10 @@ class Stage:
         tracker = Tracker({"user": "app"})
         tracker.backend(LOGGED_IN, 0, len(LOGGED_IN))
         (client, self.clients[number]), (server, other) = socket.socketpair(), socket.socketpair()
-        for sock in (client, self.clients[number], server, other):
+        for sock in (self.clients[number], other):
             self._stack.enter_context(sock)
-        session.connect(Stream(client), Stream(server), tracker)
+        ends = [self._stack.enter_context(closing(Stream(sock))) for sock in (client, server)]
+        session.connect(ends[0], ends[1], tracker)
         address = TcpClient(bytes(4), 1, bytes(4), 2, 0, 0.0)
         evidence = Evidence.UNKNOWN if opener is None else Evidence.SOLE_HOLDER
         session.opening = Opening(address, number, opener, evidence, Holders(), Driver.LIBPQ, Runtime())

@@ -35,6 +35,7 @@ from pgguard.compiled import form
 from pgguard.proxy import losses
 from pgguard.proxy.ends import Phase
 from pgguard.proxy.session import ProxiedSession
+from pgguard.proxy.sockets import accept
 from tests.proxy.conftest import House, running
 from tests.proxy.crossings import Crossing, Injected, Watcher, failing, unprotected_sites
 from tests.proxy.fake_backend import BackendConnection, FakeBackend
@@ -794,13 +795,12 @@ async def arrivals_that_come_to_nothing(stage: Stage) -> None:
         await client.send(startup())
         await is_told(client, "53300")
     with stage.patch.context() as patch:
-        accept = socket.socket.accept
 
         def accepting(listener: socket.socket) -> Any:
             door = stage.house.guard._door
             return fail(errno.EMFILE)() if door._in_hand else accept(listener)
 
-        patch.setattr(socket.socket, "accept", accepting)
+        patch.setattr("pgguard.proxy.door.accept", accepting)
         client = await stage.connect()
         await client.send(startup())
         await is_told(client, "53300")

@@ -45,7 +45,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pgguard.attribution.ebpf import bpf
 from pgguard.attribution.ebpf.bpf import AttachType, BpfError, MapType, ProgramType
@@ -63,6 +63,9 @@ from pgguard.attribution.ebpf.programs import (
 )
 from pgguard.attribution.ebpf.ring import Ring
 from pgguard.attribution.privileges import LOADING, Right, rights
+
+if TYPE_CHECKING:
+    from pgguard.attribution.sockets import Connected
 
 _RING_SIZE = 1 << 20
 """Bytes: 10,900 events, what two busy senders make in some 20 ms that send by turns. Larger than any L2 cache has no
@@ -100,7 +103,7 @@ class ProbeUnavailable(Exception):
         """The one thing to do about it, an imperative."""
 
 
-def connection_key(accepted: socket.socket) -> bytes:
+def connection_key(accepted: Connected) -> bytes:
     """Return the key, in events, of a connection that the guard has accepted. Raises OSError: it is gone (ENOTCONN)."""
     client, guard = accepted.getpeername(), accepted.getsockname()
     ports: bytes = struct.pack("!HH", client[1], guard[1])
