@@ -21,15 +21,16 @@ if TYPE_CHECKING:
     from pgguard.session.session import Session
     from pgguard.session.verdicts import Verdict
 
-# The tables, compiled for the loop: lists indexed by state and type byte instead of dictionaries of characters.
+# The tables, compiled for the loop: indexed by state and type byte instead of dictionaries of characters. They are
+# bytes where numbers are small: a line of the processor's cache holds those of all common messages.
 
 _MESSAGES: Final = by_code(BACKEND)
 
 _PAID: Final = int(Owes.PAID)
 _SKIP: Final = int(Owes.SKIP)
-_UNDUE: Final = -1
-_SPECIAL: Final = -2
-_READY: Final = -3
+_UNDUE: Final = 0xFF
+_SPECIAL: Final = 0xFE
+_READY: Final = 0xFD
 
 _EXISTS: Final = "42P05"
 _DOES_NOT_EXIST: Final = "26000"
@@ -41,11 +42,11 @@ _BACKEND_KEY_DATA: Final = ord("K")
 _PARAMETER_STATUS: Final = ord("S")
 _READY_FOR_QUERY: Final = ord("Z")
 
-_FOLLOWS: Final[list[list[i64]]] = [
-    [
+_FOLLOWS: Final = [
+    bytes(
         int(state) if chr(code) in ASYNCHRONOUS else int(ANSWERS.get(state, {}).get(chr(code), _UNDUE))
         for code in range(256)
-    ]
+    )
     for state in Owes
 ]
 """The state that follows, ``_PAID``, ``_SKIP`` or ``_UNDUE``."""
@@ -67,12 +68,13 @@ def _plain(state: Owes, code: i64) -> int:
     return follows
 
 
-_ROWS: Final[list[list[tuple[i64, i64, i64]]]] = [
-    [(message.least, message.most, _plain(state, code)) for code, message in enumerate(_MESSAGES)] for state in Owes
-]
-"""The limits of the length word, and what follows."""
+_ROWS: Final = [bytes(_plain(state, code) for code in range(256)) for state in Owes]
+"""What follows, by state and type byte."""
+_LEAST: Final = bytes(message.least for message in _MESSAGES)
+_MOST: Final[list[i64]] = [message.most for message in _MESSAGES]
+"""The limits of the length word."""
 
-_COPYING_IN: Final = [state in COPY_IN for state in Owes]
+_COPYING_IN: Final = bytes(state in COPY_IN for state in Owes)
 _LOGIN: Final = int(Owes.LOGIN)
 _PARSE: Final = int(Owes.PARSE)
 _USES: Final = (int(Owes.BIND), int(Owes.DESCRIBE_STATEMENT))
@@ -126,7 +128,7 @@ class BackendStream:
             if code == same and least <= length <= longest:
                 pos += 1 + length
                 continue
-            least, longest, follows = row[code]
+            least, longest, follows = _LEAST[code], _MOST[code], row[code]
             if follows == state and least <= length <= longest:
                 same = code
                 pos += 1 + length

@@ -11,7 +11,7 @@ from pgguard.session.ledger import NOTHING
 from pgguard.session.session import ill_formed, seen, torn_end
 from pgguard.session.states import COPY_IN, IN_COPY_IN, NO_REQUEST, OWED, Owes
 from pgguard.session.verdicts import AFTER_END, Direction, Kind, MessageSeen, RequestState
-from pgguard.wire.messages import FRONTEND, HEADER_SIZE, SMALL, UNKNOWN, by_code, parse_header
+from pgguard.wire.messages import FRONTEND, HEADER_SIZE, SMALL, UNKNOWN, by_code, parse_header, part
 
 if TYPE_CHECKING:
     from mypy_extensions import i64
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pgguard.session.statements import Closing, Statement
     from pgguard.session.verdicts import Verdict
 
-# The tables, compiled for the loop: lists indexed by type byte instead of dictionaries of characters.
+# The tables, compiled for the loop: indexed by type byte instead of dictionaries of characters, and bytes where numbers
+# are small, as in :mod:`pgguard.session.backend`.
 
 _MESSAGES: Final = by_code(FRONTEND)
 _UNANSWERED: Final = 0
@@ -34,13 +35,16 @@ def _way(code: str) -> int:
     return _SIMPLE if code in "QF" else _EXTENDED if code in "PBCDES" else _UNANSWERED
 
 
-_SHAPES: Final[list[tuple[i64, i64, i64, i64]]] = [
-    (message.least, message.most, message.look, _way(chr(code))) for code, message in enumerate(_MESSAGES)
-]
-"""The limits of the length word, how many bytes are looked at, and how it is taken."""
-_OWED: Final[list[i64]] = [int(OWED.get(chr(code), Owes.NOTHING)) for code in range(256)]
-_COPYING_IN: Final = [state in COPY_IN for state in Owes]
-_IN_COPY_IN: Final = [chr(code) in IN_COPY_IN for code in range(256)]
+_LEAST: Final = bytes(message.least for message in _MESSAGES)
+_MOST: Final[list[i64]] = [message.most for message in _MESSAGES]
+"""The limits of the length word."""
+_LOOK: Final[list[i64]] = [message.look for message in _MESSAGES]
+"""How many bytes are looked at."""
+_WAYS: Final = bytes(_way(chr(code)) for code in range(256))
+"""How it is taken."""
+_OWED: Final = bytes(OWED.get(chr(code), Owes.NOTHING) for code in range(256))
+_COPYING_IN: Final = bytes(state in COPY_IN for state in Owes)
+_IN_COPY_IN: Final = bytes(chr(code) in IN_COPY_IN for code in range(256))
 
 _COPY_BOTH: Final = int(Owes.QUERY_COPY_BOTH)
 _LOGIN: Final = int(Owes.LOGIN)
@@ -157,8 +161,8 @@ class FrontendStream:
         count: i64 = 0
         while pos <= last:
             code, length = parse_header(chunk, pos)
-            least, longest, look, way = _SHAPES[code]
-            if not least <= length <= longest and not self._accept_frame(pos, code, length):
+            look, way = _LOOK[code], _WAYS[code]
+            if not _LEAST[code] <= length <= _MOST[code] and not self._accept_frame(pos, code, length):
                 break
             stop = pos + (look if length >= look else 1 + length)
             if stop > end:
@@ -288,8 +292,7 @@ class FrontendStream:
             return end
         while end - pos >= HEADER_SIZE:
             code, length = parse_header(chunk, pos)
-            least, most, _, _ = _SHAPES[code]
-            if code != _TERMINATE_CODE or not least <= length <= most:
+            if code != _TERMINATE_CODE or not _LEAST[code] <= length <= _MOST[code]:
                 self._late |= {pid}
                 session.verdict = self._judge_late(_seen(code, length), pos, sender)
                 return pos
@@ -385,7 +388,7 @@ class FrontendStream:
         request = self._simple = session.new_request(code, at, self._sender)
         if code == _QUERY:
             request.sql_cut = cut = chunk[stop - 1] != 0
-            request.sql = sql = chunk[pos + HEADER_SIZE : stop if cut else stop - 1]
+            request.sql = sql = part(chunk, pos + HEADER_SIZE, stop if cut else stop - 1)
             if self._statements.watching:
                 self._statements.query(sql, cut=cut)
         else:
@@ -549,7 +552,7 @@ class FrontendStream:
             return True  # too little to say what is sent: judged when more is there
         else:
             code, length = parse_header(chunk, start)
-            least, most, look, _ = _SHAPES[code]
+            least, most, look = _LEAST[code], _MOST[code], _LOOK[code]
             if least <= length <= most and end - start < min(1 + length, look):
                 return True
             if code == _TERMINATE_CODE and (session.senders.is_strange(sender) or self._waiting(sender) is None):

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, final
 
 from pgguard.session.quiet import QUIET, SIMPLY_QUIET, Effect, judge
-from pgguard.wire.messages import NAME_LENGTH, TEXT_LIMIT
+from pgguard.wire.messages import NAME_LENGTH, TEXT_LIMIT, find_end, part
 
 if TYPE_CHECKING:
     from mypy_extensions import i64
@@ -123,7 +123,7 @@ class Statements:
             and sql
             and sql[0] in SIMPLY_QUIET
             and _PARENTHESIS not in sql
-            and sql.find(_SEMICOLON, 0, len(sql) - 1) < 0
+            and (_SEMICOLON not in sql or sql.find(_SEMICOLON, 0, len(sql) - 1) < 0)
         )
         if not simply:
             self._count(_LOOK)
@@ -138,7 +138,7 @@ class Statements:
         stop = min(stop, text + TEXT_LIMIT)
         terminator = chunk.find(0, text, stop)
         cut = terminator < 0
-        sql = chunk[text : stop if cut else terminator]
+        sql = part(chunk, text, stop if cut else terminator)
         if request.sql is None:
             request.sql, request.sql_cut = sql, cut
         statement: Statement
@@ -148,7 +148,7 @@ class Statements:
             _drop_text(before)
             self._table()[b""] = statement = Statement(b"", sql, cut, self._epoch)
         else:
-            name = chunk[body : min(text - 1, body + NAME_LENGTH)]
+            name = part(chunk, body, min(text - 1, body + NAME_LENGTH))
             self._named = True
             before = self._by_name.pop(name, None)
             _drop_text(before)
@@ -172,14 +172,14 @@ class Statements:
         """
         # A message may end in front of its body, if what was said of its length has been overruled.
         has_portal = body < stop and chunk[body] != 0
-        name = chunk.find(0, body, stop) + 1 if has_portal else body + 1
+        name = find_end(chunk, body, stop) + 1 if has_portal else body + 1
         if 0 < name < stop and not chunk[name]:
             found = self._by_name.get(b"")
         else:
-            end = chunk.find(0, name, stop) if name else -1
+            end = find_end(chunk, name, stop) if name else -1
             if end - name > NAME_LENGTH:
                 end = name + NAME_LENGTH
-            found = self._by_name.get(chunk[name:end]) if end >= 0 else None
+            found = self._by_name.get(part(chunk, name, end)) if end >= 0 else None
         if not isinstance(found, Statement):
             self._unsettle()
             return None
@@ -289,5 +289,5 @@ def _drop_text(replaced: Statement | Closing | None) -> None:
 def _name(chunk: bytes, body: i64, stop: i64) -> bytes:
     """The name in a Describe or Close, behind the byte that says what it is of."""
     start = body + 1
-    end = chunk.find(0, start, stop)
-    return chunk[start : min(end if end >= 0 else stop, start + NAME_LENGTH)]
+    end = find_end(chunk, start, stop)
+    return part(chunk, start, min(end if end >= 0 else stop, start + NAME_LENGTH))
