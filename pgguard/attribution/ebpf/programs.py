@@ -106,6 +106,7 @@ import errno
 import os
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import Final
 
 from pgguard.attribution.ebpf.assembler import FRAME, R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, Assembler
 from pgguard.attribution.ebpf.btf import Btf
@@ -139,15 +140,15 @@ class Kind(IntEnum):
     """As UNCERTAIN; and the socket blocks, so that it should be taken out of the map. By MAP alone."""
 
 
-EVENT_SIZE = 88
+EVENT_SIZE: Final = 88
 POSITION, SIZE, KIND, TID, PID, ORIGIN, TICKET, KEY, READ, RECEIVED, REACHED = 0, 8, 12, 16, 20, 24, 28, 32, 68, 72, 80
 """Offsets in an event: an u64, six u32 in host order, the key, two u32, four bytes of nothing, and an u64."""
 
-TICKETS = 1 << 16
-"""Words in which the program writes how far the sender goes on that it has reported last, one for each connection."""
-TICKET_SHIFT = TICKETS.bit_length() - 1
+TICKET_SHIFT: Final = 16
 """In a ticket: which word, below; above that, what tells the connection from others that are given the same."""
-WORD_SHIFT = 48
+TICKETS: Final = 1 << TICKET_SHIFT
+"""Words in which the program writes how far the sender goes on that it has reported last, one for each connection."""
+WORD_SHIFT: Final = 48
 """In a word: how far, below; above that, as in its ticket, for which connection."""
 WORDS_SIZE = 8 * TICKETS + 8
 """Bytes: the words, and how many tickets have been given."""

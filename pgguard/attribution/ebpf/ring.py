@@ -23,9 +23,12 @@ import mmap
 import platform
 import struct
 import threading
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
 from pgguard.attribution.ebpf.programs import EVENT_SIZE, KEY_SIZE, TICKET_SHIFT, TICKETS, WORD_SHIFT, WORDS_SIZE
+
+if TYPE_CHECKING:
+    from mypy_extensions import i64
 
 _BUSY: Final = 1 << 31
 """``BPF_RINGBUF_BUSY_BIT``."""
@@ -35,6 +38,7 @@ _HEADER: Final = 8
 """``BPF_RINGBUF_HDR_SZ``."""
 
 _WORD: Final = (1 << WORD_SHIFT) - 1
+_CONNECTIONS: Final = (1 << 64 - WORD_SHIFT) - 1
 
 _unpack: Final = struct.Struct(f"=QIIIIII{KEY_SIZE}sII4xQ").unpack_from
 _WEAKLY_ORDERED: Final = platform.machine() != "x86_64"
@@ -86,10 +90,10 @@ class Ring:
         self._by_ticket: memoryview | None = None
         if words is not None:
             self._mapped_words = mmap.mmap(words, WORDS_SIZE + page - 1 & -page, prot=mmap.PROT_READ)
-            self._by_ticket = memoryview(self._mapped_words).cast("Q")
+            self._by_ticket = memoryview(self._mapped_words).cast("q")  # signed: compiled, it takes an i64
         self._data = memoryview(self._producer)[page:]
         self._words = self._data.cast("I")
-        self._next = self._consumed[0]
+        self._next: i64 = self._consumed[0]
         """Up to where records have been looked at."""
         self._busy: list[int] = []
         """Positions before that of records that weren't ready."""
@@ -106,7 +110,7 @@ class Ring:
 
         All events are there that are about bytes which have been read before the call.
         """
-        produced = self._produced[0]
+        produced: i64 = self._produced[0]
         if produced == self._next and not self._busy:
             return []
         if _WEAKLY_ORDERED:
@@ -122,24 +126,26 @@ class Ring:
         self._consumed[0] = busy[0] if busy else position
         return events
 
-    def reached(self, ticket: int) -> int:
+    def reached(self, ticket: i64) -> i64:
         """Up to which position the one had gone on who had been reported last under a ticket; 0: it isn't known.
 
         Call it before :meth:`read`. What is read then has all reports of those who sent up to there.
         """
         if self._by_ticket is None:
             return 0
-        word: int = self._by_ticket[ticket & TICKETS - 1]
-        if word >> WORD_SHIFT != ticket >> TICKET_SHIFT:  # another connection has been given the ticket's word since
+        word: i64 = self._by_ticket[ticket & TICKETS - 1]
+        # Another connection may have been given the ticket's word since.
+        if word >> WORD_SHIFT & _CONNECTIONS != ticket >> TICKET_SHIFT:
             return 0
         if _WEAKLY_ORDERED:
             self._fence()
         return word & _WORD
 
-    def glance(self, ticket: int) -> int:
+    def glance(self, ticket: i64) -> i64:
         """Tell the same of a ticket, or of none, if all events have been read; -1: :meth:`read` comes first."""
         reached = self.reached(ticket) if ticket else 0
-        return -1 if self._produced[0] != self._next or self._busy else reached
+        produced: i64 = self._produced[0]
+        return -1 if produced != self._next or self._busy else reached
 
     def close(self) -> None:
         """Unmap everything; nothing can be read then."""
@@ -151,10 +157,10 @@ class Ring:
             if mapped is not None:
                 mapped.close()
 
-    def _take(self, position: int, events: list[Event], busy: list[int]) -> int:
+    def _take(self, position: i64, events: list[Event], busy: list[int]) -> i64:
         """Read the record at a position, or remember it as busy; returns its length."""
         at = position & self._mask
-        header = self._words[at >> 2]
+        header: i64 = self._words[at >> 2]
         length = header & ~(_BUSY | _DISCARDED)
         if header & _BUSY:
             busy.append(position)
