@@ -39,6 +39,8 @@ _HEALTH_CHECK: Final = 1.0
 _CHECK_SECONDS: Final = 75
 """Seconds between two questions of the kernel's whether a client is there still: more than the 60 for which the kernel
 of the client keeps what is left of a socket that was closed (``tcp_fin_timeout``)."""
+_CHECKED_AFTER: Final = 5.0
+"""Seconds for which a server may be waited for on behalf of a client that has ended its stream before it is asked."""
 
 Ts = TypeVarTuple("Ts")
 
@@ -88,6 +90,9 @@ class Endings:
         self._answered = answered
         self._closed = closed
         self._sessions: dict[ProxiedSession, None] = {}  # a set of many takes twice as much
+        self._half_over: dict[ProxiedSession, float] = {}
+        """Those whose clients have ended their TCP streams lately, while the servers haven't, and when, in seconds of
+        time.monotonic(); the first first."""
         self.aftermath = Aftermath(relay, self, judging, judge, cancel=cancel)
         """What becomes of those that are over."""
 
@@ -128,16 +133,33 @@ class Endings:
             with spared(Loss.TIDINESS, session):
                 session.leftover.close()
             session.leftover = None
-        for end in (session.client, session.server):
+        flow = session.flow
+        for end in (flow.client, flow.server):
             self._relay.disarm(end)
-            if session.phase is Phase.CONDEMNED:  # it is being brought to the end of a message
+            if flow.phase is Phase.CONDEMNED:  # it is being brought to the end of a message
                 trio.lowlevel.notify_closing(end.fd)
             end.sock.close()
-        session.flow.phase = Phase.CLOSED
+        flow.phase = Phase.CLOSED
         session.done.set()
         self.aftermath.forget(session)
         self._sessions.pop(session, None)
+        self._half_over.pop(session, None)
         self._closed(session)
+
+    async def check_clients(self) -> None:
+        """Have the kernel find out of clients that have ended their streams whether they are there; until cancelled.
+
+        Mostly the server ends its own a moment later, and nobody is to be asked.
+        """
+        while True:
+            await trio.sleep(_CHECKED_AFTER)
+            due = time.monotonic() - _CHECKED_AFTER
+            while self._half_over:
+                session, since = next(iter(self._half_over.items()))
+                if since > due:
+                    break
+                del self._half_over[session]
+                check_peer(session.client.sock)
 
     # Ends of streams
 
@@ -149,7 +171,7 @@ class Endings:
         if session.login is not None and not end.is_client:
             end.held += session.end_login()
         if end.is_client and first and not reset and session.transport == "tcp":
-            check_peer(end.sock)
+            self._half_over[session] = time.monotonic()
         if end.is_client and reset:
             # What it sent is still for the server, which may not read it before it has got rid of its answers.
             end.writing = Writing.GONE
@@ -194,6 +216,10 @@ class Endings:
         session, tls = end.session, end.tls
         if tls is not None:
             self._relay.say_for(end, tls)
+        if not end.is_client and self._is_wholly_over(session):
+            session.afterwards, session.flow.tracker = session.flow.tracker, None
+            self.finish(session)
+            return
         was_inside = _is_inside_message(session)
         torn = self._relay.forward_held(end) or was_inside
         if not end.is_client and not session.draining:
@@ -204,6 +230,21 @@ class Endings:
             self.pass_end_on(end.peer)
             if not session.done.is_set():
                 self._relay.arm(end)
+
+    @staticmethod
+    def _is_wholly_over(session: ProxiedSession) -> bool:
+        """Whether all that is left to be done for a session is to close it, as both its ends have ended.
+
+        Nothing is to be passed on, and nobody to be told anything. That is how nearly all sessions end.
+        """
+        client, server = session.flow.client, session.flow.server
+        return (
+            session.flow.phase is Phase.RELAYED
+            and client.eof
+            and client.tls is None
+            and not client.outgoing
+            and not server.held
+        )
 
     def pass_end_on(self, end: End) -> None:
         """Everything has been written to ``end``, and its peer will send no more."""

@@ -19,7 +19,7 @@ from pgguard.proxy.endings import Endings
 from pgguard.proxy.ends import ATTENTIVE, LOGIN, End, Phase, Reading
 from pgguard.proxy.judge import Ruling
 from pgguard.proxy.lateness import Lateness
-from pgguard.proxy.losses import Loss, note, spared
+from pgguard.proxy.losses import Loss, keep_going, note, spared
 from pgguard.proxy.refused import tell_refusal
 from pgguard.proxy.relay import FAILED
 from pgguard.session.states import OWED, WANTED
@@ -90,6 +90,7 @@ class Judging:
     def open(self, nursery: trio.Nursery) -> None:
         """Begin, in the thread that relays; what takes time is done in a nursery."""
         self._nursery = nursery
+        nursery.start_soon(keep_going, self.endings.check_clients)
         with spared(Loss.EVIDENCE):
             self._lateness = Lateness()
 

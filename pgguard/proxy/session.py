@@ -41,7 +41,7 @@ _FRESH: Final = 1.0
 _SENDERS: Final = 256
 """Processes that have sent of which it is kept what was seen of them: the latest."""
 _NOBODY: Final[Mapping[int, Process]] = MappingProxyType({})
-_DRAINING: Final = frozenset({Phase.REJECTED, Phase.ENDED, Phase.LINGERING, Phase.CLOSED})
+_GOES_ON: Final = (Phase.RELAYED, Phase.CONDEMNED)  # a set would have their hashes computed, in Python
 
 
 class ProxiedSession:
@@ -174,7 +174,7 @@ class ProxiedSession:
     @property
     def draining(self) -> bool:
         """The server's side is over; what the client still sends is thrown away until it ends too."""
-        return self.phase in _DRAINING
+        return self.flow.phase not in _GOES_ON
 
     @property
     def requests(self) -> int:

@@ -225,12 +225,17 @@ async def test_a_server_that_never_answers(house: House) -> None:
     await house.empty()
 
 
-@pytest.mark.parametrize("phase", ["logs in", "is answered", "has said goodbye"])
-async def test_a_client_that_is_gone_is_not_kept_for_a_server_that_is_silent(
-    house: House, monkeypatch: pytest.MonkeyPatch, phase: str
-) -> None:
-    """Over TCP its end looks like that of a client that has only said all; the kernel is asked to find out."""
+@pytest.fixture
+def doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether clients that have ended their streams are there is asked early and often."""
+    monkeypatch.setattr("pgguard.proxy.endings._CHECKED_AFTER", 0.1)
     monkeypatch.setattr("pgguard.proxy.endings._CHECK_SECONDS", 1)
+
+
+@pytest.mark.usefixtures("doubt")
+@pytest.mark.parametrize("phase", ["logs in", "is answered", "has said goodbye"])
+async def test_a_client_that_is_gone_is_not_kept_for_a_server_that_is_silent(house: House, phase: str) -> None:
+    """Over TCP its end looks like that of a client that has only said all; the kernel is asked to find out."""
     if phase == "logs in":
         client = await house.connect()
         await client.send(startup())
@@ -249,10 +254,8 @@ async def test_a_client_that_is_gone_is_not_kept_for_a_server_that_is_silent(
     await server.rest()
 
 
-async def test_a_client_that_has_said_all_is_kept_for_as_long_as_it_waits(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pgguard.proxy.endings._CHECK_SECONDS", 1)
+@pytest.mark.usefixtures("doubt")
+async def test_a_client_that_has_said_all_is_kept_for_as_long_as_it_waits(house: House) -> None:
     client, server = await house.session()
     client.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)
     await client.send(query("select 1"))
