@@ -19,7 +19,8 @@ either, new keys (KeyUpdate of TLS 1.3), for which reads write, are nothing more
 renegotiation of TLS 1.2 writes read as well, and what is to be sent would have to wait: contexts decline it.
 
 *Most often it is one record*, whole, behind which nothing had been left. That is opened by a call or two of OpenSSL's,
-and nothing is put together for it. So is what fits into one record sealed.
+and nothing is put together for it. So is what fits into one record sealed. These calls go past :class:`ssl.SSLObject`,
+whose methods are Python, and do nothing else. Nor is it asked whether OpenSSL has something to say where it can't have.
 
 *Senders belong to what was encrypted.* The kernel says who sent which bytes of the stream that it carries. So a piece
 of that by one sender is opened at a time, and a record is whose bytes have completed it. Of one that several have sent
@@ -34,10 +35,11 @@ from __future__ import annotations
 
 import ssl
 from collections import deque
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple, final
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mypy_extensions import i64
 
     from pgguard.identity import Sender
@@ -97,6 +99,19 @@ class HandshakeFailed(Exception):
 
 
 @final
+class _Mark:
+    """Where something is that was said: in all that was sent, and in all that was said."""
+
+    __slots__ = ("began", "ended", "said_from", "said_to")
+
+    def __init__(self) -> None:
+        self.began: i64 = 0
+        self.ended: i64 = 0
+        self.said_from: i64 = 0
+        self.said_to: i64 = 0
+
+
+@final
 class Tls:
     """One side of a TLS connection, from when the handshake is over: made by :class:`Handshake`.
 
@@ -110,9 +125,15 @@ class Tls:
 
     __slots__ = (
         "_begun_by",
+        "_decipher",
+        "_encipher",
+        "_fetch",
+        "_give",
         "_has_ended",
         "_incoming",
         "_is_even",
+        "_is_quiet",
+        "_marked",
         "_marks",
         "_outgoing",
         "_plain_sent",
@@ -139,6 +160,14 @@ class Tls:
         self._outgoing = outgoing
         self.ssl_object = ssl_object
         """What is known of the connection: its version, cipher, certificates, protocol. Not to be read or written."""
+        calls = _calls_of(ssl_object)
+        self._give: Callable[[bytes], int] = incoming.write
+        self._decipher: Callable[[int], bytes] = calls.read
+        self._encipher: Callable[[bytes | memoryview], int] = calls.write
+        self._fetch: Callable[[], bytes] = outgoing.read
+        """Looked up once, as each record takes two of them."""
+        self._is_quiet = False
+        """OpenSSL has said nothing on its own account since that was fetched last."""
         self._rest = b""
         """The beginning of a record that isn't whole yet."""
         self._is_even = False
@@ -160,8 +189,10 @@ class Tls:
         """Bytes that the other side has been sent, or is to be."""
         self._plain_sent = 0
         """Of those, what was said in them."""
-        self._marks: deque[tuple[int, int, int, int]] | None = deque(maxlen=_MARKS) if is_client else None
-        """Where what was said last begins and ends: in what was sent, and in what was said."""
+        self._marks: list[_Mark] | None = [] if is_client else None
+        """Where what was said last is; the first of the next ones takes the place of the first."""
+        self._marked: i64 = 0
+        """How often something was said."""
 
     # What comes
 
@@ -178,6 +209,7 @@ class Tls:
     def take(self, raw: bytes, sender: Sender | None) -> bytes:
         """Whole records of what has been received, for OpenSSL; what is left is kept in front of what comes next."""
         self.mixed = None
+        self._is_quiet = False
         had = len(self._rest) > 0
         if had:
             raw = self._rest + raw
@@ -205,7 +237,7 @@ class Tls:
         if self._is_even and _is_one(raw):
             self.mixed = None
             self._begun_by = sender
-            self._incoming.write(raw)
+            self._give(raw)
             return self._open_next(len(raw), raw, len(raw), sender)
         if self.is_over:
             return b""
@@ -215,7 +247,7 @@ class Tls:
         while True:
             if pos < end:
                 stop = end if end - pos <= _AT_ONCE else pos + _whole(records[pos : pos + _AT_ONCE])
-                self._incoming.write(records if pos == 0 and stop == end else records[pos:stop])
+                self._give(records if pos == 0 and stop == end else records[pos:stop])
                 pos = stop
             while self._incoming.pending:
                 data = self._open_next(_PLAIN, records, pos, sender)
@@ -230,6 +262,8 @@ class Tls:
     def _open_next(self, size: int, records: bytes, pos: int, sender: Sender | None) -> bytes:
         """Decrypt the next record that says something, of ``size`` bytes at most; no bytes: there is none.
 
+        For one that does, OpenSSL has nothing to say itself.
+
         Args:
             size: a record's, at least.
             records: what has come.
@@ -237,8 +271,9 @@ class Tls:
             sender: whose that is.
         """
         try:
-            data = self.ssl_object.read(size)
+            data = self._decipher(size)
         except ssl.SSLWantReadError:
+            self._is_quiet = False
             return b""  # the last record had nothing to say to whoever reads: a session ticket, or new keys
         except ssl.SSLZeroReturnError:
             data = b""
@@ -247,12 +282,12 @@ class Tls:
             begun_by = self.mixed if record.start == 0 else None
             told = (error.reason or "").startswith(_ALERTS)
             self.failure = Failure(_reason(error), told, len(record), sender, begun_by)
-            self._is_even = False
+            self._is_even = self._is_quiet = False
             return b""
         if not data:
             self.is_closed = True
             self.closed_by = sender
-            self._is_even = False
+            self._is_even = self._is_quiet = False
         return data
 
     def says_no_more_than(self, size: int, raw: bytes) -> bool:
@@ -291,7 +326,9 @@ class Tls:
         size = len(data)
         if not size:
             return b""
-        began = self._sent + self._outgoing.pending
+        began = self._sent
+        if not self._is_quiet:
+            began += self._outgoing.pending
         done, sealed = self._seal_one(data)
         if 0 < done < size:
             records, more = [sealed], done
@@ -301,26 +338,36 @@ class Tls:
                 done += more
             sealed = b"".join(records)
         if done:
-            said = self._plain_sent
             self._sent += len(sealed)
-            self._plain_sent = said + done
+            self._plain_sent += done
             if self._marks is not None:
-                self._marks.append((began, self._sent, said, said + done))
+                self._mark(self._marks, began, done)
         return sealed
+
+    def _mark(self, marks: list[_Mark], began: i64, size: i64) -> None:
+        """Take note of where something is that was said, of so many bytes, as it is sent behind all else."""
+        if self._marked < _MARKS:
+            marks.append(_Mark())
+        mark = marks[self._marked % _MARKS]
+        self._marked += 1
+        mark.began, mark.ended = began, self._sent
+        mark.said_from, mark.said_to = self._plain_sent - size, self._plain_sent
 
     def _seal_one(self, data: bytes | memoryview) -> tuple[int, bytes]:
         """Make a record of as much as fits into one: how much that is, 0 if none can be made; and the record."""
         try:
-            done = self.ssl_object.write(data)
+            done = self._encipher(data)
         except ssl.SSLError:
+            self._is_quiet = False
             return 0, b""  # it is of no use any more
-        return done, self._outgoing.read()
+        return done, self._fetch()
 
     def words(self) -> bytes:
         """What is to be sent on TLS's own account: an alert, say. Mostly nothing, and nothing after the farewell."""
-        if not self._outgoing.pending:
+        if self._is_quiet:
             return b""
-        words = self._outgoing.read()
+        words = self._fetch()
+        self._is_quiet = True
         if self._has_ended:
             return b""
         self._sent += len(words)
@@ -328,8 +375,11 @@ class Tls:
 
     def farewell(self) -> bytes:
         """What is to be sent last: that no more will come. It may be read from still."""
-        with suppress(ssl.SSLError):  # it doesn't wait for the other side's, or is of no use any more
+        self._is_quiet = False
+        try:  # noqa: SIM105 - which two calls more would take, each time
             self.ssl_object.unwrap()
+        except ssl.SSLError:
+            pass  # it doesn't wait for the other side's, or is of no use any more
         words = self.words()
         self._has_ended = True
         return words
@@ -356,15 +406,18 @@ class Tls:
         if not self._marks:
             return 0
         position = self._sent - size
-        for began, ended, said_from, said_to in reversed(self._marks):
-            if position >= ended:
-                return self._plain_sent - said_to
-            if position >= began:
-                said = said_to - said_from
+        last = self._marked - 1
+        for at in range(last, last - len(self._marks), -1):
+            mark = self._marks[at % _MARKS]
+            if position >= mark.ended:
+                return self._plain_sent - mark.said_to
+            if position >= mark.began:
+                said = mark.said_to - mark.said_from
                 records = -(-said // _PLAIN)  # all are as long as can be but the last
-                record = _PLAIN + (ended - began - said) // records
-                return self._plain_sent - said_from - (position - began) // record * _PLAIN
-        return self._plain_sent - self._marks[0][2]
+                record = _PLAIN + (mark.ended - mark.began - said) // records
+                return self._plain_sent - mark.said_from - (position - mark.began) // record * _PLAIN
+        oldest = self._marks[self._marked % len(self._marks)]
+        return self._plain_sent - oldest.said_from
 
 
 class Handshake:
@@ -384,8 +437,11 @@ class Handshake:
         self, context: ssl.SSLContext, *, server_side: bool, hostname: str | None = None, before: int = 0
     ) -> None:
         self._incoming = ssl.MemoryBIO()
+        self._waits = server_side
+        """OpenSSL has to hear more before it goes on."""
         outgoing = ssl.MemoryBIO()
         ssl_object = context.wrap_bio(self._incoming, outgoing, server_side=server_side, server_hostname=hostname)
+        self._shake: Callable[[], None] = _calls_of(ssl_object).do_handshake
         self.tls = Tls(self._incoming, outgoing, ssl_object, before, is_client=server_side)
         """What comes of it, to be used when it is done. What has come behind it has to be opened, before it is waited
         for more: :meth:`Tls.open` with no bytes."""
@@ -400,16 +456,25 @@ class Handshake:
             HandshakeFailed: there will be no TLS.
         """
         tls = self.tls
-        self._incoming.write(tls.take(raw, sender))
+        records = tls.take(raw, sender)
+        if self._waits and not records:
+            return b""
+        self._incoming.write(records)
         try:
-            tls.ssl_object.do_handshake()
+            self._shake()
         except ssl.SSLWantReadError:
-            pass
+            self._waits = True
         except ssl.SSLError as error:
             raise HandshakeFailed(error, tls.words()) from error
         else:
             self.is_done = True
         return tls.words()
+
+
+def _calls_of(ssl_object: ssl.SSLObject) -> ssl.SSLObject:
+    """What has the methods of an SSLObject that only call OpenSSL: what is inside it, or itself if nothing is."""
+    inside: ssl.SSLObject = getattr(ssl_object, "_sslobj", ssl_object)
+    return inside
 
 
 def _is_one(raw: bytes) -> bool:
