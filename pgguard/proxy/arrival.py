@@ -426,7 +426,7 @@ class Arrival:
         if dismissal.insists_on is not None:
             reception.roster.counters.turn_away(Turnaway.ENCRYPTION)
             self.session.ask_for_opening()
-            reception.start(reception.declined.consider, self.session, dismissal.insists_on)
+            reception.note_declined(self.session, dismissal.insists_on)
         if dismissal.verdict is None:
             self.leave()
         else:

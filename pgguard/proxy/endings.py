@@ -40,7 +40,8 @@ _CHECK_SECONDS: Final = 75
 """Seconds between two questions of the kernel's whether a client is there still: more than the 60 for which the kernel
 of the client keeps what is left of a socket that was closed (``tcp_fin_timeout``)."""
 _CHECKED_AFTER: Final = 5.0
-"""Seconds for which a server may be waited for on behalf of a client that has ended its stream before it is asked."""
+"""Seconds after a client has ended its stream, twice as many at most, after which the kernel is to find out whether it
+is there still, unless the server has ended its own as well."""
 
 Ts = TypeVarTuple("Ts")
 

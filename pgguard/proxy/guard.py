@@ -120,7 +120,9 @@ class Guard:
         self._watch.limit_idleness(settings.idle_in_transaction)
         self._all_gone = trio.Event()
         self._stopping = trio.Event()
-        self._registrar = None if witness is None else Registrar(witness, known=self._look_after)
+        self._registrar = (
+            None if witness is None else Registrar(witness, known=self._look_after, give_way=self._sweep.give_way)
+        )
         self._nursery: trio.Nursery
         self._roster = Roster(
             self._sessions,

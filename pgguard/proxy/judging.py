@@ -8,7 +8,6 @@ the bytes alone.
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final, TypeVarTuple
 
 import trio
@@ -27,7 +26,6 @@ from pgguard.wire.messages import HEADER_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from contextlib import AbstractContextManager
 
     from pgguard.identity import Sender
     from pgguard.proxy.judge import Judge
@@ -58,7 +56,6 @@ class Judging:
         answered: is told of every session that the server has begun to answer.
         closed: is told of every session whose sockets have been closed.
         stirred: is told of a session whose client sends something for the first time since it was attended to.
-        waited_for: is entered while bytes are held until a task is done.
     """
 
     def __init__(
@@ -71,14 +68,12 @@ class Judging:
         answered: Callable[[ProxiedSession], None],
         closed: Callable[[ProxiedSession], None],
         stirred: Callable[[ProxiedSession], None],
-        waited_for: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._relay = relay
         self._judge = judge
         self._unread = unread
         self._answered = answered
         self._stirred = stirred
-        self._waited_for = waited_for
         self.endings = Endings(relay, self, judge, cancel=cancel, answered=answered, closed=closed)
         """How sessions end."""
         self._accused: set[ProxiedSession] = set()
@@ -108,19 +103,20 @@ class Judging:
 
         async def run() -> None:
             try:
-                with nullcontext() if held is None else self._waited_for():
-                    await function(*args)
+                await function(*args)
             except Exception:
                 note(Loss.STEP, session)
                 self._carry_on(session, held)
             finally:
+                self._relay.end_errand()
                 if number is not None:
                     work.end(number)
             if session.done.is_set():
                 with spared(Loss.TIDINESS, session):
                     self._judge.closed(session)  # of what has been recorded since it ended
 
-        self._nursery.start_soon(run)
+        self._relay.begin_errand()
+        self._nursery.start_soon(run, name=function)
 
     def _carry_on(self, session: ProxiedSession, held: End | None) -> None:
         """Let a session's bytes go on when something that was to be done for it has failed.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.settings import Front
     from pgguard.proxy.sockets import Stream
     from pgguard.proxy.sweep import Sweep
+    from pgguard.wire.startup import PacketKind
 
 _LAST_CANCEL: Final = 1.0
 """Seconds in which queries are cancelled whose sessions are cut off as the guard ends."""
@@ -123,11 +124,18 @@ class Reception:
         """Have done in a task what takes time. A client waits for it."""
 
         async def run() -> None:
-            with self._sweep.waited_for():
+            try:
                 await function(*args)
+            finally:
+                self._sweep.end_errand()
 
         self._sweep.hurry()
-        self._nursery.start_soon(run)
+        self._sweep.begin_errand()
+        self._nursery.start_soon(run, name=function)
+
+    def note_declined(self, session: ProxiedSession, insists_on: PacketKind) -> None:
+        """Consider a client that has been told that there is no encryption, and whether that is to be recorded."""
+        self._nursery.start_soon(self.declined.consider, session, insists_on)
 
     def receive(
         self,

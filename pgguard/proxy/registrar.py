@@ -45,11 +45,15 @@ class Registrar:
     Args:
         witness: attribution.
         known: is told of each session that isn't over then.
+        give_way: has :meth:`run` go on soon.
     """
 
-    def __init__(self, witness: Witness, *, known: Callable[[ProxiedSession], None]) -> None:
+    def __init__(
+        self, witness: Witness, *, known: Callable[[ProxiedSession], None], give_way: Callable[[], None]
+    ) -> None:
         self._witness = witness
         self._known = known
+        self._give_way = give_way
         self._waiting: dict[int, ProxiedSession] = {}
         """Those that are to be looked at, by their numbers; the first first."""
         self._wanted: dict[int, ProxiedSession] = {}
@@ -66,6 +70,7 @@ class Registrar:
         session.want_opening = self._on_want
         if self._is_idle:
             self._changed.set()
+            self._give_way()
 
     def strike_off(self, session: ProxiedSession) -> None:
         """A session is over: nobody asks any more, unless somebody has done so already."""
@@ -89,6 +94,7 @@ class Registrar:
         if self._waiting.get(session.id) is session:
             self._wanted[session.id] = session
             self._changed.set()
+            self._give_way()
 
     async def _until_it_is_time(self) -> None:
         while not self._wanted and not (self._waiting and self._allowance.has_any()):

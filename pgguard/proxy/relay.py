@@ -62,6 +62,8 @@ _EVENTS: Final = 32
 message that is in order."""
 _CROWD: Final = 256
 """The same, while somebody is judged or stands in line: among many who are to do so one is looked for who isn't."""
+_HEARD: Final = 0.004
+"""Seconds after which it is heard again of senders, so that there is room for what the kernel says of others."""
 _HURRY: Final = 0.02
 """Seconds for a client that arrives, or is judged, to get through trio's tasks."""
 _REQUESTS_AT_ONCE: Final = 1024
@@ -219,6 +221,10 @@ class Relay:
         """Those that wait for their turn, with something held."""
         self._line: deque[End] = deque()
         """Those that are read when it is their turn."""
+        self._turn_ends = 0.0
+        """When it is trio's other tasks' turn."""
+        self._errands = 0
+        """Tasks of trio's that somebody waits for."""
         self._hurried_until = 0.0
         """When it may keep trio's other tasks waiting again."""
         self._runs = False
@@ -239,20 +245,24 @@ class Relay:
     def run(self, until: float, patience: float) -> bool:
         """Move what there is to be moved, until a time of time.monotonic(), and as long as something comes.
 
-        Returns True when it is ``until``, or somebody is in a hurry; False when nothing has come for ``patience``
-        seconds, and there is nothing to do any more.
+        Returns True when it is ``until``, or others are to have their turn; False when nothing has come for
+        ``patience`` seconds, and there is nothing to do any more.
         """
         self._runs = True
+        self._turn_ends = until
         self.took = 0.0
         try:
             self._hear_of_senders()
-            began = monotonic()
+            began = heard = monotonic()
             self._epoch = time() - began
             if not self._go_round(began, patience):
                 return False
             began = monotonic()
             self.took = began - self._round_began
-            while began <= until and began >= self._hurried_until:
+            while began <= self._turn_ends and began >= self._hurried_until:
+                if began > heard + _HEARD:
+                    self._hear_of_senders()
+                    heard = began
                 served = self._go_round(began, patience)
                 if not served:
                     return False
@@ -391,6 +401,24 @@ class Relay:
     def hurry(self) -> None:
         """Don't keep trio's other tasks waiting for a moment: a client waits for one of them."""
         self._hurried_until = monotonic() + _HURRY
+
+    def give_way(self) -> None:
+        """Let trio's other tasks have their turn as soon as what has come is served."""
+        self._turn_ends = 0.0
+
+    def begin_errand(self) -> None:
+        """A task of trio's has been begun that somebody waits for, until :meth:`end_errand`."""
+        self._errands += 1
+        self.give_way()
+
+    def end_errand(self) -> None:
+        """It is done."""
+        self._errands -= 1
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether somebody waits for one of trio's other tasks."""
+        return self._errands > 0
 
     def queued(self) -> set[End]:
         """Those that wait for their turn."""

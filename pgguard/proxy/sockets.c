@@ -95,14 +95,14 @@ understood(PyObject *target, Address *address)
         if (path == NULL)
             return 0;
         size_t size = (size_t)PyBytes_GET_SIZE(path);
-        int fits = size < sizeof address->unix_.sun_path;
+        int is_abstract = size > 0 && PyBytes_AS_STRING(path)[0] == '\0'; /* it has no NUL at its end: unix(7) */
+        int fits = size + !is_abstract <= sizeof address->unix_.sun_path;
         if (fits) {
             address->unix_.sun_family = AF_UNIX;
             memcpy(address->unix_.sun_path, PyBytes_AS_STRING(path), size);
         } else {
             PyErr_SetString(PyExc_OSError, "AF_UNIX path too long");
         }
-        int is_abstract = size > 0 && PyBytes_AS_STRING(path)[0] == '\0';
         Py_DECREF(path);
         return fits ? (socklen_t)(offsetof(struct sockaddr_un, sun_path) + size + !is_abstract) : 0;
     }
@@ -114,6 +114,10 @@ understood(PyObject *target, Address *address)
     }
     if (!PyArg_ParseTuple(target, "si|ii", &host, &port, &flow, &scope))
         return 0;
+    if (port < 0 || port > UINT16_MAX) {
+        PyErr_SetString(PyExc_OverflowError, "a port is a number from 0 to 65535");
+        return 0;
+    }
     if (inet_pton(AF_INET, host, &address->ipv4.sin_addr) == 1) {
         address->ipv4.sin_family = AF_INET;
         address->ipv4.sin_port = htons((uint16_t)port);

@@ -3,14 +3,14 @@
 A wake-up, an epoll_ctl and a task switch for each read are what make a proxy slow. So the sockets stay registered, and
 as long as there is something to do on any of them, or comes within a moment, the relay (:mod:`pgguard.proxy.relay`)
 goes on with it, synchronously. When there isn't, the task goes back to trio to sleep until one is ready. It yields to
-trio's other tasks after :data:`_LATEST` seconds, whatever the load, and sooner while somebody waits for one of them
-(:meth:`Sweep.waited_for`).
+trio's other tasks after :data:`_LATEST` seconds, whatever the load, and sooner while one of them can run, or somebody
+waits for one (:meth:`Sweep.begin_errand`).
 
 What it waits for is waited for in one place: a wait in its own epoll costs 5 µs, and one in trio's ten times as much.
 How long it waits at most decides as well: below the kernel's tick, of 4 ms mostly, a timer has to be set anew for each
 wait, at 2.7 µs (epoll_wait(2) with 1 ms) or 1.3 (2 ms). So each wait is given :data:`_TICK` seconds, in which things
 may happen that only trio hears of: a thread has finished, a signal has come, or a deadline has passed. Who can't wait
-for twice as long says so (:meth:`Sweep.hurry`).
+for as long as all that says so (:meth:`Sweep.hurry`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import math
 import os
 import select
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -30,7 +29,7 @@ from pgguard.proxy.sockets import Epoll
 from pgguard.proxy.unread import ReadingAlarm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from pgguard.proxy.ends import End
     from pgguard.proxy.figures import Durations
@@ -40,8 +39,10 @@ if TYPE_CHECKING:
     from pgguard.proxy.unread import UnreadWatch
     from pgguard.session.verdicts import Verdict
 
+_TURN: Final = 0.001
+"""Seconds after which trio's other tasks get a turn if one of them is due, and can run or is waited for."""
 _TICK: Final = 0.004
-"""Seconds after which trio's other tasks get a turn if nothing has come for as long, or somebody waits for one."""
+"""Seconds after which they get one if one of them is waited for, or nothing has come for as long."""
 _LATEST: Final = 0.02
 """Seconds after which they get one in any case. With nothing to do it takes 4 µs, and 20 to 60 where other programs
 have used the caches meanwhile: with one in each tick, more than one in a hundred transactions had to wait for it."""
@@ -86,15 +87,12 @@ class Sweep:
             answered=answered,
             closed=closed,
             stirred=stirred,
-            waited_for=self.waited_for,
         )
         self._endings = self._judging.endings
         self._relay.hand_on_to(self._judging, self._endings)
         self._added = added
         self._left = math.inf
         """When trio's other tasks got their turn, if there was more to do; times are those of time.monotonic()."""
-        self._waited_for = 0
-        """How many tasks somebody waits for."""
         self._alarms: set[ReadingAlarm] = set()
         """What tells that a client has read."""
 
@@ -124,11 +122,19 @@ class Sweep:
     def _take_turn(self) -> bool:
         """Have bytes moved until it is trio's other tasks' turn; False if there is nothing to do any more."""
         now = time.monotonic()
-        is_busy = self._relay.run(now + (_TICK if self._waited_for else _LATEST), patience=_TICK)
+        is_busy = self._relay.run(now + self._patience(), patience=_TICK)
         if self._relay.took:
             self._added.note(self._relay.took + max(0.0, now - self._left))
         self._left = time.monotonic()
         return is_busy
+
+    def _patience(self) -> float:
+        """For how many seconds trio's other tasks may be kept waiting."""
+        others = trio.lowlevel.current_statistics()
+        if not others.tasks_runnable and not self._relay.is_waited_for:
+            return _LATEST
+        due = 0.0 if others.tasks_runnable else others.seconds_to_next_deadline
+        return min(_TICK, max(_TURN, due))
 
     @property
     def passed_on(self) -> tuple[int, int]:
@@ -191,14 +197,17 @@ class Sweep:
         """Don't keep trio's other tasks waiting for a moment: a client waits for one of them."""
         self._relay.hurry()
 
-    @contextmanager
-    def waited_for(self) -> Iterator[None]:
-        """While this lasts a client waits for one of trio's other tasks: they get a turn in each tick."""
-        self._waited_for += 1
-        try:
-            yield
-        finally:
-            self._waited_for -= 1
+    def give_way(self) -> None:
+        """Let trio's other tasks have their turn as soon as what has come is served."""
+        self._relay.give_way()
+
+    def begin_errand(self) -> None:
+        """A task of trio's has been begun that somebody waits for: they get a turn in each tick, until it has ended."""
+        self._relay.begin_errand()
+
+    def end_errand(self) -> None:
+        """It has ended."""
+        self._relay.end_errand()
 
     async def come_round(self) -> None:
         """Wait until everything has been read that had come when this was called, and judged as far as is no work.

@@ -376,7 +376,7 @@ class Tls:
     def farewell(self) -> bytes:
         """What is to be sent last: that no more will come. It may be read from still."""
         self._is_quiet = False
-        try:  # noqa: SIM105 - which two calls more would take, each time
+        try:  # noqa: SIM105 - it would take two more calls
             self.ssl_object.unwrap()
         except ssl.SSLError:
             pass  # it doesn't wait for the other side's, or is of no use any more

@@ -83,7 +83,7 @@ if isinstance(find_end, FunctionType):
 
 
 def part(chunk: bytes, start: int, stop: int) -> bytes:
-    """``chunk[start:stop]``: of positions that are i64, Python makes a slice object first, compiled or not."""
+    """``chunk[start:stop]``: of positions that are i64, mypyc makes a slice object first."""
     return chunk[start:stop] if start < stop else b""  # compiled, one that ends in front of its beginning raises
 
 

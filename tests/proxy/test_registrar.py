@@ -53,7 +53,7 @@ def book() -> Book:
 
 @pytest.fixture
 async def registrar(book: Book, nursery: trio.Nursery) -> AsyncIterator[Registrar]:
-    registrar = Registrar(book, known=lambda _: None)
+    registrar = Registrar(book, known=lambda _: None, give_way=lambda: None)
     nursery.start_soon(registrar.run)
     yield registrar
     nursery.cancel_scope.cancel()

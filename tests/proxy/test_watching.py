@@ -113,38 +113,67 @@ async def test_the_watches_are_told_when_a_session_is_used_that_has_been_at_rest
     assert told == [session, session]
 
 
-async def test_trios_other_tasks_have_their_turn_after_a_moment_and_sooner_while_a_client_waits_for_one(
+async def test_trios_other_tasks_have_their_turn_after_a_moment_and_sooner_while_one_of_them_is_waited_for(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = house.guard._sweep
     [reception] = house.guard._receptions.values()
     turns: list[float] = []
 
-    def run(until: float, *, patience: float) -> bool:
-        assert patience == 100
-        turns.append(until - time.monotonic())
-        return False
-
     def take_turn() -> float:
+        def run(until: float, *, patience: float) -> bool:
+            assert patience == 100
+            turns.append(until - time.monotonic())
+            return False
+
+        relay = SimpleNamespace(run=run, took=0.0, is_waited_for=sweep._relay.is_waited_for)
         with monkeypatch.context() as patch:
-            patch.setattr(sweep, "_relay", SimpleNamespace(run=run, took=0.0))
+            patch.setattr(sweep, "_relay", relay)
+            patch.setattr("pgguard.proxy.sweep._TURN", 10.0)
             patch.setattr("pgguard.proxy.sweep._TICK", 100.0)
             patch.setattr("pgguard.proxy.sweep._LATEST", 400.0)
-            assert not sweep._take_turn()
+            with trio.CancelScope(deadline=trio.current_time() + 50):  # noqa: ASYNC100 - there is a deadline
+                assert not sweep._take_turn()
         return turns.pop()
 
     async def errand(_held: End) -> None:
         begun.set()
         await done.wait()
 
-    assert 100 < take_turn() <= 400
     await house.session()
     [session] = house.guard._sessions.values()
+    await wait_all_tasks_blocked()
+    assert 100 < take_turn() <= 400
     for start in (reception.start, partial(sweep._judging.start, session)):
         begun, done = trio.Event(), trio.Event()
         start(errand, session.client)
+        assert 0 < take_turn() <= 10  # it can run
         await begun.wait()
-        assert 0 < take_turn() <= 100
+        await wait_all_tasks_blocked()
+        assert 0 < take_turn() <= 50  # something is due by then
         done.set()
         await wait_all_tasks_blocked()
         assert 100 < take_turn() <= 400
+
+
+async def test_who_is_waited_for_has_the_turn_that_goes_on_end(
+    house: House, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    """However much there is to do, and however long the turn was to last."""
+    near, far = pair
+    relay = house.guard._sweep._relay
+    far.send(b"there is something to be read, each time")
+    for ends in (relay.give_way, relay.begin_errand):
+        rounds = 0
+
+        def be_told(_mask: int) -> None:
+            nonlocal rounds
+            rounds += 1
+            if rounds == 3:
+                ends()  # noqa: B023 - it is called here alone
+
+        relay.watch(near.fileno(), select.EPOLLIN, be_told)
+        assert relay.run(time.monotonic() + 60, patience=60)
+        assert rounds == 3
+        house.guard._sweep.unwatch(near.fileno())
+    relay.end_errand()
