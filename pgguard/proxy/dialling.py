@@ -186,11 +186,8 @@ class Dial:
         if sock is not None:
             self._target = sock.getpeername()
             self.sock = sock
-        elif isinstance(address, UnixAddress):
-            self._target = address.path
-            self.sock = unconnected(socket.AF_UNIX)
         else:
-            self._target = (address.host, address.port)
+            self._target = address.path if isinstance(address, UnixAddress) else (address.host, address.port)
             self.sock = unconnected(_family(self._target))
         """The connection's, which the caller closes when it is made. With :meth:`renew` there is another one."""
         self.tls: Tls | None = None

@@ -80,13 +80,7 @@ class Sweep:
         """A descriptor in the epoll that says by its edges that something waits for its turn."""
         self._relay = Relay(self._epoll, wake=self._wake_up, seconds=_SLICE)
         self._judging = Judging(
-            self._relay,
-            judge,
-            unread,
-            cancel=cancel,
-            answered=answered,
-            closed=closed,
-            stirred=stirred,
+            self._relay, judge, unread, cancel=cancel, answered=answered, closed=closed, stirred=stirred
         )
         self._endings = self._judging.endings
         self._relay.hand_on_to(self._judging, self._endings)
