@@ -940,17 +940,17 @@ async def test_a_pid_that_another_process_has_by_now_names_that_one_or_nobody(
         assert "the-first-job" in repr(house.house.faults)
         monkeypatch.undo()
 
-        def named() -> set[tuple[str, ...]]:
+        def named() -> set[tuple[str, ...] | None]:
             culprits = [culprit for one in house.house.faults[told_before:] for culprit in one.culprits]
-            return {one.process.cmdline for one in culprits if one.process is not None and one.pid == pid}
+            return {None if one.process is None else one.process.cmdline for one in culprits if one.pid == pid}
 
         with monkeypatch.context() as a_while_later, trio.fail_after(SECONDS):
             a_while_later.setattr("pgguard.proxy.session._FRESH", 0.0)
-            while me.cmdline not in named():  # a busy guard may name nobody
+            while not named():
                 await take_turns(job)
                 await take_turns(PARENT)
                 await trio.sleep(0.01)
-        assert named() == {me.cmdline}, "the one that has the pid now, or nobody"
+        assert named() <= {me.cmdline, None}, "the one that has the pid now, or nobody where there was no time to look"
         await client.close()
         await server.close()
         await house.house.empty()
