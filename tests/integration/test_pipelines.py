@@ -113,6 +113,7 @@ def test_psycopg_and_asyncpg_send_100000_messages(guard: GuardProcess) -> None:
     guard.assert_no_faults()
 
 
+@pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
 def test_clients_that_pipeline_and_read_nothing_take_no_memory(guard: GuardProcess) -> None:
     """Ten of them, until nothing more can be sent; and others are served meanwhile."""
     before = resident(guard.pid)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tests.guard_process import GuardProcess
     from tests.servers import Address, Server, Transport
 
+pytestmark = pytest.mark.parametrize("server", ["embedded"], indirect=True, scope="session")
+
 MANY = 60
 """Connections; the server under test has 100 slots."""
 LONGEST = 20.0

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pgguard.identity import Sender
 from pgguard.session.verdicts import Direction, Kind
 from pgguard.wire.messages import LOOK_LIMIT
+from tests.servers import REQUIRE_ALL
 from tests.session.model import Recording, cuts, recordings, split_messages
 from tests.session.outcomes import named, outcome, told
 from tests.session.protocol import BACKEND, FRONTEND, LOGIN, MODEL, Conversation, error, kinds
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-thoroughly = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# In CI they are the same each time, and two forms are tested.
+thoroughly = settings(
+    max_examples=100 if REQUIRE_ALL else 250, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 def play(events: Iterable[tuple[Direction, bytes]]) -> Conversation:

@@ -42,15 +42,22 @@ def named_cursor(connection: Connection) -> None:
 def cancel(connection: Connection) -> None:
     """Cancel from another thread, which is what psycopg2's documentation suggests."""
 
-    def cancel_soon() -> None:
-        time.sleep(0.3)
+    def cancel_it() -> None:
+        asleep = "SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = %s"
+        with closing(psycopg2.connect("")) as other, other.cursor() as cursor:
+            other.autocommit = True
+            cursor.execute(asleep, (connection.info.backend_pid,))
+            while cursor.fetchone() != (True,):
+                # One that comes before the server has begun with it cancels nothing.
+                time.sleep(0.02)
+                cursor.execute(asleep, (connection.info.backend_pid,))
         connection.cancel()
 
-    thread = threading.Thread(target=cancel_soon)
+    thread = threading.Thread(target=cancel_it)
     thread.start()
     try:
         with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_sleep(30)")
+            cursor.execute("SELECT pg_sleep(300)")
     except psycopg2.errors.QueryCanceled as error:
         print("cancelled", error.pgcode)
     thread.join()

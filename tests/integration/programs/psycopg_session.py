@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import psycopg
 from psycopg import errors
 
@@ -51,8 +53,12 @@ def copy(connection: psycopg.Connection) -> None:
 
 
 def cancel(connection: psycopg.Connection) -> None:
-    connection.execute("SET LOCAL statement_timeout = '30s'")
-    connection.pgconn.send_query(b"SELECT pg_sleep(30)")
+    connection.pgconn.send_query(b"SELECT pg_sleep(300)")
+    asleep = "SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = %s"
+    with psycopg.connect("", autocommit=True) as other:
+        # One that comes before the server has begun with it cancels nothing.
+        while other.execute(asleep, (connection.info.backend_pid,)).fetchone() != (True,):
+            time.sleep(0.02)
     connection.cancel_safe()
     while result := connection.pgconn.get_result():
         print("cancelled", result.error_field(psycopg.pq.DiagnosticField.SQLSTATE))
