@@ -127,13 +127,17 @@ async def at_rest(spent: Callable[[], float]) -> None:
 async def running(
     backend: FakeBackend | None = None, *, witness: Witness | None = None, sinks: Fanout | None = None, **settings: Any
 ) -> AsyncIterator[House]:
-    """Run a guard in front of ``backend``, or of what the settings name; leaving the context cancels it."""
+    """Run a guard in front of ``backend``, or of what the settings name; leaving the context cancels it.
+
+    It has time for evidence, so that what it says of a fault is the same on a busy machine.
+    """
     sink = ListSink()
     with tempfile.TemporaryDirectory(prefix="pgguard-test-") as directory:
         if backend is None:
             backend = FakeBackend()
             backend.close()
-        settings = backend.settings | {"listen": ["127.0.0.1:0", f"unix:{directory}:1"]} | settings
+        defaults: dict[str, Any] = {"listen": ["127.0.0.1:0", f"unix:{directory}:1"], "evidence_budget": 5.0}
+        settings = backend.settings | defaults | settings
         docket = Docket()
         guard = Guard(
             Settings(**settings), sinks=sinks or Fanout([sink], complain=print), docket=docket, witness=witness

@@ -57,7 +57,7 @@ def _there_is_a_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def house(backend: FakeBackend, witness: SlowWitness) -> AsyncIterator[House]:
-    async with running(backend, witness=witness, evidence_budget=5.0) as house:
+    async with running(backend, witness=witness) as house:
         yield house
         witness.may_look.set()
 
@@ -168,7 +168,7 @@ async def test_if_the_first_turns_out_to_be_something_else_the_others_are_told_f
 
 async def test_who_is_to_be_rejected_waits_for_a_ruling_of_its_own(backend: FakeBackend, witness: SlowWitness) -> None:
     kinds = {"request-while-busy": "reject"}
-    async with running(backend, witness=witness, kinds=kinds, evidence_budget=5.0) as house:
+    async with running(backend, witness=witness, kinds=kinds) as house:
         sessions = await misuse(house, witness)
         for _, server in sessions:
             await server.nothing()
@@ -230,7 +230,7 @@ async def test_the_first_one_goes_on_before_the_others_are_counted(
 
 
 async def test_they_are_counted_though_the_guard_ends(backend: FakeBackend, witness: SlowWitness) -> None:
-    async with running(backend, witness=witness, evidence_budget=5.0) as house:
+    async with running(backend, witness=witness) as house:
         _, *others = await misuse(house, witness)
         for _, server in others:
             await server.expect(query("select 2"))

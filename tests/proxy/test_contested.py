@@ -95,7 +95,7 @@ def roles(fault: Fault) -> set[tuple[str, int | None, int | None, str]]:
 @pytest.mark.usefixtures("patient")
 async def test_taking_turns_is_convicted_with_process_and_thread(backend: FakeBackend, application: Puppet) -> None:
     """Nothing overlaps on the wire, and over TCP the kernel names nobody."""
-    async with running(backend, witness=Witness(), evidence_budget=5.0) as house:
+    async with running(backend, witness=Witness()) as house:
         family = Family(house, application)
         await family.log_in()
         await family.ask()
@@ -116,7 +116,7 @@ async def test_taking_turns_is_convicted_with_process_and_thread(backend: FakeBa
 async def test_a_one_way_hand_over_is_an_inheritance_and_nothing_worse(
     backend: FakeBackend, application: Puppet
 ) -> None:
-    async with running(backend, witness=Witness(), evidence_budget=5.0) as house:
+    async with running(backend, witness=Witness()) as house:
         family = Family(house, application)
         await family.log_in()
         await family.ask()

@@ -230,7 +230,7 @@ async def test_a_witness_that_hangs(backend: FakeBackend, method: str, monkeypat
     monkeypatch.setattr(Witness, method, hang)
     monkeypatch.setattr("pgguard.proxy.watch._EARLY_INTERVAL", 0.01)
     try:
-        async with running(backend, witness=Witness()) as house:
+        async with running(backend, witness=Witness(), evidence_budget=0.25) as house:
             client, server = await house.session(unix=True)
             started = time.monotonic()
             await server.send(COLUMNS)
@@ -252,7 +252,7 @@ async def test_evidence_that_can_not_be_had_changes_nothing_about_a_rejection(
     go_on = threading.Event()
     monkeypatch.setattr(Witness, method, fail if how == "fails" else lambda *_, **__: go_on.wait(HANGS))
     try:
-        async with running(backend, witness=Witness(), mode="reject") as house:
+        async with running(backend, witness=Witness(), evidence_budget=0.25, mode="reject") as house:
             client, server = await house.session(unix=True)
             await client.send(query("select pg_sleep(60)"))
             await server.expect(query("select pg_sleep(60)"))

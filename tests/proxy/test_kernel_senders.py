@@ -921,7 +921,7 @@ async def test_a_pid_that_another_process_has_by_now_names_that_one_or_nobody(
     job, me = Sender(pid, pid), read_process(pid)
     assert me is not None
     first = replace(me, started=me.started - 1, name="first", cmdline=("the-first-job",))
-    async with told(backend, witness=Witness()) as house:
+    async with told(backend, witness=Witness(), evidence_budget=1.0) as house:
         client, server = await house.session()
 
         async def take_turns(who: Sender) -> None:

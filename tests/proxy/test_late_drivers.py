@@ -117,7 +117,7 @@ async def test_one_that_may_goes_on_with_what_it_has_sent(backend: FakeBackend, 
 
 async def test_one_that_never_becomes_known_is_let_go_on(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pgguard.proxy.judge._DRIVER_BUDGET", 0.05)
-    async with guarded(backend, LateWitness(Driver.LIBPQ)) as house:
+    async with guarded(backend, LateWitness(Driver.LIBPQ), evidence_budget=0.25) as house:
         client, server, _ = await ask_twice(house)
         await answer_both(client, server)
         assert [(fault.kind, fault.severity, fault.action) for fault in house.faults] == [

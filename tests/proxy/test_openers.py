@@ -70,7 +70,7 @@ async def test_a_goodbye_is_foreign_though_nobody_has_found_the_opener(
 ) -> None:
     """The opener's own is nobody's fault."""
     with Puppet() as application:
-        async with running(backend, witness=Witness()) as house:
+        async with running(backend, witness=Witness(), evidence_budget=0.25) as house:
             with SenderProbe(house.guard.tcp_listeners(), blocking=True) as probe:
                 house.guard.use_probe(probe)
                 server = await log_in(house, application, house_address)

@@ -116,7 +116,7 @@ class SlowWitness(Witness):
 
 async def test_a_fault_that_is_being_looked_into_is_waited_for_and_the_next_one_is_not(backend: FakeBackend) -> None:
     witness = SlowWitness()
-    async with running(backend, witness=witness, evidence_budget=5.0) as house:
+    async with running(backend, witness=witness) as house:
         client, server = await house.session(unix=True)
         await client.send(query("select 1") + query("select 2"))
         await server.expect(query("select 1"))

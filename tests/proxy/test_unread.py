@@ -156,7 +156,7 @@ def probing() -> SenderProbe:
 async def test_an_answer_that_nobody_reads_is_told_with_what_its_client_does_instead(
     backend: FakeBackend, puppet: Puppet, transport: str
 ) -> None:
-    async with playing(backend, puppet, transport, evidence_budget=5.0) as scene:  # a busy machine takes its time
+    async with playing(backend, puppet, transport) as scene:
         await scene.ask()
         await scene.house.recorded("unread-answer")
         [fault] = scene.house.faults
