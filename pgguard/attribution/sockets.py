@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 import time
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, Self
@@ -44,8 +45,10 @@ _ATTRIBUTE = struct.Struct("=HHI")
 """``struct nlattr``: length, type; then the first 32 bits of the one attribute that is asked for: an inode; or of
 ``struct unix_diag_rqlen``, what has been received and not read, in bytes."""
 
+_TCP, _TCP_INFO = socket.IPPROTO_TCP, socket.TCP_INFO
 _LAST_DATA_SENT_OFFSET = 44
-"""Of ``tcpi_last_data_sent`` in ``struct tcp_info``, ``linux/tcp.h``."""
+"""Of ``tcpi_last_data_sent`` in ``struct tcp_info``, ``linux/tcp.h``: milliseconds since data was last sent, or since
+the connection was made if none was."""
 
 _DEADLINE = 1.0
 """Seconds. The kernel answers before ``send`` returns; this is for a kernel that doesn't."""
@@ -129,6 +132,7 @@ def client_socket(
     accepted: Connected,
     peer: tuple[Any, ...] | None = None,
     connected: tuple[int | None, int | None] = (None, None),
+    own: tuple[Any, ...] | None = None,
 ) -> ClientSocket:
     """Describe the far end of a socket that has just been accepted and not been written to. Doesn't block.
 
@@ -136,40 +140,34 @@ def client_socket(
         accepted: the socket.
         peer: its client's address, where accept(2) has told it.
         connected: the process and the thread that have connected it, if it is a TCP one and the kernel has named them.
+        own: the guard's address of it, if it is a TCP one and that is known.
 
     Raises:
         OSError: the connection is already gone (ENOTCONN); where ``peer`` is given, that doesn't show.
     """
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    guard = accepted.getsockname()  # tells the family, too, which the socket looks up as a member of an enumeration
+    # It tells the family, too, which the socket looks up as a member of an enumeration.
+    guard = accepted.getsockname() if own is None else own
     if not isinstance(guard, tuple):
         return UnixClient(os.fstat(accepted.fileno()).st_ino, peer_pid(accepted) or None, now)
     client = accepted.getpeername() if peer is None else peer
-    family = socket.AF_INET if len(guard) == 2 else socket.AF_INET6
+    # A connection may have waited to be accepted for longer than its client took to fork.
+    info = accepted.getsockopt(_TCP, _TCP_INFO, _LAST_DATA_SENT_OFFSET + 4)
+    since_opened = int.from_bytes(info[_LAST_DATA_SENT_OFFSET:], sys.byteorder) / 1000
     return TcpClient(
-        address=_packed(family, client[0]),
-        port=client[1],
-        guard_address=_packed(family, guard[0]),
-        guard_port=guard[1],
-        interface=client[3] if family == socket.AF_INET6 else 0,
-        opened=now - _last_sent(accepted),
-        connected_by=connected[0],
-        connected_on=connected[1],
+        _packed(client[0]),
+        client[1],
+        _packed(guard[0]),
+        guard[1],
+        0 if len(client) == 2 else client[3],  # of IPv4 there is none
+        now - since_opened,
+        *connected,
     )
 
 
-def _last_sent(accepted: Connected) -> float:
-    """Seconds since the last data was sent, or since the connection was made if none was.
-
-    A connection may have waited to be accepted for longer than its client took to fork.
-    """
-    info = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA_SENT_OFFSET + 4)
-    milliseconds: int = struct.unpack_from("=I", info, _LAST_DATA_SENT_OFFSET)[0]
-    return milliseconds / 1000
-
-
 @lru_cache(maxsize=256)  # many connections are from, and to, the same: 37 bytes each
-def _packed(family: int, host: str) -> bytes:
+def _packed(host: str) -> bytes:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.inet_pton(family, host.partition("%")[0])
 
 

@@ -48,7 +48,12 @@ class TcpAddress:
         return self.host if self.named is None else self.named
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return written(self.host, self.port)
+
+
+def written(host: str, port: int) -> str:
+    """A host and a port, as one writes them."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @dataclass(frozen=True, slots=True)

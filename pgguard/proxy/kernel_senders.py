@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from pgguard.attribution.ebpf.account import Account, Accounts, Segment, Tally
 from pgguard.attribution.ebpf.bpf import BpfError
-from pgguard.attribution.ebpf.probe import connection_key
+from pgguard.attribution.ebpf.probe import key_between
 from pgguard.proxy.figures import Unnamed
 
 if TYPE_CHECKING:
@@ -48,25 +48,41 @@ class KernelSenders:
         self._probe = probe
         self._accounts = Accounts(probe)
         self._tally = Tally()
+        self._added: set[tuple[str, int]] = set()
+        """The guard's addresses on which connections are watched."""
 
     def feed(self) -> None:
         """Take what the kernel has reported into account. Costs a tenth of a microsecond when that is nothing."""
         self._accounts.feed()
 
-    def open(self, accepted: Stream) -> TcpAccount:
+    def open(self, accepted: Stream, client: tuple[Any, ...], own: tuple[Any, ...]) -> TcpAccount:
         """Begin the account of a connection that has just been accepted and not been read from.
+
+        Args:
+            accepted: its socket.
+            client: the client's address, as accept(2) has told it.
+            own: the guard's, as getsockname(2) tells it.
 
         Raises:
             OSError: the connection is gone.
         """
         # Urgent data would be taken out of the stream, and positions in it be off.
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-        key = connection_key(accepted)
-        # On an address that this host has got since it began to listen on all of them, the next connection is watched.
-        with contextlib.suppress(BpfError):
-            self._probe.add(*accepted.getsockname()[:2])
+        key = key_between(client, own)
+        host, port = own[0], own[1]
+        if (host, port) not in self._added:
+            self._add(host, port)
         self.feed()
         return TcpAccount(key, self._accounts.open(key))
+
+    def _add(self, host: str, port: int) -> None:
+        """Have connections to one of the guard's addresses watched from now on.
+
+        This host may have got it since the guard began to listen on all of them.
+        """
+        with contextlib.suppress(BpfError):
+            self._probe.add(host, port)
+            self._added.add((host, port))
 
     def close(self, kernel_account: TcpAccount) -> None:
         """End an account."""

@@ -126,12 +126,9 @@ class Listener:
         self.socket = sock
         self.address = address
         """Where it really listens: with the port that the system chose if none was given."""
-        self._place = place
-
-    @property
-    def transport(self) -> Literal["tcp", "unix"]:
+        self.transport: Literal["tcp", "unix"] = "unix" if isinstance(address, UnixAddress) else "tcp"
         """As records name it."""
-        return "unix" if isinstance(self.address, UnixAddress) else "tcp"
+        self._place = place
 
     @property
     def remark(self) -> str | None:

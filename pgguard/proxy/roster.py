@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from pgguard.attribution.sockets import client_socket
 from pgguard.faults.build import discreet_facts
-from pgguard.proxy.addresses import TcpAddress
+from pgguard.proxy.addresses import written
 from pgguard.proxy.losses import Loss, note
 from pgguard.proxy.session import ProxiedSession
 
@@ -81,15 +81,14 @@ class Roster:
             self._watch.arrival()
         except Exception:
             note(Loss.STEP)
-        client_name = None
-        if isinstance(listener.address, TcpAddress):
-            client_name = str(TcpAddress(*peer[:2]))
-        kernel_account = self._open_account(sock) if client_name is not None and is_admitted else None
-        described = _describe(sock, peer, kernel_account) if self._registrar is not None and is_admitted else None
+        is_tcp = listener.transport == "tcp"
+        kernel_account = described = None
+        if is_admitted:
+            kernel_account, described = self._look_at(sock, peer, is_tcp=is_tcp)
         session = ProxiedSession(
             self.last_number,
             transport=listener.transport,
-            client_name=client_name,
+            client_name=written(peer[0], peer[1]) if is_tcp else None,
             client_socket=described,
             opened_at=time.time(),
             through=through,
@@ -101,14 +100,25 @@ class Roster:
             self.arriving.add(session.id)
         return session
 
-    def _open_account(self, sock: Stream) -> TcpAccount | None:
-        if self.senders is None:
-            return None
+    def _look_at(self, sock: Stream, peer: Peer, *, is_tcp: bool) -> tuple[TcpAccount | None, ClientSocket | None]:
+        """Begin the kernel's account of who sends, and write down whose socket is at the other end."""
+        own = kernel_account = described = None
+        connected: tuple[int | None, int | None] = (None, None)
         try:
-            return self.senders.open(sock)
+            if self.senders is not None and is_tcp:
+                own = sock.getsockname()
+                kernel_account = self.senders.open(sock, peer, own)
+                opener = kernel_account.account.opener
+                if opener is not None:
+                    connected = opener.pid, opener.tid
         except Exception as error:
             _note_unless_gone(error, Loss.SENDER)
-            return None
+        try:
+            if self._registrar is not None:
+                described = client_socket(sock, peer, connected, own)
+        except Exception as error:
+            _note_unless_gone(error, Loss.OPENER)
+        return kernel_account, described
 
     def enter(self, session: ProxiedSession) -> None:
         """Its client has been introduced to the server."""
@@ -165,16 +175,6 @@ class Roster:
                 self.senders.close(account)
             except Exception:
                 note(Loss.TIDINESS, session)
-
-
-def _describe(sock: Stream, peer: Peer, kernel_account: TcpAccount | None) -> ClientSocket | None:
-    """Write down whose socket is at the other end, and who connected it if that is known."""
-    opener = None if kernel_account is None else kernel_account.account.opener
-    try:
-        return client_socket(sock, peer) if opener is None else client_socket(sock, peer, (opener.pid, opener.tid))
-    except Exception as error:
-        _note_unless_gone(error, Loss.OPENER)
-        return None
 
 
 def _note_unless_gone(error: Exception, loss: Loss) -> None:

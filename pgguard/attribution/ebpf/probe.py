@@ -44,8 +44,9 @@ import resource
 import socket
 import struct
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pgguard.attribution.ebpf import bpf
 from pgguard.attribution.ebpf.bpf import AttachType, BpfError, MapType, ProgramType
@@ -91,6 +92,8 @@ _ADDRESS_HEADER = struct.Struct("=BBBBI")
 _ATTRIBUTE_HEADER = struct.Struct("=HH")
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 
+_PORTS = struct.Struct("!HH")
+
 
 class ProbeUnavailable(Exception):
     """The kernel can't be asked who sends on TCP."""
@@ -105,11 +108,15 @@ class ProbeUnavailable(Exception):
 
 def connection_key(accepted: Connected) -> bytes:
     """Return the key, in events, of a connection that the guard has accepted. Raises OSError: it is gone (ENOTCONN)."""
-    client, guard = accepted.getpeername(), accepted.getsockname()
-    ports: bytes = struct.pack("!HH", client[1], guard[1])
-    return _packed(client[0]) + _packed(guard[0]) + ports
+    return key_between(accepted.getpeername(), accepted.getsockname())
 
 
+def key_between(client: tuple[Any, ...], guard: tuple[Any, ...]) -> bytes:
+    """Return the same of the connection between two addresses, as accept(2) and getsockname(2) tell them."""
+    return _packed(client[0]) + _packed(guard[0]) + _PORTS.pack(client[1], guard[1])
+
+
+@lru_cache(maxsize=256)  # many connections are from, and to, the same
 def _packed(host: str) -> bytes:
     """Return an address as 16 bytes, as IPv6 has it. Raises ValueError."""
     try:
