@@ -415,11 +415,15 @@ class Accounts:
         Call it after accepting, and :meth:`feed` before it. If another account of the same key is open
         still, its connection is over, and it gets no more events.
         """
-        early = self._early.pop(key, [])
+        early = self._early.pop(key, None)
         self._open.pop(key, None)
-        origin = next((event[5] for event in reversed(early) if event[2] == _ACCEPTED), None)
+        origin: int | None = None
+        if early is not None:
+            for event in early:
+                if event[2] == _ACCEPTED:
+                    origin = event[5]
         account = Account(origin)
-        if origin is not None:
+        if origin is not None and early is not None:
             self._open[key] = account
             for n, event in enumerate(early, 1):
                 if n == _EARLY_EVENTS:
@@ -444,7 +448,12 @@ class Accounts:
 
     def _keep(self, event: Event) -> None:
         kind, origin, key = event[2], event[5], event[7]
-        events = self._early.setdefault(key, [])
+        events = self._early.get(key)
+        if events is None:
+            self._early[key] = [event]
+            if len(self._early) > _EARLY_CONNECTIONS:
+                self._early.popitem(last=False)
+            return
         if kind == _OPENED:
             # A new connection: what is there already is of one that was never accepted, or of one elsewhere. The
             # guard's own end may have been reported by another processor, and read, before this event was ready.
@@ -454,5 +463,3 @@ class Accounts:
             events.append(event)
         elif kind in _SENDS and events[-1][2] in _SENDS:  # what is left out then is unknown
             events[-1] = event
-        while len(self._early) > _EARLY_CONNECTIONS:
-            self._early.popitem(last=False)
