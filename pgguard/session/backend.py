@@ -12,7 +12,7 @@ from pgguard.session.session import ill_formed, seen, torn_end
 from pgguard.session.statements import Named, Statement
 from pgguard.session.states import ANSWERS, ASYNCHRONOUS, COPY_IN, Owes
 from pgguard.session.verdicts import Direction, Kind, MessageSeen, Party, RequestState
-from pgguard.wire.fields import parse_fields, parse_parameter_status, parse_severity
+from pgguard.wire.fields import parse_fields, parse_severity
 from pgguard.wire.messages import BACKEND, HEADER_SIZE, READY_SIZE, SHORT, UNKNOWN, by_code, parse_header
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ _DOES_NOT_EXIST: Final = "26000"
 _ABOUT_STATEMENTS: Final = frozenset({_EXISTS, _DOES_NOT_EXIST})
 """duplicate_prepared_statement and invalid_sql_statement_name: PostgreSQL documentation, appendix A."""
 _STATUS: Final = [chr(code) for code in range(256)]
+_APPLICATION_NAME: Final = b"application_name\0"
+"""What the ParameterStatus of the one parameter begins with that is of interest here."""
 _ERROR_RESPONSE: Final = ord("E")
 _BACKEND_KEY_DATA: Final = ord("K")
 _PARAMETER_STATUS: Final = ord("S")
@@ -213,9 +215,9 @@ class BackendStream:
             taken = self._error_response(body, pos, length, follows)
         elif code == _PARAMETER_STATUS:
             taken = True
-            name, value = parse_parameter_status(body)
-            if name == "application_name":
-                session.application_name = value or None
+            if body.startswith(_APPLICATION_NAME):
+                value = body[len(_APPLICATION_NAME) :].partition(b"\0")[0]
+                session.application_name = value.decode("utf-8", "replace") or None
         elif follows == _UNDUE:
             taken = self._accept_undue(pos, code, length)
         else:

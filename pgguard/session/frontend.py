@@ -332,21 +332,16 @@ class FrontendStream:
 
     def _is_foreign_goodbye(self, pos: i64, length: i64) -> bool:
         """Whether a Terminate is one that whoever sent it may have no right to: a verdict, then."""
-        if self.overruled is not None:
+        if self.overruled is not None or not self._may_be_foreign(self._sender):
             return False
-        verdict = self.judge_goodbye(_seen(_TERMINATE_CODE, length), pos, self._sender)
-        if verdict is None:
-            return False
-        self._session.verdict = verdict
+        self._session.verdict = self.judge_goodbye(_seen(_TERMINATE_CODE, length), pos, self._sender)
         return True
 
     def judge_goodbye(self, message: MessageSeen, pos: i64, sender: Sender | None) -> Verdict | None:
         """The verdict on what ends the session, if whoever sent it may have no right to."""
-        session = self._session
-        asked = session.asks_goodbye if sender is None else session.senders.is_strange(sender)
-        if not asked:
+        if not self._may_be_foreign(sender):
             return None
-        return session.judge(
+        return self._session.judge(
             Kind.FOREIGN_TERMINATE,
             f"{message.name} came from a process other than the one that opened the connection",
             message,
@@ -354,6 +349,11 @@ class FrontendStream:
             intruder=sender,
             libpq=libpq.CLOSED,
         )
+
+    def _may_be_foreign(self, sender: Sender | None) -> bool:
+        """Whether this one may have no right to end the session."""
+        session = self._session
+        return session.asks_goodbye if sender is None else session.senders.is_strange(sender)
 
     def _cuts_copy_short(self, pos: i64, length: i64) -> bool:
         """Whether a Terminate comes in the middle of copy data: a verdict, then.

@@ -47,12 +47,6 @@ def parse_severity(body: bytes | bytearray) -> Severity:
     return Severity(fields.get("V") or fields.get("S", ""), fields.get("C", ""))
 
 
-def parse_parameter_status(body: bytes | bytearray) -> tuple[str, str]:
-    """Read a ParameterStatus body: the parameter's name and its value."""
-    name, _, rest = body.partition(b"\0")
-    return name.decode("utf-8", "replace"), rest.partition(b"\0")[0].decode("utf-8", "replace")
-
-
 def build_error_response(
     message: str,
     *,

@@ -22,7 +22,6 @@ from pgguard.session.verdicts import Direction, Kind, Party, Verdict
 from pgguard.wire.fields import (
     build_error_response,
     parse_fields,
-    parse_parameter_status,
     parse_severity,
 )
 from pgguard.wire.messages import HEADER_SIZE, LOOK_LIMIT
@@ -267,7 +266,6 @@ class Player:
         assert isinstance(asks(data), bool)
         assert isinstance(parse_severity(data).ends_session, bool)
         assert isinstance(parse_fields(data), dict)
-        assert len(parse_parameter_status(data)) == 2
         tracker = self.tracker
         if tracker is None or tracker.lost is not None:
             return

@@ -189,9 +189,12 @@ class TestLogin:
     def test_application_name_as_the_server_reports_it(self) -> None:
         tracker = Tracker({"user": "app", "application_name": "asked for"})
         assert tracker.application_name == "asked for"
-        data = BACKEND["R"] + message("S", b"application_name\0granted\0") + BACKEND["Z"]
-        assert tracker.backend(data, 0, len(data)) == len(data)
-        assert tracker.application_name == "granted"
+        for value, told in (b"granted", "granted"), (b"caf\xe9", "caf\N{REPLACEMENT CHARACTER}"), (b"", None):
+            others = message("S", b"TimeZone\0UTC\0") + message("S", b"application_names\0no\0")
+            data = BACKEND["R"] + message("S", b"application_name\0" + value + b"\0") + others + BACKEND["Z"]
+            tracker = Tracker({"user": "app", "application_name": "asked for"})
+            assert tracker.backend(data, 0, len(data)) == len(data)
+            assert tracker.application_name == told
         assert tracker.database == tracker.user == "app", "the database is called like the user if none is named"
 
 

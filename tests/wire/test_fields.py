@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from psycopg import pq
 
-from pgguard.wire.fields import Severity, build_error_response, parse_parameter_status, parse_severity
+from pgguard.wire.fields import Severity, build_error_response, parse_severity
 
 
 @pytest.mark.parametrize(("body", "severity", "ends"), [
@@ -23,17 +23,6 @@ from pgguard.wire.fields import Severity, build_error_response, parse_parameter_
 def test_severity(body: bytes, severity: Severity, *, ends: bool) -> None:
     assert parse_severity(body) == severity
     assert parse_severity(bytearray(body)).ends_session is ends
-
-
-@pytest.mark.parametrize(("body", "expected"), [
-    (b"TimeZone\0UTC\0", ("TimeZone", "UTC")),
-    (b"application_name\0\0", ("application_name", "")),
-    (b"application_name\0caf\xe9\0", ("application_name", "caf\N{REPLACEMENT CHARACTER}")),
-    (b"cut off", ("cut off", "")),
-    (b"", ("", "")),
-])  # fmt: skip
-def test_parameter_status(body: bytes, expected: tuple[str, str]) -> None:
-    assert parse_parameter_status(body) == expected
 
 
 def fields(message: bytes) -> dict[str, str]:
