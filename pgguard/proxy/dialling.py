@@ -203,13 +203,14 @@ class Dial:
         self._outgoing = b""
         """What the server is still to be sent."""
         self._refused: _Refused | None = None
-        self._step: Callable[[], Progress | None] = self._begin if sock is None else self._settle_method
+        # A method of its own would refer back to it, and keep it until garbage is looked for.
+        self._step: Callable[[Dial], Progress | None] = Dial._begin if sock is None else Dial._settle_method
         """What comes next; it returns ``None`` if what follows doesn't wait."""
 
     @property
     def is_accepted(self) -> bool:
         """Whether there is somebody who has accepted it: what it waits for is what that one says."""
-        return self._step not in (self._begin, self._connect)
+        return self._step not in (Dial._begin, Dial._connect)
 
     def close(self) -> None:
         """Give it up."""
@@ -248,7 +249,7 @@ class Dial:
         """
         while True:
             try:
-                progress = self._step()
+                progress = self._step(self)
             except OSError as error:
                 progress = self._fail(error)
             if progress is not None:
@@ -258,10 +259,10 @@ class Dial:
         """It can't be made this way. Raises ``error`` if there is no other."""
         if self._is_narrow and self.tls is None and self._policy is not None and isinstance(self._address, TcpAddress):
             self._policy.forget(self._address)
-            self._step = self._begin
+            self._step = Dial._begin
             return Progress.ANEW
         if self._refused is not None:
-            self._step = self._make
+            self._step = Dial._make
             return Progress.ANEW
         if len(self._methods) == 1 or not isinstance(error, UnfitServerError):
             raise error
@@ -272,7 +273,7 @@ class Dial:
 
         Returns False if that isn't a connection.
         """
-        return self._take_refused() or (self._step == self._listen and not self._outgoing)
+        return self._take_refused() or (self._step == Dial._listen and not self._outgoing)
 
     def _take_refused(self) -> bool:
         """Go back to the connection on which the client was refused: that counts, and not why there is no other."""
@@ -287,7 +288,7 @@ class Dial:
     def _try_another_way(self, error: UnfitServerError) -> Progress:
         if self._methods.pop(0):
             self.why_plain = error
-        self._step = self._begin
+        self._step = Dial._begin
         return Progress.ANEW
 
     def renew(self) -> None:
@@ -296,7 +297,7 @@ class Dial:
         Raises:
             OSError: there is no descriptor for it.
         """
-        if self._step == self._make:
+        if self._step == Dial._make:
             self._take_refused()
             return
         if self._refused is None:
@@ -307,7 +308,7 @@ class Dial:
             if self._refused is None:
                 raise
             self.answer, self._refused = self._refused.answer, None
-            self._step = self._make
+            self._step = Dial._make
             return
         self.tls = self._handshake = None
         self._asked = self._is_narrow = False
@@ -327,7 +328,7 @@ class Dial:
                 # On one host it is connected by now: it is asked once more before it is waited for.
                 error = sock.connect_ex(self._target)
             if error == errno.EALREADY:
-                self._step = self._connect
+                self._step = Dial._connect
                 return Progress.UNDER_WAY
         return self._connected(error)
 
@@ -363,14 +364,14 @@ class Dial:
         """Go on as it is to be connected first."""
         if self._policy is None or not self._methods[0]:
             return self._greet()
-        self._step = self._begin_tls if self._policy.settings.is_direct else self._ask
+        self._step = Dial._begin_tls if self._policy.settings.is_direct else Dial._ask
         return None
 
     # TLS
 
     def _ask(self) -> Progress | None:
         self._outgoing = SSL_REQUEST
-        self._step = self._be_answered
+        self._step = Dial._be_answered
         return None
 
     def _be_answered(self) -> Progress | None:
@@ -383,7 +384,7 @@ class Dial:
         if not answer:
             raise self._at_last(Problem.NO_ANSWER, "it closed the connection when it was asked for TLS")
         if answer == ACCEPTED:
-            self._step = self._begin_tls
+            self._step = Dial._begin_tls
             return None
         if answer == DECLINED:
             error = UnfitServerError(Problem.NO_TLS, "server does not support SSL, but SSL was required")
@@ -406,7 +407,7 @@ class Dial:
         self._is_narrow = self._policy.remembers(self._address)
         self._handshake = self._policy.begin(self._address)
         self._outgoing = self._handshake.hear()
-        self._step = self._shake_hands
+        self._step = Dial._shake_hands
         return None
 
     def _shake_hands(self) -> Progress | None:
@@ -449,7 +450,7 @@ class Dial:
             self._outgoing += self.tls.seal(startup)
         if not startup or not (self.tls is not None or len(self._methods) > 1 or self._listens):
             return self._make()
-        self._step = self._listen
+        self._step = Dial._listen
         return None
 
     def _listen(self) -> Progress | None:
@@ -498,7 +499,7 @@ class Dial:
                 sent = self.sock.send(self._outgoing, 0, len(self._outgoing))
             except OSError as error:
                 self._outgoing = b""
-                if self._step == self._listen:
+                if self._step == Dial._listen:
                     return True  # what it has said before that is still to be read
                 raise self._hung_up(error) from error
             if not sent:
