@@ -78,7 +78,8 @@ class Admission:
     @property
     def turned_away_at_once(self) -> int:
         """How many clients may be told at the same time that there is no room: each takes as much as a session."""
-        return max(1, min(_TURNED_AWAY, self._reserve(self.limit - self._others) // (2 * _EACH)))
+        kept_back = self.limit - self._others - self._for_sessions()
+        return max(1, min(_TURNED_AWAY, kept_back // (2 * _EACH)))
 
     def has_room(self, descriptors: int = _EACH) -> bool:
         """Whether sessions may take so many descriptors more."""
@@ -100,11 +101,7 @@ class Admission:
 
     def _for_sessions(self) -> int:
         there = self.limit - self._others
-        return there - self._reserve(there)
-
-    def _reserve(self, there: int) -> int:
-        """How many of so many descriptors are kept back."""
-        return min(self._kept_back, there // _SHARE)
+        return there - min(self._kept_back, there // _SHARE)
 
 
 def too_many(why: str, hint: str = HOW_TO_RAISE) -> bytes:

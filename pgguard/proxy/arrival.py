@@ -180,8 +180,10 @@ class Arrival:
 
     def begin(self, seconds: float) -> None:
         """Hear what it wants. It has so many seconds to say it."""
-        self._reception.lobby.give(self, seconds, self._come_too_late)
         self.go_on()
+        lobby = self._reception.lobby
+        if self._awaits and not lobby.limits(self):  # it hasn't said it at once
+            lobby.give(self, seconds, self._come_too_late)
 
     def go_on(self, _: int = 0) -> None:
         """Take the next step, if any is left to be taken."""

@@ -124,7 +124,7 @@ class Door:
     def _answer(self, listener: Listener, _: int) -> None:
         """Let in who has come, or tell it that there is no room."""
         for _ in range(_AT_A_TIME):
-            has_room = self._has_room()
+            has_room = self._admission.has_room() or self._makes_room()
             if not has_room and not self._can_tell:
                 self._lock()
                 self._lobby.give(self, _LOOK, self._look_again)
@@ -142,8 +142,9 @@ class Door:
             if not self._lobby.has_time:
                 return
 
-    def _has_room(self) -> bool:
-        return self._admission.has_room() or (self._make_room() and self._admission.has_room())
+    def _makes_room(self) -> bool:
+        """Whether there is room for one more when something has been ended for that."""
+        return self._make_room() and self._admission.has_room()
 
     @property
     def _can_tell(self) -> bool:
@@ -169,7 +170,7 @@ class Door:
     def _look_again(self) -> None:
         """Open again if there is room for a client, or for telling it that there is none."""
         now = trio.current_time()
-        while not self._can_tell and not self._has_room():
+        while not self._can_tell and not self._admission.has_room() and not self._makes_room():
             longest, since = next(iter(self._turning_away.items()))
             if now < since + _GRACE:
                 self._lobby.give(self, _LOOK, self._look_again)

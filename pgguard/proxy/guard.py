@@ -147,7 +147,7 @@ class Guard:
         }
         for reception in self._receptions.values():
             reception.offer_tls(self._offer)
-        self._admission = Admission(evidence=witness is not None, extras=lambda: self._sweep.alarms)
+        self._admission = Admission(evidence=witness is not None, extras=self._sweep.alarms)
         self._door = Door(self._admission, make_room=self._sweep.make_room, lobby=self._lobby)
 
     @property

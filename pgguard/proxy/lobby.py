@@ -144,6 +144,10 @@ class Lobby:
             self._waits_until = until
             self._sooner.set()
 
+    def limits(self, who: object) -> bool:
+        """Whether somebody has been given some time, and it isn't over."""
+        return who in self._given
+
     def lift(self, who: object) -> None:
         """Let somebody have as much time as it takes."""
         seconds = self._given.pop(who, None)

@@ -251,7 +251,6 @@ class Sweep:
         """Be told when a client takes something out of its end of a Unix connection. Raises OSError."""
         return ReadingAlarm(self, self._alarms, client)
 
-    @property
     def alarms(self) -> int:
         """How many descriptors sessions have beyond their two."""
         return len(self._alarms)
