@@ -180,7 +180,8 @@ class Endings:
             if not session.draining:
                 self._relay.arm(end.peer)
         verdicts = self._last_verdicts(end) if first and not session.draining else []
-        verdicts = [verdict for verdict in verdicts if not self._judging.settles(session, verdict, time.time())]
+        if verdicts:
+            verdicts = [verdict for verdict in verdicts if not self._judging.settles(session, verdict, time.time())]
         if verdicts:
             self._relay.hold(end, Reading.ENDING)
             self._judging.adjudicate_end(end, verdicts)
@@ -221,11 +222,12 @@ class Endings:
             session.afterwards, session.flow.tracker = session.flow.tracker, None
             self.finish(session)
             return
-        was_inside = _is_inside_message(session)
-        torn = self._relay.forward_held(end) or was_inside
         if not end.is_client and not session.draining:
-            self._server_ended(session, torn=torn)
-        elif end.peer.outgoing and end.peer.writing is Writing.OPEN:
+            was_inside = _is_inside_message(session)
+            self._server_ended(session, torn=self._relay.forward_held(end) or was_inside)
+            return
+        self._relay.forward_held(end)
+        if end.peer.outgoing and end.peer.writing is Writing.OPEN:
             self._relay.arm(end)
         else:
             self.pass_end_on(end.peer)
@@ -250,8 +252,10 @@ class Endings:
     def pass_end_on(self, end: End) -> None:
         """Everything has been written to ``end``, and its peer will send no more."""
         session = end.session
-        if session.client_gone or (session.client.eof and session.server.eof):
-            if end.tls is not None and end.is_client and not session.client_gone:
+        flow = session.flow
+        is_gone = flow.client.writing is Writing.GONE
+        if is_gone or (flow.client.eof and flow.server.eof):
+            if end.tls is not None and end.is_client and not is_gone:
                 _end_writing(end)  # it may have ended its own side alone, and is told what the server has said
             self.finish(session)
             return

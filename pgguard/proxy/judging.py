@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pgguard.proxy.unread import Unread, UnreadWatch
     from pgguard.session.verdicts import Verdict
 
+_ERROR_RESPONSE: Final = ord("E")
 _APART: Final = 0.1
 """Seconds for which an answer is kept from one that hasn't been read, where several read."""
 
@@ -230,10 +231,11 @@ class Judging:
         end.heed &= ~ATTENTIVE
         if not end.is_client:
             self._answered(session)
-            try:
-                tell_refusal(session, data)
-            except Exception:
-                note(Loss.WORDS, session)
+            if data[0] == _ERROR_RESPONSE:
+                try:
+                    tell_refusal(session, data)
+                except Exception:
+                    note(Loss.WORDS, session)
             return False
         self._stirred(session)
         if tracker is None or not whole or len(data) < HEADER_SIZE or end.contested:

@@ -21,7 +21,6 @@ from pgguard.wire.messages import HEADER_SIZE
 if TYPE_CHECKING:
     from pgguard.proxy.session import ProxiedSession
 
-_ERROR_RESPONSE: Final = b"E"
 _REFUSED: Final = "28000"
 """``invalid_authorization_specification``: "PostgreSQL Error Codes", appendix A."""
 _LOOK: Final = 2048
@@ -39,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 
 def tell_refusal(session: ProxiedSession, answer: bytes) -> None:
-    """Say what to set, if that is why a server has refused a client: ``answer`` is the first that it has said."""
-    if answer[:1] != _ERROR_RESPONSE or not isinstance(session.upstream, TcpAddress):
+    """Say what to set, if that is why a server has refused a client: ``answer`` is an ErrorResponse, its first."""
+    if not isinstance(session.upstream, TcpAddress):
         return
     fields = parse_fields(answer[HEADER_SIZE:_LOOK])
     text = fields.get("M", "")
