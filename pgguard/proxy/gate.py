@@ -93,8 +93,7 @@ class Gate:
     def leave(self, number: int) -> None:
         """The server has answered, or the client is gone. Does nothing the second time."""
         if number in self._inside:
-            if len(self._inside) > 1:  # otherwise nobody waits, and the next one is the first to come in
-                self._answered = trio.current_time()
+            self._answered = trio.current_time()
             self._let_out(number)
         else:
             self._line.pop(number, None)

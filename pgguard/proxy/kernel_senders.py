@@ -48,8 +48,6 @@ class KernelSenders:
         self._probe = probe
         self._accounts = Accounts(probe)
         self._tally = Tally()
-        self._added: set[tuple[str, int]] = set()
-        """The guard's addresses on which connections are watched."""
 
     def feed(self) -> None:
         """Take what the kernel has reported into account. Costs a tenth of a microsecond when that is nothing."""
@@ -69,20 +67,11 @@ class KernelSenders:
         # Urgent data would be taken out of the stream, and positions in it be off.
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         key = key_between(client, own)
-        host, port = own[0], own[1]
-        if (host, port) not in self._added:
-            self._add(host, port)
+        # On an address that this host has got since it began to listen on all of them, the next connection is watched.
+        with contextlib.suppress(BpfError):
+            self._probe.add(own[0], own[1])
         self.feed()
         return TcpAccount(key, self._accounts.open(key))
-
-    def _add(self, host: str, port: int) -> None:
-        """Have connections to one of the guard's addresses watched from now on.
-
-        This host may have got it since the guard began to listen on all of them.
-        """
-        with contextlib.suppress(BpfError):
-            self._probe.add(host, port)
-            self._added.add((host, port))
 
     def close(self, kernel_account: TcpAccount) -> None:
         """End an account."""
