@@ -107,6 +107,20 @@ def test_a_record_of_one_whose_sender_is_not_known_all_the_time_is_nobody_elses(
     assert peer.tls.mixed is None
 
 
+def test_a_record_that_says_nothing_to_whoever_reads_changes_nothing() -> None:
+    """A session ticket comes behind the handshake, and looks like what the server has to say: RFC 8446, 4.6.1."""
+    peer = Peer(server_side=True, context=server_context(tickets=2))
+    tickets = peer.outgoing.read()
+    border = 5 + int.from_bytes(tickets[3:5], "big")
+    assert peer.tls.open(b"") == b""
+    for ticket in (tickets[:border], tickets[border:]):
+        assert peer.tls.open(ticket) == b""
+    assert not peer.tls.words()
+    assert not peer.tls.is_over
+    assert peer.tls.open(peer.say(b"from the server")) == b"from the server"
+    assert peer.hear(peer.tls.seal(b"from the guard")) == b"from the guard"
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_number_that_was_used_before_breaks_the_stream(version: ssl.TLSVersion) -> None:
     """As two processes do that inherited one session; both are told what PostgreSQL would tell them."""

@@ -40,11 +40,11 @@ def certificate() -> bytes:
 
 
 @cache
-def server_context(version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
-    """What a server shows and demands: as PostgreSQL, it gives out no tickets."""
+def server_context(version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3, *, tickets: int = 0) -> ssl.SSLContext:
+    """What a server shows and demands: as PostgreSQL, it gives out no tickets unless it is told to."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.maximum_version = version
-    context.num_tickets = 0
+    context.num_tickets = tickets
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(certificate())
@@ -88,7 +88,7 @@ class Peer:
             guards or other(), server_side=not server_side, hostname=HOST if server_side else None, before=before
         )
         raw = handshake.hear() if server_side else b""
-        while not self._is_done(raw) or self.outgoing.pending:
+        while not self._is_done(raw) or (self.outgoing.pending and not handshake.is_done):
             raw = handshake.hear(self.outgoing.read())
         assert handshake.is_done
         self.tls: Tls = handshake.tls
