@@ -6,7 +6,7 @@ one fails, and when a COPY begins and ends.
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final, final
 
 from pgguard.session.states import CAN_BECOME_COPY, COPY_IN, NO_REQUEST, UNASKED, WORK, Owes
@@ -29,37 +29,60 @@ _COUNTED: Final = 4096
 _SYNCS: Final = (SYNC, MAYBE_SYNC)
 _NAMING: Final = (int(Owes.PARSE), int(Owes.CLOSE))
 _NO_DEBTS: Final = (MAYBE_SYNC, COPY_END)
-_PAID_KEPT: Final = 64
-"""Entries that have been paid and stay in front of the others, half of all at most, so that paying one moves none."""
+_TAKEN_KEPT: Final = 64
+"""Entries that have been the head and stay in front of the others, half of all at most, so that the next moves none."""
+_UNFLUSHED: Final = -1
 
 Entry = tuple[int, "Request", "Statement | Closing | None"]
 """A debt, :attr:`Owes.COPY_END` being none, whose it is, and which prepared statement it is about, as far as that is
-certain. One that has begun to be paid stands unchanged."""
+certain."""
 
 
 @final
 class Ledger:
     """A queue of what the server owes, and how far it has come with the entry at the head.
 
+    The head stands by itself: a client that waits for each answer has no more than that one, and no object is made.
+
     Args:
         login: stands for the StartupMessage, whose answer is owed first.
     """
 
-    __slots__ = ("_flushed", "_marks", "_paid", "discarding", "entries", "skipping", "state", "uncounted")
+    __slots__ = (
+        "_flushed",
+        "_head",
+        "_marks",
+        "_named",
+        "_owes",
+        "_taken",
+        "discarding",
+        "entries",
+        "skipping",
+        "state",
+        "uncounted",
+    )
 
     def __init__(self, login: Request) -> None:
-        self.entries: list[Entry] = [(int(Owes.LOGIN), login, None)]
-        """Those that have been paid, and then the queue. A deque takes 700 bytes, and compiled ten times as long."""
-        self._paid: i64 = 0
-        """How many have been; none if the queue is empty."""
         self.state: i64 = int(Owes.LOGIN)
         """What is owed for the head, as far as it has come; ``NOTHING`` if there is none."""
+        self._owes: i64 = self.state
+        """What was owed for it when it was entered."""
+        self._head = login
+        """Whose it is."""
+        self._named: Statement | Closing | None = None
+        """Which prepared statement it is about."""
+        self.entries: list[Entry] = []
+        """Those that have been the head, and then what is behind it. A deque takes 700 bytes, and compiled ten times as
+        long."""
+        self._taken: i64 = 0
+        """How many have been."""
         self.skipping = False
         """The server discards messages, and the Sync that will end that has not been sent yet."""
         self.discarding = False
         """The server discards messages unless the head, a Sync that it may have discarded, has ended that."""
-        self._flushed: i64 = 0
-        """How many entries there were when a Flush was sent: the client has asked for the answers to them."""
+        self._flushed: i64 = _UNFLUSHED
+        """How many entries there were when a Flush was sent: the client has asked for the answers to them, and for the
+        head's."""
         self.uncounted = False
         """There have been more Syncs that may have been answered than are counted."""
         self._marks = 0
@@ -70,15 +93,21 @@ class Ledger:
     @property
     def count(self) -> int:
         """How many entries there are."""
-        return len(self.entries) - self._paid
+        return 0 if self.state == NOTHING else 1 + len(self.entries) - self._taken
 
     def queue(self) -> Iterator[Entry]:
         """All of them, from the head on."""
-        return islice(self.entries, self._paid, None)
+        if self.state == NOTHING:
+            return iter(())
+        return chain([(self._owes, self._head, self._named)], self._behind())
+
+    def _behind(self) -> Iterator[Entry]:
+        """Those behind the head."""
+        return islice(self.entries, self._taken, None)
 
     def first(self) -> Request:
         """Whose the head is, of which there is one."""
-        return self.entries[self._paid][1]
+        return self._head
 
     @property
     def copying_in(self) -> bool:
@@ -90,7 +119,7 @@ class Ledger:
         """Whether copy data has a place here, or may turn out to have."""
         if self.state in CAN_BECOME_COPY:
             return True
-        return any(owes in CAN_BECOME_COPY for owes, _, _ in islice(self.entries, self._paid + 1, None))
+        return any(owes in CAN_BECOME_COPY for owes, _, _ in self._behind())
 
     def outstanding(self) -> Iterator[Request]:
         """The requests that wait for an answer, one for each entry, in order."""
@@ -104,10 +133,13 @@ class Ledger:
         """
         entries = self.entries
         stop = len(entries)
-        first = max(self._paid, self._flushed)
+        first = max(self._taken, self._flushed)
         while stop > first and entries[stop - 1][0] in UNASKED:
             stop -= 1
-        return (request for owes, request, _ in islice(entries, self._paid, stop) if owes not in NO_REQUEST)
+        asked = stop - self._taken
+        if not asked and self._flushed < self._taken and self._owes in UNASKED:
+            return iter(())
+        return (request for owes, request, _ in islice(self.queue(), 1 + asked) if owes not in NO_REQUEST)
 
     def works(self) -> bool:
         """Whether anything is outstanding that is lost with the connection: the other debts change no data."""
@@ -115,10 +147,7 @@ class Ledger:
 
     def answering(self) -> Request | None:
         """The request at the head, if the answer to the very message that the head stands for has begun."""
-        if self.state == NOTHING:
-            return None
-        owes, request, _ = self.entries[self._paid]
-        return request if owes != self.state else None
+        return self._head if self.state not in (NOTHING, self._owes) else None
 
     def _marked(self) -> bool:
         return self._marks > 0
@@ -131,8 +160,11 @@ class Ledger:
             request.skip()
             return
         if self.state == NOTHING:
-            self.state = owes
-        self.entries.append((owes, request, named))
+            self.state = self._owes = owes
+            self._head = request
+            self._named = named
+        else:
+            self.entries.append((owes, request, named))
 
     def enter_in_copy(self, request: Request) -> None:
         """A Sync has been sent in copy-in mode: the server discards it, unless the COPY has failed by then.
@@ -149,51 +181,56 @@ class Ledger:
         """CopyDone or CopyFail has been sent behind what stands in the ledger, which is something."""
         if self._marks < _COUNTED:
             self._marks += 1
-            self.entries.append((COPY_END, self.entries[-1][1], None))
+            last = self.entries[-1][1] if self.count > 1 else self._head
+            self.entries.append((COPY_END, last, None))
 
     def flush(self) -> None:
         """A Flush has been sent: what stands in the ledger is asked for."""
-        self._flushed = len(self.entries)
+        if self.state != NOTHING:
+            self._flushed = len(self.entries)
 
     def compact(self) -> int:
-        """Have equal entries share one object, and return how many objects they are.
+        """Have equal entries share one object, and return how many objects they are, the head counted.
 
         A client that asks for no answers may send many messages before the server answers any.
         """
-        del self.entries[: self._paid]
-        self._flushed -= self._paid
-        self._paid = 0
-        return _share(self.entries)
+        self._forget_taken()
+        return 1 + _share(self.entries)
 
     def pay(self) -> None:
         """The head is complete: the next entry that owes something is the head."""
+        self._head.begun = True
+        self._take_next()
+
+    def _take_next(self) -> None:
+        """Nothing is owed for the head any more."""
         entries = self.entries
-        at = self._paid
-        entries[at][1].begun = True
-        at += 1
-        while at < len(entries):
-            owes = entries[at][0]
+        while self._taken < len(entries):
+            owes, request, named = entries[self._taken]
+            self._taken += 1
             if owes != COPY_END:
-                self.state = owes
-                self._paid = at
-                if at > _PAID_KEPT:
-                    self._forget_paid()
+                self.state = self._owes = owes
+                self._head = request
+                self._named = named
+                if self._taken > _TAKEN_KEPT and 2 * self._taken > len(entries):
+                    self._forget_taken()
                 return
             self._marks -= 1
-            at += 1
         self._empty()
 
-    def _forget_paid(self) -> None:
-        """Take away what stands in front of the head, if that is most of all."""
-        if 2 * self._paid > len(self.entries):
-            del self.entries[: self._paid]
-            self._flushed -= self._paid
-            self._paid = 0
+    def _forget_taken(self) -> None:
+        """Take away what stands in front of what is behind the head."""
+        del self.entries[: self._taken]
+        self._flushed -= self._taken
+        self._taken = 0
 
     def _empty(self) -> None:
         """All that was owed has been paid, or won't be."""
-        self.entries.clear()
-        self._paid = self._flushed = 0
+        if self.entries:
+            self.entries.clear()
+        self._taken = 0
+        self._flushed = _UNFLUSHED
+        self._named = None
         self.state = NOTHING
 
     def ready(self) -> bool:
@@ -205,14 +242,17 @@ class Ledger:
         in_doubt = self.state == MAYBE_SYNC
         discarding, self.discarding = self.discarding, False
         self.pay()
-        if in_doubt:
+        if in_doubt and self.state != NOTHING:
+            if self.state == SYNC:
+                self.state = self._owes = MAYBE_SYNC
+                return True
+            if self.state != MAYBE_SYNC:
+                return not discarding
             entries = self.entries
-            for index in range(self._paid, len(entries)):
+            for index in range(self._taken, len(entries)):
                 owes, request, _ = entries[index]
                 if owes == SYNC:
                     entries[index] = (MAYBE_SYNC, request, None)
-                    if index == self._paid:
-                        self.state = MAYBE_SYNC
                 if owes not in _NO_DEBTS:
                     return owes == SYNC or not discarding
         return True
@@ -223,22 +263,15 @@ class Ledger:
         Args:
             refuse: is told of each Parse and Close among it.
         """
-        entries = self.entries
-        for index in range(self._paid, len(entries)):
-            owes, request, named = entries[index]
-            if owes in _SYNCS:
-                self.state = owes
-                self._paid = index
-                self._forget_paid()
-                self.discarding = owes == MAYBE_SYNC
+        while self.state != NOTHING:
+            if self._owes in _SYNCS:
+                self.state = self._owes
+                self.discarding = self.state == MAYBE_SYNC
                 return
-            if owes == COPY_END:
-                self._marks -= 1
-            else:
-                request.skip()
-            if named is not None and owes in _NAMING:
-                refuse(named)
-        self._empty()
+            self._head.skip()
+            if self._named is not None and self._owes in _NAMING:
+                refuse(self._named)
+            self._take_next()
         self.skipping = True
 
     def step_aside(self) -> bool:
@@ -253,7 +286,7 @@ class Ledger:
         """The head has begun to read copy data: it discards each Sync in front of the CopyDone."""
         self.state = state
         entries = self.entries
-        for index in range(self._paid + 1, len(entries)):
+        for index in range(self._taken, len(entries)):
             owes, request, _ = entries[index]
             if owes == COPY_END:
                 return
@@ -263,7 +296,7 @@ class Ledger:
     def leave_copy_in(self) -> None:
         """The head's COPY has been completed: each Sync in front of its CopyDone has been discarded for certain."""
         entries = self.entries
-        behind = self._paid + 1
+        behind = self._taken
         if self._marked():
             while entries[behind][0] == MAYBE_SYNC:
                 self._drop(behind)
