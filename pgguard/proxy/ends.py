@@ -133,6 +133,9 @@ class End:
         "pid",
         "pieces",
         "reading",
+        "receive_from",
+        "receive_named_from",
+        "send_to",
         "sender",
         "session",
         "sock",
@@ -165,6 +168,11 @@ class End:
         self.tls = tls
         """What its bytes are encrypted with; ``None`` when they are plain."""
         self.sock = sock
+        self.receive_from = type(sock).receive
+        self.receive_named_from = type(sock).receive_named
+        self.send_to = type(sock).send
+        """Methods of its socket's class, for what the relay does with each message: to look them up there would take as
+        long as a receive or a send takes beside the system call."""
         self.writing = Writing.OPEN
         self.outgoing = b""
         """Bytes that its socket had no room for, from :attr:`written` on, encrypted if they are to be. While there are

@@ -510,12 +510,12 @@ class Relay:
             if tls is not None:
                 data = self._receive_encrypted(end, tls, now)
             elif end.names_senders:
-                named = end.sock.receive_named(CHUNK)
+                named = end.receive_named_from(end.sock, CHUNK)
                 if named is None:
                     return
                 data, pid = named
             else:
-                data = end.sock.receive(CHUNK)
+                data = end.receive_from(end.sock, CHUNK)
         except OSError as error:
             end.failure = error.errno
             self._endings.end_of_stream(end, reset=True)
@@ -554,7 +554,7 @@ class Relay:
         Raises:
             OSError: the connection is broken.
         """
-        raw = end.sock.receive(CHUNK)
+        raw = end.receive_from(end.sock, CHUNK)
         if not raw:
             return raw
         account = end.kernel_account
@@ -903,7 +903,7 @@ class Relay:
             if not stop:  # it is of no use any more
                 return
         try:
-            sent = peer.sock.send(data, begin, stop)
+            sent = peer.send_to(peer.sock, data, begin, stop)
         except OSError:
             # The reading side tells the end of it: what the peer sent before it went is still to be read.
             peer.writing = Writing.BROKEN

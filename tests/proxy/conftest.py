@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -89,17 +89,10 @@ class House:
 def fail_to_read(end: End, error: Exception) -> None:
     """Have reading one end of a session fail from now on."""
 
-    class Failing:
-        def __init__(self, sock: Socket) -> None:
-            self._sock = sock
+    def receive(_sock: Socket, _size: int) -> bytes:
+        raise error
 
-        def receive(self, _: int) -> bytes:
-            raise error
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._sock, name)
-
-    end.sock = cast("Socket", Failing(end.sock))
+    end.receive_from = receive
 
 
 async def until(condition: Callable[[], bool]) -> None:
