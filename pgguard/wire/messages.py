@@ -54,8 +54,9 @@ def parse_header(chunk: bytes, pos: i64) -> tuple[i64, i64]:
     """The type byte and the length word of the message at a position."""
     code: i64 = chunk[pos]
     length: i64 = chunk[pos + 1]
-    for part in range(2, HEADER_SIZE):
-        length = length << 8 | chunk[pos + part]
+    length = length << 8 | chunk[pos + 2]
+    length = length << 8 | chunk[pos + 3]
+    length = length << 8 | chunk[pos + 4]
     return code, length
 
 
