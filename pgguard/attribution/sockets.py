@@ -11,7 +11,6 @@ import errno
 import os
 import socket
 import struct
-import sys
 import time
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, Self
@@ -46,6 +45,7 @@ _ATTRIBUTE = struct.Struct("=HHI")
 ``struct unix_diag_rqlen``, what has been received and not read, in bytes."""
 
 _TCP, _TCP_INFO = socket.IPPROTO_TCP, socket.TCP_INFO
+_LAST_DATA_SENT = struct.Struct("=I")
 _LAST_DATA_SENT_OFFSET = 44
 """Of ``tcpi_last_data_sent`` in ``struct tcp_info``, ``linux/tcp.h``: milliseconds since data was last sent, or since
 the connection was made if none was."""
@@ -146,21 +146,21 @@ def client_socket(
         OSError: the connection is already gone (ENOTCONN); where ``peer`` is given, that doesn't show.
     """
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
-    # It tells the family, too, which the socket looks up as a member of an enumeration.
+    # A Unix socket's address is no tuple; its family the socket would look up as a member of an enumeration.
     guard = accepted.getsockname() if own is None else own
     if not isinstance(guard, tuple):
         return UnixClient(os.fstat(accepted.fileno()).st_ino, peer_pid(accepted) or None, now)
     client = accepted.getpeername() if peer is None else peer
     # A connection may have waited to be accepted for longer than its client took to fork.
     info = accepted.getsockopt(_TCP, _TCP_INFO, _LAST_DATA_SENT_OFFSET + 4)
-    since_opened = int.from_bytes(info[_LAST_DATA_SENT_OFFSET:], sys.byteorder) / 1000
+    milliseconds: int = _LAST_DATA_SENT.unpack_from(info, _LAST_DATA_SENT_OFFSET)[0]
     return TcpClient(
         _packed(client[0]),
         client[1],
         _packed(guard[0]),
         guard[1],
         0 if len(client) == 2 else client[3],  # of IPv4 there is none
-        now - since_opened,
+        now - milliseconds / 1000,
         *connected,
     )
 

@@ -182,7 +182,8 @@ class Arrival:
         """Hear what it wants. It has so many seconds to say it."""
         self.go_on()
         lobby = self._reception.lobby
-        if self._awaits and not lobby.limits(self):  # it hasn't said it at once
+        # It hasn't said it at once; and it isn't being seen off, for which it has been given its own time.
+        if self._awaits and not lobby.limits(self):
             lobby.give(self, seconds, self._come_too_late)
 
     def go_on(self, _: int = 0) -> None:

@@ -56,13 +56,12 @@ class KernelSenders:
     def open(self, accepted: Stream, client: tuple[Any, ...], own: tuple[Any, ...]) -> TcpAccount:
         """Begin the account of a connection that has just been accepted and not been read from.
 
+        That its client is gone already doesn't show.
+
         Args:
             accepted: its socket.
             client: the client's address, as accept(2) has told it.
             own: the guard's, as getsockname(2) tells it.
-
-        Raises:
-            OSError: the connection is gone.
         """
         # Urgent data would be taken out of the stream, and positions in it be off.
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)

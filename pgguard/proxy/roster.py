@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from pgguard.attribution.sockets import client_socket
 from pgguard.faults.build import discreet_facts
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from pgguard.proxy.registrar import Registrar
     from pgguard.proxy.sockets import Stream
     from pgguard.proxy.watch import Watch
-
-_GONE: Final = frozenset({errno.ENOTCONN, errno.EINVAL, errno.ECONNRESET, errno.EPIPE})
-"""What the kernel says of a connection that has been reset before it was accepted."""
 
 
 class Roster:
@@ -111,13 +107,13 @@ class Roster:
                 opener = kernel_account.account.opener
                 if opener is not None:
                     connected = opener.pid, opener.tid
-        except Exception as error:
-            _note_unless_gone(error, Loss.SENDER)
+        except Exception:
+            note(Loss.SENDER)
         try:
             if self._registrar is not None:
                 described = client_socket(sock, peer, connected, own)
-        except Exception as error:
-            _note_unless_gone(error, Loss.OPENER)
+        except Exception:
+            note(Loss.OPENER)
         return kernel_account, described
 
     def enter(self, session: ProxiedSession) -> None:
@@ -175,9 +171,3 @@ class Roster:
                 self.senders.close(account)
             except Exception:
                 note(Loss.TIDINESS, session)
-
-
-def _note_unless_gone(error: Exception, loss: Loss) -> None:
-    """A client that is gone already is not looked at, and will be found out to be gone."""
-    if not isinstance(error, OSError) or error.errno not in _GONE:
-        note(loss)

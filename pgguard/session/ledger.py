@@ -32,6 +32,7 @@ _NO_DEBTS: Final = (MAYBE_SYNC, COPY_END)
 _TAKEN_KEPT: Final = 64
 """Entries that have been the head and stay in front of the others, half of all at most, so that the next moves none."""
 _UNFLUSHED: Final = -1
+"""Less than any number of entries that have been the head."""
 
 Entry = tuple[int, "Request", "Statement | Closing | None"]
 """A debt, :attr:`Owes.COPY_END` being none, whose it is, and which prepared statement it is about, as far as that is
@@ -72,8 +73,8 @@ class Ledger:
         self._named: Statement | Closing | None = None
         """Which prepared statement it is about."""
         self.entries: list[Entry] = []
-        """Those that have been the head, and then what is behind it. A deque takes 700 bytes, and compiled ten times as
-        long."""
+        """Those behind the head, and in front of them some that were, and have been the head. A deque takes 700 bytes,
+        and compiled ten times as long."""
         self._taken: i64 = 0
         """How many have been."""
         self.skipping = False
@@ -82,7 +83,7 @@ class Ledger:
         """The server discards messages unless the head, a Sync that it may have discarded, has ended that."""
         self._flushed: i64 = _UNFLUSHED
         """How many entries there were when a Flush was sent: the client has asked for the answers to them, and for the
-        head's."""
+        head's. If that is less than how many have been the head, it hasn't asked for the head's either."""
         self.uncounted = False
         """There have been more Syncs that may have been answered than are counted."""
         self._marks = 0

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 import trio
@@ -87,12 +87,12 @@ class House:
 
 
 def fail_to_read(end: End, error: Exception) -> None:
-    """Have reading one end of a session fail from now on."""
+    """Have the relay's reading of one end of a session fail from now on."""
 
-    def receive(_sock: Socket, _size: int) -> bytes:
+    def receive(_sock: Socket, _size: int) -> NoReturn:
         raise error
 
-    end.receive_from = receive
+    end.receive_from = end.receive_named_from = receive
 
 
 async def until(condition: Callable[[], bool]) -> None:

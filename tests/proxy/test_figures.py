@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -136,6 +137,20 @@ async def test_it_is_counted_why_clients_are_turned_away(backend: FakeBackend) -
         await client.expect(b"N")
         await client.close()
         assert await turned_away(house) == {Turnaway.ENCRYPTION}
+
+
+async def test_who_is_refused_in_its_first_step_and_stays_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it wants is there when it is accepted, and the server refuses connections."""
+    monkeypatch.setattr("pgguard.proxy.arrival._FAREWELL", 0.05)
+    async with running(startup_timeout=0.2) as house:
+        sock = socket.create_connection(("127.0.0.1", house.port))
+        sock.sendall(startup())
+        client = Client(trio.SocketStream(trio.socket.from_stdlib_socket(sock)))
+        assert (await client.message()).fields["C"] == "08001"
+        assert await client.rest() == b""
+        await until(lambda: not house.guard._roster.arriving)
+        assert await turned_away(house) == {Turnaway.NO_SERVER}
+        await client.close()
 
 
 async def test_a_client_that_has_only_looked_who_is_there_is_not_turned_away(backend: FakeBackend) -> None:

@@ -951,6 +951,7 @@ async def test_a_pid_that_another_process_has_by_now_names_that_one_or_nobody(
                 await take_turns(PARENT)
                 await trio.sleep(0.01)
         assert named() <= {me.cmdline, None}, "the one that has the pid now, or nobody where there was no time to look"
+        await until(lambda: house.only_session.senders.get(pid) == me)
         await client.close()
         await server.close()
         await house.house.empty()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pgguard.session.session import _MOST_REQUESTS, _MOST_UNASKED
-from tests.session.protocol import BACKEND, FRONTEND, Conversation, bind, close, message, parse, query
+from pgguard.session.verdicts import Kind
+from tests.session.protocol import BACKEND, FRONTEND, Conversation, bind, close, kinds, message, parse, query
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,17 +98,27 @@ def test_it_is_not_full_where_the_server_may_wait_for_more(answers: int) -> None
     assert conversation.verdicts == []
 
 
-def test_what_is_alike_is_kept_once_and_flushed_all_the_same() -> None:
+@pytest.mark.parametrize(("answered", "found"), [(2000, [Kind.REQUEST_WHILE_BUSY]), (2001, [])])
+def test_what_is_alike_is_kept_once_and_flushed_all_the_same(answered: int, found: list[Kind]) -> None:
     """A simple Query behind what was flushed is sent on top of that, and behind what wasn't, it is not."""
     conversation = Conversation()
-    conversation.frontend("BEBEH" + "BE" * 3000)
+    conversation.frontend("BE" * 3000)
     assert conversation.tracker.fullness() > 0
-    conversation.backend("2C" * 2)
-    conversation.frontend("Q")
-    assert conversation.verdicts == []
-    conversation.backend("2C" * 2999)
+    conversation.backend("2C" * 1000)
     conversation.frontend("BEH" + "BE" * 3000)
     assert conversation.tracker.fullness() > 0
+    conversation.backend("2C" * answered)
+    conversation.frontend("Q")
+    assert kinds(conversation.verdicts) == found
+
+
+@pytest.mark.parametrize(("answered", "found"), [(99, [Kind.REQUEST_WHILE_BUSY]), (100, [])])
+def test_what_was_flushed_is_known_when_much_of_it_has_been_answered(answered: int, found: list[Kind]) -> None:
+    conversation = Conversation()
+    conversation.frontend("BE" * 100 + "H" + "BE" * 20)
+    conversation.backend("2C" * answered)
+    conversation.frontend("Q")
+    assert kinds(conversation.verdicts) == found
 
 
 def test_a_copy_is_never_full() -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-# In CI they are the same each time, and two forms are tested.
+# In CI they are the same examples each time, in two forms, and there is little time.
 thoroughly = settings(
     max_examples=100 if REQUIRE_ALL else 250, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

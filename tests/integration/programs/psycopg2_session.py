@@ -47,7 +47,8 @@ def cancel(connection: Connection) -> None:
         with closing(psycopg2.connect("")) as other, other.cursor() as cursor:
             other.autocommit = True
             cursor.execute(asleep, (connection.info.backend_pid,))
-            while cursor.fetchone() != (True,):
+            until = time.monotonic() + 60
+            while cursor.fetchone() != (True,) and time.monotonic() < until:
                 # One that comes before the server has begun with it cancels nothing.
                 time.sleep(0.02)
                 cursor.execute(asleep, (connection.info.backend_pid,))

@@ -53,11 +53,14 @@ def copy(connection: psycopg.Connection) -> None:
 
 
 def cancel(connection: psycopg.Connection) -> None:
+    connection.execute("SET LOCAL statement_timeout = '120s'")
     connection.pgconn.send_query(b"SELECT pg_sleep(300)")
     asleep = "SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = %s"
     with psycopg.connect("", autocommit=True) as other:
         # One that comes before the server has begun with it cancels nothing.
+        until = time.monotonic() + 60
         while other.execute(asleep, (connection.info.backend_pid,)).fetchone() != (True,):
+            assert time.monotonic() < until
             time.sleep(0.02)
     connection.cancel_safe()
     while result := connection.pgconn.get_result():
