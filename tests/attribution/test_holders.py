@@ -178,8 +178,9 @@ def test_a_lasting_holder_is_told_from_a_passing_one(listener: socket.socket, pu
         outlive_a_tick()
         again = watch.watch([inode])[inode]
         assert again.holdings[-1].since == holding.since
-        assert child in {process.pid for process in again.lasting(0.01)}
-        assert child not in {process.pid for process in first.lasting(0.01)}
+        had_it_for = again.holdings[-1].seen - holding.since
+        assert child in {process.pid for process in again.lasting(had_it_for)}
+        assert child not in {process.pid for process in first.lasting(had_it_for)}
 
 
 class InterruptedBook(ProcessBook):
