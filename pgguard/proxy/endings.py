@@ -252,9 +252,8 @@ class Endings:
     def pass_end_on(self, end: End) -> None:
         """Everything has been written to ``end``, and its peer will send no more."""
         session = end.session
-        flow = session.flow
-        is_gone = flow.client.writing is Writing.GONE
-        if is_gone or (flow.client.eof and flow.server.eof):
+        is_gone = session.client_gone
+        if is_gone or (session.client.eof and session.server.eof):
             if end.tls is not None and end.is_client and not is_gone:
                 _end_writing(end)  # it may have ended its own side alone, and is told what the server has said
             self.finish(session)

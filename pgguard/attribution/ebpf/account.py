@@ -415,15 +415,14 @@ class Accounts:
         Call it after accepting, and :meth:`feed` before it. If another account of the same key is open
         still, its connection is over, and it gets no more events.
         """
-        early = self._early.pop(key, None)
+        early = self._early.pop(key, ())
         self._open.pop(key, None)
         origin: int | None = None
-        if early is not None:
-            for event in early:
-                if event[2] == _ACCEPTED:
-                    origin = event[5]
+        for event in early:
+            if event[2] == _ACCEPTED:
+                origin = event[5]
         account = Account(origin)
-        if origin is not None and early is not None:
+        if origin is not None:
             self._open[key] = account
             for n, event in enumerate(early, 1):
                 if n == _EARLY_EVENTS:
