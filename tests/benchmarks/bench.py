@@ -239,6 +239,11 @@ class Bench:
         count = next(line.split()[-1] for line in said.splitlines() if "actually processed" in line)
         return int(count.partition("/")[0]), self._cost(contender) - before
 
+    def come(self, contender: Contender, hops: Hops) -> tuple[int, Cost]:
+        """Have the load program's clients come one after the other: how many did, and what that cost."""
+        said, spent = self._measured(contender, hops, ["come", str(self.seconds), SQL])
+        return int(said), spent
+
     @contextmanager
     def hold(self, contender: Contender, hops: Hops, count: int) -> Iterator[Holder]:
         """Prepare to open idle sessions, a hundred by each process."""

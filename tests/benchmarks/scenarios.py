@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from tests.benchmarks.bench import Answers, Bench, Holder, Protocol
-    from tests.benchmarks.programs import Contender, Hops
+    from tests.benchmarks.clock import Cost
+    from tests.benchmarks.programs import Contender, Hops, Place
 
 _BULK: Final = {
     "SELECT, rows of 20 bytes": ("rows", "SELECT 123456789 FROM generate_series(1, 200000)"),
@@ -101,15 +102,23 @@ def latency(bench: Bench) -> None:
 
 
 def connections(bench: Bench) -> None:
-    """What a connection costs the proxy for a single transaction, with one to a real server: pgbench -C."""
+    """What a connection costs the proxy for a single transaction, with one to the server."""
+    # The load program's come by the thousand a second, and the proxy finds what it takes in the processor's caches.
+    # PostgreSQL makes a process for each meanwhile.
+    with bench.fake_server() as server:
+        _connect(bench, server, "CPU a connection of thousands a second", bench.come)
     with bench.postgresql() as server:
-        for hops in bench.hops:
-            with bench.contenders(server, hops, pools=False) as contenders:
-                goal = 350.0 if hops == "tcp" else None
-                row = bench.results.row("connections", f"CPU a connection{_over(hops)}", "µs", goal=goal, absolute=True)
-                for contender in bench.turns(contenders):
-                    count, costs = bench.connections(contender, hops)
-                    row.add(contender.name, costs.total / count)
+        _connect(bench, server, "CPU a connection, PostgreSQL", bench.connections)
+
+
+def _connect(bench: Bench, server: Place, what: str, come: Callable[[Contender, Hops], tuple[int, Cost]]) -> None:
+    for hops in bench.hops:
+        with bench.contenders(server, hops, pools=False) as contenders:
+            goal = 350.0 if hops == "tcp" else None
+            row = bench.results.row("connections", f"{what}{_over(hops)}", "µs", goal=goal, absolute=True)
+            for contender in bench.turns(contenders):
+                count, costs = come(contender, hops)
+                row.add(contender.name, costs.total / count)
 
 
 def bulk(bench: Bench) -> None:

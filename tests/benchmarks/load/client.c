@@ -1,6 +1,7 @@
 /* Clients that cost next to nothing, so that what is measured is what stands between them and the server.
  *
  *   client ADDRESS ask N SECONDS simple|prepared SQL   N sessions ask one after the other, as fast as they are answered
+ *   client ADDRESS come SECONDS SQL                    one session after the other is opened, asks once, and ends
  *   client ADDRESS rows SECONDS SQL                    one session asks, and reads what may be many rows
  *   client ADDRESS copy SECONDS SIZE ROW SQL           one session sends rows of ROW bytes, in CopyData of SIZE bytes
  *   client ADDRESS hold N PROCESSES                    N idle sessions, held by so many processes
@@ -8,9 +9,10 @@
  * ADDRESS is a port of the loopback address, or the path of a Unix socket. The user and the database are postgres.
  *
  * "ask" prints the answers, the seconds, and of the latencies in microseconds the median, the 99th percentile and the
- * longest. "rows" and "copy" print the bytes and the seconds. "hold" waits for a line,
- * opens the sessions, asks in each, and prints how many have answered. With each further line it asks in each again,
- * and prints how many have answered as at first. It ends with its standard input. Sockets don't block, as those of libpq.
+ * longest. "come" prints how many there were. "rows" and "copy" print the bytes and the seconds. "hold" waits for a
+ * line, opens the sessions, asks in each, and prints how many have answered. With each further line it asks in each
+ * again, and prints how many have answered as at first. It ends with its standard input. Sockets don't block, as those
+ * of libpq.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -248,6 +250,22 @@ static void ask(int count, double seconds, int prepared, const char *sql) {
         send_all(sessions[i].fd, "X\0\0\0\4", 5);
 }
 
+static void come(double seconds, const char *sql) {
+    char request[4096];
+    size_t size = query(request, sql);
+    long count = 0;
+    int64_t until = now() + (int64_t)(seconds * 1e9);
+    do {
+        struct session s;
+        dial(&s);
+        if (!send_all(s.fd, request, size) || !read_to(&s, 'Z') || !send_all(s.fd, "X\0\0\0\4", 5))
+            die("a session was lost");
+        close(s.fd);
+        count++;
+    } while (now() < until);
+    printf("%ld\n", count);
+}
+
 static void rows(double seconds, const char *sql) {
     struct session s;
     char request[4096];
@@ -369,6 +387,8 @@ int main(int argc, char **argv) {
     address = argc > 1 ? argv[1] : "";
     if (!strcmp(mode, "ask") && argc == 7)
         ask(atoi(argv[3]), atof(argv[4]), !strcmp(argv[5], "prepared"), argv[6]);
+    else if (!strcmp(mode, "come") && argc == 5)
+        come(atof(argv[3]), argv[4]);
     else if (!strcmp(mode, "rows") && argc == 5)
         rows(atof(argv[3]), argv[4]);
     else if (!strcmp(mode, "copy") && argc == 7)
@@ -376,7 +396,7 @@ int main(int argc, char **argv) {
     else if (!strcmp(mode, "hold") && argc == 5)
         hold(atoi(argv[3]), atoi(argv[4]));
     else {
-        fprintf(stderr, "usage: client ADDRESS ask|rows|copy|hold …\n");
+        fprintf(stderr, "usage: client ADDRESS ask|come|rows|copy|hold …\n");
         return 2;
     }
     return 0;
