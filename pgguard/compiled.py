@@ -1,8 +1,8 @@
 """Which modules are compiled when pgguard is built, and in which form they run.
 
 They run compiled or as pure Python, and do the same. Those that mypyc compiles are one group: they call each other
-without going through the interpreter, and each needs all the others to be compiled, too. One more stands there in C as
-well, and is built with them. The build compiles what stands in :data:`MODULES` and :data:`WRITTEN_IN_C`, and whoever
+without going through the interpreter, and each needs all the others to be compiled, too. A few more stand there in C as
+well, and are built with them. The build compiles what stands in :data:`MODULES` and :data:`WRITTEN_IN_C`, and whoever
 wants to know the list reads it there. This module imports nothing, as the build reads it, too.
 """
 
@@ -42,8 +42,9 @@ MODULES: Final = (
 """What moves and follows bytes: the relay's inner loop, the session core, and who has sent what. ``pgguard.session`` is
 in it whole."""
 
-WRITTEN_IN_C: Final = "pgguard.proxy.sockets"
-"""What calls the system for them: its source in C is beside that in Python, and has the same name."""
+WRITTEN_IN_C: Final = ("pgguard.attribution.ebpf.progress", "pgguard.proxy.sockets")
+"""What calls the system for them, and reads what the kernel writes: the source in C of each is beside that in Python,
+and has the same name."""
 
 _GROUP: Final = "pgguard.native_"
 _SUFFIX: Final = "__mypyc"
@@ -75,7 +76,7 @@ class Form(NamedTuple):
 def form() -> Form:
     """Find out in which form the modules run here: from what is loaded, or would be."""
     by_form: dict[bool, list[str]] = {False: [], True: []}
-    for name in (*MODULES, WRITTEN_IN_C):
+    for name in (*MODULES, *WRITTEN_IN_C):
         spec = import_module(name).__spec__
         by_form[spec is not None and isinstance(spec.loader, ExtensionFileLoader)].append(name)
     compiled = by_form[True]
@@ -94,7 +95,7 @@ def group_name(root: Path) -> str:
         OSError: They can't be read.
     """
     digest = sha256()
-    for path in [*map(path_of, (*MODULES, WRITTEN_IN_C)), c_path_of(WRITTEN_IN_C)]:
+    for path in [*map(path_of, (*MODULES, *WRITTEN_IN_C)), *map(c_path_of, WRITTEN_IN_C)]:
         digest.update((root / path).read_bytes())
     return f"{_GROUP}{digest.hexdigest()[:16]}"
 

@@ -175,7 +175,8 @@ def compile_into(target: Path) -> None:
             debug_level="0",
             target_dir=work,
         )
-        extensions.append(Extension(WRITTEN_IN_C, [c_path_of(WRITTEN_IN_C)], extra_compile_args=["-O2", "-g0"]))
+        for name in WRITTEN_IN_C:
+            extensions.append(Extension(name, [c_path_of(name)], extra_compile_args=["-O2", "-g0"]))
         for extension in extensions:
             # Another compiler warns of other things.
             extension.extra_compile_args = [flag for flag in extension.extra_compile_args if flag != "-Werror"]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 ROOT: Final = Path(__file__).parents[1]
-SOURCES: Final = {*map(path_of, MODULES), path_of(WRITTEN_IN_C), c_path_of(WRITTEN_IN_C)}
+SOURCES: Final = {*map(path_of, (*MODULES, *WRITTEN_IN_C)), *map(c_path_of, WRITTEN_IN_C)}
 
 
 def test_the_session_core_is_in_the_group_whole() -> None:
@@ -48,7 +48,7 @@ def test_the_form_is_that_of_what_is_loaded(
     listed: Sequence[str], found: Form, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled, "MODULES", listed[:-1])
-    monkeypatch.setattr(compiled, "WRITTEN_IN_C", listed[-1])
+    monkeypatch.setattr(compiled, "WRITTEN_IN_C", listed[-1:])
     monkeypatch.setattr(compiled, "group_name", lambda _: "pgguard.native_0")
     assert form() == found
     assert str(found) == said
@@ -61,7 +61,7 @@ def test_what_was_compiled_from_other_sources_can_be_told(tmp_path: Path) -> Non
         shutil.copyfile(ROOT / source, path)
     names = {group_name(ROOT)}
     assert {group_name(tmp_path)} == names
-    for source in path_of(MODULES[-1]), path_of(WRITTEN_IN_C), c_path_of(WRITTEN_IN_C):
+    for source in path_of(MODULES[-1]), path_of(WRITTEN_IN_C[-1]), c_path_of(WRITTEN_IN_C[-1]):
         with (tmp_path / source).open("a") as file:
             file.write("\n")
         names.add(group_name(tmp_path))

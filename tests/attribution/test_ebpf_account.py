@@ -532,7 +532,11 @@ def test_a_word_counts_for_its_own_ticket_and_when_everything_in_front_of_it_has
     assert fake.read() == []
     assert fake.ring.glance(ticket) == -1, "it isn't there yet"
     assert fake.ring.reached(ticket) == 2**40 + 1
+    reached, glance = fake.ring.reached, fake.ring.glance
     fake.close()
+    for call in reached, glance:
+        with pytest.raises(ValueError, match=r"released|let go"):
+            call(ticket)
 
 
 @pytest.mark.skipif(bool(form().compiled), reason="compiled code takes nothing but memory")
@@ -552,7 +556,7 @@ def test_the_word_is_read_before_it_is_looked_whether_something_has_been_reporte
             pass
 
     assert fake.ring.glance(3) == 100
-    fake.ring._by_ticket = cast("memoryview", Racing())
+    fake.ring._progress._by_ticket = cast("memoryview", Racing())
     assert fake.ring.glance(3) == -1
     fake.close()
 

@@ -13,21 +13,21 @@ no later events of the same connection, nor any bytes that this one is about, un
 
 **Memory order.** The kernel releases (``smp_store_release``) the position after the header is written, and the header
 after the data is. x86-64 keeps the order of loads, and CPython doesn't reorder them. arm64 may load data before the
-flag that says that it's there: a lock is taken and released, twice, in between, whose atomic operations are the
-barriers that Python has to offer. (Tried on x86-64 only.)
+flag that says that it's there, unless there is a fence in between (:mod:`progress`). (Tried on x86-64 only.)
 """
 
 from __future__ import annotations
 
 import mmap
-import platform
 import struct
-import threading
 from typing import TYPE_CHECKING, Final, final
 
-from pgguard.attribution.ebpf.programs import EVENT_SIZE, KEY_SIZE, TICKET_SHIFT, TICKETS, WORD_SHIFT, WORDS_SIZE
+from pgguard.attribution.ebpf.programs import EVENT_SIZE, KEY_SIZE, WORDS_SIZE
+from pgguard.attribution.ebpf.progress import Progress, fence
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mypy_extensions import i64
 
 _BUSY: Final = 1 << 31
@@ -37,12 +37,7 @@ _DISCARDED: Final = 1 << 30
 _HEADER: Final = 8
 """``BPF_RINGBUF_HDR_SZ``."""
 
-_WORD: Final = (1 << WORD_SHIFT) - 1
-_CONNECTIONS: Final = (1 << 64 - WORD_SHIFT) - 1
-
 _unpack: Final = struct.Struct(f"=QIIIIII{KEY_SIZE}sII4xQ").unpack_from
-_WEAKLY_ORDERED: Final = platform.machine() != "x86_64"
-
 
 Event = tuple[int, int, int, int, int, int, int, bytes, int, int, int]
 """Something that happened to a connection; what its ``kind`` says. A plain tuple, which is made in half the time:
@@ -84,20 +79,21 @@ class Ring:
         self._lost = mmap.mmap(lost, page, prot=mmap.PROT_READ)
         # One 8-byte load or store each: CPython copies an item of a memoryview with a memcpy of constant size.
         self._consumed = memoryview(self._consumer).cast("Q")
-        self._produced = memoryview(self._producer)[:page].cast("Q")
         self._losses = memoryview(self._lost).cast("Q")
         self._mapped_words: mmap.mmap | None = None
-        self._by_ticket: memoryview | None = None
         if words is not None:
             self._mapped_words = mmap.mmap(words, WORDS_SIZE + page - 1 & -page, prot=mmap.PROT_READ)
-            self._by_ticket = memoryview(self._mapped_words).cast("q")  # signed: compiled, it takes an i64
+        self._progress = Progress(self._producer, self._mapped_words)
+        self.reached: Callable[[int], int] = self._progress.reached
+        self.glance: Callable[[int], int] = self._progress.glance
+        """:meth:`Progress.reached` and :meth:`Progress.glance` themselves, as they are called often."""
         self._data = memoryview(self._producer)[page:]
         self._words = self._data.cast("I")
         self._next: i64 = self._consumed[0]
         """Up to where records have been looked at."""
+        self._progress.taken = self._next
         self._busy: list[int] = []
         """Positions before that of records that weren't ready."""
-        self._barrier = threading.Lock()
         self._lost_in_all = 0
 
     @property
@@ -110,11 +106,9 @@ class Ring:
 
         All events are there that are about bytes which have been read before the call.
         """
-        produced: i64 = self._produced[0]
+        produced: i64 = self._progress.produced()
         if produced == self._next and not self._busy:
             return []
-        if _WEAKLY_ORDERED:
-            self._fence()
         events: list[Event] = []
         busy: list[int] = []
         for position in self._busy:
@@ -123,36 +117,16 @@ class Ring:
         while position < produced:
             position += self._take(position, events, busy)
         self._busy, self._next = busy, position  # when all have been read: who fails reads them again
+        self._progress.taken = -1 if busy else position
         self._consumed[0] = busy[0] if busy else position
         return events
-
-    def reached(self, ticket: i64) -> i64:
-        """Up to which position the one had gone on who had been reported last under a ticket; 0: it isn't known.
-
-        Call it before :meth:`read`. What is read then has all reports of those who sent up to there.
-        """
-        if self._by_ticket is None:
-            return 0
-        word: i64 = self._by_ticket[ticket & TICKETS - 1]
-        # Another connection may have been given the ticket's word since.
-        if word >> WORD_SHIFT & _CONNECTIONS != ticket >> TICKET_SHIFT:
-            return 0
-        if _WEAKLY_ORDERED:
-            self._fence()
-        return word & _WORD
-
-    def glance(self, ticket: i64) -> i64:
-        """Tell the same of a ticket, or of none, if all events have been read; -1: :meth:`read` comes first."""
-        reached = self.reached(ticket) if ticket else 0
-        produced: i64 = self._produced[0]
-        return -1 if produced != self._next or self._busy else reached
 
     def close(self) -> None:
         """Unmap everything; nothing can be read then."""
         self._lost_in_all = self._losses[0]
-        for view in (self._consumed, self._produced, self._losses, self._words, self._data, self._by_ticket):
-            if view is not None:
-                view.release()
+        self._progress.close()
+        for view in (self._consumed, self._losses, self._words, self._data):
+            view.release()
         for mapped in (self._consumer, self._producer, self._lost, self._mapped_words):
             if mapped is not None:
                 mapped.close()
@@ -165,12 +139,6 @@ class Ring:
         if header & _BUSY:
             busy.append(position)
         elif not header & _DISCARDED and length == EVENT_SIZE:
-            if _WEAKLY_ORDERED:
-                self._fence()
+            fence()
             events.append(_unpack(self._data, at + _HEADER))
         return _HEADER + (length + 7 & ~7)
-
-    def _fence(self) -> None:
-        for _ in range(2):
-            with self._barrier:
-                pass
