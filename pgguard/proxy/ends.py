@@ -16,6 +16,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final, Protocol, final
 
 if TYPE_CHECKING:
+    from mypy_extensions import i64
+
     from pgguard.identity import Sender
     from pgguard.proxy.kernel_senders import TcpAccount
     from pgguard.proxy.session import ProxiedSession
@@ -185,14 +187,14 @@ class End:
         """Who has sent what was read last, as far as that is known."""
         self.held = b""
         """Bytes read from it that can't be judged, or that wait for a ruling."""
-        self.heed = 0
+        self.heed: i64 = 0
         """Why what comes next isn't simply passed on: :data:`ATTENTIVE`, :data:`CONTESTED`, :data:`LOGIN`."""
-        self.swallow = 0
+        self.swallow: i64 = 0
         """Bytes of a dropped message that are still to come."""
 
         self.session = session
         self.fd = sock.fileno()
-        self.pid = -1
+        self.pid: i64 = -1
         """Whom the kernel has named last as it was read, where it does: see :meth:`Socket.receive_named`."""
         self.pieces: deque[tuple[bytes, Sender | None]] | None = None
         """Bytes of other senders, read behind :attr:`held`; ``None`` before there are any, for its 760 bytes."""
@@ -200,7 +202,7 @@ class End:
         """How many of :attr:`outgoing` have been written since."""
         self.failure: int | None = None
         """The system's number for why nothing more will come from it, unless it has ended its stream."""
-        self.interest = -1
+        self.interest: i64 = -1
         """The epoll events that it is registered for; -1: it isn't."""
 
     # What others want to know of it, or have found out

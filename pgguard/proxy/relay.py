@@ -36,10 +36,10 @@ from __future__ import annotations
 import select
 from collections import deque
 from time import monotonic, time
-from typing import TYPE_CHECKING, Final, Protocol, final
+from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from pgguard.identity import Sender
-from pgguard.proxy.ends import CHUNK, CONTESTED, Phase, Reading, Writing
+from pgguard.proxy.ends import CHUNK, CONTESTED, End, Phase, Reading, Writing
 from pgguard.proxy.losses import Loss, note
 from pgguard.session.session import FEW
 from pgguard.wire.messages import HEADER_SIZE
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from mypy_extensions import i64
 
     from pgguard.attribution.ebpf.account import Segment
-    from pgguard.proxy.ends import End, Flow
+    from pgguard.proxy.ends import Flow
     from pgguard.proxy.kernel_senders import KernelSenders, TcpAccount
     from pgguard.proxy.session import ProxiedSession
     from pgguard.proxy.transport import Tls
@@ -86,23 +86,23 @@ _ENDED: Final = Reading.ENDED
 _WRITABLE: Final = Writing.OPEN
 _GONE: Final = Writing.GONE
 
-_IN: Final = select.EPOLLIN
-_OUT: Final = select.EPOLLOUT
-_OVER: Final = select.EPOLLHUP | select.EPOLLERR
+_IN: Final[i64] = select.EPOLLIN
+_OUT: Final[i64] = select.EPOLLOUT
+_OVER: Final[i64] = select.EPOLLHUP | select.EPOLLERR
 """Reported whether it was asked for or not: epoll_ctl(2)."""
-_END: Final = select.EPOLLRDHUP
+_END: Final[i64] = select.EPOLLRDHUP
 """The peer has ended its stream."""
-_ENDS: Final = _END | _OVER
-_TO_READ: Final = _IN | _OVER
-_TO_WRITE: Final = _OUT | _OVER
-_READS: Final = _IN | _END
+_ENDS: Final[i64] = _END | _OVER
+_TO_READ: Final[i64] = _IN | _OVER
+_TO_WRITE: Final[i64] = _OUT | _OVER
+_READS: Final[i64] = _IN | _END
 
 
 class Poll(Protocol):
     """What the relay waits with: :class:`pgguard.proxy.sockets.Epoll`."""
 
-    def register(self, fd: int, eventmask: int, /) -> None:
-        """Report a descriptor's events."""
+    def register(self, fd: int, eventmask: int, whose: object, /) -> None:
+        """Report a descriptor's events, each with an object."""
 
     def modify(self, fd: int, eventmask: int, /) -> None:
         """Report others of it."""
@@ -110,8 +110,8 @@ class Poll(Protocol):
     def unregister(self, fd: int, /) -> None:
         """Report none any more."""
 
-    def poll(self, timeout: float, maxevents: int, /) -> list[tuple[int, int]]:
-        """Wait for events, for some seconds; returns descriptors, and what each is ready for.
+    def poll(self, timeout: float, maxevents: int, /) -> list[Any]:
+        """Wait for events, for some seconds; returns whose they are, each with what it is ready for behind it.
 
         None: that was in vain, or a signal has come.
         """
@@ -213,8 +213,6 @@ class Relay:
         self.from_clients: i64 = 0
         self.from_servers: i64 = 0
         """Bytes that have been passed on."""
-        self._ends: dict[int, End] = {}
-        """Those that are registered with the epoll, by descriptor."""
         self._watched: dict[int, Callable[[int], None]] = {}
         """By descriptor, who is told of the events of what isn't a session's own."""
         self._backlog: deque[End] = deque()
@@ -282,10 +280,10 @@ class Relay:
 
     def _go_round(self, began: float, patience: float) -> i64:
         """Serve all that is ready, and one of those that wait for their turn; returns how many were served."""
-        backlog, line, ends = self._backlog, self._line, self._ends
+        backlog, line = self._backlog, self._line
         crowded = began < self._hurried_until or len(line) > 0
         events = self._epoll.poll(0.0 if crowded or backlog else patience, _CROWD if crowded else _EVENTS)
-        served: i64 = len(events)
+        served: i64 = len(events) // 2
         if not served and not backlog and not line:
             return 0
         if crowded:
@@ -293,10 +291,13 @@ class Relay:
         self._round_began = monotonic()
         self._slice_ends = self._round_began + self._slice
         now = self._epoch + self._round_began
-        for fd, mask in events:
-            end = ends.get(fd)
-            if end is None:  # it has been held, or its session closed, by an earlier event, or it is another's
-                self._tell(fd, mask)
+        for at in range(0, len(events), 2):
+            end = events[at]
+            mask: i64 = events[at + 1]
+            if not isinstance(end, End):
+                self._tell(end, mask)
+                continue
+            if end.interest < 0:  # it has been held, or its session closed, by an earlier event
                 continue
             try:
                 if mask == _IN:
@@ -314,9 +315,9 @@ class Relay:
             self._read_in_line()
         return served
 
-    def _tell(self, fd: int, mask: int) -> None:
-        """Tell whoever watches a descriptor of its events."""
-        on_event = self._watched.get(fd)
+    def _tell(self, fd: int | None, mask: int) -> None:
+        """Tell whoever watches a descriptor, if somebody does, of its events."""
+        on_event = None if fd is None else self._watched.get(fd)
         if on_event is not None:
             try:
                 on_event(mask)
@@ -335,21 +336,21 @@ class Relay:
         if mask & _TO_WRITE and end.wants(_OUT):
             self.flush(end)
 
-    def _without_interrupters(self, events: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def _without_interrupters(self, events: list[Any]) -> list[Any]:
         """Put in line who has sent something while an answer to it is due; the other events are returned."""
-        others: list[tuple[int, int]] = []
-        for event in events:
-            end = self._ends.get(event[0])
+        others: list[Any] = []
+        for at in range(0, len(events), 2):
+            end = events[at]
             if (
-                end is not None
+                isinstance(end, End)
                 and end.is_client
-                and event[1] == _IN
+                and events[at + 1] == _IN
                 and _is_busy(end.flow, end.session)
                 and self._may_wait(end)
             ):
                 self._put_in_line(end)
             else:
-                others.append(event)
+                others += events[at : at + 2]
         return others
 
     def _may_wait(self, end: End) -> bool:
@@ -451,7 +452,7 @@ class Relay:
 
     def watch(self, fd: int, events: int, on_event: Callable[[int], None]) -> None:
         """Watch another descriptor, too: see :meth:`pgguard.proxy.sweep.Sweep.watch`."""
-        self._epoll.register(fd, events)
+        self._epoll.register(fd, events, fd)
         self._watched[fd] = on_event
 
     def unwatch(self, fd: int) -> bool:
@@ -472,8 +473,7 @@ class Relay:
             # Its peer is stuffed, or it is held. Whether it is over is found out when it is its turn to be read again.
             self.disarm(end)
         elif end.interest < 0:
-            self._epoll.register(end.fd, interest)
-            self._ends[end.fd] = end
+            self._epoll.register(end.fd, interest, end)
             end.interest = interest
         elif end.interest != interest:
             self._epoll.modify(end.fd, interest)
@@ -483,7 +483,6 @@ class Relay:
         """Register for nothing of an end's any more."""
         if end.interest >= 0:
             self._epoll.unregister(end.fd)
-            del self._ends[end.fd]
             end.interest = -1
 
     def take_out(self, flow: Flow) -> None:
@@ -525,13 +524,13 @@ class Relay:
         if pid >= 0 and pid != end.pid:
             end.pid = pid
             self._meet(end, Sender(pid) if pid else None)
-        if not data:
+        if not len(data):
             self._endings.end_of_stream(end, reset=end.reading is _ENDED)
             return
         account = end.kernel_account
         if account is not None and tls is None and not self._is_of_one(end, account, data, now):
             return
-        whole = not end.held
+        whole = len(end.held) == 0
         if not whole:
             data = end.held + data
             end.held = b""
@@ -878,10 +877,10 @@ class Relay:
 
     # To the other side
 
-    def _forward(self, end: End, data: bytes, begin: int, stop: int) -> None:
+    def _forward(self, end: End, data: bytes, begin: i64, stop: i64) -> None:
         """Send what an end has sent, ``data[begin:stop]``, to its peer."""
         if end.swallow:
-            swallowed = min(end.swallow, stop - begin)
+            swallowed: i64 = min(end.swallow, stop - begin)
             end.swallow -= swallowed
             begin += swallowed
         peer = end.peer
@@ -894,7 +893,7 @@ class Relay:
         else:
             self._endings.hear(end, data[begin:stop])
             return
-        if peer.outgoing:
+        if len(peer.outgoing):
             peer.append(memoryview(data)[begin:stop])  # when there is room
             return
         if peer.tls is not None:
@@ -903,7 +902,7 @@ class Relay:
             if not stop:  # it is of no use any more
                 return
         try:
-            sent = peer.send_to(peer.sock, data, begin, stop)
+            sent: i64 = peer.send_to(peer.sock, data, begin, stop)
         except OSError:
             # The reading side tells the end of it: what the peer sent before it went is still to be read.
             peer.writing = Writing.BROKEN

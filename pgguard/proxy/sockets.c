@@ -22,6 +22,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -58,6 +59,20 @@ would_wait(void)
 {
     return errno == EAGAIN || errno == EWOULDBLOCK;
 }
+
+/* The system calls of each message. In the C library they are points at which a thread may be cancelled: each of them
+ * takes two locked instructions as soon as there are several threads, and no thread here is ever cancelled. Elsewhere
+ * they may not exist by themselves: socketcall(2). */
+
+#if defined(__x86_64__) || defined(__aarch64__)
+#define RECEIVE(fd, place, size, flags) syscall(SYS_recvfrom, fd, place, size, flags, NULL, NULL)
+#define RECEIVE_MESSAGE(fd, message, flags) syscall(SYS_recvmsg, fd, message, flags)
+#define SEND(fd, first, size, flags) syscall(SYS_sendto, fd, first, size, flags, NULL, 0)
+#else
+#define RECEIVE recv
+#define RECEIVE_MESSAGE recvmsg
+#define SEND send
+#endif
 
 /* Addresses, as the socket module has them */
 
@@ -183,7 +198,7 @@ stream_receive(PyObject *self, PyObject *wanted)
         return NULL;
     ssize_t got;
     do {
-        got = recv(((Stream *)self)->fd, PyBytes_AS_STRING(buffer), (size_t)size, MSG_DONTWAIT);
+        got = RECEIVE(((Stream *)self)->fd, PyBytes_AS_STRING(buffer), (size_t)size, MSG_DONTWAIT);
     } while (got < 0 && errno == EINTR);
     if (got >= 0)
         return take(got);
@@ -204,12 +219,12 @@ stream_receive_named(PyObject *self, PyObject *wanted)
         char bytes[CMSG_SPACE(sizeof(struct ucred))];
     } space;
     struct iovec place = {.iov_base = PyBytes_AS_STRING(buffer), .iov_len = (size_t)size};
-    struct msghdr message = {.msg_iov = &place, .msg_iovlen = 1};
+    struct msghdr message = {.msg_iov = &place, .msg_iovlen = 1}; /* what musl pads it with is 0 for the system, too */
     ssize_t got;
     do {
         message.msg_control = &space;
         message.msg_controllen = sizeof space;
-        got = recvmsg(((Stream *)self)->fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        got = RECEIVE_MESSAGE(((Stream *)self)->fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     } while (got < 0 && errno == EINTR);
     if (got < 0) {
         if (would_wait())
@@ -258,7 +273,7 @@ stream_send(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
     const char *first = PyBytes_AS_STRING(data) + begin;
     ssize_t sent;
     do {
-        sent = send(((Stream *)self)->fd, first, (size_t)(stop - begin), MSG_DONTWAIT | MSG_NOSIGNAL);
+        sent = SEND(((Stream *)self)->fd, first, (size_t)(stop - begin), MSG_DONTWAIT | MSG_NOSIGNAL);
     } while (sent < 0 && errno == EINTR);
     if (sent < 0 && !would_wait())
         return PyErr_SetFromErrno(PyExc_OSError);
@@ -483,7 +498,9 @@ static PyMethodDef functions[] = {
 
 typedef struct {
     PyObject_HEAD
-    int fd; /* -1 when it is closed */
+    int fd;           /* -1 when it is closed */
+    int room;         /* how many descriptors there is a place for */
+    PyObject **whose; /* by descriptor, what is returned with its events; NULL if it isn't registered */
 } Epoll;
 
 /* Its descriptor; -1 with an exception if it is closed. */
@@ -496,57 +513,79 @@ opened(PyObject *self)
     return fd;
 }
 
-static PyObject *
-control(PyObject *self, int operation, PyObject *watched, PyObject *mask)
+/* Returns -1 with an exception if it can't be. */
+static int
+control(PyObject *self, int operation, int fd, PyObject *mask)
 {
     int epoll = opened(self);
     if (epoll < 0)
-        return NULL;
-    int fd = PyObject_AsFileDescriptor(watched);
-    if (fd < 0)
-        return NULL;
+        return -1;
     unsigned long events = mask == NULL ? 0 : PyLong_AsUnsignedLong(mask);
     if (events == (unsigned long)-1 && PyErr_Occurred())
-        return NULL;
+        return -1;
     struct epoll_event event = {.events = (uint32_t)events, .data.fd = fd};
-    if (epoll_ctl(epoll, operation, fd, &event) < 0)
-        return PyErr_SetFromErrno(PyExc_OSError);
-    Py_RETURN_NONE;
+    if (epoll_ctl(epoll, operation, fd, &event) == 0)
+        return 0;
+    PyErr_SetFromErrno(PyExc_OSError);
+    return -1;
+}
+
+/* Have a place for a descriptor. Returns -1 with an exception if there is no memory for it. */
+static int
+have_place(Epoll *self, int fd)
+{
+    if (fd < self->room)
+        return 0;
+    int room = fd < INT_MAX / 2 - 64 ? 2 * fd + 64 : INT_MAX;
+    PyObject **whose = NULL;
+    if ((size_t)room <= PY_SSIZE_T_MAX / sizeof *whose)
+        whose = PyMem_Realloc(self->whose, (size_t)room * sizeof *whose);
+    if (whose == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    memset(whose + self->room, 0, (size_t)(room - self->room) * sizeof *whose);
+    self->whose = whose;
+    self->room = room;
+    return 0;
 }
 
 static PyObject *
 epoll_register(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
-    return takes(2, count) ? control(self, EPOLL_CTL_ADD, arguments[0], arguments[1]) : NULL;
+    if (!takes(3, count))
+        return NULL;
+    int fd = PyObject_AsFileDescriptor(arguments[0]);
+    /* A place is looked for when the system has said that there is such a descriptor. */
+    if (fd < 0 || control(self, EPOLL_CTL_ADD, fd, arguments[1]) < 0)
+        return NULL;
+    if (have_place((Epoll *)self, fd) < 0) {
+        (void)epoll_ctl(((Epoll *)self)->fd, EPOLL_CTL_DEL, fd, NULL);
+        return NULL;
+    }
+    Py_XSETREF(((Epoll *)self)->whose[fd], Py_NewRef(arguments[2]));
+    Py_RETURN_NONE;
 }
 
 static PyObject *
 epoll_modify(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
-    return takes(2, count) ? control(self, EPOLL_CTL_MOD, arguments[0], arguments[1]) : NULL;
+    if (!takes(2, count))
+        return NULL;
+    int fd = PyObject_AsFileDescriptor(arguments[0]);
+    if (fd < 0 || control(self, EPOLL_CTL_MOD, fd, arguments[1]) < 0)
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 static PyObject *
 epoll_unregister(PyObject *self, PyObject *watched)
 {
-    return control(self, EPOLL_CTL_DEL, watched, NULL);
-}
-
-static PyObject *
-pair(long first, long second)
-{
-    PyObject *both = PyTuple_New(2);
-    PyObject *one = PyLong_FromLong(first);
-    PyObject *other = PyLong_FromLong(second);
-    if (both == NULL || one == NULL || other == NULL) {
-        Py_XDECREF(both);
-        Py_XDECREF(one);
-        Py_XDECREF(other);
+    int fd = PyObject_AsFileDescriptor(watched);
+    if (fd < 0 || control(self, EPOLL_CTL_DEL, fd, NULL) < 0)
         return NULL;
-    }
-    PyTuple_SET_ITEM(both, 0, one);
-    PyTuple_SET_ITEM(both, 1, other);
-    return both;
+    Py_CLEAR(((Epoll *)self)->whose[fd]);
+    Py_RETURN_NONE;
 }
 
 static PyObject *
@@ -581,16 +620,20 @@ epoll_poll(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
             return NULL;
         found = 0;
     }
-    PyObject *list = PyList_New(found);
+    PyObject *list = PyList_New(2 * (Py_ssize_t)found);
     if (list == NULL)
         return NULL;
+    PyObject **whose = ((Epoll *)self)->whose;
     for (int at = 0; at < found; at++) {
-        PyObject *event = pair(events[at].data.fd, (long)events[at].events);
-        if (event == NULL) {
+        /* A file goes on being reported that was closed and is still open elsewhere: epoll(7), questions 6 and 7. */
+        PyObject *who = whose[events[at].data.fd];
+        PyObject *mask = PyLong_FromLong((long)events[at].events);
+        if (mask == NULL) {
             Py_DECREF(list);
             return NULL;
         }
-        PyList_SET_ITEM(list, at, event);
+        PyList_SET_ITEM(list, 2 * at, Py_NewRef(who == NULL ? Py_None : who));
+        PyList_SET_ITEM(list, 2 * at + 1, mask);
     }
     return list;
 }
@@ -602,14 +645,30 @@ epoll_fileno(PyObject *self, PyObject *Py_UNUSED(none))
     return fd < 0 ? NULL : PyLong_FromLong(fd);
 }
 
+static int
+epoll_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    for (int fd = 0; fd < ((Epoll *)self)->room; fd++)
+        Py_VISIT(((Epoll *)self)->whose[fd]);
+    return 0;
+}
+
+static int
+epoll_clear(PyObject *self)
+{
+    for (int fd = 0; fd < ((Epoll *)self)->room; fd++)
+        Py_CLEAR(((Epoll *)self)->whose[fd]);
+    return 0;
+}
+
 static PyObject *
 epoll_close(PyObject *self, PyObject *Py_UNUSED(none))
 {
     int fd = ((Epoll *)self)->fd;
     ((Epoll *)self)->fd = -1;
-    if (fd >= 0 && close(fd) < 0)
-        return PyErr_SetFromErrno(PyExc_OSError);
-    Py_RETURN_NONE;
+    (void)epoll_clear(self);
+    return done(fd >= 0 ? close(fd) : 0);
 }
 
 static PyObject *
@@ -640,6 +699,9 @@ static void
 epoll_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    (void)epoll_clear(self);
+    PyMem_Free(((Epoll *)self)->whose);
     if (((Epoll *)self)->fd >= 0)
         close(((Epoll *)self)->fd);
     type->tp_free(self);
@@ -664,6 +726,8 @@ static PyGetSetDef epoll_attributes[] = {
 static PyType_Slot epoll_slots[] = {
     {Py_tp_new, epoll_new},
     {Py_tp_dealloc, epoll_dealloc},
+    {Py_tp_traverse, epoll_traverse},
+    {Py_tp_clear, epoll_clear},
     {Py_tp_methods, epoll_methods},
     {Py_tp_getset, epoll_attributes},
     {0, NULL},
@@ -672,7 +736,7 @@ static PyType_Slot epoll_slots[] = {
 static PyType_Spec epoll_spec = {
     .name = "pgguard.proxy.sockets.Epoll",
     .basicsize = sizeof(Epoll),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_HAVE_GC,
     .slots = epoll_slots,
 };
 

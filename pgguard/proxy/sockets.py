@@ -19,11 +19,64 @@ if TYPE_CHECKING:
 _PID: Final = 4
 """Bytes of what ``struct ucred`` begins with: unix(7)."""
 
-Epoll = select.epoll
-"""What the sweep waits with. In C it has no more of it than ``register``, ``modify``, ``unregister``, ``fileno``,
-``close``, ``closed`` and ``poll(timeout, maxevents)``, which returns 256 events at most. A signal ends the wait there,
-when its handler has run: nothing is returned then. And it is the only call by which other threads get the interpreter's
-lock, also when nothing is waited for."""
+
+@final
+class Epoll:
+    """What the sweep waits with: it says of each event whose it is."""
+
+    __slots__ = ("_epoll", "_whose")
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._whose: dict[int, object] = {}
+
+    def register(self, fd: int, eventmask: int, whose: object, /) -> None:
+        """Report a descriptor's events, each with an object. Raises OSError: epoll_ctl(2)."""
+        self._epoll.register(fd, eventmask)
+        self._whose[fd] = whose
+
+    def modify(self, fd: int, eventmask: int, /) -> None:
+        """Report others of it. Raises OSError: epoll_ctl(2)."""
+        self._epoll.modify(fd, eventmask)
+
+    def unregister(self, fd: int, /) -> None:
+        """Report none any more. Raises OSError: epoll_ctl(2)."""
+        self._epoll.unregister(fd)
+        self._whose.pop(fd, None)
+
+    def poll(self, timeout: float, maxevents: int, /) -> list[Any]:
+        """Wait for events.
+
+        In C a signal ends the wait when its handler has run, and it is the only call by which other threads get the
+        interpreter's lock, also when nothing is waited for.
+
+        Args:
+            timeout: for how many seconds at most; less than 0: until there are any.
+            maxevents: how many are reported at most; in C no more than 256.
+
+        Returns:
+            By turns, the object that a descriptor was registered with, and what it is ready for, ``select.EPOLL…``. The
+            object is ``None`` if the descriptor isn't registered any more: its file was closed here, and is open
+            elsewhere (epoll(7)).
+        """
+        events: list[Any] = []
+        for fd, mask in self._epoll.poll(timeout, maxevents):
+            events += (self._whose.get(fd), mask)
+        return events
+
+    def fileno(self) -> int:
+        """Tell its own descriptor. Raises ValueError: it is closed."""
+        return self._epoll.fileno()
+
+    def close(self) -> None:
+        """Close it; nothing happens if it is closed."""
+        self._epoll.close()
+        self._whose.clear()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is."""
+        return self._epoll.closed
 
 
 @final

@@ -94,7 +94,7 @@ class Sweep:
         """Sweep until cancelled; then every session that is left is closed."""
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            self._epoll.register(self._wake, select.EPOLLIN | select.EPOLLET)
+            self._epoll.register(self._wake, select.EPOLLIN | select.EPOLLET, self._wake)
             async with trio.open_nursery() as nursery:
                 self._judging.open(nursery)
                 while True:

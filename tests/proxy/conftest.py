@@ -15,6 +15,7 @@ import trio
 
 from pgguard.faults.docket import Docket
 from pgguard.proxy.addresses import TcpAddress, UnixAddress
+from pgguard.proxy.ends import End
 from pgguard.proxy.guard import Guard
 from pgguard.proxy.settings import Settings
 from pgguard.reporting.sinks import Fanout
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
     from pgguard.attribution.witness import Witness
     from pgguard.faults.fault import Fault
-    from pgguard.proxy.ends import End, Socket
+    from pgguard.proxy.ends import Socket
+    from pgguard.proxy.sockets import Epoll
     from tests.tls.certificates import Pair
 
 
@@ -82,8 +84,15 @@ class House:
     async def empty(self) -> None:
         """Wait until no session is left, and nothing of any."""
         await until(lambda: not self.guard.snapshot())
-        assert not self.guard._sweep._relay._ends
-        assert not self.guard._sweep._endings._sessions
+        sweep = self.guard._sweep
+        assert not [whose for whose in kept_by(sweep._epoll) if isinstance(whose, End)]
+        assert not sweep._endings._sessions
+
+
+def kept_by(epoll: Epoll) -> list[object]:
+    """What it has been given with descriptors, in either form, and what else it keeps."""
+    kept = gc.get_referents(epoll)
+    return [*kept, *(whose for one in kept if isinstance(one, dict) for whose in one.values())]
 
 
 def fail_to_read(end: End, error: Exception) -> None:

@@ -87,13 +87,15 @@ class FakePoll:
 
     def __init__(self) -> None:
         self.registered: dict[int, int] = {}
+        self.whose: dict[int, object] = {}
         self.rounds: deque[list[tuple[int, int]]] = deque()
         self.waited = 0.0
         """How long it may have waited last, in seconds."""
 
-    def register(self, fd: int, eventmask: int) -> None:
+    def register(self, fd: int, eventmask: int, whose: object) -> None:
         assert fd not in self.registered
         self.registered[fd] = eventmask
+        self.whose[fd] = whose
 
     def modify(self, fd: int, eventmask: int) -> None:
         assert fd in self.registered
@@ -102,10 +104,13 @@ class FakePoll:
     def unregister(self, fd: int) -> None:
         del self.registered[fd]
 
-    def poll(self, timeout: float, maxevents: int) -> list[tuple[int, int]]:
+    def poll(self, timeout: float, maxevents: int) -> list[object]:
         self.waited = timeout
-        events = self.rounds.popleft() if self.rounds else []
-        return [(fd, mask & self.registered[fd]) for fd, mask in events if self.registered.get(fd, 0) & mask]
+        events: list[object] = []
+        for fd, mask in self.rounds.popleft() if self.rounds else []:
+            if self.registered.get(fd, 0) & mask:
+                events += (self.whose[fd], mask & self.registered[fd])
+        return events
 
 
 @dataclass

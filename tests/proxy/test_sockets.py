@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -232,23 +233,24 @@ def test_nothing_is_left_of_what_is_gone() -> None:
             os.fstat(fd)
 
 
-def test_events_are_told_of_what_is_registered() -> None:
+def test_events_are_told_with_whose_they_are() -> None:
     epoll = Epoll()
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        epoll.register(ours.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
+        epoll.register(ours.fileno(), select.EPOLLIN | select.EPOLLRDHUP, "ours")
         with pytest.raises(FileExistsError):
-            epoll.register(ours.fileno(), select.EPOLLIN)
+            epoll.register(ours.fileno(), select.EPOLLIN, "another")
         assert epoll.poll(0, 10) == []
         began = time.monotonic()
         assert epoll.poll(0.0201, 10) == []
         assert 0.02 <= time.monotonic() - began < 5
         theirs.sendall(b"a")
-        assert epoll.poll(60.0, 10) == [(ours.fileno(), select.EPOLLIN)]
+        assert epoll.poll(60.0, 10) == ["ours", select.EPOLLIN]
         epoll.modify(ours.fileno(), select.EPOLLOUT)
-        epoll.register(theirs.fileno(), select.EPOLLOUT | select.EPOLLET)
-        assert {*epoll.poll(-1, 10)} == {(ours.fileno(), select.EPOLLOUT), (theirs.fileno(), select.EPOLLOUT)}
-        assert epoll.poll(60.0, 1) == [(ours.fileno(), select.EPOLLOUT)]
+        epoll.register(theirs.fileno(), select.EPOLLOUT | select.EPOLLET, "theirs")
+        both = epoll.poll(-1, 10)
+        assert ({*both[::2]}, both[1::2]) == ({"ours", "theirs"}, [select.EPOLLOUT] * 2)
+        assert epoll.poll(60.0, 1) == ["ours", select.EPOLLOUT]
         epoll.unregister(ours.fileno())
         with pytest.raises(FileNotFoundError):
             epoll.unregister(ours.fileno())
@@ -263,9 +265,78 @@ def test_events_are_told_of_what_is_registered() -> None:
     assert [*closed, epoll.closed] == [False, True]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
-    for call in (lambda: epoll.poll(0, 1), lambda: epoll.register(0, 1), lambda: epoll.unregister(0), epoll.fileno):
+    for call in (
+        lambda: epoll.poll(0, 1),
+        lambda: epoll.register(0, 1, None),
+        lambda: epoll.unregister(0),
+        epoll.fileno,
+    ):
         with pytest.raises(ValueError, match="closed epoll"):
             call()
+
+
+class Whose:
+    """What events belong to."""
+
+    epoll: Epoll | None = None
+
+
+def test_what_events_belong_to_is_kept_as_long_as_it_is_registered() -> None:
+    epoll = Epoll()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        fds = [ours.fileno(), theirs.fileno(), os.dup2(ours.fileno(), 700), os.dup2(theirs.fileno(), 900)]
+        whose = [Whose() for _ in fds]
+        for fd, one in zip(fds, whose, strict=True):
+            epoll.register(fd, select.EPOLLOUT, one)
+        assert {*epoll.poll(60.0, 10)[::2]} == {*whose}
+        kept = [weakref.ref(one) for one in whose]
+        del one, whose
+        epoll.unregister(fds[0])
+        gc.collect()
+        assert [ref() is None for ref in kept] == [True, False, False, False]
+        epoll.close()
+        assert all(ref() is None for ref in kept)
+
+        around = Epoll()  # what it keeps may keep it
+        another = Whose()
+        another.epoll = around
+        around.register(fds[0], select.EPOLLOUT, another)
+        last = weakref.ref(another)
+        del around, another
+        gc.collect()
+        assert last() is None
+        for fd in fds[2:]:
+            os.close(fd)
+
+
+def test_a_descriptor_that_cannot_be_registered_changes_nothing() -> None:
+    epoll = Epoll()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        epoll.register(ours.fileno(), select.EPOLLOUT, "ours")
+        for wrong in 2**31 - 1, theirs.fileno() + 1000:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                epoll.register(wrong, select.EPOLLOUT, "another's")
+        with pytest.raises((TypeError, ValueError)):
+            epoll.register(cast("Any", "no number"), select.EPOLLOUT, "another's")
+        assert epoll.poll(60.0, 10) == ["ours", select.EPOLLOUT]
+    epoll.close()
+
+
+def test_a_file_that_is_closed_here_and_open_elsewhere_is_nobodys() -> None:
+    epoll = Epoll()
+    ours, theirs = socket.socketpair()
+    with theirs, ours.dup():
+        fd = ours.fileno()
+        epoll.register(fd, select.EPOLLOUT, "ours")
+        ours.close()
+        os.dup2(theirs.fileno(), fd)  # another file has its number
+        epoll.register(fd, select.EPOLLIN, "another's")
+        epoll.unregister(fd)
+        assert epoll.poll(60.0, 10) == [None, select.EPOLLOUT]
+        os.close(fd)
+    epoll.close()
 
 
 def test_who_waits_lets_others_run_and_hears_signals() -> None:
