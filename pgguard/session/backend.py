@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _MESSAGES: Final = by_code(BACKEND)
 
-_PAID: Final = int(Owes.PAID)
-_SKIP: Final = int(Owes.SKIP)
+_PAID: Final[i64] = int(Owes.PAID)
+_SKIP: Final[i64] = int(Owes.SKIP)
 _UNDUE: Final = 0xFF
 _SPECIAL: Final = 0xFE
 _READY: Final = 0xFD
@@ -39,10 +39,10 @@ _ABOUT_STATEMENTS: Final = frozenset({_EXISTS, _DOES_NOT_EXIST})
 _STATUS: Final = [chr(code) for code in range(256)]
 _APPLICATION_NAME: Final = b"application_name\0"
 """What the ParameterStatus of the one parameter begins with that is of interest here."""
-_ERROR_RESPONSE: Final = ord("E")
-_BACKEND_KEY_DATA: Final = ord("K")
-_PARAMETER_STATUS: Final = ord("S")
-_READY_FOR_QUERY: Final = ord("Z")
+_ERROR_RESPONSE: Final[i64] = ord("E")
+_BACKEND_KEY_DATA: Final[i64] = ord("K")
+_PARAMETER_STATUS: Final[i64] = ord("S")
+_READY_FOR_QUERY: Final[i64] = ord("Z")
 
 _FOLLOWS: Final = [
     bytes(
@@ -70,17 +70,19 @@ def _plain(state: Owes, code: i64) -> int:
     return follows
 
 
-_ROWS: Final = [bytes(_plain(state, code) for code in range(256)) for state in Owes]
-"""What follows, by state and type byte."""
+_ROWS: Final = bytes(_plain(state, code) for state in Owes for code in range(256))
+"""What follows, by state and type byte: a row of 256 for each state."""
 _LEAST: Final = bytes(message.least for message in _MESSAGES)
 _MOST: Final[list[i64]] = [message.most for message in _MESSAGES]
 """The limits of the length word."""
+_SHORT: Final = bytes(min(message.most, 0xFF) for message in _MESSAGES)
+"""The upper one, or what nearly all messages keep to."""
 
 _COPYING_IN: Final = bytes(state in COPY_IN for state in Owes)
-_LOGIN: Final = int(Owes.LOGIN)
-_PARSE: Final = int(Owes.PARSE)
+_LOGIN: Final[i64] = int(Owes.LOGIN)
+_PARSE: Final[i64] = int(Owes.PARSE)
 _USES: Final = (int(Owes.BIND), int(Owes.DESCRIBE_STATEMENT))
-_FUNCTION_CALL: Final = int(Owes.FUNCTION_CALL)
+_FUNCTION_CALL: Final[i64] = int(Owes.FUNCTION_CALL)
 
 
 def _seen(code: i64, length: i64) -> MessageSeen:
@@ -114,7 +116,7 @@ class BackendStream:
         session = self._session
         ledger = self._ledger
         state = ledger.state
-        row = _ROWS[state]
+        row = state << 8
         last = end - HEADER_SIZE
         if last - start >= most:
             last = start + most - 1
@@ -130,13 +132,15 @@ class BackendStream:
             if code == same and least <= length <= longest:
                 pos += 1 + length
                 continue
-            least, longest, follows = _LEAST[code], _MOST[code], row[code]
-            if follows == state and least <= length <= longest:
-                same = code
+            follows: i64 = _ROWS[row | code]
+            least = _LEAST[code]
+            fits = least <= length <= _SHORT[code] or least <= length <= _MOST[code]
+            if follows == state and fits:
+                same, longest = code, _MOST[code]
                 pos += 1 + length
                 continue
             same = -1
-            if follows == _SPECIAL or not least <= length <= longest:
+            if follows == _SPECIAL or not fits:
                 if not self._special(chunk, pos, end, code, length):
                     count -= 1
                     break
@@ -151,7 +155,7 @@ class BackendStream:
             else:
                 ledger.state = follows
             state = ledger.state
-            row = _ROWS[state]
+            row = state << 8
             if code == _READY_FOR_QUERY:
                 session.answer_ended = session.position + pos - start + READY_SIZE
                 if apart:

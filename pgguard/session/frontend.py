@@ -38,31 +38,35 @@ def _way(code: str) -> int:
 _LEAST: Final = bytes(message.least for message in _MESSAGES)
 _MOST: Final[list[i64]] = [message.most for message in _MESSAGES]
 """The limits of the length word."""
+_SHORT: Final = bytes(min(message.most, 0xFF) for message in _MESSAGES)
+"""The upper one, or what nearly all messages keep to."""
 _LOOK: Final[list[i64]] = [message.look for message in _MESSAGES]
 """How many bytes are looked at."""
+_SHORT_LOOK: Final = bytes(min(message.look, 0xFF) for message in _MESSAGES)
+"""The same, where that is less than 255."""
 _WAYS: Final = bytes(_way(chr(code)) for code in range(256))
 """How it is taken."""
 _OWED: Final = bytes(OWED.get(chr(code), Owes.NOTHING) for code in range(256))
 _COPYING_IN: Final = bytes(state in COPY_IN for state in Owes)
 _IN_COPY_IN: Final = bytes(chr(code) in IN_COPY_IN for code in range(256))
 
-_COPY_BOTH: Final = int(Owes.QUERY_COPY_BOTH)
-_LOGIN: Final = int(Owes.LOGIN)
-_DESCRIBE_STATEMENT: Final = int(Owes.DESCRIBE_STATEMENT)
+_COPY_BOTH: Final[i64] = int(Owes.QUERY_COPY_BOTH)
+_LOGIN: Final[i64] = int(Owes.LOGIN)
+_DESCRIBE_STATEMENT: Final[i64] = int(Owes.DESCRIBE_STATEMENT)
 
-_BIND: Final = ord("B")
-_CLOSE: Final = ord("C")
-_COPY_DATA: Final = ord("d")
-_DESCRIBE: Final = ord("D")
-_EXECUTE: Final = ord("E")
-_FLUSH: Final = ord("H")
-_PARSE: Final = ord("P")
-_PASSWORD_MESSAGE: Final = ord("p")
-_QUERY: Final = ord("Q")
-_SYNC: Final = ord("S")
-_STATEMENT: Final = ord("S")
-_PORTAL: Final = ord("P")
-_TERMINATE_CODE: Final = ord("X")
+_BIND: Final[i64] = ord("B")
+_CLOSE: Final[i64] = ord("C")
+_COPY_DATA: Final[i64] = ord("d")
+_DESCRIBE: Final[i64] = ord("D")
+_EXECUTE: Final[i64] = ord("E")
+_FLUSH: Final[i64] = ord("H")
+_PARSE: Final[i64] = ord("P")
+_PASSWORD_MESSAGE: Final[i64] = ord("p")
+_QUERY: Final[i64] = ord("Q")
+_SYNC: Final[i64] = ord("S")
+_STATEMENT: Final[i64] = ord("S")
+_PORTAL: Final[i64] = ord("P")
+_TERMINATE_CODE: Final[i64] = ord("X")
 
 
 _NOBODY: Final[frozenset[int | None]] = frozenset()
@@ -140,7 +144,7 @@ class FrontendStream:
         self._late_by: int | None = None
         """Who sent what was last followed after the end: the next messages of another begin with its own bytes."""
 
-    def follow(  # noqa: C901, PLR0912 - as of the server's stream
+    def follow(  # noqa: C901, PLR0912, PLR0915 - as of the server's stream
         self, chunk: bytes, start: i64, end: i64, sender: Sender | None, at: float, most: i64
     ) -> i64:
         """Follow ``chunk[start:end]``, messages that begin in ``most`` bytes; returns how far it is in order."""
@@ -161,9 +165,12 @@ class FrontendStream:
         count: i64 = 0
         while pos <= last:
             code, length = parse_header(chunk, pos)
-            look, way = _LOOK[code], _WAYS[code]
-            if not _LEAST[code] <= length <= _MOST[code] and not self._accept_frame(pos, code, length):
+            way = _WAYS[code]
+            if not _LEAST[code] <= length <= _SHORT[code] and not self._accept_length(pos, code, length):
                 break
+            look: i64 = _SHORT_LOOK[code]
+            if look == 0xFF:
+                look = _LOOK[code]
             stop = pos + (look if length >= look else 1 + length)
             if stop > end:
                 break
@@ -496,6 +503,10 @@ class FrontendStream:
             Kind.PROTOCOL_VIOLATION, reason, message, pos, intruder=self._sender, libpq=text
         )
         return False
+
+    def _accept_length(self, pos: i64, code: i64, length: i64) -> bool:
+        """Judge a message that isn't short: True to go on with it."""
+        return _LEAST[code] <= length <= _MOST[code] or self._accept_frame(pos, code, length)
 
     def _accept_frame(self, pos: i64, code: i64, length: i64) -> bool:
         """Judge a message of unknown type or impossible length: True to go on with it all the same."""

@@ -19,20 +19,23 @@ if TYPE_CHECKING:
     from pgguard.session.requests import Request
     from pgguard.session.statements import Closing, Statement
 
-NOTHING: Final = int(Owes.NOTHING)
-SYNC: Final = int(Owes.SYNC)
-MAYBE_SYNC: Final = int(Owes.MAYBE_SYNC)
-COPY_END: Final = int(Owes.COPY_END)
+NOTHING: Final[i64] = int(Owes.NOTHING)
+SYNC: Final[i64] = int(Owes.SYNC)
+MAYBE_SYNC: Final[i64] = int(Owes.MAYBE_SYNC)
+COPY_END: Final[i64] = int(Owes.COPY_END)
 
 _COUNTED: Final = 4096
 """Entries up to which it is counted what is sent in copy-in mode that the server needn't answer."""
-_SYNCS: Final = (SYNC, MAYBE_SYNC)
+# mypyc never sets a constant that is a tuple of i64.
+_SYNCS: Final[tuple[int, ...]] = (SYNC, MAYBE_SYNC)
 _NAMING: Final = (int(Owes.PARSE), int(Owes.CLOSE))
-_NO_DEBTS: Final = (MAYBE_SYNC, COPY_END)
+_NO_DEBTS: Final[tuple[int, ...]] = (MAYBE_SYNC, COPY_END)
 _TAKEN_KEPT: Final = 64
 """Entries that have been the head and stay in front of the others, half of all at most, so that the next moves none."""
 _UNFLUSHED: Final = -1
 """Less than any number of entries that have been the head."""
+_RUN_LIMIT: Final = 56
+"""Bits of a number of the processor's that are used for debts, a byte each."""
 
 Entry = tuple[int, "Request", "Statement | Closing | None"]
 """A debt, :attr:`Owes.COPY_END` being none, whose it is, and which prepared statement it is about, as far as that is
@@ -43,7 +46,9 @@ certain."""
 class Ledger:
     """A queue of what the server owes, and how far it has come with the entry at the head.
 
-    The head stands by itself: a client that waits for each answer has no more than that one, and no object is made.
+    The head stands by itself. Behind it, and in front of all other entries, a few debts of the same request are kept in
+    one number, its *run*. A client that waits for each answer has no more than those, and no object is made. Whoever
+    asks for more than the head has the run made into entries first (:meth:`_spread`).
 
     Args:
         login: stands for the StartupMessage, whose answer is owed first.
@@ -55,6 +60,8 @@ class Ledger:
         "_marks",
         "_named",
         "_owes",
+        "_run",
+        "_run_bits",
         "_taken",
         "discarding",
         "entries",
@@ -72,9 +79,13 @@ class Ledger:
         """Whose it is."""
         self._named: Statement | Closing | None = None
         """Which prepared statement it is about."""
+        self._run: i64 = 0
+        """What is owed behind it for the same request, a byte each, the next one lowest; about no statement."""
+        self._run_bits: i64 = 0
+        """How many bits of it are in use."""
         self.entries: list[Entry] = []
-        """Those behind the head, and in front of them some that were, and have been the head. A deque takes 700 bytes,
-        and compiled ten times as long."""
+        """Those behind the head and its run, and in front of them some that were, and have been the head. A deque takes
+        700 bytes, and compiled ten times as long."""
         self._taken: i64 = 0
         """How many have been."""
         self.skipping = False
@@ -94,7 +105,7 @@ class Ledger:
     @property
     def count(self) -> int:
         """How many entries there are."""
-        return 0 if self.state == NOTHING else 1 + len(self.entries) - self._taken
+        return 0 if self.state == NOTHING else 1 + self._run_bits // 8 + len(self.entries) - self._taken
 
     def queue(self) -> Iterator[Entry]:
         """All of them, from the head on."""
@@ -104,6 +115,7 @@ class Ledger:
 
     def _behind(self) -> Iterator[Entry]:
         """Those behind the head."""
+        self._spread()
         return islice(self.entries, self._taken, None)
 
     def first(self) -> Request:
@@ -132,6 +144,7 @@ class Ledger:
         Of extended-protocol messages it does so with a Sync or Flush; of those without, the answers come with the next
         that it asks for.
         """
+        self._spread()
         entries = self.entries
         stop = len(entries)
         first = max(self._taken, self._flushed)
@@ -155,7 +168,7 @@ class Ledger:
 
     # What happens to it
 
-    def enter(self, owes: int, request: Request, named: Statement | Closing | None = None) -> None:
+    def enter(self, owes: i64, request: Request, named: Statement | Closing | None = None) -> None:
         """A message has been sent that has an answer."""
         if self.skipping:
             request.skip()
@@ -164,8 +177,28 @@ class Ledger:
             self.state = self._owes = owes
             self._head = request
             self._named = named
+        elif (
+            request is self._head
+            and named is None
+            and self._run_bits < _RUN_LIMIT
+            and len(self.entries) == 0
+            and self._flushed == _UNFLUSHED
+        ):
+            self._run |= owes << self._run_bits
+            self._run_bits += 8
         else:
             self.entries.append((owes, request, named))
+
+    def _spread(self) -> None:
+        """Make the run into entries."""
+        if not self._run_bits:
+            return
+        run: list[Entry] = []
+        while self._run_bits:
+            run.append((self._run & 0xFF, self._head, None))
+            self._run >>= 8
+            self._run_bits -= 8
+        self.entries[:0] = run
 
     def enter_in_copy(self, request: Request) -> None:
         """A Sync has been sent in copy-in mode: the server discards it, unless the COPY has failed by then.
@@ -182,12 +215,14 @@ class Ledger:
         """CopyDone or CopyFail has been sent behind what stands in the ledger, which is something."""
         if self._marks < _COUNTED:
             self._marks += 1
+            self._spread()
             last = self.entries[-1][1] if self.count > 1 else self._head
             self.entries.append((COPY_END, last, None))
 
     def flush(self) -> None:
         """A Flush has been sent: what stands in the ledger is asked for."""
         if self.state != NOTHING:
+            self._spread()
             self._flushed = len(self.entries)
 
     def compact(self) -> int:
@@ -205,6 +240,12 @@ class Ledger:
 
     def _take_next(self) -> None:
         """Nothing is owed for the head any more."""
+        if self._run_bits:
+            self.state = self._owes = self._run & 0xFF
+            self._run >>= 8
+            self._run_bits -= 8
+            self._named = None
+            return
         entries = self.entries
         while self._taken < len(entries):
             owes, request, named = entries[self._taken]
@@ -227,8 +268,9 @@ class Ledger:
 
     def _empty(self) -> None:
         """All that was owed has been paid, or won't be."""
-        if self.entries:
+        if len(self.entries):
             self.entries.clear()
+        self._run = self._run_bits = 0
         self._taken = 0
         self._flushed = _UNFLUSHED
         self._named = None
@@ -249,6 +291,7 @@ class Ledger:
                 return True
             if self.state != MAYBE_SYNC:
                 return not discarding
+            self._spread()
             entries = self.entries
             for index in range(self._taken, len(entries)):
                 owes, request, _ = entries[index]
@@ -286,6 +329,7 @@ class Ledger:
     def enter_copy_in(self, state: int) -> None:
         """The head has begun to read copy data: it discards each Sync in front of the CopyDone."""
         self.state = state
+        self._spread()
         entries = self.entries
         for index in range(self._taken, len(entries)):
             owes, request, _ = entries[index]
@@ -296,6 +340,7 @@ class Ledger:
 
     def leave_copy_in(self) -> None:
         """The head's COPY has been completed: each Sync in front of its CopyDone has been discarded for certain."""
+        self._spread()
         entries = self.entries
         behind = self._taken
         if self._marked():

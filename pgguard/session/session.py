@@ -40,7 +40,7 @@ _MOST_DIFFERENT: Final = 8192
 """Entries of those that are not alike, and so take more."""
 _FRONTEND: Final = by_code(FRONTEND)
 _NO_TRANSACTION: Final = ("I", "")
-_COPY_BOTH: Final = int(Owes.QUERY_COPY_BOTH)
+_COPY_BOTH: Final[i64] = int(Owes.QUERY_COPY_BOTH)
 
 
 class Session:

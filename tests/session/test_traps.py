@@ -33,6 +33,8 @@ FAULTLESS = {
     "a Query behind a Parse that asked for no answer": "> P Q < 1 TDCZ > Q < CZ",
     "a FunctionCall behind an extended query that asked for none": "> PBDE F < 12TDC VZ > Q < CZ",
     "a Query behind messages that asked for none, behind others that did": "> PBES < 12CZ > PH < 1 > B Q < 2 CZ",
+    "a Query behind an Execute that asked for none, behind a Bind that did": "> PS < 1Z > BHE < 2 > Q < C CZ > Q < CZ",
+    "many Executes behind a Bind": "> PS < 1Z > BDEEEEEEEEEES < 2TCCCCCCCCCCZ > Q < CZ",
     "a pipeline behind a Parse that asked for no answer": "> P PBES < 1 12CZ > Q < CZ",
     "a Parse that asked for no answer fails, and the Query behind it is discarded": "> P Q < E > S < Z > Q < CZ",
     "the same, with the error in front of the Query": "> P < E > Q > S < Z > Q < CZ",
