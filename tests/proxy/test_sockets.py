@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import errno
+import fcntl
 import gc
 import os
 import select
@@ -285,7 +286,8 @@ def test_what_events_belong_to_is_kept_as_long_as_it_is_registered() -> None:
     epoll = Epoll()
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        fds = [ours.fileno(), theirs.fileno(), os.dup2(ours.fileno(), 700), os.dup2(theirs.fileno(), 900)]
+        fds = [ours.fileno(), theirs.fileno()]
+        fds += [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least) for fd, least in zip(fds, (700, 900), strict=True)]
         whose = [Whose() for _ in fds]
         for fd, one in zip(fds, whose, strict=True):
             epoll.register(fd, select.EPOLLOUT, one)
