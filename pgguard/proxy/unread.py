@@ -73,9 +73,12 @@ _FIRST: Final = 0.025
 """Seconds from when an answer is seen to be complete to the first look whether it has been read: one tick."""
 _FIRST_REPORTED: Final = 0.25
 """The same where the kernel reports what was unread."""
-_AT_A_TIME: Final = 32
-"""Sessions that are looked at in one round."""
-_IN_A_ROUND: Final = 256
+_AT_A_TIME: Final = 256
+"""Sessions that are looked at in one round, by one job of a thread: ten thousand that have just been used have all had
+their turn within seconds."""
+_CLOSELY: Final = 8
+"""For how many of them one counts that is looked at closely: also who could read it is, then."""
+_IN_A_ROUND: Final = 512
 """Sessions of which it is seen in one round whether it is time to look at them: so that what a round takes doesn't grow
 with how many have just been used."""
 _SHARE_OF_PROCESSOR: Final = 0.05
@@ -294,6 +297,7 @@ class UnreadWatch:
         """
         due: list[_Look] = []
         stint = Stint()
+        work = 0
         for n, session in enumerate(list(islice(self._listed.values(), _IN_A_ROUND))):
             if not n % GLANCES:
                 await stint.rest()
@@ -308,7 +312,8 @@ class UnreadWatch:
             else:
                 if look is not None:
                     due.append(look)
-                    if len(due) == _AT_A_TIME:
+                    work += _CLOSELY if look.closely else 1
+                    if work >= _AT_A_TIME:
                         break
         return due, stint.spent
 

@@ -564,9 +564,11 @@ class Onlooker:
         self.size: int | None = len(ANSWER)
         self.attention = Attention.ELSEWHERE
         self.looks = 0
+        self.rounds: list[int] = []
 
     def unread(self, looks: list[Any]) -> list[int | None]:
         self.looks += len(looks)
+        self.rounds.append(len(looks))
         return [self.size] * len(looks)
 
     def see(self, *_: Any) -> Attention:
@@ -610,6 +612,7 @@ async def test_what_a_round_takes_does_not_grow_with_how_many_have_just_been_use
     monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
     monkeypatch.setattr(unread, "_IN_A_ROUND", 8)
     monkeypatch.setattr(unread, "_AT_A_TIME", 4)
+    monkeypatch.setattr(unread, "_CLOSELY", 2)
     onlooker = Onlooker()
     witness = cast("Witness", SimpleNamespace(unread=onlooker.unread, attention=onlooker.see))
     watch = unread.UnreadWatch(10.0)
@@ -633,6 +636,8 @@ async def test_what_a_round_takes_does_not_grow_with_how_many_have_just_been_use
         session.tracker.backend(ANSWER, 0, len(ANSWER))
     await trio.sleep(5)
     assert max(gone_through.values()) <= 8
+    assert onlooker.rounds[0] == 4, "nothing is known of any"
+    assert max(onlooker.rounds[-20:]) == 2, "what lies unread is looked at closely"
     assert all(session.leftover is not None and session.leftover.looks > 1 for session in sessions), "each has its turn"
     await trio.sleep(15)
     assert {verdict.kind for verdict in stage.accused} == {Kind.UNREAD_ANSWER}
