@@ -134,7 +134,7 @@ class BackendStream:
                 continue
             follows: i64 = _ROWS[row | code]
             least = _LEAST[code]
-            fits = least <= length <= _SHORT[code] or least <= length <= _MOST[code]
+            fits = least <= length and (length <= _SHORT[code] or length <= _MOST[code])
             if follows == state and fits:
                 same, longest = code, _MOST[code]
                 pos += 1 + length

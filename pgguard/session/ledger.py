@@ -193,12 +193,9 @@ class Ledger:
         """Make the run into entries."""
         if not self._run_bits:
             return
-        run: list[Entry] = []
-        while self._run_bits:
-            run.append((self._run & 0xFF, self._head, None))
-            self._run >>= 8
-            self._run_bits -= 8
-        self.entries[:0] = run
+        run: int = self._run
+        self.entries[:0] = [(owes, self._head, None) for owes in run.to_bytes(self._run_bits // 8, "little")]
+        self._run = self._run_bits = 0
 
     def enter_in_copy(self, request: Request) -> None:
         """A Sync has been sent in copy-in mode: the server discards it, unless the COPY has failed by then.
