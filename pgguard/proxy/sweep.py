@@ -43,9 +43,10 @@ _TURN: Final = 0.001
 """Seconds after which trio's other tasks get a turn if one of them is due, and can run or is waited for."""
 _TICK: Final = 0.004
 """Seconds after which they get one if one of them is waited for, or nothing has come for as long."""
-_LATEST: Final = 0.02
-"""Seconds after which they get one in any case. With nothing to do it takes 4 µs, and 20 to 60 where other programs
-have used the caches meanwhile: with one in each tick, more than one in a hundred transactions had to wait for it."""
+_LATEST: Final = 0.04
+"""Seconds after which they get one in any case. A turn takes 4 µs with nothing to do, and 130 where other programs have
+used the caches meanwhile. Of a client that asks without a pause, more than one transaction in a hundred would wait for
+one in each tick, and one in four hundred with fifty a second."""
 _SLICE: Final = 0.00025
 """Seconds for which messages are followed before others get their turn."""
 
