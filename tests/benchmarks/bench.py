@@ -138,16 +138,14 @@ class Bench:
         return [self.guards[0].title + AGAIN] if self.control and self.guards else []
 
     @contextmanager
-    def contender(
-        self, name: str, upstream: Place, hops: Hops, *, sessions: int = programs.FEW, pools: bool = True
-    ) -> Iterator[Contender]:
-        """Run one of them in front of a server; the one that can pool connections to it, with or without."""
+    def contender(self, name: str, upstream: Place, hops: Hops, *, sessions: int = programs.FEW) -> Iterator[Contender]:
+        """Run one of them in front of a server."""
         with ExitStack() as stack:
             if name == "direct":
                 yield Contender(name, None, upstream)
             elif name == "pgbouncer":
                 yield stack.enter_context(
-                    programs.pgbouncer(upstream, hops, self.client, self.directory, sessions=sessions, pools=pools)
+                    programs.pgbouncer(upstream, hops, self.client, self.directory, sessions=sessions)
                 )
             elif name == "HAProxy":
                 yield stack.enter_context(
@@ -159,15 +157,13 @@ class Bench:
                 yield stack.enter_context(running)
 
     @contextmanager
-    def contenders(
-        self, upstream: Place, hops: Hops, *, direct: bool = False, pools: bool = True
-    ) -> Iterator[list[Contender]]:
+    def contenders(self, upstream: Place, hops: Hops, *, direct: bool = False) -> Iterator[list[Contender]]:
         """Run all of them that there are, at once: what nobody uses costs the others nothing."""
         with ExitStack() as stack:
             names = self.names[0 if direct else 1 :]
             if hops == "tls":
                 names = [name for name in names if name != "HAProxy"]  # which can't have it
-            yield [stack.enter_context(self.contender(name, upstream, hops, pools=pools)) for name in names]
+            yield [stack.enter_context(self.contender(name, upstream, hops)) for name in names]
 
     def turns(self, contenders: Sequence[Contender]) -> Iterator[Contender]:
         """Each contender once a round; each round begins with another one."""

@@ -195,10 +195,11 @@ def certificate(directory: Path, *, of_nobody: bool) -> Pair:
 
 
 @contextmanager
-def pgbouncer(
-    upstream: Place, hops: Hops, client: str, parent: Path, *, sessions: int = FEW, pools: bool = True
-) -> Iterator[Contender]:
+def pgbouncer(upstream: Place, hops: Hops, client: str, parent: Path, *, sessions: int = FEW) -> Iterator[Contender]:
     """Run pgbouncer in session mode, with a server connection for each client's if it takes that many.
+
+    Each client gets a new connection to the server, as it does from the other proxies. One that had been another
+    client's would be quicker at first: the server's process has its caches filled.
 
     Args:
         upstream: the server.
@@ -206,7 +207,6 @@ def pgbouncer(
         client: the load program.
         parent: where its files are.
         sessions: how many it lets in at once.
-        pools: one client's connection to the server is the next one's, too; otherwise each has one of its own.
     """
     directory = _made(parent, "pgbouncer")
     place = Place(directory, free_port())
@@ -223,7 +223,7 @@ def pgbouncer(
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {place.port}\nunix_socket_dir = {directory}\n"
         f"auth_type = trust\nauth_file = {directory}/users\npool_mode = session\n"
         f"max_client_conn = {sessions}\ndefault_pool_size = {sessions}\n"
-        f"server_lifetime = {3600 if pools else 0}\n{encrypts}"
+        f"server_lifetime = 0\n{encrypts}"
     )
     command = [find("pgbouncer", "pgbouncer"), "-q", str(directory / "ini")]
     if os.geteuid() == 0:  # as which it refuses to run

@@ -113,7 +113,7 @@ def connections(bench: Bench) -> None:
 
 def _connect(bench: Bench, server: Place, what: str, come: Callable[[Contender, Hops], tuple[int, Cost]]) -> None:
     for hops in bench.hops:
-        with bench.contenders(server, hops, pools=False) as contenders:
+        with bench.contenders(server, hops) as contenders:
             goal = 350.0 if hops == "tcp" else None
             row = bench.results.row("connections", f"{what}{_over(hops)}", "µs", goal=goal, absolute=True)
             for contender in bench.turns(contenders):
@@ -210,7 +210,7 @@ def tls(bench: Bench) -> None:
             moved = bench.results.row("tls", "CPU a MB, TLS: COPY out, rows of 1 kB", "ms", goal=1)
             for contender in bench.turns(contenders):
                 moved.add(contender.name, bench.copy_out(contender, _COPIED).total / 1000 / _COPIED_MEGABYTES)
-        with bench.contenders(server, "tls", pools=False) as contenders:
+        with bench.contenders(server, "tls") as contenders:
             begun = bench.results.row("tls", "CPU a connection, TLS", "µs", goal=1)
             for contender in bench.turns(contenders):
                 count, costs = bench.connections(contender, "tls")
