@@ -186,6 +186,15 @@ def launched(command: list[str], cwd: Path, stderr: IO[bytes] | None = None) -> 
     return subprocess.Popen(command, cwd=cwd, env=environment(), stderr=stderr)
 
 
+async def connected(path: Path) -> Client:
+    """Connect to a guard's Unix socket as soon as it listens on it: the file is there a moment before that."""
+    with trio.fail_after(SECONDS):
+        while True:
+            with suppress(FileNotFoundError, ConnectionRefusedError):
+                return await Client.connect_unix(str(path))
+            await trio.sleep(0.01)
+
+
 ODD: Final = {"full": ">/dev/full 2>/dev/full", "closed": "<&- >&- 2>&-"}
 
 
@@ -200,8 +209,7 @@ async def test_a_guard_goes_on_whatever_its_streams_are(
     path = short_directory / ".s.PGSQL.1"
     with launched(command, short_directory) as process:
         try:
-            await until(path.is_socket)
-            client = await Client.connect_unix(str(path))
+            client = await connected(path)
             server = await backend.let_in(client)
             await server.send(COLUMNS)
             await client.expect(COLUMNS)

@@ -131,6 +131,4 @@ class Client(Peer):
 
     @classmethod
     async def connect_unix(cls, path: str) -> Client:
-        sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
-        await sock.connect(path)
-        return cls(trio.SocketStream(sock))
+        return cls(await trio.open_unix_socket(path))
