@@ -210,7 +210,6 @@ def tls(bench: Bench) -> None:
             moved = bench.results.row("tls", "CPU a MB, TLS: COPY out, rows of 1 kB", "ms", goal=1)
             for contender in bench.turns(contenders):
                 moved.add(contender.name, bench.copy_out(contender, _COPIED).total / 1000 / _COPIED_MEGABYTES)
-        with bench.contenders(server, "tls") as contenders:
             begun = bench.results.row("tls", "CPU a connection, TLS", "µs", goal=1)
             for contender in bench.turns(contenders):
                 count, costs = bench.connections(contender, "tls")
